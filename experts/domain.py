@@ -1,0 +1,145 @@
+"""What an expert is an expert in: examples to learn from and a score for any completion.
+
+A domain is a typed source of examples with one scorer; the scorer is the reward in training and the measure in
+evaluation, so the two can never drift apart. A kind of domain is one module with an `Options` model and a
+`load(name, options)`; `KINDS` lists them.
+"""
+
+import hashlib
+import importlib
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from experts.errors import UserError, nearest
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+TRAIN = "train"
+HELD_OUT = "held_out"
+OUT_OF_DISTRIBUTION = "out_of_distribution"
+
+KINDS = {
+    "strings": "experts.strings",
+    "reasoning": "experts.reasoning",
+    "code_edit": "experts.code_edit",
+    "hub": "experts.hub",
+}
+
+
+class Options(BaseModel):
+    """Base of every kind's options: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt with what its scorer needs.
+
+    Attributes:
+        prompt: Plain text (becomes one user message) or chat messages.
+        answer: The gold completion.
+        domain: Name of the domain that scores it.
+        source: The unit the train/held-out split is made by: the prompt itself, or the source function of an edit.
+        meta: JSON-serialisable facts for the scorer.
+    """
+
+    prompt: Prompt
+    answer: str
+    domain: str
+    source: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Stable identity: a hash of domain, prompt and answer."""
+        return stable_hash([self.domain, self.prompt, self.answer])[:16]
+
+
+class Domain(ABC):
+    """A skill: where its examples come from and how a completion is scored."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits this domain can draw from."""
+        return (TRAIN, HELD_OUT)
+
+    @abstractmethod
+    def draw(self, split: str, count: int, seed: int) -> list[Example]:
+        """Draw `count` examples with distinct prompts; the same arguments give the same examples.
+
+        Splits never share a `source`.
+
+        Raises:
+            UserError: the domain cannot supply that many distinct examples, or has no such split.
+        """
+
+    @abstractmethod
+    def score(self, example: Example, completion: str) -> float:
+        """Score a completion in [0, 1]; malformed or hostile text scores 0 and never raises."""
+
+    def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
+        """A completion to imitate: the gold answer, or a flawed one where the domain defines `rough` teaching."""
+        del rng, rough
+        return example.answer
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of all that decides the examples and their scores (kind, version, options, data, packages)."""
+
+
+def stable_hash(value: Any) -> str:
+    """SHA-256 of a JSON-serialisable value, key order ignored."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def in_train(source: str, held_out_share: float) -> bool:
+    """Whether a source belongs to the train split: decided by its hash alone, so it never changes sides."""
+    bucket = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) / 2**32
+    return bucket >= held_out_share
+
+
+def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
+    """Make a domain from its entry in the run file.
+
+    Raises:
+        UserError: unknown kind, unknown or invalid option; names the key and the nearest valid choice.
+    """
+    module = _kind_module(name, kind)
+    return module.load(name, check_options(name, kind, options))
+
+
+def check_options(name: str, kind: str, options: Mapping[str, Any]) -> Options:
+    """Validate a domain's options without making the domain (cheap: no dataset is touched)."""
+    schema: type[Options] = _kind_module(name, kind).Options
+    try:
+        return schema.model_validate(dict(options))
+    except ValidationError as error:
+        raise UserError(_describe(name, schema, error)) from None
+
+
+def _kind_module(name: str, kind: str) -> Any:
+    if kind not in KINDS:
+        raise UserError(f"domains.{name}.kind: unknown kind '{kind}'{nearest(kind, KINDS)}")
+    return importlib.import_module(KINDS[kind])
+
+
+def _describe(name: str, schema: type[Options], error: ValidationError) -> str:
+    lines: list[str] = []
+    for problem in error.errors():
+        location: Sequence[Any] = problem["loc"]
+        key = ".".join(str(part) for part in location)
+        hint = nearest(key, schema.model_fields) if problem["type"] == "extra_forbidden" else ""
+        message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        lines.append(f"domains.{name}.options.{key}: {message}{hint}")
+    return "\n".join(lines)

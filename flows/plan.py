@@ -1,0 +1,340 @@
+"""RunConfig -> StageGraph: the nodes, their edges and content keys; what is cached, what will run, and why.
+
+A node's content key hashes all that changes its result: the stage and its algorithm's version, its own config,
+its parents' keys, its domains' fingerprints, its seed and the number of devices. Same key, same artifact.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
+from experts.errors import UserError
+from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig, TrainConfig
+from stages.core.checkpoint import Artifact, Store
+from stages.core.source import Source, resolve_checkpoint, resolve_gguf
+
+# A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
+VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "distill": 1, "evaluate": 1}
+KEY_LENGTH = 24
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage or evaluation of the graph.
+
+    Attributes:
+        id: Unique in the graph: `name@seed`, or the bare name of a node shared by all seeds.
+        name: `base`, `cold_start`, `experts/NAME`, `student`, or `eval/CHECKPOINT/DOMAIN/SPLIT`.
+        stage: Which stage makes it: a key of `VERSIONS`.
+        seed: Seed of everything random in it.
+        config: The stage's own config, as JSON-serialisable values.
+        parents: role -> node id: `start`, `teacher/DOMAIN`, or `checkpoint`.
+        domains: name -> `{"kind", "options"}` of the domains it draws from.
+        ingredients: What the key is the hash of; compared with the last run's to say why a node must run.
+        key: The content key.
+    """
+
+    id: str
+    name: str
+    stage: str
+    seed: int
+    config: Mapping[str, Any]
+    parents: Mapping[str, str]
+    domains: Mapping[str, Mapping[str, Any]]
+    ingredients: Mapping[str, Any]
+    key: str
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """The nodes in an order in which parents come first, and what the run pins."""
+
+    config: RunConfig
+    nodes: tuple[Node, ...]
+    pins: Mapping[str, str]
+
+    def node(self, node_id: str) -> Node:
+        """The node with this id."""
+        return next(node for node in self.nodes if node.id == node_id)
+
+    def evaluations(self, checkpoint_id: str) -> list[Node]:
+        """The evaluations of one checkpoint."""
+        return [n for n in self.nodes if n.stage == "evaluate" and n.parents["checkpoint"] == checkpoint_id]
+
+    @property
+    def checkpoints(self) -> list[Node]:
+        """The nodes that make checkpoints."""
+        return [node for node in self.nodes if node.stage != "evaluate"]
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """What the plan says of a node.
+
+    Attributes:
+        artifact: Its artifact, when it is cached.
+        why: Reason in words: `cached`, `never made`, or what changed since the last run of this name.
+        code_changed: Cached, but made by other code than today's.
+    """
+
+    node: Node
+    artifact: Artifact | None
+    why: str
+    code_changed: bool = False
+
+    @property
+    def cached(self) -> bool:
+        """Whether nothing has to run for it."""
+        return self.artifact is not None
+
+
+def build_graph(config: RunConfig, home: Path) -> StageGraph:
+    """Compose the graph of a run and key every node.
+
+    Args:
+        config: A validated run file.
+        home: `$MOPD_HOME`; holds the pins of the last plan and the cache of file fingerprints.
+
+    Raises:
+        UserError: an impossible run: an unknown option, a missing base, a domain without a teacher.
+    """
+    return _Builder(config, home).build()
+
+
+def status(graph: StageGraph, store: Store) -> list[NodeStatus]:
+    """Say of every node whether it is cached or will run, and why."""
+    last = _read_json(lock_path(store.home, graph.config.name)).get("nodes", {})
+    answers = []
+    rerun: set[str] = set()
+    for node in graph.nodes:
+        artifact = store.find(node.key)
+        if artifact is not None:
+            changed = artifact.manifest.get("code") != code_fingerprint()
+            answers.append(NodeStatus(node, artifact, "cached, code changed since" if changed else "cached", changed))
+            continue
+        answers.append(NodeStatus(node, None, _reason(node, last.get(node.id), rerun)))
+        rerun.add(node.id)
+    return answers
+
+
+def write_lock(graph: StageGraph, home: Path) -> None:
+    """Record what this run resolved to: every node's ingredients and the pinned revisions."""
+    path = lock_path(home, graph.config.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nodes = {node.id: {**node.ingredients, "key": node.key} for node in graph.nodes}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"pins": dict(graph.pins), "nodes": nodes}, indent=1, sort_keys=True))
+    os.replace(temporary, path)
+
+
+def lock_path(home: Path, run: str) -> Path:
+    """Where a run's lock file is."""
+    return home / "runs" / run / "lock.json"
+
+
+@cache
+def code_fingerprint() -> str:
+    """Hash of the code that trains and scores: the sources of experts, stages and evals."""
+    root = Path(__file__).resolve().parent.parent
+    sha = hashlib.sha256()
+    for package in ("experts", "stages", "evals"):
+        for path in sorted((root / package).rglob("*.py")):
+            sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha.hexdigest()
+
+
+class _Builder:
+    """Adds node after node, parents first."""
+
+    def __init__(self, config: RunConfig, home: Path) -> None:
+        self.config = config
+        self.home = home
+        self.nodes: dict[str, Node] = {}
+        self.pins: dict[str, str] = {}
+        self.domains: dict[str, Domain] = {
+            name: load_domain(name, entry.kind, entry.options) for name, entry in config.domains.items()
+        }
+        self.fingerprints = {name: domain.fingerprint() for name, domain in self.domains.items()}
+        self.teachers = config.teachers()
+
+    def build(self) -> StageGraph:
+        for seed in self.config.seeds:
+            self._add_seed(seed)
+        return StageGraph(self.config, tuple(self.nodes.values()), self.pins)
+
+    def _add_seed(self, seed: int) -> None:
+        config = self.config
+        made = {BASE: self._base(seed)}
+        if config.cold_start:
+            sft = config.cold_start.sft
+            made[COLD_START] = self._train(
+                COLD_START, "sft", SFTConfig, sft, seed, {"start": made[BASE]}, config.domain_names(sft.domains)
+            )
+        for name, expert in config.experts.items():
+            start = made[expert.start_from or config.default_start()]
+            method: SFTConfig | RLConfig | None = expert.train.sft or expert.train.rl
+            assert method is not None
+            stage = "sft" if expert.train.sft else "rl"
+            made[name] = self._train(
+                f"experts/{name}", stage, type(method), method, seed, {"start": start}, [expert.domain]
+            )
+        if config.merge:
+            start = made[config.merge.start_from or config.default_start()]
+            parents = {"start": start} | {f"teacher/{d}": made[t] for d, t in self.teachers.items()}
+            made[STUDENT] = self._train(
+                STUDENT, "distill", DistillConfig, config.merge, seed, parents, list(self.teachers)
+            )
+        for checkpoint in made.values():
+            self._add_evaluations(checkpoint, seed)
+
+    def _base(self, seed: int) -> str:
+        base = self.config.base
+        if base.pretrain:
+            names = self.config.domain_names(base.pretrain.domains)
+            return self._train(BASE, "pretrain", PretrainConfig, base.pretrain, seed, {}, names)
+        source = self._source()
+        config = {"kind": source.kind, "location": source.location, "revision": source.revision}
+        return self._add(BASE, BASE, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
+
+    def _source(self) -> Source:
+        base = self.config.base
+        if base.gguf:
+            return resolve_gguf(base.gguf)
+        assert base.checkpoint is not None
+        pins = _read_json(lock_path(self.home, self.config.name)).get("pins", {})
+        asked = f"{base.checkpoint}@{base.revision or 'default'}"
+        source = resolve_checkpoint(base.checkpoint, base.revision, pins.get(asked))
+        if source.revision:
+            self.pins[asked] = source.revision
+        return source
+
+    def _fingerprint(self, source: Source) -> str:
+        """The source's fingerprint, remembered by path, size and time, for it may be gigabytes."""
+        if source.kind == "hub":
+            return source.fingerprint()
+        path = Path(source.location)
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        stamp = stable_hash([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+        memory = self.home / "fingerprints.json"
+        known = _read_json(memory)
+        if stamp not in known:
+            known[stamp] = source.fingerprint()
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(known))
+        return str(known[stamp])
+
+    def _train(
+        self,
+        name: str,
+        stage: str,
+        schema: type[TrainConfig],
+        config: TrainConfig,
+        seed: int,
+        parents: Mapping[str, str],
+        domains: list[str],
+    ) -> str:
+        """Add a training stage; of the run file's entry only the stage's own fields reach it."""
+        fields = {field: getattr(config, field) for field in schema.model_fields}
+        if isinstance(config, MergeConfig) and config.anchor:
+            anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
+            fields["domain_weights"] = anchor | config.domain_weights
+        own = schema.model_validate(fields)
+        self._check_adapter(name, own, parents)
+        facts = {"config": own.key_fields()}
+        return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
+
+    def _add(
+        self,
+        node_id: str,
+        name: str,
+        stage: str,
+        seed: int,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        parents: Mapping[str, str],
+        domains: list[str],
+    ) -> str:
+        if node_id in self.nodes:
+            return node_id
+        ingredients = {
+            "stage": stage,
+            "version": VERSIONS[stage],
+            "seed": seed,
+            "parents": {role: self.nodes[parent].key for role, parent in parents.items()},
+            "domains": {domain: self.fingerprints[domain] for domain in domains},
+            **facts,
+        }
+        if stage not in ("load", "evaluate"):
+            ingredients["world_size"] = max(1, self.config.resources.gpus)
+        entries = {d: self.config.domains[d].model_dump(mode="json") for d in domains}
+        key = stable_hash(ingredients)[:KEY_LENGTH]
+        self.nodes[node_id] = Node(node_id, name, stage, seed, config, dict(parents), entries, ingredients, key)
+        return node_id
+
+    def _add_evaluations(self, checkpoint: str, seed: int) -> None:
+        evaluate = self.config.evaluate
+        own = EvaluationConfig.model_validate({f: getattr(evaluate, f) for f in EvaluationConfig.model_fields})
+        name = self.nodes[checkpoint].name
+        suffix = "" if checkpoint == BASE else f"@{seed}"
+        for domain in self.config.domain_names(evaluate.domains):
+            for split in self.domains[domain].splits:
+                if split in (HELD_OUT, OUT_OF_DISTRIBUTION):
+                    node_name = f"eval/{name}/{domain}/{split}"
+                    full = own.model_dump(mode="json") | {"domain": domain, "split": split}
+                    facts = {"config": own.key_fields(), "split": split}
+                    parents = {"checkpoint": checkpoint}
+                    self._add(f"{node_name}{suffix}", node_name, "evaluate", 0, full, facts, parents, [domain])
+
+    def _check_adapter(self, name: str, config: TrainConfig, parents: Mapping[str, str]) -> None:
+        """An adapter goes on training from its start, so both must have one shape."""
+        if config.lora is None or "start" not in parents:
+            return
+        start = self.nodes[parents["start"]]
+        theirs = start.config.get("lora")
+        mine = config.lora.model_dump(mode="json")
+        if theirs is not None and theirs != mine:
+            raise UserError(
+                f"{name}: its lora {mine} differs from that of the checkpoint it starts from, {start.name}: {theirs}; "
+                f"an adapter goes on training with the shape it has"
+            )
+
+
+def _reason(node: Node, before: Mapping[str, Any] | None, rerun: set[str]) -> str:
+    waiting = [parent for parent in node.parents.values() if parent in rerun]
+    if before is None:
+        return "never made"
+    if before["key"] == node.key:
+        return "not finished" if not waiting else f"waits for {', '.join(waiting)}"
+    changes = list(_differences(before, node.ingredients))
+    return "changed: " + "; ".join(changes[:3]) + ("; …" if len(changes) > 3 else "")
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found: list[str] = []
+        for key in sorted({*before, *now} - {"key"}):
+            where = f"{path}.{key}" if path else key
+            found += _differences(before.get(key), now.get(key), where)
+        return found
+    if before == now:
+        return []
+    top = path.split(".")[0]
+    if top in ("parents", "domains"):
+        return [f"{top.removesuffix('s')} {path.removeprefix(top + '.')}"]
+    return [f"{path.removeprefix('config.')} {before} → {now}"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return loaded
+

