@@ -80,15 +80,24 @@ class ExpertConfig(StrictModel):
     """Who learns what, and how."""
 
     domain: str = Field(description="The domain it is trained in.")
-    train: TrainMethod = Field(description="sft or rl.")
+    train: TrainMethod | None = Field(None, description="sft or rl.")
+    checkpoint: str | None = Field(None, description="An expert trained elsewhere: a Hugging Face id or a directory.")
     start_from: str | None = Field(None, description="cold_start or base; the cold start when there is one.")
+
+    @model_validator(mode="after")
+    def _trained_or_given(self) -> Self:
+        if (self.train is None) == (self.checkpoint is None):
+            raise ValueError("give exactly one of train, checkpoint")
+        return self
 
 
 class AnchorConfig(StrictModel):
     """The start checkpoint teaches its own general prompts, so that the student does not forget them."""
 
     domains: list[str] = Field(description="Domains whose teacher is the checkpoint the merge starts from.")
-    weight: float = Field(1.0, gt=0, description="Share of prompts of an anchor domain, relative to an expert's domain.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of prompts of an anchor domain, relative to an expert's domain."
+    )
 
 
 class MergeConfig(DistillConfig):
@@ -111,7 +120,9 @@ class EvaluateConfig(EvaluationConfig):
 class GateConfig(StrictModel):
     """What a student must show to become champion."""
 
-    non_inferiority_margin: float = Field(0.08, gt=0, lt=1, description="Allowed deficit to each teacher (lower bound).")
+    non_inferiority_margin: float = Field(
+        0.08, gt=0, lt=1, description="Allowed deficit to each teacher (lower bound)."
+    )
     max_forgetting: float = Field(0.05, ge=0, lt=1, description="Allowed mean drop on domains no expert trains.")
     confidence: Share = Field(0.95, description="Level of all intervals.")
 
@@ -170,7 +181,9 @@ class RunConfig(StrictModel):
             elif len(own) == 1:
                 routes[domain] = own[0]
             elif len(own) > 1:
-                raise UserError(f"merge.teachers: domain '{domain}' has {len(own)} experts ({', '.join(own)}); name one")
+                raise UserError(
+                    f"merge.teachers: domain '{domain}' has {len(own)} experts ({', '.join(own)}); name one"
+                )
             elif merge.fallback_teacher:
                 routes[domain] = merge.fallback_teacher
             elif merge.anchor is None or domain not in merge.anchor.domains:
@@ -187,12 +200,13 @@ class RunConfig(StrictModel):
         return routes
 
 
-def load_run_file(path: Path, overrides: list[str] | None = None) -> RunConfig:
+def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int | None = None) -> RunConfig:
     """Read and validate a run file.
 
     Args:
         path: A YAML file.
         overrides: Dotted assignments such as `experts.sort.train.rl.max_steps=50`; values are YAML.
+        max_steps: Cap on the steps of every stage, to try a large run in small.
 
     Raises:
         UserError: names the file, the key and the nearest valid choice; all mistakes in one message.
@@ -215,7 +229,14 @@ def load_run_file(path: Path, overrides: list[str] | None = None) -> RunConfig:
     problems = _dangling_names(config)
     if problems:
         raise UserError("\n".join(f"{path}: {line}" for line in problems))
-    return config
+    return config if max_steps is None else RunConfig.model_validate(_capped(config.model_dump(), max_steps))
+
+
+def _capped(value: Any, max_steps: int) -> Any:
+    """The dumped config with no `max_steps` above the cap."""
+    if isinstance(value, dict):
+        return {k: min(v, max_steps) if k == "max_steps" else _capped(v, max_steps) for k, v in value.items()}
+    return value
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

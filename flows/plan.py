@@ -178,7 +178,12 @@ class _Builder:
                 COLD_START, "sft", SFTConfig, sft, seed, {"start": made[BASE]}, config.domain_names(sft.domains)
             )
         for name, expert in config.experts.items():
+            if expert.checkpoint:
+                source = self._resolve(expert.checkpoint, None)
+                made[name] = self._load(f"experts/{name}", source)
+                continue
             start = made[expert.start_from or config.default_start()]
+            assert expert.train is not None
             method: SFTConfig | RLConfig | None = expert.train.sft or expert.train.rl
             assert method is not None
             stage = "sft" if expert.train.sft else "rl"
@@ -199,18 +204,18 @@ class _Builder:
         if base.pretrain:
             names = self.config.domain_names(base.pretrain.domains)
             return self._train(BASE, "pretrain", PretrainConfig, base.pretrain, seed, {}, names)
-        source = self._source()
-        config = {"kind": source.kind, "location": source.location, "revision": source.revision}
-        return self._add(BASE, BASE, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
+        return self._load(BASE, resolve_gguf(base.gguf) if base.gguf else self._resolve(base.checkpoint, base.revision))
 
-    def _source(self) -> Source:
-        base = self.config.base
-        if base.gguf:
-            return resolve_gguf(base.gguf)
-        assert base.checkpoint is not None
+    def _load(self, name: str, source: Source) -> str:
+        """Add the import of a checkpoint made elsewhere; all seeds share it."""
+        config = {"kind": source.kind, "location": source.location, "revision": source.revision}
+        return self._add(name, name, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
+
+    def _resolve(self, reference: str | None, revision: str | None) -> Source:
+        assert reference is not None
         pins = _read_json(lock_path(self.home, self.config.name)).get("pins", {})
-        asked = f"{base.checkpoint}@{base.revision or 'default'}"
-        source = resolve_checkpoint(base.checkpoint, base.revision, pins.get(asked))
+        asked = f"{reference}@{revision or 'default'}"
+        source = resolve_checkpoint(reference, revision, pins.get(asked))
         if source.revision:
             self.pins[asked] = source.revision
         return source
@@ -282,7 +287,7 @@ class _Builder:
         evaluate = self.config.evaluate
         own = EvaluationConfig.model_validate({f: getattr(evaluate, f) for f in EvaluationConfig.model_fields})
         name = self.nodes[checkpoint].name
-        suffix = "" if checkpoint == BASE else f"@{seed}"
+        suffix = "" if checkpoint == name else f"@{seed}"
         for domain in self.config.domain_names(evaluate.domains):
             for split in self.domains[domain].splits:
                 if split in (HELD_OUT, OUT_OF_DISTRIBUTION):
@@ -325,7 +330,7 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
         return found
     if before == now:
         return []
-    top = path.split(".")[0]
+    top = path.split(".", maxsplit=1)[0]
     if top in ("parents", "domains"):
         return [f"{top.removesuffix('s')} {path.removeprefix(top + '.')}"]
     return [f"{path.removeprefix('config.')} {before} → {now}"]
@@ -337,4 +342,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     return loaded
-

@@ -92,7 +92,9 @@ class SFTConfig(TrainConfig):
     """Supervised fine-tuning on demonstrations; the loss is on completion tokens only."""
 
     batch_size: Positive = Field(64, description="Examples of one step.")
-    demonstrations: Literal["gold", "rough"] = Field("gold", description="What is imitated: the answer, or a rough one.")
+    demonstrations: Literal["gold", "rough"] = Field(
+        "gold", description="What is imitated: the answer, or a rough one."
+    )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
         description="Optimizer and schedule.",
@@ -133,7 +135,8 @@ class ObjectiveConfig(StrictModel):
     )
     advantage_clip: float = Field(5.0, gt=0, description="A_max: the sampled log-ratio is clipped to ±A_max.")
     importance_band: tuple[float, float] = Field(
-        (0.5, 2.0), description="Tokens whose policy/sampler ratio is outside get weight 0 (MiMo: dropped, not clipped)."
+        (0.5, 2.0),
+        description="Tokens whose policy/sampler ratio is outside get weight 0 (MiMo: dropped, not clipped).",
     )
     outcome_weight: float = Field(0.0, ge=0, description="alpha: weight of the group-normalised outcome reward.")
     chunk_tokens: Positive = Field(

@@ -76,7 +76,9 @@ class Store:
         except FileNotFoundError:
             return None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CorruptedArtifactError(f"{path / MANIFEST}: not readable as JSON ({error}); {_mend(key)}", key) from None
+            raise CorruptedArtifactError(
+                f"{path / MANIFEST}: not readable as JSON ({error}); {_mend(key)}", key
+            ) from None
         return Artifact(key=key, uri=str(path), digest=manifest["digest"], manifest=manifest)
 
     def get(self, key: str) -> Artifact:
@@ -106,7 +108,9 @@ class Store:
         for name, expected in artifact.manifest["files"].items():
             path = artifact.path / name
             if not path.exists():
-                raise CorruptedArtifactError(f"{path}: missing from {artifact.name}; {_mend(artifact.key)}", artifact.key)
+                raise CorruptedArtifactError(
+                    f"{path}: missing from {artifact.name}; {_mend(artifact.key)}", artifact.key
+                )
             found = hash_file(path)
             if found != expected:
                 raise CorruptedArtifactError(

@@ -68,9 +68,7 @@ class Workspace:
         manifest = dict(self.provenance) | {
             "name": self.name,
             "seed": self.seed,
-            "parents": {
-                role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()
-            },
+            "parents": {role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()},
             "data": {name: domain.fingerprint() for name, domain in self.domains.items()},
             "sources": {domain: sorted(units) for domain, units in seen.items()},
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
