@@ -1,0 +1,80 @@
+"""Losses over completion tokens in bounded memory: logits exist for one chunk of tokens at a time.
+
+Shape suffixes: N tokens laid end to end, C tokens of one chunk, H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+# Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name.
+TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+def chunked_token_loss(
+    hidden_NH: Tensor, head_VH: Tensor, weights_N: Tensor, token_loss: TokenLoss, chunk_tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of per-token losses of the logits `hidden @ head.T`, never holding more than a chunk of logits.
+
+    Gradients are formed chunk by chunk in the forward pass (as fused linear losses do), so the cost is one pass over
+    the head and the peak is O(chunk x V) instead of O(N x V).
+
+    Args:
+        hidden_NH: Hidden states that predict each token.
+        head_VH: Output head.
+        weights_N: Weight of each token's loss in the sum.
+        token_loss: Pure function of logits; gradients flow through the losses only, metrics are detached.
+        chunk_tokens: C.
+
+    Returns:
+        The scalar loss, and each metric as a vector [N].
+    """
+    metrics: dict[str, list[Tensor]] = {}
+    loss: Tensor = _ChunkedTokenLoss.apply(hidden_NH, head_VH, weights_N, token_loss, chunk_tokens, metrics)
+    return loss, {name: torch.cat(parts) for name, parts in metrics.items()}
+
+
+class _ChunkedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        weights_N: Tensor,
+        token_loss: TokenLoss,
+        chunk_tokens: int,
+        metrics: dict[str, list[Tensor]],
+    ) -> Tensor:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
+        grad_head_VH = torch.zeros_like(head_VH) if needs_head else None
+        total = hidden_NH.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden_NH.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            hidden_CH = hidden_NH[part].detach()
+            with torch.enable_grad():
+                logits_CV = (hidden_CH @ head_VH.detach().T).float().requires_grad_(needs_hidden or needs_head)
+                losses_C, values = token_loss(logits_CV, part)
+                chunk_loss = (losses_C * weights_N[part]).sum()
+            total += chunk_loss.detach()
+            for name, value_C in values.items():
+                metrics.setdefault(name, []).append(value_C.detach())
+            if needs_hidden or needs_head:
+                (grad_CV,) = torch.autograd.grad(chunk_loss, logits_CV)
+                grad_CV = grad_CV.to(hidden_NH.dtype)
+                if grad_hidden_NH is not None:
+                    grad_hidden_NH[part] = grad_CV @ head_VH.to(grad_CV.dtype)
+                if grad_head_VH is not None:
+                    grad_head_VH += (grad_CV.T @ hidden_CH).to(grad_head_VH.dtype)
+        ctx.save_for_backward(grad_hidden_NH, grad_head_VH)  # type: ignore[attr-defined]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        grad_hidden_NH, grad_head_VH = ctx.saved_tensors
+        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in (grad_hidden_NH, grad_head_VH)]
+        return (*scaled, None, None, None, None)

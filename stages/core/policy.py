@@ -1,0 +1,157 @@
+"""A policy: a causal language model with its tokenizer, full or as an adapter on a shared base.
+
+Shape suffixes: B sequences, T tokens, N completion tokens of a batch laid end to end, H hidden, V vocabulary.
+
+A forward pass stops at the hidden states. Logits are made only where a loss or a sampler reads them, from the
+output head, chunk by chunk (`chunked_token_loss` in `stages.core.loss`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from experts.domain import Prompt
+from experts.errors import UserError
+from stages.config import LoraConfig
+from stages.core.checkpoint import Artifact, Store
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer.
+
+    Attributes:
+        model: A causal language model, wrapped by peft when it carries an adapter.
+        tokenizer: Its tokenizer; has an EOS and a pad token.
+        adapter_base: Key of the full checkpoint under the adapter; None for a full model.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter_base: str | None = None
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a completion."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def head_VH(self) -> Tensor:
+        """Weight of the output head; shared with the input embedding in tied models."""
+        return head_weight(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+class HiddenStates(nn.Module):
+    """The policy without its head: what data-parallel wrappers wrap, for gradients flow through its forward."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Return hidden states [B, T, H] of right-padded tokens; causality alone hides the padding."""
+        output = causal_lm(self.model).get_decoder()(input_ids=tokens_BT, use_cache=False)
+        hidden_BTH: Tensor = output.last_hidden_state
+        return hidden_BTH
+
+
+def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model itself, adapters in place."""
+    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
+
+
+def head_weight(model: PreTrainedModel | PeftModel) -> Tensor:
+    """The output head's weight [V, H]."""
+    weight: Tensor = causal_lm(model).get_output_embeddings().weight
+    return weight
+
+
+def completion_hidden(hidden_BTH: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    """Hidden states [N, H] that predict the masked-in tokens: those one position earlier."""
+    return hidden_BTH[:, :-1][loss_mask_BT[:, 1:]]
+
+
+def load_policy(
+    checkpoint: Artifact, store: Store, *, lora: LoraConfig | None = None, trainable: bool = False, seed: int = 0
+) -> Policy:
+    """Load a checkpoint in float32, for inference or as the start of a training stage.
+
+    A full checkpoint with `lora` gets a fresh adapter; an adapter with `lora` goes on training on its own base;
+    an adapter without `lora` is merged into its base when it is to be trained in full.
+
+    Args:
+        checkpoint: A stored checkpoint, full or adapter.
+        store: Where an adapter's base is found.
+        lora: Shape of the adapter to train.
+        trainable: Whether the policy will be trained.
+        seed: Seed of a fresh adapter's weights.
+    """
+    base = checkpoint.manifest.get("adapter_base")
+    root = store.get(base) if base else checkpoint
+    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri)
+    if base:
+        model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
+        if trainable and lora is None:
+            model, base = model.merge_and_unload(), None
+    elif lora:
+        torch.manual_seed(seed)
+        model = get_peft_model(model, peft_config(lora))
+        base = checkpoint.key
+    if not trainable:
+        model.requires_grad_(False)
+    model.eval()
+    return Policy(model, tokenizer, base)
+
+
+def peft_config(lora: LoraConfig) -> PeftLoraConfig:
+    """The run file's adapter shape in peft's terms."""
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt as the chat template renders it, up to where the completion begins.
+
+    Without a chat template plain text is encoded as it is.
+
+    Raises:
+        UserError: chat messages for a tokenizer without a chat template.
+    """
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template for chat messages")
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
+    """Token ids of a completion, ended by EOS."""
+    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+
+
+def right_pad(rows: Sequence[Sequence[Any]], pad: float, dtype: torch.dtype) -> Tensor:
+    """Stack rows of different lengths into [B, T], padded on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)

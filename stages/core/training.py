@@ -1,0 +1,187 @@
+"""The training core every stage stands on: one optimizer step over accelerate, saved and resumed exactly.
+
+Everything random in a stage is a function of its seed and the step, so a saved state is model, optimizer, schedule
+and step; a resumed stage takes the same steps an uninterrupted one would.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from experts.domain import stable_hash
+from stages.config import TrainConfig
+from stages.core.policy import HiddenStates, Policy, completion_hidden
+
+Item = TypeVar("Item")
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+class Learner:
+    """A policy being trained: accelerate, AdamW, schedule, clipping, save and resume.
+
+    Args:
+        policy: The student; trained in place.
+        config: The stage's config.
+        updates: Optimizer updates the stage will make in all: the length of the schedule.
+        progress: Folder of saved states.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path) -> None:
+        self.policy = policy
+        self.config = config
+        self.progress = progress
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
+        )
+        trainable = [p for p in policy.model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(
+            trainable,
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.schedule = get_scheduler(
+            SCHEDULES[config.optimizer.schedule],
+            adam,
+            num_warmup_steps=config.optimizer.warmup_steps,
+            num_training_steps=updates,
+        )
+        self.module, self.optimizer = self.accelerator.prepare(HiddenStates(policy.model), adam)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.accelerator.register_save_state_pre_hook(_save_trainable)
+        self.accelerator.register_load_state_pre_hook(_load_trainable)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return self.accelerator.device
+
+    def completion_hidden(self, tokens_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
+        """Forward the student; hidden states [N, H] of the masked-in tokens, gradients attached."""
+        with self.accelerator.autocast():
+            return completion_hidden(self.module(tokens_BT), loss_mask_BT)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch."""
+        self.accelerator.backward(loss)
+
+    def update(self) -> dict[str, float]:
+        """Clip, step the optimizer and the schedule, clear gradients; returns the gradient's norm and the rate."""
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimizer.max_grad_norm)
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return {"grad_norm": float(norm) if norm is not None else 0.0, "learning_rate": rate}
+
+    def global_sum(self, value: float) -> float:
+        """A number summed over the processes that train together."""
+        total: Tensor = self.accelerator.reduce(torch.tensor(value, device=self.device), "sum")
+        return float(total)
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together."""
+        return int(self.accelerator.num_processes)
+
+    def shard(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of a batch."""
+        return list(items[self.accelerator.process_index :: self.world_size])
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps; a state is whole or absent, and only the newest is kept."""
+        temporary = self.progress / f".tmp-{step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        if self.accelerator.is_main_process:
+            (temporary / "step.json").write_text(json.dumps({"step": step}))
+            for path in temporary.iterdir():
+                _sync(path)
+            os.rename(temporary, self.progress / f"step-{step}")
+            _sync(self.progress)
+            for _, old in self._saved()[:-1]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the newest saved state, if any; returns the number of steps done."""
+        saved = self._saved()
+        if not saved:
+            return 0
+        step, folder = saved[-1]
+        self.accelerator.load_state(str(folder))
+        return step
+
+    def _saved(self) -> list[tuple[int, Path]]:
+        return sorted((int(path.name.removeprefix("step-")), path) for path in self.progress.glob("step-*"))
+
+
+def step_seed(seed: int, step: int, purpose: str) -> int:
+    """The seed of one purpose in one step: a hash, so that neighbours share nothing."""
+    return int(stable_hash([seed, step, purpose])[:15], 16)
+
+
+def epochs(items: Sequence[Item], seed: int) -> Iterator[Item]:
+    """Items for ever, each epoch in an order of its own decided by the seed."""
+    for epoch in range(1 << 62):
+        order = list(items)
+        random.Random(step_seed(seed, epoch, "epoch")).shuffle(order)
+        yield from order
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split rows into micro-batches of like length, each of at most `max_tokens` padded tokens.
+
+    Args:
+        lengths: Tokens of each row.
+        max_tokens: Padded size of a micro-batch; a single longer row still makes one.
+
+    Returns:
+        Indices of the rows of each micro-batch, every row once.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        # Rows come longest first, so a batch's first row is as wide as the batch.
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are trained, by name; a tied tensor once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _save_trainable(models: list[Any], weights: list[Any], folder: str) -> None:
+    """Save only what is trained: for an adapter the base need not be written at every save."""
+    for model in models:
+        tensors = {name: tensor.contiguous() for name, tensor in _trainable(model).items()}
+        save_file(tensors, Path(folder) / "trainable.safetensors")
+        weights.pop()
+
+
+def _load_trainable(models: list[Any], folder: str) -> None:
+    while models:
+        current = _trainable(models.pop())
+        for name, tensor in load_file(Path(folder) / "trainable.safetensors").items():
+            current[name].copy_(tensor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
