@@ -81,6 +81,7 @@ class PretrainConfig(TrainConfig):
     max_steps: Positive = Field(450, description="Optimizer steps.")
     batch_tokens: Positive = Field(2048, description="Tokens of one step.")
     prompt_weight: Share = Field(0.2, description="Loss weight of prompt tokens.")
+    lora: None = Field(None, description="A model from scratch has no base for adapters.")
     wrong_answers: Share = Field(0.05, description="Share of documents that end in another example's answer.")
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=6e-3, schedule="cosine", warmup_steps=20),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 # Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
@@ -40,7 +39,7 @@ def chunked_token_loss(
 class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_NH: Tensor,
         head_VH: Tensor,
         weights_N: Tensor,
@@ -48,7 +47,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         chunk_tokens: int,
         metrics: dict[str, list[Tensor]],
     ) -> Tensor:
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_head_VH = torch.zeros_like(head_VH) if needs_head else None
         total = hidden_NH.new_zeros((), dtype=torch.float32)
@@ -69,12 +68,12 @@ class _ChunkedTokenLoss(torch.autograd.Function):
                     grad_hidden_NH[part] = grad_CV @ head_VH.to(grad_CV.dtype)
                 if grad_head_VH is not None:
                     grad_head_VH += (grad_CV.T @ hidden_CH).to(grad_head_VH.dtype)
-        ctx.save_for_backward(grad_hidden_NH, grad_head_VH)  # type: ignore[attr-defined]
+        ctx.gradients = (grad_hidden_NH, grad_head_VH)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        grad_hidden_NH, grad_head_VH = ctx.saved_tensors
+        grad_hidden_NH, grad_head_VH = ctx.gradients
         scaled = [None if g is None else g * grad_output.to(g.dtype) for g in (grad_hidden_NH, grad_head_VH)]
         return (*scaled, None, None, None, None)

@@ -43,12 +43,26 @@ class Policy:
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def pad_id(self) -> int:
+        """The token that fills a batch up; never attended to, never scored."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else int(pad)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return head_weight(self.model).device
+
+    @property
     def head_VH(self) -> Tensor:
         """Weight of the output head; shared with the input embedding in tied models."""
         return head_weight(self.model)
 
     def save(self, folder: Path) -> None:
         """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory."""
+        if isinstance(self.model, PeftModel):
+            # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
+            self.model.peft_config["default"].base_model_name_or_path = self.adapter_base
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -115,7 +129,40 @@ def load_policy(
     if not trainable:
         model.requires_grad_(False)
     model.eval()
-    return Policy(model, tokenizer, base)
+    policy = Policy(model, tokenizer, base)
+    check_head(policy, checkpoint)
+    return policy
+
+
+def check_head(policy: Policy, checkpoint: Artifact) -> None:
+    """See that logits are hidden states times the head's weight, which all chunked losses rely on.
+
+    Raises:
+        UserError: the tokenizer has no EOS, or the architecture scales, caps or shifts its logits.
+    """
+    if policy.tokenizer.eos_token_id is None:
+        raise UserError(f"{checkpoint.name}: its tokenizer has no EOS token, so a completion could never end")
+    tokens_BT = torch.tensor([[policy.eos_id, policy.pad_id]], device=policy.device)
+    with torch.no_grad():
+        logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits
+        ours_BTV = HiddenStates(policy.model)(tokens_BT) @ policy.head_VH.T
+    if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{checkpoint.name}: {type(causal_lm(policy.model)).__name__} does more to its logits than a linear head "
+            f"without bias; such architectures are not supported"
+        )
+
+
+def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """Say in what two tokenizers differ, for one must be able to score the other's tokens; None when in nothing."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        odd = sorted(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[:3]
+        return f"vocabularies of {len(mine)} and {len(other)} tokens, for example {odd}"
+    for name in ("eos_token_id", "chat_template"):
+        if getattr(ours, name) != getattr(theirs, name):
+            return f"{name} {getattr(ours, name)!r:.80} and {getattr(theirs, name)!r:.80}"
+    return None
 
 
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:

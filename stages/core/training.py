@@ -4,16 +4,19 @@ Everything random in a stage is a function of its seed and the step, so a saved 
 and step; a resumed stage takes the same steps an uninterrupted one would.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -34,12 +37,18 @@ class Learner:
         config: The stage's config.
         updates: Optimizer updates the stage will make in all: the length of the schedule.
         progress: Folder of saved states.
+        seed: Seed of the stage; dropout in adapters is decided by it and the step.
+
+    Attributes:
+        tokens: Tokens the loss was computed on so far, in all processes.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path) -> None:
+    def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path, seed: int) -> None:
         self.policy = policy
         self.config = config
         self.progress = progress
+        self.seed = seed
+        self.tokens = 0
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
         )
@@ -58,7 +67,7 @@ class Learner:
         )
         self.module, self.optimizer = self.accelerator.prepare(HiddenStates(policy.model), adam)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.accelerator.register_save_state_pre_hook(_save_trainable)
+        self.accelerator.register_save_state_pre_hook(self._save_trainable)
         self.accelerator.register_load_state_pre_hook(_load_trainable)
 
     @property
@@ -66,14 +75,30 @@ class Learner:
         """Where the student is."""
         return self.accelerator.device
 
+    def begin(self, step: int) -> None:
+        """Start a step: whatever torch draws in it depends on the seed and the step alone."""
+        torch.manual_seed(step_seed(self.seed, step, "torch"))
+
     def completion_hidden(self, tokens_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
         """Forward the student; hidden states [N, H] of the masked-in tokens, gradients attached."""
         with self.accelerator.autocast():
             return completion_hidden(self.module(tokens_BT), loss_mask_BT)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch."""
-        self.accelerator.backward(loss)
+        """Accumulate the gradient of one micro-batch; over processes gradients add up, not average."""
+        self.accelerator.backward(loss * self.world_size)
+
+    @contextlib.contextmanager
+    def synchronised(self, last: bool) -> Iterator[None]:
+        """Exchange gradients between processes only with the last micro-batch of an update."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+            yield
+
+    def empty_backward(self) -> None:
+        """Take part in the exchange of gradients without a row to learn from."""
+        if self.world_size > 1:
+            hidden_BTH = self.module(torch.full((1, 2), self.policy.pad_id, device=self.device))
+            self.backward((hidden_BTH.sum() + self.policy.head_VH.sum()) * 0.0)
 
     def update(self) -> dict[str, float]:
         """Clip, step the optimizer and the schedule, clear gradients; returns the gradient's norm and the rate."""
@@ -84,10 +109,29 @@ class Learner:
         self.optimizer.zero_grad()
         return {"grad_norm": float(norm) if norm is not None else 0.0, "learning_rate": rate}
 
+    def skip_update(self) -> None:
+        """Let the schedule advance where a step brought nothing to learn from."""
+        self.schedule.step()
+
+    def averages(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """Means over all processes from each one's sums and counts."""
+        pooled: dict[str, list[float]] = {}
+        for part in gather_object([dict(sums)]):
+            for name, (total, count) in part.items():
+                pool = pooled.setdefault(name, [0.0, 0.0])
+                pool[0] += total
+                pool[1] += count
+        return {name: total / count for name, (total, count) in pooled.items() if count}
+
     def global_sum(self, value: float) -> float:
         """A number summed over the processes that train together."""
         total: Tensor = self.accelerator.reduce(torch.tensor(value, device=self.device), "sum")
         return float(total)
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes this is."""
+        return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
@@ -96,15 +140,18 @@ class Learner:
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
         """This process's share of a batch."""
-        return list(items[self.accelerator.process_index :: self.world_size])
+        return list(items[self.rank :: self.world_size])
 
     def save(self, step: int) -> None:
         """Save the state after `step` steps; a state is whole or absent, and only the newest is kept."""
         temporary = self.progress / f".tmp-{step}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         if self.accelerator.is_main_process:
-            (temporary / "step.json").write_text(json.dumps({"step": step}))
+            (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens}))
             for path in temporary.iterdir():
                 _sync(path)
             os.rename(temporary, self.progress / f"step-{step}")
@@ -120,7 +167,16 @@ class Learner:
             return 0
         step, folder = saved[-1]
         self.accelerator.load_state(str(folder))
+        self.tokens = json.loads((folder / "stage.json").read_text())["tokens"]
         return step
+
+    def _save_trainable(self, models: list[Any], weights: list[Any], folder: str) -> None:
+        """Save only what is trained: for an adapter the base need not be written at every save."""
+        for model in models:
+            tensors = {name: tensor.contiguous() for name, tensor in _trainable(model).items()}
+            if self.accelerator.is_main_process:
+                save_file(tensors, Path(folder) / "trainable.safetensors")
+            weights.pop()
 
     def _saved(self) -> list[tuple[int, Path]]:
         return sorted((int(path.name.removeprefix("step-")), path) for path in self.progress.glob("step-*"))
@@ -131,9 +187,9 @@ def step_seed(seed: int, step: int, purpose: str) -> int:
     return int(stable_hash([seed, step, purpose])[:15], 16)
 
 
-def epochs(items: Sequence[Item], seed: int) -> Iterator[Item]:
-    """Items for ever, each epoch in an order of its own decided by the seed."""
-    for epoch in range(1 << 62):
+def epochs(items: Sequence[Item], seed: int, first: int = 0) -> Iterator[Item]:
+    """Items for ever from epoch `first` on, each epoch in an order of its own decided by the seed."""
+    for epoch in itertools.count(first):
         order = list(items)
         random.Random(step_seed(seed, epoch, "epoch")).shuffle(order)
         yield from order
@@ -162,14 +218,6 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained, by name; a tied tensor once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _save_trainable(models: list[Any], weights: list[Any], folder: str) -> None:
-    """Save only what is trained: for an adapter the base need not be written at every save."""
-    for model in models:
-        tensors = {name: tensor.contiguous() for name, tensor in _trainable(model).items()}
-        save_file(tensors, Path(folder) / "trainable.safetensors")
-        weights.pop()
 
 
 def _load_trainable(models: list[Any], folder: str) -> None:

@@ -1,0 +1,63 @@
+"""What all training stages do around their steps: data in, progress saved, checkpoint out."""
+
+from collections.abc import Mapping, Sequence
+
+from experts.domain import TRAIN, Example
+from experts.errors import UserError
+from stages.config import TrainConfig
+from stages.core.checkpoint import Artifact
+from stages.core.journal import Journal
+from stages.core.training import Learner
+from stages.core.workspace import Workspace
+
+
+def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[Example]]:
+    """Training examples of each of the stage's domains, decided by its seed.
+
+    Raises:
+        UserError: a domain has none, or fewer than asked for.
+    """
+    drawn = {name: domain.draw(TRAIN, config.examples, workspace.seed) for name, domain in workspace.domains.items()}
+    for name, examples in drawn.items():
+        if not examples:
+            raise UserError(f"domains.{name}: no training examples")
+    return drawn
+
+
+def end_step(learner: Learner, journal: Journal, step: int, total: int, metrics: Mapping[str, float]) -> None:
+    """Log a finished step and save the state when it is due; `step` counts from 1."""
+    if step % learner.config.save_every == 0 and step < total:
+        learner.save(step)
+    if learner.accelerator.is_main_process:
+        journal.metrics(step, metrics)
+        journal.progress(step, total)
+
+
+def finish(
+    workspace: Workspace,
+    learner: Learner,
+    examples: Mapping[str, Sequence[Example]],
+    metrics: Mapping[str, float],
+) -> Artifact:
+    """Commit the trained policy; the process that leads writes, the others wait for it.
+
+    Args:
+        examples: What was trained on, by domain; their sources go into the manifest.
+        metrics: Final metrics.
+    """
+    if learner.accelerator.is_main_process:
+        folder = workspace.store.staging(workspace.key)
+        learner.policy.save(folder)
+        workspace.commit(
+            folder,
+            sources={domain: sorted({example.source for example in drawn}) for domain, drawn in examples.items()},
+            metrics=metrics,
+            tokens=learner.tokens,
+            adapter_base=learner.policy.adapter_base,
+            parameters=sum(p.numel() for p in learner.policy.model.parameters()),
+        )
+    learner.accelerator.wait_for_everyone()
+    artifact = workspace.store.find(workspace.key)
+    if artifact is None:
+        raise RuntimeError(f"{workspace.name}: the leading process did not commit {workspace.key}")
+    return artifact

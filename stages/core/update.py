@@ -1,0 +1,111 @@
+"""One optimizer update from rows of tokens: micro-batches of like length, logits in chunks, gradients summed.
+
+Shape suffixes: B rows, T tokens, N scored tokens of several rows laid end to end.
+
+Every row brings the weight of each of its scored tokens in the whole update's loss, so how the rows are split into
+micro-batches, or over processes, changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.core.loss import TokenLoss, chunked_token_loss
+from stages.core.policy import right_pad
+from stages.core.training import Learner, micro_batches
+
+CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to learn from.
+
+    Attributes:
+        tokens: Token ids.
+        start: Index of the first scored token; all after it are scored. At least 1.
+        weights_N: Weight of each scored token in the update's loss.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    weights_N: Tensor
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return len(self.tokens) - self.start
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """The scored tokens."""
+        return self.tokens[self.start :]
+
+
+def token_weights(lengths: Sequence[int], normalisation: str, learner: Learner) -> list[Tensor]:
+    """Weights that make a sum over tokens a mean over the whole batch of all processes.
+
+    Args:
+        lengths: Scored tokens of each row of this process.
+        normalisation: `token`: every token counts the same; `sequence`: every row does.
+
+    Returns:
+        One vector [N] a row.
+    """
+    if normalisation == "token":
+        total = learner.global_sum(float(sum(lengths)))
+        return [torch.full((length,), 1.0 / total) for length in lengths]
+    rows = learner.global_sum(float(len(lengths)))
+    return [torch.full((length,), 1.0 / (rows * length)) for length in lengths]
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T], padded on the right, and the mask [B, T] of the scored ones."""
+    tokens_BT = right_pad([row.tokens for row in rows], pad_id, torch.long)
+    mask_BT = right_pad([[False] * row.start + [True] * row.scored for row in rows], False, torch.bool)
+    return tokens_BT, mask_BT
+
+
+def accumulate(
+    learner: Learner,
+    rows: Sequence[Row],
+    token_loss: Callable[[list[int]], TokenLoss],
+    chunk_tokens: int = CHUNK_TOKENS,
+    only: Sequence[int] | None = None,
+) -> dict[str, dict[int, Tensor]]:
+    """Add the gradient of the rows' weighted loss; the optimizer is not stepped.
+
+    Args:
+        learner: The student.
+        rows: This process's rows; may be empty where another process has some.
+        token_loss: Given the indices of a micro-batch's rows in the order their tokens are laid out, the loss of
+            those tokens.
+        chunk_tokens: Tokens whose logits exist at one time.
+        only: Indices of the rows that carry a gradient; all when absent.
+
+    Returns:
+        For each metric of the loss one vector a row that was run, by the row's index.
+    """
+    run = list(range(len(rows))) if only is None else list(only)
+    batches = micro_batches([len(rows[i].tokens) for i in run], learner.config.micro_batch_tokens)
+    metrics: dict[str, dict[int, Tensor]] = {}
+    learner.policy.model.train()
+    for number, positions in enumerate(batches):
+        batch = [run[position] for position in positions]
+        tokens_BT, mask_BT = pad_rows([rows[i] for i in batch], learner.policy.pad_id)
+        weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
+        with learner.synchronised(number == len(batches) - 1):
+            hidden_NH = learner.completion_hidden(tokens_BT.to(learner.device), mask_BT.to(learner.device))
+            loss, values = chunked_token_loss(
+                hidden_NH, learner.policy.head_VH, weights_N, token_loss(batch), chunk_tokens
+            )
+            learner.backward(loss)
+        for name, value_N in values.items():
+            parts = value_N.cpu().split([rows[i].scored for i in batch])
+            metrics.setdefault(name, {}).update(zip(batch, parts, strict=True))
+    if not batches:
+        learner.empty_backward()
+    learner.policy.model.eval()
+    return metrics

@@ -1,0 +1,40 @@
+"""Base stage: bring a checkpoint made elsewhere (Hugging Face id, local directory, GGUF file) into the store.
+
+Weights are kept in the type they come in (a GGUF file's are de-quantized to float32); later stages train in float32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experts.errors import UserError
+from stages.core.checkpoint import Artifact
+from stages.core.source import Source
+from stages.core.workspace import Workspace
+
+
+def run(source: Source, workspace: Workspace) -> Artifact:
+    """Copy the checkpoint into the store.
+
+    Raises:
+        UserError: the files cannot be read as a causal language model with a tokenizer.
+    """
+    location, options = _arguments(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base: {source.location}: not a causal language model with a tokenizer: {error}") from error
+    folder = workspace.store.staging(workspace.key)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    return workspace.commit(folder, sources={}, metrics={}, parameters=parameters, origin=source.location)
+
+
+def _arguments(source: Source) -> tuple[str, dict[str, Any]]:
+    if source.kind == "gguf":
+        path = Path(source.location)
+        return str(path.parent), {"gguf_file": path.name}
+    return source.location, {"revision": source.revision} if source.revision else {}

@@ -1,0 +1,119 @@
+"""What one step of the on-policy loop works on: prompts drawn by the domain mixture and the student's completions."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.domain import Domain, Example
+from experts.errors import UserError
+from stages.config import OnPolicyConfig
+from stages.core.policy import encode_prompt
+from stages.core.training import Item, Learner, epochs, step_seed
+from stages.on_policy.sampler import Sample, Sampling, sample
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The student's own samples of one step; rows of a group stand together.
+
+    Attributes:
+        examples: The example of each row.
+        samples: The completion of each row.
+        completions: Its text.
+        group_size: Rows of one prompt.
+    """
+
+    examples: list[Example]
+    samples: list[Sample]
+    completions: list[str]
+    group_size: int
+
+    @property
+    def domains(self) -> list[str]:
+        """The domain of each row."""
+        return [example.domain for example in self.examples]
+
+    def tokens(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Completion tokens [N] of the rows, laid end to end."""
+        return torch.tensor([token for row in rows for token in self.samples[row].completion_ids], device=device)
+
+    def logprobs(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """The sampling policy's log-probabilities [N] of those tokens."""
+        return torch.cat([self.samples[row].logprobs_N for row in rows]).to(device)
+
+
+class PromptMixture:
+    """Training prompts by domain, each domain an endless shuffled stream; every step takes the same share of each.
+
+    Args:
+        examples: Training examples of each domain.
+        per_step: Prompts of one step, over all domains.
+        weights: Share of a domain relative to 1.
+        seed: Decides the order.
+
+    Raises:
+        UserError: a domain's share of a step is less than one prompt.
+    """
+
+    def __init__(
+        self, examples: Mapping[str, Sequence[Example]], per_step: int, weights: Mapping[str, float], seed: int
+    ) -> None:
+        self.examples = examples
+        self.seed = seed
+        self.counts = apportion(per_step, {name: weights.get(name, 1.0) for name in examples})
+        for name, count in self.counts.items():
+            if count == 0:
+                raise UserError(
+                    f"prompts_per_step {per_step} leaves no prompt for domain '{name}'; it needs at least "
+                    f"{len(examples)} (one a domain)"
+                )
+
+    def step(self, step: int) -> list[Example]:
+        """The prompts of a step; `step` counts from 1."""
+        drawn: list[Example] = []
+        for name, items in self.examples.items():
+            count = self.counts[name]
+            drawn += _slice(items, self.seed, (step - 1) * count, count)
+        return drawn
+
+
+def _slice(items: Sequence[Item], seed: int, first: int, count: int) -> list[Item]:
+    """Items `first` to `first + count` of the endless stream, without walking the epochs before."""
+    epoch, offset = divmod(first, len(items))
+    return list(itertools.islice(epochs(items, seed, epoch), offset, offset + count))
+
+
+def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Split `total` in proportion to the weights, by largest remainder."""
+    scale = total / sum(weights.values())
+    counts = {name: int(weight * scale) for name, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda name: counts[name] - weights[name] * scale)
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def roll_out(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig, step: int) -> Rollout:
+    """Sample `group_size` completions of each prompt of this process's share with the current student."""
+    policy, examples = learner.policy, learner.shard(drawn)
+    prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    groups = sample(
+        policy, prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}")
+    )
+    samples = [row for group in groups for row in group]
+    return Rollout(
+        examples=[example for example in examples for _ in range(config.group_size)],
+        samples=samples,
+        completions=policy.tokenizer.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True),
+        group_size=config.group_size,
+    )
+
+
+def score(rollout: Rollout, domains: Mapping[str, Domain]) -> list[float]:
+    """The verifiable reward of each row, in [0, 1]."""
+    rows = zip(rollout.examples, rollout.completions, strict=True)
+    return [domains[example.domain].score(example, completion) for example, completion in rows]

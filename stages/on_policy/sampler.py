@@ -1,0 +1,230 @@
+"""Batched sampling in the trainer's own process: transformers models with a KV cache.
+
+Shape suffixes: B rows still sampling, P padded prompt length, L cached length, V vocabulary, N completion tokens.
+
+Each distinct prompt is prefilled once and its cache repeated for the group. Prompts of all domains share one batch,
+padded on the left; rows that have ended leave it, so that a batch costs what its unfinished rows cost. A greedy
+sampler (`temperature` 0) takes the likeliest token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from experts.errors import UserError
+from stages.core.policy import Policy, causal_lm
+
+# Rows are dropped in batches, for dropping copies the cache.
+DROP_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: Longest completion.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Only the likeliest tokens whose probabilities reach this sum can be drawn.
+        max_rows: Completions sampled together; more prompts are taken in several batches.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_rows: int = 512
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of a prompt.
+
+    Attributes:
+        prompt_ids: The prompt.
+        completion_ids: The completion; its last token is EOS when it ended by itself.
+        logprobs_N: Log-probability of each completion token under the distribution it was drawn from (after
+            temperature and top-p).
+        finished: Whether it ended with EOS within `max_new_tokens`.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs_N: Tensor
+    finished: bool
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and completion."""
+        return [*self.prompt_ids, *self.completion_ids]
+
+
+def sample(
+    policy: Policy, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+) -> list[list[Sample]]:
+    """Sample a group of completions for each prompt.
+
+    Args:
+        policy: Model and tokenizer; the model must be in eval mode.
+        prompts: Token ids of each prompt, none empty.
+        group_size: Completions of each prompt.
+        sampling: How to draw.
+        seed: The same seed, prompts and weights give the same completions.
+
+    Returns:
+        One list of `group_size` samples per prompt, in order.
+
+    Raises:
+        UserError: a prompt with `max_new_tokens` more does not fit the model's context.
+    """
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
+            f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
+        )
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    # Prompts of like length go together, so that little of a batch is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups: list[list[Sample]] = [[] for _ in prompts]
+    per_batch = max(1, sampling.max_rows // group_size)
+    for first in range(0, len(order), per_batch):
+        batch = order[first : first + per_batch]
+        samples = _Batch(policy, [prompts[i] for i in batch], group_size, sampling, generator).run()
+        for position, i in enumerate(batch):
+            groups[i] = samples[position * group_size : (position + 1) * group_size]
+    return groups
+
+
+class _Batch:
+    """One batch from prefill to its last EOS."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        group_size: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> None:
+        self.policy = policy
+        self.prompts = prompts
+        self.group_size = group_size
+        self.sampling = sampling
+        self.generator = generator
+        self.decoder = causal_lm(policy.model).get_decoder()
+        self.dtype = policy.head_VH.dtype
+        self.cache = DynamicCache(config=causal_lm(policy.model).config)
+        rows = len(prompts) * group_size
+        device = policy.device
+        self.tokens = torch.full((rows, sampling.max_new_tokens), policy.pad_id, device=device)
+        self.logprobs = torch.zeros((rows, sampling.max_new_tokens), device=device)
+        self.lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def run(self) -> list[Sample]:
+        """Sample until every row has ended or is as long as allowed."""
+        logits_BV, attended_BL, positions_B = self._prefill()
+        alive_B = torch.arange(self.tokens.shape[0], device=self.tokens.device)
+        running_B = torch.ones_like(alive_B, dtype=torch.bool)
+        for step in range(self.sampling.max_new_tokens):
+            tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator)
+            self.tokens[alive_B[running_B], step] = tokens_B[running_B]
+            self.logprobs[alive_B[running_B], step] = logprobs_B[running_B]
+            ended_B = running_B & (tokens_B == self.policy.eos_id)
+            self.lengths[alive_B[ended_B]] = step + 1
+            self.finished[alive_B[ended_B]] = True
+            running_B &= ~ended_B
+            left = int(running_B.sum())
+            if left == 0 or step + 1 == self.sampling.max_new_tokens:
+                break
+            if left <= (1 - DROP_SHARE) * len(running_B):
+                keep = running_B.nonzero().squeeze(1)
+                self.cache.batch_select_indices(keep)
+                alive_B, running_B, tokens_B = alive_B[keep], running_B[keep], tokens_B[keep]
+                attended_BL, positions_B = attended_BL[keep], positions_B[keep]
+            attended_BL = torch.nn.functional.pad(attended_BL, (0, 1), value=True)
+            logits_BV = self._forward(tokens_B[:, None], attended_BL[:, None, None, :], positions_B[:, None])
+            positions_B = positions_B + 1
+        return self._samples()
+
+    def _prefill(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the distinct prompts and repeat the result for their groups."""
+        width = max(len(prompt) for prompt in self.prompts)
+        padded = [[self.policy.pad_id] * (width - len(p)) + p for p in self.prompts]
+        device = self.policy.device
+        tokens_BP = torch.tensor(padded, device=device)
+        lengths_B = torch.tensor([len(p) for p in self.prompts], device=device)
+        index_P = torch.arange(width, device=device)
+        attended_BP = index_P[None, :] >= (width - lengths_B)[:, None]
+        causal_PP = index_P[None, :] <= index_P[:, None]
+        # A padding position attends to itself: a row that attends to nothing would be NaN, and NaN spreads.
+        mask_BPP = (causal_PP & attended_BP[:, None, :]) | torch.eye(width, dtype=torch.bool, device=device)
+        positions_BP = (attended_BP.cumsum(1) - 1).clamp(min=0)
+        logits_BV = self._forward(tokens_BP, mask_BPP[:, None], positions_BP)
+        if self.group_size > 1:
+            self.cache.batch_repeat_interleave(self.group_size)
+        repeat = self.group_size
+        return (
+            logits_BV.repeat_interleave(repeat, 0),
+            attended_BP.repeat_interleave(repeat, 0),
+            lengths_B.repeat_interleave(repeat, 0),
+        )
+
+    def _forward(self, tokens_BT: Tensor, attended_B1TL: Tensor, positions_BT: Tensor) -> Tensor:
+        """Logits [B, V] after the last of the given tokens; the cache grows by them."""
+        bias_B1TL = torch.zeros(attended_B1TL.shape, dtype=self.dtype, device=attended_B1TL.device)
+        bias_B1TL.masked_fill_(~attended_B1TL, torch.finfo(self.dtype).min)
+        output = self.decoder(
+            input_ids=tokens_BT,
+            attention_mask=bias_B1TL,
+            position_ids=positions_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits_BV: Tensor = (output.last_hidden_state[:, -1] @ self.policy.head_VH.T).float()
+        return logits_BV
+
+    def _samples(self) -> list[Sample]:
+        tokens, lengths, finished = self.tokens.tolist(), self.lengths.tolist(), self.finished.tolist()
+        logprobs = self.logprobs.cpu()
+        return [
+            Sample(
+                prompt_ids=self.prompts[row // self.group_size],
+                completion_ids=tokens[row][:length],
+                logprobs_N=logprobs[row, :length].clone(),
+                finished=finished[row],
+            )
+            for row, length in enumerate(lengths)
+        ]
+
+
+def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one token a row.
+
+    Returns:
+        Tokens [B] and their log-probabilities [B] under the distribution they were drawn from.
+    """
+    if sampling.temperature == 0:
+        logprobs_BV = logits_BV.log_softmax(-1)
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        logprobs_BV = truncate(logits_BV / sampling.temperature, sampling.top_p).log_softmax(-1)
+        # The first of independent exponential clocks with these rates to ring is a draw from the softmax.
+        clocks_BV = torch.empty_like(logprobs_BV).exponential_(generator=generator)
+        tokens_B = (logprobs_BV.exp() / clocks_BV).argmax(-1)
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+
+def truncate(logits_BV: Tensor, top_p: float) -> Tensor:
+    """Nucleus truncation (Holtzman et al. 2020): keep the smallest set of likeliest tokens that reaches `top_p`."""
+    if top_p >= 1.0:
+        return logits_BV
+    sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
+    before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)
+    outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
+    return logits_BV.masked_fill(outside_BV, -torch.inf)

@@ -1,0 +1,65 @@
+"""Pretraining stage: a tiny model from scratch, so that the whole recipe runs where no checkpoint can be had.
+
+The corpus is made of the domains' own prompts and rough demonstrations in the chat form all later stages use, so
+that chat and end tokens are trained; a share of documents ends in another example's answer. What results is a base
+that knows the formats and does each task poorly: room for the experts. Each step takes whole documents up to
+`batch_tokens`; prompt tokens weigh `prompt_weight`. Left out: any attempt at general knowledge.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from stages.config import PretrainConfig
+from stages.core.checkpoint import Artifact
+from stages.core.policy import Policy
+from stages.core.stage import draw_training
+from stages.core.supervised import Demonstration, demonstrations, imitate
+from stages.core.tiny import character_tokenizer, tiny_model
+from stages.core.training import Learner, epochs
+from stages.core.update import Row
+from stages.core.workspace import Workspace
+
+
+def train(config: PretrainConfig, workspace: Workspace) -> Artifact:
+    """Train a fresh tiny model on rough demonstrations of the workspace's domains.
+
+    Raises:
+        UserError: a domain cannot supply `examples` training examples.
+    """
+    tokenizer = character_tokenizer()
+    policy = Policy(tiny_model(config.model, tokenizer, workspace.seed), tokenizer)
+    examples = draw_training(workspace, config)
+    documents = demonstrations(workspace, policy, examples, rough=True, wrong_answers=config.wrong_answers)
+    learner = Learner(policy, config, config.max_steps, workspace.progress, workspace.seed)
+
+    def batches(done: int) -> Iterator[list[Row]]:
+        packed = _packed(epochs(documents, workspace.seed), config.batch_tokens)
+        for batch in itertools.islice(packed, done, None):
+            yield _rows(learner.shard(batch), config.prompt_weight, learner)
+
+    return imitate("pretrain", learner, workspace, examples, batches)
+
+
+def _packed(documents: Iterator[Demonstration], batch_tokens: int) -> Iterator[list[Demonstration]]:
+    """Whole documents of about `batch_tokens` tokens a step, at least one."""
+    while True:
+        batch: list[Demonstration] = []
+        size = 0
+        while size < batch_tokens:
+            batch.append(next(documents))
+            size += sum(len(part) for part in batch[-1])
+        yield batch
+
+
+def _rows(documents: list[Demonstration], prompt_weight: float, learner: Learner) -> list[Row]:
+    """Score every token but the first; the weights of all processes' tokens sum to 1."""
+    weights = [
+        torch.tensor([prompt_weight] * (len(prompt) - 1) + [1.0] * len(completion)) for prompt, completion in documents
+    ]
+    total = learner.global_sum(float(sum(w.sum() for w in weights)))
+    return [
+        Row([*prompt, *completion], 1, weights_N / total)
+        for (prompt, completion), weights_N in zip(documents, weights, strict=True)
+    ]

@@ -1,0 +1,60 @@
+"""RL stage: an expert from its domain's verifiable reward; the GRPO family on the one on-policy loop.
+
+Each step samples a group of completions for every prompt, scores them with the domain's scorer, takes the reward
+relative to the group's mean as the advantage of every token, and makes one or more updates on PPO's surrogate with an
+asymmetric clip (DAPO's clip-higher). Groups whose rewards are all equal carry no signal and are not run backward.
+Left out: a critic, a KL penalty against the start (forgetting is measured, not assumed), DAPO's over-long shaping.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from experts.errors import UserError
+from stages.config import RLConfig
+from stages.core.checkpoint import Artifact
+from stages.core.loss import TokenLoss
+from stages.core.policy import load_policy
+from stages.core.stage import draw_training
+from stages.core.training import Learner
+from stages.core.workspace import Workspace
+from stages.on_policy.loop import train_on_policy
+from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
+from stages.on_policy.rollout import PromptMixture, Rollout
+from stages.on_policy.signals import Judgement, RewardSignal
+
+
+def train(config: RLConfig, workspace: Workspace) -> Artifact:
+    """Train the checkpoint `start` on the reward of the workspace's domains.
+
+    Raises:
+        UserError: a domain cannot supply `examples` prompts, or `group_size` is 1 (no group to compare with).
+    """
+    if config.group_size < 2:
+        raise UserError(f"{workspace.name}: group_size {config.group_size}: a group needs at least 2 completions")
+    start = workspace.parents["start"]
+    policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
+    mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
+    updates = config.max_steps * config.updates_per_batch
+    learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
+    signal = RewardSignal(workspace.domains, config.normalise_by_std)
+
+    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+        tokens_N = rollout.tokens(rows, learner.device)
+        sampler_logprobs_N = rollout.logprobs(rows, learner.device)
+        advantages_N = judgement.token_advantages(rollout, rows, learner.device)
+        assert advantages_N is not None
+
+        def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            scaled_CV = logits_CV / config.temperature
+            logprobs_C = token_logprobs(scaled_CV, tokens_N[part])
+            losses_C, metrics = clipped_surrogate(
+                logprobs_C, sampler_logprobs_N[part], advantages_N[part], config.clip_low, config.clip_high
+            )
+            with torch.no_grad():
+                return losses_C, {**metrics, "entropy": entropy(scaled_CV)}
+
+        return token_loss
+
+    return train_on_policy("rl", learner, config, workspace, mixture, signal, objective)

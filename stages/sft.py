@@ -1,0 +1,43 @@
+"""SFT stage: imitate demonstrations, with the loss on completion tokens only.
+
+The same page trains the cold start (a few rough demonstrations of many domains) and SFT experts (gold answers of one
+domain). Every step takes the next `batch_size` demonstrations of an endless shuffled stream and makes one update on
+the mean cross-entropy of their completion tokens. Left out: packing, for the loss must not depend on neighbours.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from stages.config import SFTConfig
+from stages.core.checkpoint import Artifact
+from stages.core.policy import load_policy
+from stages.core.stage import draw_training
+from stages.core.supervised import demonstrations, imitate
+from stages.core.training import Learner, epochs
+from stages.core.update import Row, token_weights
+from stages.core.workspace import Workspace
+
+
+def train(config: SFTConfig, workspace: Workspace) -> Artifact:
+    """Fine-tune the checkpoint `start` on demonstrations of the workspace's domains.
+
+    Raises:
+        UserError: a domain cannot supply `examples` training examples.
+    """
+    start = workspace.parents["start"]
+    policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
+    examples = draw_training(workspace, config)
+    imitated = demonstrations(workspace, policy, examples, rough=config.demonstrations == "rough")
+    learner = Learner(policy, config, config.max_steps, workspace.progress, workspace.seed)
+
+    def batches(done: int) -> Iterator[list[Row]]:
+        stream = itertools.islice(epochs(imitated, workspace.seed), done * config.batch_size, None)
+        while True:
+            batch = learner.shard(list(itertools.islice(stream, config.batch_size)))
+            weights = token_weights([len(completion) for _, completion in batch], "token", learner)
+            yield [
+                Row([*prompt, *completion], len(prompt), weights_N)
+                for (prompt, completion), weights_N in zip(batch, weights, strict=True)
+            ]
+
+    return imitate("sft", learner, workspace, examples, batches)
