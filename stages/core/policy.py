@@ -63,7 +63,9 @@ class Policy:
         if isinstance(self.model, PeftModel):
             # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
             self.model.peft_config["default"].base_model_name_or_path = self.adapter_base
-        self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 

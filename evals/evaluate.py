@@ -1,0 +1,119 @@
+"""Score one checkpoint on held-out examples: a greedy and several sampled completions of each, kept one by one.
+
+The examples of a domain and split are the same for every checkpoint and seed of a run, so that all comparisons are
+paired. The completions come from the sampler the on-policy loop uses and the scores from the domain's own scorer,
+which is also the reward. An example whose source a checkpoint was trained on is flagged as contaminated.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experts.domain import Domain, Example
+from experts.errors import UserError
+from stages.config import EvaluationConfig
+from stages.core.checkpoint import Artifact, Store
+from stages.core.policy import Policy, encode_prompt, load_policy
+from stages.core.training import step_seed
+from stages.core.workspace import Workspace
+from stages.on_policy.sampler import Sample, Sampling, sample
+
+SCORES = "scores.jsonl"
+# Everyone is measured on the same examples, whatever the seed of its training.
+EXAMPLES_SEED = 0
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One node of the graph: score the checkpoint on a domain's split.
+
+    Attributes:
+        workspace: Where the scores go; its parent `checkpoint` is scored.
+        config: How completions are drawn.
+        domain: Name of the domain.
+        split: `held_out` or `out_of_distribution`.
+    """
+
+    workspace: Workspace
+    config: EvaluationConfig
+    domain: str
+    split: str
+
+
+def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store: Store) -> list[Artifact]:
+    """Score one checkpoint on several domains and splits.
+
+    Returns:
+        One artifact a request: `scores.jsonl` with a row per example, and mean scores in its manifest.
+
+    Raises:
+        UserError: a domain cannot supply the examples, or a prompt does not fit the model.
+    """
+    policy = load_policy(checkpoint, store)
+    return [_evaluate(request, policy, checkpoint) for request in requests]
+
+
+def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) -> Artifact:
+    config, workspace = request.config, request.workspace
+    journal = workspace.journal()
+    domain = workspace.domains[request.domain]
+    examples = domain.draw(request.split, config.examples, EXAMPLES_SEED)
+    if not examples:
+        raise UserError(f"domains.{request.domain}: no {request.split} examples")
+    prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
+    total = 1 + (config.samples > 0)
+    greedy = sample(policy, prompts, 1, Sampling(config.max_new_tokens, 0.0, 1.0, config.batch_size), 0)
+    journal.progress(1, total)
+    drawn: list[list[Sample]] = [[] for _ in examples]
+    if config.samples:
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+        seed = step_seed(workspace.seed, 0, f"evaluate {request.domain} {request.split}")
+        drawn = sample(policy, prompts, config.samples, sampling, seed)
+        journal.progress(2, total)
+    trained_on = set(checkpoint.manifest.get("sources", {}).get(request.domain, []))
+    rows = [
+        _row(policy, domain, example, best, others, example.source in trained_on)
+        for example, (best,), others in zip(examples, greedy, drawn, strict=True)
+    ]
+    metrics = summary(rows)
+    journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
+    folder = workspace.store.staging(workspace.key)
+    (folder / SCORES).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return workspace.commit(folder, sources={}, metrics=metrics, domain=request.domain, split=request.split)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean greedy score, mean sampled score where there are samples, and the share of contaminated examples."""
+    values = {
+        "greedy": statistics.fmean(row["greedy"]["score"] for row in rows),
+        "contaminated": statistics.fmean(row["contaminated"] for row in rows),
+    }
+    sampled = [completion["score"] for row in rows for completion in row["samples"]]
+    return values | ({"sampled": statistics.fmean(sampled)} if sampled else {})
+
+
+def _row(
+    policy: Policy, domain: Domain, example: Example, greedy: Sample, samples: Sequence[Sample], contaminated: bool
+) -> dict[str, Any]:
+    """All that is known of one example."""
+
+    def judged(drawn: Sample) -> dict[str, Any]:
+        completion = policy.tokenizer.decode(drawn.completion_ids, skip_special_tokens=True)
+        return {
+            "completion": completion,
+            "score": domain.score(example, completion),
+            "tokens": len(drawn.completion_ids),
+            "truncated": not drawn.finished,
+        }
+
+    return {
+        "id": example.id,
+        "source": example.source,
+        "prompt": example.prompt,
+        "answer": example.answer,
+        "contaminated": contaminated,
+        "greedy": judged(greedy),
+        "samples": [judged(drawn) for drawn in samples],
+    }
