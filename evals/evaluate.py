@@ -81,7 +81,7 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
     journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
     folder = workspace.store.staging(workspace.key)
     (folder / SCORES).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return workspace.commit(folder, sources={}, metrics=metrics, domain=request.domain, split=request.split)
+    return workspace.commit(folder, sources=None, metrics=metrics, domain=request.domain, split=request.split)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -50,32 +50,35 @@ class Workspace:
         return Journal(self.folder / "journal.jsonl", resume_step)
 
     def commit(
-        self, folder: Path, *, sources: Mapping[str, list[str]], metrics: Mapping[str, float], **facts: Any
+        self, folder: Path, *, sources: Mapping[str, list[str]] | None, metrics: Mapping[str, float], **facts: Any
     ) -> Artifact:
         """Turn a staged folder into this node's artifact and drop its saved steps.
 
         Args:
             folder: Made by `store.staging(key)`, all files written.
             sources: Units this node trained on, by domain; the parents' are added, so that a manifest names all
-                that its weights have ever seen.
+                that its weights have ever seen. None where there are no weights.
             metrics: Final metrics.
             facts: More to record (`tokens`, `adapter_base`, …).
         """
-        seen = {domain: set(units) for domain, units in sources.items()}
-        for parent in self.parents.values():
-            for domain, units in parent.manifest.get("sources", {}).items():
-                seen.setdefault(domain, set()).update(units)
         manifest = dict(self.provenance) | {
             "name": self.name,
             "seed": self.seed,
             "parents": {role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()},
             "data": {name: domain.fingerprint() for name, domain in self.domains.items()},
-            "sources": {domain: sorted(units) for domain, units in seen.items()},
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             "seconds": round(time.monotonic() - self.started, 3),
             "metrics": dict(metrics),
+            **({} if sources is None else {"sources": self._all_sources(sources)}),
             **facts,
         }
         artifact = self.store.commit(folder, self.key, manifest)
         shutil.rmtree(self.progress, ignore_errors=True)
         return artifact
+
+    def _all_sources(self, own: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        seen = {domain: set(units) for domain, units in own.items()}
+        for parent in self.parents.values():
+            for domain, units in parent.manifest.get("sources", {}).items():
+                seen.setdefault(domain, set()).update(units)
+        return {domain: sorted(units) for domain, units in seen.items()}
