@@ -1,0 +1,265 @@
+"""The child's entry: one training node of the graph, or several evaluations of one checkpoint. Free of Prefect.
+
+`python -m flows.worker SPEC.json`. The spec is what the launcher knows of the nodes; the answer is an artifact in the
+store, a journal, and an exit code that says whose fault a failure was. Under torchrun every rank runs the stage;
+rank 0 alone takes the lock and tells the others whether there is work.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from experts.domain import load_domain
+from experts.errors import UserError
+from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig
+from stages.core.checkpoint import Artifact, Store
+from stages.core.source import Source
+from stages.core.workspace import Workspace
+
+DONE, FAILED, USER_ERROR, DISK_FAULT, INFRASTRUCTURE_FAULT = 0, 1, 2, 74, 75
+ERROR_FILE = "error.json"
+JOURNAL_FILE = "journal.jsonl"
+
+NodeSpec = Mapping[str, Any]
+Runner = Callable[[Sequence[NodeSpec], Sequence[Workspace]], None]
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+# What the Rust and C++ writers of weights say in place of an errno.
+_DISK_TEXTS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+_INFRASTRUCTURE_TYPES = {
+    "builtins.ConnectionError",
+    "builtins.TimeoutError",
+    "httpx.TransportError",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+    "torch.distributed.DistBackendError",
+    "torch.distributed.DistNetworkError",
+    "torch.distributed.DistStoreError",
+}
+_PR_SET_PDEATHSIG = 1
+_LONGEST_WAIT = timedelta(days=30)
+
+
+def _load(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import load
+
+    load.run(Source(**nodes[0]["config"]), workspaces[0])
+
+
+def _pretrain(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import pretrain
+
+    pretrain.train(PretrainConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _sft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import sft
+
+    sft.train(SFTConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _rl(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import rl
+
+    rl.train(RLConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _distill(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import distill
+
+    distill.train(DistillConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _evaluate(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals.evaluate import EvaluationRequest, evaluate
+
+    requests = []
+    for node, workspace in zip(nodes, workspaces, strict=True):
+        settings = dict(node["config"])
+        domain, split = settings.pop("domain"), settings.pop("split")
+        requests.append(EvaluationRequest(workspace, EvaluationConfig.model_validate(settings), domain, split))
+    evaluate(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
+
+
+RUNNERS: Mapping[str, Runner] = {
+    "load": _load,
+    "pretrain": _pretrain,
+    "sft": _sft,
+    "rl": _rl,
+    "distill": _distill,
+    "evaluate": _evaluate,
+}
+
+
+def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
+    """Run the nodes of a spec.
+
+    Args:
+        path: The spec, as written by `flows.launch`.
+        runners: What runs each kind of stage.
+
+    Returns:
+        The exit code: 0 done, 2 a user's mistake, 74 a full or failing disk, 75 an infrastructure fault that is
+        worth a new attempt, 1 anything else. A failure leaves `error.json` in the work folder of each node and its
+        traceback on stderr.
+    """
+    spec = json.loads(path.read_text())
+    store = Store(Path(spec["home"]))
+    nodes: list[NodeSpec] = spec["nodes"]
+    try:
+        _run(nodes, store, int(spec["threads"]), runners)
+    except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
+        code = exit_code_of(error)
+        if code == USER_ERROR:
+            sys.stderr.write(f"error: {error}\n")
+        else:
+            traceback.print_exc()
+        _write_errors(store, nodes, error, code)
+        return code
+    return DONE
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Say whose fault an exception is, as an exit code. A disk fault counts wherever it stands among the causes."""
+    causes = list(_causes(error))
+    if any(_is_disk_fault(cause) for cause in causes):
+        return DISK_FAULT
+    if isinstance(error, UserError):
+        return USER_ERROR
+    if any(_is_infrastructure_fault(cause) for cause in causes):
+        return INFRASTRUCTURE_FAULT
+    return FAILED
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when the process that started it is gone (Linux).
+
+    Args:
+        parent: Process id of the parent; if it is gone already, this process ends at once.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(nodes: Sequence[NodeSpec], store: Store, threads: int, runners: Mapping[str, Runner]) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    with contextlib.ExitStack() as held:
+        waiting = _agree(lambda: _lock_unmade(nodes, store, held))
+        missing = [node for node in nodes if node["key"] in waiting]
+        if not missing:
+            return
+        # Evaluations of one checkpoint share it; it is verified once.
+        parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
+        runners[missing[0]["stage"]](missing, [_workspace(node, store, parents) for node in missing])
+
+
+def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitStack) -> list[str]:
+    """Lock every node, in one order for all so that two runs cannot wait for each other; say which are unmade."""
+    for key in sorted(node["key"] for node in nodes):
+        lock = store.lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _note(store.work(key) / JOURNAL_FILE, "waiting for another run that makes this node")
+            lock.acquire()
+        held.callback(lock.release)
+    return [node["key"] for node in nodes if store.find(node["key"]) is None]
+
+
+def _agree(decide: Callable[[], list[str]]) -> list[str]:
+    """Let rank 0 decide and the other ranks of torchrun hear it, before any of them enters a collective."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return decide()
+    from torch.distributed import PrefixStore, TCPStore
+
+    rendezvous = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_LONGEST_WAIT
+    )
+    board = PrefixStore("mopd", rendezvous)
+    if os.environ["RANK"] == "0":
+        board.set("unmade", json.dumps(decide()))
+    unmade: list[str] = json.loads(board.get("unmade"))
+    return unmade
+
+
+def _workspace(node: NodeSpec, store: Store, parents: Mapping[str, Artifact]) -> Workspace:
+    return Workspace(
+        store=store,
+        key=node["key"],
+        name=node["name"],
+        seed=node["seed"],
+        parents={role: parents[key] for role, key in node["parents"].items()},
+        domains={name: load_domain(name, d["kind"], d["options"]) for name, d in node["domains"].items()},
+        provenance=node["provenance"],
+    )
+
+
+def _note(journal: Path, text: str) -> None:
+    """Append a note without opening the journal as its owner, for the owner is the other run."""
+    record = {"time": time.time(), "step": 0, "kind": "note", "text": text}
+    with journal.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _write_errors(store: Store, nodes: Sequence[NodeSpec], error: Exception, code: int) -> None:
+    """Leave the message for the supervisor; of several ranks the first to fail knows the cause."""
+    message = str(error) or type(error).__name__
+    text = json.dumps({"type": type(error).__name__, "message": message, "exit_code": code})
+    try:
+        for node in nodes:
+            path = store.work(node["key"]) / ERROR_FILE
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and path.exists():
+                continue
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(text)
+            os.replace(temporary, path)
+    except OSError as fault:
+        sys.stderr.write(f"{ERROR_FILE} could not be written: {fault}\n")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _is_disk_fault(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        return True
+    return any(text in str(error) for text in _DISK_TEXTS)
+
+
+def _is_infrastructure_fault(error: BaseException) -> bool:
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    return not kinds.isdisjoint(_INFRASTRUCTURE_TYPES) or "NCCL error" in str(error)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the spec named on the command line."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m flows.worker SPEC.json\n")
+        return USER_ERROR
+    # torchrun puts its workers in sessions of their own, out of reach of a signal to its group.
+    die_with_parent(os.getppid())
+    return run_spec(Path(arguments[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
