@@ -1,0 +1,96 @@
+"""How configs, checkpoints and data are worded in the tracking store: flat names, markdown notes. Free of mlflow."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.core.checkpoint import Artifact
+
+DIGEST_LENGTH = 32
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested config values as dotted keys; what is absent (None, an empty mapping) is left out."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif value is not None:
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def metric_name(name: str) -> str:
+    """A name the tracking store takes: characters it refuses become underscores."""
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def model_name(artifact: Artifact) -> str:
+    """A checkpoint's name among LoggedModels, which allow no slashes."""
+    stem = re.sub(r"[^\w\-]", "-", artifact.name)
+    return f"{stem}-seed{artifact.manifest.get('seed', 0)}"
+
+
+def dataset_digest(fingerprint: str) -> str:
+    """A domain's fingerprint as a dataset digest, which has at most 36 characters."""
+    return fingerprint[:DIGEST_LENGTH]
+
+
+def model_params(artifact: Artifact) -> dict[str, str]:
+    """What a checkpoint's page lists: where it is, what it is, how it was made."""
+    manifest = artifact.manifest
+    facts = {name: manifest[name] for name in ("stage", "seed", "tokens", "seconds", "code") if name in manifest}
+    identity = {"uri": artifact.uri, "digest": artifact.digest, "key": artifact.key}
+    return flatten({**identity, **facts, "config": manifest.get("config", {})})
+
+
+def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
+    """A checkpoint's description: what it is, and links to the checkpoints it was made from.
+
+    Args:
+        artifact: The checkpoint.
+        pages: role -> address of the parent's page; a parent unknown to the tracking store has none.
+    """
+    manifest = artifact.manifest
+    lines = [f"**{artifact.name}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
+    parents = manifest.get("parents", {})
+    if parents:
+        lines += ["| role | made from | digest |", "|---|---|---|"]
+        for role, parent in parents.items():
+            name = f"[{parent['name']}]({pages[role]})" if role in pages else parent["name"]
+            lines.append(f"| {role} | {name} | `{parent['digest'][:12]}` |")
+        lines.append("")
+    if data := manifest.get("data", {}):
+        lines += ["| domain | data fingerprint |", "|---|---|"]
+        lines += [f"| {domain} | `{fingerprint[:DIGEST_LENGTH]}` |" for domain, fingerprint in data.items()]
+        lines.append("")
+    lines.append(f"Weights: `{artifact.uri}`, digest `{artifact.digest[:12]}`, content key `{artifact.key}`")
+    return "\n".join(lines)
+
+
+def run_note(rows: Sequence[tuple[Artifact, str]]) -> str:
+    """A run's description: its checkpoints, each with a link to its page.
+
+    Args:
+        rows: A checkpoint and the address of its page, parents first.
+    """
+    lines = ["| checkpoint | seed | stage | digest |", "|---|---|---|---|"]
+    for artifact, page in reversed(rows):
+        manifest = artifact.manifest
+        lines.append(
+            f"| [{artifact.name}]({page}) | {manifest.get('seed', 0)} | {manifest.get('stage', '?')} "
+            f"| `{artifact.digest[:12]}` |"
+        )
+    return "\n".join([*lines, "", "`lineage.html` among the artifacts draws how they were made."])
+
+
+def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """A journal's sample records as columns, every column as long as the others."""
+    columns = dict.fromkeys(name for sample in samples for name in sample if name not in ("kind", "time"))
+    return {name: [_cell(sample.get(name)) for sample in samples] for name in columns}
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    return value if value is None or isinstance(value, (str, int, float, bool)) else json.dumps(value)

@@ -1,0 +1,245 @@
+"""Who was made from whom, read from the store's manifests: a tree for the terminal and a drawn page.
+
+Free of torch and mlflow, so `mopd lineage` answers at once and without any server.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experts.errors import UserError, nearest
+from flows.config import STUDENT
+from flows.plan import lock_path
+from stages.core.checkpoint import Store
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+SHORT = 12
+SHORTEST_KEY = 4
+# The settings of a stage that a person looks for first; the rest is in the manifest.
+HIGHLIGHTS = ("max_steps", "batch_size", "prompts_per_step", "group_size", "optimizer.learning_rate", "objective.name")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of a lineage.
+
+    Attributes:
+        key: Content key.
+        name: The node's name: `base`, `cold_start`, `experts/NAME`, `student`.
+        stage: What made it.
+        seed: Its seed.
+        parents: role -> key.
+        made: Whether the artifact stands in the store; if not, all below is empty.
+        digest: Of the files.
+        highlights: The settings that matter most.
+        tokens: Tokens trained on; 0 when not recorded.
+        seconds: Time it took.
+        data: domain -> fingerprint.
+        metrics: Final metrics of the stage.
+        scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
+    """
+
+    key: str
+    name: str
+    stage: str
+    seed: int
+    parents: Mapping[str, str]
+    made: bool = False
+    digest: str = ""
+    highlights: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    data: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def resolve(store: Store, reference: str) -> list[str]:
+    """Find what a person means.
+
+    Args:
+        store: The artifact store.
+        reference: A run's name (its students, one for each seed), a node id such as `lab:experts/sort@0`, or a
+            content key or the start of one.
+
+    Returns:
+        Content keys.
+
+    Raises:
+        UserError: nothing is called so, or several keys begin so.
+    """
+    runs = sorted(path.parent.name for path in (store.home / "runs").glob("*/lock.json"))
+    run, _, node_id = reference.partition(":")
+    if run in runs:
+        nodes = _lock_nodes(store.home, run)
+        if not node_id:
+            return _ends(nodes)
+        checkpoints = {name: facts["key"] for name, facts in nodes.items() if facts["stage"] != "evaluate"}
+        if node_id not in checkpoints:
+            raise UserError(f"{reference}: run '{run}' has no checkpoint '{node_id}'{nearest(node_id, checkpoints)}")
+        return [checkpoints[node_id]]
+    keys = [a.key for a in store.artifacts() if len(run) >= SHORTEST_KEY and a.key.startswith(run)]
+    if len(keys) > 1:
+        raise UserError(f"{reference}: {len(keys)} keys begin so: {', '.join(keys)}")
+    if not keys:
+        raise UserError(f"{reference}: neither a run of {store.home} nor a content key{nearest(run, runs)}")
+    return keys
+
+
+def rows(store: Store, keys: Sequence[str]) -> list[Row]:
+    """The checkpoints with these keys and all their ancestors, parents first.
+
+    An ancestor that is in no lock file and no longer in the store is left out.
+    """
+    planned = _planned(store.home)
+    scores = _scores(store)
+    found: dict[str, Row] = {}
+
+    def visit(key: str) -> None:
+        if key in found:
+            return
+        row = _row(store, key, planned.get(key), scores.get(key, {}))
+        if row is None:
+            return
+        for parent in row.parents.values():
+            visit(parent)
+        found[key] = row
+
+    for key in keys:
+        visit(key)
+    return list(found.values())
+
+
+def tree(store: Store, reference: str) -> "Tree":
+    """The lineage as a tree: from the student to each teacher, the cold start and the base.
+
+    A shared ancestor is printed in full once and named after that.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    from rich.tree import Tree
+
+    keys = resolve(store, reference)
+    known = {row.key: row for row in rows(store, keys)}
+    printed: set[str] = set()
+
+    def grow(branch: "Tree", key: str, role: str) -> None:
+        row = known.get(key)
+        if row is None:
+            branch.add(f"{role}[dim]{key}: no longer in the store[/dim]")
+            return
+        if key in printed:
+            branch.add(f"{role}[bold]{row.name}[/bold] [dim]{row.key[:SHORT]}, see above[/dim]")
+            return
+        printed.add(key)
+        twig = branch.add(role + _headline(row))
+        for line in details(row):
+            twig.add(f"[dim]{line}[/dim]")
+        for parent_role, parent in sorted(row.parents.items(), key=lambda item: item[0] == "start"):
+            grow(twig, parent, f"[cyan]{parent_role}[/cyan] ← ")
+
+    root = Tree(f"[bold]{reference}[/bold]")
+    for key in keys:
+        grow(root, key, "")
+    return root
+
+
+def details(row: Row) -> list[str]:
+    """What is known of a checkpoint, a line for each kind of fact."""
+    if not row.made:
+        return ["not made yet"]
+    facts = [f"{name.rpartition('.')[2]} {value}" for name, value in row.highlights.items()]
+    facts += [f"{row.tokens:,} tokens"] if row.tokens else []
+    facts += [f"{row.seconds:,.0f} s"] if row.seconds else []
+    lines = [", ".join(facts)] if facts else []
+    for title, values in (("data", row.data), ("metrics", row.metrics), ("greedy", row.scores)):
+        if values:
+            shown = (v[:SHORT] if isinstance(v, str) else f"{v:.4g}" for v in values.values())
+            lines.append(f"{title}: " + ", ".join(f"{name} {text}" for name, text in zip(values, shown, strict=True)))
+    return lines
+
+
+def draw_html(store: Store, keys: Sequence[str], title: str) -> str:
+    """The lineage of these checkpoints as a page of its own: a drawn graph and a table; see `flows.drawing`."""
+    from flows.drawing import page
+
+    return page(rows(store, keys), title)
+
+
+def _headline(row: Row) -> str:
+    identity = f"digest {row.digest[:SHORT]}, key {row.key[:SHORT]}" if row.made else f"key {row.key[:SHORT]}"
+    return f"[bold]{row.name}[/bold] ({row.stage}, seed {row.seed}) [dim]{identity}[/dim]"
+
+
+def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapping[str, float]) -> Row | None:
+    artifact = store.find(key)
+    if artifact is None:
+        if planned is None:
+            return None
+        return Row(key, planned["name"], planned["stage"], planned["seed"], planned["parents"])
+    manifest = artifact.manifest
+    return Row(
+        key=key,
+        name=artifact.name,
+        stage=str(manifest.get("stage", "?")),
+        seed=int(manifest.get("seed", 0)),
+        parents={role: parent["key"] for role, parent in manifest.get("parents", {}).items()},
+        made=True,
+        digest=artifact.digest,
+        highlights=_highlights(manifest.get("config", {})),
+        tokens=int(manifest.get("tokens", 0)),
+        seconds=float(manifest.get("seconds", 0.0)),
+        data=manifest.get("data", {}),
+        metrics=manifest.get("metrics", {}),
+        scores=scores,
+    )
+
+
+def _highlights(config: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in HIGHLIGHTS:
+        value: Any = config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[path] = value
+    return found
+
+
+def _scores(store: Store) -> dict[str, dict[str, float]]:
+    """checkpoint key -> `domain/split` -> greedy accuracy."""
+    found: dict[str, dict[str, float]] = {}
+    for artifact in store.artifacts():
+        manifest = artifact.manifest
+        if manifest.get("stage") == "evaluate" and "greedy" in manifest["metrics"]:
+            config = manifest["config"]
+            scored = found.setdefault(manifest["parents"]["checkpoint"]["key"], {})
+            scored[f"{config['domain']}/{config['split']}"] = manifest["metrics"]["greedy"]
+    return found
+
+
+def _planned(home: Path) -> dict[str, dict[str, Any]]:
+    """Every checkpoint that some run has planned, by key."""
+    found = {}
+    for path in (home / "runs").glob("*/lock.json"):
+        for node_id, facts in _lock_nodes(home, path.parent.name).items():
+            found[facts["key"]] = facts | {"name": node_id.partition("@")[0]}
+    return found
+
+
+def _lock_nodes(home: Path, run: str) -> dict[str, dict[str, Any]]:
+    nodes: dict[str, dict[str, Any]] = json.loads(lock_path(home, run).read_text())["nodes"]
+    return nodes
+
+
+def _ends(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The students of a run; without a merge, the checkpoints nothing was made from."""
+    checkpoints = {node_id: facts for node_id, facts in nodes.items() if facts["stage"] != "evaluate"}
+    students = [facts["key"] for node_id, facts in checkpoints.items() if node_id.partition("@")[0] == STUDENT]
+    used = {parent for facts in checkpoints.values() for parent in facts["parents"].values()}
+    return students or [facts["key"] for facts in checkpoints.values() if facts["key"] not in used]

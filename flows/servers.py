@@ -1,0 +1,264 @@
+"""The standing servers of a laptop: MLflow's and Prefect's pages over one home, and the settings both read.
+
+Torch-free and free of both libraries: the servers are started as processes, in groups of their own, and end with
+whoever started them.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experts.errors import UserError
+
+MLFLOW_PORT = 5000
+PREFECT_PORT = 4200
+START_SECONDS = 240.0
+STOP_SECONDS = 10.0
+PORTS_TRIED = 50
+PR_SET_PDEATHSIG = 1
+logger = logging.getLogger(__name__)
+
+QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+# An unreachable MLflow server costs a stage seconds: one retry of ten seconds, then the outbox waits.
+MLFLOW_CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server under our care.
+
+    Attributes:
+        name: For messages.
+        process: Leader of its own process group.
+        url: Where a browser opens it.
+        health: Address that answers 200 once it is ready.
+        log: File with its output.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    url: str
+    health: str
+    log: Path
+
+
+def mlflow_uri(home: Path) -> str:
+    """The tracking store: `MLFLOW_TRACKING_URI` where it is set, else SQLite in the home."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def mlflow_artifacts(home: Path) -> Path:
+    """Where the home's own tracking store keeps artifacts."""
+    return home.resolve() / "mlartifacts"
+
+
+def mlflow_environment() -> dict[str, str]:
+    """Settings of the MLflow client; to be set before mlflow is imported, never over the user's own."""
+    return {name: value for name, value in (QUIET | MLFLOW_CLIENT).items() if name not in os.environ}
+
+
+def prefect_environment(home: Path) -> dict[str, str]:
+    """Settings of Prefect: its files under the home, no analytics, a start-up time-out for slow machines.
+
+    The user's own settings win; `PREFECT_API_URL` in the environment selects a standing server.
+    """
+    wanted = QUIET | {
+        "PREFECT_HOME": str(home.resolve() / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def mlflow_run_page(base: str, experiment_id: str, run_id: str) -> str:
+    """Address of a run in MLflow's pages; `base` is the server, or empty for a link within it."""
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def mlflow_model_page(base: str, experiment_id: str, model_id: str) -> str:
+    """Address of a checkpoint (a LoggedModel) in MLflow's pages."""
+    return f"{base}/#/experiments/{experiment_id}/models/{model_id}"
+
+
+def prefect_run_page(base: str, flow_run_id: str) -> str:
+    """Address of a flow run in Prefect's pages."""
+    return f"{base}/runs/flow-run/{flow_run_id}"
+
+
+def local_url(port: int, host: str = "127.0.0.1") -> str:
+    """Address of a server on this machine; one that listens everywhere is opened through the loopback."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def choose_port(host: str, wanted: int, name: str, exact: bool = False) -> int:
+    """Find a free port.
+
+    Args:
+        wanted: The first choice.
+        exact: The user named this port, so no other will do.
+
+    Raises:
+        UserError: the named port is taken, or none of the next fifty is free.
+    """
+    for port in range(wanted, wanted + (1 if exact else PORTS_TRIED)):
+        if _is_free(host, port):
+            return port
+    if exact:
+        raise UserError(f"{name}: port {wanted} on {host} is taken; choose another one")
+    raise UserError(f"{name}: no free port on {host} from {wanted} to {wanted + PORTS_TRIED - 1}")
+
+
+def start_mlflow(home: Path, host: str, port: int) -> Server:
+    """Start MLflow's server over the home's tracking store; `wait_until_ready` says when it answers."""
+    uri = mlflow_uri(home)
+    if "://" in uri and uri.split("://", 1)[0] in ("http", "https"):
+        raise UserError(f"MLFLOW_TRACKING_URI={uri}: that server has pages of its own; open it in a browser")
+    command = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1", "--host", host, "--port", str(port)]
+    command += ["--artifacts-destination", str(mlflow_artifacts(home))]
+    environment = os.environ | QUIET
+    return _start("MLflow", command, environment, home, local_url(port, host), "/health")
+
+
+def start_prefect(home: Path, host: str, port: int) -> Server:
+    """Start Prefect's server over the home's database; `wait_until_ready` says when it answers."""
+    url = local_url(port, host)
+    environment = os.environ | prefect_environment(home)
+    environment |= {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
+    command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
+    return _start("Prefect", command, environment, home, url, "/api/health")
+
+
+def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        UserError: it ended, or did not answer in time; the message has the end of its log.
+    """
+    deadline = time.monotonic() + seconds
+    while not _answers(server.health):
+        if server.process.poll() is not None:
+            raise UserError(f"{server.name} ended with code {server.process.returncode}:\n{_tail(server.log)}")
+        if time.monotonic() > deadline:
+            raise UserError(f"{server.name} did not answer within {seconds:.0f} s:\n{_tail(server.log)}")
+        time.sleep(0.2)
+
+
+def stop(servers: Sequence[Server]) -> None:
+    """End servers by group: TERM, then KILL for those that stay."""
+    for server in servers:
+        _signal(server, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for server in servers:
+        try:
+            server.process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.info("%s does not stop; it is killed", server.name)
+        _signal(server, signal.SIGKILL)
+        server.process.wait()
+
+
+def ui(
+    home: Path,
+    host: str = "127.0.0.1",
+    mlflow_port: int | None = None,
+    prefect_port: int | None = None,
+) -> None:
+    """Serve MLflow's and Prefect's pages over a home until Ctrl-C; a port that is not given may move to a free one.
+
+    Raises:
+        UserError: a named port is taken, or a server does not start.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
+    prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
+    servers: list[Server] = []
+    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        servers.append(start_mlflow(home, host, mlflow_at))
+        servers.append(start_prefect(home, host, prefect_at))
+        for server in servers:
+            wait_until_ready(server)
+            _say(f"{server.name:8} {server.url}")
+        _say("Ctrl-C ends both.")
+        while all(server.process.poll() is None for server in servers):
+            time.sleep(0.5)
+        ended = next(server for server in servers if server.process.poll() is not None)
+        raise UserError(f"{ended.name} ended with code {ended.process.returncode}:\n{_tail(ended.log)}")
+    except KeyboardInterrupt:
+        _say("ending both servers")
+    finally:
+        stop(servers)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(
+    name: str, arguments: Sequence[str], environment: Mapping[str, str], home: Path, url: str, health: str
+) -> Server:
+    log = home.resolve() / "servers" / f"{name.lower()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - only the main thread, alone, starts servers
+        )
+    return Server(name, process, url, url + health, log)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _as_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _signal(server: Server, number: signal.Signals) -> None:
+    try:
+        os.killpg(server.process.pid, number)
+    except ProcessLookupError:
+        logger.debug("%s is gone already", server.name)
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,243 @@
+"""What a run tells MLflow: runs, metrics, checkpoints with their parents, the registered student.
+
+One parent run for each pipeline run and a child run for each stage that trained; a cached stage is linked, not
+repeated. An evaluation has no run of its own, there would be too many: its metrics go onto the LoggedModel it scores,
+each with its dataset. Everything said is an operation in the outbox (`flows.outbox`), which `flows.mlflow_writer`
+says to MLflow: threads may speak at will, and a server that cannot be reached neither stops a run nor loses a word.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from experts.domain import TRAIN
+from flows import cards, lineage
+from flows.config import STUDENT
+from flows.mlflow_writer import Writer, unsent_folder
+from flows.outbox import Outbox, send_left_over
+from flows.plan import Node, StageGraph, code_fingerprint, lock_path
+from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page
+from stages.core.checkpoint import Artifact, Store
+
+if TYPE_CHECKING:
+    from evals.results import Results
+
+BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH = 1000, 100, 6000
+PARENT = "run"
+CANDIDATE, CHAMPION = "candidate", "champion"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker:
+    """One pipeline run in MLflow. Its methods may be called from several threads.
+
+    Attributes:
+        name: Name of the run.
+        store: Where the artifacts are.
+    """
+
+    def __init__(self, graph: StageGraph, home: Path) -> None:
+        self.name = graph.config.name
+        self.store = Store(home)
+        self.graph = graph
+        self.writer = Writer(self.store)
+        self.token = uuid.uuid4().hex
+        self._known: dict[str, Artifact] = {}
+        folder = unsent_folder(home, self.name)
+        self.left_over = send_left_over(folder, self.writer)
+        self.outbox = Outbox(folder / f"{self.token}.jsonl", self.writer)
+
+    @classmethod
+    def start(cls, graph: StageGraph, home: Path, run_file: str) -> "Tracker":
+        """Open the parent run, after sending what earlier runs of this name could not.
+
+        Args:
+            graph: The planned run.
+            home: `$MOPD_HOME`.
+            run_file: The run file's text.
+        """
+        tracker = cls(graph, home)
+        config = graph.config
+        tags = {"name": config.name, "seeds": json.dumps(config.seeds), "code": code_fingerprint()}
+        tracker.open_run(PARENT, config.name, None, tags, config.model_dump(mode="json"))
+        tracker.submit("text", ref=PARENT, file="run.yaml", text=run_file)
+        lock = lock_path(home, config.name)
+        if lock.exists():
+            tracker.submit("text", ref=PARENT, file="lock.json", text=lock.read_text())
+        return tracker
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the parent run; empty while the server has not been reached."""
+        return self.outbox.ids.get(PARENT, "")
+
+    @property
+    def url(self) -> str:
+        """Where the parent run can be read, and how; empty while the server has not been reached."""
+        if not self.run_id:
+            return ""
+        if self.writer.uri.startswith("http"):
+            return mlflow_run_page(self.writer.uri.rstrip("/"), self.writer.experiment, self.run_id)
+        return f"{mlflow_run_page(local_url(MLFLOW_PORT), self.writer.experiment, self.run_id)} (after `mopd ui`)"
+
+    def stage_started(self, node: Node) -> "StageRun":
+        """Open the child run of a stage and log the data it draws from; an evaluation opens none."""
+        if node.stage == "evaluate":
+            return EvaluationRun(self, node)
+        tags = {"key": node.key, "stage": node.stage, "seed": str(node.seed), "node": node.id}
+        self.open_run(node.id, node.id, PARENT, tags, {"seed": node.seed, **node.config})
+        if node.domains:
+            datasets = [describe_data(node, domain, TRAIN) for domain in node.domains]
+            self.submit("datasets", ref=node.id, datasets=datasets)
+        return StageRun(self, node)
+
+    def stage_cached(self, node: Node, artifact: Artifact) -> None:
+        """Link what an earlier run made: its LoggedModel becomes an input of the parent run."""
+        if node.stage == "evaluate":
+            self.scored(node, artifact)
+            return
+        self.submit("used", ref=PARENT, key=artifact.key)
+        self.register(node, artifact)
+
+    def finish(self, status: Status, results: "Results | None", report: Path | None, promoted: bool = False) -> None:
+        """Log the run's results and close it; what the server did not take is sent at the next start.
+
+        Args:
+            status: How the run ended.
+            results: The comparison of base, teachers and student.
+            report: The HTML report.
+            promoted: The gate made the student the champion. With several seeds the first one's gets the alias.
+        """
+        if results is not None:
+            from evals.results import metrics
+
+            self.log_metrics(PARENT, [(name, value, now(), 0) for name, value in metrics(results).items()])
+        made = [node.key for node in self.graph.checkpoints if self.store.find(node.key)]
+        pages = {"lineage.html": lineage.draw_html(self.store, made, self.name)} if made else {}
+        if report is not None:
+            pages[report.name] = report.read_text()
+        students = [node for node in self.graph.checkpoints if node.name == STUDENT and node.id in self._known]
+        for file, text in pages.items():
+            self.submit("text", ref=PARENT, file=file, text=text)
+            for student in students:
+                self.submit("model_text", key=student.key, file=file, text=text)
+        if promoted and students:
+            self.submit("alias", name=f"{self.name}-{STUDENT}", key=students[0].key, alias=CHAMPION)
+        self.submit("note", ref=PARENT, keys=made)
+        self.submit("end", ref=PARENT, status=status, time=now())
+        self.outbox.close()
+
+    def submit(self, op: str, **fields: Any) -> None:
+        """Say one operation, now or when the server can be reached."""
+        self.outbox.submit({"op": op, **fields})
+
+    def open_run(
+        self, ref: str, name: str, parent: str | None, tags: Mapping[str, str], params: Mapping[str, Any]
+    ) -> None:
+        """Open a run known here as `ref` and log its parameters."""
+        everywhere = {"home": str(self.store.home.resolve()), "token": self.token, "name": self.name}
+        self.submit("run", ref=ref, name=name, parent=parent, tags={**everywhere, **tags}, time=now())
+        flat = list(cards.flatten(params).items())
+        for first in range(0, len(flat), BATCH_PARAMS):
+            chunk = {name: value[:PARAM_LENGTH] for name, value in flat[first : first + BATCH_PARAMS]}
+            self.submit("params", ref=ref, params=chunk)
+
+    def log_metrics(self, ref: str, values: list[tuple[str, float, int, int]]) -> None:
+        """Log (name, value, milliseconds, step) on a run, as many as one request takes at a time."""
+        named = [(cards.metric_name(name), *rest) for name, *rest in values]
+        for first in range(0, len(named), BATCH_METRICS):
+            self.submit("metrics", ref=ref, metrics=named[first : first + BATCH_METRICS])
+
+    def scored(self, node: Node, artifact: Artifact) -> None:
+        """Put the metrics of an evaluation onto the checkpoint it scored, once."""
+        domain, split = node.config["domain"], node.config["split"]
+        checkpoint = self.graph.node(node.parents["checkpoint"])
+        metrics = {
+            cards.metric_name(f"eval/{domain}/{split}/{name}"): value
+            for name, value in artifact.manifest["metrics"].items()
+        }
+        data = describe_data(node, domain, split)
+        about = {"key": checkpoint.key, "scores": artifact.key, "data": data}
+        self.submit("scores", ref=PARENT, **about, metrics=metrics, time=now())
+
+    def register(self, node: Node, artifact: Artifact) -> None:
+        """Make a student's checkpoint a version of the registered model; the first seed's is the candidate."""
+        if node.name != STUDENT:
+            return
+        self._known[node.id] = artifact
+        name = f"{self.name}-{STUDENT}"
+        self.submit("version", name=name, key=artifact.key, seed=str(node.seed))
+        if node.seed == self.graph.config.seeds[0]:
+            self.submit("alias", name=name, key=artifact.key, alias=CANDIDATE)
+
+
+class StageRun:
+    """The child run of one stage."""
+
+    def __init__(self, tracker: Tracker, node: Node) -> None:
+        self.tracker = tracker
+        self.node = node
+        self._samples: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+
+    def forward(self, records: list[dict[str, Any]]) -> None:
+        """Log a journal's new records: metrics now, samples and notes at the end."""
+        values = [
+            (name, value, int(record["time"] * 1000), record["step"])
+            for record in records
+            if record["kind"] == "metrics"
+            for name, value in record["values"].items()
+        ]
+        self.tracker.log_metrics(self.node.id, values)
+        self._samples += [record for record in records if record["kind"] == "sample"]
+        self._notes += [f"step {record['step']}: {record['text']}" for record in records if record["kind"] == "note"]
+
+    def finish(self, status: Status, artifact: Artifact | None) -> None:
+        """Close the run; the checkpoint it made becomes a LoggedModel with its parents as inputs."""
+        tracker, ref = self.tracker, self.node.id
+        if self._samples:
+            tracker.submit("table", ref=ref, file="samples.json", data=cards.sample_table(self._samples))
+        if self._notes:
+            tracker.submit("text", ref=ref, file="notes.txt", text="\n".join(self._notes) + "\n")
+        if artifact is not None:
+            tracker.submit("made", ref=ref, key=artifact.key, time=now())
+            tracker.register(self.node, artifact)
+            if self.node.name == STUDENT:
+                drawn = lineage.draw_html(tracker.store, [artifact.key], f"{tracker.name} {ref}")
+                tracker.submit("text", ref=ref, file="lineage.html", text=drawn)
+                tracker.submit("model_text", key=artifact.key, file="lineage.html", text=drawn)
+        tracker.submit("end", ref=ref, status=status, time=now())
+
+
+class EvaluationRun(StageRun):
+    """An evaluation: metrics on the checkpoint it scores, no run of its own."""
+
+    def forward(self, records: list[dict[str, Any]]) -> None:
+        """Keep nothing: the scores hold every completion."""
+
+    def finish(self, status: Status, artifact: Artifact | None) -> None:
+        """Put the scores' metrics onto the checkpoint."""
+        if artifact is not None:
+            self.tracker.scored(self.node, artifact)
+
+
+def describe_data(node: Node, domain: str, split: str) -> dict[str, str]:
+    """One split of a domain as a dataset: its name, digest, and where it comes from."""
+    entry = node.domains[domain]
+    fingerprint = node.ingredients["domains"][domain]
+    return {
+        "name": f"{domain}/{split}",
+        "digest": cards.dataset_digest(fingerprint),
+        "kind": str(entry["kind"]),
+        "source": json.dumps(entry["options"]),
+        "profile": json.dumps({"fingerprint": fingerprint, "split": split}),
+        "split": split,
+    }
+
+
+def now() -> int:
+    """Milliseconds since the epoch, MLflow's unit of time."""
+    return int(time.time() * 1000)

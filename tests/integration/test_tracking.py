@@ -1,0 +1,170 @@
+"""What a run leaves in MLflow, on a real SQLite store and against a server that does not answer."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.plan import Node, StageGraph, write_lock
+from flows.tracking import Tracker
+from stages.core.checkpoint import Artifact, Store
+from tests.lineage_home import commit, lab_graph
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run in which base and cold start were cached and the rest trained."""
+    home = tmp_path_factory.mktemp("home")
+    graph = lab_graph()
+    write_lock(graph, home)
+    store = Store(home)
+    cached = {id: commit(store, graph, graph.node(id)) for id in ("base@0", "cold_start@0")}
+    tracker = Tracker.start(graph, home, "name: lab\n")
+    for node_id, artifact in cached.items():
+        tracker.stage_cached(graph.node(node_id), artifact)
+    for node in graph.nodes:
+        if node.id not in cached:
+            play(tracker, store, graph, node)
+    report = home / "report.html"
+    report.write_text("<p>tables</p>")
+    tracker.finish("FINISHED", None, report, promoted=True)
+    return {"home": home, "graph": graph, "store": store, "tracker": tracker, "client": tracker.writer.client}
+
+
+def play(tracker: Tracker, store: Store, graph: StageGraph, node: Node) -> Artifact:
+    """Let a node run: a journal in two pieces, then its artifact."""
+    run = tracker.stage_started(node)
+    records = [
+        {"time": 1000.0 + step, "step": step, "kind": "metrics", "values": {f"{node.stage}/loss/sort": 1.0 / step}}
+        for step in range(1, 1201)
+    ]
+    sample = {"time": 1.0, "step": 3, "kind": "sample", "prompt": "3 1 2", "completion": "1 2 3", "score": 1.0}
+    run.forward(records[:7])
+    run.forward([*records[7:], sample, {"time": 1.0, "step": 4, "kind": "progress", "total": 1200}])
+    artifact = commit(store, graph, node)
+    run.finish("FINISHED", artifact)
+    return artifact
+
+
+def children(tracked: dict[str, Any]) -> dict[str, Any]:
+    client, tracker = tracked["client"], tracked["tracker"]
+    found = client.search_runs([tracker.writer.experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
+    return {run.info.run_name: run for run in found}
+
+
+def models(tracked: dict[str, Any]) -> dict[str, Any]:
+    found = tracked["client"].search_logged_models([tracked["tracker"].writer.experiment])
+    return {model.tags["key"]: model for model in found}
+
+
+def test_a_child_run_for_each_stage_that_trained_and_none_for_cached_or_evaluations(tracked):
+    runs = children(tracked)
+    assert set(runs) == {"experts/sort@0", "experts/caesar@0", "student@0"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["experts/sort@0"].data.tags["key"] == tracked["graph"].node("experts/sort@0").key
+    parent = tracked["client"].get_run(tracked["tracker"].run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["seeds"] == "[0]"
+    assert "student" in parent.data.tags["mlflow.note.content"]
+
+
+def test_the_whole_journal_arrives_with_its_steps_and_times(tracked):
+    run = children(tracked)["experts/sort@0"]
+    history = tracked["client"].get_metric_history(run.info.run_id, "rl/loss/sort")
+    assert len(history) == 1200
+    assert (history[-1].step, history[-1].timestamp) == (1200, 2_200_000)
+    assert "samples.json" in {file.path for file in tracked["client"].list_artifacts(run.info.run_id)}
+
+
+def test_a_checkpoint_names_its_parents_data_and_files(tracked):
+    graph, known = tracked["graph"], models(tracked)
+    student = graph.node("student@0")
+    run = children(tracked)["student@0"]
+    parents = {graph.node(parent).key for parent in student.parents.values()}
+    assert {i.model_id for i in run.inputs.model_inputs} == {known[key].model_id for key in parents}
+    assert [o.model_id for o in run.outputs.model_outputs] == [known[student.key].model_id]
+    assert {d.dataset.name for d in run.inputs.dataset_inputs} >= {"sort/train", "caesar/train"}
+    model = known[student.key]
+    artifact = tracked["store"].find(student.key)
+    assert model.params["uri"] == artifact.uri
+    assert model.params["digest"] == artifact.digest
+    for key in parents:
+        assert f"/#/experiments/{model.experiment_id}/models/{known[key].model_id}" in model.tags["mlflow.note.content"]
+
+
+def test_an_evaluation_puts_its_metrics_with_their_dataset_on_the_checkpoint(tracked):
+    model = models(tracked)[tracked["graph"].node("student@0").key]
+    scores = {(m.key, m.dataset_name): m.value for m in model.metrics if m.key.startswith("eval/")}
+    assert scores["eval/sort/held_out/greedy", "sort/held_out"] == pytest.approx(0.75)
+
+
+def test_cached_checkpoints_are_inputs_of_the_parent_run(tracked):
+    graph, known = tracked["graph"], models(tracked)
+    parent = tracked["client"].get_run(tracked["tracker"].run_id)
+    linked = {i.model_id for i in parent.inputs.model_inputs}
+    assert linked == {known[graph.node(id).key].model_id for id in ("base@0", "cold_start@0")}
+    assert {"report.html", "lineage.html", "run.yaml", "lock.json"} <= {
+        file.path for file in tracked["client"].list_artifacts(parent.info.run_id)
+    }
+
+
+def test_the_student_is_candidate_and_champion(tracked):
+    client = tracked["client"]
+    key = tracked["graph"].node("student@0").key
+    for alias in ("candidate", "champion"):
+        version = client.get_model_version_by_alias("lab-student", alias)
+        assert version.tags["key"] == key
+        assert version.run_id == children(tracked)["student@0"].info.run_id
+
+
+def test_a_second_run_with_everything_cached_repeats_nothing(tracked):
+    home, graph, store = tracked["home"], tracked["graph"], tracked["store"]
+    before = models(tracked)
+    tracker = Tracker.start(graph, home, "name: lab\n")
+    for node in graph.nodes:
+        tracker.stage_cached(node, store.find(node.key))
+    tracker.finish("FINISHED", None, None)
+    assert set(models(tracked)) == set(before)
+    assert len(tracked["client"].search_model_versions("name = 'lab-student'")) == 1
+    parent = tracked["client"].get_run(tracker.run_id)
+    assert len(parent.inputs.model_inputs) == len(graph.checkpoints)
+
+
+def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(tracked, tmp_path, monkeypatch):
+    home, graph = tmp_path / "home", tracked["graph"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker.start(graph, home, "name: lab\n")
+    for node in graph.nodes:
+        play(tracker, tracker.store, graph, node)
+    tracker.finish("FAILED", None, None)
+    assert tracker.run_id == ""
+    kept = list((home / "runs" / "lab" / "unsent").glob("*.jsonl"))
+    assert len(kept) == 1
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    later = Tracker.start(graph, home, "name: lab\n")
+    later.finish("FINISHED", None, None)
+    client = later.writer.client
+    runs = client.search_runs([later.writer.experiment], "tags.node = 'experts/sort@0'")
+    assert len(client.get_metric_history(runs[0].info.run_id, "rl/loss/sort")) == 1200
+    assert {run.info.status for run in client.search_runs([later.writer.experiment])} == {"FINISHED", "FAILED"}
+    assert not list((home / "runs" / "lab" / "unsent").glob("*.jsonl"))
+
+
+def test_a_run_whose_process_died_is_marked_killed_at_the_next_start(tracked):
+    home, graph = tracked["home"], tracked["graph"]
+    dead = Tracker.start(graph, home, "name: lab\n")
+    dead.outbox._owned.release()
+    after = Tracker.start(graph, home, "name: lab\n")
+    after.finish("FINISHED", None, None)
+    assert tracked["client"].get_run(dead.run_id).info.status == "KILLED"
+
+
+def test_the_addresses_lead_to_the_run(tracked):
+    tracker: Tracker = tracked["tracker"]
+    assert f"/runs/{tracker.run_id}" in tracker.url
+    assert (Path(tracked["home"]) / "mlflow.db").exists()

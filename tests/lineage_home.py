@@ -1,0 +1,87 @@
+"""A small lab graph and artifacts made of nothing but manifests, for tests of tracking and lineage."""
+
+from flows.config import RunConfig
+from flows.plan import Node, StageGraph
+from stages.core.checkpoint import Artifact, Store
+
+DOMAINS = ("sort", "caesar")
+SECONDS = {"pretrain": 95.0, "sft": 14.0, "rl": 61.0, "distill": 83.0}
+
+
+def lab_graph(name: str = "lab") -> StageGraph:
+    """base → cold start → two experts → student, each with one evaluation a domain; fixed keys, no planning."""
+    config = RunConfig.model_validate(
+        {
+            "name": name,
+            "base": {"pretrain": {"max_steps": 5}},
+            "domains": {domain: {"kind": "strings", "options": {"task": domain}} for domain in DOMAINS},
+            "cold_start": {"sft": {"max_steps": 5}},
+            "experts": {
+                "sort": {"domain": "sort", "train": {"rl": {"max_steps": 5}}},
+                "caesar": {"domain": "caesar", "train": {"sft": {"max_steps": 5}}},
+            },
+            "merge": {"max_steps": 5},
+        }
+    )
+    start = {"start": "cold_start@0"}
+    teachers = {f"teacher/{domain}": f"experts/{domain}@0" for domain in DOMAINS}
+    stages = [
+        _node("base", "pretrain", {}, DOMAINS),
+        _node("cold_start", "sft", {"start": "base@0"}, DOMAINS),
+        _node("experts/sort", "rl", start, ("sort",)),
+        _node("experts/caesar", "sft", start, ("caesar",)),
+        _node("student", "distill", start | teachers, DOMAINS),
+    ]
+    evaluations = [_evaluation(stage, domain) for stage in stages for domain in DOMAINS]
+    return StageGraph(config, (*stages, *evaluations), {})
+
+
+def commit(store: Store, graph: StageGraph, node: Node) -> Artifact:
+    """Put an artifact of a node into the store; its parents must stand there."""
+    folder = store.staging(node.key)
+    (folder / "model.txt").write_text(node.id)
+    parents = {role: store.get(graph.node(parent).key) for role, parent in node.parents.items()}
+    scores = {"greedy": 0.75, "sampled": 0.5}
+    manifest = {
+        "name": node.name,
+        "stage": node.stage,
+        "seed": node.seed,
+        "config": dict(node.config),
+        "code": "c0de",
+        "parents": {role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in parents.items()},
+        "data": dict(node.ingredients["domains"]),
+        "tokens": 0 if node.stage == "evaluate" else 120_000,
+        "seconds": SECONDS.get(node.stage, 1.0),
+        "metrics": scores if node.stage == "evaluate" else {f"{node.stage}/loss": 0.25},
+    }
+    return store.commit(folder, node.key, manifest)
+
+
+def _node(name: str, stage: str, parents: dict[str, str], domains: tuple[str, ...]) -> Node:
+    config = {"max_steps": 5, "optimizer": {"learning_rate": 1e-3}}
+    return _keyed(f"{name}@0", name, stage, config, parents, domains)
+
+
+def _evaluation(checkpoint: Node, domain: str) -> Node:
+    name = f"eval/{checkpoint.name}/{domain}/held_out"
+    config = {"domain": domain, "split": "held_out", "examples": 8}
+    return _keyed(f"{name}@0", name, "evaluate", config, {"checkpoint": checkpoint.id}, (domain,))
+
+
+def _keyed(
+    node_id: str, name: str, stage: str, config: dict[str, object], parents: dict[str, str], domains: tuple[str, ...]
+) -> Node:
+    key = f"{abs(hash_of(node_id)):024x}"[:24]
+    entries = {domain: {"kind": "strings", "options": {"task": domain}} for domain in domains}
+    facts = {
+        "stage": stage,
+        "seed": 0,
+        "parents": {role: f"{hash_of(parent):024x}"[:24] for role, parent in parents.items()},
+        "domains": {domain: f"{hash_of(domain):064x}" for domain in domains},
+    }
+    return Node(node_id, name, stage, 0, config, parents, entries, facts, key)
+
+
+def hash_of(text: str) -> int:
+    """A number below 16**24 that stays the same from process to process."""
+    return int.from_bytes(text.encode().rjust(12, b"#")[-12:], "big")
