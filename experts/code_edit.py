@@ -1,0 +1,202 @@
+"""Repair a corrupted Python function and change nothing else.
+
+A working function is corrupted by one or more splices of known families (`code_mutations`); the completion is run
+against the function's tests in a sandbox and compared with the corrupted text. With Levenshtein distance d over Python
+tokens (comments and the width of white space do not count),
+
+    excess = max(0, d(completion, corrupted) - d(original, corrupted))
+    score  = passes * (1 - 0.7 * min(1, excess / 3))
+
+so the smallest repair scores 1, a working but rewritten function at least 0.3, and one that fails a test 0.
+"""
+
+import ast
+import random
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import Field
+
+from experts.code_functions import Function, generate
+from experts.code_mutations import FAMILIES, corruptions
+from experts.code_rewrites import code_tokens, edit_distance, rewrites
+from experts.domain import OUT_OF_DISTRIBUTION, TRAIN, Domain, Example, in_train, stable_hash
+from experts.domain import Options as DomainOptions
+from experts.errors import UserError, nearest
+from experts.sandbox import Limits, passes
+
+VERSION = 1
+LONGEST_COMPLETION = 20_000
+OVER_EDIT_PENALTY = 0.7
+TOLERATED_EXCESS = 3
+EXHAUSTION_FACTOR = 30
+FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+INSTRUCTION = (
+    "The Python code below has a bug. Repair it and change nothing else: keep names, formatting and comments as they "
+    "are. Answer with the complete repaired code only."
+)
+
+
+class Options(DomainOptions):
+    """What a `code_edit` domain asks for."""
+
+    source: Literal["generated"] = Field("generated", description="Where the working functions come from.")
+    families: list[str] | Literal["all"] = Field("all", description="Families of corruptions to draw from.")
+    held_out_families: list[str] = Field(
+        [], description="Families kept for the out-of-distribution split, which then has no others."
+    )
+    mutations: int = Field(1, ge=1, le=4, description="Corruptions in one function.")
+    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of the source functions kept out of training.")
+    rough_share: float = Field(0.5, ge=0, le=1, description="Share of rough demonstrations that over-edit.")
+    prompt_style: Literal["compact", "instruct"] = Field(
+        "compact", description="`compact`: 'fix:' and the code. `instruct`: an instruction and a fenced block."
+    )
+    timeout_seconds: float = Field(1.0, gt=0, le=60, description="Time a completion may run for.")
+
+
+class CodeEditDomain(Domain):
+    """Minimal repairs of corrupted functions."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        super().__init__(name)
+        self.options = options
+        self._held_out_families = _checked(name, "held_out_families", options.held_out_families)
+        wanted = list(FAMILIES) if options.families == "all" else _checked(name, "families", options.families)
+        self._families = [family for family in wanted if family not in self._held_out_families]
+        if not self._families:
+            raise UserError(f"domains.{name}.options.held_out_families: no family is left to train on")
+        self._limits = Limits(seconds=options.timeout_seconds)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Train and held-out, and out-of-distribution where families are held out."""
+        return (*super().splits, OUT_OF_DISTRIBUTION) if self._held_out_families else super().splits
+
+    def draw(self, split: str, count: int, seed: int) -> list[Example]:
+        """Draw distinct corrupted functions of one split; see `Domain.draw`."""
+        if split not in self.splits:
+            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
+        families = self._held_out_families if split == OUT_OF_DISTRIBUTION else self._families
+        rng = random.Random(f"code_edit/{split}/{seed}")
+        found: dict[str, Example] = {}
+        misses = 0
+        while len(found) < count:
+            example = self._attempt(rng, families, split == TRAIN)
+            if example is not None and str(example.prompt) not in found:
+                found[str(example.prompt)] = example
+                misses = 0
+                continue
+            misses += 1
+            if misses > EXHAUSTION_FACTOR * (len(found) + 100):
+                raise UserError(
+                    f"domains.{self.name}: {count} examples were asked of split '{split}', "
+                    f"only {len(found)} distinct ones were found"
+                )
+        return list(found.values())
+
+    def score(self, example: Example, completion: str) -> float:
+        """Score of a repair; the formula is in the module's docstring. Malformed or hostile code scores 0."""
+        code = extract_code(completion)
+        if len(code) > LONGEST_COMPLETION:
+            return 0.0
+        arguments, expected = _tests(example.meta["tests"])
+        if not passes(code, example.meta["entry"], arguments, expected, self._limits):
+            return 0.0
+        try:
+            excess = excess_edit(example, completion)
+        except SyntaxError:
+            return 0.0
+        return 1.0 - OVER_EDIT_PENALTY * min(1.0, excess / TOLERATED_EXCESS)
+
+    def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
+        """The gold repair; if `rough`, with probability `rough_share` one that still works but rewrites needlessly."""
+        if rough and rng.random() < self.options.rough_share:
+            arguments, expected = _tests(example.meta["tests"])
+            for candidate in rewrites(extract_code(example.answer), rng):
+                works = passes(candidate, example.meta["entry"], arguments, expected, self._limits)
+                if works and excess_edit(example, candidate) > 0:
+                    return self._answer(candidate)
+        return example.answer
+
+    def fingerprint(self) -> str:
+        """Hash of the kind, its version and the options."""
+        return stable_hash(["code_edit", VERSION, self.options.model_dump(mode="json")])
+
+    def _attempt(self, rng: random.Random, families: list[str], train: bool) -> Example | None:
+        function = generate(rng, self._limits)
+        if function is None or in_train(function.id, self.options.held_out_share) != train:
+            return None
+        corrupted, used = function.code, []
+        for _ in range(self.options.mutations):
+            step = next(self._failing(rng, families, function, corrupted), None)
+            if step is None:
+                return None
+            corrupted = step[0]
+            used.append(step[1])
+        return self._example(function, corrupted, used)
+
+    def _failing(
+        self, rng: random.Random, families: list[str], function: Function, text: str
+    ) -> Iterator[tuple[str, str]]:
+        """Corruptions of `text` that fail a test, each with its family, in random order, family first."""
+        for family in rng.sample(families, len(families)):
+            splices = corruptions(text, family)
+            for splice in rng.sample(splices, len(splices)):
+                mutant = splice.apply(text)
+                if not passes(mutant, function.entry, function.arguments, function.expected, self._limits):
+                    yield mutant, family
+
+    def _example(self, function: Function, corrupted: str, families: list[str]) -> Example:
+        compact = self.options.prompt_style == "compact"
+        prompt = f"fix:\n{corrupted}" if compact else f"{INSTRUCTION}\n\n```python\n{corrupted}\n```"
+        meta: dict[str, Any] = {
+            "entry": function.entry,
+            "corrupted": corrupted,
+            "families": families,
+            "tests": repr((function.arguments, function.expected)),
+        }
+        return Example(prompt, self._answer(function.code), self.name, source=function.id, meta=meta)
+
+    def _answer(self, code: str) -> str:
+        return code if self.options.prompt_style == "compact" else f"```python\n{code}\n```"
+
+
+def load(name: str, options: Options) -> CodeEditDomain:
+    """Make a `code_edit` domain.
+
+    Raises:
+        UserError: a family is unknown, or all are held out.
+    """
+    return CodeEditDomain(name, options)
+
+
+def excess_edit(example: Example, completion: str) -> int:
+    """How many tokens a completion changes beyond the smallest repair (see the module's docstring).
+
+    Raises:
+        SyntaxError: the completion cannot be tokenized.
+    """
+    corrupted = code_tokens(example.meta["corrupted"])
+    needed = edit_distance(code_tokens(extract_code(example.answer)), corrupted)
+    return max(0, edit_distance(code_tokens(extract_code(completion)), corrupted) - needed)
+
+
+def extract_code(completion: str) -> str:
+    """The code of a completion: its first fenced block if it has one, else all of it."""
+    fenced = FENCE.search(completion)
+    return (fenced.group(1) if fenced else completion).strip("\n").rstrip()
+
+
+def _checked(name: str, key: str, families: list[str]) -> list[str]:
+    for family in families:
+        if family not in FAMILIES:
+            raise UserError(f"domains.{name}.options.{key}: unknown family '{family}'{nearest(family, FAMILIES)}")
+    return list(dict.fromkeys(families))
+
+
+@lru_cache(maxsize=4096)
+def _tests(text: str) -> tuple[list[list[Any]], list[Any]]:
+    arguments, expected = ast.literal_eval(text)
+    return arguments, expected

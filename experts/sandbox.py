@@ -1,0 +1,135 @@
+"""Runs code a model wrote, in pydantic-monty's sandbox, and brings back plain values.
+
+Only the outputs of the calls come from the sandbox. What they ought to be stays on the host and is compared there by
+exact type (`same_value`), so a candidate can neither read nor shadow a test, and an `__eq__` of its own is never run.
+"""
+
+import atexit
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Value = Any
+PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one run may spend.
+
+    Attributes:
+        seconds: Execution time of each of the two steps, definition and calls.
+        memory_bytes: Heap of the interpreter.
+        recursion_depth: Depth of the call stack.
+    """
+
+    seconds: float = 1.0
+    memory_bytes: int = 64 * 1024 * 1024
+    recursion_depth: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a run gave no values: the interpreter's or the host's message."""
+
+    reason: str
+
+
+def run_calls(
+    code: str, entry: str, arguments: Sequence[Sequence[Value]], limits: Limits | None = None
+) -> list[Value] | Failure:
+    """Define `code` in a fresh sandbox and call `entry` once with each tuple of arguments.
+
+    Printing is collected and dropped; the clock, memory and recursion are limited; sleeping is not allowed.
+
+    Args:
+        code: Untrusted source text.
+        entry: Name of the function to call.
+        arguments: Plain values, one sequence of positional arguments a call.
+        limits: What the run may spend; the default is `Limits()`.
+
+    Returns:
+        The outputs in order, or a `Failure` if the code is malformed, raises, breaks a limit or kills its worker.
+    """
+    import pydantic_monty
+
+    if not entry.isidentifier():
+        return Failure(f"not a function name: {entry!r}")
+    limits = limits or Limits()
+    budget: pydantic_monty.ResourceLimits = {
+        "max_feed_duration_secs": limits.seconds,
+        "max_memory": limits.memory_bytes,
+        "max_recursion_depth": limits.recursion_depth,
+        "max_total_sleep_secs": 0.0,
+        "max_suspensions": 1,
+    }
+    silent = pydantic_monty.CollectString(max_bytes=1024 * 1024)
+    calls = [tuple(call) for call in arguments]
+    pool = _pool()
+    try:
+        with pool.checkout(limits=budget) as session:
+            session.feed_run(code, print_callback=silent)
+            outputs = session.feed_run(
+                f"[{entry}(*call) for call in calls]", inputs={"calls": calls}, print_callback=silent
+            )
+    except (pydantic_monty.MontyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
+        return Failure(f"{type(error).__name__}: {error}"[:200])
+    if type(outputs) is not list or len(outputs) != len(calls):
+        return Failure("the calls were tampered with")
+    return outputs
+
+
+def passes(
+    code: str,
+    entry: str,
+    arguments: Sequence[Sequence[Value]],
+    expected: Sequence[Value],
+    limits: Limits | None = None,
+) -> bool:
+    """Whether every call of `entry` gives exactly the expected value (see `same_value`)."""
+    outputs = run_calls(code, entry, arguments, limits)
+    return not isinstance(outputs, Failure) and same_value(outputs, list(expected))
+
+
+def same_value(left: Value, right: Value) -> bool:
+    """Equality of plain values by exact type, at every depth: `True`, `1` and `1.0` all differ; NaN equals NaN.
+
+    Anything but a plain value, list, tuple, dict, set or frozenset is unequal to everything.
+    """
+    kind = type(left)
+    if kind is not type(right):
+        return False
+    if kind is float and math.isnan(left):
+        return math.isnan(right)
+    if kind in PLAIN_TYPES:
+        return bool(left == right)
+    if kind in (list, tuple):
+        return len(left) == len(right) and all(map(same_value, left, right))
+    members_agree = kind in (set, frozenset, dict) and len(left) == len(right) and _typed(left) == _typed(right)
+    return members_agree and (kind is not dict or all(same_value(left[key], right[key]) for key in left))
+
+
+def _typed(keys: Any) -> set[tuple[str, str]]:
+    """Hashable members with their types; `repr` tells 1 from 1.0 and True inside tuples too."""
+    return {(type(key).__name__, repr(key)) for key in keys}
+
+
+# One pool a process: a forked child must not talk to its parent's workers, nor end them by dropping the object.
+_POOLS: dict[int, Any] = {}
+
+
+def _pool() -> Any:
+    import pydantic_monty
+
+    pid = os.getpid()
+    if pid not in _POOLS:
+        _POOLS[pid] = pydantic_monty.Monty().__enter__()
+        atexit.register(_close, pid)
+    return _POOLS[pid]
+
+
+def _close(pid: int) -> None:
+    if os.getpid() == pid and pid in _POOLS:
+        _POOLS.pop(pid).__exit__(None, None, None)
