@@ -1,0 +1,149 @@
+"""The worker's exit codes, messages and locks."""
+
+import errno
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from experts.errors import UserError
+from flows import worker
+from stages.core.checkpoint import CorruptedArtifactError, Store
+from stages.core.workspace import Workspace
+
+
+def write_spec(home: Path, *keys: str, parents: dict[str, str] | None = None) -> Path:
+    nodes = [
+        {
+            "name": f"node {key}",
+            "stage": "make",
+            "key": key,
+            "seed": 3,
+            "config": {"word": key},
+            "parents": parents or {},
+            "domains": {},
+            "provenance": {"stage": "make"},
+        }
+        for key in keys
+    ]
+    path = home / "spec.json"
+    path.write_text(json.dumps({"home": str(home), "threads": 1, "nodes": nodes}))
+    return path
+
+
+def make(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    """A stage in small: writes its word and journals it."""
+    for node, workspace in zip(nodes, workspaces, strict=True):
+        workspace.journal().note(0, node["config"]["word"])
+        folder = workspace.store.staging(workspace.key)
+        (folder / "word.txt").write_text(node["config"]["word"])
+        workspace.commit(folder, sources={}, metrics={})
+
+
+def error_of(home: Path, key: str) -> dict:
+    return json.loads((Store(home).work(key) / worker.ERROR_FILE).read_text())
+
+
+def failing(error: Exception) -> worker.Runner:
+    def run(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> None:
+        raise error
+
+    return run
+
+
+class WeightsWriterError(Exception):
+    """Stands for an error of a library written in Rust: an exception type of its own, the cause only in words."""
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no such domain"), 2),
+        (CorruptedArtifactError("digest differs", "k"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 74),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 74),
+        (OSError(errno.EIO, "Input/output error"), 74),
+        (WeightsWriterError("I/O error: No space left on device (os error 28)"), 74),
+        (chained(UserError("cannot read the base"), OSError(errno.ENOSPC, "full")), 74),
+        (ConnectionResetError("peer"), 75),
+        (TimeoutError("teacher"), 75),
+        (chained(RuntimeError("scoring failed"), ConnectionRefusedError("server")), 75),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), 75),
+        (chained(UserError("the teacher's server is not there"), ConnectionRefusedError("server")), 2),
+        (FileNotFoundError(errno.ENOENT, "no such file"), 1),
+        (RuntimeError("CUDA out of memory"), 1),
+        (ValueError("shape"), 1),
+    ],
+)
+def test_exit_code_says_whose_fault_it_was(tmp_path, error, code):
+    assert worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(error)}) == code
+    assert error_of(tmp_path, "k") == {"type": type(error).__name__, "message": str(error), "exit_code": code}
+
+
+def test_user_error_prints_its_message_and_a_crash_its_traceback(tmp_path, capfd):
+    worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(UserError("no domain 'srot'"))})
+    assert capfd.readouterr().err == "error: no domain 'srot'\n"
+    worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(ValueError("bad shape"))})
+    assert "Traceback" in (said := capfd.readouterr().err)
+    assert "ValueError: bad shape" in said
+
+
+def test_full_disk_still_tells_when_the_error_file_cannot_be_written(tmp_path, capfd):
+    (Store(tmp_path).work("k") / worker.ERROR_FILE).mkdir()
+    code = worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(OSError(errno.ENOSPC, "full"))})
+    said = capfd.readouterr().err
+    assert code == 74
+    assert "full" in said
+    assert "error.json could not be written" in said
+
+
+def test_done_nodes_are_not_made_again(tmp_path):
+    made = []
+
+    def counting(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> None:
+        made.append([node["key"] for node in nodes])
+        make(nodes, workspaces)
+
+    for keys in (["b"], ["b"], ["c", "b", "a"]):
+        assert worker.run_spec(write_spec(tmp_path, *keys), {"make": counting}) == 0
+    assert made == [["b"], ["c", "a"]]
+    assert Store(tmp_path).get("a").path.joinpath("word.txt").read_text() == "a"
+
+
+def test_parents_are_verified_before_use(tmp_path):
+    assert worker.run_spec(write_spec(tmp_path, "parent"), {"make": make}) == 0
+    spec = write_spec(tmp_path, "child", parents={"start": "parent"})
+    assert worker.run_spec(spec, {"make": make}) == 0
+    assert Store(tmp_path).get("child").manifest["parents"]["start"]["name"] == "node parent"
+
+    (Store(tmp_path).root / "parent" / "word.txt").write_text("changed")
+    spec = write_spec(tmp_path, "other", parents={"start": "parent"})
+    assert worker.run_spec(spec, {"make": make}) == 2
+    assert "corrupted" in error_of(tmp_path, "other")["message"]
+
+
+def test_a_node_that_another_run_makes_is_waited_for(tmp_path):
+    store = Store(tmp_path)
+    codes: list[int] = []
+    spec = write_spec(tmp_path, "k")
+    with store.lock("k"):
+        thread = threading.Thread(target=lambda: codes.append(worker.run_spec(spec, {"make": failing(ValueError())})))
+        thread.start()
+        journal = store.work("k") / worker.JOURNAL_FILE
+        while not journal.exists() or "\n" not in journal.read_text():
+            assert thread.is_alive()
+        assert "waiting for another run" in json.loads(journal.read_text())["text"]
+        folder = store.staging("k")
+        (folder / "word.txt").write_text("theirs")
+        store.commit(folder, "k", {"name": "theirs"})
+        assert codes == []
+    thread.join()
+    assert codes == [0]
+    assert store.get("k").name == "theirs"
