@@ -87,9 +87,9 @@ def run_note(rows: Sequence[tuple[Artifact, str]]) -> str:
 
 
 def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """A journal's sample records as columns, every column as long as the others."""
-    columns = dict.fromkeys(name for sample in samples for name in sample if name not in ("kind", "time"))
-    return {name: [_cell(sample.get(name)) for sample in samples] for name in columns}
+    """A journal's sample records as MLflow's table: `columns` and rows of `data`, every row as long as the others."""
+    columns = list(dict.fromkeys(name for sample in samples for name in sample if name not in ("kind", "time")))
+    return {"columns": columns, "data": [[_cell(sample.get(name)) for name in columns] for sample in samples]}
 
 
 def _cell(value: Any) -> str | int | float | bool | None:

@@ -5,6 +5,7 @@ be long after it was submitted. Saying an operation twice does no harm: checkpoi
 and versions by a tag.
 """
 
+import json
 import os
 import tempfile
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "mopd"
 NOTE = "mlflow.note.content"
+TABLES = "mlflow.loggedArtifacts"
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -172,7 +174,9 @@ class Writer:
         self.client.log_text(_run_id(operation["ref"], ids), operation["text"], operation["file"])
 
     def _table(self, operation: Operation, ids: dict[str, str]) -> None:
-        self.client.log_table(_run_id(operation["ref"], ids), operation["data"], operation["file"])
+        run_id, file = _run_id(operation["ref"], ids), operation["file"]
+        self.client.log_text(run_id, json.dumps(operation["table"]), file)
+        self.client.set_tag(run_id, TABLES, json.dumps([{"path": file, "type": "table"}]))
 
     def _made(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric

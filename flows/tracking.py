@@ -199,7 +199,7 @@ class StageRun:
         """Close the run; the checkpoint it made becomes a LoggedModel with its parents as inputs."""
         tracker, ref = self.tracker, self.node.id
         if self._samples:
-            tracker.submit("table", ref=ref, file="samples.json", data=cards.sample_table(self._samples))
+            tracker.submit("table", ref=ref, file="samples.json", table=cards.sample_table(self._samples))
         if self._notes:
             tracker.submit("text", ref=ref, file="notes.txt", text="\n".join(self._notes) + "\n")
         if artifact is not None:

@@ -1,5 +1,6 @@
 """A small lab graph and artifacts made of nothing but manifests, for tests of tracking and lineage."""
 
+from experts.domain import stable_hash
 from flows.config import RunConfig
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Artifact, Store
@@ -71,17 +72,16 @@ def _evaluation(checkpoint: Node, domain: str) -> Node:
 def _keyed(
     node_id: str, name: str, stage: str, config: dict[str, object], parents: dict[str, str], domains: tuple[str, ...]
 ) -> Node:
-    key = f"{abs(hash_of(node_id)):024x}"[:24]
+    key = _key(node_id)
     entries = {domain: {"kind": "strings", "options": {"task": domain}} for domain in domains}
     facts = {
         "stage": stage,
         "seed": 0,
-        "parents": {role: f"{hash_of(parent):024x}"[:24] for role, parent in parents.items()},
-        "domains": {domain: f"{hash_of(domain):064x}" for domain in domains},
+        "parents": {role: _key(parent) for role, parent in parents.items()},
+        "domains": {domain: stable_hash(domain) for domain in domains},
     }
     return Node(node_id, name, stage, 0, config, parents, entries, facts, key)
 
 
-def hash_of(text: str) -> int:
-    """A number below 16**24 that stays the same from process to process."""
-    return int.from_bytes(text.encode().rjust(12, b"#")[-12:], "big")
+def _key(node_id: str) -> str:
+    return stable_hash(node_id)[:24]

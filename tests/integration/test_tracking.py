@@ -50,7 +50,7 @@ def play(tracker: Tracker, store: Store, graph: StageGraph, node: Node) -> Artif
 def children(tracked: dict[str, Any]) -> dict[str, Any]:
     client, tracker = tracked["client"], tracked["tracker"]
     found = client.search_runs([tracker.writer.experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
-    return {run.info.run_name: run for run in found}
+    return {run.info.run_name: client.get_run(run.info.run_id) for run in found}
 
 
 def models(tracked: dict[str, Any]) -> dict[str, Any]:
