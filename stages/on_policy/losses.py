@@ -59,10 +59,14 @@ def sampled_advantages(policy_logprobs_N: Tensor, teacher_logprobs_N: Tensor, cl
 
 
 def reverse_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
-    """Exact reverse KL over the full vocabulary: Σ_v policy·log(policy / teacher)."""
+    """Exact reverse KL over the full vocabulary: Σ_v policy·log(policy / teacher).
+
+    The log-ratio is stopped: its own gradient sums to Σ_v ∇policy = 0, and leaving it out makes the gradient exactly 0
+    where teacher and student are equal.
+    """
     policy_NV = logits_NV.log_softmax(-1)
     teacher_NV = teacher_logits_NV.detach().log_softmax(-1)
     probabilities_NV = policy_NV.exp()
-    losses_N = (probabilities_NV * (policy_NV - teacher_NV)).sum(-1)
+    losses_N = (probabilities_NV * (policy_NV - teacher_NV).detach()).sum(-1)
     entropy_N = -(probabilities_NV * policy_NV).sum(-1)
     return losses_N, {"reverse_kl": losses_N, "entropy": entropy_N}
