@@ -123,7 +123,8 @@ def load_policy(
     if base:
         model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
         if trainable and lora is None:
-            model, base = model.merge_and_unload(), None
+            # peft froze the base, and merging leaves it frozen.
+            model, base = model.merge_and_unload().requires_grad_(True), None
     elif lora:
         torch.manual_seed(seed)
         model = get_peft_model(model, peft_config(lora))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.numerics.conftest import tiny_policy
 
 from experts.errors import UserError
 from stages.core.policy import Policy, encode_prompt
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.sampler import Sample, Sampling, draw, sample, truncate
+from tests.numerics.conftest import tiny_policy
 
 PROMPTS = ("sort up 3 1 2:", "reverse abcdefgh ijk:", "x", "upper kotap:")
 

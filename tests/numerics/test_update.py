@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.numerics.conftest import tiny_policy
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,6 +14,7 @@ from stages.core.loss import chunked_token_loss
 from stages.core.supervised import cross_entropy
 from stages.core.training import Learner, micro_batches
 from stages.core.update import Row, accumulate, token_weights
+from tests.numerics.conftest import tiny_policy
 
 
 def make_learner(tmp_path: Path, micro_batch_tokens: int = 16384) -> Learner:
@@ -44,9 +44,7 @@ def test_gradient_equals_plain_cross_entropy(tmp_path, normalisation):
     means, sums, count = [], [], 0
     for row in rows:
         logits_TV = learner.policy.model(torch.tensor([row.tokens])).logits[0]
-        losses_N = functional.cross_entropy(
-            logits_TV[row.start - 1 : -1], torch.tensor(row.targets), reduction="none"
-        )
+        losses_N = functional.cross_entropy(logits_TV[row.start - 1 : -1], torch.tensor(row.targets), reduction="none")
         means.append(losses_N.mean())
         sums.append(losses_N.sum())
         count += len(losses_N)

@@ -1,0 +1,112 @@
+"""A stage that was cut off and resumed makes the same checkpoint as one that was not, bit for bit."""
+
+from collections.abc import Callable
+
+import pytest
+
+import stages.core.supervised
+import stages.distill
+import stages.on_policy.loop
+import stages.pretrain
+import stages.rl
+import stages.sft
+from experts.domain import Domain
+from stages.config import (
+    DistillConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RLConfig,
+    SFTConfig,
+    TinyModelConfig,
+)
+from stages.core.checkpoint import Artifact
+from stages.core.journal import read
+from stages.core.workspace import Workspace
+
+SMALL = {"max_steps": 6, "examples": 60, "save_every": 2}
+COSINE = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2)
+ON_POLICY = {**SMALL, "prompts_per_step": 6, "max_new_tokens": 8, "optimizer": COSINE}
+STAGES = {
+    "pretrain": (
+        stages.pretrain.train,
+        PretrainConfig(**SMALL, batch_tokens=200, optimizer=COSINE, model=TinyModelConfig(hidden_size=32, layers=2)),
+    ),
+    "sft": (stages.sft.train, SFTConfig(**SMALL, batch_size=16, optimizer=COSINE)),
+    "sft-lora": (stages.sft.train, SFTConfig(**SMALL, batch_size=16, lora=LoraConfig(rank=4, dropout=0.2))),
+    "rl": (stages.rl.train, RLConfig(**ON_POLICY, group_size=8, updates_per_batch=2)),
+    "distill": (stages.distill.train, DistillConfig(**ON_POLICY)),
+    "distill-sampled-reward": (
+        stages.distill.train,
+        DistillConfig(
+            **ON_POLICY, group_size=4, objective=ObjectiveConfig(name="sampled_reverse_kl", outcome_weight=0.5)
+        ),
+    ),
+}
+
+
+class CutOffError(Exception):
+    """Stands for the kill."""
+
+
+class Scattered(Domain):
+    """Rewards every completion of even length, so that untrained policies get mixed rewards."""
+
+    def __init__(self, inner: Domain) -> None:
+        super().__init__(inner.name)
+        self.inner = inner
+
+    def draw(self, split, count, seed):
+        return self.inner.draw(split, count, seed)
+
+    def score(self, example, completion):
+        return float(len(completion) % 2 == 0)
+
+    def fingerprint(self):
+        return self.inner.fingerprint()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resumed_equals_uninterrupted(
+    name: str,
+    workspace: Callable[..., Workspace],
+    checkpoint: Callable[[str, int], Artifact],
+    domains: dict[str, Domain],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, config = STAGES[name]
+    domains = {key: Scattered(domain) for key, domain in domains.items()}
+    parents = {"start": checkpoint("start", 0)} if name != "pretrain" else {}
+    if name.startswith("distill"):
+        parents |= {f"teacher/{domain}": checkpoint(f"teacher-{domain}", i + 1) for i, domain in enumerate(domains)}
+    whole = train(config, workspace("whole", parents, domains))
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        for module in (stages.core.supervised, stages.on_policy.loop):
+            patch.setattr(module, "end_step", cut_after(module.end_step, 5))
+        train(config, workspace("cut", parents, domains))
+    place = workspace("cut", parents, domains)
+    assert [path.name for path in place.progress.glob("step-*")] == ["step-4"]
+    resumed = train(config, place)
+    assert resumed.manifest["files"]["model.safetensors" if "lora" not in name else "adapter_model.safetensors"]
+    assert resumed.digest == whole.digest
+    assert resumed.manifest["tokens"] == whole.manifest["tokens"]
+    assert metrics_of(place) == metrics_of(workspace("whole", parents, domains))
+    # The stage must have learned something, or equality shows nothing.
+    assert parents == {} or whole.digest != parents["start"].digest
+    assert any(
+        values.get(f"{name.split('-', maxsplit=1)[0]}/grad_norm", 0) > 0 for values in metrics_of(place).values()
+    )
+
+
+def cut_after(end_step: Callable[..., None], last: int) -> Callable[..., None]:
+    def cut(learner, journal, step, total, metrics):
+        end_step(learner, journal, step, total, metrics)
+        if step == last:
+            raise CutOffError
+
+    return cut
+
+
+def metrics_of(place: Workspace) -> dict[int, dict[str, float]]:
+    return {r["step"]: r["values"] for r in read(place.folder / "journal.jsonl") if r["kind"] == "metrics"}
