@@ -20,7 +20,7 @@ from experts.errors import UserError, nearest
 VERSION = 1
 VOWELS = "aeiou"
 CONSONANTS = "bcdfghjklmnpqrstvwxyz"
-# A split of M equally likely prompts is exhausted with certainty e^-30 after 30 M draws without a new one.
+# A prompt among M equally likely ones is still unseen after 30 M draws with probability e^-30.
 EXHAUSTION_FACTOR = 30
 
 TaskName = Literal[
@@ -92,22 +92,25 @@ class StringsDomain(Domain):
         if split not in self.splits:
             raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
         rng = random.Random(f"{self.options.task}/{split}/{seed}")
-        found: dict[str, Example] = {}
-        misses = 0
-        while len(found) < count:
+        seen: set[str] = set()
+        drawn: list[Example] = []
+        repeats = 0
+        while len(drawn) < count:
             prompt, answer = self._task.make(rng, rng.randint(*self._lengths))
-            belongs = in_train(prompt, self.options.held_out_share) == (split == TRAIN)
-            if belongs and prompt not in found:
-                found[prompt] = Example(prompt, answer, self.name, source=prompt)
-                misses = 0
+            if prompt in seen:
+                repeats += 1
+                if repeats > EXHAUSTION_FACTOR * (len(seen) + 100):
+                    raise UserError(
+                        f"domains.{self.name}: {count} examples were asked of split '{split}', only {len(drawn)} "
+                        f"distinct ones exist for task '{self.options.task}' with lengths "
+                        f"{self._lengths[0]}–{self._lengths[1]}"
+                    )
                 continue
-            misses += 1
-            if misses > EXHAUSTION_FACTOR * (len(found) + 100):
-                raise UserError(
-                    f"domains.{self.name}: {count} examples were asked of split '{split}', only {len(found)} distinct "
-                    f"ones exist for task '{self.options.task}' with lengths {self._lengths[0]}–{self._lengths[1]}"
-                )
-        return list(found.values())
+            seen.add(prompt)
+            repeats = 0
+            if in_train(prompt, self.options.held_out_share) == (split == TRAIN):
+                drawn.append(Example(prompt, answer, self.name, source=prompt))
+        return drawn
 
     def score(self, example: Example, completion: str) -> float:
         """1 for the exact answer (outer white space ignored), else 0, or the share of right positions if `partial`."""

@@ -1,0 +1,226 @@
+"""Any reasoning-gym tasks as one domain: its generators make the examples, its own verifiers score them.
+
+Several tasks are mixed evenly. reasoning-gym costs seconds to import, so it is imported by the first draw or score;
+unknown tasks and parameters are therefore found there, and not when the options are checked.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib import metadata
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
+from experts.domain import Options as DomainOptions
+from experts.errors import UserError, nearest
+
+VERSION = 1
+# Some generators prepare all their items at once, so a stream is made of short data sets with seeds of their own.
+CHUNK = 256
+# Generators are slow and need not be uniform: a task counts as exhausted after this many repeats per distinct prompt.
+EXHAUSTION_FACTOR = 10
+TAGS_INSTRUCTION = "Give only the final answer between <answer> and </answer>."
+LONGEST_ANSWER = 20_000
+
+# The verifiers of these tasks pass the model's text to Python's `eval` or sympy's `parse_expr`, which runs code.
+LITERAL_VERIFIERS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
+EXPRESSION_VERIFIERS = frozenset(
+    {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+)
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_LITERAL = re.compile(r"[\w\s\[\],'\"-]*")
+_EXPRESSION = re.compile(r"[\w\s+\-*/^().]*")
+_FUNCTIONS = frozenset(
+    {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "sqrt", "pi"}
+)
+_POWER = re.compile(r"\*\*|\^")
+_SMALL_POWER = re.compile(r"(?:\*\*|\^)\s*(?:-?\w{1,2}|\(\s*-?\d{1,2}\s*(?:/\s*\d{1,2}\s*)?\))(?!\w|\s*(?:\*\*|\^|\())")
+
+logger = logging.getLogger(__name__)
+
+
+class Options(DomainOptions):
+    """What a `reasoning` domain asks for."""
+
+    tasks: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="reasoning-gym tasks and their parameters, e.g. {basic_arithmetic: {min_terms: 2}}."
+    )
+    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of all prompts kept out of training.")
+    answer_format: Literal["plain", "tags"] = Field(
+        "plain", description="`tags` asks in the prompt for <answer>…</answer>; the last such answer always counts."
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _leaves_seed_and_size(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for task, parameters in tasks.items():
+            for reserved in ("seed", "size"):
+                if reserved in parameters:
+                    raise ValueError(f"{task}.{reserved} is set by the draw; leave it out")
+        return tasks
+
+
+class ReasoningDomain(Domain):
+    """A mixture of reasoning-gym tasks."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        super().__init__(name)
+        self.options = options
+        self._verifiers: dict[str, Any] = {}
+
+    def draw(self, split: str, count: int, seed: int) -> list[Example]:
+        """Draw distinct prompts of one split, task after task in turn; see `Domain.draw`.
+
+        Raises:
+            UserError: besides `Domain.draw`'s, an unknown task or parameter, or a task without a verifiable answer.
+        """
+        if split not in self.splits:
+            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
+        streams = [self._stream(task, split, count, seed) for task in self.options.tasks]
+        return [next(streams[position % len(streams)]) for position in range(count)]
+
+    def score(self, example: Example, completion: str) -> float:
+        """The task's own verifier on the extracted answer, clamped to [0, 1]; some verifiers give partial credit."""
+        task = example.meta["task"]
+        answer = extract_answer(completion)
+        if not is_safe_to_verify(task, answer):
+            return 0.0
+        entry = {"question": example.source, "answer": example.meta["answer"], "metadata": example.meta["metadata"]}
+        verifier = self._verifier(task)
+        try:
+            value = float(verifier.score_answer(answer, entry))
+        except Exception:
+            # A hundred verifiers parse the model's text in their own ways and raise whatever their parsers raise.
+            logger.debug("domains.%s: the verifier of %s refused an answer", self.name, task, exc_info=True)
+            return 0.0
+        return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
+
+    def fingerprint(self) -> str:
+        """Hash of the kind, its version, the options and reasoning-gym's version."""
+        return stable_hash(
+            ["reasoning", VERSION, self.options.model_dump(mode="json"), metadata.version("reasoning-gym")]
+        )
+
+    def _stream(self, task: str, split: str, count: int, seed: int) -> Iterator[Example]:
+        """Distinct examples of one task and split; raises UserError when the generator only repeats itself."""
+        seen: set[str] = set()
+        given = repeats = 0
+        for entry in self._entries(task, split, seed):
+            question = entry["question"]
+            if question in seen:
+                repeats += 1
+                if repeats > EXHAUSTION_FACTOR * (len(seen) + 20):
+                    raise UserError(
+                        f"domains.{self.name}: {count} examples were asked of split '{split}', but task '{task}' "
+                        f"has only {given} distinct ones in it with these parameters"
+                    )
+                continue
+            seen.add(question)
+            repeats = 0
+            if in_train(question, self.options.held_out_share) == (split == TRAIN):
+                example = self._example(task, entry)
+                if not given:
+                    self._check_gold(example)
+                given += 1
+                yield example
+
+    def _entries(self, task: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
+        chunk = 0
+        while True:
+            chunk_seed = int(stable_hash([task, split, seed, chunk])[:7], 16)
+            dataset = self._dataset(task, chunk_seed)
+            for index in range(CHUNK):
+                yield dataset[index]
+            chunk += 1
+
+    def _example(self, task: str, entry: Mapping[str, Any]) -> Example:
+        question, answer = entry["question"], entry["answer"]
+        if not isinstance(answer, str):
+            raise UserError(
+                f"domains.{self.name}.options.tasks.{task}: this task gives no gold answer, so it cannot be taught; "
+                "choose another"
+            )
+        prompt, gold = question, answer
+        if self.options.answer_format == "tags":
+            prompt, gold = f"{question}\n{TAGS_INSTRUCTION}", f"<answer>{answer}</answer>"
+        try:
+            facts = json.loads(json.dumps(entry["metadata"]))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"domains.{self.name}.options.tasks.{task}: its metadata cannot be stored as JSON ({error})"
+            ) from None
+        return Example(prompt, gold, self.name, question, {"task": task, "answer": answer, "metadata": facts})
+
+    def _check_gold(self, example: Example) -> None:
+        """Refuse a task whose verifier rejects the gold answer (some need objects that JSON does not keep)."""
+        score = self.score(example, example.answer)
+        if score < 1.0:
+            raise UserError(
+                f"domains.{self.name}.options.tasks.{example.meta['task']}: its verifier gives its own answer "
+                f"{score:.2f} once the example is stored as JSON, so this task is not usable here"
+            )
+
+    def _verifier(self, task: str) -> Any:
+        if task not in self._verifiers:
+            self._verifiers[task] = self._dataset(task, seed=0)
+        return self._verifiers[task]
+
+    def _dataset(self, task: str, seed: int) -> Any:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        where = f"domains.{self.name}.options.tasks"
+        if task not in DATASETS:
+            raise UserError(f"{where}: reasoning-gym has no task '{task}'{nearest(task, DATASETS)}")
+        parameters = self.options.tasks[task]
+        known = [field.name for field in fields(DATASETS[task][1]) if field.name not in ("seed", "size")]
+        for parameter in parameters:
+            if parameter not in known:
+                raise UserError(f"{where}.{task}.{parameter}: unknown parameter{nearest(parameter, known)}")
+        try:
+            return reasoning_gym.create_dataset(task, seed=seed, size=CHUNK, **parameters)
+        except (AssertionError, ValueError, TypeError) as error:
+            raise UserError(f"{where}.{task}: {error or 'these parameters are not valid'}") from None
+
+
+def load(name: str, options: Options) -> ReasoningDomain:
+    """Make a `reasoning` domain; reasoning-gym itself is imported by the first draw or score."""
+    return ReasoningDomain(name, options)
+
+
+def extract_answer(completion: str) -> str:
+    """The last `<answer>…</answer>` of a completion, or the whole of it, stripped."""
+    tagged = _TAGGED.findall(completion)
+    return (tagged[-1] if tagged else completion).strip()
+
+
+def is_safe_to_verify(task: str, answer: str) -> bool:
+    """Whether an answer may reach the task's verifier.
+
+    Verifiers that evaluate text only get literals or plain formulas: no attribute, keyword, string or unknown function,
+    and no power whose value could fill the memory.
+    """
+    if len(answer) > LONGEST_ANSWER:
+        return False
+    if task in LITERAL_VERIFIERS:
+        return bool(_LITERAL.fullmatch(answer)) and not re.search(r"\bfor\b", answer)
+    if task in EXPRESSION_VERIFIERS:
+        return _is_plain_formula(answer)
+    return True
+
+
+def _is_plain_formula(text: str) -> bool:
+    if len(text) > 1000 or not _EXPRESSION.fullmatch(text) or re.search(r"\.\s*[A-Za-z_]|[A-Za-z_]\s*\.", text):
+        return False
+    words = re.findall(r"[A-Za-z_]\w*", text)
+    if not all(len(word) == 1 or word in _FUNCTIONS for word in words):
+        return False
+    # `(…)**n` multiplies exponents; two in one formula still stay small.
+    powers_of_groups = len(re.findall(r"\)\s*(?:\*\*|\^)", text))
+    return powers_of_groups <= 2 and len(_POWER.findall(text)) == len(_SMALL_POWER.findall(text))

@@ -1,0 +1,112 @@
+"""reasoning-gym tasks as a domain."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.errors import UserError
+from experts.reasoning import extract_answer
+
+ARITHMETIC = {"basic_arithmetic": {"min_terms": 2, "max_terms": 2}}
+MIXED = {**ARITHMETIC, "countdown": {}}
+
+
+def reasoning(tasks, **options):
+    return load_domain("logic", "reasoning", {"tasks": tasks, **options})
+
+
+def test_a_mixture_is_even_repeatable_and_split_by_prompt():
+    domain = reasoning(MIXED)
+    train = domain.draw(TRAIN, 100, seed=1)
+    assert train == domain.draw(TRAIN, 100, seed=1)
+    assert train != domain.draw(TRAIN, 100, seed=2)
+    assert [example.meta["task"] for example in train[:4]] == ["basic_arithmetic", "countdown"] * 2
+    held_out = domain.draw(HELD_OUT, 60, seed=1)
+    assert {example.source for example in train}.isdisjoint(example.source for example in held_out)
+    assert len({example.prompt for example in train}) == 100
+
+
+@pytest.mark.parametrize("answer_format", ["plain", "tags"])
+def test_gold_scores_one_after_a_round_trip_through_json(answer_format):
+    domain = reasoning(MIXED, answer_format=answer_format)
+    for example in domain.draw(TRAIN, 20, seed=0):
+        stored = replace(example, meta=json.loads(json.dumps(example.meta)))
+        assert domain.score(stored, stored.answer) == 1.0
+        assert domain.score(stored, f"<answer>0</answer> or rather <answer>{stored.meta['answer']}</answer>") == 1.0
+        assert domain.score(stored, "no idea") < 0.1
+        assert ("</answer>" in stored.prompt) == (answer_format == "tags")
+
+
+def test_an_equivalent_answer_is_accepted_by_the_task_s_own_verifier():
+    domain = reasoning({"countdown": {}})
+    example = domain.draw(TRAIN, 1, seed=0)[0]
+    assert domain.score(example, f"({example.answer})") == 1.0
+
+
+@pytest.mark.parametrize("task", ["countdown", "string_insertion"])
+def test_code_in_an_answer_is_never_evaluated(task, tmp_path):
+    domain = reasoning({task: {}})
+    example = domain.draw(TRAIN, 1, seed=0)[0]
+    trace = tmp_path / "trace"
+    for answer in (f"open('{trace}', 'w')", f"[open('{trace}', 'w')]", "9**9**9**9", "(9**9)**(9**9)", "[" * 300):
+        assert domain.score(example, answer) < 0.1
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("answer", ["", "\x00", "[[[", "<answer></answer>", "9" * 50_000, "é" * 10])
+def test_hostile_text_scores_nothing_and_never_raises(answer):
+    domain = reasoning({"prime_factorization": {}, "game_of_life": {}, "pool_matrix": {}})
+    for example in domain.draw(TRAIN, 3, seed=0):
+        assert 0.0 <= domain.score(example, answer) <= 0.1
+
+
+def test_extract_answer_takes_the_last_tag_or_everything():
+    assert extract_answer("so <answer>1</answer> no, <answer>\n2 </answer>.") == "2"
+    assert extract_answer("  3\n") == "3"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"basic_arithmetics": {}}, "no task 'basic_arithmetics' — did you mean 'basic_arithmetic'"),
+        (
+            {"basic_arithmetic": {"min_term": 2}},
+            r"tasks\.basic_arithmetic\.min_term: unknown parameter — did you mean 'min_terms'",
+        ),
+        ({"basic_arithmetic": {"min_terms": 5, "max_terms": 2}}, r"domains\.logic\.options\.tasks\.basic_arithmetic"),
+        ({"propositional_logic": {}}, "no gold answer"),
+        ({"arc_agi": {}}, "gives its own answer 0.05"),
+    ],
+)
+def test_unusable_tasks_are_explained(tasks, message):
+    with pytest.raises(UserError, match=message):
+        reasoning(tasks).draw(TRAIN, 1, seed=0)
+
+
+def test_seed_and_size_belong_to_the_draw():
+    with pytest.raises(UserError, match="seed is set by the draw"):
+        reasoning({"basic_arithmetic": {"seed": 1}})
+
+
+def test_too_many_examples_name_the_task_and_what_exists():
+    digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"]}
+    plain = {"allow_parentheses": False, "allow_negation": False, "whitespace": "single", "format_style": "simple"}
+    few = {"basic_arithmetic": digits | plain}
+    domain = reasoning(few)
+    with pytest.raises(UserError, match=r"domains\.logic: 500 .*'basic_arithmetic' has only \d+ distinct"):
+        domain.draw(TRAIN, 500, seed=0)
+
+
+def test_options_and_fingerprint_do_not_import_reasoning_gym():
+    program = (
+        "import sys; from experts.domain import load_domain;"
+        f"a = load_domain('x', 'reasoning', {{'tasks': {ARITHMETIC!r}}}).fingerprint();"
+        "b = load_domain('x', 'reasoning', {'tasks': {'countdown': {}}}).fingerprint();"
+        "print(a != b, 'reasoning_gym' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False"]
