@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.core.checkpoint import Artifact
 
-DIGEST_LENGTH = 32
+DIGEST_LENGTH = 16
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -55,18 +55,17 @@ def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
     """
     manifest = artifact.manifest
     lines = [f"**{artifact.name}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
-    parents = manifest.get("parents", {})
-    if parents:
-        lines += ["| role | made from | digest |", "|---|---|---|"]
+    if parents := manifest.get("parents", {}):
+        lines.append("Made from:")
         for role, parent in parents.items():
             name = f"[{parent['name']}]({pages[role]})" if role in pages else parent["name"]
-            lines.append(f"| {role} | {name} | `{parent['digest'][:12]}` |")
+            lines.append(f"- {role}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
         lines.append("")
     if data := manifest.get("data", {}):
-        lines += ["| domain | data fingerprint |", "|---|---|"]
-        lines += [f"| {domain} | `{fingerprint[:DIGEST_LENGTH]}` |" for domain, fingerprint in data.items()]
+        lines.append("Data by domain:")
+        lines += [f"- {domain}: fingerprint `{dataset_digest(fingerprint)}`" for domain, fingerprint in data.items()]
         lines.append("")
-    lines.append(f"Weights: `{artifact.uri}`, digest `{artifact.digest[:12]}`, content key `{artifact.key}`")
+    lines.append(f"Weights: `{artifact.uri}`, digest `{artifact.digest[:DIGEST_LENGTH]}`, content key `{artifact.key}`")
     return "\n".join(lines)
 
 
@@ -76,14 +75,12 @@ def run_note(rows: Sequence[tuple[Artifact, str]]) -> str:
     Args:
         rows: A checkpoint and the address of its page, parents first.
     """
-    lines = ["| checkpoint | seed | stage | digest |", "|---|---|---|---|"]
+    lines = ["Checkpoints, student first (`lineage.html` among the artifacts draws how they were made):"]
     for artifact, page in reversed(rows):
         manifest = artifact.manifest
-        lines.append(
-            f"| [{artifact.name}]({page}) | {manifest.get('seed', 0)} | {manifest.get('stage', '?')} "
-            f"| `{artifact.digest[:12]}` |"
-        )
-    return "\n".join([*lines, "", "`lineage.html` among the artifacts draws how they were made."])
+        made = f"{manifest.get('stage', '?')}, seed {manifest.get('seed', 0)}"
+        lines.append(f"- [{artifact.name}]({page}): {made}, digest `{artifact.digest[:DIGEST_LENGTH]}`")
+    return "\n".join(lines)
 
 
 def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -5,6 +5,7 @@ gets a place of its own in each, so that it never runs behind a box; within a la
 height of the parents.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,7 @@ BOX_WIDTH, BOX_HEIGHT = 208, 78
 LANE_HEIGHT = 26
 GAP_X, GAP_Y = 150, 22
 MARGIN = 24
-LINE_CHARACTERS = 30
+LINE_CHARACTERS, SHORT_EDGE_CHARACTERS = 30, 22
 COLOURS = {
     "load": "grey",
     "pretrain": "grey",
@@ -98,7 +99,11 @@ def _svg(rows: Sequence[Row]) -> str:
     height = _stack(boxes, lanes)
     width = 2 * MARGIN + max(layers.values(), default=0) * (BOX_WIDTH + GAP_X) + BOX_WIDTH
     arrows = [_edge([boxes[p], *lanes[p, c], boxes[c]]) for p, c in roles]
-    labels = [_role([boxes[p], *lanes[p, c], boxes[c]], names) for (p, c), names in roles.items()]
+    leaving, reaching = Counter(p for p, _ in roles), Counter(c for _, c in roles)
+    labels = [
+        _role([boxes[p], *lanes[p, c], boxes[c]], names, at_child=leaving[p] > reaching[c])
+        for (p, c), names in roles.items()
+    ]
     drawn = [_box(known[key], place) for key, place in boxes.items()]
     tip = (
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
@@ -167,15 +172,16 @@ def _edge(chain: Sequence[_Place]) -> str:
     return f'<path class="edge" marker-end="url(#arrow)" d="{"".join(path)}"/>'
 
 
-def _role(chain: Sequence[_Place], roles: Sequence[str]) -> str:
-    """The roles, written over a long edge's lane, or beside the box a short one comes from."""
-    text = escape(_cut(", ".join(roles), LINE_CHARACTERS if len(chain) > 2 else 22))
+def _role(chain: Sequence[_Place], roles: Sequence[str], at_child: bool) -> str:
+    """The roles, written over a long edge's lane, or beside that box of a short one where fewer edges meet."""
+    text = escape(_cut(", ".join(roles), LINE_CHARACTERS if len(chain) > 2 else SHORT_EDGE_CHARACTERS))
     if len(chain) > 2:
-        lane = chain[1]
-        return f'<text class="role" x="{lane.left + 8:.0f}" y="{lane.middle - 5:.1f}">{text}</text>'
-    x = chain[0].left + BOX_WIDTH + 10
-    slope = (chain[1].middle - chain[0].middle) * 0.08
-    return f'<text class="role" x="{x:.0f}" y="{chain[0].middle - 6 + slope:.1f}">{text}</text>'
+        x, y, anchor = chain[1].left + 8, chain[1].middle - 5, "start"
+    elif at_child:
+        x, y, anchor = chain[1].left - 12, chain[1].middle - 7, "end"
+    else:
+        x, y, anchor = chain[0].left + BOX_WIDTH + 10, chain[0].middle - 7, "start"
+    return f'<text class="role" text-anchor="{anchor}" x="{x:.0f}" y="{y:.1f}">{text}</text>'
 
 
 def _box(row: Row, place: _Place) -> str:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "mopd"
 NOTE = "mlflow.note.content"
+KIND = "mlflow.experimentKind"
+VERSIONS = "mlflow.modelVersions"
+SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
 TABLES = "mlflow.loggedArtifacts"
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -96,7 +99,8 @@ class Writer:
                 client = mlflow.MlflowClient(self.uri)
                 known = client.get_experiment_by_name(EXPERIMENT)
                 local = mlflow_artifacts(self.store.home).as_uri() if self.uri.startswith("sqlite") else None
-                self.experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, local)
+                tags = {KIND: "custom_model_development"}
+                self.experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, local, tags)
             self._client = client
             self._mark_killed()
         return self._client
@@ -112,7 +116,7 @@ class Writer:
         found = self._find_model(key)
         artifact = self.store.find(key)
         if found is None and artifact is not None:
-            found = self._create_model(artifact, None)
+            found = self._made_earlier(artifact)
         if found is not None:
             self._models[key] = found.model_id
         return self._models.get(key)
@@ -121,15 +125,45 @@ class Writer:
         found = self.client.search_logged_models([self.experiment], filter_string=f"tags.key = '{key}'")
         return next((model for model in found if model.status.name == "READY"), None)
 
-    def _create_model(self, artifact: Artifact, run_id: str | None) -> "LoggedModel":
-        import mlflow
+    def _made_earlier(self, artifact: Artifact) -> "LoggedModel":
+        """Record a checkpoint this tracking store never saw being made: a finished run of its own, and its model."""
+        manifest = artifact.manifest
+        end = int(manifest["created"] * 1000)
+        tags = {"key": artifact.key, "stage": str(manifest.get("stage")), "seed": str(manifest.get("seed", 0))}
+        name = f"{artifact.name}@{manifest.get('seed', 0)} (made earlier)"
+        start = end - int(manifest.get("seconds", 0) * 1000)
+        run_id = self.client.create_run(self.experiment, start, SOURCE | tags, name).info.run_id
+        model = self._record(artifact, run_id, end)
+        self.client.set_terminated(run_id, "FINISHED", end)
+        return model
+
+    def _record(self, artifact: Artifact, run_id: str, time_ms: int) -> "LoggedModel":
+        """Make a checkpoint the output of a run, its parents the inputs, its final metrics those of both."""
+        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
 
         manifest = artifact.manifest
         parents = {role: self.model(parent["key"]) for role, parent in manifest.get("parents", {}).items()}
+        model = self._find_model(artifact.key) or self._create_model(artifact, run_id, parents)
+        inputs = [LoggedModelInput(parent) for parent in dict.fromkeys(parents.values()) if parent]
+        if inputs:
+            self.client.log_inputs(run_id, models=inputs)
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        metrics = [
+            Metric(cards.metric_name(name), value, time_ms, 0, model_id=model.model_id, run_id=run_id)
+            for name, value in manifest.get("metrics", {}).items()
+        ]
+        if metrics:
+            self.client.log_batch(run_id, metrics=metrics)
+        self.client.set_tag(run_id, NOTE, str(model.tags.get(NOTE, "")))
+        return model
+
+    def _create_model(self, artifact: Artifact, run_id: str, parents: Mapping[str, str | None]) -> "LoggedModel":
+        import mlflow
+
+        manifest = artifact.manifest
         pages = {role: mlflow_model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
         tags = {"key": artifact.key, "digest": artifact.digest, "stage": str(manifest.get("stage"))}
         tags |= {f"parent.{role}": parent for role, parent in parents.items() if parent}
-        assert self.client
         return mlflow.create_external_model(
             name=cards.model_name(artifact),
             source_run_id=run_id,
@@ -140,7 +174,7 @@ class Writer:
         )
 
     def _run(self, operation: Operation, ids: dict[str, str]) -> None:
-        tags = dict(operation["tags"]) | {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
+        tags = SOURCE | operation["tags"]
         if operation["parent"]:
             tags["mlflow.parentRunId"] = _run_id(operation["parent"], ids)
         run = self.client.create_run(self.experiment, operation["time"], tags, operation["name"])
@@ -179,26 +213,11 @@ class Writer:
         self.client.set_tag(run_id, TABLES, json.dumps([{"path": file, "type": "table"}]))
 
     def _made(self, operation: Operation, ids: dict[str, str]) -> None:
-        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
-
-        run_id = _run_id(operation["ref"], ids)
         artifact = self.store.find(operation["key"])
         if artifact is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
-        model = self._find_model(artifact.key) or self._create_model(artifact, run_id)
+        model = self._record(artifact, _run_id(operation["ref"], ids), operation["time"])
         self._models[artifact.key] = model.model_id
-        parents = {parent["key"]: self.model(parent["key"]) for parent in artifact.manifest["parents"].values()}
-        known = [LoggedModelInput(parent) for parent in parents.values() if parent]
-        if known:
-            self.client.log_inputs(run_id, models=known)
-        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-        metrics = [
-            Metric(cards.metric_name(name), value, operation["time"], 0, model_id=model.model_id, run_id=run_id)
-            for name, value in artifact.manifest["metrics"].items()
-        ]
-        if metrics:
-            self.client.log_batch(run_id, metrics=metrics)
-        self.client.set_tag(run_id, NOTE, str(model.tags.get(NOTE, "")))
 
     def _used(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import LoggedModelInput
@@ -255,7 +274,7 @@ class Writer:
                 raise
         if self._find_version(name, key) is None:
             model = self.client.get_logged_model(model_id)
-            self.client.create_model_version(
+            version = self.client.create_model_version(
                 name,
                 f"models:/{model_id}",
                 run_id=self._maker(model),
@@ -263,6 +282,9 @@ class Writer:
                 description=str(model.tags.get(NOTE, "")),
                 model_id=model_id,
             )
+            versions = json.loads(model.tags.get(VERSIONS, "[]"))
+            versions.append({"name": name, "version": str(version.version)})
+            self.client.set_logged_model_tags(model_id, {VERSIONS: json.dumps(versions)})
 
     def _find_version(self, name: str, key: str) -> "ModelVersion | None":
         versions = self.client.search_model_versions(f"name = '{name}'")

@@ -186,7 +186,8 @@ def ui(
     mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
     prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
     servers: list[Server] = []
-    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
+    before = {number: signal.signal(number, _as_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         servers.append(start_mlflow(home, host, mlflow_at))
         servers.append(start_prefect(home, host, prefect_at))
@@ -202,7 +203,8 @@ def ui(
         _say("ending both servers")
     finally:
         stop(servers)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start(

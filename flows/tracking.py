@@ -6,6 +6,7 @@ each with its dataset. Everything said is an operation in the outbox (`flows.out
 says to MLflow: threads may speak at will, and a server that cannot be reached neither stops a run nor loses a word.
 """
 
+import getpass
 import json
 import time
 import uuid
@@ -139,6 +140,7 @@ class Tracker:
     ) -> None:
         """Open a run known here as `ref` and log its parameters."""
         everywhere = {"home": str(self.store.home.resolve()), "token": self.token, "name": self.name}
+        everywhere["mlflow.user"] = _user()
         self.submit("run", ref=ref, name=name, parent=parent, tags={**everywhere, **tags}, time=now())
         flat = list(cards.flatten(params).items())
         for first in range(0, len(flat), BATCH_PARAMS):
@@ -241,3 +243,10 @@ def describe_data(node: Node, domain: str, split: str) -> dict[str, str]:
 def now() -> int:
     """Milliseconds since the epoch, MLflow's unit of time."""
     return int(time.time() * 1000)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"  # a container whose user id has no name
