@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flows.forkserver import MESSAGE_BYTES
+from flows.forkserver import MESSAGE_BYTES, PRELOAD
 
 
 class ServerDiedError(Exception):
@@ -64,18 +64,19 @@ class Child:
 class ForkServer:
     """The client's side of one server process."""
 
-    def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, log: Path, environment: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
         """Start the server.
 
         Args:
             log: File its own messages are appended to.
             environment: The environment of the server and of every child.
+            preload: Modules it imports before the first fork.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.forkserver"],
+                [sys.executable, "-m", "flows.forkserver", *preload],
                 stdin=theirs.fileno(),
                 stdout=file,
                 stderr=file,
@@ -145,6 +146,8 @@ def child_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # Looking for devices must not initialise CUDA in the fork server, for its children could not use it then.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # A folder of the caller's that is named like one of our packages must not take its place.
+        "PYTHONSAFEPATH": "1",
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
     }

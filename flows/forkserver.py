@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,8 @@ def _tell(child: _Running, report: Mapping[str, int]) -> None:
         child.supervisor.send(json.dumps(report).encode())
 
 
-def _preload() -> None:
-    for name in PRELOAD:
+def _preload(modules: Sequence[str]) -> None:
+    for name in modules:
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -195,14 +195,18 @@ def _become(request: Mapping[str, Any]) -> int:
     return run_spec(Path(request["spec"]))
 
 
-def main() -> int:
-    """Serve on standard input, which is a socket; a forked child leaves the loop with its request."""
+def main(preload: Sequence[str]) -> int:
+    """Serve on standard input, which is a socket; a forked child leaves the loop with its request.
+
+    Args:
+        preload: Modules to import first.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s")
     control = socket.socket(fileno=os.dup(0))
-    _preload()
+    _preload(preload)
     request = _Server(control).serve()
     return 0 if request is None else _become(request)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

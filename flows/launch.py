@@ -8,6 +8,7 @@ exit code into an error for people.
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ from stages.core.journal import JournalReader
 POLL_SECONDS = 0.3
 LOG_FILE = "log.txt"
 SERVER_LOG = "forkserver.log"
+
+_TORCHRUN_EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+)", re.MULTILINE)
 
 OnRecords = Callable[[Node, list[dict[str, Any]]], None]
 
@@ -77,9 +80,8 @@ class Job:
         Raises:
             ValueError: nodes that cannot share a process.
         """
-        if len(nodes) != 1 and {(n.stage, *n.parents.values()) for n in nodes} != {
-            ("evaluate", nodes[0].parents["checkpoint"])
-        }:
+        kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
+        if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage != "evaluate"):
             raise ValueError("one process makes one training node or evaluations of one checkpoint")
         spec = {"home": str(home), "threads": threads, "nodes": [_node_spec(graph, node) for node in nodes]}
         return cls(tuple(nodes), spec)
@@ -237,11 +239,12 @@ class Launcher:
         if timed_out:
             message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"
             return NodeFailedError(first, code, message, log, retryable=False)
+        said = _read_error(self.store.work(job.nodes[0].key) / ERROR_FILE)
+        if code == FAILED:
+            # torchrun's own exit code is 1 whatever its workers' are.
+            code = said["exit_code"] if said else _reported_by_torchrun(log)
         if code < 0:
             return NodeFailedError(first, code, f"its process was killed by signal {-code}", log, retryable=True)
-        said = _read_error(self.store.work(job.nodes[0].key) / ERROR_FILE)
-        # torchrun's own exit code is 1 whatever its workers' are.
-        code = said["exit_code"] if said and code == FAILED else code
         message = said["message"] if said else _last_line(log)
         return NodeFailedError(first, code, message, log, retryable=code == INFRASTRUCTURE_FAULT)
 
@@ -279,7 +282,16 @@ def _read_error(path: Path) -> dict[str, Any] | None:
     return said
 
 
+def _reported_by_torchrun(log: Path) -> int:
+    """The exit code of the first worker that failed, from torchrun's report; 1 where there is none."""
+    codes = _TORCHRUN_EXIT_CODE.findall(_text(log))
+    return int(codes[-1]) if codes else FAILED
+
+
 def _last_line(log: Path) -> str:
     """What a process that could not write its error said last."""
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "ended without a word")
+    return next((line for line in reversed(_text(log).split("\n")) if line.strip()), "ended without a word")
+
+
+def _text(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""

@@ -1,6 +1,7 @@
 """What a stage is handed: its parents, its domains, a seed, and the places it may write to. Free of torch."""
 
 import importlib.metadata
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -46,8 +47,12 @@ class Workspace:
         return self.folder / "progress"
 
     def journal(self, resume_step: int = 0) -> Journal:
-        """Open the node's journal, dropping what lies after the step it resumes from."""
-        return Journal(self.folder / "journal.jsonl", resume_step)
+        """Open the node's journal, dropping what lies after the step it resumes from.
+
+        Under torchrun every rank but the first has a file of its own: opening a journal rewrites it.
+        """
+        rank = int(os.environ.get("RANK", "0"))
+        return Journal(self.folder / (f"journal-{rank}.jsonl" if rank else "journal.jsonl"), resume_step)
 
     def commit(
         self, folder: Path, *, sources: Mapping[str, list[str]] | None, metrics: Mapping[str, float], **facts: Any
