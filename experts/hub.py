@@ -1,4 +1,4 @@
-"""Any `datasets` source as a domain: a data set on the Hub, or a local .jsonl, .json, .csv or .parquet file.
+"""Any `datasets` source as a domain: a data set on the Hub, or local .jsonl, .json, .csv or .parquet files.
 
 Rows become examples by naming fields or by a template; completions are scored by exact match, as numbers and formulas
 (math-verify), or as the letter of a multiple-choice question. A file is looked for when the domain is made; its rows
@@ -31,7 +31,9 @@ Row = Mapping[str, Any]
 class Options(DomainOptions):
     """What a `hub` domain asks for."""
 
-    path: str = Field(description="Hub id (owner/name), or a local .jsonl, .json, .csv or .parquet file.")
+    path: str = Field(
+        description="Hub id (owner/name), a local .jsonl, .json, .csv or .parquet file, or a folder of them."
+    )
     name: str | None = Field(None, description="Configuration of a Hub data set, e.g. `main` of openai/gsm8k.")
     revision: str | None = Field(
         None, description="Commit or tag of a Hub data set; pin it to keep results repeatable."
@@ -87,6 +89,7 @@ class HubDomain(Domain):
         super().__init__(name)
         self.options = options
         self._file = Path(options.path) if Path(options.path).suffix in FILE_FORMATS else None
+        self._folder = Path(options.path)
         if self._file is not None and not self._file.is_file():
             raise UserError(f"domains.{name}.options.path: no such file '{options.path}'")
 
@@ -116,11 +119,13 @@ class HubDomain(Domain):
         return float(completion.strip() == example.answer.strip())
 
     def fingerprint(self) -> str:
-        """Hash of the kind, its version, the options and the data: a file's content, or a Hub id with its revision."""
+        """Hash of the kind, its version, the options and the data: local content, or a Hub id with its revision."""
         options = self.options.model_dump(mode="json")
         if self._file is not None:
-            with self._file.open("rb") as content:
-                options["path"] = hashlib.file_digest(content, "sha256").hexdigest()
+            options["path"] = _file_digest(self._file)
+        elif self._folder.is_dir():
+            files = sorted(path for path in self._folder.rglob("*") if path.is_file())
+            options["path"] = {str(path.relative_to(self._folder)): _file_digest(path) for path in files}
         packages = {"math-verify": metadata.version("math-verify")} if self.options.scorer == "numeric" else {}
         return stable_hash(["hub", VERSION, options, packages])
 
@@ -225,6 +230,11 @@ def load(name: str, options: Options) -> HubDomain:
         UserError: a local file that does not exist.
     """
     return HubDomain(name, options)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _template_fields(template: str) -> list[str]:

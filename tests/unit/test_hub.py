@@ -44,6 +44,21 @@ def test_a_file_is_split_by_prompt_and_drawn_repeatably(tmp_path):
     assert len({example.prompt for example in domain.draw(TRAIN, available, seed=0)}) == available < 100
 
 
+def test_a_prompt_in_both_splits_of_the_source_is_held_out(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", sums(30))
+    write(folder / "test.jsonl", sums(10))
+    domain = hub(str(folder), held_out_split="test")
+    assert {example.prompt for example in domain.draw(HELD_OUT, 10, seed=0)} == {f"{n}+1?" for n in range(10)}
+    assert {example.prompt for example in domain.draw(TRAIN, 20, seed=0)} == {f"{n}+1?" for n in range(10, 30)}
+    before = domain.fingerprint()
+    write(folder / "test.jsonl", sums(11))
+    assert domain.fingerprint() != before
+    with pytest.raises(UserError, match=r"cannot read split 'tests' of .*data'.*tests"):
+        hub(str(folder), held_out_split="tests").draw(TRAIN, 1, seed=0)
+
+
 def test_csv_and_templates_and_exact_scores(tmp_path):
     path = tmp_path / "capitals.csv"
     with path.open("w", newline="") as file:
