@@ -1,4 +1,4 @@
-"""Says a tracker's operations to MLflow. The one module of the tracking that imports mlflow.
+"""Says a tracker's operations to MLflow; with `flows.mlflow_models` the only module that imports mlflow.
 
 An operation names runs by reference and checkpoints by content key; both are looked up here when it is said, which may
 be long after it was submitted. Saying an operation twice does no harm: checkpoints are found by their key, scores
@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from flows import cards
+from flows.mlflow_models import NOTE, SOURCE, LoggedCheckpoints
 from flows.outbox import Operation, Rejected, Unreachable
 from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_model_page, mlflow_uri
-from stages.core.checkpoint import Artifact, Store
+from stages.core.checkpoint import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "mopd"
-NOTE = "mlflow.note.content"
 KIND = "mlflow.experimentKind"
-VERSIONS = "mlflow.modelVersions"
-SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
 TABLES = "mlflow.loggedArtifacts"
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -48,7 +44,7 @@ class Writer:
         self.uri = mlflow_uri(store.home)
         self.experiment = ""
         self._client: MlflowClient | None = None
-        self._models: dict[str, str] = {}
+        self._checkpoints: LoggedCheckpoints | None = None
         self._say: dict[str, Callable[[Operation, dict[str, str]], None]] = {
             "run": self._run,
             "params": self._params,
@@ -102,76 +98,16 @@ class Writer:
                 tags = {KIND: "custom_model_development"}
                 self.experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, local, tags)
             self._client = client
-            self._mark_killed()
+            self._mark_killed(client)
         return self._client
 
-    def model(self, key: str) -> str | None:
-        """The LoggedModel of a checkpoint, created with its ancestors where this tracking store has none.
-
-        Returns:
-            Its id; None when neither the tracking store nor the artifact store knows the key.
-        """
-        if key in self._models:
-            return self._models[key]
-        found = self._find_model(key)
-        artifact = self.store.find(key)
-        if found is None and artifact is not None:
-            found = self._made_earlier(artifact)
-        if found is not None:
-            self._models[key] = found.model_id
-        return self._models.get(key)
-
-    def _find_model(self, key: str) -> "LoggedModel | None":
-        found = self.client.search_logged_models([self.experiment], filter_string=f"tags.key = '{key}'")
-        return next((model for model in found if model.status.name == "READY"), None)
-
-    def _made_earlier(self, artifact: Artifact) -> "LoggedModel":
-        """Record a checkpoint this tracking store never saw being made: a finished run of its own, and its model."""
-        manifest = artifact.manifest
-        end = int(manifest["created"] * 1000)
-        tags = {"key": artifact.key, "stage": str(manifest.get("stage")), "seed": str(manifest.get("seed", 0))}
-        name = f"{artifact.name}@{manifest.get('seed', 0)} (made earlier)"
-        start = end - int(manifest.get("seconds", 0) * 1000)
-        run_id = self.client.create_run(self.experiment, start, SOURCE | tags, name).info.run_id
-        model = self._record(artifact, run_id, end)
-        self.client.set_terminated(run_id, "FINISHED", end)
-        return model
-
-    def _record(self, artifact: Artifact, run_id: str, time_ms: int) -> "LoggedModel":
-        """Make a checkpoint the output of a run, its parents the inputs, its final metrics those of both."""
-        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
-
-        manifest = artifact.manifest
-        parents = {role: self.model(parent["key"]) for role, parent in manifest.get("parents", {}).items()}
-        model = self._find_model(artifact.key) or self._create_model(artifact, run_id, parents)
-        inputs = [LoggedModelInput(parent) for parent in dict.fromkeys(parents.values()) if parent]
-        if inputs:
-            self.client.log_inputs(run_id, models=inputs)
-        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-        metrics = [
-            Metric(cards.metric_name(name), value, time_ms, 0, model_id=model.model_id, run_id=run_id)
-            for name, value in manifest.get("metrics", {}).items()
-        ]
-        if metrics:
-            self.client.log_batch(run_id, metrics=metrics)
-        self.client.set_tag(run_id, NOTE, str(model.tags.get(NOTE, "")))
-        return model
-
-    def _create_model(self, artifact: Artifact, run_id: str, parents: Mapping[str, str | None]) -> "LoggedModel":
-        import mlflow
-
-        manifest = artifact.manifest
-        pages = {role: mlflow_model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
-        tags = {"key": artifact.key, "digest": artifact.digest, "stage": str(manifest.get("stage"))}
-        tags |= {f"parent.{role}": parent for role, parent in parents.items() if parent}
-        return mlflow.create_external_model(
-            name=cards.model_name(artifact),
-            source_run_id=run_id,
-            tags={**tags, "seed": str(manifest.get("seed", 0)), NOTE: cards.model_note(artifact, pages)},
-            params=cards.model_params(artifact),
-            model_type=str(manifest.get("stage", "checkpoint")),
-            experiment_id=self.experiment,
-        )
+    @property
+    def checkpoints(self) -> LoggedCheckpoints:
+        """The checkpoints of the experiment."""
+        if self._checkpoints is None:
+            client = self.client
+            self._checkpoints = LoggedCheckpoints(client, self.experiment, self.store)
+        return self._checkpoints
 
     def _run(self, operation: Operation, ids: dict[str, str]) -> None:
         tags = SOURCE | operation["tags"]
@@ -216,26 +152,25 @@ class Writer:
         artifact = self.store.find(operation["key"])
         if artifact is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
-        model = self._record(artifact, _run_id(operation["ref"], ids), operation["time"])
-        self._models[artifact.key] = model.model_id
+        self.checkpoints.record(artifact, _run_id(operation["ref"], ids), operation["time"])
 
     def _used(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import LoggedModelInput
 
-        if model := self.model(operation["key"]):
+        if model := self.checkpoints.model(operation["key"]):
             self.client.log_inputs(_run_id(operation["ref"], ids), models=[LoggedModelInput(model)])
 
     def _scores(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import Metric
 
-        model_id, data = self.model(operation["key"]), operation["data"]
+        model_id, data = self.checkpoints.model(operation["key"]), operation["data"]
         if model_id is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
         tag = f"scores.{data['name']}"
         model = self.client.get_logged_model(model_id)
         if model.tags.get(tag) == operation["scores"]:
             return
-        run_id = self._maker(model) or _run_id(operation["ref"], ids)
+        run_id = self.checkpoints.maker(model) or _run_id(operation["ref"], ids)
         self._log_datasets(run_id, [data])
         about = {"model_id": model_id, "dataset_name": data["name"], "dataset_digest": data["digest"]}
         metrics = [
@@ -246,52 +181,18 @@ class Writer:
             self.client.log_batch(run_id, metrics=metrics)
         self.client.set_logged_model_tags(model_id, {tag: operation["scores"]})
 
-    def _maker(self, model: "LoggedModel") -> str | None:
-        """The run that made a checkpoint, if it was not deleted since."""
-        if not model.source_run_id:
-            return None
-        info = self.client.get_run(model.source_run_id).info
-        return str(info.run_id) if info.lifecycle_stage == "active" else None
-
     def _model_text(self, operation: Operation, ids: dict[str, str]) -> None:
-        if model := self.model(operation["key"]):
+        if model := self.checkpoints.model(operation["key"]):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / operation["file"]
                 path.write_text(operation["text"])
                 self.client.log_model_artifact(model, str(path))
 
     def _version(self, operation: Operation, ids: dict[str, str]) -> None:
-        from mlflow.exceptions import MlflowException
-
-        name, key = operation["name"], operation["key"]
-        model_id = self.model(key)
-        if model_id is None:
-            raise Rejected(f"checkpoint {key} is no longer in the store")
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        if self._find_version(name, key) is None:
-            model = self.client.get_logged_model(model_id)
-            version = self.client.create_model_version(
-                name,
-                f"models:/{model_id}",
-                run_id=self._maker(model),
-                tags={"key": key, "seed": operation["seed"]},
-                description=str(model.tags.get(NOTE, "")),
-                model_id=model_id,
-            )
-            versions = json.loads(model.tags.get(VERSIONS, "[]"))
-            versions.append({"name": name, "version": str(version.version)})
-            self.client.set_logged_model_tags(model_id, {VERSIONS: json.dumps(versions)})
-
-    def _find_version(self, name: str, key: str) -> "ModelVersion | None":
-        versions = self.client.search_model_versions(f"name = '{name}'")
-        return next((version for version in versions if version.tags.get("key") == key), None)
+        self.checkpoints.register(operation["name"], operation["key"], operation["seed"])
 
     def _alias(self, operation: Operation, ids: dict[str, str]) -> None:
-        version = self._find_version(operation["name"], operation["key"])
+        version = self.checkpoints.version(operation["name"], operation["key"])
         if version is None:
             raise Rejected(f"{operation['name']} has no version of {operation['key']}")
         self.client.set_registered_model_alias(operation["name"], operation["alias"], version.version)
@@ -299,7 +200,7 @@ class Writer:
     def _note(self, operation: Operation, ids: dict[str, str]) -> None:
         rows = []
         for key in operation["keys"]:
-            artifact, model = self.store.find(key), self.model(key)
+            artifact, model = self.store.find(key), self.checkpoints.model(key)
             if artifact and model:
                 rows.append((artifact, mlflow_model_page("", self.experiment, model)))
         self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows))
@@ -307,12 +208,11 @@ class Writer:
     def _end(self, operation: Operation, ids: dict[str, str]) -> None:
         self.client.set_terminated(_run_id(operation["ref"], ids), operation["status"], operation["time"])
 
-    def _mark_killed(self) -> None:
+    def _mark_killed(self, client: "MlflowClient") -> None:
         """Close the runs whose process died without a word: their outbox is nobody's any more."""
-        assert self._client
         home = str(self.store.home.resolve())
         running = f"attributes.status = 'RUNNING' and tags.home = '{home}'"
-        for run in self._client.search_runs([self.experiment], running):
+        for run in client.search_runs([self.experiment], running):
             folder = unsent_folder(self.store.home, run.data.tags["name"])
             lock = FileLock(folder / f"{run.data.tags['token']}.lock")
             try:
@@ -321,7 +221,7 @@ class Writer:
                 continue
             lock.release()
             if not Path(lock.lock_file).with_suffix(".jsonl").exists():
-                self._client.set_terminated(run.info.run_id, "KILLED", int(time.time() * 1000))
+                client.set_terminated(run.info.run_id, "KILLED", int(time.time() * 1000))
 
 
 def unsent_folder(home: Path, run: str) -> Path:

@@ -48,7 +48,7 @@ class Outbox:
         self._not_before = 0.0
         self._warned = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._owned = FileLock(path.with_suffix(".lock"))
+        self._owned = FileLock(self._owned_path)
         self._owned.acquire(timeout=0)
         if path.exists():
             first, *rest = (json.loads(line) for line in path.read_text().splitlines())
@@ -121,16 +121,16 @@ class Outbox:
 
 
 def send_left_over(folder: Path, apply: Apply) -> int:
-    """Send what earlier processes, no longer alive, left unsent in a folder.
+    """Send what earlier processes, no longer alive, left unsent in a folder; stop when the server does not answer.
 
     Returns:
-        How many operations are still unsent.
+        How many operations of the file it stopped at are still unsent.
     """
-    unsent = 0
     for path in sorted(folder.glob("*.jsonl")):
         try:
             outbox = Outbox(path, apply)
         except Timeout:
             continue
-        unsent += outbox.close()
-    return unsent
+        if unsent := outbox.close():
+            return unsent
+    return 0

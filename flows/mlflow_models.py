@@ -1,0 +1,151 @@
+"""Checkpoints in MLflow: each a LoggedModel with the run that made it, its parents as that run's inputs.
+
+A LoggedModel refers to the artifact's directory by URI and digest, weights are not copied. It is found by its content
+key, so a checkpoint has one however many runs use it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from flows import cards
+from flows.outbox import Rejected
+from flows.servers import mlflow_model_page
+from stages.core.checkpoint import Artifact, Store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+NOTE = "mlflow.note.content"
+VERSIONS = "mlflow.modelVersions"
+SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
+
+
+class LoggedCheckpoints:
+    """The LoggedModels of one experiment, by content key.
+
+    Attributes:
+        client: The connection.
+        experiment: MLflow's id of the experiment.
+        store: The artifacts.
+    """
+
+    def __init__(self, client: "MlflowClient", experiment: str, store: Store) -> None:
+        self.client = client
+        self.experiment = experiment
+        self.store = store
+        self._models: dict[str, str] = {}
+
+    def model(self, key: str) -> str | None:
+        """The LoggedModel of a checkpoint, created with its ancestors where this tracking store has none.
+
+        Returns:
+            Its id; None when neither the tracking store nor the artifact store knows the key.
+        """
+        if key in self._models:
+            return self._models[key]
+        found = self.find(key)
+        artifact = self.store.find(key)
+        if found is None and artifact is not None:
+            found = self._made_earlier(artifact)
+        if found is not None:
+            self._models[key] = found.model_id
+        return self._models.get(key)
+
+    def find(self, key: str) -> "LoggedModel | None":
+        """The LoggedModel with this content key, if this tracking store has one."""
+        found = self.client.search_logged_models([self.experiment], filter_string=f"tags.key = '{key}'")
+        return next((model for model in found if model.status.name == "READY"), None)
+
+    def _made_earlier(self, artifact: Artifact) -> "LoggedModel":
+        """Record a checkpoint this tracking store never saw being made: a finished run of its own, and its model."""
+        manifest = artifact.manifest
+        end = int(manifest["created"] * 1000)
+        tags = {"key": artifact.key, "stage": str(manifest.get("stage")), "seed": str(manifest.get("seed", 0))}
+        name = f"{artifact.name}@{manifest.get('seed', 0)} (made earlier)"
+        start = end - int(manifest.get("seconds", 0) * 1000)
+        run_id = self.client.create_run(self.experiment, start, SOURCE | tags, name).info.run_id
+        model = self.record(artifact, run_id, end)
+        self.client.set_terminated(run_id, "FINISHED", end)
+        return model
+
+    def record(self, artifact: Artifact, run_id: str, time_ms: int) -> "LoggedModel":
+        """Make a checkpoint the output of a run, its parents the inputs, its final metrics those of both."""
+        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
+
+        manifest = artifact.manifest
+        parents = {role: self.model(parent["key"]) for role, parent in manifest.get("parents", {}).items()}
+        model = self.find(artifact.key) or self._create(artifact, run_id, parents)
+        inputs = [LoggedModelInput(parent) for parent in dict.fromkeys(parents.values()) if parent]
+        if inputs:
+            self.client.log_inputs(run_id, models=inputs)
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        metrics = [
+            Metric(cards.metric_name(name), value, time_ms, 0, model_id=model.model_id, run_id=run_id)
+            for name, value in manifest.get("metrics", {}).items()
+        ]
+        if metrics:
+            self.client.log_batch(run_id, metrics=metrics)
+        self.client.set_tag(run_id, NOTE, str(model.tags.get(NOTE, "")))
+        self._models[artifact.key] = model.model_id
+        return model
+
+    def _create(self, artifact: Artifact, run_id: str, parents: Mapping[str, str | None]) -> "LoggedModel":
+        import mlflow
+
+        manifest = artifact.manifest
+        pages = {role: mlflow_model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
+        tags = {"key": artifact.key, "digest": artifact.digest, "stage": str(manifest.get("stage"))}
+        tags |= {f"parent.{role}": parent for role, parent in parents.items() if parent}
+        return mlflow.create_external_model(
+            name=cards.model_name(artifact),
+            source_run_id=run_id,
+            tags={**tags, "seed": str(manifest.get("seed", 0)), NOTE: cards.model_note(artifact, pages)},
+            params=cards.model_params(artifact),
+            model_type=str(manifest.get("stage", "checkpoint")),
+            experiment_id=self.experiment,
+        )
+
+    def maker(self, model: "LoggedModel") -> str | None:
+        """The run that made a checkpoint, if it was not deleted since."""
+        if not model.source_run_id:
+            return None
+        info = self.client.get_run(model.source_run_id).info
+        return str(info.run_id) if info.lifecycle_stage == "active" else None
+
+    def register(self, name: str, key: str, seed: str) -> None:
+        """Make a checkpoint a version of a registered model, once.
+
+        Raises:
+            Rejected: the checkpoint is neither in the tracking store nor in the artifact store.
+        """
+        from mlflow.exceptions import MlflowException
+
+        model_id = self.model(key)
+        if model_id is None:
+            raise Rejected(f"checkpoint {key} is no longer in the store")
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        if self.version(name, key) is None:
+            model = self.client.get_logged_model(model_id)
+            version = self.client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                run_id=self.maker(model),
+                tags={"key": key, "seed": seed},
+                description=str(model.tags.get(NOTE, "")),
+                model_id=model_id,
+            )
+            versions = json.loads(model.tags.get(VERSIONS, "[]"))
+            versions.append({"name": name, "version": str(version.version)})
+            self.client.set_logged_model_tags(model_id, {VERSIONS: json.dumps(versions)})
+
+    def version(self, name: str, key: str) -> "ModelVersion | None":
+        """The version of a registered model that is the checkpoint with this content key."""
+        versions = self.client.search_model_versions(f"name = '{name}'")
+        return next((version for version in versions if version.tags.get("key") == key), None)
