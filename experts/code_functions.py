@@ -38,15 +38,19 @@ class Function:
     expected: list[Any]
 
 
-def generate(rng: random.Random, limits: Limits) -> Function | None:
+def generate(rng: random.Random, limits: Limits, wanted: Callable[[str], bool]) -> Function | None:
     """Draw one short function of one or two body lines with tests, or None if the draw is of no use.
 
-    Of no use are functions that raise on a test input or give nearly always the same output.
+    Of no use are functions whose id is not `wanted`, and those that raise on a test
+    input or never change their output.
+    The id covers what the function does, not the letters it is written with.
     """
     template = rng.choice(TEMPLATES)
     name, parameters, body = template(rng)
     letters = rng.choice(LETTERS)
     identity = stable_hash(name)[:16]
+    if not wanted(identity):
+        return None
     renaming = str.maketrans({"A": letters[0], "B": letters[1], "S": "s"})
     signature = ",".join(parameters)
     code = f"def {name}({signature}):\n {body}".translate(renaming)
@@ -148,7 +152,7 @@ def _total(rng: random.Random) -> Drawn:
     (first, left), (second, right) = _step(rng), _step(rng)
     if rng.random() < 0.5:
         return f"sum_{first}_{second}", ["A"], f"return sum(i{left} for i in range(A)){right}"
-    return f"total_{first}_{second}", ["A", "B"], f"for i in range(B):A+=i{left}\n return A{right}"
+    return f"loop_{first}_{second}", ["S", "A"], f"for i in S:A+=i{left}\n return A{right}"
 
 
 TEMPLATES: tuple[Callable[[random.Random], Drawn], ...] = (
