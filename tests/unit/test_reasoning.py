@@ -92,6 +92,17 @@ def test_seed_and_size_belong_to_the_draw():
         reasoning({"basic_arithmetic": {"seed": 1}})
 
 
+def test_tasks_that_differ_between_processes_are_refused():
+    with pytest.raises(UserError, match=r"domains\.logic\.options\.tasks: .*'word_ladder' makes other examples"):
+        reasoning({"word_ladder": {}})
+
+
+@pytest.mark.parametrize("task", ["countdown", "puzzle24", "simple_integration", "n_queens", "binary_matrix"])
+def test_gold_answers_pass_the_guard_of_evaluating_verifiers(task):
+    domain = reasoning({task: {}})
+    assert {domain.score(example, example.answer) for example in domain.draw(TRAIN, 10, seed=0)} == {1.0}
+
+
 def test_too_many_examples_name_the_task_and_what_exists():
     digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"]}
     plain = {"allow_parentheses": False, "allow_negation": False, "whitespace": "single", "format_style": "simple"}
