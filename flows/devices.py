@@ -20,7 +20,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class WaitCancelledError(Exception):
-    """The wait for a device was given up because the run is being stopped."""
+    """The run is being stopped: nothing is waited for or started any more."""
 
 
 @dataclass(frozen=True)

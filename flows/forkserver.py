@@ -105,7 +105,14 @@ class _Server:
             return None
         server = os.getpid()
         supervisor = socket.socket(fileno=descriptors[0])
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # No memory or no process id for this one: its supervisor hears of it, the others' jobs go on.
+            _log.error("cannot fork: %s", error)
+            for descriptor in (supervisor.detach(), *descriptors[1:]):
+                os.close(descriptor)
+            return None
         if pid == 0:
             os.setpgid(0, 0)
             die_with_parent(server)

@@ -5,7 +5,6 @@ devices. The thread that asked for it only supervises: it forwards the journal, 
 exit code into an error for people.
 """
 
-import itertools
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from flows.config import ResourcesConfig
 from flows.devices import DeviceLeases, WaitCancelledError
 from flows.forkserver import GRACE_SECONDS
 from flows.plan import VERSIONS, Node, StageGraph, code_fingerprint
-from flows.worker import DISK_FAULT, ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, JOURNAL_FILE, USER_ERROR
+from flows.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, JOURNAL_FILE, USER_ERROR, exit_code_of
 from stages.core.checkpoint import Store
 from stages.core.journal import JournalReader
 
@@ -117,7 +116,6 @@ class Launcher:
         self._server: ForkServer | None = None
         self._starting = threading.Lock()
         self._live: dict[int, Child] = {}
-        self._numbers = itertools.count()
         self._stopped = False
 
     def __enter__(self) -> Self:
@@ -151,23 +149,23 @@ class Launcher:
         try:
             spec = self._prepare(job)
         except OSError as error:
-            raise NodeFailedError(first, DISK_FAULT, f"cannot be started: {error}", log, retryable=False) from error
-        number = next(self._numbers)
+            code = exit_code_of(error)
+            raise NodeFailedError(first, code, f"cannot be started: {error}", log, retryable=False) from error
         child: Child | None = None
         try:
             child = self._start(job, spec, log)
-            self._live[number] = child
+            self._live[id(child)] = child
             if self._stopped:
                 child.end(0)
             timed_out = self._supervise(job, child, on_records)
         except ServerDiedError:
-            message = f"the process that starts nodes ended; see {self.home / SERVER_LOG}"
+            message = "stopped" if self._stopped else f"its fork server ended; see {self.home / SERVER_LOG}"
             raise NodeFailedError(first, FAILED, message, log, retryable=not self._stopped) from None
         except WaitCancelledError:
-            raise NodeFailedError(first, FAILED, "stopped while it waited for a device", log, retryable=False) from None
+            raise NodeFailedError(first, FAILED, "stopped before it started", log, retryable=False) from None
         finally:
-            self._live.pop(number, None)
             if child is not None:
+                self._live.pop(id(child), None)
                 child.close()
         if child.exit_code != 0:
             raise self._failure(job, child, log, timed_out)
@@ -206,6 +204,8 @@ class Launcher:
 
     def _running_server(self) -> ForkServer:
         with self._starting:
+            if self._stopped:
+                raise WaitCancelledError
             if self._server is None or not self._server.alive:
                 self._server = ForkServer(self.home / SERVER_LOG, child_environment(self.resources.threads))
             return self._server

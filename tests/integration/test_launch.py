@@ -1,27 +1,24 @@
 """Node processes: started, watched and ended, with a real tiny model."""
 
 import dataclasses
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from experts.errors import UserError
-from flows.children import ForkServer, ServerDiedError, child_environment
 from flows.config import ResourcesConfig, RunConfig
-from flows.devices import DeviceLeases, WaitCancelledError
 from flows.launch import Launcher, NodeFailedError
 from flows.plan import Node, StageGraph, build_graph
 from stages.core.checkpoint import Store
+from tests.processes import ended, eventually, jobs_of
 
 STEPS = 4
 RUN = {
@@ -43,28 +40,6 @@ RUN = {
 }
 
 
-def eventually(condition: Callable[[], Any], within: float = 60.0) -> Any:
-    """Wait until the condition holds; returns its value."""
-    deadline = time.monotonic() + within
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
-    return value
-
-
-def jobs_of(supervisor: int) -> list[psutil.Process]:
-    """The node processes below a supervisor: the children of its fork servers."""
-    return [job for server in psutil.Process(supervisor).children() for job in server.children()]
-
-
-def ended(pid: int) -> bool:
-    """Whether the process is gone, or dead and only waiting to be reaped by whoever adopted it."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def silent(node: Node, records: list[dict[str, Any]]) -> None:
     """For runs whose journal is not looked at."""
 
@@ -84,13 +59,6 @@ def launcher(home: Path) -> Iterator[Launcher]:
     with Launcher(home, ResourcesConfig()) as running:
         yield running
     assert jobs_of(os.getpid()) == []
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    running = ForkServer(tmp_path_factory.mktemp("server") / "log", child_environment(1), preload=())
-    yield running
-    running.close()
 
 
 def unmade(node: Node, key: str) -> Node:
@@ -252,41 +220,6 @@ def test_nodes_die_with_a_killed_supervisor(home):
         eventually(lambda: ended(job.pid) and ended(server.pid), within=2)
 
 
-# A leader that ends on SIGTERM, whose child does not.
-STUBBORN = "(trap '' TERM; echo $BASHPID; while true; do sleep 0.2; done) & wait"
-
-
-def started_with_grandchild(server: ForkServer, log: Path):
-    child = server.start(log, command=["bash", "-c", STUBBORN])
-    grandchild = int(eventually(lambda: log.exists() and log.read_text().strip()))
-    child.wait(0.1)
-    assert child.pid is not None
-    return child, grandchild
-
-
-def test_ending_a_job_ends_its_whole_group(server, tmp_path):
-    child, grandchild = started_with_grandchild(server, tmp_path / "log")
-    child.end(grace=10)
-    assert child.wait(5) == -signal.SIGTERM
-    eventually(lambda: ended(grandchild), within=2)
-
-
-def test_a_leader_that_ignores_sigterm_is_killed_after_its_grace(server, tmp_path):
-    child = server.start(
-        tmp_path / "log", command=["bash", "-c", "trap '' TERM; echo up; while true; do sleep 1; done"]
-    )
-    eventually(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text())
-    child.end(grace=0.5)
-    assert child.wait(0.2) is None
-    assert child.wait(5) == -signal.SIGKILL
-
-
-def test_a_job_whose_supervisor_lets_go_is_ended(server, tmp_path):
-    child, grandchild = started_with_grandchild(server, tmp_path / "log")
-    child.close()
-    eventually(lambda: ended(child.pid) and ended(grandchild), within=2)
-
-
 def test_the_server_that_forked_was_fit_to_fork(launcher, graph, home):
     with Store(home).lock("forked"):
         run = Run(launcher, graph, unmade(graph.node("base@0"), "forked"))
@@ -298,38 +231,6 @@ def test_the_server_that_forked_was_fit_to_fork(launcher, graph, home):
     threads = {(task / "comm").read_text().strip() for task in Path(f"/proc/{server.pid}/task").iterdir()}
     # The allocator that pyarrow brings keeps a thread which it stops and restarts around a fork itself.
     assert threads - {"jemalloc_bg_thd"} == {(Path(f"/proc/{server.pid}") / "comm").read_text().strip()}
-
-
-def test_jobs_of_a_killed_server_die_and_are_reported(tmp_path):
-    server = ForkServer(tmp_path / "server", child_environment(1), preload=())
-    child = server.start(tmp_path / "log", command=["sleep", "60"])
-    eventually(lambda: child.wait(0.1) or child.pid)
-    os.kill(server.pid, signal.SIGKILL)
-    with pytest.raises(ServerDiedError):
-        child.wait(5)
-    eventually(lambda: ended(child.pid), within=2)
-    server.close()
-
-
-def test_devices_are_leased_whole_and_free_when_their_holder_is_gone(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    leases = DeviceLeases(tmp_path)
-    with pytest.raises(UserError, match="4 devices asked for, this machine shows 3"):
-        leases.acquire(4)
-    first = leases.acquire(2)
-    assert first.environment == {"CUDA_VISIBLE_DEVICES": "2,5"}
-    child = server.start(tmp_path / "log", command=["sleep", "60"], descriptors=first.descriptors)
-    eventually(lambda: child.wait(0.1) or child.pid)
-    first.close()
-    with pytest.raises(WaitCancelledError):
-        leases.acquire(2, cancelled=lambda: True)
-    # The attempt for two let go of the one that was free.
-    with (tmp_path / "devices" / "gpu-7.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.kill(child.pid, signal.SIGKILL)
-    second = leases.acquire(3)
-    assert second.devices == ("2", "5", "7")
-    second.close()
 
 
 def test_several_devices_run_under_torchrun(graph, home, monkeypatch):
