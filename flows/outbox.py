@@ -48,10 +48,13 @@ class Outbox:
         self._not_before = 0.0
         self._warned = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._owned = FileLock(self._owned_path)
+        # Not thread-local: whichever thread finishes a run gives its file up.
+        self._owned = FileLock(self._owned_path, thread_local=False)
         self._owned.acquire(timeout=0)
         if path.exists():
-            first, *rest = (json.loads(line) for line in path.read_text().splitlines())
+            # A process killed while it wrote leaves a last line without an end.
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            first, *rest = (json.loads(line) for line in lines)
             self.ids.update(first["ids"])
             self._waiting.extend(rest)
 

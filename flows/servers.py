@@ -23,7 +23,7 @@ from experts.errors import UserError
 MLFLOW_PORT = 5000
 PREFECT_PORT = 4200
 START_SECONDS = 240.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
 PORTS_TRIED = 50
 PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)

@@ -48,7 +48,7 @@ class Tracker:
         self.token = uuid.uuid4().hex
         self._known: dict[str, Artifact] = {}
         folder = unsent_folder(home, self.name)
-        self.left_over = send_left_over(folder, self.writer)
+        send_left_over(folder, self.writer)
         self.outbox = Outbox(folder / f"{self.token}.jsonl", self.writer)
 
     @classmethod
@@ -83,6 +83,11 @@ class Tracker:
         if self.writer.uri.startswith("http"):
             return mlflow_run_page(self.writer.uri.rstrip("/"), self.writer.experiment, self.run_id)
         return f"{mlflow_run_page(local_url(MLFLOW_PORT), self.writer.experiment, self.run_id)} (after `mopd ui`)"
+
+    @property
+    def unsent(self) -> int:
+        """Operations the server has not taken; after `finish`, they lie in the run's `unsent` folder."""
+        return self.outbox.unsent
 
     def stage_started(self, node: Node) -> "StageRun":
         """Open the child run of a stage and log the data it draws from; an evaluation opens none."""

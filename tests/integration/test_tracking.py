@@ -1,6 +1,7 @@
 """What a run leaves in MLflow, on a real SQLite store and against a server that does not answer."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
         play(tracker, tracker.store, graph, node)
     tracker.finish("FAILED", None, None)
     assert tracker.run_id == ""
+    assert tracker.unsent > len(graph.nodes)
     kept = list((home / "runs" / "lab" / "unsent").glob("*.jsonl"))
     assert len(kept) == 1
 
@@ -162,6 +164,25 @@ def test_a_run_whose_process_died_is_marked_killed_at_the_next_start(tracked):
     after = Tracker.start(graph, home, "name: lab\n")
     after.finish("FINISHED", None, None)
     assert tracked["client"].get_run(dead.run_id).info.status == "KILLED"
+
+
+def test_stages_may_speak_from_several_threads(tracked):
+    home, graph = tracked["home"], tracked["graph"]
+    tracker = Tracker.start(graph, home, "name: lab\n")
+    runs = [tracker.stage_started(node) for node in graph.checkpoints]
+
+    def speak(run):
+        for step in range(20):
+            run.forward([{"time": float(step), "step": step, "kind": "metrics", "values": {"loss": float(step)}}])
+        run.finish("KILLED", None)
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(speak, runs))
+    tracker.finish("KILLED", None, None)
+    for node in graph.checkpoints:
+        run_id = tracker.outbox.ids[node.id]
+        assert len(tracked["client"].get_metric_history(run_id, "loss")) == 20
+        assert tracked["client"].get_run(run_id).info.status == "KILLED"
 
 
 def test_the_addresses_lead_to_the_run(tracked):

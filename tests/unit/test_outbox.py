@@ -1,0 +1,88 @@
+"""The outbox keeps the order and loses nothing, whatever the server does."""
+
+import json
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+
+from flows import outbox
+from flows.outbox import Outbox, Rejected, Unreachable, send_left_over
+
+
+class Server:
+    """Takes operations, or is away; refuses those that say so; gives each run an id."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.attempts = 0
+        self.taken: list[int] = []
+
+    def __call__(self, operation, ids):
+        self.attempts += 1
+        if self.away:
+            raise Unreachable("no answer")
+        if operation.get("bad"):
+            raise Rejected("bad")
+        ids.setdefault("run", "id-1")
+        self.taken.append(operation["n"])
+
+
+def submit(box: Outbox, *numbers: int) -> None:
+    for number in numbers:
+        box.submit({"op": "say", "n": number})
+
+
+def test_what_a_server_missed_is_sent_in_order_when_it_is_back(tmp_path, monkeypatch):
+    server = Server()
+    box = Outbox(tmp_path / "a.jsonl", server)
+    submit(box, 1)
+    server.away = True
+    submit(box, 2, 3, 4)
+    assert server.attempts == 2, "an absent server is asked once, not for each operation"
+    assert box.unsent == 3
+    server.away = False
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    assert box.flush() == 0
+    submit(box, 5)
+    assert server.taken == [1, 2, 3, 4, 5]
+    assert not box.path.exists()
+
+
+def test_an_absent_server_is_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    server = Server()
+    server.away = True
+    submit(Outbox(tmp_path / "a.jsonl", server), 1, 2, 3)
+    assert server.attempts == 3
+    assert [record.message.count("does not answer") for record in caplog.records] == [1]
+
+
+def test_a_refused_operation_is_reported_and_does_not_hold_up_the_rest(tmp_path, caplog):
+    server = Server()
+    box = Outbox(tmp_path / "a.jsonl", server)
+    box.submit({"op": "say", "n": 1, "bad": True})
+    submit(box, 2)
+    assert server.taken == [2]
+    assert "refused 'say': bad" in caplog.text
+
+
+def test_a_killed_process_leaves_its_words_and_ids_to_the_next(tmp_path: Path):
+    server = Server()
+    box = Outbox(tmp_path / "a.jsonl", server)
+    submit(box, 1)
+    server.away = True
+    submit(box, 2, 3)
+    with box.path.open("a") as file:
+        file.write(json.dumps({"op": "say", "n": 4})[:9])
+    server.away = False
+    assert send_left_over(tmp_path, server) == 0, "a file whose process lives is not touched"
+    assert server.taken == [1]
+    with pytest.raises(Timeout):
+        Outbox(box.path, server)
+    box._owned.release()
+    heard: dict[str, str] = {}
+    assert send_left_over(tmp_path, lambda operation, ids: (server(operation, ids), heard.update(ids))) == 0
+    assert server.taken == [1, 2, 3]
+    assert heard == {"run": "id-1"}
+    assert not list(tmp_path.glob("*.jsonl"))
