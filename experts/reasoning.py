@@ -31,7 +31,7 @@ LONGEST_ANSWER = 20_000
 LITERAL_VERIFIERS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 EXPRESSION_VERIFIERS = frozenset({"countdown", "puzzle24", "simple_integration"})
 
-# Their examples follow Python's string hash seed, so they differ from process to process (seen in reasoning-gym 0.1.25).
+# Their examples follow Python's string hash seed: they differ from process to process (seen in reasoning-gym 0.1.25).
 UNREPEATABLE = frozenset(
     {
         "codeio",
