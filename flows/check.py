@@ -1,0 +1,141 @@
+"""What a run checks before any training: data that suffices, tokenizers that match, disk space.
+
+Only what has to run is looked at, so that a run in which little is missing starts at once.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experts.domain import TRAIN, load_domain
+from experts.errors import UserError
+from flows.plan import Node, StageGraph
+from stages.core.checkpoint import Store
+
+# Free space without which even a tiny run is likely to fail.
+SMALLEST_FREE_BYTES = 200 * 2**20
+BYTES_A_PARAMETER = 4
+# A saved state keeps weights, two moments of the optimizer, and the next one is written before the last is dropped.
+STATE_COPIES = 6
+GGUF_GROWTH = 8
+
+
+def deep_check(graph: StageGraph, store: Store) -> list[str]:
+    """Check what planning alone cannot see.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
+            differs from the student's, a disk too full.
+    """
+    missing = [node for node in graph.nodes if store.find(node.key) is None]
+    problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
+    warnings: list[str] = []
+    if missing:
+        needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
+        text = f"{store.home}: {_gigabytes(free)} free, about {_gigabytes(needed)} needed"
+        if free < needed:
+            problems.append(f"{text}; free some space or choose another --home")
+        elif free < 2 * needed:
+            warnings.append(text)
+    if problems:
+        raise UserError("\n".join(problems))
+    return warnings
+
+
+def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
+    """Draw what the missing nodes will draw; the largest count of a domain, split and seed stands for all."""
+    wanted: dict[tuple[str, str, int], tuple[int, str]] = defaultdict(lambda: (0, ""))
+    for node in missing:
+        split = str(node.config.get("split", TRAIN))
+        for domain in node.domains:
+            place = (domain, split, node.seed)
+            wanted[place] = max(wanted[place], (int(node.config["examples"]), node.id))
+    for (domain, split, seed), (count, node_id) in wanted.items():
+        entry = graph.config.domains[domain]
+        try:
+            drawn = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
+        except UserError as error:
+            yield f"{node_id}: {error}"
+            continue
+        if not drawn:
+            yield f"{node_id}: domains.{domain}: no {split} examples"
+
+
+def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) -> Iterator[str]:
+    """Compare the tokenizers of students and teachers that were imported; those trained here inherit theirs."""
+    for student in missing:
+        if student.stage != "distill":
+            continue
+        start = _origin(graph, graph.node(student.parents["start"]))
+        for role, parent in student.parents.items():
+            teacher = _origin(graph, graph.node(parent))
+            if teacher.key == start.key or not role.startswith("teacher/"):
+                continue
+            ours, theirs = _tokenizer(start, store), _tokenizer(teacher, store)
+            if ours is None or theirs is None:
+                continue
+            from stages.core.policy import tokenizer_difference
+
+            if difference := tokenizer_difference(ours, theirs):
+                domain = role.removeprefix("teacher/")
+                yield (
+                    f"merge.teachers.{domain}: the tokenizer of teacher {graph.node(parent).name} differs from that of "
+                    f"the student's start, {start.name}: {difference}; a teacher scores the student's own tokens, so "
+                    f"both must share one tokenizer"
+                )
+
+
+def _origin(graph: StageGraph, node: Node) -> Node:
+    """The node whose tokenizer this one has: it is handed on from start to start."""
+    while "start" in node.parents:
+        node = graph.node(node.parents["start"])
+    return node
+
+
+def _tokenizer(node: Node, store: Store) -> Any:
+    """An origin's tokenizer; None where it does not exist before the origin is made."""
+    artifact = store.find(node.key)
+    if artifact is None and (node.stage != "load" or node.config["kind"] == "gguf"):
+        return None
+    from transformers import AutoTokenizer
+
+    if artifact is not None:
+        return AutoTokenizer.from_pretrained(artifact.uri)
+    return AutoTokenizer.from_pretrained(node.config["location"], revision=node.config["revision"])
+
+
+def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
+    """Bytes the missing nodes are likely to write: a checkpoint each, and saved states of those side by side."""
+    training = [node for node in missing if node.stage not in ("load", "evaluate")]
+    loads = [node for node in missing if node.stage == "load"]
+    sizes = {node.key: _checkpoint_bytes(_origin(graph, node), store) for node in [*training, *loads]}
+    side_by_side = sorted((sizes[node.key] for node in training), reverse=True)
+    states = STATE_COPIES * sum(side_by_side[: graph.config.resources.parallel_experts])
+    return SMALLEST_FREE_BYTES + sum(sizes.values()) + states
+
+
+def _checkpoint_bytes(origin: Node, store: Store) -> int:
+    """Size of the weights an origin has; 0 when only the Hub knows."""
+    if artifact := store.find(origin.key):
+        return _folder_bytes(artifact.path)
+    config = origin.config
+    if origin.stage == "pretrain":
+        model = config["model"]
+        layer = 4 * model["hidden_size"] ** 2 + 3 * model["hidden_size"] * model["intermediate_size"]
+        return int(model["layers"] * layer * BYTES_A_PARAMETER)
+    if config["kind"] == "gguf":
+        return Path(config["location"]).stat().st_size * GGUF_GROWTH
+    return _folder_bytes(Path(config["location"])) if config["kind"] == "directory" else 0
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

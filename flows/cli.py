@@ -1,0 +1,157 @@
+"""`mopd`: from a run file to one merged student.
+
+Free of prefect, mlflow and torch until a command needs them, so that `mopd plan` and `--help` answer at once.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from experts.errors import UserError
+from flows import commands
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From one base checkpoint to one merged student: SFT cold start, per-domain experts, MOPD.",
+)
+
+RunFile = Annotated[Path, typer.Argument(help="A run file, such as flows/runs/lab.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted assignments: experts.sort.train.rl.max_steps=50", show_default=False)
+]
+Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
+DEFAULT_HOME = Path(".mopd")
+
+
+@contextlib.contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """A user's mistake is one message and exit code 2; a full disk one message and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    raise typer.Exit(code)
+
+
+def _show_schema(value: bool) -> None:
+    if value:
+        commands.show_schema(Console())
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    discard_corrupted: Annotated[
+        bool, typer.Option("--discard-corrupted", help="Set corrupted artifacts aside and make them anew.")
+    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain progress lines, no live display.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log as well.")] = False,
+    help_config: Annotated[
+        bool,
+        typer.Option("--help-config", is_eager=True, callback=_show_schema, help="Show every key of a run file."),
+    ] = False,
+) -> None:
+    """Make what is missing, merge, compare and report. Run again after a failure or Ctrl-C: it resumes."""
+    del help_config
+    with _errors_as_messages():
+        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        code = commands.run(asked, discard_corrupted=discard_corrupted, plain=plain, verbose=verbose)
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also draw the data, compare tokenizers and look at the disk.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is cached, what would run, and why. Starts nothing."""
+    with _errors_as_messages():
+        commands.plan(commands.Asked(file, tuple(overrides or ()), max_steps, home), check=check, as_json=as_json)
+
+
+@app.command()
+def status(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
+    """Show how far each node is: done, at which step it stands, or what ended it."""
+    with _errors_as_messages():
+        commands.status(commands.Asked(file, tuple(overrides or ()), max_steps, home))
+
+
+@app.command()
+def report(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
+    """Compare what is finished and write the HTML report; trains nothing."""
+    with _errors_as_messages():
+        commands.report(commands.Asked(file, tuple(overrides or ()), max_steps, home))
+
+
+@app.command()
+def lineage(
+    name: Annotated[str, typer.Argument(help="A run's name, RUN:NODE, or a content key.", show_default=False)],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Print from what a checkpoint was made: its teachers, their data, the base."""
+    with _errors_as_messages():
+        commands.lineage(name, home)
+
+
+@app.command()
+def ui(
+    home: Home = DEFAULT_HOME,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    mlflow_port: Annotated[int | None, typer.Option("--mlflow-port", help="MLflow's port.")] = None,
+    prefect_port: Annotated[int | None, typer.Option("--prefect-port", help="Prefect's port.")] = None,
+) -> None:
+    """Serve MLflow's and Prefect's pages until Ctrl-C."""
+    from flows import servers
+
+    with _errors_as_messages():
+        servers.ui(home, host, mlflow_port, prefect_port)
+
+
+@app.command()
+def doctor(home: Home = DEFAULT_HOME) -> None:
+    """Show versions, devices, how many threads pay off, and whether the home is usable."""
+    from flows import doctor as check_up
+
+    with _errors_as_messages():
+        healthy = check_up.examine(home, Console())
+    raise typer.Exit(0 if healthy else 1)
+
+
+def main() -> None:
+    """Entry of `python -m flows.cli`."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    app()
+
+
+if __name__ == "__main__":
+    main()

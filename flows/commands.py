@@ -1,0 +1,280 @@
+"""What the commands of `mopd` do; `flows.cli` declares them. Heavy imports wait until they are needed."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from experts.errors import UserError
+from flows.config import RunConfig, load_run_file
+from flows.plan import NodeStatus, StageGraph, build_graph
+from flows.plan import status as node_status
+from stages.core.checkpoint import CorruptedArtifactError, Store
+from stages.core.journal import read
+
+if TYPE_CHECKING:
+    from flows.closing import Outcome
+    from flows.pipeline import PipelineFailedError
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+SHORT_KEY = 10
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which run is meant.
+
+    Attributes:
+        file: The run file.
+        overrides: Dotted assignments to its keys.
+        max_steps: Cap on the steps of every stage.
+        home: `$MOPD_HOME`.
+    """
+
+    file: Path
+    overrides: tuple[str, ...]
+    max_steps: int | None
+    home: Path
+
+    def graph(self) -> StageGraph:
+        """The run's graph.
+
+        Raises:
+            UserError: a mistake in the run file.
+        """
+        return build_graph(load_run_file(self.file, list(self.overrides), self.max_steps), self.home)
+
+    @property
+    def command(self) -> str:
+        """The command line that runs it again."""
+        cap = f" --max-steps {self.max_steps}" if self.max_steps else ""
+        return " ".join(["mopd run", str(self.file), *self.overrides]) + cap
+
+
+def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -> int:
+    """Make a run; returns the exit code."""
+    console = Console()
+    graph, store = asked.graph(), Store(asked.home)
+    verify(graph, store, discard_corrupted)
+    if all(entry.cached for entry in node_status(graph, store)):
+        from flows.closing import conclude
+
+        console.print("Everything is in the store already; nothing was started.")
+        show_outcome(graph, conclude(graph, store, asked.home), asked.home, console)
+        return DONE
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run_pipeline(asked, graph, console, plain=plain, verbose=verbose)
+    except KeyboardInterrupt:
+        return _stopped(asked)
+
+
+def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
+    """Verify every cached artifact of a run.
+
+    Raises:
+        CorruptedArtifactError: names the file; or it is set aside, if that was asked for.
+    """
+    for node in graph.nodes:
+        try:
+            artifact = store.find(node.key)
+            if artifact is not None:
+                store.verify(artifact)
+        except CorruptedArtifactError as error:
+            if not discard_corrupted:
+                raise
+            sys.stderr.write(f"{node.id}: corrupted; moved to {store.set_aside(error.key)}\n")
+
+
+def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: bool, verbose: bool) -> int:
+    from flows.session import prefect_session
+
+    for entry in node_status(graph, Store(asked.home)):
+        if not entry.cached and entry.node.stage != "evaluate":
+            sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
+    sys.stderr.write("starting Prefect …\n")
+    with prefect_session(asked.home, verbose) as pages:
+        from prefect import tags
+        from prefect.exceptions import CancelledRun
+
+        from flows.pipeline import PipelineFailedError, pipeline, run_tags
+
+        sys.stderr.write(f"Prefect: {pages}\n")
+        try:
+            with tags(*run_tags(graph.config.name)):
+                outcome = pipeline(
+                    str(asked.file), list(asked.overrides), asked.max_steps, str(asked.home.resolve()), plain
+                )
+        except CancelledRun:
+            return _stopped(asked)
+        except PipelineFailedError as error:
+            return _report_failures(error, asked)
+    show_outcome(graph, outcome, asked.home, console)
+    return DONE
+
+
+def _stopped(asked: Asked) -> int:
+    sys.stderr.write(f"stopped; `{asked.command}` resumes where it was\n")
+    return INTERRUPTED
+
+
+def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
+    from flows.launch import NodeFailedError
+    from flows.worker import DISK_FAULT
+
+    mistakes = []
+    for job, failure in error.failures.items():
+        text = str(failure)
+        if isinstance(failure, NodeFailedError) and failure.exit_code == DISK_FAULT:
+            text = f"the disk is full or failing: {text}"
+        sys.stderr.write(f"error: {text if text.startswith(job) else f'{job}: {text}'}\n")
+        mistakes.append(isinstance(failure, UserError) or getattr(failure, "user_error", False))
+    if error.not_started:
+        sys.stderr.write(f"not started, for they need what failed: {', '.join(error.not_started)}\n")
+    sys.stderr.write(f"all else is finished and kept; `{asked.command}` resumes where it was\n")
+    return MISTAKE if all(mistakes) else FAILED
+
+
+def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console) -> None:
+    """Print the table of scores, the gate's verdict, and where to read on."""
+    columns = list(dict.fromkeys(column for row in outcome.rows for column in row))
+    table = Table(*columns)
+    for row in outcome.rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    console.print(table)
+    if outcome.report is not None:
+        console.print(f"Report: {outcome.report}", soft_wrap=True)
+    console.print(f"Pages:  mopd ui --home {home}   (MLflow and Prefect, run '{graph.config.name}')", soft_wrap=True)
+
+
+def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
+    """Print what is cached, what would run, and why."""
+    graph, store = asked.graph(), Store(asked.home)
+    entries = node_status(graph, store)
+    if as_json:
+        sys.stdout.write(json.dumps([_plan_entry(entry) for entry in entries], indent=1) + "\n")
+    else:
+        console = Console()
+        table = Table("stage", "status", "why", "key")
+        for row in _plan_rows(graph, entries):
+            table.add_row(*row)
+        console.print(table)
+        waiting = sum(not entry.cached for entry in entries)
+        console.print(f"{len(entries) - waiting} of {len(entries)} nodes are cached, {waiting} to run.")
+    if check:
+        from flows.check import deep_check
+
+        for warning in deep_check(graph, store):
+            sys.stderr.write(f"warning: {warning}\n")
+        sys.stderr.write("check passed: data, tokenizers and disk space\n")
+
+
+def _plan_entry(entry: NodeStatus) -> dict[str, Any]:
+    node = entry.node
+    return {
+        "node": node.id,
+        "stage": node.stage,
+        "key": node.key,
+        "cached": entry.cached,
+        "why": entry.why,
+        "code_changed": entry.code_changed,
+        "parents": dict(node.parents),
+    }
+
+
+def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[str, str, str, str]]:
+    """A row for each training node and one for all evaluations of its checkpoint."""
+    by_id = {entry.node.id: entry for entry in entries}
+    for node in graph.checkpoints:
+        entry = by_id[node.id]
+        yield node.id, "cached" if entry.cached else "to run", entry.why, node.key[:SHORT_KEY]
+        evaluations = [by_id[evaluation.id] for evaluation in graph.evaluations(node.id)]
+        if evaluations:
+            waiting = [evaluation for evaluation in evaluations if not evaluation.cached]
+            state = f"{len(waiting)} of {len(evaluations)} to run" if waiting else "cached"
+            reasons = "; ".join(dict.fromkeys(evaluation.why for evaluation in waiting or evaluations))
+            yield f"  eval of {node.id}", state, reasons, ""
+
+
+def status(asked: Asked) -> None:
+    """Print how far each training node is, and what ended the last attempt."""
+    graph, store = asked.graph(), Store(asked.home)
+    table = Table("stage", "status", "steps", "last word")
+    for entry in node_status(graph, store):
+        node = entry.node
+        if node.stage == "evaluate":
+            continue
+        work = store.home / "work" / node.key
+        step, total = _position(work / "journal.jsonl")
+        state = "done" if entry.cached else "under way" if _is_locked(store, node.key) else "to run"
+        error = work / "error.json"
+        word = json.loads(error.read_text())["message"] if not entry.cached and error.exists() else ""
+        table.add_row(node.id, state, f"{step}/{total}" if total else "", word)
+    Console().print(table)
+
+
+def _position(journal: Path) -> tuple[int, int]:
+    records = [record for record in read(journal) if record["kind"] == "progress"] if journal.exists() else []
+    return (records[-1]["step"], records[-1]["total"]) if records else (0, 0)
+
+
+def _is_locked(store: Store, key: str) -> bool:
+    from filelock import Timeout
+
+    lock = store.lock(key)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def report(asked: Asked) -> None:
+    """Compare what is finished, print it and write the report."""
+    from flows.closing import conclude
+
+    graph, store = asked.graph(), Store(asked.home)
+    show_outcome(graph, conclude(graph, store, asked.home), asked.home, Console())
+
+
+def lineage(name: str, home: Path) -> None:
+    """Print from what a checkpoint was made."""
+    from flows.lineage import tree
+
+    Console().print(tree(Store(home), name))
+
+
+def show_schema(console: Console) -> None:
+    """Print every key of a run file with its default and what it means."""
+    for key, default, description in _keys(RunConfig, ""):
+        console.print(f"[bold]{key}[/bold]  [dim]{default}[/dim]\n    {description}", soft_wrap=True, highlight=False)
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        named = getattr(field.annotation, "__origin__", None) is dict
+        key = f"{prefix}{name}" + (".NAME" if named and inner else "")
+        given = field.get_default(call_default_factory=False)
+        default = "required" if field.is_required() else "" if given is None or inner else f"= {given}"
+        yield key, default, field.description or ""
+        if inner is not None:
+            yield from _keys(inner, f"{key}.")
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The config model behind `Model`, `Model | None` or `dict[str, Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _inner_model(argument)) is not None:
+            return found
+    return None

@@ -1,0 +1,233 @@
+"""The pipeline as a Prefect flow: walks the graph of a run, keeps what is finished, compares and reports.
+
+Import this module only after `flows.session.open_session` has set Prefect's environment, for Prefect reads it once.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prefect import flow, get_client, get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.filters import FlowRunFilterState as StateFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled, Crashed, State
+from rich.console import Console
+
+from flows.check import deep_check
+from flows.closing import Outcome, conclude
+from flows.config import load_run_file
+from flows.launch import Launcher
+from flows.plan import StageGraph, build_graph, write_lock
+from flows.progress import ProgressDisplay
+from flows.tasks import Job, Supervisor, artifact_key, task_of
+from flows.tracking import Tracker
+from stages.core.checkpoint import Store
+
+Future = PrefectFuture[Any]
+
+
+class PipelineFailedError(Exception):
+    """Some nodes failed; all others that could be made are in the store.
+
+    Attributes:
+        failures: Job id -> what ended it.
+        not_started: Ids of the jobs that needed one of them.
+    """
+
+    def __init__(self, failures: Mapping[str, Exception], not_started: Sequence[str]) -> None:
+        lines = [str(error) for error in failures.values()]
+        if not_started:
+            lines.append(f"not started: {', '.join(not_started)}")
+        super().__init__("\n".join(lines))
+        self.failures = failures
+        self.not_started = not_started
+
+
+@flow(name="mopd", flow_run_name="{run_file}", persist_result=False, validate_parameters=False)
+def pipeline(
+    run_file: str,
+    overrides: list[str] | None = None,
+    max_steps: int | None = None,
+    home: str = ".mopd",
+    plain: bool = False,
+) -> "Outcome | State[Outcome]":
+    """Make every node of a run that is not in the store yet, then compare and report.
+
+    Args:
+        run_file: Path of the run file.
+        overrides: Dotted assignments to its keys.
+        max_steps: Cap on the steps of every stage.
+        home: `$MOPD_HOME`.
+        plain: Plain progress lines even on a terminal.
+
+    Returns:
+        The comparison, or a Cancelled state when the run was stopped from outside.
+
+    Raises:
+        UserError: a mistake in the run file, or data that does not suffice.
+        PipelineFailedError: one or more nodes failed.
+    """
+    path, root = Path(run_file), Path(home)
+    graph = build_graph(load_run_file(path, overrides, max_steps), root)
+    with interruptible():
+        mark_crashed_runs(graph.config.name)
+        store = Store(root)
+        deep_check(graph, store)
+        # Compared with what this name made last time only once: the new lock is the next run's past.
+        write_lock(graph, root)
+        tracker = Tracker.start(graph, root, path.read_text())
+        get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
+        with (
+            ProgressDisplay(Console(stderr=True), plain) as display,
+            Launcher(root, graph.config.resources) as launcher,
+        ):
+            supervisor = Supervisor(graph, store, launcher, tracker, display)
+            return _supervised(supervisor, root)
+
+
+def _supervised(supervisor: Supervisor, home: Path) -> "Outcome | State[Outcome]":
+    graph, tracker = supervisor.graph, supervisor.tracker
+    resources = graph.config.resources
+    jobs = jobs_of(graph)
+    futures: dict[str, Future] = {}
+
+    def submit(job: Job) -> Future:
+        parents = [futures[parent] for parent in job.parents]
+        futures[job.id] = task_of(supervisor, job, resources.retries).submit(wait_for=parents)
+        return futures[job.id]
+
+    try:
+        not_started = walk(jobs, resources.parallel_experts, submit)
+    except KeyboardInterrupt:
+        supervisor.stopping = True
+        supervisor.launcher.stop_all()
+        for future in futures.values():
+            future.wait()
+        tracker.finish("KILLED", None, None)
+        return Cancelled(message="stopped from outside; what is finished is in the store")
+    finally:
+        supervisor.launcher.stop_all()
+    if supervisor.failures:
+        tracker.finish("FAILED", None, None)
+        raise PipelineFailedError(supervisor.failures, not_started)
+    outcome = conclude(graph, supervisor.store, home)
+    tracker.finish("FINISHED", outcome.results, outcome.report, promoted=outcome.promoted)
+    _publish(graph, outcome)
+    return outcome
+
+
+def jobs_of(graph: StageGraph) -> list[Job]:
+    """The graph's nodes as jobs: a training node each, and the evaluations of a checkpoint together."""
+    jobs = []
+    for node in graph.checkpoints:
+        jobs.append(Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
+        evaluations = tuple(graph.evaluations(node.id))
+        if evaluations:
+            jobs.append(Job(f"eval/{node.id}", evaluations, (node.id,)))
+    return jobs
+
+
+def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> list[str]:
+    """Submit every job once its parents are done, the longest way to the end first; evaluations fill idle slots.
+
+    A failed job keeps only those from starting that depend on it.
+
+    Args:
+        jobs: All jobs, parents before children.
+        slots: Jobs at one time.
+        submit: Starts a job.
+
+    Returns:
+        Ids of the jobs that were not started because a job they depend on failed.
+    """
+    ahead = _ways_to_the_end(jobs)
+    order = sorted(jobs, key=lambda job: (not job.training, -ahead[job.id]))
+    waiting = {job.id: job for job in order}
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    active: dict[str, Future] = {}
+    done: set[str] = set()
+    while True:
+        ready = [job for job in waiting.values() if done.issuperset(job.parents)]
+        for job in ready[: slots - len(active)]:
+            del waiting[job.id]
+            active[job.id] = submit(job)
+            active[job.id].add_done_callback(lambda _, job_id=job.id: ended.put(job_id))
+        if not active:
+            return list(waiting)
+        job_id = ended.get()
+        if active.pop(job_id).state.is_completed():
+            done.add(job_id)
+
+
+def mark_crashed_runs(name: str) -> None:
+    """Flow runs of this name that a killed process left `Running` are marked as crashed."""
+    live = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[_name_tag(name)]),
+        state=StateFilter(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
+    )
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=live):
+            if _is_orphan(run):
+                state: State[Any] = Crashed(message="its process is gone")
+                client.set_flow_run_state(run.id, state, force=True)
+
+
+def run_tags(name: str) -> list[str]:
+    """Tags by which a later run finds this one and sees whether its process still lives."""
+    process = psutil.Process()
+    return [_name_tag(name), f"host:{os.uname().nodename}", f"pid:{process.pid}:{process.create_time():.0f}"]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGTERM into the KeyboardInterrupt that Ctrl-C raises, in place of Prefect's own handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ways_to_the_end(jobs: Sequence[Job]) -> dict[str, int]:
+    """Steps of the longest chain of training jobs from each job on, itself included."""
+    ahead: dict[str, int] = {}
+    for job in reversed(jobs):
+        own = int(job.nodes[0].config.get("max_steps", 1)) if job.training else 0
+        ahead[job.id] = own + max((ahead[other.id] for other in jobs if job.id in other.parents), default=0)
+    return ahead
+
+
+def _name_tag(name: str) -> str:
+    return f"mopd:{name}"
+
+
+def _is_orphan(run: FlowRun) -> bool:
+    """Whether a run's process was on this host and is gone."""
+    tags = dict(tag.split(":", 1) for tag in run.tags if ":" in tag)
+    if tags.get("host") != os.uname().nodename or "pid" not in tags:
+        return False
+    pid, started = (int(part) for part in tags["pid"].split(":"))
+    try:
+        return abs(psutil.Process(pid).create_time() - started) > 1
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _publish(graph: StageGraph, outcome: Outcome) -> None:
+    """Put the scores and the report's place onto the flow run's page."""
+    name = graph.config.name
+    create_table_artifact(outcome.rows, key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
+    create_markdown_artifact(outcome.markdown, key=artifact_key(f"report-{name}"), description=f"Report of {name}")

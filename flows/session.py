@@ -1,0 +1,67 @@
+"""The servers a run talks to: a Prefect server of its own over the home, unless the user has a standing one."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.servers import (
+    PREFECT_PORT,
+    Server,
+    choose_port,
+    mlflow_environment,
+    prefect_environment,
+    start_prefect,
+    stop,
+    wait_until_ready,
+)
+
+HOST = "127.0.0.1"
+DRAIN_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
+    """Make Prefect ready to be used in this process; yields the address of its pages.
+
+    A server is started in a process group of its own, so that Ctrl-C reaches only this process and the end of the run
+    can still be recorded. With `PREFECT_API_URL` set by the user nothing is started.
+
+    Args:
+        home: `$MOPD_HOME`; Prefect's database and settings are under it.
+        verbose: Show Prefect's own log on the terminal; it is kept in Prefect in any case.
+
+    Raises:
+        UserError: the server does not start.
+    """
+    os.environ.update(prefect_environment(home) | mlflow_environment())
+    # Errors reach the terminal as one message of ours; Prefect's pages keep the tracebacks.
+    level = "INFO" if verbose else "CRITICAL"
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
+    standing = os.environ.get("PREFECT_API_URL")
+    if standing:
+        yield standing.removesuffix("/api")
+        return
+    server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
+    try:
+        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        # The import takes seconds, in which the server starts.
+        import prefect  # noqa: F401
+
+        wait_until_ready(server)
+        yield server.url
+    finally:
+        _end(server)
+
+
+def _end(server: Server) -> None:
+    """Send what Prefect still holds in its queues, then end the server."""
+    if server.process.poll() is None and "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all(timeout=DRAIN_SECONDS)
+    stop([server])
+    del os.environ["PREFECT_API_URL"]
