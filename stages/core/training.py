@@ -203,12 +203,14 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         max_tokens: Padded size of a micro-batch; a single longer row still makes one.
 
     Returns:
-        Indices of the rows of each micro-batch, every row once.
+        Indices of the rows of each micro-batch, every row once. No row is shorter than half its batch's width, so
+        that short rows are not mostly padding beside long ones.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         # Rows come longest first, so a batch's first row is as wide as the batch.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+        width = lengths[batches[-1][0]] if batches else 0
+        if batches and width * (len(batches[-1]) + 1) <= max_tokens and 2 * lengths[row] >= width:
             batches[-1].append(row)
         else:
             batches.append([row])

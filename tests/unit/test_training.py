@@ -1,0 +1,33 @@
+"""How rows are split, drawn and seeded."""
+
+import itertools
+
+from stages.core.training import epochs, micro_batches, step_seed
+
+
+def test_micro_batches_hold_every_row_once_within_the_limit():
+    lengths = [5, 40, 7, 38, 6, 39, 90, 5]
+    batches = micro_batches(lengths, 80)
+    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
+    for batch in batches:
+        width = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or width * len(batch) <= 80
+        assert all(2 * lengths[i] >= width for i in batch)
+    assert [6] in batches
+
+
+def test_epochs_visit_every_item_once_each_in_orders_of_their_own():
+    items = list(range(20))
+    stream = list(itertools.islice(epochs(items, seed=3), 60))
+    rounds = [stream[:20], stream[20:40], stream[40:]]
+    assert all(sorted(part) == items for part in rounds)
+    assert rounds[0] != rounds[1] != rounds[2]
+    assert list(itertools.islice(epochs(items, 3, first=1), 20)) == rounds[1]
+
+
+def test_step_seeds_differ_by_seed_step_and_purpose():
+    seeds = {
+        step_seed(seed, step, purpose) for seed in (0, 1) for step in (1, 2, 11) for purpose in ("sample", "torch")
+    }
+    assert len(seeds) == 12
+    assert step_seed(1, 2, "sample") == step_seed(1, 2, "sample")
