@@ -35,7 +35,7 @@ body { margin: 0; padding: 28px 32px; background: var(--paper); color: var(--ink
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 20px; margin: 0 0 4px; } p { color: var(--faint); margin: 0 0 20px; }
 .graph { overflow-x: auto; border: 1px solid var(--rim); border-radius: 10px; margin-bottom: 28px; }
-svg { display: block; } text { font-family: inherit; fill: var(--ink); }
+svg { display: block; width: 100%; min-width: 820px; height: auto; } text { font-family: inherit; fill: var(--ink); }
 .box { fill: var(--box); stroke: var(--rim); } .planned { stroke-dasharray: 5 4; }
 .name { font-size: 14px; font-weight: 600; } .fact { font-size: 11.5px; fill: var(--faint); }
 .edge { fill: none; stroke: var(--line); stroke-width: 1.4; } #tip { fill: var(--line); }
@@ -110,7 +110,7 @@ def _svg(rows: Sequence[Row]) -> str:
         '<path id="tip" d="M0 0 8 4 0 8z"/></marker></defs>'
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" style="max-width:{width:.0f}px" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img">{tip}{"".join([*arrows, *drawn, *labels])}</svg>'
     )
 

@@ -147,13 +147,16 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
     kept = list((home / "runs" / "lab" / "unsent").glob("*.jsonl"))
     assert len(kept) == 1
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracked["tracker"].writer.uri)
     later = Tracker.start(graph, home, "name: lab\n")
     later.finish("FINISHED", None, None)
     client = later.writer.client
-    runs = client.search_runs([later.writer.experiment], "tags.node = 'experts/sort@0'")
-    assert len(client.get_metric_history(runs[0].info.run_id, "rl/loss/sort")) == 1200
-    assert {run.info.status for run in client.search_runs([later.writer.experiment])} == {"FINISHED", "FAILED"}
+    runs = {run.info.run_name: run.info for run in client.search_runs(["1"], f"tags.token = '{tracker.token}'")}
+    assert len(client.get_metric_history(runs["experts/sort@0"].run_id, "rl/loss/sort")) == 1200
+    assert {name: info.status for name, info in runs.items()} == {
+        "lab": "FAILED",
+        **{node.id: "FINISHED" for node in graph.checkpoints},
+    }
     assert not list((home / "runs" / "lab" / "unsent").glob("*.jsonl"))
 
 
