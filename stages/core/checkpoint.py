@@ -147,8 +147,11 @@ class Store:
         return Artifact(key=key, uri=str(target), digest=digest, manifest=whole)
 
     def staging(self, key: str) -> Path:
-        """Make an empty temporary folder on the store's file system."""
-        folder = self.root / ".staging" / f"{key}-{os.getpid()}"
+        """Make an empty temporary folder on the store's file system; what a failed attempt left there goes first.
+
+        Whoever makes a node holds its lock, so no one else is writing under this key.
+        """
+        folder = self.root / ".staging" / key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
