@@ -140,10 +140,10 @@ def ui(
 @app.command()
 def doctor(home: Home = DEFAULT_HOME) -> None:
     """Show versions, devices, how many threads pay off, and whether the home is usable."""
-    from flows import doctor as check_up
+    from flows.doctor import examine
 
     with _errors_as_messages():
-        healthy = check_up.examine(home, Console())
+        healthy = examine(home, Console())
     raise typer.Exit(0 if healthy else 1)
 
 

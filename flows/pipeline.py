@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 from prefect import flow, get_client, get_run_logger
@@ -59,7 +59,7 @@ def pipeline(
     max_steps: int | None = None,
     home: str = ".mopd",
     plain: bool = False,
-) -> "Outcome | State[Outcome]":
+) -> Outcome:
     """Make every node of a run that is not in the store yet, then compare and report.
 
     Args:
@@ -70,9 +70,10 @@ def pipeline(
         plain: Plain progress lines even on a terminal.
 
     Returns:
-        The comparison, or a Cancelled state when the run was stopped from outside.
+        The comparison.
 
     Raises:
+        CancelledRun: the run was stopped from outside.
         UserError: a mistake in the run file, or data that does not suffice.
         PipelineFailedError: one or more nodes failed.
     """
@@ -94,7 +95,7 @@ def pipeline(
             return _supervised(supervisor, root)
 
 
-def _supervised(supervisor: Supervisor, home: Path) -> "Outcome | State[Outcome]":
+def _supervised(supervisor: Supervisor, home: Path) -> Outcome:
     graph, tracker = supervisor.graph, supervisor.tracker
     resources = graph.config.resources
     jobs = jobs_of(graph)
@@ -102,23 +103,24 @@ def _supervised(supervisor: Supervisor, home: Path) -> "Outcome | State[Outcome]
 
     def submit(job: Job) -> Future:
         parents = [futures[parent] for parent in job.parents]
-        futures[job.id] = task_of(supervisor, job, resources.retries).submit(wait_for=parents)
+        futures[job.id] = task_of(supervisor, job, resources.retries).submit(return_state=False, wait_for=parents)
         return futures[job.id]
 
     try:
-        not_started = walk(jobs, resources.parallel_experts, submit)
+        failures, not_started = walk(jobs, resources.parallel_experts, submit)
     except KeyboardInterrupt:
         supervisor.stopping = True
         supervisor.launcher.stop_all()
         for future in futures.values():
             future.wait()
         tracker.finish("KILLED", None, None)
-        return Cancelled(message="stopped from outside; what is finished is in the store")
+        # Prefect takes a returned state as the flow's own; its caller gets CancelledRun.
+        return cast(Outcome, Cancelled(message="stopped from outside; what is finished is in the store"))
     finally:
         supervisor.launcher.stop_all()
-    if supervisor.failures:
+    if failures:
         tracker.finish("FAILED", None, None)
-        raise PipelineFailedError(supervisor.failures, not_started)
+        raise PipelineFailedError(failures, not_started)
     outcome = conclude(graph, supervisor.store, home)
     tracker.finish("FINISHED", outcome.results, outcome.report, promoted=outcome.promoted)
     _publish(graph, outcome)
@@ -136,7 +138,7 @@ def jobs_of(graph: StageGraph) -> list[Job]:
     return jobs
 
 
-def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> list[str]:
+def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> tuple[dict[str, Exception], list[str]]:
     """Submit every job once its parents are done, the longest way to the end first; evaluations fill idle slots.
 
     A failed job keeps only those from starting that depend on it.
@@ -147,7 +149,7 @@ def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> li
         submit: Starts a job.
 
     Returns:
-        Ids of the jobs that were not started because a job they depend on failed.
+        What ended each job that failed, and ids of the jobs that were not started because they depend on one.
     """
     ahead = _ways_to_the_end(jobs)
     order = sorted(jobs, key=lambda job: (not job.training, -ahead[job.id]))
@@ -155,17 +157,36 @@ def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> li
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
     active: dict[str, Future] = {}
     done: set[str] = set()
+    failed: dict[str, Exception] = {}
     while True:
         ready = [job for job in waiting.values() if done.issuperset(job.parents)]
         for job in ready[: slots - len(active)]:
             del waiting[job.id]
             active[job.id] = submit(job)
-            active[job.id].add_done_callback(lambda _, job_id=job.id: ended.put(job_id))
+            active[job.id].add_done_callback(_reporter(ended, job.id))
         if not active:
-            return list(waiting)
+            return failed, list(waiting)
         job_id = ended.get()
-        if active.pop(job_id).state.is_completed():
+        future = active.pop(job_id)
+        # Until it has been waited for, a finished future may still show the state of before.
+        future.wait()
+        if future.state.is_completed():
             done.add(job_id)
+        else:
+            failed[job_id] = _failure(future.state)
+
+
+def _reporter(ended: "queue.SimpleQueue[str]", job_id: str) -> Callable[[Future], None]:
+    def report(future: Future) -> None:
+        del future
+        ended.put(job_id)
+
+    return report
+
+
+def _failure(state: State[Any]) -> Exception:
+    error = state.result(raise_on_failure=False)
+    return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
 
 
 def mark_crashed_runs(name: str) -> None:

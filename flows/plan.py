@@ -312,7 +312,7 @@ class _Builder:
 
 
 def _reason(node: Node, before: Mapping[str, Any] | None, rerun: set[str]) -> str:
-    waiting = [parent for parent in node.parents.values() if parent in rerun]
+    waiting = [parent for parent in dict.fromkeys(node.parents.values()) if parent in rerun]
     if before is None:
         return "never made"
     if before["key"] == node.key:

@@ -7,8 +7,8 @@ for infrastructure faults only; the store, not Prefect, remembers what is done.
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import httpx
@@ -55,7 +55,11 @@ class Supervisor:
     """Makes jobs, one a thread, and tells the tracker and the display.
 
     Attributes:
-        failures: Job id -> what ended it.
+        graph: The run.
+        store: Where its artifacts are.
+        launcher: Starts the nodes' processes.
+        tracker: Hears of every node.
+        display: Shows every job.
         stopping: Set when the run is being ended from outside; failures after that are `KILLED`.
     """
 
@@ -64,7 +68,6 @@ class Supervisor:
     launcher: Launcher
     tracker: "Tracker"
     display: ProgressDisplay
-    failures: dict[str, Exception] = field(default_factory=dict)
     stopping: bool = False
 
     def make(self, job: Job) -> State[None]:
@@ -77,15 +80,10 @@ class Supervisor:
             NodeFailedError: its process failed.
             UserError: a cached artifact is corrupted, or there are too few devices.
         """
-        try:
-            missing = self._missing(job)
-            if not missing:
-                return Completed(name="Cached", message="in the store")
-            seconds = self._launch(job, missing)
-        except Exception as error:
-            self.failures[job.id] = error
-            raise
-        self.failures.pop(job.id, None)
+        missing = self._missing(job)
+        if not missing:
+            return Completed(name="Cached", message="in the store")
+        seconds = self._launch(job, missing)
         return Completed(message=f"made in {duration(seconds)}")
 
     def _missing(self, job: Job) -> list[Node]:
@@ -157,7 +155,7 @@ class ProgressPage:
         percent, text = 100 * meter.share, f"{self._label}: {meter.line()}"
         try:
             if self._artifact is None:
-                self._artifact = create_progress_artifact(percent, key=self._key, description=text)
+                self._artifact = cast(UUID, create_progress_artifact(percent, key=self._key, description=text))
             else:
                 update_progress_artifact(self._artifact, percent, description=text)
         except (httpx.HTTPError, PrefectHTTPStatusError) as error:
