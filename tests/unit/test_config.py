@@ -1,0 +1,175 @@
+"""The run file: every mistake is said in one message that names the key and the nearest valid choice."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experts.errors import UserError
+from flows.config import RunConfig, load_run_file
+
+RUNS = Path(__file__).parents[2] / "flows" / "runs"
+MINIMAL = {
+    "name": "tiny",
+    "base": {"pretrain": {"max_steps": 5}},
+    "domains": {
+        "sort": {"kind": "strings", "options": {"task": "sort"}},
+        "reverse": {"kind": "strings", "options": {"task": "reverse"}},
+        "general": {"kind": "strings", "options": {"task": "uppercase"}},
+    },
+    "cold_start": {"sft": {"max_steps": 5}},
+    "experts": {
+        "sort": {"domain": "sort", "train": {"rl": {"max_steps": 5}}},
+        "reverse": {"domain": "reverse", "train": {"sft": {"max_steps": 5}}},
+    },
+    "merge": {"max_steps": 5, "anchor": {"domains": ["general"]}},
+}
+
+
+def load(tmp_path: Path, overrides: list[str] | None = None, max_steps: int | None = None, **changes) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}, sort_keys=False))
+    return load_run_file(path, overrides, max_steps)
+
+
+def message(tmp_path: Path, overrides: list[str] | None = None, **changes) -> str:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, overrides, **changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_run_files_are_valid(file: Path) -> None:
+    config = load_run_file(file)
+    assert config.teachers()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=[1]", "seed: unknown key — did you mean 'seeds'?"),
+        (
+            "experts.sort.train.rl.max_step=3",
+            "experts.sort.train.rl.max_step: unknown key — did you mean 'max_steps'?",
+        ),
+        ("merge.anchor.domain=[sort]", "merge.anchor.domain: unknown key — did you mean 'domains'?"),
+        (
+            "cold_start.sft.optimizer.learning_rat=1",
+            "cold_start.sft.optimizer.learning_rat: unknown key — did you mean 'learning_rate'?",
+        ),
+        (
+            "domains.sort.option={}",
+            "domains.sort.option: unknown key — did you mean 'options'?",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path, override: str, said: str) -> None:
+    assert said in message(tmp_path, [override])
+
+
+def test_a_wrong_value_is_named_with_what_was_given(tmp_path: Path) -> None:
+    said = message(tmp_path, ["experts.sort.train.rl.max_steps=-4"])
+    assert "experts.sort.train.rl.max_steps" in said
+    assert "given: -4" in said
+
+
+def test_all_dangling_names_are_said_at_once(tmp_path: Path) -> None:
+    said = message(
+        tmp_path,
+        [
+            "experts.sort.domain=srot",
+            "merge.teachers={sort: sorrt}",
+            "merge.start_from=cold_strat",
+            "evaluate.domains=[generall]",
+            "domains.general.kind=string",
+        ],
+    )
+    assert "experts.sort.domain: unknown domain 'srot' — did you mean 'sort'?" in said
+    assert "merge.teachers.sort: unknown expert 'sorrt' — did you mean 'sort'?" in said
+    assert "merge.start_from: unknown checkpoint 'cold_strat' — did you mean 'cold_start'?" in said
+    assert "evaluate.domains: unknown domain 'generall' — did you mean 'general'?" in said
+    assert "domains.general.kind: unknown kind 'string' — did you mean 'strings'?" in said
+    assert len(said.splitlines()) == 5
+
+
+def test_an_expert_may_not_take_a_stages_name(tmp_path: Path) -> None:
+    assert "experts.student: the name is taken" in message(
+        tmp_path, experts={"student": {"domain": "sort", "train": {"sft": {}}}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("base.gguf=x.gguf", "exactly one of pretrain, checkpoint, gguf"),
+        ("experts.sort.train.sft={}", "exactly one of sft, rl"),
+        ("experts.sort.checkpoint=some/model", "exactly one of train, checkpoint"),
+        ("base.revision=main", "revision goes with checkpoint"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, override: str, said: str) -> None:
+    assert said in message(tmp_path, [override])
+
+
+def test_overrides_are_yaml_and_reach_deep(tmp_path: Path) -> None:
+    config = load(tmp_path, ["seeds=[0,1]", "experts.sort.train.rl.max_steps=50", "evaluate.domains=[sort]"])
+    assert config.seeds == [0, 1]
+    assert config.experts["sort"].train is not None
+    assert config.experts["sort"].train.rl is not None
+    assert config.experts["sort"].train.rl.max_steps == 50
+    assert config.evaluate.domains == ["sort"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("seeds", "write KEY=VALUE"), ("name.x=1", "not a mapping"), ("seeds=[1", "not valid YAML")],
+)
+def test_a_malformed_override_is_explained(tmp_path: Path, override: str, said: str) -> None:
+    assert said in message(tmp_path, [override])
+
+
+def test_max_steps_caps_and_never_raises(tmp_path: Path) -> None:
+    config = load(tmp_path, ["base.pretrain.max_steps=2"], max_steps=3)
+    assert config.base.pretrain is not None
+    assert config.cold_start is not None
+    assert config.merge is not None
+    assert config.base.pretrain.max_steps == 2
+    assert config.cold_start.sft.max_steps == 3
+    assert config.merge.max_steps == 3
+
+
+def test_a_missing_file_names_its_nearest_sibling(tmp_path: Path) -> None:
+    (tmp_path / "lab.yaml").write_text("name: lab")
+    with pytest.raises(UserError, match=r"lav\.yaml: no such run file — did you mean '.*lab\.yaml'"):
+        load_run_file(tmp_path / "lav.yaml")
+
+
+def test_broken_yaml_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_run_file(path)
+    path.write_text("- a list")
+    with pytest.raises(UserError, match="mapping of keys"):
+        load_run_file(path)
+
+
+def test_teachers_are_routed_by_name_domain_and_anchor(tmp_path: Path) -> None:
+    assert load(tmp_path).teachers() == {"sort": "sort", "reverse": "reverse", "general": "cold_start"}
+    renamed = {"sorter": MINIMAL["experts"]["sort"]}
+    assert load(tmp_path, experts=renamed).teachers() == {"sort": "sorter", "general": "cold_start"}
+
+
+def test_ambiguous_and_missing_teachers_are_errors(tmp_path: Path) -> None:
+    twins = {"a": MINIMAL["experts"]["sort"], "b": MINIMAL["experts"]["sort"]}
+    with pytest.raises(UserError, match=r"merge\.teachers: domain 'sort' has 2 experts \(a, b\)"):
+        load(tmp_path, experts=twins).teachers()
+    with pytest.raises(UserError, match="'general' has no teacher"):
+        load(tmp_path, merge={"domains": ["sort", "general"]}).teachers()
+    with pytest.raises(UserError, match="already has the teacher"):
+        load(tmp_path, ["merge.anchor.domains=[sort]"]).teachers()
+
+
+def test_a_fallback_teacher_takes_what_is_left(tmp_path: Path) -> None:
+    config = load(tmp_path, merge={"domains": ["sort", "general"], "fallback_teacher": "base"})
+    assert config.teachers() == {"sort": "sort", "general": "base"}
