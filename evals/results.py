@@ -1,0 +1,150 @@
+"""The scores of a whole run, paired by example, and its summary. Free of torch.
+
+Shape suffixes: `S` seeds, `N` examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.compare import Interval, mean_interval, mean_over, paired_difference
+from evals.metrics import Triple, recovery
+from evals.scores import Scores
+from experts.domain import HELD_OUT
+from experts.errors import UserError
+
+ROLES = ("base", "cold_start", "teacher", "student")
+Cell = Mapping[int, Scores]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Who learned what: its domain and `sft`, `rl` or `given` (trained elsewhere)."""
+
+    domain: str
+    method: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """All score sheets of a run; a sheet that is not there yet is absent.
+
+    Attributes:
+        run: The run's name.
+        seeds: All seeds of the run.
+        checkpoints: Node names in order: `base`, `cold_start`, `experts/NAME`, `student`.
+        domains: Domains measured, in order.
+        cells: (checkpoint, domain, split) -> seed -> sheet.
+        teachers: domain -> node name of the student's teacher.
+        experts: Experts by node name.
+        anchored: Domains taught by the checkpoint the student starts from.
+        start: The checkpoint gains and drops are measured from.
+        confidence: Level of all intervals.
+        provenance: Content key and digest of each evaluation artifact, by node id.
+    """
+
+    run: str
+    seeds: tuple[int, ...]
+    checkpoints: tuple[str, ...]
+    domains: tuple[str, ...]
+    cells: Mapping[tuple[str, str, str], Cell]
+    teachers: Mapping[str, str]
+    experts: Mapping[str, Expert]
+    anchored: tuple[str, ...]
+    start: str
+    confidence: float
+    provenance: Mapping[str, tuple[str, str]]
+
+    def __post_init__(self) -> None:
+        order: dict[tuple[str, str], list[str]] = {}
+        for (checkpoint, domain, split), cell in self.cells.items():
+            for sheet in cell.values():
+                if order.setdefault((domain, split), sheet.ids) != sheet.ids:
+                    raise UserError(f"{self.run}: {checkpoint} was scored on other examples of {domain}/{split}")
+
+    @property
+    def expert_domains(self) -> tuple[str, ...]:
+        """Domains that some expert trains."""
+        own = {expert.domain for expert in self.experts.values()}
+        return tuple(domain for domain in self.domains if domain in own)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Domains that no expert trains: where forgetting shows."""
+        return tuple(domain for domain in self.domains if domain not in self.expert_domains)
+
+    def checkpoint(self, role: str, domain: str) -> str | None:
+        """The node name behind a role: `teacher` is the domain's own teacher, others name themselves."""
+        return self.teachers.get(domain) if role == "teacher" else role
+
+    def aligned(self, names: Sequence[str | None], domain: str, split: str = HELD_OUT) -> list[np.ndarray] | None:
+        """Greedy scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none."""
+        cells = [self.cells.get((name or "", domain, split), {}) for name in names]
+        seeds = [seed for seed in self.seeds if all(seed in cell for cell in cells)]
+        if not seeds:
+            return None
+        return [np.stack([cell[seed].greedy_N for seed in seeds]) for cell in cells]
+
+    def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
+        """Mean greedy score of a role or checkpoint on a domain."""
+        found = self.aligned([self.checkpoint(role, domain)], domain, split)
+        return mean_interval(found[0], self.confidence, f"{domain}/{split}") if found else None
+
+    def mean_score(self, role: str) -> Interval | None:
+        """Mean over expert domains; None unless every one was scored."""
+        found = {d: self.aligned([self.checkpoint(role, d)], d) for d in self.expert_domains}
+        whole = {f"{domain}/{HELD_OUT}": scores[0] for domain, scores in found.items() if scores}
+        return mean_over(whole, self.confidence) if whole and len(whole) == len(found) else None
+
+    def difference(self, role: str, other: str, domain: str, split: str = HELD_OUT) -> Interval | None:
+        """Paired difference of two roles or checkpoints on a domain."""
+        found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain, split)
+        return paired_difference(found[0], found[1], self.confidence, f"{domain}/{split}") if found else None
+
+    def mean_difference(self, role: str, other: str, domains: Sequence[str]) -> Interval | None:
+        """Paired difference, mean over domains; None unless both were scored on every one."""
+        differences = {}
+        for domain in domains:
+            found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain)
+            if found is None:
+                return None
+            differences[f"{domain}/{HELD_OUT}"] = found[0] - found[1]
+        return mean_over(differences, self.confidence) if differences else None
+
+    def expert_gain(self, expert: str) -> Interval | None:
+        """An expert's gain over the start on its own domain."""
+        return self.difference(expert, self.start, self.experts[expert].domain)
+
+    def recovery(self, domains: Sequence[str] | None = None) -> Interval | None:
+        """Recovery over the expert domains, or over some of them; None unless every one was scored."""
+        triples = {}
+        for domain in self.expert_domains if domains is None else domains:
+            found = self.aligned([self.start, self.checkpoint("teacher", domain), "student"], domain)
+            if found is None:
+                return None
+            triples[f"{domain}/{HELD_OUT}"] = Triple(*found)
+        return recovery(triples, self.confidence)
+
+
+def metrics(results: Results) -> dict[str, float]:
+    """The summary as flat metrics: `eval/DOMAIN/ROLE`, `eval/mean/ROLE`, recovery and forgetting, with `_low`/`_high`.
+
+    What was not measured has no key.
+    """
+    values: dict[str, Interval | None] = {}
+    for domain in results.domains:
+        for role in ROLES:
+            values[f"eval/{domain}/{role}"] = results.score(role, domain)
+        if domain in results.expert_domains:
+            values[f"eval/{domain}/recovery"] = results.recovery([domain])
+    for role in ROLES:
+        values[f"eval/mean/{role}"] = results.mean_score(role)
+    values["eval/recovery"] = results.recovery()
+    for domain in results.untrained:
+        values[f"eval/forgetting/{domain}"] = results.difference(results.start, "student", domain)
+    flat = {}
+    for key, value in values.items():
+        if value is not None:
+            flat |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}
+    return flat

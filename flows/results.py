@@ -1,0 +1,59 @@
+"""The finished evaluations of a run's graph, read from the store into `Results`. Free of torch, prefect and mlflow."""
+
+from evals.results import Expert, Results
+from evals.scores import Scores, read_scores
+from flows.config import BASE, COLD_START, RunConfig
+from flows.plan import Node, StageGraph
+from stages.core.checkpoint import Store
+
+
+def collect(graph: StageGraph, store: Store) -> Results:
+    """Read every finished evaluation of the graph; one that is not finished is absent.
+
+    A checkpoint shared by all seeds (an imported base) counts for each of them with its one sheet.
+
+    Raises:
+        UserError: a score sheet is malformed, or checkpoints were scored on different examples.
+    """
+    config = graph.config
+    cells: dict[tuple[str, str, str], dict[int, Scores]] = {}
+    provenance: dict[str, tuple[str, str]] = {}
+    for checkpoint in graph.checkpoints:
+        seeds = config.seeds if checkpoint.id == checkpoint.name else [_seed(checkpoint)]
+        for node in graph.evaluations(checkpoint.id):
+            artifact = store.find(node.key)
+            if artifact is None:
+                continue
+            domain, split = str(node.config["domain"]), str(node.config["split"])
+            sheet = read_scores(artifact.path, domain, split)
+            cells.setdefault((checkpoint.name, domain, split), {}).update(dict.fromkeys(seeds, sheet))
+            provenance[node.id] = (artifact.key, artifact.digest)
+    return Results(
+        run=config.name,
+        seeds=tuple(config.seeds),
+        checkpoints=tuple(dict.fromkeys(node.name for node in graph.checkpoints)),
+        domains=tuple(config.domain_names(config.evaluate.domains)),
+        cells=cells,
+        teachers={domain: _node_name(teacher) for domain, teacher in config.teachers().items()},
+        experts=_experts(config),
+        anchored=tuple(config.merge.anchor.domains) if config.merge and config.merge.anchor else (),
+        start=config.default_start(),
+        confidence=config.gate.confidence,
+        provenance=provenance,
+    )
+
+
+def _seed(checkpoint: Node) -> int:
+    return int(checkpoint.id.rpartition("@")[2])
+
+
+def _node_name(checkpoint: str) -> str:
+    return checkpoint if checkpoint in (BASE, COLD_START) else f"experts/{checkpoint}"
+
+
+def _experts(config: RunConfig) -> dict[str, Expert]:
+    experts = {}
+    for name, expert in config.experts.items():
+        method = "given" if expert.train is None else "sft" if expert.train.sft else "rl"
+        experts[_node_name(name)] = Expert(expert.domain, method)
+    return experts
