@@ -143,7 +143,7 @@ def metrics(results: Results) -> dict[str, float]:
     values["eval/recovery"] = results.recovery()
     for domain in results.untrained:
         values[f"eval/forgetting/{domain}"] = results.difference(results.start, "student", domain)
-    flat = {}
+    flat: dict[str, float] = {}
     for key, value in values.items():
         if value is not None:
             flat |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}

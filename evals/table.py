@@ -1,0 +1,136 @@
+"""The comparison for people: a rich rendering for the terminal, Markdown for a page, from the same cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evals.compare import Interval
+from evals.forgetting import by_method, mean_drop
+from evals.results import ROLES, Results
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+ABSENT = "–"
+ROLE_TITLES = {"base": "base", "cold_start": "cold start", "teacher": "teacher", "student": "student"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: a title, the column heads, the rows."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def roles_grid(results: Results) -> Grid:
+    """Base, cold start, teacher and student on every domain and split, with the mean and the recovery."""
+    rows = []
+    for domain in results.domains:
+        for split in (HELD_OUT, OUT_OF_DISTRIBUTION):
+            if split == HELD_OUT or any(key[1:] == (domain, split) for key in results.cells):
+                cells = [percent(results.score(role, domain, split)) for role in ROLES]
+                recovered = split == HELD_OUT and domain in results.expert_domains
+                last = percent(results.recovery([domain])) if recovered else ABSENT
+                rows.append((_label(results, domain, split), *cells, last))
+    means = [percent(results.mean_score(role)) for role in ROLES]
+    rows.append(("mean over expert domains", *means, percent(results.recovery())))
+    title = f"Greedy score, % [{100 * results.confidence:g}% interval]"
+    return Grid(title, ("domain", *(ROLE_TITLES[role] for role in ROLES), "recovery"), tuple(rows))
+
+
+def checkpoints_grid(results: Results) -> Grid:
+    """Every checkpoint, each single expert included, on every domain."""
+    rows = []
+    for name in results.checkpoints:
+        cells = [percent(results.score(name, domain)) for domain in results.domains]
+        rows.append((name, *cells, percent(results.mean_score(name))))
+    return Grid("Every checkpoint everywhere, held out", ("checkpoint", *results.domains, "expert mean"), tuple(rows))
+
+
+def statements(results: Results) -> list[str]:
+    """What the tables show, in sentences; what is not shown is said to be not shown."""
+    lines = []
+    for name, expert in results.experts.items():
+        gain = results.expert_gain(name)
+        lines.append(f"{name} ({expert.method}) over {results.start} on {expert.domain}: {difference(gain)}.")
+    lines.append(
+        f"Student over {results.start}, mean of expert domains: "
+        f"{difference(results.mean_difference('student', results.start, results.expert_domains))}."
+    )
+    recovered = results.recovery()
+    unsure = "not measured, or the teachers' mean gain is not shown to be above 0"
+    lines.append(f"Recovery of the teachers' gain: {percent(recovered) + ' %' if recovered else unsure}.")
+    lines.append(
+        f"Student's forgetting on domains no expert trains (mean drop): {difference(mean_drop(results, 'student'))}."
+    )
+    for method in by_method(results):
+        if method.drop is not None:
+            lines.append(
+                f"{method.method.upper()} experts ({method.experts}), mean drop outside their own domain: "
+                f"{difference(method.drop)}."
+            )
+    flagged = contaminated(results)
+    lines.append("Contaminated examples: " + ("; ".join(flagged) if flagged else "none among those scored") + ".")
+    lines.append(f"Seeds {', '.join(map(str, results.seeds))}; intervals resample examples, seeds are kept fixed.")
+    return lines
+
+
+def contaminated(results: Results) -> list[str]:
+    """Sheets in which a checkpoint was scored on sources it had been trained on."""
+    shares = {"/".join(key): max(sheet.contaminated for sheet in cell.values()) for key, cell in results.cells.items()}
+    return [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share > 0]
+
+
+def render(results: Results) -> "Group":
+    """The tables and statements as a rich renderable."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for grid in (roles_grid(results), checkpoints_grid(results)):
+        table = Table(title=grid.title, title_justify="left")
+        for index, column in enumerate(grid.head):
+            table.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in grid.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        tables.append(table)
+    return Group(*tables, *(Text(line) for line in statements(results)))
+
+
+def render_markdown(results: Results) -> str:
+    """The same tables and statements as Markdown."""
+    parts = [_markdown(grid) for grid in (roles_grid(results), checkpoints_grid(results))]
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in statements(results))]) + "\n"
+
+
+def percent(value: Interval | None) -> str:
+    """A share as percent with its bounds."""
+    return ABSENT if value is None else f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def difference(value: Interval | None) -> str:
+    """A difference in points with its bounds, and whether it is one."""
+    if value is None:
+        return "not measured"
+    text = f"{100 * value.mean:+.1f} points [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    return text if value.shows_difference else f"{text}, no difference shown"
+
+
+def _label(results: Results, domain: str, split: str) -> str:
+    if split == OUT_OF_DISTRIBUTION:
+        return f"{domain} (out of distribution)"
+    if domain in results.anchored:
+        return f"{domain} (general, anchored)"
+    return domain if domain in results.expert_domains else f"{domain} (general, untouched)"
+
+
+def _markdown(grid: Grid) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = line(["---", *["---:"] * (len(grid.head) - 1)])
+    return "\n".join([f"**{grid.title}**", "", line(grid.head), rule, *(line(row) for row in grid.rows)])

@@ -1,0 +1,47 @@
+"""The tables hold the numbers and say what is not shown."""
+
+import dataclasses
+import io
+
+from rich.console import Console
+
+from evals.table import render, render_markdown, roles_grid, statements
+from tests.scored import results, sheet
+
+
+def test_markdown_holds_every_number():
+    text = render_markdown(results())
+    assert "| domain | base | cold start | teacher | student | recovery |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| a |"))
+    for number in ("20.0 [", "50.0 [", "90.0 [", "80.0 [", "75.0 ["):
+        assert number in row
+    assert "g (general, anchored)" in text and "| experts/b |" in text
+
+
+def test_terminal_table_holds_the_same():
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(results()))
+    assert "mean over expert domains" in console.export_text()
+
+
+def test_an_interval_with_zero_shows_no_difference():
+    lines = statements(results({("experts/a", "a"): 0.5}))
+    assert any(line.startswith("experts/a (rl)") and "no difference shown" in line for line in lines)
+    assert any(line.startswith("experts/b (sft)") and "no difference shown" not in line for line in lines)
+
+
+def test_a_partial_run_gives_a_partial_table():
+    partial = dataclasses.replace(results(), cells={("base", "a", "held_out"): {0: sheet("a", 0.2)}})
+    first, second = roles_grid(partial).rows[:2]
+    assert first[1].startswith("20.0") and first[2:] == ("–",) * 4
+    assert second[1:] == ("–",) * 5
+    assert any("not measured" in line for line in statements(partial))
+
+
+def test_out_of_distribution_and_untouched_rows():
+    whole = results()
+    cells = dict(whole.cells) | {
+        ("student", "a", "out_of_distribution"): {0: sheet("a", 0.3, 100, "out_of_distribution")}
+    }
+    labels = [r[0] for r in roles_grid(dataclasses.replace(whole, cells=cells, anchored=())).rows]
+    assert labels[:2] == ["a", "a (out of distribution)"] and "g (general, untouched)" in labels
