@@ -1,6 +1,7 @@
 """What the commands of `mopd` do; `flows.cli` declares them. Heavy imports wait until they are needed."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ class Asked:
     @property
     def command(self) -> str:
         """The command line that runs it again."""
-        cap = f" --max-steps {self.max_steps}" if self.max_steps else ""
-        return " ".join(["mopd run", str(self.file), *self.overrides]) + cap
+        words = ["mopd", "run", str(self.file), *self.overrides]
+        words += ["--max-steps", str(self.max_steps)] if self.max_steps else []
+        return shlex.join([*words, "--home", str(self.home)])
 
 
 def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -> int:
@@ -67,7 +69,7 @@ def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) ->
         from flows.closing import conclude
 
         console.print("Everything is in the store already; nothing was started.")
-        show_outcome(graph, conclude(graph, store, asked.home), asked.home, console)
+        show_outcome(graph, conclude(graph, store), asked.home, console)
         return DONE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -144,11 +146,13 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
 
 def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console) -> None:
     """Print the table of scores, the gate's verdict, and where to read on."""
-    columns = list(dict.fromkeys(column for row in outcome.rows for column in row))
-    table = Table(*columns)
-    for row in outcome.rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
+    rows = outcome.rows()
+    table = Table(*(list(rows[0]) if rows else []), title="greedy accuracy, %, with interval")
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
+    for line in outcome.verdict_lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if outcome.report is not None:
         console.print(f"Report: {outcome.report}", soft_wrap=True)
     console.print(f"Pages:  mopd ui --home {home}   (MLflow and Prefect, run '{graph.config.name}')", soft_wrap=True)
@@ -242,7 +246,7 @@ def report(asked: Asked) -> None:
     from flows.closing import conclude
 
     graph, store = asked.graph(), Store(asked.home)
-    show_outcome(graph, conclude(graph, store, asked.home), asked.home, Console())
+    show_outcome(graph, conclude(graph, store), asked.home, Console())
 
 
 def lineage(name: str, home: Path) -> None:

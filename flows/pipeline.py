@@ -95,7 +95,7 @@ def pipeline(
             return _supervised(supervisor, root)
 
 
-def _supervised(supervisor: Supervisor, home: Path) -> Outcome:
+def _supervised(supervisor: Supervisor) -> Outcome:
     graph, tracker = supervisor.graph, supervisor.tracker
     resources = graph.config.resources
     jobs = jobs_of(graph)
@@ -121,7 +121,7 @@ def _supervised(supervisor: Supervisor, home: Path) -> Outcome:
     if failures:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
-    outcome = conclude(graph, supervisor.store, home)
+    outcome = conclude(graph, supervisor.store)
     tracker.finish("FINISHED", outcome.results, outcome.report, promoted=outcome.promoted)
     _publish(graph, outcome)
     return outcome
@@ -250,5 +250,5 @@ def _is_orphan(run: FlowRun) -> bool:
 def _publish(graph: StageGraph, outcome: Outcome) -> None:
     """Put the scores and the report's place onto the flow run's page."""
     name = graph.config.name
-    create_table_artifact(outcome.rows, key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
-    create_markdown_artifact(outcome.markdown, key=artifact_key(f"report-{name}"), description=f"Report of {name}")
+    create_table_artifact(outcome.rows(), key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
+    create_markdown_artifact(outcome.markdown(), key=artifact_key(f"report-{name}"), description=f"Report of {name}")

@@ -36,6 +36,8 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
         UserError: the server does not start.
     """
     os.environ.update(prefect_environment(home) | mlflow_environment())
+    # Prefect writes the exceptions of failed tasks to a folder that does not follow its home.
+    os.environ.setdefault("PREFECT_RESULTS_LOCAL_STORAGE_PATH", str(home.resolve() / "prefect" / "storage"))
     # Errors reach the terminal as one message of ours; Prefect's pages keep the tracebacks.
     level = "INFO" if verbose else "CRITICAL"
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
