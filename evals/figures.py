@@ -1,0 +1,96 @@
+"""Figures of the report as inline SVG, drawn by matplotlib; text takes the page's colour, so dark pages work too."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evals.compare import Interval
+from evals.forgetting import drop
+from evals.results import Results
+
+COLOURS = {"base": "#9aa0a6", "cold_start": "#d19a3d", "teacher": "#4c8bd6", "student": "#2aa876"}
+INK = "#123456"
+PANELS = 12
+
+
+def roles_figure(results: Results) -> str:
+    """Bars of cold start, teacher and student on every domain, with intervals."""
+    roles = ("cold_start", "teacher", "student")
+    groups = {role: [results.score(role, domain) for domain in results.domains] for role in roles}
+    return _bars(groups, results.domains, "greedy score, %")
+
+
+def forgetting_figure(results: Results) -> str:
+    """Drop of every trained checkpoint on the domains no expert trains; empty when there are none."""
+    names = [name for name in results.checkpoints if name not in ("base", results.start)]
+    if not results.untrained or not names:
+        return ""
+    groups = {domain: [drop(results, name, domain) for name in names] for domain in results.untrained}
+    return _bars(groups, names, f"drop from {results.start}, points")
+
+
+def curves_figure(records: Sequence[Mapping[str, Any]]) -> str:
+    """One small panel a metric over steps, at most a dozen, as many as a reader will look at."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record["values"].items():
+            series.setdefault(name, []).append((record["step"], value))
+    shown = {name: points for name, points in series.items() if len(points) > 1}
+    chosen = list(shown.items())[:PANELS]
+    if not chosen:
+        return ""
+    rows = -(-len(chosen) // 3)
+    figure = _figure(9, 2.1 * rows)
+    for index, (name, points) in enumerate(chosen, start=1):
+        axes = figure.add_subplot(rows, 3, index)
+        axes.plot(*zip(*points, strict=True), color=COLOURS["teacher"], linewidth=1.4)
+        axes.set_title(name, fontsize=8, color=INK)
+        _plain(axes)
+    return _svg(figure)
+
+
+def _bars(groups: Mapping[str, Sequence[Interval | None]], labels: Sequence[str], unit: str) -> str:
+    figure = _figure(9, 3.4)
+    axes = figure.add_subplot()
+    width = 0.8 / len(groups)
+    spare = ["#4c8bd6", "#d19a3d", "#2aa876", "#b565c9", "#d9605a"]
+    for index, (group, values) in enumerate(groups.items()):
+        found = [(place, value) for place, value in enumerate(values) if value is not None]
+        places = [place + (index - (len(groups) - 1) / 2) * width for place, _ in found]
+        means = [100 * value.mean for _, value in found]
+        below = [max(0.0, 100 * (value.mean - value.low)) for _, value in found]
+        above = [max(0.0, 100 * (value.high - value.mean)) for _, value in found]
+        colour = COLOURS.get(group, spare[index % len(spare)])
+        axes.bar(places, means, width * 0.92, label=group.replace("_", " "), color=colour)
+        axes.errorbar(places, means, yerr=[below, above], fmt="none", ecolor=INK, capsize=2, linewidth=1)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 6 else 0)
+    axes.set_ylabel(unit, color=INK)
+    axes.legend(frameon=False, labelcolor=INK, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    _plain(axes)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(axes: Any) -> None:
+    axes.set_facecolor("none")
+    axes.tick_params(colors=INK, labelsize=8)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an `<svg>` element whose ink is the page's text colour and whose size follows the column."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
