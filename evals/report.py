@@ -25,8 +25,9 @@ caption{text-align:left;color:var(--soft);padding:.3rem 0}th,td{padding:.4rem .6
 text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left}
 .words td{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}.words th{text-align:left}
 figure,.card{margin:1rem 0;background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:1rem}
-svg{width:100%;height:auto;color:var(--ink)}summary{cursor:pointer;font-weight:600}
+figure,details{overflow-x:auto}svg{width:100%;min-width:32rem;height:auto;color:var(--ink)}summary{cursor:pointer;font-weight:600}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0;font-size:.82rem}
+.words td.ok,.words td.bad,.words td.na{white-space:nowrap}
 .ok{color:#2aa876}.bad{color:#d9605a}.na{color:var(--soft)}.ok,.bad{font-weight:600}
 """
 

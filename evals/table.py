@@ -73,15 +73,21 @@ def statements(results: Results) -> list[str]:
                 f"{difference(method.drop)}."
             )
     flagged = contaminated(results)
-    lines.append("Contaminated examples: " + ("; ".join(flagged) if flagged else "none among those scored") + ".")
+    worst = max(flagged, key=lambda name: flagged[name], default="")
+    seen = (
+        f"in {len(flagged)} of {len(results.cells)} cells, at most {100 * flagged[worst]:.1f} % ({worst})"
+        if worst
+        else "none"
+    )
+    lines.append(f"Contaminated examples (source seen in training): {seen}.")
     lines.append(f"Seeds {', '.join(map(str, results.seeds))}; intervals resample examples, seeds are kept fixed.")
     return lines
 
 
-def contaminated(results: Results) -> list[str]:
-    """Sheets in which a checkpoint was scored on sources it had been trained on."""
+def contaminated(results: Results) -> dict[str, float]:
+    """Share of examples whose source a checkpoint was trained on, by `checkpoint/domain/split`, where above 0."""
     shares = {"/".join(key): max(sheet.contaminated for sheet in cell.values()) for key, cell in results.cells.items()}
-    return [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share > 0]
+    return {name: share for name, share in shares.items() if share > 0}
 
 
 def render(results: Results) -> "Group":

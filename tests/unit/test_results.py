@@ -8,6 +8,10 @@ import pytest
 from evals.results import metrics
 from evals.scores import read_scores
 from experts.errors import UserError
+from flows.config import RunConfig
+from flows.plan import Node, StageGraph
+from flows.results import collect
+from stages.core.checkpoint import Store
 from tests.scored import results, row, sheet
 
 
@@ -51,3 +55,41 @@ def test_sheet_is_read_and_checked(tmp_path):
     path.write_text(json.dumps({"id": "x"}) + "\n")
     with pytest.raises(UserError, match=r"scores\.jsonl:1: a row lacks"):
         read_scores(tmp_path, "a", "held_out")
+
+
+def _node(node_id: str, parents: dict[str, str]) -> Node:
+    name = node_id.partition("@")[0]
+    stage = "evaluate" if parents else "load"
+    config = {"domain": "a", "split": "held_out"} if parents else {}
+    return Node(node_id, name, stage, 0, config, parents, {}, {}, node_id.replace("/", "-"))
+
+
+def test_collect_reads_what_is_finished(tmp_path):
+    """The shared base counts for both seeds; of the student only seed 1 is finished."""
+    checkpoints = ["base", "student@0", "student@1"]
+    nodes = [_node(name, {}) for name in checkpoints]
+    for name in checkpoints:
+        bare, _, seed = name.partition("@")
+        nodes.append(_node(f"eval/{bare}/a/held_out" + (f"@{seed}" if seed else ""), {"checkpoint": name}))
+    config = RunConfig.model_validate(
+        {
+            "name": "toy",
+            "seeds": [0, 1],
+            "base": {"checkpoint": "x"},
+            "domains": {"a": {"kind": "strings"}},
+            "experts": {"e": {"domain": "a", "checkpoint": "y"}},
+        }
+    )
+    store = Store(tmp_path)
+    for key, share in (("eval-base-a-held_out", 0.2), ("eval-student-a-held_out@1", 0.7)):
+        folder = store.staging(key)
+        rows = sheet("a", share).rows
+        (folder / "scores.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        store.commit(folder, key, {"name": key})
+    found = collect(StageGraph(config, tuple(nodes), {}), store)
+    assert sorted(found.cells[("base", "a", "held_out")]) == [0, 1]
+    assert sorted(found.cells[("student", "a", "held_out")]) == [1]
+    assert found.experts["experts/e"].method == "given" and found.start == "base"
+    gain = found.difference("student", "base", "a")
+    assert gain is not None and gain.mean == pytest.approx(0.5)
+    assert set(found.provenance) == {"eval/base/a/held_out", "eval/student/a/held_out@1"}
