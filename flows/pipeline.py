@@ -92,7 +92,7 @@ def pipeline(
             Launcher(root, graph.config.resources) as launcher,
         ):
             supervisor = Supervisor(graph, store, launcher, tracker, display)
-            return _supervised(supervisor, root)
+            return _supervised(supervisor)
 
 
 def _supervised(supervisor: Supervisor) -> Outcome:
