@@ -69,7 +69,7 @@ def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) ->
         from flows.closing import conclude
 
         console.print("Everything is in the store already; nothing was started.")
-        show_outcome(graph, conclude(graph, store), asked.home, console)
+        show_outcome(graph, conclude(graph, store, rewrite=False), asked.home, console)
         return DONE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -146,16 +146,14 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
 
 def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console) -> None:
     """Print the table of scores, the gate's verdict, and where to read on."""
-    rows = outcome.rows()
-    table = Table(*(list(rows[0]) if rows else []), title="greedy accuracy, %, with interval")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    from evals.table import render
+
+    console.print(render(outcome.results))
     for line in outcome.verdict_lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if outcome.report is not None:
-        console.print(f"Report: {outcome.report}", soft_wrap=True)
-    console.print(f"Pages:  mopd ui --home {home}   (MLflow and Prefect, run '{graph.config.name}')", soft_wrap=True)
+    console.print(f"Report: {outcome.report}", highlight=False, soft_wrap=True)
+    pages = f"`mopd ui --home {home}`, run '{graph.config.name}'"
+    console.print(f"MLflow: {pages}\nPrefect: {pages}", highlight=False, soft_wrap=True)
 
 
 def plan(asked: Asked, *, check: bool, as_json: bool) -> None:

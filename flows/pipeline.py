@@ -23,7 +23,7 @@ from prefect.states import Cancelled, Crashed, State
 from rich.console import Console
 
 from flows.check import deep_check
-from flows.closing import Outcome, conclude
+from flows.closing import Outcome, conclude, promote
 from flows.config import load_run_file
 from flows.launch import Launcher
 from flows.plan import StageGraph, build_graph, write_lock
@@ -122,6 +122,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
     outcome = conclude(graph, supervisor.store)
+    promote(graph, supervisor.store, outcome)
     tracker.finish("FINISHED", outcome.results, outcome.report, promoted=outcome.promoted)
     _publish(graph, outcome)
     return outcome

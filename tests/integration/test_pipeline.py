@@ -21,7 +21,7 @@ RUN = {
     "name": "tiny",
     "base": {
         "pretrain": {
-            "model": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64, "max_length": 64},
+            "model": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64, "max_length": 128},
             "max_steps": 20,
             "batch_tokens": 512,
             "examples": 200,
@@ -36,11 +36,19 @@ RUN = {
     "experts": {
         "sort": {
             "domain": "sort",
-            "train": {"rl": {"max_steps": 3, "examples": 50, "prompts_per_step": 4, "group_size": 4}},
+            "train": {
+                "rl": {"max_steps": 3, "examples": 50, "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 8}
+            },
         },
         "reverse": {"domain": "reverse", "train": {"sft": {"max_steps": 4, "examples": 50, "batch_size": 16}}},
     },
-    "merge": {"max_steps": 3, "examples": 50, "prompts_per_step": 6, "anchor": {"domains": ["general"]}},
+    "merge": {
+        "max_steps": 3,
+        "examples": 50,
+        "prompts_per_step": 6,
+        "max_new_tokens": 8,
+        "anchor": {"domains": ["general"]},
+    },
     "evaluate": {"examples": 8, "samples": 1, "max_new_tokens": 8},
 }
 LONG = "experts.sort.train.rl.max_steps=5000"
