@@ -57,6 +57,7 @@ def exact_objective(config: DistillConfig, learner: Learner) -> Objective:
     """Full-vocabulary reverse KL, plus the policy gradient of the outcome reward where there is one."""
 
     def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+        """The exact divergence of some rows from their teachers."""
         assert judgement.teachers is not None
         teacher_logits = judgement.teachers.logits(rows)
         tokens_N = rollout.tokens(rows, learner.device)
@@ -85,6 +86,7 @@ def sampled_objective(config: DistillConfig, learner: Learner) -> Objective:
     """The sampled token's clipped log-ratio, plus the outcome advantage, under MiMo's importance weight."""
 
     def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+        """The sampled token's policy gradient of some rows."""
         assert judgement.teachers is not None
         tokens_N = rollout.tokens(rows, learner.device)
         sampler_logprobs_N = rollout.logprobs(rows, learner.device)

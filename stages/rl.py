@@ -41,6 +41,7 @@ def train(config: RLConfig, workspace: Workspace) -> Artifact:
     signal = RewardSignal(workspace.domains, config.normalise_by_std)
 
     def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+        """The clipped surrogate of some rows."""
         tokens_N = rollout.tokens(rows, learner.device)
         sampler_logprobs_N = rollout.logprobs(rows, learner.device)
         advantages_N = judgement.token_advantages(rollout, rows, learner.device)

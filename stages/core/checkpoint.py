@@ -139,11 +139,11 @@ class Store:
         }
         (folder / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True))
         for path in folder.rglob("*"):
-            _sync(path)
-        _sync(folder)
+            sync_to_disk(path)
+        sync_to_disk(folder)
         target = self.root / key
         os.rename(folder, target)
-        _sync(self.root)
+        sync_to_disk(self.root)
         return Artifact(key=key, uri=str(target), digest=digest, manifest=whole)
 
     def staging(self, key: str) -> Path:
@@ -200,7 +200,8 @@ def _mend(key: str) -> str:
     return f"run again with --discard-corrupted to set it aside and make it anew (key {key})"
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Have the kernel write a file or a folder's entries out, so that a power cut does not lose them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -47,6 +47,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         chunk_tokens: int,
         metrics: dict[str, list[Tensor]],
     ) -> Tensor:
+        """Sum the losses and form their gradients, a chunk at a time."""
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_head_VH = torch.zeros_like(head_VH) if needs_head else None

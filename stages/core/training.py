@@ -23,6 +23,7 @@ from transformers import get_scheduler
 
 from experts.domain import stable_hash
 from stages.config import TrainConfig
+from stages.core.checkpoint import sync_to_disk
 from stages.core.policy import HiddenStates, Policy, completion_hidden
 
 Item = TypeVar("Item")
@@ -153,9 +154,9 @@ class Learner:
         if self.accelerator.is_main_process:
             (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens}))
             for path in temporary.iterdir():
-                _sync(path)
+                sync_to_disk(path)
             os.rename(temporary, self.progress / f"step-{step}")
-            _sync(self.progress)
+            sync_to_disk(self.progress)
             for _, old in self._saved()[:-1]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -227,11 +228,3 @@ def _load_trainable(models: list[Any], folder: str) -> None:
         current = _trainable(models.pop())
         for name, tensor in load_file(Path(folder) / "trainable.safetensors").items():
             current[name].copy_(tensor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
