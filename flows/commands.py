@@ -1,6 +1,7 @@
 """What the commands of `mopd` do; `flows.cli` declares them. Heavy imports wait until they are needed."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -152,8 +153,20 @@ def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Con
     for line in outcome.verdict_lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {outcome.report}", highlight=False, soft_wrap=True)
-    pages = f"`mopd ui --home {home}`, run '{graph.config.name}'"
-    console.print(f"MLflow: {pages}\nPrefect: {pages}", highlight=False, soft_wrap=True)
+    for line in pages(home):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def pages(home: Path) -> list[str]:
+    """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
+    from flows.servers import MLFLOW_PORT, PREFECT_PORT, local_url
+
+    tracking, api = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("PREFECT_API_URL")
+    lines = [
+        f"MLflow:  {tracking or local_url(MLFLOW_PORT)}",
+        f"Prefect: {api.removesuffix('/api') if api else local_url(PREFECT_PORT)}",
+    ]
+    return lines if tracking and api else [*lines, f"Open them with: mopd ui --home {home}"]
 
 
 def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
@@ -256,20 +269,23 @@ def lineage(name: str, home: Path) -> None:
 
 def show_schema(console: Console) -> None:
     """Print every key of a run file with its default and what it means."""
-    for key, default, description in _keys(RunConfig, ""):
+    for key, default, description in _keys(RunConfig, "", None):
         console.print(f"[bold]{key}[/bold]  [dim]{default}[/dim]\n    {description}", soft_wrap=True, highlight=False)
 
 
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _keys(model: type[BaseModel], prefix: str, default_of_model: BaseModel | None) -> Iterator[tuple[str, str, str]]:
+    """Every key below a model, with its default: the enclosing model's own, where that has one for it."""
     for name, field in model.model_fields.items():
         inner = _inner_model(field.annotation)
         named = getattr(field.annotation, "__origin__", None) is dict
         key = f"{prefix}{name}" + (".NAME" if named and inner else "")
-        given = field.get_default(call_default_factory=False)
-        default = "required" if field.is_required() else "" if given is None or inner else f"= {given}"
-        yield key, default, field.description or ""
+        given = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+        if default_of_model is not None:
+            given = getattr(default_of_model, name)
+        required = field.is_required() and default_of_model is None
+        yield key, "required" if required else "" if given is None or inner else f"= {given}", field.description or ""
         if inner is not None:
-            yield from _keys(inner, f"{key}.")
+            yield from _keys(inner, f"{key}.", given if isinstance(given, inner) else None)
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
