@@ -10,7 +10,7 @@ from typing import Any
 from evals.figures import curves_figure, forgetting_figure, roles_figure
 from evals.gate import Verdict
 from evals.results import Results
-from evals.table import Grid, checkpoints_grid, roles_grid, statements
+from evals.table import Grid, grids, statements
 from experts.domain import HELD_OUT, Prompt
 
 SAMPLES = 4
@@ -21,6 +21,7 @@ STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 main{max-width:62rem;margin:auto;padding:2rem 1rem 4rem}h1{font-size:1.9rem;margin:0}h2{margin:2.5rem 0 .6rem}
 .soft{color:var(--soft)}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem}
+td small{color:var(--soft)}
 caption{text-align:left;color:var(--soft);padding:.3rem 0}th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);
 text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left}
 .words td{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}.words th{text-align:left}
@@ -50,11 +51,12 @@ def write_report(
     """
     seeds = ", ".join(map(str, results.seeds))
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    roles, *others = grids(results)
     body = [
         f"<header><h1>{escape(results.run)}</h1><p class=soft>seeds {seeds} · {made}</p></header>",
         _section("Verdict", _verdict(verdict)),
-        _section("Scores", _grid(roles_grid(results)) + f"<figure>{roles_figure(results)}</figure>"),
-        _section("Every checkpoint", _grid(checkpoints_grid(results))),
+        _section("Scores", _grid(roles) + f"<figure>{roles_figure(results)}</figure>"),
+        *(_section(other.title.partition(":")[0], _grid(other)) for other in others),
         _section("What it shows", "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in statements(results)) + "</ul>"),
         _section("Forgetting", _figure(forgetting_figure(results))),
         _section("Training", "".join(_curves(name, records) for name, records in curves.items())),
@@ -95,8 +97,14 @@ def _verdict(verdict: Verdict | None) -> str:
 
 def _grid(grid: Grid) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
+    rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
     return f'<div class="scroll"><table><caption>{escape(grid.title)}</caption><tr>{head}</tr>{rows}</table></div>'
+
+
+def _cell(text: str) -> str:
+    """A number with its interval in small below it."""
+    number, bracket, bounds = text.partition(" [")
+    return f"{escape(number)}<br><small>[{escape(bounds)}</small>" if bracket else escape(text)
 
 
 def _curves(name: str, records: Sequence[Mapping[str, Any]]) -> str:

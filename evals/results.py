@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.compare import Interval, mean_interval, mean_over, paired_difference
-from evals.metrics import Triple, recovery
+from evals.metrics import Triple, pass_at_k, recovery
 from evals.scores import Scores
 from experts.domain import HELD_OUT
 from experts.errors import UserError
@@ -91,6 +91,17 @@ class Results:
         found = self.aligned([self.checkpoint(role, domain)], domain, split)
         return mean_interval(found[0], self.confidence, f"{domain}/{split}") if found else None
 
+    def sampled(self, role: str, domain: str) -> tuple[float, float, int] | None:
+        """Mean score of the sampled completions, pass@k and k, held out; None where nothing was sampled."""
+        cell = self.cells.get((self.checkpoint(role, domain) or "", domain, HELD_OUT), {})
+        drawn = [sheet.samples_NK for sheet in cell.values()]
+        whole = [samples_NK for samples_NK in drawn if samples_NK is not None]
+        if not whole or len(whole) < len(drawn):
+            return None
+        tries = min(samples_NK.shape[1] for samples_NK in whole)
+        reached = np.mean([pass_at_k(samples_NK, tries) for samples_NK in whole])
+        return float(np.mean([samples_NK.mean() for samples_NK in whole])), float(reached), tries
+
     def mean_score(self, role: str) -> Interval | None:
         """Mean over expert domains; None unless every one was scored."""
         found = {d: self.aligned([self.checkpoint(role, d)], d) for d in self.expert_domains}
@@ -144,6 +155,10 @@ def metrics(results: Results) -> dict[str, float]:
     for domain in results.untrained:
         values[f"eval/forgetting/{domain}"] = results.difference(results.start, "student", domain)
     flat: dict[str, float] = {}
+    for domain in results.domains:
+        for role in ROLES:
+            if drawn := results.sampled(role, domain):
+                flat[f"eval/{domain}/{role}_sampled"] = drawn[0]
     for key, value in values.items():
         if value is not None:
             flat |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}

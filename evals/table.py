@@ -1,6 +1,6 @@
 """The comparison for people: a rich rendering for the terminal, Markdown for a page, from the same cells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,29 +25,56 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
 
 
-def roles_grid(results: Results) -> Grid:
-    """Base, cold start, teacher and student on every domain and split, with the mean and the recovery."""
+def roles_grid(results: Results, cell: Callable[[Interval | None], str] | None = None) -> Grid:
+    """Base, cold start, teacher and student on every domain and split, with the mean and the recovery.
+
+    Args:
+        results: The run's scores.
+        cell: How an interval is written; `percent` by default.
+    """
+    write = cell or percent
     rows = []
     for domain in results.domains:
         for split in (HELD_OUT, OUT_OF_DISTRIBUTION):
             if split == HELD_OUT or any(key[1:] == (domain, split) for key in results.cells):
-                cells = [percent(results.score(role, domain, split)) for role in ROLES]
+                cells = [write(results.score(role, domain, split)) for role in ROLES]
                 recovered = split == HELD_OUT and domain in results.expert_domains
-                last = percent(results.recovery([domain])) if recovered else ABSENT
+                last = write(results.recovery([domain])) if recovered else ABSENT
                 rows.append((_label(results, domain, split), *cells, last))
-    means = [percent(results.mean_score(role)) for role in ROLES]
-    rows.append(("mean over expert domains", *means, percent(results.recovery())))
+    means = [write(results.mean_score(role)) for role in ROLES]
+    rows.append(("mean of experts' domains", *means, write(results.recovery())))
     title = f"Greedy score, % [{100 * results.confidence:g}% interval]"
     return Grid(title, ("domain", *(ROLE_TITLES[role] for role in ROLES), "recovery"), tuple(rows))
 
 
 def checkpoints_grid(results: Results) -> Grid:
-    """Every checkpoint, each single expert included, on every domain."""
+    """Every checkpoint, each single expert included, on every domain: greedy means."""
     rows = []
     for name in results.checkpoints:
-        cells = [percent(results.score(name, domain)) for domain in results.domains]
-        rows.append((name, *cells, percent(results.mean_score(name))))
-    return Grid("Every checkpoint everywhere, held out", ("checkpoint", *results.domains, "expert mean"), tuple(rows))
+        cells = [_mean(results.score(name, domain)) for domain in results.domains]
+        rows.append((name.removeprefix("experts/"), *cells, _mean(results.mean_score(name))))
+    title = "Every checkpoint everywhere: greedy score, %, held out (mean: over experts' domains)"
+    return Grid(title, ("checkpoint", *results.domains, "mean"), tuple(rows))
+
+
+def sampled_grid(results: Results) -> Grid | None:
+    """Sampled completions: mean score and pass@k of every role; None where nothing was sampled."""
+    rows, tries = [], 0
+    for domain in results.domains:
+        cells = []
+        for role in ROLES:
+            drawn = results.sampled(role, domain)
+            tries = drawn[2] if drawn else tries
+            cells.append(f"{100 * drawn[0]:.1f} / {100 * drawn[1]:.1f}" if drawn else ABSENT)
+        rows.append((domain, *cells))
+    head = ("domain", *(ROLE_TITLES[role] for role in ROLES))
+    return Grid(f"Sampled: mean score / pass@{tries}, %, held out", head, tuple(rows)) if tries else None
+
+
+def grids(results: Results) -> list[Grid]:
+    """All tables of a run."""
+    drawn = sampled_grid(results)
+    return [roles_grid(results), *([drawn] if drawn else []), checkpoints_grid(results)]
 
 
 def statements(results: Results) -> list[str]:
@@ -97,7 +124,7 @@ def render(results: Results) -> "Group":
     from rich.text import Text
 
     tables = []
-    for grid in (roles_grid(results), checkpoints_grid(results)):
+    for grid in [roles_grid(results, compact), *grids(results)[1:]]:
         table = Table(title=grid.title, title_justify="left")
         for index, column in enumerate(grid.head):
             table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -109,13 +136,22 @@ def render(results: Results) -> "Group":
 
 def render_markdown(results: Results) -> str:
     """The same tables and statements as Markdown."""
-    parts = [_markdown(grid) for grid in (roles_grid(results), checkpoints_grid(results))]
+    parts = [_markdown(grid) for grid in grids(results)]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in statements(results))]) + "\n"
 
 
 def percent(value: Interval | None) -> str:
     """A share as percent with its bounds."""
     return ABSENT if value is None else f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def compact(value: Interval | None) -> str:
+    """A share as percent with half the width of its interval, for a terminal's eighty columns."""
+    return ABSENT if value is None else f"{100 * value.mean:.1f} ±{50 * (value.high - value.low):.1f}"
+
+
+def _mean(value: Interval | None) -> str:
+    return ABSENT if value is None else f"{100 * value.mean:.1f}"
 
 
 def difference(value: Interval | None) -> str:
@@ -128,10 +164,10 @@ def difference(value: Interval | None) -> str:
 
 def _label(results: Results, domain: str, split: str) -> str:
     if split == OUT_OF_DISTRIBUTION:
-        return f"{domain} (out of distribution)"
+        return f"{domain}, unseen kind"
     if domain in results.anchored:
-        return f"{domain} (general, anchored)"
-    return domain if domain in results.expert_domains else f"{domain} (general, untouched)"
+        return f"{domain}, anchored"
+    return domain if domain in results.expert_domains else f"{domain}, untouched"
 
 
 def _markdown(grid: Grid) -> str:

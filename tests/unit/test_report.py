@@ -30,4 +30,4 @@ def test_report_asks_nothing_of_the_network(tmp_path):
 def test_partial_results_are_reported(tmp_path):
     partial = dataclasses.replace(results(), cells={("base", "a", "held_out"): {0: sheet("a", 0.2)}})
     text = _written(tmp_path, partial)
-    assert "Not promoted" in text and "not scored" in text and "20.0 [" in text and "Samples" not in text
+    assert "Not promoted" in text and "not scored" in text and "20.0<br><small>[" in text and "Samples" not in text

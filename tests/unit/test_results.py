@@ -6,7 +6,8 @@ import json
 import pytest
 
 from evals.results import metrics
-from evals.scores import read_scores
+from evals.scores import Scores, read_scores
+from evals.table import sampled_grid
 from experts.errors import UserError
 from flows.config import RunConfig
 from flows.plan import Node, StageGraph
@@ -93,3 +94,15 @@ def test_collect_reads_what_is_finished(tmp_path):
     gain = found.difference("student", "base", "a")
     assert gain is not None and gain.mean == pytest.approx(0.5)
     assert set(found.provenance) == {"eval/base/a/held_out", "eval/student/a/held_out@1"}
+
+
+def test_sampled_scores_and_pass_at_k():
+    drawn = Scores("a", "held_out", [row(0, 1.0, (1.0, 0.0)), row(1, 0.0, (0.0, 0.0)), row(2, 0.0, (1.0, 1.0))])
+    whole = dataclasses.replace(results(), cells={("student", "a", "held_out"): {0: drawn}})
+    mean, reached, tries = whole.sampled("student", "a")
+    assert (mean, tries) == (0.5, 2)
+    assert reached == pytest.approx(2 / 3)
+    assert metrics(whole)["eval/a/student_sampled"] == 0.5
+    assert whole.sampled("base", "a") is None
+    assert sampled_grid(results()) is None
+    assert sampled_grid(whole).rows[0][-1] == "50.0 / 66.7"
