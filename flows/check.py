@@ -48,14 +48,13 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
 
 def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Draw what the missing nodes will draw; the largest count of a domain, split and seed stands for all."""
-    wanted: dict[tuple[str, str, int], tuple[int, str]] = defaultdict(lambda: (0, ""))
+    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds."""
+    wanted: dict[tuple[str, str], tuple[int, int, str]] = defaultdict(lambda: (0, 0, ""))
     for node in missing:
         split = str(node.config.get("split", TRAIN))
         for domain in node.domains:
-            place = (domain, split, node.seed)
-            wanted[place] = max(wanted[place], (int(node.config["examples"]), node.id))
-    for (domain, split, seed), (count, node_id) in wanted.items():
+            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, node.id))
+    for (domain, split), (count, seed, node_id) in wanted.items():
         entry = graph.config.domains[domain]
         try:
             drawn = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
