@@ -17,6 +17,8 @@ from stages.core.checkpoint import Store
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+# Of all a stage logs, what says how it went.
+TELLING = {"pretrain/loss", "sft/loss", "rl/reward", "distill/reverse_kl"}
 SHORT = 12
 SHORTEST_KEY = 4
 # The settings of a stage that a person looks for first; the rest is in the manifest.
@@ -157,7 +159,8 @@ def details(row: Row) -> list[str]:
     facts += [f"{row.tokens:,} tokens"] if row.tokens else []
     facts += [f"{row.seconds:,.0f} s"] if row.seconds else []
     lines = [", ".join(facts)] if facts else []
-    for title, values in (("data", row.data), ("metrics", row.metrics), ("greedy", row.scores)):
+    telling = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in TELLING}
+    for title, values in (("data", row.data), ("last step", telling), ("greedy", dict(sorted(row.scores.items())))):
         if values:
             shown = (v[:SHORT] if isinstance(v, str) else f"{v:.4g}" for v in values.values())
             lines.append(f"{title}: " + ", ".join(f"{name} {text}" for name, text in zip(values, shown, strict=True)))

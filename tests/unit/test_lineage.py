@@ -44,7 +44,8 @@ def test_the_tree_walks_from_the_student_to_each_teacher_and_the_base(store, gra
     assert "start ← base (pretrain, seed 0)" in printed
     assert "max_steps 5, learning_rate 0.001, 120,000 tokens, 61 s" in printed
     assert "data: sort " in printed
-    assert "greedy: sort/held_out 0.75, caesar/held_out 0.75" in printed
+    assert "greedy: caesar/held_out 0.75, sort/held_out 0.75" in printed
+    assert "last step: loss 0.25" in printed
 
 
 def test_a_shared_ancestor_is_printed_once(store):
