@@ -220,6 +220,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
+    raw = _unshared(raw)
     for override in overrides or []:
         _apply(raw, override)
     try:
@@ -237,6 +238,13 @@ def _capped(value: Any, max_steps: int) -> Any:
     if isinstance(value, dict):
         return {k: min(v, max_steps) if k == "max_steps" else _capped(v, max_steps) for k, v in value.items()}
     return value
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which every YAML alias has values of its own, so that an override reaches one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -128,6 +128,18 @@ def test_a_malformed_override_is_explained(tmp_path: Path, override: str, said: 
     assert said in message(tmp_path, [override])
 
 
+def test_an_override_of_one_alias_leaves_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    shared = {"rl": {"max_steps": 5}}
+    experts = {name: {"domain": name, "train": shared} for name in ("sort", "reverse")}
+    text = yaml.safe_dump({**MINIMAL, "experts": experts}, sort_keys=False)
+    assert "*id" in text
+    path.write_text(text)
+    config = load_run_file(path, ["experts.sort.train.rl.max_steps=9"])
+    steps = {name: expert.train.rl.max_steps for name, expert in config.experts.items()}
+    assert steps == {"sort": 9, "reverse": 5}
+
+
 def test_max_steps_caps_and_never_raises(tmp_path: Path) -> None:
     config = load(tmp_path, ["base.pretrain.max_steps=2"], max_steps=3)
     assert config.base.pretrain is not None
