@@ -161,12 +161,14 @@ def pages(home: Path) -> list[str]:
     """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
     from flows.servers import MLFLOW_PORT, PREFECT_PORT, local_url
 
-    tracking, api = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("PREFECT_API_URL")
+    tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL")
+    # A database is no page: only a server's address is one.
+    served = tracking.startswith("http")
     lines = [
-        f"MLflow:  {tracking or local_url(MLFLOW_PORT)}",
+        f"MLflow:  {tracking if served else local_url(MLFLOW_PORT)}",
         f"Prefect: {api.removesuffix('/api') if api else local_url(PREFECT_PORT)}",
     ]
-    return lines if tracking and api else [*lines, f"Open them with: mopd ui --home {home}"]
+    return lines if served and api else [*lines, f"Open them with: mopd ui --home {home}"]
 
 
 def plan(asked: Asked, *, check: bool, as_json: bool) -> None:

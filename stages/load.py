@@ -6,7 +6,7 @@ Weights are kept in the type they come in (a GGUF file's are de-quantized to flo
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact
@@ -26,11 +26,23 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base: {source.location}: not a causal language model with a tokenizer: {error}") from error
+    if source.kind == "gguf":
+        model = _plain(model)
     folder = workspace.store.staging(workspace.key)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in model.parameters())
     return workspace.commit(folder, sources={}, metrics={}, parameters=parameters, origin=source.location)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights as an ordinary model: a de-quantized one still counts as quantized and refuses to be saved."""
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    plain = type(model)(type(model.config).from_dict(values))
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _arguments(source: Source) -> tuple[str, dict[str, Any]]:
