@@ -1,0 +1,55 @@
+"""Scores are kept per example, paired over checkpoints, and flagged where the checkpoint was trained on the source."""
+
+import json
+
+import pytest
+
+from evals.evaluate import EvaluationRequest, evaluate
+from evals.scores import read_scores
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
+from stages.config import EvaluationConfig
+from tests.numerics.conftest import tiny_policy
+
+CONFIG = EvaluationConfig(examples=12, samples=3, max_new_tokens=10)
+
+
+def test_rows_are_paired_and_scored_by_the_domain(store, workspace, checkpoint, domains):
+    sheets = []
+    for seed in (0, 1):
+        parent = checkpoint(f"model{seed}", seed)
+        request = EvaluationRequest(
+            workspace(f"eval{seed}", {"checkpoint": parent}, {"sort": domains["sort"]}), CONFIG, "sort", HELD_OUT
+        )
+        (artifact,) = evaluate([request], parent, store)
+        sheets.append(read_scores(artifact.path, "sort", HELD_OUT))
+        assert "sources" not in artifact.manifest
+    first, second = sheets
+    assert first.ids == second.ids
+    assert len(first.ids) == 12
+    assert first.samples_NK.shape == (12, 3)
+    examples = {example.id: example for example in domains["sort"].draw(HELD_OUT, 12, 0)}
+    for row in first.rows:
+        assert row["greedy"]["score"] == domains["sort"].score(examples[row["id"]], row["greedy"]["completion"])
+        assert all(drawn["tokens"] <= 10 for drawn in row["samples"])
+    assert first.rows != second.rows
+
+
+@pytest.mark.parametrize("split", [HELD_OUT, OUT_OF_DISTRIBUTION])
+def test_functions_trained_on_are_flagged(store, workspace, split):
+    domain = load_domain("code", "code_edit", {"held_out_families": ["swapped_operands"]})
+    seen = sorted({example.source for example in domain.draw(split, 12, 0)})[:4]
+    place = workspace("trained", {}, {"code": domain})
+    folder = store.staging("trained")
+    tiny_policy(0).save(folder)
+    parent = place.commit(folder, sources={"code": seen}, metrics={})
+    # What its start was trained on counts as well.
+    folder = store.staging("child")
+    tiny_policy(0).save(folder)
+    child = workspace("child", {"start": parent}, {}).commit(folder, sources={"code": []}, metrics={})
+    config = EvaluationConfig(examples=12, samples=0, max_new_tokens=4)
+    request = EvaluationRequest(workspace("eval", {"checkpoint": child}, {"code": domain}), config, "code", split)
+    (artifact,) = evaluate([request], child, store)
+    rows = [json.loads(line) for line in (artifact.path / "scores.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in rows if row["contaminated"]} == set(seen)
+    assert artifact.manifest["metrics"]["contaminated"] == sum(row["contaminated"] for row in rows) / 12 > 0
+    assert "sampled" not in artifact.manifest["metrics"]
