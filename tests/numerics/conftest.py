@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from experts.domain import Domain, load_domain
 from stages.config import TinyModelConfig
@@ -17,8 +18,10 @@ TINY = TinyModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _as_in_a_process_of_its_own() -> None:
+    """A stage has a process to itself: one thread, and accelerate's settings made by it alone."""
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -37,6 +37,8 @@ STAGES = {
     "sft-lora": (stages.sft.train, SFTConfig(**SMALL, batch_size=16, lora=LoraConfig(rank=4, dropout=0.2))),
     "rl": (stages.rl.train, RLConfig(**ON_POLICY, group_size=8, updates_per_batch=2)),
     "distill": (stages.distill.train, DistillConfig(**ON_POLICY)),
+    "distill-bfloat16": (stages.distill.train, DistillConfig(**ON_POLICY, dtype="bfloat16")),
+    "distill-lora": (stages.distill.train, DistillConfig(**ON_POLICY, lora=LoraConfig(rank=4))),
     "distill-sampled-reward": (
         stages.distill.train,
         DistillConfig(
