@@ -30,10 +30,11 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
     Raises:
         UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
-            differs from the student's, a disk too full.
+            differs from the student's, completions no prompt leaves room for, a disk too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
+    problems += _sampling_problems(graph, missing)
     warnings: list[str] = []
     if missing:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
@@ -65,6 +66,21 @@ def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
             yield f"{node_id}: domains.{domain}: no {split} examples"
 
 
+def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
+    """Steps with fewer prompts than domains, and completions as long as a fresh model's whole context."""
+    for node in missing:
+        per_step = node.config.get("prompts_per_step")
+        if per_step is not None and per_step < len(node.domains):
+            yield f"{node.id}: prompts_per_step {per_step} is less than one for each of {len(node.domains)} domains"
+        asked = node.config.get("max_new_tokens")
+        if asked is None:
+            continue
+        origin = _origin(graph, node)
+        limit = origin.config["model"]["max_length"] if origin.stage == "pretrain" else None
+        if limit is not None and asked >= limit:
+            yield f"{node.id}: max_new_tokens {asked} leaves no room for a prompt in a context of {limit} tokens"
+
+
 def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) -> Iterator[str]:
     """Compare the tokenizers of students and teachers that were imported; those trained here inherit theirs."""
     for student in missing:
@@ -91,16 +107,20 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
 
 def _origin(graph: StageGraph, node: Node) -> Node:
     """The node whose tokenizer this one has: it is handed on from start to start."""
-    while "start" in node.parents:
-        node = graph.node(node.parents["start"])
+    while parent := node.parents.get("start") or node.parents.get("checkpoint"):
+        node = graph.node(parent)
     return node
 
 
 def _tokenizer(node: Node, store: Store) -> Any:
-    """An origin's tokenizer; None where it does not exist before the origin is made."""
+    """An origin's tokenizer; None where a GGUF file has yet to be read for it."""
     artifact = store.find(node.key)
     if artifact is None and (node.stage != "load" or node.config["kind"] == "gguf"):
-        return None
+        if node.stage != "pretrain":
+            return None
+        from stages.core.tiny import character_tokenizer
+
+        return character_tokenizer()
     from transformers import AutoTokenizer
 
     if artifact is not None:

@@ -150,6 +150,19 @@ def code_fingerprint() -> str:
     return sha.hexdigest()
 
 
+def _load_domains(config: RunConfig) -> dict[str, Domain]:
+    """Every domain of the run; what is wrong with any of them is said in one message."""
+    domains, problems = {}, []
+    for name, entry in config.domains.items():
+        try:
+            domains[name] = load_domain(name, entry.kind, entry.options)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return domains
+
+
 class _Builder:
     """Adds node after node, parents first."""
 
@@ -158,9 +171,7 @@ class _Builder:
         self.home = home
         self.nodes: dict[str, Node] = {}
         self.pins: dict[str, str] = {}
-        self.domains: dict[str, Domain] = {
-            name: load_domain(name, entry.kind, entry.options) for name, entry in config.domains.items()
-        }
+        self.domains = _load_domains(config)
         self.fingerprints = {name: domain.fingerprint() for name, domain in self.domains.items()}
         self.teachers = config.teachers()
 
@@ -179,7 +190,7 @@ class _Builder:
             )
         for name, expert in config.experts.items():
             if expert.checkpoint:
-                source = self._resolve(expert.checkpoint, None)
+                source = self._resolve(f"experts.{name}.checkpoint", expert.checkpoint, None)
                 made[name] = self._load(f"experts/{name}", source)
                 continue
             start = made[expert.start_from or config.default_start()]
@@ -204,18 +215,20 @@ class _Builder:
         if base.pretrain:
             names = self.config.domain_names(base.pretrain.domains)
             return self._train(BASE, "pretrain", PretrainConfig, base.pretrain, seed, {}, names)
-        return self._load(BASE, resolve_gguf(base.gguf) if base.gguf else self._resolve(base.checkpoint, base.revision))
+        if base.gguf:
+            return self._load(BASE, resolve_gguf(base.gguf))
+        return self._load(BASE, self._resolve("base.checkpoint", base.checkpoint, base.revision))
 
     def _load(self, name: str, source: Source) -> str:
         """Add the import of a checkpoint made elsewhere; all seeds share it."""
         config = {"kind": source.kind, "location": source.location, "revision": source.revision}
         return self._add(name, name, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
 
-    def _resolve(self, reference: str | None, revision: str | None) -> Source:
+    def _resolve(self, key: str, reference: str | None, revision: str | None) -> Source:
         assert reference is not None
         pins = _read_json(lock_path(self.home, self.config.name)).get("pins", {})
         asked = f"{reference}@{revision or 'default'}"
-        source = resolve_checkpoint(reference, revision, pins.get(asked))
+        source = resolve_checkpoint(key, reference, revision, pins.get(asked))
         if source.revision:
             self.pins[asked] = source.revision
         return source

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from experts.errors import UserError
 from flows.servers import (
     PREFECT_PORT,
     Server,
@@ -33,7 +34,7 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
         verbose: Show Prefect's own log on the terminal; it is kept in Prefect in any case.
 
     Raises:
-        UserError: the server does not start.
+        UserError: the server does not start, or the user's standing one does not answer.
     """
     os.environ.update(prefect_environment(home) | mlflow_environment())
     # Prefect writes the exceptions of failed tasks to a folder that does not follow its home.
@@ -43,6 +44,7 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
     standing = os.environ.get("PREFECT_API_URL")
     if standing:
+        _expect_answer(standing)
         yield standing.removesuffix("/api")
         return
     server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
@@ -55,6 +57,19 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
         yield server.url
     finally:
         _end(server)
+
+
+def _expect_answer(api: str) -> None:
+    """Ask the user's own server for a sign of life, with the user's own settings of Prefect."""
+    from prefect import get_client
+
+    with get_client(sync_client=True) as client:
+        fault = client.api_healthcheck()
+    if fault is not None:
+        raise UserError(
+            f"PREFECT_API_URL: {api} does not answer ({fault}); start that server, "
+            f"or unset the variable and a server is started for the run"
+        )
 
 
 def _end(server: Server) -> None:

@@ -25,7 +25,8 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base: {source.location}: not a causal language model with a tokenizer: {error}") from error
+        name = workspace.name
+        raise UserError(f"{name}: {source.location}: not a causal language model with a tokenizer: {error}") from error
     if source.kind == "gguf":
         model = _plain(model)
     folder = workspace.store.staging(workspace.key)

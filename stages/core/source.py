@@ -10,6 +10,7 @@ from experts.errors import UserError, nearest
 from stages.core.checkpoint import hash_file
 
 PACKAGE_SCHEME = "package://"
+GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ def resolve_gguf(reference: str) -> Source:
     """Resolve a GGUF reference: a path, or `package://PACKAGE/FILE` inside an installed package.
 
     Raises:
-        UserError: the package is not installed, or the file is not there.
+        UserError: the package is not installed, or the file is not there or no GGUF file.
     """
     path = Path(reference)
     if reference.startswith(PACKAGE_SCHEME):
         package, _, name = reference.removeprefix(PACKAGE_SCHEME).partition("/")
-        spec = importlib.util.find_spec(package)
+        # A dotted name would import its parent; the top-level name alone says whether it is installed.
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"base.gguf: package '{package}' is not installed; "
@@ -56,13 +58,17 @@ def resolve_gguf(reference: str) -> Source:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
         raise UserError(f"base.gguf: {path}: no such file{nearest(str(path), siblings)}")
+    with path.open("rb") as file:
+        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            raise UserError(f"base.gguf: {path}: not a GGUF file, or a broken one (it does not begin with GGUF)")
     return Source("gguf", str(path.resolve()))
 
 
-def resolve_checkpoint(reference: str, revision: str | None, pinned: str | None) -> Source:
+def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: str | None) -> Source:
     """Resolve a checkpoint reference: a local directory, else a Hugging Face id at one commit.
 
     Args:
+        key: The run file's key that holds the reference; errors name it.
         reference: Path or Hub id.
         revision: Branch, tag or commit asked for; the default branch when None.
         pinned: The commit an earlier plan resolved it to; a mutable name is resolved only once.
@@ -73,16 +79,16 @@ def resolve_checkpoint(reference: str, revision: str | None, pinned: str | None)
     path = Path(reference).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"base.checkpoint: {path}: not a Hugging Face checkpoint (no config.json)")
+            raise UserError(f"{key}: {path}: not a Hugging Face checkpoint (no config.json)")
         return Source("directory", str(path.resolve()))
     looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
     if looks_like_path:
         siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise UserError(f"base.checkpoint: {reference}: no such directory{nearest(str(path), siblings)}")
-    return Source("hub", reference, pinned or _hub_commit(reference, revision))
+        raise UserError(f"{key}: {reference}: no such directory{nearest(str(path), siblings)}")
+    return Source("hub", reference, pinned or _hub_commit(key, reference, revision))
 
 
-def _hub_commit(repository: str, revision: str | None) -> str:
+def _hub_commit(key: str, repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -91,13 +97,13 @@ def _hub_commit(repository: str, revision: str | None) -> str:
         if commit:
             return commit
     except RepositoryNotFoundError:
-        raise UserError(f"base.checkpoint: '{repository}' is neither a local directory nor a Hugging Face id") from None
+        raise UserError(f"{key}: '{repository}' is neither a local directory nor a Hugging Face id") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         pass  # Offline: a copy in the local Hub cache serves as well, and is named by its commit.
     cached = try_to_load_from_cache(repository, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise UserError(
-            f"base.checkpoint: '{repository}' is not a local directory, the Hugging Face Hub cannot be reached, "
+            f"{key}: '{repository}' is not a local directory, the Hugging Face Hub cannot be reached, "
             f"and it is not in the Hub cache"
         )
     return Path(cached).parent.name
