@@ -136,7 +136,7 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
     for job, failure in error.failures.items():
         text = str(failure)
         if isinstance(failure, NodeFailedError) and failure.exit_code == DISK_FAULT:
-            text = f"the disk is full or failing: {text}"
+            text = f"the disk of {asked.home} is full or failing: {text}"
         sys.stderr.write(f"error: {text if text.startswith(job) else f'{job}: {text}'}\n")
         mistakes.append(isinstance(failure, UserError) or getattr(failure, "user_error", False))
     if error.not_started:

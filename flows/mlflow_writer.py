@@ -73,7 +73,6 @@ class Writer:
             Unreachable: the server may take it later.
             Rejected: the server will never take it.
         """
-        import requests
         from mlflow.exceptions import MlflowException
 
         try:
@@ -81,7 +80,8 @@ class Writer:
         except MlflowException as error:
             kind = Rejected if error.error_code in HOPELESS else Unreachable
             raise kind(str(error)) from error
-        except requests.RequestException as error:
+        except OSError as error:
+            # A connection that failed, or a disk that has no room for an artifact.
             raise Unreachable(str(error)) from error
 
     @property

@@ -5,13 +5,14 @@ take it later; it then stays at the head of the queue, everything behind it wait
 holds all of it, so that neither a dead server nor a killed run loses anything. Nothing here knows MLflow.
 """
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Outbox:
         self._mutex = threading.RLock()
         self._not_before = 0.0
         self._warned = False
+        self._unkept = False
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not thread-local: whichever thread finishes a run gives its file up.
         self._owned = FileLock(self._owned_path, thread_local=False)
@@ -54,9 +56,11 @@ class Outbox:
         if path.exists():
             # A process killed while it wrote leaves a last line without an end.
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            first, *rest = (json.loads(line) for line in lines)
-            self.ids.update(first["ids"])
-            self._waiting.extend(rest)
+            records = [json.loads(line) for line in lines]
+            # A full disk leaves an empty file, or one without its head.
+            if records and "ids" in records[0]:
+                self.ids.update(records.pop(0)["ids"])
+            self._waiting.extend(records)
 
     @property
     def unsent(self) -> int:
@@ -70,7 +74,7 @@ class Outbox:
             if time.monotonic() >= self._not_before:
                 self.flush()
             else:
-                with self.path.open("a") as file:
+                with self._disk_may_be_full(), self.path.open("a") as file:
                     file.write(json.dumps(operation) + "\n")
 
     def flush(self) -> int:
@@ -119,8 +123,19 @@ class Outbox:
     def _keep(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         lines = [json.dumps({"ids": self.ids}), *(json.dumps(operation) for operation in self._waiting)]
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, self.path)
+        with self._disk_may_be_full():
+            temporary.write_text("".join(line + "\n" for line in lines))
+            os.replace(temporary, self.path)
+
+    @contextlib.contextmanager
+    def _disk_may_be_full(self) -> Iterator[None]:
+        """What cannot be written stays in memory: tracking must not end a run that the disk would still let finish."""
+        try:
+            yield
+        except OSError as error:
+            if not self._unkept:
+                logger.warning("what the tracking server has not taken cannot be kept in %s: %s", self.path, error)
+            self._unkept = True
 
 
 def send_left_over(folder: Path, apply: Apply) -> int:

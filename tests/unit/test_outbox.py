@@ -1,5 +1,6 @@
 """The outbox keeps the order and loses nothing, whatever the server does."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -86,3 +87,31 @@ def test_a_killed_process_leaves_its_words_and_ids_to_the_next(tmp_path: Path):
     assert server.taken == [1, 2, 3]
     assert heard == {"run": "id-1"}
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("left", ["", '{"op": "say", "n": 7}\n', '{"op": "say", "n": 7}\n{"op": "sa'])
+def test_a_file_that_a_full_disk_cut_short_is_sent_as_far_as_it_goes(tmp_path, left):
+    (tmp_path / "a.jsonl").write_text(left)
+    server = Server()
+    assert send_left_over(tmp_path, server) == 0
+    assert server.taken == ([7] if left else [])
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_full_disk_keeps_what_is_unsent_in_memory(tmp_path, monkeypatch, caplog):
+    server = Server()
+    server.away = True
+    box = Outbox(tmp_path / "a.jsonl", server)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "open", full)
+        submit(box, 1, 2, 3)
+    assert box.unsent == 3
+    assert sum("cannot be kept" in record.message for record in caplog.records) == 1
+    server.away = False
+    assert box.close() == 0
+    assert server.taken == [1, 2, 3]
