@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_pipeline import PATIENCE_SECONDS, RUN, Bench
+from tests.numerics.conftest import tiny_policy
 
 MISTAKE = 2
 PAIR = {"sort2": {"domain": "sort", "train": {"sft": {"max_steps": 2}}}}
@@ -130,3 +131,24 @@ def test_sampling_that_cannot_work_is_found_before_training(desk: Desk) -> None:
     message = desk.refuses("experts.sort.train.rl.max_new_tokens=500", "merge.prompts_per_step=1", check=True)
     assert "experts/sort@0: max_new_tokens 500 leaves no room for a prompt in a context of 128 tokens" in message
     assert "student@0: prompts_per_step 1 is less than one for each of 3 domains" in message
+
+
+def test_a_teacher_with_another_tokenizer_is_found_before_training(desk: Desk, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    tiny_policy(0).save(foreign)
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = desk.refuses(override("experts.sort", {"domain": "sort", "checkpoint": str(foreign)}), check=True)
+    assert "merge.teachers.sort: the tokenizer of teacher experts/sort differs from that of the student's" in message
+
+
+def test_a_dead_prefect_server_is_one_message(desk: Desk) -> None:
+    # Port 9 is discard's: nothing listens there.
+    desk.environment["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
+    done = desk.run()
+    del desk.environment["PREFECT_API_URL"]
+    assert done.returncode == MISTAKE
+    assert "error: PREFECT_API_URL: http://127.0.0.1:9/api does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
