@@ -77,10 +77,11 @@ def _champion(results: Results, champion: Mapping[str, Scores] | None) -> Criter
         return Criterion(name, None, "no scores of a previous champion: not compared")
     strata: dict[str, np.ndarray] = {}
     for domain in results.expert_domains:
-        cell = results.cells.get(("student", domain, HELD_OUT), {})
+        # One student can become champion: the first seed's.
+        student = results.cells.get(("student", domain, HELD_OUT), {}).get(results.seeds[0])
         sheet = champion.get(domain)
-        if cell and sheet and sheet.ids == next(iter(cell.values())).ids:
-            strata[f"{domain}/{HELD_OUT}"] = np.stack([s.greedy_N for s in cell.values()]) - sheet.greedy_N
+        if student and sheet and sheet.ids == student.ids:
+            strata[f"{domain}/{HELD_OUT}"] = (student.greedy_N - sheet.greedy_N)[None]
     if not strata:
         return Criterion(name, None, "the champion was not scored on these examples: not compared")
     difference = mean_over(strata, results.confidence)

@@ -1,5 +1,7 @@
 """Each criterion fails alone; what cannot be compared is said."""
 
+import dataclasses
+
 import pytest
 
 from evals.gate import judge
@@ -30,6 +32,17 @@ def test_one_criterion_fails_alone(scores, name):
 def test_a_better_champion_stays():
     champion = {"a": sheet("a", 1.0), "b": sheet("b", 1.0)}
     assert _failed({}, champion=champion) == ["not worse than the previous champion"]
+
+
+def test_the_champion_is_compared_with_the_first_seeds_student():
+    whole = results(GOOD)
+    cells = {key: dict(cell) for key, cell in whole.cells.items()}
+    for domain in ("a", "b"):
+        cells["student", domain, "held_out"][1] = sheet(domain, 0.5)
+    champion = {domain: cells["student", domain, "held_out"][0] for domain in ("a", "b")}
+    line = judge(dataclasses.replace(whole, cells=cells), 0.5, 0.05, champion).criteria[-1]
+    assert line.passed
+    assert "difference +0.0 [+0.0, +0.0]" in line.text
 
 
 def test_all_met_promotes_and_a_missing_champion_is_said():
