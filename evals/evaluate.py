@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from experts.domain import Domain, Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
@@ -52,6 +55,7 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
         UserError: a domain cannot supply the examples, or a prompt does not fit the model.
     """
     policy = load_policy(checkpoint, store)
+    policy.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
     return [_evaluate(request, policy, checkpoint) for request in requests]
 
 

@@ -1,5 +1,6 @@
 """What the commands of `mopd` do; `flows.cli` declares them. Heavy imports wait until they are needed."""
 
+import errno
 import json
 import os
 import shlex
@@ -135,7 +136,8 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
     mistakes = []
     for job, failure in error.failures.items():
         text = str(failure)
-        if isinstance(failure, NodeFailedError) and failure.exit_code == DISK_FAULT:
+        full = isinstance(failure, OSError) and failure.errno == errno.ENOSPC
+        if full or (isinstance(failure, NodeFailedError) and failure.exit_code == DISK_FAULT):
             text = f"the disk of {asked.home} is full or failing: {text}"
         sys.stderr.write(f"error: {text if text.startswith(job) else f'{job}: {text}'}\n")
         mistakes.append(isinstance(failure, UserError) or getattr(failure, "user_error", False))

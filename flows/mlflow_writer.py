@@ -6,6 +6,7 @@ and versions by a tag.
 """
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -90,6 +91,8 @@ class Writer:
         if self._client is None:
             import mlflow
 
+            # It prints the traceback of every fault of its database, and then raises it to us.
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             with self.store.lock("mlflow"):
                 mlflow.set_tracking_uri(self.uri)
                 client = mlflow.MlflowClient(self.uri)

@@ -168,6 +168,12 @@ class DistillConfig(OnPolicyConfig):
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3), description="Optimizer and schedule."
     )
 
+    @model_validator(mode="after")
+    def _reward_has_a_group(self) -> "DistillConfig":
+        if self.objective.outcome_weight > 0 and self.group_size < 2:
+            raise ValueError("objective.outcome_weight needs a group_size of 2 or more, to compare rewards in")
+        return self
+
 
 class EvaluationConfig(StrictModel):
     """How one checkpoint is scored on one domain and split."""
@@ -177,4 +183,4 @@ class EvaluationConfig(StrictModel):
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
     max_new_tokens: Positive = Field(64, description="Longest completion.")
-    batch_size: Positive = Field(256, description="Sequences sampled together.", json_schema_extra=NOT_IN_KEY)
+    batch_size: Positive = Field(256, description="Sequences sampled together; decides which random numbers each gets.")

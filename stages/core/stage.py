@@ -27,12 +27,15 @@ def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[E
 
 
 def end_step(learner: Learner, journal: Journal, step: int, total: int, metrics: Mapping[str, float]) -> None:
-    """Log a finished step and save the state when it is due; `step` counts from 1."""
-    if step % learner.config.save_every == 0 and step < total:
-        learner.save(step)
+    """Log a finished step, then save the state when it is due; `step` counts from 1.
+
+    A journal that is ahead of the saved state is cut back on resume; one behind it would have a gap.
+    """
     if learner.accelerator.is_main_process:
         journal.metrics(step, metrics)
         journal.progress(step, total)
+    if step % learner.config.save_every == 0 and step < total:
+        learner.save(step)
 
 
 def finish(

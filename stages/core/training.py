@@ -7,6 +7,7 @@ and step; a resumed stage takes the same steps an uninterrupted one would.
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -102,13 +103,19 @@ class Learner:
             self.backward((hidden_BTH.sum() + self.policy.head_VH.sum()) * 0.0)
 
     def update(self) -> dict[str, float]:
-        """Clip, step the optimizer and the schedule, clear gradients; returns the gradient's norm and the rate."""
+        """Clip, step the optimizer and the schedule, clear gradients; returns the gradient's norm and the rate.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are left as they were.
+        """
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimizer.max_grad_norm)
+        if norm is None or not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}; lower the learning rate or use dtype float32")
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return {"grad_norm": float(norm) if norm is not None else 0.0, "learning_rate": rate}
+        return {"grad_norm": float(norm), "learning_rate": rate}
 
     def skip_update(self) -> None:
         """Let the schedule advance where a step brought nothing to learn from."""

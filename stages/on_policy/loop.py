@@ -52,6 +52,7 @@ def train_on_policy(
     metrics: dict[str, float] = {}
     for step in range(done + 1, config.max_steps + 1):
         learner.begin(step)
+        metrics = {}
         rollout = roll_out(learner, mixture.step(step), config, step)
         rows = _rows(rollout, config, learner)
         judgement = signal.judge(rollout, rows)

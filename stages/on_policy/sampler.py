@@ -45,8 +45,9 @@ class Sample:
     Attributes:
         prompt_ids: The prompt.
         completion_ids: The completion; its last token is EOS when it ended by itself.
-        logprobs_N: Log-probability of each completion token under the distribution it was drawn from (after
-            temperature and top-p).
+        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature. Top-p
+            only bars tokens from being drawn: with it in the numbers, an importance ratio would fall below 1 where
+            sampler and trainer are one policy.
         finished: Whether it ended with EOS within `max_new_tokens`.
     """
 
@@ -77,15 +78,19 @@ def sample(
         One list of `group_size` samples per prompt, in order.
 
     Raises:
-        UserError: a prompt with `max_new_tokens` more does not fit the model's context.
+        UserError: a prompt with `max_new_tokens` more does not fit the model's context, or its sliding window.
     """
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    if not prompts:
+        return []
     longest = max(len(prompt) for prompt in prompts)
-    if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
-            f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
-        )
+    # The mask made here has no window, so a model with one is sampled only where its window hides nothing.
+    for name, what in (("max_position_embeddings", "context"), ("sliding_window", "sliding window")):
+        limit = getattr(policy.model.config, name, None)
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's {what} "
+                f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
+            )
     generator = torch.Generator(policy.device).manual_seed(seed)
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -207,16 +212,18 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
     """Draw one token a row.
 
     Returns:
-        Tokens [B] and their log-probabilities [B] under the distribution they were drawn from.
+        Tokens [B] and their log-probabilities [B] at the sampling temperature, before top-p.
     """
     if sampling.temperature == 0:
         logprobs_BV = logits_BV.log_softmax(-1)
         tokens_B = logits_BV.argmax(-1)
     else:
-        logprobs_BV = truncate(logits_BV / sampling.temperature, sampling.top_p).log_softmax(-1)
+        scaled_BV = logits_BV / sampling.temperature
+        logprobs_BV = scaled_BV.log_softmax(-1)
+        allowed_BV = logprobs_BV if sampling.top_p >= 1.0 else truncate(scaled_BV, sampling.top_p).log_softmax(-1)
         # The first of independent exponential clocks with these rates to ring is a draw from the softmax.
-        clocks_BV = torch.empty_like(logprobs_BV).exponential_(generator=generator)
-        tokens_B = (logprobs_BV.exp() / clocks_BV).argmax(-1)
+        clocks_BV = torch.empty_like(allowed_BV).exponential_(generator=generator)
+        tokens_B = (allowed_BV.exp() / clocks_BV).argmax(-1)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
 
 

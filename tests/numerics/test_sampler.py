@@ -22,11 +22,11 @@ def prompts(policy: Policy) -> list[list[int]]:
     return [encode_prompt(policy.tokenizer, prompt) for prompt in PROMPTS]
 
 
-def trainer_logprobs(policy: Policy, row: Sample, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
+def trainer_logprobs(policy: Policy, row: Sample, temperature: float = 1.0) -> torch.Tensor:
     """Log-probabilities of the completion from one unpadded forward pass without a cache."""
     with torch.no_grad():
         logits_TV = policy.model(torch.tensor([row.tokens])).logits[0]
-    scaled_NV = truncate(logits_TV[len(row.prompt_ids) - 1 : -1] / temperature, top_p)
+    scaled_NV = logits_TV[len(row.prompt_ids) - 1 : -1] / temperature
     return token_logprobs(scaled_NV, torch.tensor(row.completion_ids))
 
 
@@ -38,7 +38,7 @@ def test_sampler_logprobs_equal_the_trainers(policy, prompts, temperature, top_p
     assert len(lengths) > 3
     for group in groups:
         for row in group:
-            expected_N = trainer_logprobs(policy, row, temperature, top_p)
+            expected_N = trainer_logprobs(policy, row, temperature)
             torch.testing.assert_close(row.logprobs_N, expected_N, rtol=1e-4, atol=1e-4)
 
 
@@ -85,6 +85,21 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert truncate(logits_BV, 0.7).isfinite().tolist() == [[False, True, False, True]]
     assert truncate(logits_BV, 0.5).isfinite().tolist() == [[False, True, False, False]]
     assert truncate(logits_BV, 1.0).isfinite().all()
+
+
+def test_top_p_draws_from_the_nucleus_alone():
+    logits_BV = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().expand(4000, 4)
+    tokens_B, logprobs_B = draw(logits_BV, Sampling(1, top_p=0.7), torch.Generator().manual_seed(0))
+    shares = torch.bincount(tokens_B, minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.625, 0.0, 0.375]), atol=0.03, rtol=0)
+    torch.testing.assert_close(logprobs_B, logits_BV[0][tokens_B])
+
+
+def test_a_sliding_window_that_would_hide_something_is_an_error(prompts):
+    windowed = tiny_policy(1)
+    windowed.model.config.sliding_window = 16
+    with pytest.raises(UserError, match="sliding window of 16 tokens"):
+        sample(windowed, prompts, 1, Sampling(8), seed=0)
 
 
 def test_too_long_for_the_context_is_an_error(policy, prompts):

@@ -110,3 +110,14 @@ def test_rows_left_out_of_an_update_leave_no_gradient(tmp_path):
     accumulate(learner, rows, partial(cross_entropy, rows), only=[0, 2, 3, 4])
     for name, parameter in learner.policy.model.named_parameters():
         torch.testing.assert_close(parameter.grad, weightless[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path):
+    learner = make_learner(tmp_path)
+    before = [p.detach().clone() for p in learner.policy.model.parameters()]
+    rows = [Row(row.tokens, row.start, row.weights_N * float("inf")) for row in make_rows(learner)]
+    accumulate(learner, rows, partial(cross_entropy, rows))
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        learner.update()
+    for parameter, old in zip(learner.policy.model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old)

@@ -76,7 +76,6 @@ def test_a_change_reaches_exactly_what_lies_downstream(tmp_path: Path, override:
         "experts.sort.train.rl.save_every=3",
         "merge.max_resident=2",
         "merge.objective.chunk_tokens=7",
-        "evaluate.batch_size=3",
         "resources.parallel_experts=4",
         "resources.threads=2",
         "resources.retries=0",
