@@ -53,7 +53,7 @@ def test_a_leader_that_ignores_sigterm_is_killed_after_its_grace(server, tmp_pat
 def test_a_job_whose_supervisor_lets_go_is_ended(server, tmp_path):
     child, grandchild = started_with_grandchild(server, tmp_path / "log")
     child.close()
-    eventually(lambda: ended(child.pid) and ended(grandchild), within=2)
+    assert eventually(lambda: ended(child.pid) and ended(grandchild), within=2)
 
 
 def test_jobs_of_a_killed_server_die_and_are_reported(tmp_path):
