@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from evals.scores import FILE
 from experts.domain import Domain, Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
@@ -23,7 +24,6 @@ from stages.core.training import step_seed
 from stages.core.workspace import Workspace
 from stages.on_policy.sampler import Sample, Sampling, sample
 
-SCORES = "scores.jsonl"
 # Everyone is measured on the same examples, whatever the seed of its training.
 EXAMPLES_SEED = 0
 
@@ -84,7 +84,7 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
     metrics = summary(rows)
     journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
     folder = workspace.store.staging(workspace.key)
-    (folder / SCORES).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return workspace.commit(folder, sources=None, metrics=metrics, domain=request.domain, split=request.split)
 
 

@@ -1,6 +1,5 @@
 """A run's report: one HTML file that asks nothing of the network and reads well in light, dark and narrow."""
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -12,6 +11,7 @@ from evals.gate import Verdict
 from evals.results import Results
 from evals.table import Grid, grids, statements
 from experts.domain import HELD_OUT, Prompt
+from stages.core.checkpoint import write_whole
 
 SAMPLES = 4
 MARKS = {True: ("met", "ok"), False: ("failed", "bad"), None: ("not compared", "na")}
@@ -70,9 +70,7 @@ def write_report(
         f"<title>{escape(results.run)}</title><style>{STYLE}</style><main>{''.join(body)}</main></html>"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page)
     return path
 
 

@@ -1,7 +1,6 @@
 """What a finished run comes to: its scores, what the gate says of the student, the champion, and the report."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from experts.domain import HELD_OUT
 from flows import lineage
 from flows.config import STUDENT
 from flows.plan import StageGraph, lock_path
-from stages.core.checkpoint import Store
-from stages.core.journal import read
+from stages.core.checkpoint import Store, write_whole
+from stages.core.journal import JOURNAL_FILE, read
 
 if TYPE_CHECKING:
     from evals.gate import Verdict
@@ -102,9 +101,7 @@ def promote(graph: StageGraph, store: Store, outcome: Outcome) -> None:
         if node.config["split"] == HELD_OUT
     }
     path = _run_folder(store, graph.config.name) / CHAMPION_FILE
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"student": student.key, "scores": scores}, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps({"student": student.key, "scores": scores}, indent=1))
 
 
 def _champion_scores(store: Store, run: str) -> "dict[str, Scores] | None":
@@ -123,7 +120,7 @@ def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
     """Metric records of every training node whose journal is still there."""
     curves = {}
     for node in graph.checkpoints:
-        journal = store.home / "work" / node.key / "journal.jsonl"
+        journal = store.home / "work" / node.key / JOURNAL_FILE
         if journal.exists():
             curves[node.id] = [record for record in read(journal) if record["kind"] == "metrics"]
     return curves

@@ -20,7 +20,7 @@ from flows.config import RunConfig, load_run_file
 from flows.plan import NodeStatus, StageGraph, build_graph
 from flows.plan import status as node_status
 from stages.core.checkpoint import CorruptedArtifactError, Store
-from stages.core.journal import read
+from stages.core.journal import JOURNAL_FILE, read
 
 if TYPE_CHECKING:
     from flows.closing import Outcome
@@ -231,7 +231,7 @@ def status(asked: Asked) -> None:
         if node.stage == "evaluate":
             continue
         work = store.home / "work" / node.key
-        step, total = _position(work / "journal.jsonl")
+        step, total = _position(work / JOURNAL_FILE)
         state = "done" if entry.cached else "under way" if _is_locked(store, node.key) else "to run"
         error = work / "error.json"
         word = json.loads(error.read_text())["message"] if not entry.cached and error.exists() else ""

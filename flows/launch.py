@@ -6,7 +6,6 @@ exit code into an error for people.
 """
 
 import json
-import os
 import re
 import sys
 import threading
@@ -25,9 +24,9 @@ from flows.config import ResourcesConfig
 from flows.devices import DeviceLeases, WaitCancelledError
 from flows.forkserver import GRACE_SECONDS
 from flows.plan import VERSIONS, Node, StageGraph, code_fingerprint
-from flows.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, JOURNAL_FILE, USER_ERROR, exit_code_of
-from stages.core.checkpoint import Store
-from stages.core.journal import JournalReader
+from flows.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
+from stages.core.checkpoint import Store, write_whole
+from stages.core.journal import JOURNAL_FILE, JournalReader
 
 POLL_SECONDS = 0.3
 LOG_FILE = "log.txt"
@@ -93,9 +92,7 @@ class Job:
     def write(self, folder: Path) -> Path:
         """Write the spec file; the same spec gets the same name, so that repeated runs leave one file."""
         path = folder / f"spec-{stable_hash(self.spec)[:12]}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.spec, indent=1))
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(self.spec, indent=1))
         return path
 
 

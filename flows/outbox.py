@@ -8,7 +8,6 @@ holds all of it, so that neither a dead server nor a killed run loses anything. 
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from stages.core.checkpoint import write_whole
 
 RETRY_SECONDS = 30.0
 Operation = Mapping[str, Any]
@@ -121,11 +122,9 @@ class Outbox:
         self._warned = True
 
     def _keep(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
         lines = [json.dumps({"ids": self.ids}), *(json.dumps(operation) for operation in self._waiting)]
         with self._disk_may_be_full():
-            temporary.write_text("".join(line + "\n" for line in lines))
-            os.replace(temporary, self.path)
+            write_whole(self.path, "".join(line + "\n" for line in lines))
 
     @contextlib.contextmanager
     def _disk_may_be_full(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ its parents' keys, its domains' fingerprints, its seed and the number of devices
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, s
 from experts.errors import UserError
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
 from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig, TrainConfig
-from stages.core.checkpoint import Artifact, Store
+from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
@@ -129,9 +128,7 @@ def write_lock(graph: StageGraph, home: Path) -> None:
     path = lock_path(home, graph.config.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     nodes = {node.id: {**node.ingredients, "key": node.key} for node in graph.nodes}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"pins": dict(graph.pins), "nodes": nodes}, indent=1, sort_keys=True))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps({"pins": dict(graph.pins), "nodes": nodes}, indent=1, sort_keys=True))
 
 
 def lock_path(home: Path, run: str) -> Path:
@@ -245,7 +242,7 @@ class _Builder:
         if stamp not in known:
             known[stamp] = source.fingerprint()
             memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps(known))
+            write_whole(memory, json.dumps(known))
         return str(known[stamp])
 
     def _train(

@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, State
 
-from flows.launch import Launcher, NodeFailedError
+from flows.launch import LOG_FILE, Launcher, NodeFailedError
 from flows.plan import Node, StageGraph
 from flows.progress import Meter, ProgressDisplay, duration
 from stages.core.checkpoint import Store
@@ -100,7 +100,7 @@ class Supervisor:
         runs = {node.id: self.tracker.stage_started(node) for node in nodes}
         meter, page, log = Meter(job.id, nodes), ProgressPage(job.id), get_run_logger()
         self.display.started(meter)
-        log.info("%s: launched, log %s", job.id, self.store.work(nodes[0].key) / "log.txt")
+        log.info("%s: launched, log %s", job.id, self.store.work(nodes[0].key) / LOG_FILE)
 
         def on_records(node: Node, records: list[dict[str, Any]]) -> None:
             runs[node.id].forward(records)

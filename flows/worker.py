@@ -24,13 +24,13 @@ from filelock import Timeout
 from experts.domain import load_domain
 from experts.errors import UserError
 from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig
-from stages.core.checkpoint import Artifact, Store
+from stages.core.checkpoint import Artifact, Store, write_whole
+from stages.core.journal import JOURNAL_FILE
 from stages.core.source import Source
 from stages.core.workspace import Workspace
 
 DONE, FAILED, USER_ERROR, DISK_FAULT, INFRASTRUCTURE_FAULT = 0, 1, 2, 74, 75
 ERROR_FILE = "error.json"
-JOURNAL_FILE = "journal.jsonl"
 
 NodeSpec = Mapping[str, Any]
 Runner = Callable[[Sequence[NodeSpec], Sequence[Workspace]], None]
@@ -226,9 +226,7 @@ def _write_errors(store: Store, nodes: Sequence[NodeSpec], error: Exception, cod
             path = store.work(node["key"]) / ERROR_FILE
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and path.exists():
                 continue
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(text)
-            os.replace(temporary, path)
+            write_whole(path, text)
     except OSError as fault:
         sys.stderr.write(f"{ERROR_FILE} could not be written: {fault}\n")
 

@@ -119,7 +119,7 @@ class Store:
                     artifact.key,
                 )
         seal.parent.mkdir(exist_ok=True)
-        _write_text(seal, json.dumps(state))
+        write_whole(seal, json.dumps(state))
 
     def commit(self, folder: Path, key: str, manifest: Mapping[str, Any]) -> Artifact:
         """Move a finished folder into the store under `key`: add the manifest, sync, rename.
@@ -209,7 +209,8 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

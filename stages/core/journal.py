@@ -5,11 +5,14 @@ MLflow and Prefect, so an unreachable server loses nothing.
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from stages.core.checkpoint import write_whole
+
+JOURNAL_FILE = "journal.jsonl"
 
 
 class Journal:
@@ -24,9 +27,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [record for record in read(path) if record["step"] <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

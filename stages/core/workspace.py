@@ -11,7 +11,7 @@ from typing import Any
 
 from experts.domain import Domain
 from stages.core.checkpoint import Artifact, Store
-from stages.core.journal import Journal
+from stages.core.journal import JOURNAL_FILE, Journal
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
@@ -52,7 +52,7 @@ class Workspace:
         Under torchrun every rank but the first has a file of its own: opening a journal rewrites it.
         """
         rank = int(os.environ.get("RANK", "0"))
-        return Journal(self.folder / (f"journal-{rank}.jsonl" if rank else "journal.jsonl"), resume_step)
+        return Journal(self.folder / (f"journal-{rank}.jsonl" if rank else JOURNAL_FILE), resume_step)
 
     def commit(
         self, folder: Path, *, sources: Mapping[str, list[str]] | None, metrics: Mapping[str, float], **facts: Any

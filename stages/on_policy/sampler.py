@@ -232,6 +232,7 @@ def truncate(logits_BV: Tensor, top_p: float) -> Tensor:
     if top_p >= 1.0:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
-    before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)
+    probabilities_BV = sorted_BV.softmax(-1)
+    before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
     outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
     return logits_BV.masked_fill(outside_BV, -torch.inf)
