@@ -1,6 +1,8 @@
 """The stages' configs: what a run file may say about each stage, with defaults. Free of torch.
 
-A field marked `not_in_key` changes how a stage runs, never its result, and stays out of the content key.
+A field marked `not_in_key` changes how a stage runs, never its result, and stays out of the content key. One marked
+`neutral_default` was added after checkpoints had been made without it: at its default it means what its absence meant,
+and stays out of the key, so that a new option makes no finished stage run again.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
+NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 
 
 class StrictModel(BaseModel):
@@ -21,8 +24,9 @@ class StrictModel(BaseModel):
         """The fields that decide the result, as JSON-serialisable values."""
         values = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("not_in_key"):
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            at_default = getattr(self, name) == field.get_default(call_default_factory=True, validated_data={})
+            if extra.get("not_in_key") or (extra.get("neutral_default") and at_default):
                 del values[name]
             elif isinstance(nested := getattr(self, name), StrictModel):
                 values[name] = nested.key_fields()
@@ -61,6 +65,17 @@ class TrainConfig(StrictModel):
     )
     examples: Positive = Field(3000, description="Distinct training examples drawn from each domain.")
     save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="Over several devices: a whole copy on each (DDP), or weights, gradients and optimizer state "
+        "sharded over them (FSDP2).",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, about a third more time.",
+        json_schema_extra=NOT_IN_KEY,
+    )
 
 
 class TinyModelConfig(StrictModel):
@@ -102,6 +117,38 @@ class SFTConfig(TrainConfig):
     )
 
 
+class HealthConfig(StrictModel):
+    """What ends an on-policy stage early, or raises an alarm in its log. Every decision is logged."""
+
+    patience: Positive | None = Field(
+        None,
+        description="Stop when no domain's smoothed signal (reward, or divergence from the teacher) has improved for "
+        "this many steps; never when absent.",
+    )
+    min_improvement: float = Field(0.01, gt=0, description="Relative change that counts as an improvement.")
+    window: Positive = Field(10, description="Steps over which a signal is averaged.")
+    min_entropy: Share = Field(
+        0.1, description="Alarm when a domain's token entropy falls below this share of that of its first window."
+    )
+    max_length_growth: float = Field(
+        2.0, gt=1, description="Alarm when a domain's mean length grows to this multiple of that of its first window."
+    )
+    max_compression: float = Field(
+        5.0,
+        gt=1,
+        description="Alarm when a domain's completions shrink by more than this factor under zlib: they repeat "
+        "themselves.",
+    )
+    on_alarm: Literal["warn", "stop"] = Field("warn", description="Only log an alarm, or end the stage with it.")
+
+
+class MonitorConfig(StrictModel):
+    """Scores of the student while it trains: a learning curve for each domain."""
+
+    every: Positive = Field(50, description="Steps between two measurements.")
+    examples: Positive = Field(100, description="Held-out examples of each domain, greedy.")
+
+
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, judge the samples, update."""
 
@@ -111,8 +158,18 @@ class OnPolicyConfig(TrainConfig):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus sampling threshold.")
     updates_per_batch: Positive = Field(1, description="Optimizer updates made on each batch of rollouts.")
-    loss_normalisation: Literal["token", "sequence"] = Field(
-        "token", description="Mean over all tokens, or the mean over sequences of each one's own mean."
+    loss_normalisation: Literal["token", "sequence", "domain"] = Field(
+        "token",
+        description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "
+        "of each one's token mean, so that a domain of long answers does not own the gradient.",
+    )
+    health: HealthConfig = Field(
+        default_factory=HealthConfig,
+        description="Early stop and alarms.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    monitor: MonitorConfig | None = Field(
+        None, description="Measure the student while it trains.", json_schema_extra=NOT_IN_KEY
     )
 
 
@@ -127,28 +184,92 @@ class RLConfig(OnPolicyConfig):
     )
 
 
-class ObjectiveConfig(StrictModel):
-    """What the student minimises on its own samples against the routed teacher."""
+class TopKConfig(StrictModel):
+    """A divergence over K tokens of the vocabulary instead of all."""
 
-    name: Literal["reverse_kl", "sampled_reverse_kl"] = Field(
+    k: Positive = Field(32, description="Tokens taken from a model; as many as the vocabulary has is the exact form.")
+    support: Literal["student", "teacher", "union", "intersection"] = Field(
+        "teacher", description="Whose likeliest tokens."
+    )
+    remainder: Literal["renormalise", "correct", "tail"] = Field(
+        "tail",
+        description="What becomes of the others: both distributions renormalised over the support, the mass "
+        "difference added (- S + T), or all others in one bucket.",
+    )
+
+
+class ObjectiveConfig(StrictModel):
+    """What the student minimises on its samples against the routed teacher."""
+
+    name: Literal["reverse_kl", "forward_kl", "jsd", "entropy_aware", "sampled_reverse_kl"] = Field(
         "reverse_kl",
-        description="Exact full-vocabulary reverse KL, or the sampled token's log-ratio as a clipped advantage.",
+        description="Exact full-vocabulary reverse KL, forward KL, generalised JSD, reverse KL plus forward KL where "
+        "the teacher is unsure; or the sampled token's log-ratio as a clipped advantage.",
+    )
+    top_k: TopKConfig | None = Field(
+        None,
+        description="Restrict reverse_kl, forward_kl or jsd to K tokens.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    beta: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="jsd: weight of KL(teacher || mixture), and the teacher's share of the mixture.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    entropy_threshold: float = Field(
+        0.8,
+        ge=0,
+        description="entropy_aware: the teacher's entropy in nats above which forward KL is added.",
+        json_schema_extra=NEUTRAL_DEFAULT,
     )
     advantage_clip: float = Field(5.0, gt=0, description="A_max: the sampled log-ratio is clipped to ±A_max.")
-    importance_band: tuple[float, float] = Field(
-        (0.5, 2.0),
-        description="Tokens whose policy/sampler ratio is outside get weight 0 (MiMo: dropped, not clipped).",
+    importance: Literal["drop", "truncate", "mask"] = Field(
+        "drop",
+        description="Outside the band the policy/sampler ratio weighs 0 (MiMo), is cut to the upper end (TIS), or "
+        "masks the token where trainer and sampler disagree before any update (IcePop).",
+        json_schema_extra=NEUTRAL_DEFAULT,
     )
+    importance_level: Literal["token", "sequence"] = Field(
+        "token",
+        description="The ratio of each token, or the geometric mean of its sequence's.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    importance_band: tuple[float, float] = Field((0.5, 2.0), description="The band of the ratio: [low, high].")
     outcome_weight: float = Field(0.0, ge=0, description="alpha: weight of the group-normalised outcome reward.")
+    extrapolation: float = Field(
+        1.0,
+        ge=0,
+        description="lambda: beyond 1 the target lies beyond the teacher, away from the start checkpoint (ExOPD); 1 is "
+        "the teacher itself.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    reference_kl: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the reverse KL against the start checkpoint, against length inflation (about 0.01).",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    golden_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of the loss that is cross-entropy on the domains' gold answers (about 0.1).",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     chunk_tokens: Positive = Field(
         1024, description="Tokens whose logits exist at one time in an exact divergence.", json_schema_extra=NOT_IN_KEY
     )
 
     @model_validator(mode="after")
-    def _band_is_ordered(self) -> "ObjectiveConfig":
+    def _is_consistent(self) -> "ObjectiveConfig":
         low, high = self.importance_band
         if not 0 <= low < 1 < high:
             raise ValueError("importance_band must be [low, high] with 0 <= low < 1 < high")
+        if self.top_k is not None and self.name not in ("reverse_kl", "forward_kl", "jsd"):
+            raise ValueError(f"top_k restricts reverse_kl, forward_kl or jsd; {self.name} has no top-k form")
+        for option, owner in (("beta", "jsd"), ("entropy_threshold", "entropy_aware")):
+            if self.name != owner and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} belongs to {owner}; the objective is {self.name}")
         return self
 
 
@@ -161,8 +282,45 @@ class DistillConfig(OnPolicyConfig):
     domain_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="Share of prompts of a domain, relative to 1."
     )
+    teacher_weights: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = Field(
+        default_factory=dict,
+        description="domain -> teacher -> weight, where several teachers share a domain; their geometric mean teaches.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    domain_shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Budget: no domain has more than this share of the loss; what one is over goes to the others.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    on_policy_fraction: Share = Field(
+        1.0,
+        description="Share of prompts the student answers itself; the others bring completions made elsewhere.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    off_policy: Literal["teacher", "dataset"] = Field(
+        "teacher",
+        description="Whose completions the others bring: the routed teacher's own, or the domain's gold answers.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     max_resident: Positive = Field(
         8, description="Full teacher checkpoints held in memory at one time.", json_schema_extra=NOT_IN_KEY
+    )
+    teacher_cache: Literal["device", "cpu"] = Field(
+        "device",
+        description="Where the teachers' hidden states wait for the updates of one rollout.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    preflight_tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="Largest gap between two forwards of one model, in nats, that the preflight lets pass; 0 takes "
+        "1e-3 in float32 and 0.25 in bfloat16.",
+        json_schema_extra=NOT_IN_KEY,
     )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3), description="Optimizer and schedule."
@@ -172,6 +330,10 @@ class DistillConfig(OnPolicyConfig):
     def _reward_has_a_group(self) -> "DistillConfig":
         if self.objective.outcome_weight > 0 and self.group_size < 2:
             raise ValueError("objective.outcome_weight needs a group_size of 2 or more, to compare rewards in")
+        if self.domain_shares and self.loss_normalisation != "domain":
+            raise ValueError("domain_shares belongs to loss_normalisation: domain")
+        if self.on_policy_fraction < 1 and self.off_policy == "dataset" and self.group_size > 1:
+            raise ValueError("off_policy: dataset has one completion of a prompt; it needs a group_size of 1")
         return self
 
 
