@@ -5,7 +5,7 @@ A field marked `not_in_key` changes how a stage runs, never its result, and stay
 and stays out of the key, so that a new option makes no finished stage run again.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -163,6 +163,16 @@ class OnPolicyConfig(TrainConfig):
         description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "
         "of each one's token mean, so that a domain of long answers does not own the gradient.",
     )
+    domain_shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Budget: no domain has more than this share of the loss; what one is over goes to the others.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     health: HealthConfig = Field(
         default_factory=HealthConfig,
         description="Early stop and alarms.",
@@ -171,6 +181,12 @@ class OnPolicyConfig(TrainConfig):
     monitor: MonitorConfig | None = Field(
         None, description="Measure the student while it trains.", json_schema_extra=NOT_IN_KEY
     )
+
+    @model_validator(mode="after")
+    def _shares_are_of_domains(self) -> Self:
+        if self.domain_shares and self.loss_normalisation != "domain":
+            raise ValueError("domain_shares belongs to loss_normalisation: domain")
+        return self
 
 
 class RLConfig(OnPolicyConfig):
@@ -261,7 +277,7 @@ class ObjectiveConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> "ObjectiveConfig":
+    def _is_consistent(self) -> Self:
         low, high = self.importance_band
         if not 0 <= low < 1 < high:
             raise ValueError("importance_band must be [low, high] with 0 <= low < 1 < high")
@@ -285,16 +301,6 @@ class DistillConfig(OnPolicyConfig):
     teacher_weights: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = Field(
         default_factory=dict,
         description="domain -> teacher -> weight, where several teachers share a domain; their geometric mean teaches.",
-        json_schema_extra=NEUTRAL_DEFAULT,
-    )
-    domain_shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict,
-        description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
-        json_schema_extra=NEUTRAL_DEFAULT,
-    )
-    max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0,
-        description="Budget: no domain has more than this share of the loss; what one is over goes to the others.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     on_policy_fraction: Share = Field(
@@ -327,11 +333,9 @@ class DistillConfig(OnPolicyConfig):
     )
 
     @model_validator(mode="after")
-    def _reward_has_a_group(self) -> "DistillConfig":
+    def _reward_has_a_group(self) -> Self:
         if self.objective.outcome_weight > 0 and self.group_size < 2:
             raise ValueError("objective.outcome_weight needs a group_size of 2 or more, to compare rewards in")
-        if self.domain_shares and self.loss_normalisation != "domain":
-            raise ValueError("domain_shares belongs to loss_normalisation: domain")
         if self.on_policy_fraction < 1 and self.off_policy == "dataset" and self.group_size > 1:
             raise ValueError("off_policy: dataset has one completion of a prompt; it needs a group_size of 1")
         return self
