@@ -1,6 +1,7 @@
 """What all training stages do around their steps: data in, progress saved, checkpoint out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experts.domain import TRAIN, Example
 from experts.errors import UserError
@@ -43,12 +44,14 @@ def finish(
     learner: Learner,
     examples: Mapping[str, Sequence[Example]],
     metrics: Mapping[str, float],
+    facts: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Commit the trained policy; the process that leads writes, the others wait for it.
 
     Args:
         examples: What was trained on, by domain; their sources go into the manifest.
         metrics: Final metrics.
+        facts: More for the manifest.
     """
     if learner.accelerator.is_main_process:
         folder = workspace.store.staging(workspace.key)
@@ -60,6 +63,7 @@ def finish(
             tokens=learner.tokens,
             adapter_base=learner.policy.adapter_base,
             parameters=sum(p.numel() for p in learner.policy.model.parameters()),
+            **(facts or {}),
         )
     learner.accelerator.wait_for_everyone()
     artifact = workspace.store.find(workspace.key)
