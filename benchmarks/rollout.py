@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experts.domain import HELD_OUT, load_domain
-from flows.config import STUDENT, load_run_file
+from flows.config import STUDENT
+from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
 from stages.core.policy import Policy, encode_prompt
 from stages.on_policy.sampler import Sampling, sample

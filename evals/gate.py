@@ -43,7 +43,8 @@ def judge(
 
     Args:
         results: The run's scores.
-        margin: Allowed deficit to each teacher: the lower bound of the paired difference must lie above `-margin`.
+        margin: Allowed deficit to each domain's teacher (`Results.teacher`): the lower bound of the paired difference
+            must lie above `-margin`.
         max_forgetting: Allowed mean drop (the estimate, not its bound) on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
     """
@@ -54,7 +55,7 @@ def judge(
 
 
 def _teacher(results: Results, domain: str, margin: float) -> Criterion:
-    name = f"non-inferior to {results.teachers[domain]} on {domain}"
+    name = f"non-inferior to {results.teacher(domain)} on {domain}"
     difference = results.difference("student", "teacher", domain)
     if difference is None:
         return Criterion(name, False, "not scored")

@@ -36,7 +36,7 @@ class Results:
         checkpoints: Node names in order: `base`, `cold_start`, `experts/NAME`, `student`.
         domains: Domains measured, in order.
         cells: (checkpoint, domain, split) -> seed -> sheet.
-        teachers: domain -> node name of the student's teacher.
+        teachers: domain -> node name of a teacher of the student -> its weight.
         experts: Experts by node name.
         anchored: Domains taught by the checkpoint the student starts from.
         start: The checkpoint gains and drops are measured from.
@@ -49,7 +49,7 @@ class Results:
     checkpoints: tuple[str, ...]
     domains: tuple[str, ...]
     cells: Mapping[tuple[str, str, str], Cell]
-    teachers: Mapping[str, str]
+    teachers: Mapping[str, Mapping[str, float]]
     experts: Mapping[str, Expert]
     anchored: tuple[str, ...]
     start: str
@@ -74,9 +74,17 @@ class Results:
         """Domains that no expert trains: where forgetting shows."""
         return tuple(domain for domain in self.domains if domain not in self.expert_domains)
 
+    def teacher(self, domain: str) -> str | None:
+        """The teacher a domain's student is measured by: of several the heaviest, of equals the first in the run file.
+
+        Not the best by score: who that is changes with the examples drawn, and its score would be biased upwards.
+        """
+        weights = self.teachers.get(domain, {})
+        return max(weights, key=lambda name: weights[name], default=None)
+
     def checkpoint(self, role: str, domain: str) -> str | None:
         """The node name behind a role: `teacher` is the domain's own teacher, others name themselves."""
-        return self.teachers.get(domain) if role == "teacher" else role
+        return self.teacher(domain) if role == "teacher" else role
 
     def aligned(self, names: Sequence[str | None], domain: str, split: str = HELD_OUT) -> list[np.ndarray] | None:
         """Greedy scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none."""

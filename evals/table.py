@@ -99,6 +99,12 @@ def statements(results: Results) -> list[str]:
                 f"{method.method.upper()} experts ({method.experts}), mean drop outside their own domain: "
                 f"{difference(method.drop)}."
             )
+    lines += [
+        f"{domain} has {len(weights)} teachers ({', '.join(f'{name} {w:.2g}' for name, w in weights.items())}); "
+        f"its column 'teacher' is the heaviest, {results.teacher(domain)}."
+        for domain, weights in results.teachers.items()
+        if len(weights) > 1
+    ]
     flagged = contaminated(results)
     worst = max(flagged, key=lambda name: flagged[name], default="")
     seen = (

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from experts.domain import HELD_OUT
 from flows import lineage
 from flows.config import STUDENT
-from flows.plan import StageGraph, lock_path
+from flows.lock import lock_path
+from flows.plan import StageGraph
 from stages.core.checkpoint import Store, write_whole
 from stages.core.journal import JOURNAL_FILE, read
 

@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experts.errors import UserError
-from flows.config import RunConfig, load_run_file
-from flows.plan import NodeStatus, StageGraph, build_graph
-from flows.plan import status as node_status
+from flows.config import RunConfig
+from flows.lock import NodeStatus
+from flows.lock import status as node_status
+from flows.plan import StageGraph, build_graph
+from flows.run_file import load_run_file
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.journal import JOURNAL_FILE, read
 

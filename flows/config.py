@@ -1,16 +1,14 @@
-"""The run file: one base, a cold start, experts, a merge, and how they are measured. Free of torch.
+"""The run file's schema: one base, a cold start, experts, a merge, and how they are measured. Free of torch.
 
-`load_run_file` reads YAML, applies dotted overrides, validates, and says every mistake in one message.
+`flows.run_file` reads one.
 """
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from experts.domain import KINDS
-from experts.errors import UserError, nearest
+from experts.errors import UserError
 from stages.config import (
     DistillConfig,
     EvaluationConfig,
@@ -100,15 +98,41 @@ class AnchorConfig(StrictModel):
     )
 
 
+def _as_weights(value: Any) -> Any:
+    """One teacher's bare name as a mapping; an empty mapping is refused."""
+    if isinstance(value, str):
+        return {value: 1.0}
+    if not isinstance(value, dict) or not value:
+        raise ValueError("name an expert, or several with their weights: {ONE: 0.7, OTHER: 0.3}")
+    return value
+
+
+Teachers = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_as_weights)]
+
+
 class MergeConfig(DistillConfig):
     """The student: many teachers, one on-policy loop."""
 
     method: Literal["mopd"] = Field("mopd", description="Multi-teacher on-policy distillation.")
     start_from: str | None = Field(None, description="cold_start, base or an expert; the cold start when there is one.")
     domains: list[str] | None = Field(None, description="Domains practised; those with an expert when absent.")
-    teachers: dict[str, str] | None = Field(None, description="domain -> expert; by default the domain's own expert.")
+    teachers: dict[str, Teachers] | None = Field(
+        None,
+        description="domain -> expert, or a mapping of several experts to their weights, of which only the ratio "
+        "counts; by default the domain's own expert.",
+    )
+    teacher_weights: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="Not for the run file: it follows from merge.teachers."
+    )
     fallback_teacher: str | None = Field(None, description="Expert, cold_start or base for domains without a teacher.")
     anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
+
+    @field_validator("teacher_weights")
+    @classmethod
+    def _follows_from_teachers(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        if value:
+            raise ValueError("write the mapping in merge.teachers instead: {DOMAIN: {ONE: 0.7, OTHER: 0.3}}")
+        return value
 
 
 class EvaluateConfig(EvaluationConfig):
@@ -159,8 +183,18 @@ class RunConfig(StrictModel):
         """The checkpoint that experts and merge start from unless told otherwise."""
         return COLD_START if self.cold_start else BASE
 
-    def teachers(self) -> dict[str, str]:
-        """Route every domain the student practises to its teacher: an expert's name, `cold_start` or `base`.
+    def practised(self) -> list[str]:
+        """The domains the student practises: those it is taught, and the anchors."""
+        merge = self.merge
+        if merge is None:
+            return []
+        return list(dict.fromkeys([*self._taught_domains(merge), *(merge.anchor.domains if merge.anchor else [])]))
+
+    def teachers(self) -> dict[str, dict[str, float]]:
+        """Route every domain the student practises to its teachers: experts' names, `cold_start` or `base`.
+
+        Returns:
+            domain -> teacher -> weight; the weights of a domain sum to 1.
 
         Raises:
             UserError: a domain has no teacher, or several experts could teach it.
@@ -168,170 +202,42 @@ class RunConfig(StrictModel):
         merge = self.merge
         if merge is None:
             return {}
-        routes = dict(merge.teachers or {})
-        practised = merge.domains or list(
-            dict.fromkeys([*routes, *(e.domain for e in self.experts.values() if merge.teachers is None)])
-        )
-        for domain in practised:
-            if domain in routes:
-                continue
-            own = [name for name, expert in self.experts.items() if expert.domain == domain]
-            if domain in own:
-                routes[domain] = domain
-            elif len(own) == 1:
-                routes[domain] = own[0]
-            elif len(own) > 1:
-                raise UserError(
-                    f"merge.teachers: domain '{domain}' has {len(own)} experts ({', '.join(own)}); name one"
-                )
-            elif merge.fallback_teacher:
-                routes[domain] = merge.fallback_teacher
-            elif merge.anchor is None or domain not in merge.anchor.domains:
-                raise UserError(
-                    f"merge.domains: domain '{domain}' has no teacher; route it in merge.teachers, "
-                    f"add it to merge.anchor.domains, or set merge.fallback_teacher"
-                )
+        routes = {domain: self._routed(merge, domain) for domain in self._taught_domains(merge)}
         for domain in merge.anchor.domains if merge.anchor else []:
-            if domain in routes:
-                raise UserError(f"merge.anchor.domains: '{domain}' already has the teacher '{routes[domain]}'")
-            routes[domain] = merge.start_from or self.default_start()
+            if taken := routes.get(domain):
+                raise UserError(f"merge.anchor.domains: '{domain}' already has the teacher '{', '.join(taken)}'")
+            routes[domain] = {merge.start_from or self.default_start(): 1.0}
         if not routes:
             raise UserError("merge: there is no teacher; add experts, merge.teachers or merge.anchor")
-        return routes
+        return {
+            domain: {name: weight / sum(weights.values()) for name, weight in weights.items()}
+            for domain, weights in routes.items()
+        }
 
+    def _taught_domains(self, merge: MergeConfig) -> list[str]:
+        """`merge.domains`; by default those with a teacher, and without any word on teachers those of the experts."""
+        if merge.domains:
+            return merge.domains
+        own = [expert.domain for expert in self.experts.values()]
+        return list(dict.fromkeys(own if merge.teachers is None else merge.teachers))
 
-def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int | None = None) -> RunConfig:
-    """Read and validate a run file.
-
-    Args:
-        path: A YAML file.
-        overrides: Dotted assignments such as `experts.sort.train.rl.max_steps=50`; values are YAML.
-        max_steps: Cap on the steps of every stage, to try a large run in small.
-
-    Raises:
-        UserError: names the file, the key and the nearest valid choice; all mistakes in one message.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such run file{nearest(str(path), siblings)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
-    raw = _unshared(raw)
-    for override in overrides or []:
-        _apply(raw, override)
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
-    problems = _dangling_names(config)
-    if problems:
-        raise UserError("\n".join(f"{path}: {line}" for line in problems))
-    return config if max_steps is None else RunConfig.model_validate(_capped(config.model_dump(), max_steps))
-
-
-def _capped(value: Any, max_steps: int) -> Any:
-    """The dumped config with no `max_steps` above the cap."""
-    if isinstance(value, dict):
-        return {k: min(v, max_steps) if k == "max_steps" else _capped(v, max_steps) for k, v in value.items()}
-    return value
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which every YAML alias has values of its own, so that an override reaches one place."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}': write KEY=VALUE, such as seeds=[0,1,2]")
-    *parents, last = key.split(".")
-    node: Any = raw
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if node is None:
-            raise UserError(f"override '{override}': '{part}' holds no keys")
-    if not isinstance(node, dict):
-        raise UserError(f"override '{override}': '{parents[-1]}' is not a mapping")
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML: {error}") from None
-
-
-def _describe(error: ValidationError) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        key = ".".join(location) or "(top level)"
-        if problem["type"] == "extra_forbidden":
-            valid = _valid_keys(RunConfig, location[:-1])
-            lines.append(f"{key}: unknown key{nearest(location[-1], valid)}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r:.60})"
-            lines.append(f"{key}: {message}{given}")
-    return lines
-
-
-def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The keys allowed at a location, found by walking the models' fields."""
-    for depth, part in enumerate(location):
-        field = model.model_fields.get(part)
-        if field is None:
-            return list(model.model_fields)
-        annotation: Any = field.annotation
-        inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-        elif inner and getattr(annotation, "__origin__", None) is dict:
-            return _valid_keys(inner[0], location[depth + 2 :])
-        elif inner:
-            model = inner[0]
-        else:
-            return []
-    return list(model.model_fields)
-
-
-def _dangling_names(config: RunConfig) -> list[str]:
-    """Every reference in the run file to a domain, expert or checkpoint that is not there."""
-    problems: list[str] = []
-
-    def check(key: str, name: str, choices: list[str], what: str) -> None:
-        if name not in choices:
-            problems.append(f"{key}: unknown {what} '{name}'{nearest(name, choices)}")
-
-    domains, experts = list(config.domains), list(config.experts)
-    starts = [BASE, *([COLD_START] if config.cold_start else [])]
-    for name, domain in config.domains.items():
-        check(f"domains.{name}.kind", domain.kind, list(KINDS), "kind")
-    for key, choice in (
-        ("base.pretrain.domains", config.base.pretrain.domains if config.base.pretrain else "all"),
-        ("cold_start.sft.domains", config.cold_start.sft.domains if config.cold_start else "all"),
-        ("evaluate.domains", config.evaluate.domains),
-        ("merge.domains", (config.merge.domains if config.merge else None) or []),
-        ("merge.anchor.domains", config.merge.anchor.domains if config.merge and config.merge.anchor else []),
-    ):
-        for name in [] if choice == "all" else choice:
-            check(key, name, domains, "domain")
-    for name, expert in config.experts.items():
-        check(f"experts.{name}.domain", expert.domain, domains, "domain")
-        if name in (BASE, COLD_START, STUDENT):
-            problems.append(f"experts.{name}: the name is taken by a stage; choose another")
-        if expert.start_from is not None:
-            check(f"experts.{name}.start_from", expert.start_from, starts, "checkpoint")
-    if config.merge:
-        for name, teacher in (config.merge.teachers or {}).items():
-            check("merge.teachers", name, domains, "domain")
-            check(f"merge.teachers.{name}", teacher, [*experts, *starts], "expert")
-        if config.merge.start_from is not None:
-            check("merge.start_from", config.merge.start_from, [*starts, *experts], "checkpoint")
-        if config.merge.fallback_teacher is not None:
-            check("merge.fallback_teacher", config.merge.fallback_teacher, [*experts, *starts], "expert")
-    return problems
+    def _routed(self, merge: MergeConfig, domain: str) -> dict[str, float]:
+        """The teachers of a domain with their weights; none where the anchor teaches it."""
+        if merge.teachers and domain in merge.teachers:
+            return merge.teachers[domain]
+        own = [name for name, expert in self.experts.items() if expert.domain == domain]
+        if domain in own or len(own) == 1:
+            return {domain if domain in own else own[0]: 1.0}
+        if own:
+            raise UserError(
+                f"merge.teachers: domain '{domain}' has {len(own)} experts ({', '.join(own)}); name one, or several "
+                f"with their weights: {{{domain}: {{{', '.join(f'{name}: 1.0' for name in own)}}}}}"
+            )
+        if merge.fallback_teacher:
+            return {merge.fallback_teacher: 1.0}
+        if merge.anchor is None or domain not in merge.anchor.domains:
+            raise UserError(
+                f"merge.domains: domain '{domain}' has no teacher; route it in merge.teachers, "
+                f"add it to merge.anchor.domains, or set merge.fallback_teacher"
+            )
+        return {}

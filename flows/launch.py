@@ -23,7 +23,8 @@ from flows.children import Child, ForkServer, ServerDiedError, child_environment
 from flows.config import ResourcesConfig
 from flows.devices import DeviceLeases, WaitCancelledError
 from flows.forkserver import GRACE_SECONDS
-from flows.plan import VERSIONS, Node, StageGraph, code_fingerprint
+from flows.lock import code_fingerprint
+from flows.plan import VERSIONS, Node, StageGraph
 from flows.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
 from stages.core.checkpoint import Store, write_whole
 from stages.core.journal import JOURNAL_FILE, JournalReader

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from experts.errors import UserError, nearest
 from flows.config import STUDENT
-from flows.plan import lock_path
+from flows.lock import lock_path
 from stages.core.checkpoint import Store
 
 if TYPE_CHECKING:

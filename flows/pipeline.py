@@ -24,10 +24,11 @@ from rich.console import Console
 
 from flows.check import deep_check
 from flows.closing import Outcome, conclude, promote
-from flows.config import load_run_file
 from flows.launch import Launcher
-from flows.plan import StageGraph, build_graph, write_lock
+from flows.lock import write_lock
+from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
+from flows.run_file import load_run_file
 from flows.tasks import Job, Supervisor, artifact_key, task_of
 from flows.tracking import Tracker
 from stages.core.checkpoint import Store

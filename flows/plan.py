@@ -1,22 +1,21 @@
-"""RunConfig -> StageGraph: the nodes, their edges and content keys; what is cached, what will run, and why.
+"""RunConfig -> StageGraph: the nodes, their edges and content keys; `flows.lock` says what is cached and why not.
 
 A node's content key hashes all that changes its result: the stage and its algorithm's version, its own config,
 its parents' keys, its domains' fingerprints, its seed and the number of devices. Same key, same artifact.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
 from experts.errors import UserError
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from flows.lock import lock_path, read_json
 from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig, TrainConfig
-from stages.core.checkpoint import Artifact, Store, write_whole
+from stages.core.checkpoint import write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
@@ -34,7 +33,8 @@ class Node:
         stage: Which stage makes it: a key of `VERSIONS`.
         seed: Seed of everything random in it.
         config: The stage's own config, as JSON-serialisable values.
-        parents: role -> node id: `start`, `teacher/DOMAIN`, or `checkpoint`.
+        parents: role -> node id: `start`, `teacher/DOMAIN` (`teacher/DOMAIN/TEACHER` where several teach it), or
+            `checkpoint`.
         domains: name -> `{"kind", "options"}` of the domains it draws from.
         ingredients: What the key is the hash of; compared with the last run's to say why a node must run.
         key: The content key.
@@ -73,27 +73,6 @@ class StageGraph:
         return [node for node in self.nodes if node.stage != "evaluate"]
 
 
-@dataclass(frozen=True)
-class NodeStatus:
-    """What the plan says of a node.
-
-    Attributes:
-        artifact: Its artifact, when it is cached.
-        why: Reason in words: `cached`, `never made`, or what changed since the last run of this name.
-        code_changed: Cached, but made by other code than today's.
-    """
-
-    node: Node
-    artifact: Artifact | None
-    why: str
-    code_changed: bool = False
-
-    @property
-    def cached(self) -> bool:
-        """Whether nothing has to run for it."""
-        return self.artifact is not None
-
-
 def build_graph(config: RunConfig, home: Path) -> StageGraph:
     """Compose the graph of a run and key every node.
 
@@ -105,46 +84,6 @@ def build_graph(config: RunConfig, home: Path) -> StageGraph:
         UserError: an impossible run: an unknown option, a missing base, a domain without a teacher.
     """
     return _Builder(config, home).build()
-
-
-def status(graph: StageGraph, store: Store) -> list[NodeStatus]:
-    """Say of every node whether it is cached or will run, and why."""
-    last = _read_json(lock_path(store.home, graph.config.name)).get("nodes", {})
-    answers = []
-    rerun: set[str] = set()
-    for node in graph.nodes:
-        artifact = store.find(node.key)
-        if artifact is not None:
-            changed = artifact.manifest.get("code") != code_fingerprint()
-            answers.append(NodeStatus(node, artifact, "cached, code changed since" if changed else "cached", changed))
-            continue
-        answers.append(NodeStatus(node, None, _reason(node, last.get(node.id), rerun)))
-        rerun.add(node.id)
-    return answers
-
-
-def write_lock(graph: StageGraph, home: Path) -> None:
-    """Record what this run resolved to: every node's ingredients and the pinned revisions."""
-    path = lock_path(home, graph.config.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nodes = {node.id: {**node.ingredients, "key": node.key} for node in graph.nodes}
-    write_whole(path, json.dumps({"pins": dict(graph.pins), "nodes": nodes}, indent=1, sort_keys=True))
-
-
-def lock_path(home: Path, run: str) -> Path:
-    """Where a run's lock file is."""
-    return home / "runs" / run / "lock.json"
-
-
-@cache
-def code_fingerprint() -> str:
-    """Hash of the code that trains and scores: the sources of experts, stages and evals."""
-    root = Path(__file__).resolve().parent.parent
-    sha = hashlib.sha256()
-    for package in ("experts", "stages", "evals"):
-        for path in sorted((root / package).rglob("*.py")):
-            sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return sha.hexdigest()
 
 
 def _load_domains(config: RunConfig) -> dict[str, Domain]:
@@ -200,12 +139,20 @@ class _Builder:
             )
         if config.merge:
             start = made[config.merge.start_from or config.default_start()]
-            parents = {"start": start} | {f"teacher/{d}": made[t] for d, t in self.teachers.items()}
+            parents = {"start": start} | {role: made[name] for role, name in self._teacher_roles().items()}
             made[STUDENT] = self._train(
                 STUDENT, "distill", DistillConfig, config.merge, seed, parents, list(self.teachers)
             )
         for checkpoint in made.values():
             self._add_evaluations(checkpoint, seed)
+
+    def _teacher_roles(self) -> dict[str, str]:
+        """role -> teacher: `teacher/DOMAIN`, or `teacher/DOMAIN/TEACHER` for each of several."""
+        roles: dict[str, str] = {}
+        for domain, weights in self.teachers.items():
+            several = len(weights) > 1
+            roles |= {f"teacher/{domain}/{name}" if several else f"teacher/{domain}": name for name in weights}
+        return roles
 
     def _base(self, seed: int) -> str:
         base = self.config.base
@@ -223,7 +170,7 @@ class _Builder:
 
     def _resolve(self, key: str, reference: str | None, revision: str | None) -> Source:
         assert reference is not None
-        pins = _read_json(lock_path(self.home, self.config.name)).get("pins", {})
+        pins = read_json(lock_path(self.home, self.config.name)).get("pins", {})
         asked = f"{reference}@{revision or 'default'}"
         source = resolve_checkpoint(key, reference, revision, pins.get(asked))
         if source.revision:
@@ -238,7 +185,7 @@ class _Builder:
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
         stamp = stable_hash([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
         memory = self.home / "fingerprints.json"
-        known = _read_json(memory)
+        known = read_json(memory)
         if stamp not in known:
             known[stamp] = source.fingerprint()
             memory.parent.mkdir(parents=True, exist_ok=True)
@@ -257,9 +204,11 @@ class _Builder:
     ) -> str:
         """Add a training stage; of the run file's entry only the stage's own fields reach it."""
         fields = {field: getattr(config, field) for field in schema.model_fields}
-        if isinstance(config, MergeConfig) and config.anchor:
-            anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
-            fields["domain_weights"] = anchor | config.domain_weights
+        if isinstance(config, MergeConfig):
+            fields["teacher_weights"] = {d: weights for d, weights in self.teachers.items() if len(weights) > 1}
+            if config.anchor:
+                anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
+                fields["domain_weights"] = anchor | config.domain_weights
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
         facts = {"config": own.key_fields()}
@@ -319,36 +268,3 @@ class _Builder:
                 f"{name}: its lora {mine} differs from that of the checkpoint it starts from, {start.name}: {theirs}; "
                 f"an adapter goes on training with the shape it has"
             )
-
-
-def _reason(node: Node, before: Mapping[str, Any] | None, rerun: set[str]) -> str:
-    waiting = [parent for parent in dict.fromkeys(node.parents.values()) if parent in rerun]
-    if before is None:
-        return "never made"
-    if before["key"] == node.key:
-        return "not finished" if not waiting else f"waits for {', '.join(waiting)}"
-    changes = list(_differences(before, node.ingredients))
-    return "changed: " + "; ".join(changes[:3]) + ("; …" if len(changes) > 3 else "")
-
-
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        found: list[str] = []
-        for key in sorted({*before, *now} - {"key"}):
-            where = f"{path}.{key}" if path else key
-            found += _differences(before.get(key), now.get(key), where)
-        return found
-    if before == now:
-        return []
-    top = path.split(".", maxsplit=1)[0]
-    if top in ("parents", "domains"):
-        return [f"{top.removesuffix('s')} {path.removeprefix(top + '.')}"]
-    return [f"{path.removeprefix('config.')} {before} → {now}"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    return loaded

@@ -34,7 +34,10 @@ def collect(graph: StageGraph, store: Store) -> Results:
         checkpoints=tuple(dict.fromkeys(node.name for node in graph.checkpoints)),
         domains=tuple(config.domain_names(config.evaluate.domains)),
         cells=cells,
-        teachers={domain: _node_name(teacher) for domain, teacher in config.teachers().items()},
+        teachers={
+            domain: {_node_name(name): weight for name, weight in weights.items()}
+            for domain, weights in config.teachers().items()
+        },
         experts=_experts(config),
         anchored=tuple(config.merge.anchor.domains) if config.merge and config.merge.anchor else (),
         start=config.default_start(),

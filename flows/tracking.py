@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from experts.domain import TRAIN
 from flows import cards, lineage
 from flows.config import STUDENT
+from flows.lock import code_fingerprint, lock_path
 from flows.mlflow_writer import Writer, unsent_folder
 from flows.outbox import Outbox, send_left_over
-from flows.plan import Node, StageGraph, code_fingerprint, lock_path
+from flows.plan import Node, StageGraph
 from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page
 from stages.core.checkpoint import Artifact, Store
 

@@ -37,6 +37,6 @@ def results(scores: dict[tuple[str, str], float] | None = None, seeds: tuple[int
     values |= scores or {}
     cells = {(n, d, "held_out"): {s: sheet(d, v) for s in seeds} for (n, d), v in values.items() if v >= 0}
     experts = {"experts/a": Expert("a", "rl"), "experts/b": Expert("b", "sft")}
-    teachers = {"a": "experts/a", "b": "experts/b"}
+    teachers = {"a": {"experts/a": 1.0}, "b": {"experts/b": 1.0}}
     names = tuple(SCORES)
     return Results("toy", seeds, names, ("a", "b", "g"), cells, teachers, experts, ("g",), "cold_start", 0.95, {})

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from flows.config import load_run_file
 from flows.plan import build_graph
+from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
 
 RUN = {

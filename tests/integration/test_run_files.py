@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from flows.config import load_run_file
 from flows.plan import StageGraph, build_graph
+from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
 from stages.core.journal import read
 

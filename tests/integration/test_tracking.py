@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flows.plan import Node, StageGraph, write_lock
+from flows.lock import write_lock
+from flows.plan import Node, StageGraph
 from flows.tracking import Tracker
 from stages.core.checkpoint import Artifact, Store
 from tests.lineage_home import commit, lab_graph

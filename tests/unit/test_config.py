@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from experts.errors import UserError
-from flows.config import RunConfig, load_run_file
+from flows.config import RunConfig
+from flows.run_file import load_run_file
 
 RUNS = Path(__file__).parents[2] / "flows" / "runs"
 MINIMAL = {
@@ -24,6 +25,16 @@ MINIMAL = {
     },
     "merge": {"max_steps": 5, "anchor": {"domains": ["general"]}},
 }
+TWINS = {
+    "one": MINIMAL["experts"]["sort"],
+    "two": {"domain": "sort", "train": {"rl": {"max_steps": 6}}},
+    "reverse": MINIMAL["experts"]["reverse"],
+}
+
+
+def alone(**teachers: str) -> dict[str, dict[str, float]]:
+    """Routes of domains with one teacher each."""
+    return {domain: {teacher: 1.0} for domain, teacher in teachers.items()}
 
 
 def load(tmp_path: Path, overrides: list[str] | None = None, max_steps: int | None = None, **changes) -> RunConfig:
@@ -168,15 +179,14 @@ def test_broken_yaml_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_teachers_are_routed_by_name_domain_and_anchor(tmp_path: Path) -> None:
-    assert load(tmp_path).teachers() == {"sort": "sort", "reverse": "reverse", "general": "cold_start"}
+    assert load(tmp_path).teachers() == alone(sort="sort", reverse="reverse", general="cold_start")
     renamed = {"sorter": MINIMAL["experts"]["sort"]}
-    assert load(tmp_path, experts=renamed).teachers() == {"sort": "sorter", "general": "cold_start"}
+    assert load(tmp_path, experts=renamed).teachers() == alone(sort="sorter", general="cold_start")
 
 
 def test_ambiguous_and_missing_teachers_are_errors(tmp_path: Path) -> None:
-    twins = {"a": MINIMAL["experts"]["sort"], "b": MINIMAL["experts"]["sort"]}
-    with pytest.raises(UserError, match=r"merge\.teachers: domain 'sort' has 2 experts \(a, b\)"):
-        load(tmp_path, experts=twins).teachers()
+    with pytest.raises(UserError, match=r"merge\.teachers: domain 'sort' has 2 experts \(one, two\); .*one: 1\.0"):
+        load(tmp_path, experts=TWINS).teachers()
     with pytest.raises(UserError, match="'general' has no teacher"):
         load(tmp_path, merge={"domains": ["sort", "general"]}).teachers()
     with pytest.raises(UserError, match="already has the teacher"):
@@ -185,4 +195,70 @@ def test_ambiguous_and_missing_teachers_are_errors(tmp_path: Path) -> None:
 
 def test_a_fallback_teacher_takes_what_is_left(tmp_path: Path) -> None:
     config = load(tmp_path, merge={"domains": ["sort", "general"], "fallback_teacher": "base"})
-    assert config.teachers() == {"sort": "sort", "general": "base"}
+    assert config.teachers() == alone(sort="sort", general="base")
+
+
+def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None:
+    taught = {"sort": {"one": 3, "two": 1}, "reverse": "reverse"}
+    config = load(tmp_path, experts=TWINS, merge={"teachers": taught})
+    assert config.teachers() == {"sort": {"one": 0.75, "two": 0.25}, "reverse": {"reverse": 1.0}}
+    assert config.practised() == ["sort", "reverse"]
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        ({"teachers": {"sort": {}}}, "merge.teachers.sort: name an expert, or several with their weights"),
+        ({"teachers": {"sort": 3}}, "merge.teachers.sort: name an expert, or several with their weights"),
+        ({"teachers": {"sort": {"one": 0}}}, "merge.teachers.sort.one: Input should be greater than 0 (given: 0)"),
+        (
+            {"teachers": {"sort": {"one": -0.5}}},
+            "merge.teachers.sort.one: Input should be greater than 0 (given: -0.5)",
+        ),
+        ({"teachers": {"sort": {"one": float("inf")}}}, "merge.teachers.sort.one: Input should be a finite number"),
+        (
+            {"teachers": {"sort": {"one": 1, "tow": 1}}},
+            "merge.teachers.sort: unknown expert 'tow' — did you mean 'two'?",
+        ),
+        ({"teachers": {"srt": {"one": 1}}}, "merge.teachers: unknown domain 'srt' — did you mean 'sort'?"),
+        (
+            {"teachers": {"sort": {"one": 1, "two": 1}}, "domains": ["reverse"]},
+            "merge.teachers.sort: merge.domains leaves 'sort' out",
+        ),
+        (
+            {"teachers": {"sort": "one"}, "teacher_weights": {"sort": {"one": 1}}},
+            "merge.teacher_weights: write the mapping in merge.teachers instead",
+        ),
+        (
+            {"teachers": {"sort": "one"}, "domain_weights": {"srot": 2}},
+            "merge.domain_weights: unknown domain of the merge 'srot' — did you mean 'sort'?",
+        ),
+        (
+            {
+                "teachers": {"sort": "one", "reverse": "reverse"},
+                "loss_normalisation": "domain",
+                "domain_shares": {"general": 2},
+            },
+            "merge.domain_shares: unknown domain of the merge 'general'",
+        ),
+    ],
+)
+def test_mistakes_in_teachers_and_weights_are_explained(tmp_path: Path, merge: dict, said: str) -> None:
+    assert said in message(tmp_path, experts=TWINS, merge=merge)
+
+
+def test_an_anchor_may_not_have_several_teachers_beside_it(tmp_path: Path) -> None:
+    merge = {"teachers": {"sort": {"one": 1, "two": 1}}, "anchor": {"domains": ["sort"]}}
+    with pytest.raises(UserError, match="'sort' already has the teacher 'one, two'"):
+        load(tmp_path, experts=TWINS, merge=merge).teachers()
+
+
+def test_an_expert_has_loss_shares_only_of_its_own_domain(tmp_path: Path) -> None:
+    shares = "experts.sort.train.rl={loss_normalisation: domain, domain_shares: {reverse: 2}}"
+    said = message(tmp_path, [shares])
+    assert "experts.sort.train.rl.domain_shares: unknown domain of this expert 'reverse'" in said
+
+
+def test_a_name_with_a_slash_is_refused(tmp_path: Path) -> None:
+    domains = MINIMAL["domains"] | {"a/b": MINIMAL["domains"]["sort"]}
+    assert "domains.a/b: a name may hold no '/'" in message(tmp_path, domains=domains)

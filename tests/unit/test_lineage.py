@@ -10,7 +10,8 @@ from rich.console import Console
 
 from experts.errors import UserError
 from flows import lineage
-from flows.plan import StageGraph, write_lock
+from flows.lock import write_lock
+from flows.plan import StageGraph
 from stages.core.checkpoint import Store
 from tests.lineage_home import commit, lab_graph
 

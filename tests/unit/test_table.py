@@ -38,6 +38,16 @@ def test_a_partial_run_gives_a_partial_table():
     assert any("not measured" in line for line in statements(partial))
 
 
+def test_of_several_teachers_the_heaviest_is_named_and_measured():
+    shared = dataclasses.replace(results(), teachers={"a": {"experts/b": 0.3, "experts/a": 0.7}})
+    row = roles_grid(shared).rows[0]
+    assert row[3].startswith("90.0")
+    assert "a has 2 teachers (experts/b 0.3, experts/a 0.7); its column 'teacher' is the heaviest, experts/a." in (
+        statements(shared)
+    )
+    assert not any("teachers (" in line for line in statements(results()))
+
+
 def test_out_of_distribution_and_untouched_rows():
     whole = results()
     cells = dict(whole.cells) | {

@@ -1,0 +1,181 @@
+"""Reads a run file: YAML, dotted overrides, validation; every mistake is said in one message."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from experts.domain import KINDS
+from experts.errors import UserError, nearest
+from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+
+
+def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int | None = None) -> RunConfig:
+    """Read and validate a run file.
+
+    Args:
+        path: A YAML file.
+        overrides: Dotted assignments such as `experts.sort.train.rl.max_steps=50`; values are YAML.
+        max_steps: Cap on the steps of every stage, to try a large run in small.
+
+    Raises:
+        UserError: names the file, the key and the nearest valid choice; all mistakes in one message.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such run file{nearest(str(path), siblings)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
+    raw = _unshared(raw)
+    for override in overrides or []:
+        _apply(raw, override)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
+    problems = _dangling_names(config)
+    if problems:
+        raise UserError("\n".join(f"{path}: {line}" for line in problems))
+    return config if max_steps is None else RunConfig.model_validate(_capped(config.model_dump(), max_steps))
+
+
+def _capped(value: Any, max_steps: int) -> Any:
+    """The dumped config with no `max_steps` above the cap."""
+    if isinstance(value, dict):
+        return {k: min(v, max_steps) if k == "max_steps" else _capped(v, max_steps) for k, v in value.items()}
+    return value
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which every YAML alias has values of its own, so that an override reaches one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}': write KEY=VALUE, such as seeds=[0,1,2]")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if node is None:
+            raise UserError(f"override '{override}': '{part}' holds no keys")
+    if not isinstance(node, dict):
+        raise UserError(f"override '{override}': '{parents[-1]}' is not a mapping")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is not valid YAML: {error}") from None
+
+
+def _describe(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location) or "(top level)"
+        if problem["type"] == "extra_forbidden":
+            valid = _valid_keys(RunConfig, location[:-1])
+            lines.append(f"{key}: unknown key{nearest(location[-1], valid)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r:.60})"
+            lines.append(f"{key}: {message}{given}")
+    return lines
+
+
+def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys allowed at a location, found by walking the models' fields."""
+    for depth, part in enumerate(location):
+        field = model.model_fields.get(part)
+        if field is None:
+            return list(model.model_fields)
+        annotation: Any = field.annotation
+        inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+        elif inner and getattr(annotation, "__origin__", None) is dict:
+            return _valid_keys(inner[0], location[depth + 2 :])
+        elif inner:
+            model = inner[0]
+        else:
+            return []
+    return list(model.model_fields)
+
+
+class _Names:
+    """Collects every reference in a run file to a domain, expert or checkpoint that is not there."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.problems: list[str] = []
+        self.domains, self.experts = list(config.domains), list(config.experts)
+        self.starts = [BASE, *([COLD_START] if config.cold_start else [])]
+
+    def check(self, key: str, names: Iterable[str], choices: Iterable[str], what: str) -> None:
+        """Note each of the names at a key that is none of the choices."""
+        known = list(choices)
+        unknown = [name for name in names if name not in known]
+        self.problems += [f"{key}: unknown {what} '{name}'{nearest(name, known)}" for name in unknown]
+
+    def domain_lists(self) -> None:
+        """Names and kinds of domains, and the lists of them."""
+        config = self.config
+        for key, names in (("domains", self.domains), ("experts", self.experts)):
+            # A name is part of a node's name and of a teacher's role, whose parts a slash divides.
+            self.problems += [f"{key}.{name}: a name may hold no '/'" for name in names if "/" in name]
+        for name, domain in config.domains.items():
+            self.check(f"domains.{name}.kind", [domain.kind], KINDS, "kind")
+        for key, choice in (
+            ("base.pretrain.domains", config.base.pretrain.domains if config.base.pretrain else "all"),
+            ("cold_start.sft.domains", config.cold_start.sft.domains if config.cold_start else "all"),
+            ("evaluate.domains", config.evaluate.domains),
+        ):
+            self.check(key, config.domain_names(choice), self.domains, "domain")
+
+    def expert_entries(self) -> None:
+        """Each expert's domain and start."""
+        for name, expert in self.config.experts.items():
+            self.check(f"experts.{name}.domain", [expert.domain], self.domains, "domain")
+            if name in (BASE, COLD_START, STUDENT):
+                self.problems.append(f"experts.{name}: the name is taken by a stage; choose another")
+            if expert.start_from is not None:
+                self.check(f"experts.{name}.start_from", [expert.start_from], self.starts, "checkpoint")
+            if expert.train and expert.train.rl:
+                shares = expert.train.rl.domain_shares
+                self.check(f"experts.{name}.train.rl.domain_shares", shares, [expert.domain], "domain of this expert")
+
+    def merge_entry(self, merge: MergeConfig) -> None:
+        """The merge's domains, teachers and weights."""
+        teachers = [*self.experts, *self.starts]
+        self.check("merge.domains", merge.domains or [], self.domains, "domain")
+        self.check("merge.anchor.domains", merge.anchor.domains if merge.anchor else [], self.domains, "domain")
+        self.check("merge.teachers", merge.teachers or {}, self.domains, "domain")
+        for domain, weights in (merge.teachers or {}).items():
+            self.check(f"merge.teachers.{domain}", weights, teachers, "expert")
+            if merge.domains and domain in self.domains and domain not in merge.domains:
+                self.problems.append(f"merge.teachers.{domain}: merge.domains leaves '{domain}' out")
+        if merge.start_from is not None:
+            self.check("merge.start_from", [merge.start_from], [*self.starts, *self.experts], "checkpoint")
+        if merge.fallback_teacher is not None:
+            self.check("merge.fallback_teacher", [merge.fallback_teacher], teachers, "expert")
+        practised = [domain for domain in self.config.practised() if domain in self.domains]
+        for key, names in (("domain_weights", merge.domain_weights), ("domain_shares", merge.domain_shares)):
+            self.check(f"merge.{key}", names, practised, "domain of the merge")
+
+
+def _dangling_names(config: RunConfig) -> list[str]:
+    names = _Names(config)
+    names.domain_lists()
+    names.expert_entries()
+    if config.merge:
+        names.merge_entry(config.merge)
+    return names.problems
