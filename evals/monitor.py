@@ -1,0 +1,60 @@
+"""A learning curve: greedy held-out scores of the student while it trains.
+
+The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin; the
+weights do not depend on it. Under several processes each computes the same scores.
+"""
+
+import statistics
+from collections.abc import Mapping
+
+from evals.evaluate import EXAMPLES_SEED
+from experts.domain import HELD_OUT, Domain, Example
+from stages.config import MonitorConfig
+from stages.core.policy import Policy, encode_prompt
+from stages.on_policy.sampler import Sampling, sample
+
+
+class Monitor:
+    """Scores the student now and then; a stage calls it with the policy and the number of steps done."""
+
+    def __init__(self, domains: Mapping[str, Domain], config: MonitorConfig, max_new_tokens: int) -> None:
+        """Draws the examples; prompts are encoded at the first measurement.
+
+        Args:
+            domains: The domains practised; one without a held-out split is left out.
+            config: When and on how many examples.
+            max_new_tokens: Longest completion.
+
+        Raises:
+            UserError: a domain cannot supply the examples.
+        """
+        self.domains = domains
+        self.every = config.every
+        self.sampling = Sampling(max_new_tokens, temperature=0.0)
+        self._examples: list[Example] = [
+            example
+            for name in sorted(domains)
+            if HELD_OUT in domains[name].splits
+            for example in domains[name].draw(HELD_OUT, config.examples, EXAMPLES_SEED)
+        ]
+        self._prompts: list[list[int]] = []
+
+    def __call__(self, policy: Policy, step: int) -> dict[str, float]:
+        """Measure the policy where it is due: before the first step and after every `every` steps.
+
+        Args:
+            policy: The student, in eval mode.
+            step: Steps done.
+
+        Returns:
+            `score/DOMAIN` -> mean greedy score in [0, 1]; empty where nothing is due.
+        """
+        if step % self.every:
+            return {}
+        if not self._prompts:
+            self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self._examples]
+        scores: dict[str, list[float]] = {}
+        for example, (drawn,) in zip(self._examples, sample(policy, self._prompts, 1, self.sampling, 0), strict=True):
+            completion = policy.tokenizer.decode(drawn.completion_ids, skip_special_tokens=True)
+            scores.setdefault(example.domain, []).append(self.domains[example.domain].score(example, completion))
+        return {f"score/{domain}": statistics.fmean(values) for domain, values in scores.items()}
