@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from evals.evaluate import EXAMPLES_SEED
 from experts.domain import HELD_OUT, Domain, Example
+from experts.errors import UserError
 from stages.config import MonitorConfig
 from stages.core.policy import Policy, encode_prompt
 from stages.on_policy.sampler import Sampling, sample
@@ -21,22 +22,22 @@ class Monitor:
         """Draws the examples; prompts are encoded at the first measurement.
 
         Args:
-            domains: The domains practised; one without a held-out split is left out.
+            domains: The domains practised.
             config: When and on how many examples.
             max_new_tokens: Longest completion.
 
         Raises:
-            UserError: a domain cannot supply the examples.
+            UserError: a domain cannot supply the examples, or has none.
         """
         self.domains = domains
         self.every = config.every
         self.sampling = Sampling(max_new_tokens, temperature=0.0)
-        self._examples: list[Example] = [
-            example
-            for name in sorted(domains)
-            if HELD_OUT in domains[name].splits
-            for example in domains[name].draw(HELD_OUT, config.examples, EXAMPLES_SEED)
-        ]
+        self._examples: list[Example] = []
+        for name in sorted(domains):
+            drawn = domains[name].draw(HELD_OUT, config.examples, EXAMPLES_SEED)
+            if not drawn:
+                raise UserError(f"domains.{name}: no {HELD_OUT} examples")
+            self._examples += drawn
         self._prompts: list[list[int]] = []
 
     def __call__(self, policy: Policy, step: int) -> dict[str, float]:

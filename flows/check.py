@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experts.domain import TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
+from flows.config import BASE, COLD_START, STUDENT
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
 
@@ -30,11 +31,12 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
     Raises:
         UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
-            differs from the student's, completions no prompt leaves room for, a disk too full.
+            differs from the student's, completions no prompt leaves room for, too few devices to shard over, a disk
+            too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
-    problems += _sampling_problems(graph, missing)
+    problems += [*_sampling_problems(graph, missing), *_device_problems(graph, missing)]
     warnings: list[str] = []
     if missing:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
@@ -53,8 +55,11 @@ def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     wanted: dict[tuple[str, str], tuple[int, int, str]] = defaultdict(lambda: (0, 0, ""))
     for node in missing:
         split = str(node.config.get("split", TRAIN))
+        monitor = node.config.get("monitor")
         for domain in node.domains:
             wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, node.id))
+            if monitor:
+                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], (int(monitor["examples"]), 0, node.id))
     for (domain, split), (count, seed, node_id) in wanted.items():
         entry = graph.config.domains[domain]
         try:
@@ -81,6 +86,22 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
             yield f"{node.id}: max_new_tokens {asked} leaves no room for a prompt in a context of {limit} tokens"
 
 
+def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
+    """Weights to be sharded over one device."""
+    gpus = graph.config.resources.gpus
+    if gpus >= 2:
+        return
+    for key in dict.fromkeys(_config_key(node) for node in missing if node.config.get("sharding") == "fsdp"):
+        yield f"{key}.sharding: fsdp shards over 2 devices or more; resources.gpus is {gpus}"
+
+
+def _config_key(node: Node) -> str:
+    """Where in the run file a training node's config stands."""
+    kind, _, name = node.name.partition("/")
+    keys = {BASE: "base.pretrain", COLD_START: "cold_start.sft", STUDENT: "merge"}
+    return keys.get(kind, f"experts.{name}.train.{node.stage}")
+
+
 def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) -> Iterator[str]:
     """Compare the tokenizers of students and teachers that were imported; those trained here inherit theirs."""
     for student in missing:
@@ -89,7 +110,7 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
         start = _origin(graph, graph.node(student.parents["start"]))
         for role, parent in student.parents.items():
             teacher = _origin(graph, graph.node(parent))
-            if teacher.key == start.key or not role.startswith("teacher/"):
+            if teacher.key == start.key or role == "start":
                 continue
             ours, theirs = _tokenizer(start, store), _tokenizer(teacher, store)
             if ours is None or theirs is None:
@@ -97,9 +118,9 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
             from stages.core.policy import tokenizer_difference
 
             if difference := tokenizer_difference(ours, theirs):
-                domain = role.removeprefix("teacher/")
+                key = f"merge.teachers.{role.removeprefix('teacher/').replace('/', '.')}"
                 yield (
-                    f"merge.teachers.{domain}: the tokenizer of teacher {graph.node(parent).name} differs from that of "
+                    f"{key}: the tokenizer of teacher {graph.node(parent).name} differs from that of "
                     f"the student's start, {start.name}: {difference}; a teacher scores the student's own tokens, so "
                     f"both must share one tokenizer"
                 )

@@ -1,0 +1,69 @@
+"""What is checked before any training without loading weights: data, devices, tokenizers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experts.errors import UserError
+from flows.check import deep_check
+from flows.plan import build_graph
+from stages.core.checkpoint import Store
+from stages.core.tiny import character_tokenizer
+from tests.unit.test_config import TWINS, load
+
+FEW = [
+    "base.pretrain.examples=20",
+    "cold_start.sft.examples=20",
+    "merge.examples=20",
+    "evaluate.examples=5",
+    "experts.reverse.train.sft.examples=20",
+]
+SORT_ALONE = "experts.sort.train.rl.examples=20"
+
+
+def said(tmp_path: Path, *overrides: str, **changes: object) -> str:
+    """The message of a check that fails; empty where all is well."""
+    graph = build_graph(load(tmp_path, [*FEW, *overrides], **changes), tmp_path / "home")
+    try:
+        deep_check(graph, Store(tmp_path / "home"))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_that_can_be_made_passes(tmp_path: Path) -> None:
+    assert said(tmp_path, SORT_ALONE) == ""
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_sharding_over_one_device_names_the_keys(tmp_path: Path, gpus: int) -> None:
+    keys = ["base.pretrain", "cold_start.sft", "experts.sort.train.rl", "experts.reverse.train.sft", "merge"]
+    asked = [f"{key}.sharding=fsdp" for key in keys]
+    message = said(tmp_path, SORT_ALONE, "seeds=[0,1]", f"resources.gpus={gpus}", *asked)
+    wanted = [f"{key}.sharding: fsdp shards over 2 devices or more; resources.gpus is {gpus}" for key in keys]
+    assert message.splitlines() == wanted
+    assert said(tmp_path, SORT_ALONE, "resources.gpus=2", *asked) == ""
+
+
+def test_a_monitor_that_asks_for_more_than_there_is_is_named(tmp_path: Path) -> None:
+    small = "domains.sort.options={task: sort, min_length: 3, max_length: 3}"
+    assert said(tmp_path, SORT_ALONE, small) == ""
+    message = said(tmp_path, SORT_ALONE, small, "merge.monitor={examples: 5000}")
+    assert message.startswith("student@0: domains.sort: ")
+    assert "held_out" in message
+
+
+def test_each_of_several_teachers_must_read_the_students_tokens(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    character_tokenizer().save_pretrained(foreign)
+    (foreign / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    experts = {**TWINS, "two": {"domain": "sort", "checkpoint": str(foreign)}}
+    merge = {"max_steps": 5, "teachers": {"sort": {"one": 1, "two": 1}, "reverse": "reverse"}}
+    message = said(tmp_path, "experts.one.train.rl.examples=20", experts=experts, merge=merge)
+    assert message.startswith("merge.teachers.sort.two: the tokenizer of teacher experts/two differs")
+    assert len(message.splitlines()) == 1
