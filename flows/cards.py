@@ -8,6 +8,7 @@ from typing import Any
 from stages.core.checkpoint import Artifact
 
 DIGEST_LENGTH = 16
+TEACHER_DIGEST_LENGTH = 12
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -43,7 +44,27 @@ def model_params(artifact: Artifact) -> dict[str, str]:
     manifest = artifact.manifest
     facts = {name: manifest[name] for name in ("stage", "seed", "tokens", "seconds", "code") if name in manifest}
     identity = {"uri": artifact.uri, "digest": artifact.digest, "key": artifact.key}
-    return flatten({**identity, **facts, "config": manifest.get("config", {})})
+    taught = {
+        metric_name(f"teachers.{entry['domain']}.{entry['teacher'].rpartition('/')[2]}"): lesson(entry)
+        for entry in manifest.get("teachers", [])
+    }
+    return flatten({**identity, **facts, **taught, "config": manifest.get("config", {})})
+
+
+def lesson(entry: Mapping[str, Any]) -> str:
+    """Who taught a domain, in words: the teacher and its digest, the objective, its weight and share.
+
+    Args:
+        entry: One of a student manifest's `teachers`.
+    """
+    facts = [entry["teacher"], f"digest {entry['digest'][:TEACHER_DIGEST_LENGTH]}"]
+    if objective := entry.get("objective"):
+        facts.append(f"objective {objective['name'] if isinstance(objective, Mapping) else objective}")
+    if "weight" in entry:
+        facts.append(f"weight {entry['weight']:.3g}")
+    shares = {"prompt_share": "of the prompts", "loss_share": "of the loss"}
+    facts += [f"{entry[name]:.1%} {of}" for name, of in shares.items() if name in entry]
+    return ", ".join(facts)
 
 
 def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
@@ -60,6 +81,10 @@ def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
         for role, parent in parents.items():
             name = f"[{parent['name']}]({pages[role]})" if role in pages else parent["name"]
             lines.append(f"- {role}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
+        lines.append("")
+    if taught := manifest.get("teachers", []):
+        lines.append("Taught by domain:")
+        lines += [f"- {entry['domain']}: {lesson(entry)}" for entry in taught]
         lines.append("")
     if data := manifest.get("data", {}):
         lines.append("Data by domain:")

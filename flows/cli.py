@@ -117,10 +117,12 @@ def report(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME
 def lineage(
     name: Annotated[str, typer.Argument(help="A run's name, RUN:NODE, or a content key.", show_default=False)],
     home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, parents first.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Draw it into this file instead.")] = None,
 ) -> None:
     """Print from what a checkpoint was made: its teachers, their data, the base."""
     with _errors_as_messages():
-        commands.lineage(name, home)
+        commands.lineage(name, home, as_json=as_json, html=html)
 
 
 @app.command()

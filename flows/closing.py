@@ -134,7 +134,7 @@ def _lineage_rows(graph: StageGraph, store: Store) -> list[dict[str, str]]:
         {
             "checkpoint": names[row.key],
             "stage": row.stage,
-            "made from": ", ".join(f"{role}: {names.get(key, key)}" for role, key in row.parents.items()),
+            "made from": ", ".join(f"{row.label(role)}: {names.get(key, key)}" for role, key in row.parents.items()),
             "digest": row.digest[:16],
             "key": row.key,
             "details": " · ".join(lineage.details(row)[:1]),

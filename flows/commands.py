@@ -1,5 +1,6 @@
 """What the commands of `mopd` do; `flows.cli` declares them. Heavy imports wait until they are needed."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -20,8 +20,8 @@ from flows.config import RunConfig
 from flows.lock import NodeStatus
 from flows.lock import status as node_status
 from flows.plan import StageGraph, build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import CorruptedArtifactError, Store
+from flows.run_file import load_run_file, schema_keys
+from stages.core.checkpoint import CorruptedArtifactError, Store, write_whole
 from stages.core.journal import JOURNAL_FILE, read
 
 if TYPE_CHECKING:
@@ -266,39 +266,22 @@ def report(asked: Asked) -> None:
     show_outcome(graph, conclude(graph, store), asked.home, Console())
 
 
-def lineage(name: str, home: Path) -> None:
-    """Print from what a checkpoint was made."""
-    from flows.lineage import tree
+def lineage(name: str, home: Path, *, as_json: bool, html: Path | None) -> None:
+    """Print from what a checkpoint was made, or draw it into a file."""
+    from flows.lineage import draw_html, resolve, rows, tree
 
-    Console().print(tree(Store(home), name))
+    store = Store(home)
+    if html is not None:
+        write_whole(html, draw_html(store, resolve(store, name), name))
+        sys.stdout.write(f"{html}\n")
+    elif as_json:
+        found = rows(store, resolve(store, name))
+        sys.stdout.write(json.dumps([dataclasses.asdict(row) for row in found], indent=1) + "\n")
+    else:
+        Console().print(tree(store, name))
 
 
 def show_schema(console: Console) -> None:
     """Print every key of a run file with its default and what it means."""
-    for key, default, description in _keys(RunConfig, "", None):
+    for key, default, description in schema_keys(RunConfig):
         console.print(f"[bold]{key}[/bold]  [dim]{default}[/dim]\n    {description}", soft_wrap=True, highlight=False)
-
-
-def _keys(model: type[BaseModel], prefix: str, default_of_model: BaseModel | None) -> Iterator[tuple[str, str, str]]:
-    """Every key below a model, with its default: the enclosing model's own, where that has one for it."""
-    for name, field in model.model_fields.items():
-        inner = _inner_model(field.annotation)
-        named = getattr(field.annotation, "__origin__", None) is dict
-        key = f"{prefix}{name}" + (".NAME" if named and inner else "")
-        given = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-        if default_of_model is not None:
-            given = getattr(default_of_model, name)
-        required = field.is_required() and default_of_model is None
-        yield key, "required" if required else "" if given is None or inner else f"= {given}", field.description or ""
-        if inner is not None:
-            yield from _keys(inner, f"{key}.", given if isinstance(given, inner) else None)
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The config model behind `Model`, `Model | None` or `dict[str, Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _inner_model(argument)) is not None:
-            return found
-    return None

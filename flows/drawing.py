@@ -130,7 +130,7 @@ def _edges(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
     for row in rows:
         for role, parent in row.parents.items():
             if parent in known:
-                edges.setdefault((parent, row.key), []).append(role)
+                edges.setdefault((parent, row.key), []).append(row.label(role))
     return edges
 
 
@@ -210,7 +210,9 @@ def _table(rows: Sequence[Row]) -> str:
     names = {row.key: row.name for row in rows}
     body = []
     for row in reversed(rows):
-        parents = "".join(f"<div>{escape(role)} ← {escape(names.get(k, k))}</div>" for role, k in row.parents.items())
+        parents = "".join(
+            f"<div>{escape(row.label(role))} ← {escape(names.get(key, key))}</div>" for role, key in row.parents.items()
+        )
         facts = "".join(f"<div>{escape(line)}</div>" for line in details(row))
         body.append(
             f"<tr><td><b>{escape(row.name)}</b><div>{escape(row.stage)}, seed {row.seed}</div></td>"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.errors import UserError, nearest
+from flows import cards
 from flows.config import STUDENT
 from flows.lock import lock_path
 from stages.core.checkpoint import Store
@@ -43,6 +44,8 @@ class Row:
         data: domain -> fingerprint.
         metrics: Final metrics of the stage.
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
+        weights: role -> weight, of the teachers that share a domain.
+        teachers: Which teacher taught a student which domain, as its manifest says; empty in older ones.
     """
 
     key: str
@@ -58,6 +61,12 @@ class Row:
     data: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    teachers: Sequence[Mapping[str, Any]] = ()
+
+    def label(self, role: str) -> str:
+        """A parent's role for people: one of several teachers of a domain has its weight in place of its name."""
+        return f"{role.rpartition('/')[0]} × {self.weights[role]:.2g}" if role in self.weights else role
 
 
 def resolve(store: Store, reference: str) -> list[str]:
@@ -143,7 +152,7 @@ def tree(store: Store, reference: str) -> "Tree":
         for line in details(row):
             twig.add(f"[dim]{line}[/dim]")
         for parent_role, parent in sorted(row.parents.items(), key=lambda item: item[0] == "start"):
-            grow(twig, parent, f"[cyan]{parent_role}[/cyan] ← ")
+            grow(twig, parent, f"[cyan]{row.label(parent_role)}[/cyan] ← ")
 
     root = Tree(f"[bold]{reference}[/bold]")
     for key in keys:
@@ -159,6 +168,7 @@ def details(row: Row) -> list[str]:
     facts += [f"{row.tokens:,} tokens"] if row.tokens else []
     facts += [f"{row.seconds:,.0f} s"] if row.seconds else []
     lines = [", ".join(facts)] if facts else []
+    lines += [f"taught {entry['domain']}: {cards.lesson(entry)}" for entry in row.teachers]
     telling = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in TELLING}
     for title, values in (("data", row.data), ("last step", telling), ("greedy", dict(sorted(row.scores.items())))):
         if values:
@@ -184,7 +194,8 @@ def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapp
     if artifact is None:
         if planned is None:
             return None
-        return Row(key, planned["name"], planned["stage"], planned["seed"], planned["parents"])
+        weights = _weights(planned.get("config", {}))
+        return Row(key, planned["name"], planned["stage"], planned["seed"], planned["parents"], weights=weights)
     manifest = artifact.manifest
     return Row(
         key=key,
@@ -200,7 +211,14 @@ def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapp
         data=manifest.get("data", {}),
         metrics=manifest.get("metrics", {}),
         scores=scores,
+        weights=_weights(manifest.get("config", {})),
+        teachers=manifest.get("teachers", ()),
     )
+
+
+def _weights(config: Mapping[str, Any]) -> dict[str, float]:
+    shared = config.get("teacher_weights", {})
+    return {f"teacher/{domain}/{name}": w for domain, weights in shared.items() for name, w in weights.items()}
 
 
 def _highlights(config: Mapping[str, Any]) -> dict[str, Any]:

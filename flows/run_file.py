@@ -1,6 +1,6 @@
 """Reads a run file: YAML, dotted overrides, validation; every mistake is said in one message."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,33 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     if problems:
         raise UserError("\n".join(f"{path}: {line}" for line in problems))
     return config if max_steps is None else RunConfig.model_validate(_capped(config.model_dump(), max_steps))
+
+
+def schema_keys(
+    model: type[BaseModel], prefix: str = "", default_of_model: BaseModel | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """Every key below a model, with its default (the enclosing model's own, where that has one) and its meaning."""
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        named = getattr(field.annotation, "__origin__", None) is dict
+        key = f"{prefix}{name}" + (".NAME" if named and inner else "")
+        given = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+        if default_of_model is not None:
+            given = getattr(default_of_model, name)
+        required = field.is_required() and default_of_model is None
+        yield key, "required" if required else "" if given is None or inner else f"= {given}", field.description or ""
+        if inner is not None:
+            yield from schema_keys(inner, f"{key}.", given if isinstance(given, inner) else None)
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The config model behind `Model`, `Model | None` or `dict[str, Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _inner_model(argument)) is not None:
+            return found
+    return None
 
 
 def _capped(value: Any, max_steps: int) -> Any:

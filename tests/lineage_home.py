@@ -1,5 +1,8 @@
 """A small lab graph and artifacts made of nothing but manifests, for tests of tracking and lineage."""
 
+import dataclasses
+from typing import Any
+
 from experts.domain import stable_hash
 from flows.config import RunConfig
 from flows.plan import Node, StageGraph
@@ -37,8 +40,45 @@ def lab_graph(name: str = "lab") -> StageGraph:
     return StageGraph(config, (*stages, *evaluations), {})
 
 
-def commit(store: Store, graph: StageGraph, node: Node) -> Artifact:
-    """Put an artifact of a node into the store; its parents must stand there."""
+def shared_graph() -> StageGraph:
+    """The lab graph with both experts as teachers of `sort`, three parts to one."""
+    graph = lab_graph()
+    student = graph.node("student@0")
+    parents = {
+        "start": "cold_start@0",
+        "teacher/sort/sort": "experts/sort@0",
+        "teacher/sort/caesar": "experts/caesar@0",
+        "teacher/caesar": "experts/caesar@0",
+    }
+    config = {**student.config, "teacher_weights": {"sort": {"sort": 0.75, "caesar": 0.25}}}
+    keys = {role: graph.node(parent).key for role, parent in parents.items()}
+    facts = {**student.ingredients, "parents": keys, "config": config}
+    shared = dataclasses.replace(student, parents=parents, config=config, ingredients=facts)
+    return dataclasses.replace(graph, nodes=tuple(shared if node is student else node for node in graph.nodes))
+
+
+def lessons(store: Store, graph: StageGraph) -> list[dict[str, Any]]:
+    """What the student of `shared_graph` would record of its teachers."""
+    weights = {"teacher/sort/sort": 0.75, "teacher/sort/caesar": 0.25, "teacher/caesar": 1.0}
+    found = []
+    for role, weight in weights.items():
+        teacher = store.get(graph.node(graph.node("student@0").parents[role]).key)
+        found.append(
+            {
+                "domain": role.split("/")[1],
+                "teacher": teacher.name,
+                "key": teacher.key,
+                "digest": teacher.digest,
+                "weight": weight,
+                "prompt_share": 0.5,
+                "objective": {"name": "reverse_kl", "outcome_weight": 0.0},
+            }
+        )
+    return found
+
+
+def commit(store: Store, graph: StageGraph, node: Node, **more: Any) -> Artifact:
+    """Put an artifact of a node into the store, with more facts in its manifest; its parents must stand there."""
     folder = store.staging(node.key)
     (folder / "model.txt").write_text(node.id)
     parents = {role: store.get(graph.node(parent).key) for role, parent in node.parents.items()}
@@ -54,6 +94,7 @@ def commit(store: Store, graph: StageGraph, node: Node) -> Artifact:
         "tokens": 0 if node.stage == "evaluate" else 120_000,
         "seconds": SECONDS.get(node.stage, 1.0),
         "metrics": scores if node.stage == "evaluate" else {f"{node.stage}/loss": 0.25},
+        **more,
     }
     return store.commit(folder, node.key, manifest)
 

@@ -1,19 +1,22 @@
 """The lineage as text and as a page, from a store of manifests."""
 
 import io
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from experts.errors import UserError
 from flows import lineage
+from flows.cli import app
 from flows.lock import write_lock
 from flows.plan import StageGraph
 from stages.core.checkpoint import Store
-from tests.lineage_home import commit, lab_graph
+from tests.lineage_home import commit, lab_graph, lessons, shared_graph
 
 
 @pytest.fixture
@@ -47,6 +50,48 @@ def test_the_tree_walks_from_the_student_to_each_teacher_and_the_base(store, gra
     assert "data: sort " in printed
     assert "greedy: caesar/held_out 0.75, sort/held_out 0.75" in printed
     assert "last step: loss 0.25" in printed
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Store:
+    """A store in which two experts taught one domain."""
+    graph = shared_graph()
+    write_lock(graph, tmp_path)
+    store = Store(tmp_path)
+    for node in graph.nodes:
+        commit(store, graph, node, **({"teachers": lessons(store, graph)} if node.stage == "distill" else {}))
+    return store
+
+
+def test_every_teacher_is_shown_with_its_weight_digest_and_objective(shared, graph):
+    printed = text(shared, "lab")
+    digest = shared.find(graph.node("experts/sort@0").key).digest[:12]
+    assert "teacher/sort × 0.75 ← experts/sort (rl, seed 0)" in printed
+    assert "teacher/sort × 0.25 ← experts/caesar " in printed
+    assert "teacher/caesar ← experts/caesar (sft, seed 0)" in printed
+    lesson = f"experts/sort, digest {digest}, objective reverse_kl, weight 0.75, 50.0% of the prompts"
+    assert f"taught sort: {lesson}" in printed
+    page = lineage.draw_html(shared, [graph.node("student@0").key], "lab")
+    assert f"<div>taught sort: {lesson}</div>" in page
+    assert "<div>teacher/sort × 0.25 ← experts/caesar</div>" in page
+    assert ">teacher/sort × 0.75</text>" in page
+
+
+def test_the_weights_of_a_planned_student_are_known(tmp_path):
+    graph = shared_graph()
+    write_lock(graph, tmp_path)
+    assert "teacher/sort × 0.75 ← experts/sort (rl, seed 0)" in text(Store(tmp_path), "lab")
+
+
+def test_the_command_writes_json_and_a_page(shared, tmp_path):
+    home = ["--home", str(tmp_path)]
+    printed = CliRunner().invoke(app, ["lineage", "lab", "--json", *home])
+    student = json.loads(printed.stdout)[-1]
+    assert (student["name"], student["weights"]["teacher/sort/sort"]) == ("student", 0.75)
+    assert {entry["domain"] for entry in student["teachers"]} == {"sort", "caesar"}
+    page = tmp_path / "page.html"
+    assert CliRunner().invoke(app, ["lineage", "lab", "--html", str(page), *home]).exit_code == 0
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_a_shared_ancestor_is_printed_once(store):

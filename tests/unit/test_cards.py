@@ -1,0 +1,51 @@
+"""What a checkpoint's page in the tracking store says."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import cards
+from stages.core.checkpoint import Artifact, Store
+from tests.lineage_home import commit, lab_graph, lessons, shared_graph
+
+
+def student(home: Path, *, taught: bool) -> Artifact:
+    """A student with two teachers of one domain; without what it was taught, as older ones are."""
+    graph, store = shared_graph(), Store(home)
+    for node in graph.checkpoints[:-1]:
+        commit(store, graph, node)
+    facts = {"teachers": lessons(store, graph)} if taught else {}
+    return commit(store, graph, graph.node("student@0"), **facts)
+
+
+def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
+    made = student(tmp_path, taught=True)
+    digest = Store(tmp_path).get(lab_graph().node("experts/caesar@0").key).digest[:12]
+    params, note = cards.model_params(made), cards.model_note(made, {})
+    lesson = f"experts/caesar, digest {digest}, objective reverse_kl, weight 0.25, 50.0% of the prompts"
+    assert params["teachers.sort.caesar"] == lesson
+    assert {name for name in params if name.startswith("teachers.")} == {
+        "teachers.sort.sort",
+        "teachers.sort.caesar",
+        "teachers.caesar.caesar",
+    }
+    assert f"- sort: {lesson}" in note.splitlines()
+    assert "- teacher/sort/caesar: experts/caesar" in note
+
+
+def test_an_older_student_has_no_lessons(tmp_path: Path) -> None:
+    made = student(tmp_path, taught=False)
+    assert not [name for name in cards.model_params(made) if name.startswith("teachers.")]
+    assert "Taught" not in cards.model_note(made, {})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "experts/sort, digest 0123456789ab"),
+        ({"objective": "jsd", "weight": 1.0}, "experts/sort, digest 0123456789ab, objective jsd, weight 1"),
+        ({"loss_share": 0.25}, "experts/sort, digest 0123456789ab, 25.0% of the loss"),
+    ],
+)
+def test_a_lesson_says_what_is_recorded(more: dict[str, object], said: str) -> None:
+    assert cards.lesson({"teacher": "experts/sort", "digest": "0123456789abcdef", **more}) == said
