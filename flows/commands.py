@@ -225,7 +225,7 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
 
 
 def status(asked: Asked) -> None:
-    """Print how far each training node is, and what ended the last attempt."""
+    """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
     graph, store = asked.graph(), Store(asked.home)
     table = Table("stage", "status", "steps", "last word")
     for entry in node_status(graph, store):
@@ -233,17 +233,24 @@ def status(asked: Asked) -> None:
         if node.stage == "evaluate":
             continue
         work = store.home / "work" / node.key
-        step, total = _position(work / JOURNAL_FILE)
+        step, total, word = _position(work / JOURNAL_FILE)
         state = "done" if entry.cached else "under way" if _is_locked(store, node.key) else "to run"
         error = work / "error.json"
-        word = json.loads(error.read_text())["message"] if not entry.cached and error.exists() else ""
+        if not entry.cached and error.exists():
+            word = json.loads(error.read_text())["message"]
         table.add_row(node.id, state, f"{step}/{total}" if total else "", word)
     Console().print(table)
 
 
-def _position(journal: Path) -> tuple[int, int]:
-    records = [record for record in read(journal) if record["kind"] == "progress"] if journal.exists() else []
-    return (records[-1]["step"], records[-1]["total"]) if records else (0, 0)
+def _position(journal: Path) -> tuple[int, int, str]:
+    """The steps done, of how many, and the last note."""
+    step, total, word = 0, 0, ""
+    for record in read(journal) if journal.exists() else ():
+        if record["kind"] == "progress":
+            step, total = record["step"], record["total"]
+        elif record["kind"] == "note":
+            word = record["text"]
+    return step, total, word
 
 
 def _is_locked(store: Store, key: str) -> bool:

@@ -174,14 +174,16 @@ def _edge(chain: Sequence[_Place]) -> str:
 
 def _role(chain: Sequence[_Place], roles: Sequence[str], at_child: bool) -> str:
     """The roles, written over a long edge's lane, or beside that box of a short one where fewer edges meet."""
-    text = escape(_cut(", ".join(roles), LINE_CHARACTERS if len(chain) > 2 else SHORT_EDGE_CHARACTERS))
+    whole = ", ".join(roles)
+    text = escape(_cut(whole, LINE_CHARACTERS if len(chain) > 2 else SHORT_EDGE_CHARACTERS))
     if len(chain) > 2:
         x, y, anchor = chain[1].left + 8, chain[1].middle - 5, "start"
     elif at_child:
         x, y, anchor = chain[1].left - 12, chain[1].middle - 7, "end"
     else:
         x, y, anchor = chain[0].left + BOX_WIDTH + 10, chain[0].middle - 7, "start"
-    return f'<text class="role" text-anchor="{anchor}" x="{x:.0f}" y="{y:.1f}">{text}</text>'
+    hint = f"<title>{escape(whole)}</title>"
+    return f'<text class="role" text-anchor="{anchor}" x="{x:.0f}" y="{y:.1f}">{text}{hint}</text>'
 
 
 def _box(row: Row, place: _Place) -> str:

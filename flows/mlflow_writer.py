@@ -60,6 +60,7 @@ class Writer:
             "version": self._version,
             "alias": self._alias,
             "note": self._note,
+            "tag": self._tag,
             "end": self._end,
         }
 
@@ -207,6 +208,9 @@ class Writer:
             if artifact and model:
                 rows.append((artifact, mlflow_model_page("", self.experiment, model)))
         self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows))
+
+    def _tag(self, operation: Operation, ids: dict[str, str]) -> None:
+        self.client.set_tag(_run_id(operation["ref"], ids), operation["name"], operation["value"])
 
     def _end(self, operation: Operation, ids: dict[str, str]) -> None:
         self.client.set_terminated(_run_id(operation["ref"], ids), operation["status"], operation["time"])

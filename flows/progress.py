@@ -39,7 +39,7 @@ class Meter:
         self._started = time.time() if now is None else now
         self._first: tuple[float, float] | None = None
         self._seconds_a_share: float | None = None
-        self._latest = self._started
+        self._complete = False
 
     def read(self, node: Node, records: Sequence[Mapping[str, Any]]) -> None:
         """Take in a node's new records. Those of an earlier attempt set the starting point, not the speed."""
@@ -49,6 +49,19 @@ class Meter:
                 self._moved(record["time"])
             elif record["kind"] == "metrics":
                 self._measured(record["values"])
+
+    def complete(self) -> None:
+        """Say that the job is done, whatever its last step was: a stage may stop early."""
+        self._complete = True
+        self.share = 1.0
+
+    @property
+    def stopped_early(self) -> str:
+        """Where a finished node stopped before its last step, such as `stopped early at step 40 of 100`; else empty."""
+        if not self._complete or len(self._steps) != 1:
+            return ""
+        step, total = next(iter(self._steps.values()))
+        return f"stopped early at step {step} of {total}" if step < total else ""
 
     @property
     def eta_seconds(self) -> float | None:
@@ -62,7 +75,7 @@ class Meter:
         """Steps of a single node, finished nodes of several."""
         if len(self._steps) == 1:
             step, total = next(iter(self._steps.values()))
-            return f"{step}/{total}" if total else "starting"
+            return f"{step}/{total}" if total else "done" if self._complete else "starting"
         done = sum(step == total > 0 for step, total in self._steps.values())
         return f"{done}/{len(self._steps)} domains"
 
@@ -76,7 +89,8 @@ class Meter:
     def line(self) -> str:
         """All in one line of text."""
         eta = self.eta_seconds
-        parts = [self.position, self.measure, f"ETA {duration(eta)}" if eta is not None and self.share < 1 else ""]
+        left = f"ETA {duration(eta)}" if eta is not None and self.share < 1 else ""
+        parts = [self.stopped_early or self.position, self.measure, left]
         return "  ".join(part for part in parts if part)
 
     def _moved(self, when: float) -> None:
@@ -158,6 +172,18 @@ class ProgressDisplay:
             meters = list(self._meters.values())
         width = max((len(meter.label) for meter in meters), default=0)
         return Group(*(_bar(meter, width) for meter in meters))
+
+
+def notes(node: Node, records: Sequence[Mapping[str, Any]], since: float) -> list[str]:
+    """What a node has to say to a person (alarms, an early stop), a line for each note.
+
+    Args:
+        node: The node.
+        records: New records of its journal.
+        since: When this attempt started, in seconds since the epoch; what an earlier one said is not repeated.
+    """
+    said = [record for record in records if record["kind"] == "note" and record["time"] >= since]
+    return [f"{node.id}: step {record['step']}: {record['text']}" for record in said]
 
 
 def duration(seconds: float) -> str:

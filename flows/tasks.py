@@ -20,7 +20,7 @@ from prefect.states import Completed, State
 
 from flows.launch import LOG_FILE, Launcher, NodeFailedError
 from flows.plan import Node, StageGraph
-from flows.progress import Meter, ProgressDisplay, duration
+from flows.progress import Meter, ProgressDisplay, duration, notes
 from stages.core.checkpoint import Store
 
 if TYPE_CHECKING:
@@ -98,12 +98,15 @@ class Supervisor:
 
     def _launch(self, job: Job, nodes: Sequence[Node]) -> float:
         runs = {node.id: self.tracker.stage_started(node) for node in nodes}
-        meter, page, log = Meter(job.id, nodes), ProgressPage(job.id), get_run_logger()
+        meter, page, log, since = Meter(job.id, nodes), ProgressPage(job.id), get_run_logger(), time.time()
         self.display.started(meter)
         log.info("%s: launched, log %s", job.id, self.store.work(nodes[0].key) / LOG_FILE)
 
         def on_records(node: Node, records: list[dict[str, Any]]) -> None:
             runs[node.id].forward(records)
+            for line in notes(node, records, since):
+                self.display.say(line)
+                log.info("%s", line)
             meter.read(node, records)
             self.display.moved(meter)
             if page.show(meter):
@@ -119,8 +122,11 @@ class Supervisor:
         for node in nodes:
             runs[node.id].finish("FINISHED", self.store.get(node.key))
         seconds = time.monotonic() - started
-        measure = f", {meter.measure}" if meter.measure else ""
-        self.display.finished(meter, f"done in {duration(seconds)}{measure}")
+        meter.complete()
+        if meter.stopped_early:
+            page.show(meter)
+        outcome = [f"done in {duration(seconds)}", meter.stopped_early, meter.measure]
+        self.display.finished(meter, ", ".join(part for part in outcome if part))
         return seconds
 
     def _ended_badly(self, nodes: Sequence[Node], runs: Mapping[str, "StageRun"]) -> None:

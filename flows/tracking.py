@@ -27,7 +27,8 @@ from stages.core.checkpoint import Artifact, Store
 if TYPE_CHECKING:
     from evals.results import Results
 
-BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH = 1000, 100, 6000
+BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 5000
+NOTES, STOPPED_EARLY = "notes", "stopped_early"
 PARENT = "run"
 CANDIDATE, CHAMPION = "candidate", "champion"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -190,9 +191,10 @@ class StageRun:
         self.node = node
         self._samples: list[dict[str, Any]] = []
         self._notes: list[str] = []
+        self._position = (0, 0)
 
     def forward(self, records: list[dict[str, Any]]) -> None:
-        """Log a journal's new records: metrics now, samples and notes at the end."""
+        """Log a journal's new records: metrics now, notes now as a tag and at the end whole, samples at the end."""
         values = [
             (name, value, int(record["time"] * 1000), record["step"])
             for record in records
@@ -201,11 +203,19 @@ class StageRun:
         ]
         self.tracker.log_metrics(self.node.id, values)
         self._samples += [record for record in records if record["kind"] == "sample"]
-        self._notes += [f"step {record['step']}: {record['text']}" for record in records if record["kind"] == "note"]
+        self._position = next(
+            ((r["step"], r["total"]) for r in reversed(records) if r["kind"] == "progress"), self._position
+        )
+        if new := [f"step {record['step']}: {record['text']}" for record in records if record["kind"] == "note"]:
+            self._notes += new
+            self.tracker.submit("tag", ref=self.node.id, name=NOTES, value="\n".join(self._notes)[-TAG_LENGTH:])
 
     def finish(self, status: Status, artifact: Artifact | None) -> None:
         """Close the run; the checkpoint it made becomes a LoggedModel with its parents as inputs."""
         tracker, ref = self.tracker, self.node.id
+        step, total = self._position
+        if status == "FINISHED" and step < total:
+            tracker.submit("tag", ref=ref, name=STOPPED_EARLY, value=f"step {step} of {total}")
         if self._samples:
             tracker.submit("table", ref=ref, file="samples.json", table=cards.sample_table(self._samples))
         if self._notes:

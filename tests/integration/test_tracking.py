@@ -13,6 +13,9 @@ from flows.tracking import Tracker
 from stages.core.checkpoint import Artifact, Store
 from tests.lineage_home import commit, lab_graph
 
+# The student stops before its last step.
+STEPS = {"student@0": 5000}
+
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -43,7 +46,10 @@ def play(tracker: Tracker, store: Store, graph: StageGraph, node: Node) -> Artif
     ]
     sample = {"time": 1.0, "step": 3, "kind": "sample", "prompt": "3 1 2", "completion": "1 2 3", "score": 1.0}
     run.forward(records[:7])
-    run.forward([*records[7:], sample, {"time": 1.0, "step": 4, "kind": "progress", "total": 1200}])
+    total = STEPS.get(node.id, 1200)
+    run.forward([*records[7:], sample, {"time": 1.0, "step": 1200, "kind": "progress", "total": total}])
+    if total > 1200:
+        run.forward([{"time": 1.0, "step": 1200, "kind": "note", "text": "stopped early: no domain improved"}])
     artifact = commit(store, graph, node)
     run.finish("FINISHED", artifact)
     return artifact
@@ -93,6 +99,15 @@ def test_a_checkpoint_names_its_parents_data_and_files(tracked):
     assert model.params["digest"] == artifact.digest
     for key in parents:
         assert f"/#/experiments/{model.experiment_id}/models/{known[key].model_id}" in model.tags["mlflow.note.content"]
+
+
+def test_an_early_stop_and_its_reason_are_tags_of_a_finished_run(tracked):
+    runs = children(tracked)
+    tags = runs["student@0"].data.tags
+    assert tags["stopped_early"] == "step 1200 of 5000"
+    assert tags["notes"] == "step 1200: stopped early: no domain improved"
+    assert "stopped_early" not in runs["experts/sort@0"].data.tags
+    assert "notes" not in runs["experts/sort@0"].data.tags
 
 
 def test_an_evaluation_puts_its_metrics_with_their_dataset_on_the_checkpoint(tracked):

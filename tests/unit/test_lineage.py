@@ -74,7 +74,7 @@ def test_every_teacher_is_shown_with_its_weight_digest_and_objective(shared, gra
     page = lineage.draw_html(shared, [graph.node("student@0").key], "lab")
     assert f"<div>taught sort: {lesson}</div>" in page
     assert "<div>teacher/sort × 0.25 ← experts/caesar</div>" in page
-    assert ">teacher/sort × 0.75</text>" in page
+    assert ">teacher/sort × 0.75<title>" in page
 
 
 def test_the_weights_of_a_planned_student_are_known(tmp_path):

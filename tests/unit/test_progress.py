@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from flows.plan import Node
-from flows.progress import Meter, ProgressDisplay, duration
+from flows.progress import Meter, ProgressDisplay, duration, notes
 
 
 def node(name: str, stage: str = "rl") -> Node:
@@ -64,6 +64,36 @@ def test_evaluations_count_finished_domains() -> None:
     assert meter.position == "1/2 domains"
     assert meter.share == pytest.approx(0.75)
     assert meter.measure == ""
+
+
+def test_a_stage_that_stops_early_is_done() -> None:
+    student = node("student", "distill")
+    meter = Meter("student@0", [student], now=0.0)
+    meter.read(student, [progress(10, 100, 1.0), progress(40, 100, 2.0)])
+    assert meter.stopped_early == ""
+    meter.complete()
+    assert (meter.share, meter.eta_seconds) == (1.0, 0.0)
+    assert meter.line() == "stopped early at step 40 of 100"
+
+
+def test_a_stage_that_took_all_its_steps_did_not_stop_early() -> None:
+    student, base = node("student", "distill"), node("base", "load")
+    whole, loaded = Meter("student@0", [student], now=0.0), Meter("base", [base], now=0.0)
+    whole.read(student, [progress(100, 100, 2.0)])
+    for meter in (whole, loaded):
+        meter.complete()
+        assert meter.stopped_early == ""
+    assert (whole.line(), loaded.line()) == ("100/100", "done")
+
+
+def test_notes_of_this_attempt_become_lines_with_the_stages_name() -> None:
+    student = node("student", "distill")
+    records = [
+        {"kind": "note", "step": 3, "time": 50.0, "text": "alarm: of an earlier attempt"},
+        {"kind": "note", "step": 12, "time": 101.0, "text": "alarm: sort repeats itself"},
+        progress(12, 100, 101.0),
+    ]
+    assert notes(student, records, since=100.0) == ["student@0: step 12: alarm: sort repeats itself"]
 
 
 def test_plain_lines_come_every_tenth_not_every_step() -> None:
