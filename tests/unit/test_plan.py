@@ -1,13 +1,12 @@
 """Content keys: they change with what changes the result, exactly downstream, and with nothing else."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from experts.errors import UserError
 from flows import plan
-from flows.lock import code_fingerprint, lock_path, status, write_lock
+from flows.lock import code_fingerprint, status, write_lock
 from flows.plan import StageGraph, build_graph
 from stages.config import DistillConfig
 from stages.core.checkpoint import Store
@@ -186,65 +185,6 @@ def test_only_the_ratio_of_teacher_weights_is_in_the_key(tmp_path: Path) -> None
     assert key({"one": 3, "two": 1}) == key({"two": 0.25, "one": 0.75})
     assert key({"one": 3, "two": 1}) != key({"one": 1, "two": 1})
     assert key("one") == key({"one": 9}) != key("two")
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "merge.on_policy_fraction=1.0",
-        "merge.max_domain_share=1.0",
-        "merge.objective.importance=drop",
-        "merge.objective.reference_kl=0",
-        "merge.objective.top_k=null",
-        "merge.health={}",
-        "merge.health={window: 10, on_alarm: warn}",
-        "experts.sort.train.rl.health={}",
-        "merge.monitor={every: 5}",
-        "experts.sort.train.rl.monitor={every: 7, examples: 9}",
-        "merge.gradient_checkpointing=true",
-        "merge.teacher_cache=cpu",
-    ],
-)
-def test_a_new_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, override: str) -> None:
-    assert changed(graph_of(tmp_path), graph_of(tmp_path, [override])) == set()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "why"),
-    [
-        (["merge.on_policy_fraction=0.5"], "on_policy_fraction 1.0 → 0.5"),
-        (["merge.objective.importance=mask"], "objective.importance drop → mask"),
-        (
-            ["merge.objective.top_k={k: 8}"],
-            "objective.top_k None → {'k': 8, 'support': 'teacher', 'remainder': 'tail'}",
-        ),
-        (["merge.health={patience: 20}"], "health.patience None → 20"),
-        (
-            ["merge.loss_normalisation=domain", "merge.domain_shares={sort: 2}"],
-            "domain_shares.sort None → 2.0; loss_normalisation token → domain",
-        ),
-    ],
-)
-def test_a_new_option_set_changes_the_key_and_is_worded(tmp_path: Path, overrides: list[str], why: str) -> None:
-    before, after = graph_of(tmp_path), graph_of(tmp_path, overrides)
-    assert changed(before, after) == with_evaluations(before, {"student@0"})
-    write_lock(before, tmp_path / "home")
-    entries = {entry.node.id: entry for entry in status(after, Store(tmp_path / "home"))}
-    assert entries["student@0"].why == f"changed: {why}"
-    write_lock(after, tmp_path / "home")
-    assert next(e for e in status(before, Store(tmp_path / "home")) if e.node.id == "student@0").why != "never made"
-
-
-def test_a_lock_of_another_release_is_compared_as_it_stands(tmp_path: Path) -> None:
-    graph, home = graph_of(tmp_path), tmp_path / "home"
-    write_lock(graph, home)
-    lock = json.loads(lock_path(home, "tiny").read_text())
-    student = lock["nodes"]["student@0"]
-    student["config"]["long_gone"] = 1
-    student["key"] = "another"
-    lock_path(home, "tiny").write_text(json.dumps(lock))
-    why = {entry.node.id: entry.why for entry in status(graph, Store(home))}["student@0"]
-    assert why == "changed: long_gone 1 → None"
 
 
 def test_an_option_of_a_domain_is_checked_while_planning(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from evals.results import metrics
+from evals.gate import judge
+from evals.results import Results, metrics
 from evals.scores import Scores, read_scores
 from evals.table import sampled_grid
 from experts.errors import UserError
@@ -94,6 +95,25 @@ def test_collect_reads_what_is_finished(tmp_path):
     gain = found.difference("student", "base", "a")
     assert gain is not None and gain.mean == pytest.approx(0.5)
     assert set(found.provenance) == {"eval/base/a/held_out", "eval/student/a/held_out@1"}
+
+
+def test_a_domain_with_several_teachers_is_measured_by_the_heaviest(tmp_path):
+    def teachers(weights: dict[str, float]) -> Results:
+        entry = {
+            "name": "toy",
+            "base": {"checkpoint": "x"},
+            "domains": {"a": {"kind": "strings"}},
+            "experts": {name: {"domain": "a", "checkpoint": name} for name in ("e", "f")},
+            "merge": {"teachers": {"a": weights}},
+        }
+        return collect(StageGraph(RunConfig.model_validate(entry), (), {}), Store(tmp_path))
+
+    found = teachers({"e": 1, "f": 3})
+    assert found.teachers == {"a": {"experts/e": 0.25, "experts/f": 0.75}}
+    assert found.checkpoint("teacher", "a") == "experts/f"
+    assert teachers({"f": 1, "e": 1}).teacher("a") == "experts/f"
+    assert found.teacher("b") is None
+    assert judge(found, 0.1, 0.1).criteria[0].name == "non-inferior to experts/f on a"
 
 
 def test_sampled_scores_and_pass_at_k():
