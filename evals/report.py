@@ -45,7 +45,7 @@ def write_report(
     Args:
         path: The HTML file; replaced whole.
         results: The run's scores.
-        curves: node name -> metric records `{"step", "values"}` of its journal.
+        curves: node name -> its journal's metric records `{"step", "values"}` and notes `{"step", "text"}`.
         lineage_rows: A mapping of column to text for each checkpoint.
         verdict: What the gate said; None when nothing was judged.
     """
@@ -106,8 +106,10 @@ def _cell(text: str) -> str:
 
 
 def _curves(name: str, records: Sequence[Mapping[str, Any]]) -> str:
-    svg = curves_figure(records)
-    return f'<details class="card"><summary>{escape(name)}</summary>{svg}</details>' if svg else ""
+    svg = curves_figure([record for record in records if "values" in record])
+    said = [f"<li>step {record['step']}: {escape(record['text'])}</li>" for record in records if "text" in record]
+    content = svg + (f"<ul>{''.join(said)}</ul>" if said else "")
+    return f'<details class="card"><summary>{escape(name)}</summary>{content}</details>' if content else ""
 
 
 def _samples(results: Results, domain: str) -> str:

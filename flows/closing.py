@@ -118,12 +118,12 @@ def _champion_scores(store: Store, run: str) -> "dict[str, Scores] | None":
 
 
 def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Metric records of every training node whose journal is still there."""
+    """Metric records and notes of every training node whose journal is still there."""
     curves = {}
     for node in graph.checkpoints:
         journal = store.home / "work" / node.key / JOURNAL_FILE
         if journal.exists():
-            curves[node.id] = [record for record in read(journal) if record["kind"] == "metrics"]
+            curves[node.id] = [record for record in read(journal) if record["kind"] in ("metrics", "note")]
     return curves
 
 

@@ -22,6 +22,12 @@ def test_report_holds_verdict_tables_figures_and_samples(tmp_path):
     assert "&lt;c0&gt;" in text and "<c0>" not in text and "contaminated" in text
 
 
+def test_report_holds_what_a_stage_noted(tmp_path):
+    curves = {"student@0": [{"step": 12, "text": "alarm: <sort> repeats itself"}]}
+    text = write_report(tmp_path / "report.html", results(), curves, [], None).read_text()
+    assert "<summary>student@0</summary><ul><li>step 12: alarm: &lt;sort&gt; repeats itself</li></ul>" in text
+
+
 def test_report_asks_nothing_of_the_network(tmp_path):
     text = _written(tmp_path, results())
     assert not re.search(r"<(script|link|img|iframe)\b|@import|(src|href)=[\"']?(https?:)?//|url\((?!#)", text)
