@@ -43,6 +43,7 @@ class Learner:
 
     Attributes:
         tokens: Tokens the loss was computed on so far, in all processes.
+        memory: JSON-serialisable facts a stage keeps between steps; saved and restored with the state.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path, seed: int) -> None:
@@ -51,6 +52,7 @@ class Learner:
         self.progress = progress
         self.seed = seed
         self.tokens = 0
+        self.memory: dict[str, Any] = {}
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
         )
@@ -95,6 +97,11 @@ class Learner:
         """Exchange gradients between processes only with the last micro-batch of an update."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
             yield
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """The policy's model may be used directly inside, in eval mode."""
+        yield
 
     def empty_backward(self) -> None:
         """Take part in the exchange of gradients without a row to learn from."""
@@ -159,7 +166,7 @@ class Learner:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         if self.accelerator.is_main_process:
-            (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens}))
+            (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens, "memory": self.memory}))
             for path in temporary.iterdir():
                 sync_to_disk(path)
             os.rename(temporary, self.progress / f"step-{step}")
@@ -175,7 +182,8 @@ class Learner:
             return 0
         step, folder = saved[-1]
         self.accelerator.load_state(str(folder))
-        self.tokens = json.loads((folder / "stage.json").read_text())["tokens"]
+        kept = json.loads((folder / "stage.json").read_text())
+        self.tokens, self.memory = kept["tokens"], kept.get("memory", {})
         return step
 
     def _save_trainable(self, models: list[Any], weights: list[Any], folder: str) -> None:
