@@ -1,0 +1,193 @@
+"""Watches an on-policy stage: ends it on a plateau, raises alarms of collapse. Pure and free of torch.
+
+Every quantity is averaged over the last `window` steps that measured it, domain by domain; nothing is judged before a
+domain's first window is full. The collapses watched for are the known ones of on-policy distillation: entropy falls,
+completions grow, completions repeat themselves (compression ratio).
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from stages.config import HealthConfig
+
+# Below this the zlib header and the cold dictionary decide the ratio, not the text.
+COMPRESSIBLE_BYTES = 200
+# A domain this sure of itself from the start (nats a token) has no diversity to lose.
+DETERMINISTIC_ENTROPY = 0.02
+# Improvements are relative to the best value, but near 0 to this: noise around 0 is no progress.
+SMALLEST_SCALE = 0.01
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What one step measured, by domain; a map lacks a domain that had nothing to measure.
+
+    Attributes:
+        signal: Reward, or divergence from the teacher in nats.
+        entropy: Mean entropy of the policy in nats a token.
+        length: Mean tokens of a completion.
+        compression: Compression ratio of the completions, as `compression` gives it.
+    """
+
+    signal: Mapping[str, float]
+    entropy: Mapping[str, float]
+    length: Mapping[str, float]
+    compression: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step's vitals mean.
+
+    Attributes:
+        alarms: Those that began with this step, one line each.
+        stop: Why the stage ends here; None where it goes on.
+    """
+
+    alarms: tuple[str, ...]
+    stop: str | None
+
+
+def compression(texts: Sequence[str]) -> float | None:
+    """How far completions shrink under zlib: bytes before / bytes after, mean over completions.
+
+    Ordinary text of a few hundred bytes stays below 3, a phrase over and over goes to 10 and far beyond.
+
+    Args:
+        texts: Completions of one domain.
+
+    Returns:
+        None where no completion has the 200 bytes at which the ratio begins to mean something.
+    """
+    encoded = [text.encode() for text in texts]
+    ratios = [len(data) / len(zlib.compress(data)) for data in encoded if len(data) >= COMPRESSIBLE_BYTES]
+    return fmean(ratios) if ratios else None
+
+
+class Health:
+    """Judges a stage step by step. The same vitals give the same verdicts, also across a save of `state`."""
+
+    def __init__(
+        self, config: HealthConfig, better: Literal["higher", "lower"], state: Mapping[str, Any] | None
+    ) -> None:
+        """Start to watch, or go on.
+
+        Args:
+            config: Limits.
+            better: Whether the signal is a reward or a divergence.
+            state: The `state` of an earlier attempt; None at a stage's start.
+        """
+        self.config = config
+        self.better = better
+        known = state or {}
+        self._recent = {name: dict(values) for name, values in known.get("recent", {}).items()}
+        self._baselines = {name: dict(values) for name, values in known.get("baselines", {}).items()}
+        self._best: dict[str, tuple[float, int]] = {
+            domain: (value, step) for domain, (value, step) in known.get("best", {}).items()
+        }
+        self._sounding: set[str] = set(known.get("sounding", ()))
+        self._stop: str | None = known.get("stop")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a verdict has ended the stage."""
+        return self._stop is not None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that a resumed stage needs to go on exactly, as JSON-serialisable values of their own."""
+        return {
+            "recent": {name: dict(values) for name, values in self._recent.items()},
+            "baselines": {name: dict(values) for name, values in self._baselines.items()},
+            "best": {domain: list(found) for domain, found in self._best.items()},
+            "sounding": sorted(self._sounding),
+            "stop": self._stop,
+        }
+
+    def observe(self, step: int, vitals: Vitals) -> Verdict:
+        """Take in a step's vitals. A value that is not finite counts as not measured.
+
+        Args:
+            step: Counts from 1, in order.
+            vitals: What the step measured.
+        """
+        alarms = tuple(self._alarms(vitals))
+        reasons = [*alarms] if self.config.on_alarm == "stop" else []
+        self._note_progress(step, vitals)
+        if plateau := self._plateau(step):
+            reasons.append(plateau)
+        self._stop = "; ".join(reasons) or None
+        return Verdict(alarms, self._stop)
+
+    def _smoothed(self, name: str, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+        """The mean over the window of each domain measured in this step, once its window is full."""
+        recent = self._recent.setdefault(name, {})
+        for domain, value in values.items():
+            if math.isfinite(value):
+                recent[domain] = [*recent.get(domain, ()), value][-self.config.window :]
+                if len(recent[domain]) == self.config.window:
+                    yield domain, fmean(recent[domain])
+
+    def _baseline(self, name: str, domain: str, mean: float) -> float:
+        """The mean of the domain's first window: the first that is asked about."""
+        return self._baselines.setdefault(name, {}).setdefault(domain, mean)
+
+    def _alarms(self, vitals: Vitals) -> Iterator[str]:
+        """The alarms that begin now; those that have ended may begin again."""
+        config = self.config
+        for domain, mean in self._smoothed("entropy", vitals.entropy):
+            first = self._baseline("entropy", domain, mean)
+            limit = config.min_entropy * first
+            if self._begins(f"entropy/{domain}", first >= DETERMINISTIC_ENTROPY and mean < limit):
+                yield (
+                    f"{domain}: entropy {mean:.3g} nats a token is below {limit:.3g} "
+                    f"({config.min_entropy:g} of the first {first:.3g})"
+                )
+        for domain, mean in self._smoothed("length", vitals.length):
+            # Completions of nothing but EOS have no length to multiply.
+            first = max(self._baseline("length", domain, mean), 1.0)
+            limit = config.max_length_growth * first
+            if self._begins(f"length/{domain}", mean > limit):
+                yield (
+                    f"{domain}: length {mean:.4g} tokens is above {limit:.4g} "
+                    f"({config.max_length_growth:g} times the first {first:.4g})"
+                )
+        for domain, mean in self._smoothed("compression", vitals.compression):
+            if self._begins(f"compression/{domain}", mean > config.max_compression):
+                yield (
+                    f"{domain}: compression {mean:.3g} is above {config.max_compression:g}: "
+                    f"completions repeat themselves"
+                )
+
+    def _begins(self, alarm: str, holds: bool) -> bool:
+        """Whether an alarm holds that did not before."""
+        begins = holds and alarm not in self._sounding
+        if holds:
+            self._sounding.add(alarm)
+        else:
+            self._sounding.discard(alarm)
+        return begins
+
+    def _note_progress(self, step: int, vitals: Vitals) -> None:
+        """Remember each domain's best mean; one within `min_improvement` of the best before is no better."""
+        sign = 1.0 if self.better == "higher" else -1.0
+        for domain, mean in self._smoothed("signal", vitals.signal):
+            if domain in self._best:
+                best, _ = self._best[domain]
+                if sign * (mean - best) <= self.config.min_improvement * max(abs(best), SMALLEST_SCALE):
+                    continue
+            self._best[domain] = (mean, step)
+
+    def _plateau(self, step: int) -> str | None:
+        """Why the stage has stopped learning, if so."""
+        patience = self.config.patience
+        if patience is None or not self._best:
+            return None
+        if step - max(found for _, found in self._best.values()) < patience:
+            return None
+        best = ", ".join(f"{domain} {value:.4g} at step {found}" for domain, (value, found) in self._best.items())
+        return f"no domain improved by {100 * self.config.min_improvement:g} % for {patience} steps (best: {best})"
