@@ -1,11 +1,11 @@
-"""Divergences of the student from a target distribution: pure functions of logits, with gradients in closed form.
+"""Divergences of the student from its teacher, token by token: exact over the vocabulary, or over its likeliest tokens.
 
-Shape suffixes: N tokens, V vocabulary, K tokens of a support. S is the student, T the target; T carries no gradient.
+Shape suffixes: N tokens laid end to end, V vocabulary, K tokens of a support, J those and the tail's bucket.
 
-With g_v the derivative of a divergence by S_v, its gradient by the student's logits is S·(g − Σ_v S_v·g_v). Written
-out it takes a few passes over [N, V] where autograd through two log-softmaxes takes many, and it is exactly 0 where
-student and target are equal. Every function returns the losses [N] and, for the log, the `reverse_kl` and the
-student's `entropy`, so that objectives can be compared.
+S is the student, T the teacher, z the student's logits. A divergence with derivative g = ∂L/∂S has the gradient
+∂L/∂z = S·(g − Σ S·g). It is formed here in closed form beside the value, so that nothing is differentiated through a
+softmax and a teacher equal to the student leaves exactly nothing. Where it cannot be 0·log 0 = 0, a logarithm of a
+probability is cut at `LEAST_LOGPROB`: a token that one side rules out (−inf, a padded vocabulary) costs much, not NaN.
 """
 
 from typing import Any
@@ -15,213 +15,274 @@ from torch import Tensor
 
 from stages.on_policy.losses import Losses
 
-# Stands for log 0, so that 0·log 0 is 0: a padded vocabulary may carry logits of -inf.
-LOG_ZERO = -1e4
+# The exponential of its absolute value is still finite in float32.
+LEAST_LOGPROB = -87.0
 
 
-def reverse_kl(logits_NV: Tensor, target_logits_NV: Tensor) -> Losses:
-    """KL(S‖T) = Σ_v S·log(S/T), the student's own modes; gradient S·(log(S/T) − KL)."""
-    with torch.no_grad():
-        student_NV, target_NV = _log(logits_NV), _log(target_logits_NV)
-        probabilities_NV = student_NV.exp()
-        entropy_N = -torch.linalg.vecdot(probabilities_NV, student_NV)
-        ratio_NV = student_NV.sub_(target_NV)
-        losses_N = torch.linalg.vecdot(probabilities_NV, ratio_NV)
-        gradient_NV = ratio_NV.sub_(losses_N[:, None]).mul_(probabilities_NV)
-    return _attach(logits_NV, losses_N, gradient_NV), {"reverse_kl": losses_N, "entropy": entropy_N}
+def reverse_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
+    """Exact reverse KL, Σ S·log(S/T), with ∂L/∂z = S·(log(S/T) − KL).
 
+    Args:
+        logits_NV: The student's; gradients flow to it alone.
+        teacher_logits_NV: The teacher's.
 
-def forward_kl(logits_NV: Tensor, target_logits_NV: Tensor) -> Losses:
-    """KL(T‖S) = Σ_v T·log(T/S), all of the target's modes; gradient S − T."""
-    with torch.no_grad():
-        student_NV, target_NV = _log(logits_NV), _log(target_logits_NV)
-        probabilities_NV, metrics = _compared(student_NV, target_NV)
-        target_probabilities_NV = target_NV.exp()
-        losses_N = torch.linalg.vecdot(target_probabilities_NV, target_NV.sub_(student_NV))
-        gradient_NV = probabilities_NV.sub_(target_probabilities_NV)
-    return _attach(logits_NV, losses_N, gradient_NV), metrics
-
-
-def jsd(logits_NV: Tensor, target_logits_NV: Tensor, beta: float) -> Losses:
-    """Generalised JSD β·KL(T‖m) + (1 − β)·KL(S‖m) with m = β·T + (1 − β)·S (GKD, Agarwal et al. 2024).
-
-    Divided by β it tends to KL(T‖S) as β → 0, divided by 1 − β to KL(S‖T) as β → 1. Gradient (1 − β)·S·(log(S/m) −
-    Σ_v S·log(S/m)): of the derivative by S the terms that come from m cancel.
+    Returns:
+        Losses [N] in nats, and for every full-vocabulary divergence the metrics `reverse_kl` and the student's
+        `entropy`, so that objectives can be compared.
     """
     with torch.no_grad():
-        student_NV, target_NV = _log(logits_NV), _log(target_logits_NV)
-        probabilities_NV, metrics = _compared(student_NV, target_NV)
-        target_probabilities_NV = target_NV.exp()
-        mixture_NV = _log_mixture(student_NV, target_NV, beta)
-        from_target_N = torch.linalg.vecdot(target_probabilities_NV, target_NV.sub_(mixture_NV))
-        ratio_NV = student_NV.sub_(mixture_NV)
-        from_student_N = torch.linalg.vecdot(probabilities_NV, ratio_NV)
-        losses_N = beta * from_target_N + (1.0 - beta) * from_student_N
-        gradient_NV = ratio_NV.sub_(from_student_N[:, None]).mul_(probabilities_NV).mul_(1.0 - beta)
-    return _attach(logits_NV, losses_N, gradient_NV), metrics
+        student_NV, probs_NV = _distribution(logits_NV)
+        entropy_N = _expectation(probs_NV, student_NV).neg_()
+        teacher_NV, _ = _distribution(teacher_logits_NV.to(student_NV.dtype), probs=False)
+        ratio_NV = student_NV.sub_(teacher_NV)
+        kl_N, gradient_NV = _reverse(probs_NV, ratio_NV)
+    return _with_gradient(logits_NV, kl_N, gradient_NV), {"reverse_kl": kl_N, "entropy": entropy_N}
 
 
-def entropy_aware(logits_NV: Tensor, target_logits_NV: Tensor, threshold: float) -> Losses:
-    """KL(S‖T), plus KL(T‖S) where the target's entropy passes `threshold` nats: where the teacher sees several ways on,
-    the student keeps them all."""
-    losses_N, metrics = reverse_kl(logits_NV, target_logits_NV)
+def forward_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
+    """Exact forward KL, Σ T·log(T/S), with ∂L/∂z = S − T; arguments and metrics as for `reverse_kl`."""
     with torch.no_grad():
-        target_NV = _log(target_logits_NV)
-        unsure_N = (-torch.linalg.vecdot(target_NV.exp(), target_NV) > threshold).to(losses_N.dtype)
-    covering_N, _ = forward_kl(logits_NV, target_logits_NV)
-    return losses_N + unsure_N * covering_N, metrics | {"teacher_unsure": unsure_N}
+        student_NV, probs_NV = _distribution(logits_NV)
+        entropy_N = _expectation(probs_NV, student_NV).neg_()
+        teacher_NV, teacher_probs_NV = _distribution(teacher_logits_NV.to(student_NV.dtype))
+        ratio_NV = student_NV.sub_(teacher_NV)
+        reverse_N = _expectation(probs_NV, ratio_NV)
+        losses_N = _expectation(teacher_probs_NV, ratio_NV).neg_()
+        gradient_NV = probs_NV.sub_(teacher_probs_NV)
+    return _with_gradient(logits_NV, losses_N, gradient_NV), {"reverse_kl": reverse_N, "entropy": entropy_N}
 
 
-def support(logits_NV: Tensor, target_logits_NV: Tensor, k: int, source: str) -> tuple[Tensor, Tensor]:
+def jsd(logits_NV: Tensor, teacher_logits_NV: Tensor, beta: float) -> Losses:
+    """Generalised JSD, β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S (GKD, Agarwal et al. 2024).
+
+    ∂L/∂z = (1−β)·S·(log(S/m) − Σ S·log(S/m)). Divided by β it tends to the forward KL as β → 0, divided by 1−β to the
+    reverse KL as β → 1. Arguments and metrics as for `reverse_kl`.
+    """
+    with torch.no_grad():
+        student_NV, probs_NV = _distribution(logits_NV)
+        entropy_N = _expectation(probs_NV, student_NV).neg_()
+        teacher_NV, teacher_probs_NV = _distribution(teacher_logits_NV.to(student_NV.dtype))
+        ratio_NV = student_NV.sub_(teacher_NV)
+        reverse_N = _expectation(probs_NV, ratio_NV)
+        to_mixture_NV = _log_student_over_mixture(ratio_NV, beta)
+        student_half_N, gradient_NV = _reverse(probs_NV, to_mixture_NV)
+        # log(T/m) = log(S/m) − log(S/T).
+        teacher_half_N = _expectation(teacher_probs_NV, to_mixture_NV.sub_(ratio_NV))
+        losses_N = beta * teacher_half_N + (1 - beta) * student_half_N
+        gradient_NV *= 1 - beta
+    return _with_gradient(logits_NV, losses_N, gradient_NV), {"reverse_kl": reverse_N, "entropy": entropy_N}
+
+
+def entropy_aware(logits_NV: Tensor, teacher_logits_NV: Tensor, threshold: float) -> Losses:
+    """Reverse KL, plus the forward KL where the teacher is unsure: Σ S·log(S/T) + 1[H(T) > threshold]·Σ T·log(T/S).
+
+    Against the loss of diversity that reverse KL brings where many continuations are right. Arguments and metrics as
+    for `reverse_kl`, and `unsure`: whether the forward KL was added.
+    """
+    with torch.no_grad():
+        student_NV, probs_NV = _distribution(logits_NV)
+        entropy_N = _expectation(probs_NV, student_NV).neg_()
+        teacher_NV, teacher_probs_NV = _distribution(teacher_logits_NV.to(student_NV.dtype))
+        unsure_N = (_expectation(teacher_probs_NV, teacher_NV).neg_() > threshold).to(probs_NV.dtype)
+        ratio_NV = student_NV.sub_(teacher_NV)
+        reverse_N, gradient_NV = _reverse(probs_NV, ratio_NV)
+        losses_N = reverse_N - unsure_N * _expectation(teacher_probs_NV, ratio_NV)
+        gradient_NV.addcmul_(probs_NV.sub_(teacher_probs_NV), unsure_N[:, None])
+    metrics = {"reverse_kl": reverse_N, "entropy": entropy_N, "unsure": unsure_N}
+    return _with_gradient(logits_NV, losses_N, gradient_NV), metrics
+
+
+def support(logits_NV: Tensor, teacher_logits_NV: Tensor, k: int, source: str) -> tuple[Tensor, Tensor]:
     """The tokens a top-k divergence looks at.
 
     Args:
-        logits_NV: The student's logits.
-        target_logits_NV: The target's.
-        k: Tokens taken from a model; at most V.
-        source: `student`, `teacher`, `union` or `intersection` of their k likeliest.
+        logits_NV: The student's.
+        teacher_logits_NV: The teacher's.
+        k: Tokens taken from a model; at most V are.
+        source: `student`, `teacher`, `union` (the student's, then those of the teacher's not among them) or
+            `intersection` (those of the teacher's among the student's).
 
     Returns:
-        Indices [N, K] and which of them count [N, K]; K is 2k for the union, else k.
+        Token ids [N, K], and which of them count [N, K]; K is 2·k for the union. Ids that count are distinct.
     """
-    k = min(k, logits_NV.shape[-1])
-    if source == "student":
-        students_NK = logits_NV.detach().topk(k).indices
-        return students_NK, torch.ones_like(students_NK, dtype=torch.bool)
-    targets_NK = target_logits_NV.detach().topk(k).indices
-    if source == "teacher":
-        return targets_NK, torch.ones_like(targets_NK, dtype=torch.bool)
-    students_NK = logits_NV.detach().topk(k).indices
-    shared_NK = (targets_NK[:, :, None] == students_NK[:, None, :]).any(-1)
-    if source == "intersection":
-        return targets_NK, shared_NK
-    return torch.cat([students_NK, targets_NK], 1), torch.cat([torch.ones_like(shared_NK), ~shared_NK], 1)
+    with torch.no_grad():
+        k = min(k, logits_NV.shape[1])
+        if source == "student":
+            indices_NK = logits_NV.topk(k).indices
+            return indices_NK, torch.ones_like(indices_NK, dtype=torch.bool)
+        teachers_NK = teacher_logits_NV.topk(k).indices
+        every_NK = torch.ones_like(teachers_NK, dtype=torch.bool)
+        if source == "teacher":
+            return teachers_NK, every_NK
+        students_NK = logits_NV.topk(k).indices
+        shared_NK = _among(teachers_NK, students_NK, logits_NV.shape[1])
+        if source == "intersection":
+            return teachers_NK, shared_NK
+        if source == "union":
+            return torch.cat([students_NK, teachers_NK], 1), torch.cat([every_NK, ~shared_NK], 1)
+        raise ValueError(f"no support {source!r}; it is student, teacher, union or intersection")
 
 
 def top_k_divergence(
     logits_NV: Tensor,
-    target_logprobs_NK: Tensor,
+    teacher_logprobs_NK: Tensor,
     indices_NK: Tensor,
     valid_NK: Tensor,
     divergence: str,
     remainder: str,
-    beta: float = 0.5,
+    beta: float,
 ) -> Losses:
-    """A divergence over a support instead of the vocabulary; of the target it needs no more than the support.
+    """A divergence over a support; of the teacher it takes no more than a server can send.
+
+    Every token of the support adds D = S·log(S/T) − S + T (`reverse_kl`), T·log(T/S) − T + S (`forward_kl`), or for
+    `jsd` the same form of both halves, β·[T·log(T/m) − T + m] + (1−β)·[S·log(S/m) − S + m]; there the corrections
+    cancel and the plain truncated sum is left. Over distributions that sum to 1 they cancel for all three.
 
     Args:
-        logits_NV: The student's logits.
-        target_logprobs_NK: The target's log-probabilities of the support's tokens, over the whole vocabulary.
-        indices_NK: The support.
-        valid_NK: Which of its tokens count.
+        logits_NV: The student's; gradients flow to it alone.
+        teacher_logprobs_NK: The teacher's log-probabilities of the support's tokens, normalised over its vocabulary.
+        indices_NK: Token ids of the support; those that count are distinct.
+        valid_NK: Which of them count.
         divergence: `reverse_kl`, `forward_kl` or `jsd`.
-        remainder: What becomes of the other tokens. `renormalise`: both distributions are renormalised over the
-            support (an empty one gives 0). `correct`: the sum over the support has − S + T added to reverse KL and
-            − T + S to forward KL, which makes each term non-negative and 0 only at equality; in the JSD these
-            cancel. `tail`: all others are one token more.
-        beta: Of the JSD.
+        remainder: What becomes of the other tokens. `correct`: they add nothing, and −S + T keeps each term at 0 or
+            more; `renormalise`: both distributions are restricted to the support and renormalised (an empty one has
+            loss and gradient 0); `tail`: they share one bucket.
+        beta: The teacher's weight in `jsd`.
 
     Returns:
-        Losses [N], equal to the exact divergence where the support is the vocabulary.
+        Losses [N], and the metrics `entropy`; `reverse_kl` with a tail bucket, which is at most the exact one and
+        equals it at K = V; `teacher_mass`, the teacher's probability of the support.
     """
-    student_NV = logits_NV.log_softmax(-1)
-    student_NK = student_NV.gather(1, indices_NK).masked_fill(~valid_NK, -torch.inf)
-    target_NK = target_logprobs_NK.detach().masked_fill(~valid_NK, -torch.inf)
-    if remainder == "renormalise":
-        counts_NK = valid_NK | ~valid_NK.any(-1, keepdim=True)
-        student_NK = student_NK.masked_fill(counts_NK & ~valid_NK, 0.0).log_softmax(-1)
-        target_NK = target_NK.masked_fill(counts_NK & ~valid_NK, 0.0).log_softmax(-1)
-    elif remainder == "tail":
-        student_NK = torch.cat([student_NK, _log_rest(student_NK)], 1)
-        target_NK = torch.cat([target_NK, _log_rest(target_NK)], 1)
-    student_NK, target_NK = student_NK.clamp(min=LOG_ZERO), target_NK.clamp(min=LOG_ZERO)
-    losses_N = _divergence(student_NK, target_NK, divergence, remainder == "correct", beta)
     with torch.no_grad():
-        reverse_N = torch.linalg.vecdot(student_NK.exp(), student_NK - target_NK)
-        student_NV = student_NV.clamp(min=LOG_ZERO)
-        entropy_N = -torch.linalg.vecdot(student_NV.exp(), student_NV)
-    return losses_N, {"reverse_kl": reverse_N, "entropy": entropy_N}
+        student_NV, probs_NV = _distribution(logits_NV)
+        entropy_N = _expectation(probs_NV, student_NV).neg_()
+        both = (student_NV.gather(1, indices_NK), teacher_logprobs_NK.to(student_NV.dtype).clamp(min=LEAST_LOGPROB))
+        # What does not count is as good as ruled out by both, which costs nothing.
+        student_NK, teacher_NK = (logprobs_NK.masked_fill(~valid_NK, LEAST_LOGPROB) for logprobs_NK in both)
+        mass_N = (teacher_NK.exp() * valid_NK).sum(1)
+        tailed_NJ = _with_tail(student_NK), _with_tail(teacher_NK)
+        reverse_NJ, _ = _pointwise("reverse_kl", *tailed_NJ, beta)
+        # The gradient is S·shared on every token, and more on those of the support.
+        if remainder == "tail":
+            values_NJ, flow_NJ = _pointwise(divergence, *tailed_NJ, beta)
+            tail_N = flow_NJ[:, -1] / tailed_NJ[0][:, -1].exp()
+            shared_N = tail_N - flow_NJ.sum(1)
+            own_NK = flow_NJ[:, :-1] - student_NK.exp() * tail_N[:, None]
+        elif remainder == "renormalise":
+            student_NK, teacher_NK = _renormalised(student_NK, valid_NK), _renormalised(teacher_NK, valid_NK)
+            values_NJ, flow_NK = _pointwise(divergence, student_NK, teacher_NK, beta)
+            shared_N = torch.zeros_like(entropy_N)
+            own_NK = flow_NK - student_NK.exp() * flow_NK.sum(1, keepdim=True)
+        elif remainder == "correct":
+            values_NJ, own_NK = _pointwise(divergence, student_NK, teacher_NK, beta)
+            shared_N = -own_NK.sum(1)
+        else:
+            raise ValueError(f"no remainder {remainder!r}; it is renormalise, correct or tail")
+        gradient_NV = probs_NV.mul_(shared_N[:, None]).scatter_add_(1, indices_NK, own_NK * valid_NK)
+    metrics = {"reverse_kl": reverse_NJ.sum(1), "entropy": entropy_N, "teacher_mass": mass_N}
+    return _with_gradient(logits_NV, values_NJ.sum(1), gradient_NV), metrics
 
 
-def diagnose(logits_NV: Tensor, target_logits_NV: Tensor, k: int) -> dict[str, Tensor]:
-    """How student and target agree on each token.
+def diagnose(logits_NV: Tensor, teacher_logits_NV: Tensor, k: int) -> dict[str, Tensor]:
+    """How student and teacher agree.
 
     Returns:
-        `top_k_overlap`: share of the target's k likeliest tokens that are among the student's; `teacher_entropy` in
-        nats; `entropy_gap`: the student's entropy less the target's.
+        `top_k_overlap` [N], the share of the student's k likeliest tokens among the teacher's; `entropy_gap` [N], the
+        student's entropy less the teacher's; `teacher_entropy` [N]; in nats.
     """
     with torch.no_grad():
-        _, shared_NK = support(logits_NV, target_logits_NV, k, "intersection")
-        student_NV, target_NV = _log(logits_NV), _log(target_logits_NV)
-        target_N = -torch.linalg.vecdot(target_NV.exp(), target_NV)
-        student_N = -torch.linalg.vecdot(student_NV.exp(), student_NV)
-        overlap_N = shared_NK.to(student_N.dtype).mean(-1)
-    return {"top_k_overlap": overlap_N, "teacher_entropy": target_N, "entropy_gap": student_N - target_N}
+        entropies = []
+        for logits in (logits_NV, teacher_logits_NV):
+            logprobs_NV, probs_NV = _distribution(logits)
+            entropies.append(_expectation(probs_NV, logprobs_NV).neg_())
+        _, shared_NK = support(logits_NV, teacher_logits_NV, k, "intersection")
+    student_N, teacher_N = entropies
+    return {
+        "top_k_overlap": shared_NK.to(student_N.dtype).mean(1),
+        "entropy_gap": student_N - teacher_N,
+        "teacher_entropy": teacher_N,
+    }
 
 
-def _divergence(student_NK: Tensor, target_NK: Tensor, divergence: str, corrected: bool, beta: float) -> Tensor:
-    """The sum over a support of log-probabilities; autograd differentiates the few columns.
+class _GivenGradient(torch.autograd.Function):
+    """Values [N] whose gradient with respect to logits [N, V] has been formed already."""
 
-    Factors whose derivative the normalisation cancels are stopped, which keeps the gradient 0 at equality.
-    """
-    student_probabilities_NK, target_probabilities_NK = student_NK.exp(), target_NK.exp()
-    if divergence == "reverse_kl":
-        terms_NK = student_probabilities_NK * (student_NK - target_NK).detach()
-        return (terms_NK + (target_probabilities_NK - student_probabilities_NK).detach() * corrected).sum(-1)
-    if divergence == "forward_kl":
-        # S − T added and its value taken away again where it is not asked for: its gradient makes each term's exact.
-        excess_NK = student_probabilities_NK - target_probabilities_NK
-        terms_NK = target_probabilities_NK * (target_NK - student_NK) + excess_NK
-        return (terms_NK if corrected else terms_NK - excess_NK.detach()).sum(-1)
-    mixture_NK = _log_mixture(student_NK, target_NK, beta).detach()
-    from_target_NK = target_probabilities_NK * (target_NK - mixture_NK)
-    from_student_NK = student_probabilities_NK * (student_NK.detach() - mixture_NK)
-    return (beta * from_target_NK + (1.0 - beta) * from_student_NK).sum(-1)
-
-
-def _log(logits_NV: Tensor) -> Tensor:
-    """Log-probabilities, safe to multiply with a probability of 0."""
-    return logits_NV.log_softmax(-1).clamp_(min=LOG_ZERO)
-
-
-def _compared(student_NV: Tensor, target_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The student's probabilities, its reverse KL and its entropy."""
-    probabilities_NV = student_NV.exp()
-    entropy_N = -torch.linalg.vecdot(probabilities_NV, student_NV)
-    reverse_N = torch.linalg.vecdot(probabilities_NV, student_NV - target_NV)
-    return probabilities_NV, {"reverse_kl": reverse_N, "entropy": entropy_N}
-
-
-def _log_mixture(student_NV: Tensor, target_NV: Tensor, beta: float) -> Tensor:
-    """log(β·T + (1 − β)·S); where the two are equal it is exactly that."""
-    # log S + log(1 + beta (T/S - 1)), or the same from T: whichever keeps the ratio at most 1.
-    high_NV = torch.maximum(student_NV, target_NV)
-    below_NV = (target_NV < student_NV).to(student_NV.dtype)
-    low_share_NV = beta * below_NV + (1.0 - beta) * (1.0 - below_NV)
-    return high_NV + torch.log1p(low_share_NV * torch.expm1(torch.minimum(student_NV, target_NV) - high_NV))
-
-
-def _log_rest(logprobs_NK: Tensor) -> Tensor:
-    """Log-probability [N, 1] of all tokens outside a support."""
-    tiny = torch.finfo(logprobs_NK.dtype).eps
-    inside_N1 = logprobs_NK.logsumexp(-1, keepdim=True).clamp(max=-tiny)
-    return torch.log(-torch.expm1(inside_N1))
-
-
-class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, losses_N: Tensor, gradient_NV: Tensor) -> Tensor:
-        """Give the losses the gradient [N, V] by the logits."""
-        del logits_NV
+        """Keep the gradient."""
         ctx.save_for_backward(gradient_NV)
+        ctx.dtype = logits_NV.dtype
         return losses_N.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale it, row by row."""
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * grad_outputs[0][:, None], None, None
+        return (gradient_NV * grad_outputs[0][:, None]).to(ctx.dtype), None, None
 
 
-def _attach(logits_NV: Tensor, losses_N: Tensor, gradient_NV: Tensor) -> Tensor:
-    attached: Tensor = _Attach.apply(logits_NV, losses_N, gradient_NV)
-    return attached
+def _with_gradient(logits_NV: Tensor, losses_N: Tensor, gradient_NV: Tensor) -> Tensor:
+    attached_N: Tensor = _GivenGradient.apply(logits_NV, losses_N, gradient_NV)
+    return attached_N
+
+
+def _distribution(logits_NV: Tensor, probs: bool = True) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, cut where they end, and probabilities, in float32 or better."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    logprobs_NV = logits_NV.detach().log_softmax(-1, dtype=dtype)
+    probs_NV = logprobs_NV.exp() if probs else logprobs_NV
+    return logprobs_NV.clamp_(min=LEAST_LOGPROB), probs_NV
+
+
+def _expectation(probs_NV: Tensor, values_NV: Tensor) -> Tensor:
+    return (probs_NV * values_NV).sum(-1)
+
+
+def _reverse(probs_NV: Tensor, ratio_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of a log-ratio under the student, and S·(ratio − mean)."""
+    flow_NV = probs_NV * ratio_NV
+    mean_N = flow_NV.sum(-1)
+    return mean_N, flow_NV.addcmul_(probs_NV, mean_N[:, None], value=-1)
+
+
+def _log_student_over_mixture(ratio: Tensor, beta: float) -> Tensor:
+    """log(S/m) from log(S/T): −log(1 + β·(T/S − 1)), which is exactly 0 where S = T."""
+    return torch.expm1(-ratio).mul_(beta).log1p_().neg_()
+
+
+def _pointwise(divergence: str, student_NJ: Tensor, teacher_NJ: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Each token's term D [N, J] of the corrected form, and S·∂D/∂S [N, J], from log-probabilities."""
+    probs_NJ, teacher_probs_NJ = student_NJ.exp(), teacher_NJ.exp()
+    ratio_NJ = student_NJ - teacher_NJ
+    if divergence == "reverse_kl":
+        flow_NJ = probs_NJ * ratio_NJ
+        return flow_NJ - probs_NJ + teacher_probs_NJ, flow_NJ
+    if divergence == "forward_kl":
+        flow_NJ = probs_NJ - teacher_probs_NJ
+        return flow_NJ - teacher_probs_NJ * ratio_NJ, flow_NJ
+    if divergence == "jsd":
+        to_mixture_NJ = _log_student_over_mixture(ratio_NJ, beta)
+        flow_NJ = (1 - beta) * probs_NJ * to_mixture_NJ
+        return flow_NJ + beta * teacher_probs_NJ * (to_mixture_NJ - ratio_NJ), flow_NJ
+    raise ValueError(f"no top-k form of {divergence!r}; there is one of reverse_kl, forward_kl and jsd")
+
+
+def _with_tail(logprobs_NK: Tensor) -> Tensor:
+    """Append the log-probability of all other tokens, log(1 − Σ p), at least that of the rounding error.
+
+    By log1mexp, stable at both ends (Mächler 2012).
+    """
+    mass_N1 = logprobs_NK.logsumexp(1, keepdim=True).clamp(max=-torch.finfo(logprobs_NK.dtype).eps)
+    small_N1, large_N1 = torch.log(-torch.expm1(mass_N1)), torch.log1p(-torch.exp(mass_N1))
+    return torch.cat([logprobs_NK, torch.where(mass_N1 > -0.6931, small_N1, large_N1)], 1)
+
+
+def _renormalised(logprobs_NK: Tensor, valid_NK: Tensor) -> Tensor:
+    """Log-probabilities that sum to 1 over what counts; a row where nothing does stays ruled out."""
+    mass_N1 = logprobs_NK.masked_fill(~valid_NK, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.where(valid_NK, logprobs_NK - mass_N1, LEAST_LOGPROB)
+
+
+def _among(indices_NK: Tensor, others_NK: Tensor, vocabulary: int) -> Tensor:
+    marked_NV = torch.zeros(len(indices_NK), vocabulary, dtype=torch.bool, device=indices_NK.device)
+    return marked_NV.scatter_(1, others_NK, True).gather(1, indices_NK)

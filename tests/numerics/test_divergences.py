@@ -1,8 +1,9 @@
-"""Divergences against hand-worked tables and float64 oracles; top-k against the exact forms."""
+"""Divergences against a table worked by hand and a float64 oracle differentiated by autograd."""
 
 import itertools
-import math
 from collections.abc import Callable
+from functools import partial
+from math import log
 
 import pytest
 import torch
@@ -17,199 +18,296 @@ from stages.on_policy.divergences import (
     support,
     top_k_divergence,
 )
+from stages.on_policy.losses import Losses
 
-Exact = Callable[[Tensor, Tensor], Tensor]
-EXACT: dict[str, Exact] = {
-    "reverse_kl": lambda s, t: reverse_kl(s, t)[0],
-    "forward_kl": lambda s, t: forward_kl(s, t)[0],
-    "jsd": lambda s, t: jsd(s, t, 0.3)[0],
-    "entropy_aware": lambda s, t: entropy_aware(s, t, 1.8)[0],
-}
+BETA, THRESHOLD = 1 / 3, 1.2
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 SUPPORTS = ("student", "teacher", "union", "intersection")
 REMAINDERS = ("renormalise", "correct", "tail")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+EXACT: dict[str, Callable[[Tensor, Tensor], Losses]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": partial(jsd, beta=BETA),
+    "entropy_aware": partial(entropy_aware, threshold=THRESHOLD),
+}
+L = log(2)
+S_V, T_V = (1 / 2, 1 / 4, 1 / 8, 1 / 8), (1 / 8, 1 / 2, 1 / 4, 1 / 8)
 
 
-def oracle(name: str, logits_NV: Tensor, target_NV: Tensor) -> Tensor:
-    """The textbook sums, differentiated by autograd."""
-    s_NV, t_NV = logits_NV.softmax(-1), target_NV.softmax(-1)
-    reverse_N, forward_N = (s_NV * (s_NV / t_NV).log()).sum(-1), (t_NV * (t_NV / s_NV).log()).sum(-1)
-    if name == "jsd":
-        m_NV = 0.3 * t_NV + 0.7 * s_NV
-        return (0.3 * t_NV * (t_NV / m_NV).log() + 0.7 * s_NV * (s_NV / m_NV).log()).sum(-1)
-    if name == "entropy_aware":
-        entropy_N = -(t_NV * t_NV.log()).sum(-1)
-        assert 0 < (entropy_N > 1.8).sum() < len(entropy_N)
-        return reverse_N + (entropy_N > 1.8) * forward_N
-    return reverse_N if name == "reverse_kl" else forward_N
-
-
-def logits(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_pair(seed: int, tokens: int = 6, vocabulary: int = 9, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return 1.5 * torch.randn(9, 13, generator=generator, dtype=torch.float64).to(dtype)
+    return [2.0 * torch.randn(tokens, vocabulary, generator=generator, dtype=dtype) for _ in range(2)]
 
 
-def top_k(
-    logits_NV: Tensor, target_NV: Tensor, k: int, source: str, divergence: str, remainder: str
-) -> tuple[Tensor, Tensor]:
-    """Losses and their gradient."""
+def local(divergence: str, source: str, remainder: str, k: int) -> Callable[[Tensor, Tensor], Losses]:
+    """The top-k form where the teacher's logits are at hand."""
+
+    def run(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
+        indices_NK, valid_NK = support(logits_NV, teacher_logits_NV, k, source)
+        wide = torch.promote_types(teacher_logits_NV.dtype, torch.float32)
+        teacher_NK = teacher_logits_NV.log_softmax(-1, dtype=wide).gather(1, indices_NK)
+        return top_k_divergence(logits_NV, teacher_NK, indices_NK, valid_NK, divergence, remainder, BETA)
+
+    return run
+
+
+def differentiated(run: Callable[[Tensor, Tensor], Tensor], logits_NV: Tensor, teacher_NV: Tensor) -> list[Tensor]:
+    """Losses [N], and the gradient [N, V] of their weighted sum."""
     logits_NV = logits_NV.detach().requires_grad_()
-    indices_NK, valid_NK = support(logits_NV, target_NV, k, source)
-    target_NK = target_NV.log_softmax(-1).gather(1, indices_NK)
-    losses_N, metrics = top_k_divergence(logits_NV, target_NK, indices_NK, valid_NK, divergence, remainder, 0.3)
-    assert set(metrics) == {"reverse_kl", "entropy"}
-    return losses_N.detach(), torch.autograd.grad(losses_N.sum(), logits_NV)[0]
+    losses_N = run(logits_NV, teacher_NV)
+    weights_N = torch.arange(1, len(losses_N) + 1, dtype=losses_N.dtype)
+    return [losses_N.detach(), torch.autograd.grad((weights_N * losses_N).sum(), logits_NV)[0]]
 
 
-# Student (1/2, 1/4, 1/4), target (1/4, 1/2, 1/4): only the first two tokens matter.
-LOG2 = math.log(2)
-BY_HAND = {
-    # 1/2 log 2 - 1/4 log 2
-    "reverse_kl": 0.25 * LOG2,
-    "forward_kl": 0.25 * LOG2,
-    # m = 0.3 T + 0.7 S = (0.425, 0.325, 0.25)
-    "jsd": 0.3 * (0.25 * math.log(0.25 / 0.425) + 0.5 * math.log(0.5 / 0.325))
-    + 0.7 * (0.5 * math.log(0.5 / 0.425) + 0.25 * math.log(0.25 / 0.325)),
-    # The target's entropy, 1.04, stays below 1.8.
-    "entropy_aware": 0.25 * LOG2,
+def oracle_terms(divergence: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Each token's term of the corrected form, from probabilities."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return p * (p / q).log() - p + q
+
+    mixture = BETA * teacher + (1 - BETA) * student
+    return {
+        "reverse_kl": lambda: kl(student, teacher),
+        "forward_kl": lambda: kl(teacher, student),
+        "jsd": lambda: BETA * kl(teacher, mixture) + (1 - BETA) * kl(student, mixture),
+    }[divergence]()
+
+
+def exact_oracle(name: str, logits_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    student_NV, teacher_NV = logits_NV.softmax(-1), teacher_NV.softmax(-1)
+    if name == "entropy_aware":
+        unsure_N = torch.distributions.Categorical(probs=teacher_NV).entropy() > THRESHOLD
+        assert 0 < unsure_N.sum() < len(unsure_N)
+        reverse_N, forward_N = (oracle_terms(d, student_NV, teacher_NV).sum(-1) for d in ("reverse_kl", "forward_kl"))
+        return reverse_N + unsure_N * forward_N
+    return oracle_terms(name, student_NV, teacher_NV).sum(-1)
+
+
+def top_k_oracle(divergence: str, source: str, remainder: str, k: int, logits_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """The definition, one token of the text after another, the support a set."""
+    losses = []
+    for logits_V, teacher_V in zip(logits_NV, teacher_NV, strict=True):
+        students, teachers = (set(x_V.argsort(descending=True)[:k].tolist()) for x_V in (logits_V, teacher_V))
+        among = {
+            "student": students,
+            "teacher": teachers,
+            "union": students | teachers,
+            "intersection": students & teachers,
+        }
+        chosen = sorted(among[source])
+        s_V, t_V = logits_V.softmax(-1), teacher_V.softmax(-1)
+        s, t = s_V[chosen], t_V[chosen]
+        others = [v for v in range(len(s_V)) if v not in chosen]
+        if remainder == "renormalise":
+            s, t = s / s.sum(), t / t.sum()
+        elif remainder == "tail" and others:
+            s, t = (torch.cat([p, p_V[others].sum()[None]]) for p, p_V in ((s, s_V), (t, t_V)))
+        losses.append(oracle_terms(divergence, s, t).sum())
+    return torch.stack(losses)
+
+
+REVERSE, FORWARD = 0.625 * L, 0.5 * L
+# m = (3/8, 1/3, 1/6, 1/8).
+JSD = (log(1 / 3) / 8 + 0.75 * log(3 / 2)) / 3 + 2 / 3 * (log(4 / 3) / 2 + 3 / 8 * log(3 / 4))
+BY_HAND = {"reverse_kl": REVERSE, "forward_kl": FORWARD, "jsd": JSD, "entropy_aware": REVERSE + FORWARD}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_by_hand(name):
+    losses_N, metrics = EXACT[name](torch.tensor([S_V]).log() + 3.0, torch.tensor([T_V]).log() - 1.0)
+    assert losses_N.item() == pytest.approx(BY_HAND[name], rel=1e-6)
+    assert metrics["reverse_kl"].item() == pytest.approx(REVERSE, rel=1e-6)
+    # log 2 of 1, 2, 3 and 3 bits.
+    assert metrics["entropy"].item() == pytest.approx(1.75 * L, rel=1e-6)
+
+
+def test_reverse_kl_gradient_by_hand():
+    logits_NV = torch.tensor([S_V]).log().requires_grad_()
+    (gradient_NV,) = torch.autograd.grad(reverse_kl(logits_NV, torch.tensor([T_V]).log())[0].sum(), logits_NV)
+    # S·(log2(S/T) − 0.625)·log 2, the log-ratios 2, −1, −1 and 0 bits.
+    by_hand = [1 / 2 * 1.375 * L, -1 / 4 * 1.625 * L, -1 / 8 * 1.625 * L, -1 / 8 * 0.625 * L]
+    assert gradient_NV[0].tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_entropy_aware_leaves_a_sure_teacher_to_the_reverse_kl():
+    # The teacher's entropy is 1.75·log 2 = 1.213.
+    student_NV, teacher_NV = torch.tensor([S_V]).log(), torch.tensor([T_V]).log()
+    for threshold, loss, unsure in ((1.21, REVERSE + FORWARD, 1.0), (1.22, REVERSE, 0.0)):
+        losses_N, metrics = entropy_aware(student_NV, teacher_NV, threshold)
+        assert losses_N.item() == pytest.approx(loss, rel=1e-6)
+        assert metrics["unsure"].item() == unsure
+
+
+# Tokens 0 and 1: S = 1/2, 1/4 and 1/4 is left; T = 1/8, 1/2 and 3/8 is left. Renormalised 2/3, 1/3 and 1/5, 4/5.
+TOP_2 = {
+    ("reverse_kl", "correct"): 0.75 * L - 1 / 8,
+    ("reverse_kl", "tail"): 0.75 * L + log(2 / 3) / 4,
+    ("reverse_kl", "renormalise"): 2 / 3 * log(10 / 3) + 1 / 3 * log(5 / 12),
+    ("forward_kl", "correct"): 0.25 * L + 1 / 8,
+    ("forward_kl", "tail"): 0.25 * L + 3 / 8 * log(3 / 2),
+    ("forward_kl", "renormalise"): log(3 / 10) / 5 + 4 / 5 * log(12 / 5),
+    # m = 3/8, 1/3; the rest 7/24; renormalised 23/45, 22/45.
+    ("jsd", "correct"): (log(1 / 3) / 8 + log(3 / 2) / 2) / 3 + 2 / 3 * (log(4 / 3) / 2 + log(3 / 4) / 4),
+    ("jsd", "tail"): (log(1 / 3) / 8 + log(3 / 2) / 2 + 3 / 8 * log(9 / 7)) / 3
+    + 2 / 3 * (log(4 / 3) / 2 + log(3 / 4) / 4 + log(6 / 7) / 4),
+    ("jsd", "renormalise"): (log(9 / 23) / 5 + 4 / 5 * log(18 / 11)) / 3
+    + 2 / 3 * (2 / 3 * log(30 / 23) + log(15 / 22) / 3),
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_by_hand(name):
-    logits_NV, target_NV = torch.tensor([[2.0, 1.0, 1.0]]).log(), torch.tensor([[1.0, 2.0, 1.0]]).log()
-    assert float(EXACT[name](logits_NV, target_NV)) == pytest.approx(BY_HAND[name], abs=1e-6)
+@pytest.mark.parametrize(("divergence", "remainder"), TOP_2)
+def test_top_k_by_hand(divergence, remainder):
+    logits_NV, teacher_NK = torch.tensor([S_V]).log() + 2.0, torch.tensor([T_V[1::-1]]).log()
+    indices_NK = torch.tensor([[1, 0]])
+    arguments = (teacher_NK, indices_NK, torch.ones_like(indices_NK, dtype=torch.bool), divergence, remainder, BETA)
+    losses_N, metrics = top_k_divergence(logits_NV, *arguments)
+    assert losses_N.item() == pytest.approx(TOP_2[divergence, remainder], rel=1e-5)
+    assert metrics["reverse_kl"].item() == pytest.approx(TOP_2["reverse_kl", "tail"], rel=1e-5)
+    assert metrics["entropy"].item() == pytest.approx(1.75 * L, rel=1e-5)
+    assert metrics["teacher_mass"].item() == pytest.approx(5 / 8, rel=1e-5)
 
 
-def test_an_unsure_target_adds_forward_kl_by_hand():
-    logits_NV, target_NV = torch.tensor([[2.0, 1.0, 1.0]]).log(), torch.tensor([[1.0, 2.0, 1.0]]).log()
-    losses_N, metrics = entropy_aware(logits_NV, target_NV, 1.0)
-    assert float(losses_N) == pytest.approx(0.5 * LOG2, abs=1e-6)
-    assert metrics["teacher_unsure"].tolist() == [1.0]
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_value_and_gradient_equal_the_textbook_sum(name):
-    logits_NV, target_NV = logits(0).requires_grad_(), logits(1)
-    ours_N, theirs_N = EXACT[name](logits_NV, target_NV), oracle(name, logits_NV, target_NV)
-    torch.testing.assert_close(ours_N, theirs_N, rtol=1e-9, atol=1e-12)
-    weights_N = torch.rand(len(ours_N), dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad((weights_N * losses_N).sum(), logits_NV) for losses_N in (ours_N, theirs_N))
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    single_N = EXACT[name](logits(0, torch.float32), logits(1, torch.float32))
-    torch.testing.assert_close(single_N, ours_N.detach().float(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_an_equal_target_leaves_exactly_nothing(name):
-    logits_NV = logits(0, torch.float32).requires_grad_()
-    losses_N = EXACT[name](logits_NV, logits_NV.detach().clone())
-    (gradient_NV,) = torch.autograd.grad(losses_N.sum(), logits_NV)
-    assert losses_N.abs().max() == 0
-    assert gradient_NV.abs().max() == 0
-
-
-def test_the_jsd_tends_to_both_kls():
-    student_NV, target_NV = logits(0), logits(1)
-    torch.testing.assert_close(
-        jsd(student_NV, target_NV, 1e-7)[0] / 1e-7, forward_kl(student_NV, target_NV)[0], rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(
-        jsd(student_NV, target_NV, 1 - 1e-7)[0] / 1e-7, reverse_kl(student_NV, target_NV)[0], rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_a_padded_vocabulary_changes_nothing(name):
-    logits_NV, target_NV = logits(0), logits(1)
-    padding_NP = torch.full((len(logits_NV), 3), -torch.inf, dtype=torch.float64)
-    padded_NV = torch.cat([logits_NV, padding_NP], 1).requires_grad_()
-    losses_N = EXACT[name](padded_NV, torch.cat([target_NV, padding_NP], 1))
-    torch.testing.assert_close(losses_N.detach(), EXACT[name](logits_NV, target_NV))
-    (gradient_NV,) = torch.autograd.grad(losses_N.sum(), padded_NV)
-    assert gradient_NV.isfinite().all()
-    assert gradient_NV[:, -3:].abs().max() == 0
-
-
-def test_the_log_tells_reverse_kl_and_entropy_of_every_objective():
-    student_NV, target_NV = logits(0), logits(1)
-    entropy_N = torch.distributions.Categorical(logits=student_NV).entropy()
-    for losses in (
-        reverse_kl(student_NV, target_NV),
-        forward_kl(student_NV, target_NV),
-        jsd(student_NV, target_NV, 0.3),
-        entropy_aware(student_NV, target_NV, 1.0),
-    ):
-        torch.testing.assert_close(losses[1]["entropy"], entropy_N)
-        torch.testing.assert_close(losses[1]["reverse_kl"], oracle("reverse_kl", student_NV, target_NV))
-
-
-@pytest.mark.parametrize("source", SUPPORTS)
-@pytest.mark.parametrize("remainder", REMAINDERS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-class TestTopK:
-    def test_all_tokens_are_the_exact_form(self, divergence, remainder, source):
-        logits_NV, target_NV = logits(0).requires_grad_(), logits(1)
-        losses_N, gradient_NV = top_k(logits_NV, target_NV, 99, source, divergence, remainder)
-        exact_N = EXACT[divergence](logits_NV, target_NV)
-        torch.testing.assert_close(losses_N, exact_N.detach(), rtol=1e-6, atol=1e-9)
-        exact_NV = torch.autograd.grad(exact_N.sum(), logits_NV)[0]
-        torch.testing.assert_close(gradient_NV, exact_NV, rtol=1e-6, atol=1e-9)
-
-    @pytest.mark.parametrize("k", [1, 4])
-    def test_an_equal_target_leaves_nothing(self, k, divergence, remainder, source):
-        logits_NV = logits(0, torch.float32)
-        losses_N, gradient_NV = top_k(logits_NV, logits_NV.clone(), k, source, divergence, remainder)
-        assert losses_N.abs().max() < 1e-6
-        assert gradient_NV.abs().max() < 1e-6
-
-    def test_value_and_gradient_equal_the_sum_over_the_support(self, divergence, remainder, source):
-        logits_NV, target_NV = logits(0).requires_grad_(), logits(1)
-        losses_N, gradient_NV = top_k(logits_NV, target_NV, 4, source, divergence, remainder)
-        expected = []
-        for row_V, target_V in zip(logits_NV, target_NV, strict=True):
-            mine, theirs = (set(values_V.topk(4).indices.tolist()) for values_V in (row_V, target_V))
-            chosen = {"student": mine, "teacher": theirs, "union": mine | theirs, "intersection": mine & theirs}
-            index = torch.tensor(sorted(chosen[source]), dtype=torch.long)
-            s_K, t_K = row_V.softmax(-1)[index], target_V.softmax(-1)[index]
-            if remainder == "renormalise":
-                s_K, t_K = s_K / s_K.sum(), t_K / t_K.sum()
-            if remainder == "tail":
-                s_K, t_K = (torch.cat([p_K, 1 - p_K.sum(0, keepdim=True)]) for p_K in (s_K, t_K))
-            if divergence == "jsd":
-                m_K = 0.3 * t_K + 0.7 * s_K
-                terms_K = 0.3 * t_K * (t_K / m_K).log() + 0.7 * s_K * (s_K / m_K).log()
-            elif divergence == "reverse_kl":
-                terms_K = s_K * (s_K / t_K).log() + (t_K - s_K if remainder == "correct" else 0)
-            else:
-                terms_K = t_K * (t_K / s_K).log() + (s_K - t_K if remainder == "correct" else 0)
-            expected.append(terms_K.sum() if len(index) else row_V.sum() * 0)
-        expected_N = torch.stack(expected)
-        torch.testing.assert_close(losses_N, expected_N.detach(), rtol=1e-8, atol=1e-10)
-        expected_NV = torch.autograd.grad(expected_N.sum(), logits_NV)[0]
-        torch.testing.assert_close(gradient_NV, expected_NV, rtol=1e-8, atol=1e-10)
-        assert losses_N.min() >= -1e-12
-
-
-def test_supports_by_hand():
-    student_NV, target_NV = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+def test_support_by_hand():
+    student_NV = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    teacher_NV = torch.tensor([[3.0, 1.0, 4.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
     chosen = {}
     for source in SUPPORTS:
-        indices_NK, valid_NK = support(student_NV, target_NV, 2, source)
-        chosen[source] = sorted(itertools.compress(indices_NK[0].tolist(), valid_NK[0].tolist()))
-    assert chosen == {"student": [0, 1], "teacher": [1, 3], "union": [0, 1, 3], "intersection": [1]}
-    assert diagnose(student_NV, target_NV, 2)["top_k_overlap"].tolist() == [0.5]
+        indices_NK, valid_NK = support(student_NV, teacher_NV, 2, source)
+        chosen[source] = [ids[counts].tolist() for ids, counts in zip(indices_NK, valid_NK, strict=True)]
+    assert chosen == {
+        "student": [[0, 1], [0, 1]],
+        "teacher": [[2, 0], [3, 2]],
+        "union": [[0, 1, 2], [0, 1, 3, 2]],
+        "intersection": [[0], []],
+    }
+    assert support(student_NV, teacher_NV, 99, "teacher")[0].shape == (2, 4)
 
 
-def test_no_shared_token_is_nothing_to_learn_from():
-    student_NV, target_NV = torch.tensor([[9.0, 8.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 9.0, 8.0]])
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_against_the_oracle(name):
+    pair = random_pair(0)
+    ours = differentiated(lambda *logits: EXACT[name](*logits)[0], *pair)
+    torch.testing.assert_close(ours, differentiated(partial(exact_oracle, name), *pair))
+    _, metrics = EXACT[name](*pair)
+    torch.testing.assert_close(metrics["reverse_kl"], exact_oracle("reverse_kl", *pair))
+    torch.testing.assert_close(metrics["entropy"], torch.distributions.Categorical(logits=pair[0]).entropy())
+
+
+@pytest.mark.parametrize(
+    ("divergence", "source", "remainder"), list(itertools.product(DIVERGENCES, SUPPORTS, REMAINDERS))
+)
+def test_top_k_against_the_oracle(divergence, source, remainder):
+    pair = random_pair(1)
+    for k in (1, 3, 5):
+        ours = differentiated(lambda *logits: local(divergence, source, remainder, k)(*logits)[0], *pair)  # noqa: B023
+        oracle = partial(top_k_oracle, divergence, source, remainder, k)
+        torch.testing.assert_close(ours, differentiated(oracle, *pair))
+    # As many tokens as there are is the exact form; a large vocabulary in float32 shows the rounding.
+    large = random_pair(2, 4, 1000, torch.float32)
+    for (exact, top), tolerance in zip(
+        ((random_pair(1), 9), (large, 1000)), ({}, {"rtol": 1e-5, "atol": 2e-6}), strict=True
+    ):
+        whole = differentiated(lambda *logits: local(divergence, source, remainder, top)(*logits)[0], *exact)  # noqa: B023
+        ideal = differentiated(lambda *logits: EXACT[divergence](*logits)[0], *exact)
+        torch.testing.assert_close(whole, ideal, **tolerance)
+
+
+def test_an_equal_teacher_leaves_exactly_nothing():
+    logits_NV, _ = random_pair(3, 5, 400, torch.float32)
+    logits_NV[0, 7] = -torch.inf
+    for name, run in EXACT.items():
+        losses_N, gradient_NV = differentiated(lambda *logits: run(*logits)[0], logits_NV, logits_NV)  # noqa: B023
+        assert not losses_N.any(), name
+        assert not gradient_NV.any(), name
+    for form in itertools.product(DIVERGENCES, SUPPORTS, REMAINDERS):
+        for k in (1, 16, 400):
+            run = local(*form, k)
+            losses_N, gradient_NV = differentiated(lambda *logits: run(*logits)[0], logits_NV, logits_NV)  # noqa: B023
+            assert losses_N.abs().max() < 1e-7, form
+            assert gradient_NV.abs().max() < 1e-7, form
+
+
+def test_jsd_tends_to_the_two_kls():
+    pair = random_pair(4)
+    for beta, name in ((1e-6, "forward_kl"), (1 - 1e-6, "reverse_kl")):
+        scale = 1 / min(beta, 1 - beta)
+        limit = differentiated(lambda *logits: scale * jsd(*logits, beta)[0], *pair)  # noqa: B023
+        ideal = differentiated(lambda *logits: EXACT[name](*logits)[0], *pair)  # noqa: B023
+        torch.testing.assert_close(limit, ideal, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tail_bucket_hides_divergence_and_more_tokens_uncover_it():
+    pair = random_pair(5)
     for divergence in DIVERGENCES:
-        losses_N, gradient_NV = top_k(student_NV, target_NV, 2, "intersection", divergence, "renormalise")
-        assert losses_N.tolist() == [0.0]
-        assert gradient_NV.abs().max() == 0
+        # The teacher's top k grow by one token at a time, so each partition refines the last.
+        losses_KN = torch.stack([local(divergence, "teacher", "tail", k)(*pair)[0] for k in range(1, 10)])
+        assert (losses_KN.diff(dim=0) > -1e-12).all()
+        assert (losses_KN >= 0).all()
+        # Each corrected term is at least 0, so that more of them add up to more.
+        corrected_KN = torch.stack([local(divergence, "teacher", "correct", k)(*pair)[0] for k in range(1, 10)])
+        assert (corrected_KN.diff(dim=0) > -1e-12).all()
 
 
-def test_agreement_by_hand():
-    found = diagnose(torch.zeros(1, 4), torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]]), 4)
-    assert found["teacher_entropy"].item() == pytest.approx(math.log(2))
-    assert found["entropy_gap"].item() == pytest.approx(math.log(4) - math.log(2))
+def test_an_empty_intersection_teaches_nothing_when_renormalised():
+    student_NV = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    run = local("reverse_kl", "intersection", "renormalise", 2)
+    losses_N, gradient_NV = differentiated(lambda *logits: run(*logits)[0], student_NV, student_NV.flip(1))
+    assert losses_N.tolist() == [0.0]
+    assert not gradient_NV.any()
+
+
+def test_ruled_out_tokens_give_no_nan():
+    student_NV, teacher_NV = random_pair(6, 4, 8, torch.float32)
+    student_NV[0, 6:] = teacher_NV[0, 6:] = -torch.inf  # a padded vocabulary
+    student_NV[1, 6:] = -torch.inf
+    teacher_NV[2, 6:] = -torch.inf
+    forms = list(itertools.product(DIVERGENCES, SUPPORTS, REMAINDERS))
+    runs = [*EXACT.values(), *(local(*form, k) for form in forms for k in (2, 7, 8))]
+    for run in runs:
+        losses_N, metrics = run(student_NV, teacher_NV)
+        assert losses_N.isfinite().all()
+        assert all(values_N.isfinite().all() for values_N in metrics.values())
+        _, gradient_NV = differentiated(lambda *logits: run(*logits)[0], student_NV, teacher_NV)  # noqa: B023
+        assert gradient_NV.isfinite().all()
+    for run in EXACT.values():
+        padded = differentiated(lambda *logits: run(*logits)[0], student_NV[:1], teacher_NV[:1])  # noqa: B023
+        cut = differentiated(lambda *logits: run(*logits)[0], student_NV[:1, :6], teacher_NV[:1, :6])  # noqa: B023
+        torch.testing.assert_close(padded[0], cut[0])
+        torch.testing.assert_close(padded[1][:, :6], cut[1])
+        assert not padded[1][:, 6:].any()
+    assert all(values_N.isfinite().all() for values_N in diagnose(student_NV, teacher_NV, 3).values())
+
+
+def test_a_teacher_that_sends_its_top_k_is_as_good_as_its_logits():
+    logits_NV, teacher_NV = random_pair(7)
+    sent = teacher_NV.log_softmax(-1).topk(3)
+    every_NK = torch.ones_like(sent.indices, dtype=torch.bool)
+    for divergence, remainder in itertools.product(DIVERGENCES, REMAINDERS):
+
+        def remote(logits_NV: Tensor, _: Tensor) -> Tensor:
+            arguments = (sent.values, sent.indices, every_NK, divergence, remainder, BETA)  # noqa: B023
+            return top_k_divergence(logits_NV, *arguments)[0]
+
+        run = local(divergence, "teacher", remainder, 3)
+        ours = differentiated(lambda *logits: run(*logits)[0], logits_NV, teacher_NV)  # noqa: B023
+        torch.testing.assert_close(differentiated(remote, logits_NV, teacher_NV), ours)
+
+
+def test_low_precision_logits_are_worked_on_in_float32():
+    low = [logits.to(torch.bfloat16) for logits in random_pair(8)]
+    for run in (*EXACT.values(), local("jsd", "union", "tail", 3)):
+        ours = differentiated(lambda *logits: run(*logits)[0], *low)  # noqa: B023
+        high = differentiated(lambda *logits: run(*logits)[0], *(logits.float() for logits in low))  # noqa: B023
+        assert ours[0].dtype == torch.float32
+        assert torch.equal(ours[0], high[0])
+        assert torch.equal(ours[1], high[1].to(torch.bfloat16))
+
+
+def test_diagnosis_by_hand():
+    student_NV, teacher_NV = torch.tensor([S_V, S_V]).log(), torch.tensor([T_V, (0.25,) * 4]).log()
+    teacher_NV[1] += torch.tensor([0.0, 0.0, 1e-6, 1e-6])
+    found = diagnose(student_NV, teacher_NV, 2)
+    # The student's top two are 0 and 1; the teachers' 1 and 2, and 2 and 3.
+    assert found["top_k_overlap"].tolist() == [0.5, 0.0]
+    torch.testing.assert_close(found["teacher_entropy"], torch.tensor([1.75 * L, 2 * L]))
+    torch.testing.assert_close(found["entropy_gap"], torch.tensor([0.0, -0.25 * L]))
