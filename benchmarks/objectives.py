@@ -44,8 +44,10 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "top_k": ["objective.top_k={k: 8, support: teacher, remainder: tail}"],
     "top_k_student": ["objective.top_k={k: 8, support: student, remainder: renormalise}"],
     "sampled": ["objective.name=sampled_reverse_kl"],
-    "sampled_tis": ["objective.name=sampled_reverse_kl", "objective.importance=truncate"],
-    # A quarter of the prompts with four completions each: as many completions a step as the others.
+    # With one update a batch every ratio is 1 and all corrections are the same; with two they may differ.
+    "sampled_twice": ["objective.name=sampled_reverse_kl", "updates_per_batch=2"],
+    "sampled_twice_tis": ["objective.name=sampled_reverse_kl", "updates_per_batch=2", "objective.importance=truncate"],
+    # A quarter of the prompts with four completions each: as many rows a step as the others in the lab run.
     "reward": ["objective.outcome_weight=0.5", "group_size=4", "prompts_per_step=20"],
     "extrapolation": ["objective.extrapolation=1.25"],
     "reference_kl": ["objective.reference_kl=0.01"],
@@ -69,11 +71,11 @@ class Bench:
             name: build_graph(load_run_file(arguments.run_file, [*common, *_of_merge(VARIANTS[name])]), self.home)
             for name in arguments.variants
         }
-        self.failures: list[str] = []
+        self.failed = False
         self._saying = threading.Lock()
 
     def make(self, given: Store | None) -> None:
-        """Make what is missing, shared nodes first. A student that fails is noted and the others go on.
+        """Make what is missing, shared nodes first. A student that fails is named and the others go on.
 
         Args:
             given: Where checkpoints that are not students may be taken over from.
@@ -123,8 +125,8 @@ class Bench:
             self._run(launcher, graph, [node], f"{name}/{node.id}")
             self._run(launcher, graph, sheets(graph, node), f"{name}/eval/{node.id}")
         except NodeFailedError as error:
-            self.failures.append(f"{name}: {error}")
-            self._say(self.failures[-1])
+            self.failed = True
+            self._say(f"{name}: {error}")
 
     def _run(self, launcher: Launcher, graph: StageGraph, nodes: Sequence[Node], label: str) -> None:
         missing = [node for node in nodes if self.store.find(node.key) is None]
@@ -195,19 +197,19 @@ def main() -> int:
             if not arguments.report:
                 bench.make(given)
         except NodeFailedError as error:
-            bench.failures.append(str(error))
+            bench.failed = True
+            print(error, file=sys.stderr)
         except KeyboardInterrupt:
-            bench.failures.append("stopped; the same command goes on from here")
+            bench.failed = True
+            print("stopped; the same command goes on from here", file=sys.stderr)
         outcomes = report(bench, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for failure in bench.failures:
-        print(failure, file=sys.stderr)
     if outcomes:
         print(f"{machine()}; {arguments.run_file.name} {' '.join(arguments.overrides)}\n")
         print(f"{table(outcomes)}\n\n{ratios(outcomes)}")
-    return 1 if bench.failures or not outcomes else 0
+    return 1 if bench.failed or not outcomes else 0
 
 
 if __name__ == "__main__":
