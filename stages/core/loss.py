@@ -49,32 +49,48 @@ class _ChunkedTokenLoss(torch.autograd.Function):
     ) -> Tensor:
         """Sum the losses and form their gradients, a chunk at a time."""
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        hidden_NH, wide = hidden_NH.detach(), torch.promote_types(hidden_NH.dtype, torch.float32)
+        # Multiplied in the hidden states' precision; cast once, not in every chunk.
+        cast_VH = head_VH.detach().to(hidden_NH.dtype)
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
-        grad_head_VH = torch.zeros_like(head_VH) if needs_head else None
-        total = hidden_NH.new_zeros((), dtype=torch.float32)
+        grad_head_VH = torch.zeros_like(head_VH, dtype=wide) if needs_head else None
+        total = hidden_NH.new_zeros((), dtype=wide)
         for start in range(0, hidden_NH.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            hidden_CH = hidden_NH[part].detach()
+            hidden_CH = hidden_NH[part]
+            logits_CV = (hidden_CH @ cast_VH.T).to(wide).requires_grad_(needs_hidden or needs_head)
             with torch.enable_grad():
-                logits_CV = (hidden_CH @ head_VH.detach().T).float().requires_grad_(needs_hidden or needs_head)
                 losses_C, values = token_loss(logits_CV, part)
                 chunk_loss = (losses_C * weights_N[part]).sum()
             total += chunk_loss.detach()
             for name, value_C in values.items():
                 metrics.setdefault(name, []).append(value_C.detach())
-            if needs_hidden or needs_head:
-                (grad_CV,) = torch.autograd.grad(chunk_loss, logits_CV)
-                grad_CV = grad_CV.to(hidden_NH.dtype)
-                if grad_hidden_NH is not None:
-                    grad_hidden_NH[part] = grad_CV @ head_VH.to(grad_CV.dtype)
-                if grad_head_VH is not None:
-                    grad_head_VH += (grad_CV.T @ hidden_CH).to(grad_head_VH.dtype)
-        ctx.gradients = (grad_hidden_NH, grad_head_VH)
+            if not logits_CV.requires_grad:
+                continue
+            grad_CV = torch.autograd.grad(chunk_loss, logits_CV)[0].to(hidden_NH.dtype)
+            del logits_CV, losses_C, chunk_loss
+            if grad_hidden_NH is not None:
+                torch.mm(grad_CV, cast_VH, out=grad_hidden_NH[part])
+            if grad_head_VH is not None:
+                _add_product(grad_head_VH, grad_CV.T, hidden_CH)
+        ctx.gradients = [grad_hidden_NH, None if grad_head_VH is None else grad_head_VH.to(head_VH.dtype)]
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
-        grad_hidden_NH, grad_head_VH = ctx.gradients
-        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in (grad_hidden_NH, grad_head_VH)]
-        return (*scaled, None, None, None, None)
+        """Hand the gradients over, scaled where they lie; so only once."""
+        if ctx.gradients is None:
+            raise RuntimeError("a chunked loss can be differentiated only once: its gradients are not kept")
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_outputs[0])
+        return (*gradients, None, None, None, None)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second matrix of its size where precisions allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
