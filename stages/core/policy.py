@@ -77,9 +77,17 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return hidden states [B, T, H] of right-padded tokens; causality alone hides the padding."""
-        output = causal_lm(self.model).get_decoder()(input_ids=tokens_BT, use_cache=False)
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, bias_B1TT: Tensor | None = None) -> Tensor:
+        """Return hidden states [B, T, H] of right-padded tokens.
+
+        Args:
+            tokens_BT: One row a line, padded on the right, which causality alone hides; or packed rows.
+            positions_BT: Position of each token in its own row, where rows are packed.
+            bias_B1TT: Added to the attention scores where rows are packed: hides what is not of a token's own row.
+        """
+        output = causal_lm(self.model).get_decoder()(
+            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=bias_B1TT, use_cache=False
+        )
         hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
 

@@ -25,7 +25,8 @@ from transformers import get_scheduler
 from experts.domain import stable_hash
 from stages.config import TrainConfig
 from stages.core.checkpoint import sync_to_disk
-from stages.core.policy import HiddenStates, Policy, completion_hidden
+from stages.core.packing import Packed
+from stages.core.policy import HiddenStates, Policy
 
 Item = TypeVar("Item")
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -83,10 +84,10 @@ class Learner:
         """Start a step: whatever torch draws in it depends on the seed and the step alone."""
         torch.manual_seed(step_seed(self.seed, step, "torch"))
 
-    def completion_hidden(self, tokens_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
-        """Forward the student; hidden states [N, H] of the masked-in tokens, gradients attached."""
+    def hidden(self, packed: Packed) -> Tensor:
+        """Forward the student; hidden states [N, H] that predict the scored tokens, gradients attached."""
         with self.accelerator.autocast():
-            return completion_hidden(self.module(tokens_BT), loss_mask_BT)
+            return packed.scored(self.module(*packed.inputs))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch; over processes gradients add up, not average."""
@@ -209,28 +210,6 @@ def epochs(items: Sequence[Item], seed: int, first: int = 0) -> Iterator[Item]:
         order = list(items)
         random.Random(step_seed(seed, epoch, "epoch")).shuffle(order)
         yield from order
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split rows into micro-batches of like length, each of at most `max_tokens` padded tokens.
-
-    Args:
-        lengths: Tokens of each row.
-        max_tokens: Padded size of a micro-batch; a single longer row still makes one.
-
-    Returns:
-        Indices of the rows of each micro-batch, every row once. No row is shorter than half its batch's width, so
-        that short rows are not mostly padding beside long ones.
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        # Rows come longest first, so a batch's first row is as wide as the batch.
-        width = lengths[batches[-1][0]] if batches else 0
-        if batches and width * (len(batches[-1]) + 1) <= max_tokens and 2 * lengths[row] >= width:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

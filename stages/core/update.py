@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from stages.core.loss import TokenLoss, chunked_token_loss
+from stages.core.packing import micro_batches, pack
 from stages.core.policy import right_pad
-from stages.core.training import Learner, micro_batches
+from stages.core.training import Learner
 
 CHUNK_TOKENS = 1024
 
@@ -94,10 +95,10 @@ def accumulate(
     learner.policy.model.train()
     for number, positions in enumerate(batches):
         batch = [run[position] for position in positions]
-        tokens_BT, mask_BT = pad_rows([rows[i] for i in batch], learner.policy.pad_id)
+        packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
         weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
         with learner.synchronised(number == len(batches) - 1):
-            hidden_NH = learner.completion_hidden(tokens_BT.to(learner.device), mask_BT.to(learner.device))
+            hidden_NH = learner.hidden(packed.to(learner.device))
             loss, values = chunked_token_loss(
                 hidden_NH, learner.policy.head_VH, weights_N, token_loss(batch), chunk_tokens
             )

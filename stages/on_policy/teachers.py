@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experts.errors import UserError, nearest
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
+from stages.core.packing import micro_batches
 from stages.core.policy import HiddenStates, Policy, completion_hidden, head_weight, tokenizer_difference
-from stages.core.training import micro_batches
 from stages.core.update import CHUNK_TOKENS, Row, pad_rows
 from stages.on_policy.losses import token_logprobs
 

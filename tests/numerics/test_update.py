@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from stages.config import TrainConfig
 from stages.core.loss import chunked_token_loss
+from stages.core.packing import micro_batches
 from stages.core.supervised import cross_entropy
-from stages.core.training import Learner, micro_batches
+from stages.core.training import Learner
 from stages.core.update import Row, accumulate, token_weights
 from tests.numerics.conftest import tiny_policy
 

@@ -2,18 +2,7 @@
 
 import itertools
 
-from stages.core.training import epochs, micro_batches, step_seed
-
-
-def test_micro_batches_hold_every_row_once_within_the_limit():
-    lengths = [5, 40, 7, 38, 6, 39, 90, 5]
-    batches = micro_batches(lengths, 80)
-    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
-    for batch in batches:
-        width = max(lengths[i] for i in batch)
-        assert len(batch) == 1 or width * len(batch) <= 80
-        assert all(2 * lengths[i] >= width for i in batch)
-    assert [6] in batches
+from stages.core.training import epochs, step_seed
 
 
 def test_epochs_visit_every_item_once_each_in_orders_of_their_own():
