@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name.
+# Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name, the same
+# names for every slice.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
 
 
@@ -29,11 +30,11 @@ def chunked_token_loss(
         chunk_tokens: C.
 
     Returns:
-        The scalar loss, and each metric as a vector [N].
+        The scalar loss, in float32 or better, and each metric as a vector [N]. The loss can be differentiated once.
     """
-    metrics: dict[str, list[Tensor]] = {}
+    metrics: dict[str, Tensor] = {}
     loss: Tensor = _ChunkedTokenLoss.apply(hidden_NH, head_VH, weights_N, token_loss, chunk_tokens, metrics)
-    return loss, {name: torch.cat(parts) for name, parts in metrics.items()}
+    return loss, metrics
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -45,7 +46,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         weights_N: Tensor,
         token_loss: TokenLoss,
         chunk_tokens: int,
-        metrics: dict[str, list[Tensor]],
+        metrics: dict[str, Tensor],
     ) -> Tensor:
         """Sum the losses and form their gradients, a chunk at a time."""
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
@@ -63,8 +64,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
                 losses_C, values = token_loss(logits_CV, part)
                 chunk_loss = (losses_C * weights_N[part]).sum()
             total += chunk_loss.detach()
+            # Copied: a small tensor kept from every chunk would lie in the room the next chunk's logits need.
             for name, value_C in values.items():
-                metrics.setdefault(name, []).append(value_C.detach())
+                metric_N = metrics.setdefault(name, value_C.new_empty(len(hidden_NH)))
+                metric_N[part] = value_C.detach()
             if not logits_CV.requires_grad:
                 continue
             grad_CV = torch.autograd.grad(chunk_loss, logits_CV)[0].to(hidden_NH.dtype)

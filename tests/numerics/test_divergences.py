@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.core.loss import chunked_token_loss
 from stages.on_policy.divergences import (
     diagnose,
     entropy_aware,
@@ -309,3 +310,23 @@ def test_diagnosis_by_hand():
     assert found["top_k_overlap"].tolist() == [0.5, 0.0]
     torch.testing.assert_close(found["teacher_entropy"], torch.tensor([1.75 * L, 2 * L]))
     torch.testing.assert_close(found["entropy_gap"], torch.tensor([0.0, -0.25 * L]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_in_chunks_from_hidden_states_as_from_all_logits(dtype):
+    generator = torch.Generator().manual_seed(9)
+    hidden_NH, head_VH = (torch.randn(n, 5, generator=generator).to(dtype).requires_grad_() for n in (10, 13))
+    teacher_NV = torch.randn(10, 13, generator=generator, dtype=torch.float64)
+    weights_N = torch.rand(10, generator=generator)
+    loss, metrics = chunked_token_loss(
+        hidden_NH, head_VH, weights_N, lambda logits_CV, part: reverse_kl(logits_CV, teacher_NV[part]), 3
+    )
+    ours = torch.autograd.grad(2 * loss, (hidden_NH, head_VH), retain_graph=True)
+    losses_N, whole = reverse_kl(hidden_NH @ head_VH.T, teacher_NV)
+    theirs = torch.autograd.grad(2 * (losses_N * weights_N).sum(), (hidden_NH, head_VH))
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert [gradient.dtype for gradient in ours] == [dtype, dtype]
+    torch.testing.assert_close(ours, theirs, **({"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}))
+    torch.testing.assert_close(metrics, whole)
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(loss, hidden_NH)
