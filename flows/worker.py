@@ -17,17 +17,20 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
 from experts.domain import load_domain
 from experts.errors import UserError
-from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig
+from stages.config import DistillConfig, EvaluationConfig, OnPolicyConfig, PretrainConfig, RLConfig, SFTConfig
 from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.journal import JOURNAL_FILE
 from stages.core.source import Source
 from stages.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from evals.monitor import Monitor
 
 DONE, FAILED, USER_ERROR, DISK_FAULT, INFRASTRUCTURE_FAULT = 0, 1, 2, 74, 75
 ERROR_FILE = "error.json"
@@ -73,13 +76,24 @@ def _sft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
 def _rl(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
     from stages import rl
 
-    rl.train(RLConfig.model_validate(nodes[0]["config"]), workspaces[0])
+    config = RLConfig.model_validate(nodes[0]["config"])
+    rl.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
 
 
 def _distill(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
     from stages import distill
 
-    distill.train(DistillConfig.model_validate(nodes[0]["config"]), workspaces[0])
+    config = DistillConfig.model_validate(nodes[0]["config"])
+    distill.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
+
+
+def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
+    """What scores the student while it trains; made here, for stages do not import evals."""
+    if config.monitor is None:
+        return None
+    from evals.monitor import Monitor
+
+    return Monitor(workspace.domains, config.monitor, config.max_new_tokens)
 
 
 def _evaluate(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from experts.errors import UserError
 from flows import worker
+from stages.config import DistillConfig, MonitorConfig, RLConfig
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.workspace import Workspace
 
@@ -102,6 +103,23 @@ def test_full_disk_still_tells_when_the_error_file_cannot_be_written(tmp_path, c
     assert code == 74
     assert "full" in said
     assert "error.json could not be written" in said
+
+
+@pytest.mark.parametrize(("stage", "schema"), [("rl", RLConfig), ("distill", DistillConfig)])
+def test_a_stage_is_handed_a_monitor_where_one_is_asked_for(tmp_path, monkeypatch, stage, schema):
+    heard = []
+    monkeypatch.setattr(f"stages.{stage}.train", lambda config, workspace, *, monitor: heard.append(monitor))
+    for key, chosen in (("with", MonitorConfig(every=3, examples=2)), ("without", None)):
+        path = write_spec(tmp_path, key)
+        spec = json.loads(path.read_text())
+        sort = {"kind": "strings", "options": {"task": "sort"}}
+        config = schema(monitor=chosen, max_new_tokens=9).model_dump(mode="json")
+        spec["nodes"][0] |= {"stage": stage, "config": config, "domains": {"sort": sort}}
+        path.write_text(json.dumps(spec))
+        assert worker.run_spec(path) == 0
+    monitor, absent = heard
+    assert (monitor.every, monitor.sampling.max_new_tokens, list(monitor.domains)) == (3, 9, ["sort"])
+    assert absent is None
 
 
 def test_done_nodes_are_not_made_again(tmp_path):
