@@ -160,25 +160,20 @@ def top_k_divergence(
         # What does not count is as good as ruled out by both, which costs nothing.
         student_NK, teacher_NK = (logprobs_NK.masked_fill(~valid_NK, LEAST_LOGPROB) for logprobs_NK in both)
         mass_N = (teacher_NK.exp() * valid_NK).sum(1)
-        tailed_NJ = _with_tail(student_NK), _with_tail(teacher_NK)
-        reverse_NJ, _ = _pointwise("reverse_kl", *tailed_NJ, beta)
-        # The gradient is S·shared on every token, and more on those of the support.
+        reverse_NJ, _ = _pointwise("reverse_kl", _with_tail(student_NK), _with_tail(teacher_NK), beta)
+        student_NJ, teacher_NJ = (_with_remainder(x_NK, valid_NK, remainder) for x_NK in (student_NK, teacher_NK))
+        values_NJ, flow_NJ = _pointwise(divergence, student_NJ, teacher_NJ, beta)
+        mean_N = flow_NJ.sum(1)
+        centred_NJ = flow_NJ - student_NJ.exp() * mean_N[:, None]
+        # What is left in probs_NV are the others. They share the bucket's gradient by their probabilities, or have no
+        # term of their own.
+        probs_NV.scatter_reduce_(1, indices_NK, (~valid_NK).to(probs_NV.dtype), "prod")
         if remainder == "tail":
-            values_NJ, flow_NJ = _pointwise(divergence, *tailed_NJ, beta)
-            tail_N = flow_NJ[:, -1] / tailed_NJ[0][:, -1].exp()
-            shared_N = tail_N - flow_NJ.sum(1)
-            own_NK = flow_NJ[:, :-1] - student_NK.exp() * tail_N[:, None]
-        elif remainder == "renormalise":
-            student_NK, teacher_NK = _renormalised(student_NK, valid_NK), _renormalised(teacher_NK, valid_NK)
-            values_NJ, flow_NK = _pointwise(divergence, student_NK, teacher_NK, beta)
-            shared_N = torch.zeros_like(entropy_N)
-            own_NK = flow_NK - student_NK.exp() * flow_NK.sum(1, keepdim=True)
-        elif remainder == "correct":
-            values_NJ, own_NK = _pointwise(divergence, student_NK, teacher_NK, beta)
-            shared_N = -own_NK.sum(1)
+            outside_N = centred_NJ[:, -1] / probs_NV.sum(1).clamp(min=torch.finfo(probs_NV.dtype).tiny)
         else:
-            raise ValueError(f"no remainder {remainder!r}; it is renormalise, correct or tail")
-        gradient_NV = probs_NV.mul_(shared_N[:, None]).scatter_add_(1, indices_NK, own_NK * valid_NK)
+            outside_N = -mean_N if remainder == "correct" else torch.zeros_like(mean_N)
+        inside_NK = centred_NJ[:, : indices_NK.shape[1]] * valid_NK
+        gradient_NV = probs_NV.mul_(outside_N[:, None]).scatter_add_(1, indices_NK, inside_NK)
     metrics = {"reverse_kl": reverse_NJ.sum(1), "entropy": entropy_N, "teacher_mass": mass_N}
     return _with_gradient(logits_NV, values_NJ.sum(1), gradient_NV), metrics
 
@@ -265,6 +260,16 @@ def _pointwise(divergence: str, student_NJ: Tensor, teacher_NJ: Tensor, beta: fl
         flow_NJ = (1 - beta) * probs_NJ * to_mixture_NJ
         return flow_NJ + beta * teacher_probs_NJ * (to_mixture_NJ - ratio_NJ), flow_NJ
     raise ValueError(f"no top-k form of {divergence!r}; there is one of reverse_kl, forward_kl and jsd")
+
+
+def _with_remainder(logprobs_NK: Tensor, valid_NK: Tensor, remainder: str) -> Tensor:
+    if remainder == "correct":
+        return logprobs_NK
+    if remainder == "renormalise":
+        return _renormalised(logprobs_NK, valid_NK)
+    if remainder == "tail":
+        return _with_tail(logprobs_NK)
+    raise ValueError(f"no remainder {remainder!r}; it is renormalise, correct or tail")
 
 
 def _with_tail(logprobs_NK: Tensor) -> Tensor:
