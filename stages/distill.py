@@ -1,108 +1,123 @@
 """MOPD stage: many teachers, one student, the student's own samples.
 
-Each step samples completions of all domains' prompts with the student, scores each by the one teacher its domain is
-routed to, and updates the student towards that teacher's distribution: exactly (reverse KL over the full vocabulary,
-logits in chunks) or by the sampled token's log-ratio as a clipped advantage with MiMo's importance weight. The
-anchor is one more teacher: the start checkpoint on general prompts. With `outcome_weight` the group-normalised
-reward is added. Left out: top-k and forward divergences, remote teachers.
+Each step samples completions of all domains' prompts with the student, scores each by the teacher its domain is
+routed to, and updates the student towards that teacher: by a divergence over the vocabulary (logits in chunks) or its
+likeliest tokens, or by the sampled token's log-ratio as a clipped advantage with an importance weight. The anchor is
+one more teacher: the start checkpoint on general prompts; it is also the reference that `extrapolation` moves away
+from and `reference_kl` holds on to. `outcome_weight` adds the group-normalised reward, `golden_share` cross-entropy on
+gold answers, and `on_policy_fraction` below 1 lets teachers or the dataset write part of the completions.
+Left out: remote teachers.
 """
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from typing import Any
 
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact
-from stages.core.loss import TokenLoss
 from stages.core.policy import load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
-from stages.on_policy.loop import Objective, train_on_policy
-from stages.on_policy.losses import (
-    importance_weighted_policy_gradient,
-    reverse_kl,
-    sampled_advantages,
-    token_logprobs,
-)
-from stages.on_policy.rollout import PromptMixture, Rollout
-from stages.on_policy.signals import Judgement, RewardSignal, Signal, SumSignal, TeacherSignal
-from stages.on_policy.teachers import TeacherPool
+from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
+from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
+from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
+from stages.on_policy.preflight import preflight
+from stages.on_policy.rollout import PromptMixture
+from stages.on_policy.signals import RewardSignal, Signal, SumSignal, TeacherSignal, TrainerSignal
+from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
+
+Routes = dict[str, tuple[Routed, ...]]
 
 
-def train(config: DistillConfig, workspace: Workspace) -> Artifact:
+def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None = None) -> Artifact:
     """Distil the parents `teacher/<domain>` into the checkpoint `start`.
 
+    Args:
+        config: The merge's own config.
+        workspace: Parents, domains, seed and places to write to. Where `teacher_weights` names several teachers of a
+            domain, the parents are `teacher/<domain>/<name>`.
+        monitor: Scores the student while it trains.
+
     Raises:
-        UserError: a domain without a teacher, a teacher with another tokenizer, a domain too small.
+        UserError: a domain without a teacher, a teacher with another tokenizer or whose scores disagree with its own
+            forward pass, a domain too small.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
-    mixture = PromptMixture(
-        draw_training(workspace, config), config.prompts_per_step, config.domain_weights, workspace.seed
+    examples = draw_training(workspace, config)
+    mixture = PromptMixture(examples, config.prompts_per_step, config.domain_weights, workspace.seed)
+    learner = Learner(policy, config, config.max_steps * config.updates_per_batch, workspace.progress, workspace.seed)
+    routes = _routes(config, workspace)
+    reference = needs_reference(config.objective)
+    known: Routes = {**routes, REFERENCE: (Routed(start),)} if reference else routes
+    # A wrapper that holds the student's parameters must not see teachers' adapters among them.
+    pool = TeacherPool(known, workspace.store, policy, config, lends=learner.world_size == 1)
+    notes: list[str] = []
+    with learner.whole():
+        preflight(policy, pool, examples, config, notes.append)
+    practice = Practice(
+        stage="distill",
+        mixture=mixture,
+        signal=_signal(config, workspace, learner, pool, reference),
+        objective=distillation_objective(config, learner),
+        progress=("reverse_kl", "lower"),
+        chunk_tokens=config.objective.chunk_tokens,
+        on_policy_fraction=config.on_policy_fraction,
+        writer=_writer(config, workspace, learner, pool),
+        golden=GoldenRows(examples, workspace.domains, config, learner) if config.objective.golden_share else None,
+        monitor=monitor,
+        notes=notes,
+        facts={"teachers": _manifest(config, routes, mixture)},
     )
-    updates = config.max_steps * config.updates_per_batch
-    learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
-    teachers = {role.removeprefix("teacher/"): a for role, a in workspace.parents.items() if role != "start"}
-    taught = TeacherSignal(TeacherPool(teachers, workspace.store, policy, config))
-    alpha = config.objective.outcome_weight
-    signal: Signal = SumSignal(taught, RewardSignal(workspace.domains, weight=alpha)) if alpha > 0 else taught
-    make = exact_objective if config.objective.name == "reverse_kl" else sampled_objective
-    objective = make(config, learner)
-    chunk_tokens = config.objective.chunk_tokens
-    return train_on_policy("distill", learner, config, workspace, mixture, signal, objective, chunk_tokens)
+    return train_on_policy(practice, learner, config, workspace)
 
 
-def exact_objective(config: DistillConfig, learner: Learner) -> Objective:
-    """Full-vocabulary reverse KL, plus the policy gradient of the outcome reward where there is one."""
-
-    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
-        """The exact divergence of some rows from their teachers."""
-        assert judgement.teachers is not None
-        teacher_logits = judgement.teachers.logits(rows)
-        tokens_N = rollout.tokens(rows, learner.device)
-        sampler_logprobs_N = rollout.logprobs(rows, learner.device)
-        outcome_N = judgement.token_advantages(rollout, rows, learner.device)
-
-        def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            scaled_CV = logits_CV / config.temperature
-            losses_C, metrics = reverse_kl(scaled_CV, teacher_logits(part) / config.temperature)
-            if outcome_N is None:
-                return losses_C, metrics
-            rewarded_C, more = importance_weighted_policy_gradient(
-                token_logprobs(scaled_CV, tokens_N[part]),
-                sampler_logprobs_N[part],
-                outcome_N[part],
-                config.objective.importance_band,
-            )
-            return losses_C + rewarded_C, {**metrics, **more}
-
-        return token_loss
-
-    return objective
+def _routes(config: DistillConfig, workspace: Workspace) -> Routes:
+    """Who teaches each domain, and with which weight."""
+    routes: Routes = {}
+    for domain in workspace.domains:
+        if several := config.teacher_weights.get(domain):
+            named = ((workspace.parents[f"teacher/{domain}/{name}"], weight) for name, weight in several.items())
+            routes[domain] = tuple(Routed(teacher, weight) for teacher, weight in named)
+        elif f"teacher/{domain}" in workspace.parents:
+            routes[domain] = (Routed(workspace.parents[f"teacher/{domain}"]),)
+    return routes
 
 
-def sampled_objective(config: DistillConfig, learner: Learner) -> Objective:
-    """The sampled token's clipped log-ratio, plus the outcome advantage, under MiMo's importance weight."""
+def _signal(
+    config: DistillConfig, workspace: Workspace, learner: Learner, pool: TeacherPool, reference: bool
+) -> Signal:
+    """The routed teacher, with the outcome reward and the trainer's own log-probabilities where they are asked for."""
+    signals: list[Signal] = [TeacherSignal(pool, reference)]
+    if config.objective.outcome_weight > 0:
+        signals.append(RewardSignal(workspace.domains, weight=config.objective.outcome_weight))
+    if needs_trainer_logprobs(config):
+        signals.append(TrainerSignal(learner, config.temperature))
+    return signals[0] if len(signals) == 1 else SumSignal(*signals)
 
-    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
-        """The sampled token's policy gradient of some rows."""
-        assert judgement.teachers is not None
-        tokens_N = rollout.tokens(rows, learner.device)
-        sampler_logprobs_N = rollout.logprobs(rows, learner.device)
-        teacher_logprobs_N = judgement.teachers.logprobs(rows, tokens_N, config.temperature)
-        outcome_N = judgement.token_advantages(rollout, rows, learner.device)
 
-        def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs_C = token_logprobs(logits_CV / config.temperature, tokens_N[part])
-            advantages_C = sampled_advantages(logprobs_C, teacher_logprobs_N[part], config.objective.advantage_clip)
-            if outcome_N is not None:
-                advantages_C = advantages_C + outcome_N[part]
-            losses_C, metrics = importance_weighted_policy_gradient(
-                logprobs_C, sampler_logprobs_N[part], advantages_C, config.objective.importance_band
-            )
-            return losses_C, {**metrics, "reverse_kl": logprobs_C - teacher_logprobs_N[part]}
+def _writer(config: DistillConfig, workspace: Workspace, learner: Learner, pool: TeacherPool) -> Writer | None:
+    """Who answers the prompts that the student does not."""
+    if config.on_policy_fraction == 1.0:
+        return None
+    if config.off_policy == "teacher":
+        return TeacherWriter(pool, config, learner)
+    return DatasetWriter(workspace.domains, config, learner)
 
-        return token_loss
 
-    return objective
+def _manifest(config: DistillConfig, routes: Routes, mixture: PromptMixture) -> list[dict[str, Any]]:
+    """Which teacher taught which domain: its digest, weight, share of the prompts and objective."""
+    prompts = sum(mixture.counts.values())
+    objective = config.objective.key_fields()
+    return [
+        {
+            "domain": domain,
+            "teacher": routed.teacher.name,
+            "key": routed.teacher.key,
+            "digest": routed.teacher.digest,
+            "weight": routed.weight / sum(r.weight for r in taught),
+            "prompt_share": mixture.counts[domain] / prompts,
+            "objective": objective,
+        }
+        for domain, taught in sorted(routes.items())
+        for routed in taught
+    ]

@@ -19,14 +19,19 @@ from stages.core.policy import load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
-from stages.on_policy.loop import train_on_policy
+from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Judgement, RewardSignal
 
 
-def train(config: RLConfig, workspace: Workspace) -> Artifact:
+def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None) -> Artifact:
     """Train the checkpoint `start` on the reward of the workspace's domains.
+
+    Args:
+        config: The stage's config.
+        workspace: Parents, domains, seed and places to write to.
+        monitor: Scores the student while it trains.
 
     Raises:
         UserError: a domain cannot supply `examples` prompts, or `group_size` is 1 (no group to compare with).
@@ -58,4 +63,5 @@ def train(config: RLConfig, workspace: Workspace) -> Artifact:
 
         return token_loss
 
-    return train_on_policy("rl", learner, config, workspace, mixture, signal, objective)
+    practice = Practice("rl", mixture, signal, objective, progress=("reward", "higher"), monitor=monitor)
+    return train_on_policy(practice, learner, config, workspace)

@@ -63,7 +63,8 @@ class Policy:
         if isinstance(self.model, PeftModel):
             # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
             self.model.peft_config["default"].base_model_name_or_path = self.adapter_base
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            # Only the student's own: its base may wear teachers' adapters too.
+            self.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
         else:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -170,7 +171,7 @@ def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
     if mine != other:
         odd = sorted(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[:3]
         return f"vocabularies of {len(mine)} and {len(other)} tokens, for example {odd}"
-    for name in ("eos_token_id", "chat_template"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "all_special_ids", "chat_template"):
         if getattr(ours, name) != getattr(theirs, name):
             return f"{name} {getattr(ours, name)!r:.80} and {getattr(theirs, name)!r:.80}"
     return None

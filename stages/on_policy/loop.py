@@ -3,90 +3,178 @@
 RL and distillation are this loop with different signals and objectives; nothing else differs.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from experts.domain import Example
 from stages.config import OnPolicyConfig
 from stages.core.checkpoint import Artifact
 from stages.core.journal import Journal
 from stages.core.loss import TokenLoss
+from stages.core.policy import Policy
 from stages.core.stage import end_step, finish
+from stages.core.supervised import cross_entropy
 from stages.core.training import Learner
-from stages.core.update import CHUNK_TOKENS, Row, accumulate, token_weights
+from stages.core.update import CHUNK_TOKENS, Row, accumulate
 from stages.core.workspace import Workspace
+from stages.on_policy.balance import loss_weights
+from stages.on_policy.health import Health, Vitals, compression
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
 from stages.on_policy.signals import Judgement, Signal
 
 SAMPLE_EVERY = 25
+HEALTH = "health"
 
 # The loss of the tokens of some rows of a judged rollout, laid end to end in the order given.
 Objective = Callable[[Rollout, Judgement, Sequence[int]], TokenLoss]
+# Scores by name of the student as it is after so many steps; empty where none are due.
+Monitor = Callable[[Policy, int], Mapping[str, float]]
+# Sum and count of a quantity, by its name.
+Sums = dict[str, tuple[float, float]]
 
 
-def train_on_policy(
-    stage: str,
-    learner: Learner,
-    config: OnPolicyConfig,
-    workspace: Workspace,
-    mixture: PromptMixture,
-    signal: Signal,
-    objective: Objective,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> Artifact:
-    """Take the stage's steps from where it was left and commit the student.
+class Writer(Protocol):
+    """Answers prompts in the student's place."""
 
-    Args:
+    def write(self, drawn: Sequence[Example], step: int) -> Rollout:
+        """A group of completions for each prompt of this process's share."""
+
+
+class Golden(Protocol):
+    """Gold answers learned by cross-entropy beside the signal."""
+
+    share: float
+
+    def step(self, step: int) -> list[Row]:
+        """This process's rows of a step; over all processes their weights sum to the share."""
+
+
+@dataclass(frozen=True)
+class Practice:
+    """What one stage practises: whose samples, who judges them, what is minimised.
+
+    Attributes:
         stage: Prefix of the metrics: `rl` or `distill`.
-        learner: The student.
-        config: The stage's config.
-        workspace: Where progress, journal and checkpoint go.
         mixture: Prompts by domain.
         signal: Judges the samples, once a step.
         objective: What the student minimises on judged samples.
+        progress: The metric that shows progress, and which way is better.
         chunk_tokens: Tokens whose logits exist at one time.
+        on_policy_fraction: Share of the prompts the student answers itself.
+        writer: Answers the others.
+        golden: Gold answers beside.
+        monitor: Scores the student while it trains.
+        notes: Lines for the log before the first step.
+        facts: More for the checkpoint's manifest.
+    """
+
+    stage: str
+    mixture: PromptMixture
+    signal: Signal
+    objective: Objective
+    progress: tuple[str, Literal["higher", "lower"]]
+    chunk_tokens: int = CHUNK_TOKENS
+    on_policy_fraction: float = 1.0
+    writer: Writer | None = None
+    golden: Golden | None = None
+    monitor: Monitor | None = None
+    notes: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig, workspace: Workspace) -> Artifact:
+    """Take the stage's steps from where it was left and commit the student.
+
+    Args:
+        practice: What distinguishes the stage.
+        learner: The student.
+        config: The stage's config.
+        workspace: Where progress, journal and checkpoint go.
     """
     done = learner.resume()
     journal = workspace.journal(done)
+    health = Health(config.health, practice.progress[1], learner.memory.get(HEALTH))
     metrics: dict[str, float] = {}
+    if done == 0:
+        for text in practice.notes:
+            _note(journal, learner, 0, text)
+        _log(journal, learner, 0, _monitored(practice, learner, 0))
     for step in range(done + 1, config.max_steps + 1):
+        if health.stopped:
+            break
         learner.begin(step)
-        metrics = {}
-        rollout = roll_out(learner, mixture.step(step), config, step)
-        rows = _rows(rollout, config, learner)
-        judgement = signal.judge(rollout, rows)
-        kept = [i for i in range(len(rows)) if judgement.matters(i)]
-        learner.tokens += round(learner.global_sum(sum(row.scored for row in rows)))
-        values: Mapping[str, Mapping[int, Tensor]] = {}
-        for _ in range(config.updates_per_batch):
-            if learner.global_sum(len(kept)) == 0:
-                learner.skip_update()
-                continue
-            values = accumulate(learner, rows, partial(objective, rollout, judgement), chunk_tokens, kept)
-            metrics |= {f"{stage}/{name}": value for name, value in learner.update().items()}
-        by_domain = _averages(rollout, judgement, values)
-        metrics |= {f"{stage}/{name}": value for name, value in learner.averages(by_domain).items()}
-        metrics[f"{stage}/informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))
+        rollout, judgement, metrics = _step(practice, learner, config, step)
         if step == 1 or step % SAMPLE_EVERY == 0:
             _show(journal, step, rollout, judgement, learner)
+        verdict = health.observe(step, _vitals(practice, metrics))
+        for alarm in verdict.alarms:
+            _note(journal, learner, step, f"alarm: {alarm}")
+        if verdict.stop:
+            _note(journal, learner, step, f"stopped early at step {step} of {config.max_steps}: {verdict.stop}")
+        metrics |= _monitored(practice, learner, step)
+        learner.memory[HEALTH] = health.state
         end_step(learner, journal, step, config.max_steps, metrics)
-    return finish(workspace, learner, mixture.examples, metrics)
+    return finish(workspace, learner, practice.mixture.examples, metrics, practice.facts)
 
 
-def _rows(rollout: Rollout, config: OnPolicyConfig, learner: Learner) -> list[Row]:
-    weights = token_weights([len(s.completion_ids) for s in rollout.samples], config.loss_normalisation, learner)
-    return [
-        Row(sample.tokens, len(sample.prompt_ids), weights_N)
+def _step(
+    practice: Practice, learner: Learner, config: OnPolicyConfig, step: int
+) -> tuple[Rollout, Judgement, dict[str, float]]:
+    """Sample, judge, update; the step's metrics are means over all processes."""
+    stage, clock = practice.stage, _Clock()
+    with learner.whole():
+        rollout = _collect(practice, learner, config, step)
+    clock.lap("rollout")
+    lengths = [len(sample.completion_ids) for sample in rollout.samples]
+    weights, shares = loss_weights(rollout.domains, lengths, config, learner, list(practice.mixture.examples))
+    kept_share = 1.0 - (practice.golden.share if practice.golden else 0.0)
+    rows = [
+        Row(sample.tokens, len(sample.prompt_ids), weights_N * kept_share)
         for sample, weights_N in zip(rollout.samples, weights, strict=True)
     ]
+    judgement = practice.signal.judge(rollout, rows)
+    clock.lap("signal")
+    golden = practice.golden.step(step) if practice.golden else []
+    kept = [i for i in range(len(rows)) if judgement.matters(i)]
+    learner.tokens += round(learner.global_sum(sum(row.scored for row in [*rows, *golden])))
+    metrics: dict[str, float] = {}
+    values: Mapping[str, Mapping[int, Tensor]] = {}
+    for _ in range(config.updates_per_batch):
+        if learner.global_sum(len(kept)) == 0 and practice.golden is None:
+            learner.skip_update()
+            continue
+        values = accumulate(learner, rows, partial(practice.objective, rollout, judgement), practice.chunk_tokens, kept)
+        if practice.golden:
+            imitated = accumulate(learner, golden, partial(cross_entropy, golden), practice.chunk_tokens)
+            values = values | {"golden_loss": imitated.get("loss", {})}
+        metrics |= learner.update()
+    clock.lap("update")
+    metrics |= learner.averages(_sums(rollout, judgement, values, golden))
+    metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
+    metrics["informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))
+    metrics |= {**judgement.facts, **clock.seconds}
+    return rollout, judgement, {f"{stage}/{name}": value for name, value in metrics.items()}
 
 
-def _averages(
-    rollout: Rollout, judgement: Judgement, values: Mapping[str, Mapping[int, Tensor]]
-) -> dict[str, tuple[float, float]]:
+def _collect(practice: Practice, learner: Learner, config: OnPolicyConfig, step: int) -> Rollout:
+    """The student's own samples, and those of whoever answers the other prompts."""
+    own, others = practice.mixture.split(step, practice.on_policy_fraction)
+    rollout = roll_out(learner, own, config, step)
+    if others and practice.writer:
+        rollout += practice.writer.write(others, step)
+    return rollout
+
+
+def _sums(
+    rollout: Rollout, judgement: Judgement, values: Mapping[str, Mapping[int, Tensor]], golden: Sequence[Row]
+) -> Sums:
     """Sum and count of every quantity, over all rows and by domain: tokens for losses, rows for rewards."""
-    sums: dict[str, tuple[float, float]] = {}
+    sums: Sums = {}
 
     def add(name: str, row: int, total: float, count: int) -> None:
         for key in (name, f"{name}/{rollout.domains[row]}"):
@@ -98,10 +186,49 @@ def _averages(
         add("truncated", row, not sample.finished, 1)
         for name, facts in judgement.values.items():
             add(name, row, facts[row], 1)
+        squeezed = compression([rollout.completions[row]])
+        if squeezed is not None:
+            add("compression", row, squeezed, 1)
     for name, parts in values.items():
+        if name == "golden_loss":
+            sums[name] = (sum(float(part_N.sum()) for part_N in parts.values()), sum(row.scored for row in golden))
+            continue
         for row, part_N in parts.items():
             add(name, row, float(part_N.sum()), len(part_N))
     return sums
+
+
+def _vitals(practice: Practice, metrics: Mapping[str, float]) -> Vitals:
+    """What the stage's health is judged by, by domain."""
+
+    def by_domain(name: str) -> dict[str, float]:
+        found = {domain: metrics.get(f"{practice.stage}/{name}/{domain}") for domain in practice.mixture.examples}
+        return {domain: value for domain, value in found.items() if value is not None}
+
+    return Vitals(
+        signal=by_domain(practice.progress[0]),
+        entropy=by_domain("entropy"),
+        length=by_domain("length"),
+        compression=by_domain("compression"),
+    )
+
+
+def _monitored(practice: Practice, learner: Learner, step: int) -> dict[str, float]:
+    if practice.monitor is None:
+        return {}
+    with learner.whole():
+        scores = practice.monitor(learner.policy, step)
+    return {f"{practice.stage}/{name}": value for name, value in scores.items()}
+
+
+def _log(journal: Journal, learner: Learner, step: int, metrics: Mapping[str, float]) -> None:
+    if metrics and learner.accelerator.is_main_process:
+        journal.metrics(step, metrics)
+
+
+def _note(journal: Journal, learner: Learner, step: int, text: str) -> None:
+    if learner.accelerator.is_main_process:
+        journal.note(step, text)
 
 
 def _show(journal: Journal, step: int, rollout: Rollout, judgement: Judgement, learner: Learner) -> None:
@@ -121,3 +248,17 @@ def _show(journal: Journal, step: int, rollout: Rollout, judgement: Judgement, l
                 completion=rollout.completions[row],
                 **facts,
             )
+
+
+class _Clock:
+    """Seconds of the parts of a step, on this process."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Close a part."""
+        now = time.monotonic()
+        self.seconds[f"seconds/{name}"] = now - self._last
+        self._last = now

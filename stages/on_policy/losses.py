@@ -36,37 +36,54 @@ def clipped_surrogate(
     return losses_N, {"clipped": cut_N.float(), "ratio": ratio_N}
 
 
-def importance_weighted_policy_gradient(
-    policy_logprobs_N: Tensor, sampler_logprobs_N: Tensor, advantages_N: Tensor, band: tuple[float, float]
-) -> Losses:
-    """Policy gradient whose importance weight is dropped, not clipped, outside a band (MiMo-V2-Flash).
+def importance_weights(
+    staleness_N: Tensor, mismatch_N: Tensor, correction: str, band: tuple[float, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights that correct tokens the policy did not draw itself; k = trainer / sampler before any update of the
+    rollout, r = policy / trainer since.
 
-    loss = −w·A·log policy, w = sg[policy / sampler] inside [low, high], else 0.
+    Args:
+        staleness_N: log r.
+        mismatch_N: log k, of the token or the mean over its sequence (the geometric mean of GSPO, Zheng et al. 2025).
+        correction: `drop`: k·r inside the band, else 0 (MiMo-V2-Flash); `truncate`: min(k·r, high) (TIS, Yao et al.
+            2025); `mask`: k·r where k lies inside the band, else 0 (IcePop, Ling team 2025).
+        band: [low, high].
+
+    Returns:
+        Weights [N] without gradient, and what became of the tokens.
     """
-    ratio_N = (policy_logprobs_N - sampler_logprobs_N).detach().exp()
     low, high = band
-    inside_N = (ratio_N >= low) & (ratio_N <= high)
-    losses_N = -torch.where(inside_N, ratio_N, 0.0) * advantages_N.detach() * policy_logprobs_N
-    return losses_N, {"dropped": (~inside_N).float(), "ratio": ratio_N}
+    ratio_N = (staleness_N + mismatch_N).detach().exp()
+    if correction == "truncate":
+        return ratio_N.clamp(max=high), {"truncated_ratio": (ratio_N > high).float(), "ratio": ratio_N}
+    judged_N = mismatch_N.detach().exp() if correction == "mask" else ratio_N
+    inside_N = (judged_N >= low) & (judged_N <= high)
+    return torch.where(inside_N, ratio_N, 0.0), {"dropped": (~inside_N).float(), "ratio": ratio_N}
 
 
-def sampled_advantages(policy_logprobs_N: Tensor, teacher_logprobs_N: Tensor, clip: float) -> Tensor:
-    """The sampled token's teacher signal: clip(sg[log teacher − log policy], ±clip) (MiMo-V2-Flash).
+def policy_gradient(policy_logprobs_N: Tensor, advantages_N: Tensor, weights_N: Tensor) -> Tensor:
+    """The score-function loss [N]: −w·A·log policy; neither weight nor advantage carries a gradient."""
+    return -weights_N.detach() * advantages_N.detach() * policy_logprobs_N
+
+
+def sampled_advantages(policy_logprobs_N: Tensor, target_logprobs_N: Tensor, clip: float) -> Tensor:
+    """The sampled token's teacher signal: clip(sg[log target − log policy], ±clip) (MiMo-V2-Flash).
 
     Stopped, for the raw log-ratio's own gradient holds nothing of the teacher.
     """
-    return (teacher_logprobs_N - policy_logprobs_N).detach().clamp(-clip, clip)
+    return (target_logprobs_N - policy_logprobs_N).detach().clamp(-clip, clip)
 
 
-def reverse_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
-    """Exact reverse KL over the full vocabulary: Σ_v policy·log(policy / teacher).
+def extrapolate(teacher_N: Tensor, reference_N: Tensor, extrapolation: float) -> Tensor:
+    """The target beyond the teacher: log T + (λ − 1)(log T − log R) (ExOPD), of logits or log-probabilities.
 
-    The log-ratio is stopped: its own gradient sums to Σ_v ∇policy = 0, and leaving it out makes the gradient exactly 0
-    where teacher and student are equal.
+    From λ(log T − log R) − (log S − log R) = log target − log S. λ = 1 is the teacher exactly, and so is every λ where
+    teacher and reference agree. Where the teacher rules a token out, so does the target.
+
+    Args:
+        teacher_N: Values of the teacher, of any shape.
+        reference_N: Values of the reference, of the same shape.
+        extrapolation: λ.
     """
-    policy_NV = logits_NV.log_softmax(-1)
-    teacher_NV = teacher_logits_NV.detach().log_softmax(-1)
-    probabilities_NV = policy_NV.exp()
-    losses_N = (probabilities_NV * (policy_NV - teacher_NV).detach()).sum(-1)
-    entropy_N = -(probabilities_NV * policy_NV).sum(-1)
-    return losses_N, {"reverse_kl": losses_N, "entropy": entropy_N}
+    target_N = teacher_N + (extrapolation - 1.0) * (teacher_N - reference_N)
+    return torch.where(teacher_N == -torch.inf, teacher_N, target_N)

@@ -1,6 +1,7 @@
 """What one step of the on-policy loop works on: prompts drawn by the domain mixture and the student's completions."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,22 +11,25 @@ from torch import Tensor
 from experts.domain import Domain, Example
 from experts.errors import UserError
 from stages.config import OnPolicyConfig
-from stages.core.policy import encode_prompt
+from stages.core.policy import Policy, encode_prompt
 from stages.core.training import Item, Learner, epochs, step_seed
 from stages.on_policy.sampler import Sample, Sampling, sample
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The student's own samples of one step; rows of a group stand together.
+    """The samples of one step, the student's own but for those a config asks to be written elsewhere; rows of a group
+    stand together.
 
     Attributes:
+        step: Counts from 1.
         examples: The example of each row.
         samples: The completion of each row.
         completions: Its text.
         group_size: Rows of one prompt.
     """
 
+    step: int
     examples: list[Example]
     samples: list[Sample]
     completions: list[str]
@@ -36,12 +40,22 @@ class Rollout:
         """The domain of each row."""
         return [example.domain for example in self.examples]
 
+    def __add__(self, other: "Rollout") -> "Rollout":
+        """Both steps' rows, these first."""
+        return Rollout(
+            self.step,
+            self.examples + other.examples,
+            self.samples + other.samples,
+            self.completions + other.completions,
+            self.group_size,
+        )
+
     def tokens(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Completion tokens [N] of the rows, laid end to end."""
         return torch.tensor([token for row in rows for token in self.samples[row].completion_ids], device=device)
 
     def logprobs(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """The sampling policy's log-probabilities [N] of those tokens."""
+        """The log-probabilities [N] of those tokens under the policy that drew them; NaN where nobody drew them."""
         return torch.cat([self.samples[row].logprobs_N for row in rows]).to(device)
 
 
@@ -73,11 +87,19 @@ class PromptMixture:
 
     def step(self, step: int) -> list[Example]:
         """The prompts of a step; `step` counts from 1."""
-        drawn: list[Example] = []
+        return self.split(step, 1.0)[0]
+
+    def split(self, step: int, fraction: float) -> tuple[list[Example], list[Example]]:
+        """The prompts of a step in two parts, `fraction` of each domain's in the first over the steps so far."""
+        first: list[Example] = []
+        second: list[Example] = []
         for name, items in self.examples.items():
             count = self.counts[name]
-            drawn += _slice(items, self.seed, (step - 1) * count, count)
-        return drawn
+            drawn = _slice(items, self.seed, (step - 1) * count, count)
+            own = math.floor(step * count * fraction) - math.floor((step - 1) * count * fraction)
+            first += drawn[:own]
+            second += drawn[own:]
+        return first, second
 
 
 def _slice(items: Sequence[Item], seed: int, first: int, count: int) -> list[Item]:
@@ -104,12 +126,22 @@ def roll_out(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig,
     groups = sample(
         policy, prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}")
     )
+    return gather(policy, examples, groups, config.group_size, step)
+
+
+def gather(
+    policy: Policy, examples: Sequence[Example], groups: Sequence[Sequence[Sample]], group_size: int, step: int
+) -> Rollout:
+    """Lay the samples of each example's prompt out as rows."""
     samples = [row for group in groups for row in group]
+    ids = [sample.completion_ids for sample in samples]
     return Rollout(
-        examples=[example for example in examples for _ in range(config.group_size)],
+        step=step,
+        examples=[example for example in examples for _ in range(group_size)],
         samples=samples,
-        completions=policy.tokenizer.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True),
-        group_size=config.group_size,
+        # Of no rows at all the tokenizer makes one empty text.
+        completions=policy.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else [],
+        group_size=group_size,
     )
 
 

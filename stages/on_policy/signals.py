@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from experts.domain import Domain
-from stages.core.update import Row
+from stages.core.packing import micro_batches, pack
+from stages.core.policy import HiddenStates
+from stages.core.training import Learner
+from stages.core.update import CHUNK_TOKENS, Row
 from stages.on_policy.advantages import group_advantages
+from stages.on_policy.losses import token_logprobs
 from stages.on_policy.rollout import Rollout, score
-from stages.on_policy.teachers import TeacherPool, TeacherScores
+from stages.on_policy.teachers import REFERENCE, TeacherPool, TeacherScores
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,19 @@ class Judgement:
     Attributes:
         advantages: Outcome advantage of each row, the same for all its tokens; None without a reward.
         teachers: The routed teachers' scores; None without teachers.
+        reference: The reference policy's scores; None where no objective asks for them.
+        trainer_logprobs: Log-probabilities [N] of each row's tokens under the student as the trainer itself sees it,
+            before any update of the rollout; None where no correction asks for them.
         values: Facts of each row to be averaged by domain in the log (`reward`, …).
+        facts: Facts of the whole rollout for the log (`teacher_seconds/NAME`, …).
     """
 
     advantages: Sequence[float] | None = None
     teachers: TeacherScores | None = None
+    reference: TeacherScores | None = None
+    trainer_logprobs: Sequence[Tensor] | None = None
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     def token_advantages(self, rollout: Rollout, rows: Sequence[int], device: torch.device) -> Tensor | None:
         """Outcome advantage [N] of each completion token of the rows laid end to end; None without a reward."""
@@ -75,24 +86,69 @@ class RewardSignal:
 
 
 class TeacherSignal:
-    """The routed teacher's distribution on the student's own tokens."""
+    """The routed teacher's distribution on the sampled tokens, and the reference's where an objective has one.
 
-    def __init__(self, pool: TeacherPool) -> None:
+    Args:
+        pool: Who teaches what.
+        reference: Whether the reference scores the rows too.
+    """
+
+    def __init__(self, pool: TeacherPool, reference: bool = False) -> None:
         self.pool = pool
+        self.reference = reference
 
     def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
         """Score every row by its own domain's teacher."""
-        return Judgement(teachers=self.pool.score(rows, rollout.domains))
+        scores = self.pool.score(rows, rollout.domains)
+        reference = self.pool.score(rows, [REFERENCE] * len(rows)) if self.reference else None
+        seconds = {f"teacher_seconds/{name}": value for name, value in scores.seconds.items()}
+        return Judgement(teachers=scores, reference=reference, facts=seconds)
+
+
+class TrainerSignal:
+    """What the trainer gives the sampled tokens before any update: the measure of how far the sampler is off."""
+
+    def __init__(self, learner: Learner, temperature: float) -> None:
+        self.learner = learner
+        self.temperature = temperature
+
+    def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
+        """Forward every row once more."""
+        learner, device = self.learner, self.learner.device
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        with torch.no_grad(), learner.whole(), learner.accelerator.autocast():
+            forward, head_VH = HiddenStates(learner.policy.model), learner.policy.head_VH
+            for batch in micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens):
+                packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
+                hidden_NH = packed.scored(forward(*packed.to(device).inputs))
+                chunks = zip(
+                    hidden_NH.split(CHUNK_TOKENS), rollout.tokens(batch, device).split(CHUNK_TOKENS), strict=True
+                )
+                logprobs_N = torch.cat(
+                    [
+                        token_logprobs((hidden_CH @ head_VH.T).float() / self.temperature, tokens_C)
+                        for hidden_CH, tokens_C in chunks
+                    ]
+                )
+                for i, part_N in zip(batch, logprobs_N.cpu().split([rows[i].scored for i in batch]), strict=True):
+                    found[i] = part_N
+        return Judgement(trainer_logprobs=found)
 
 
 class SumSignal:
-    """A teacher and an outcome reward together (MiMo-V2-Flash)."""
+    """Several signals together: a teacher and an outcome reward (MiMo-V2-Flash)."""
 
-    def __init__(self, teacher: TeacherSignal, reward: RewardSignal) -> None:
-        self.teacher = teacher
-        self.reward = reward
+    def __init__(self, *signals: Signal) -> None:
+        self.signals = signals
 
     def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
-        """Let both judge."""
-        taught, rewarded = self.teacher.judge(rollout, rows), self.reward.judge(rollout, rows)
-        return Judgement(rewarded.advantages, taught.teachers, rewarded.values)
+        """Let all judge; no two of them say the same."""
+        said = [signal.judge(rollout, rows) for signal in self.signals]
+        return Judgement(
+            advantages=next((j.advantages for j in said if j.advantages is not None), None),
+            teachers=next((j.teachers for j in said if j.teachers is not None), None),
+            reference=next((j.reference for j in said if j.reference is not None), None),
+            trainer_logprobs=next((j.trainer_logprobs for j in said if j.trainer_logprobs is not None), None),
+            values={name: values for j in said for name, values in j.values.items()},
+            facts={name: value for j in said for name, value in j.facts.items()},
+        )

@@ -1,29 +1,40 @@
-"""TeacherPool: every sample is scored once, by the teacher its domain is routed to.
+"""TeacherPool: every sample is scored once by each teacher its domain is routed to.
 
-Shape suffixes: B rows, T tokens, N completion tokens, H hidden, V vocabulary.
+Shape suffixes: B rows, T tokens, N completion tokens, C those of one chunk, H hidden, V vocabulary.
 
-Residency: teachers that are adapters of one base share that base; of full checkpoints at most `max_resident` stay in
-memory, the least recently used is dropped and read again from the store when its turn comes. Output heads stay, for
-an exact divergence reads logits long after the forward pass: hidden states are kept and logits formed in chunks.
+Rows are sorted by teacher, so that scoring costs what its tokens cost, however many teachers there are. Of a forward
+pass only the hidden states that predict completion tokens are kept; logits are formed from them and the teacher's
+output head a chunk at a time, when an objective reads them, and again in every further update of the rollout.
 """
 
 import contextlib
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from experts.errors import UserError, nearest
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
-from stages.core.packing import micro_batches
-from stages.core.policy import HiddenStates, Policy, completion_hidden, head_weight, tokenizer_difference
-from stages.core.update import CHUNK_TOKENS, Row, pad_rows
+from stages.core.packing import micro_batches, pack
+from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
+from stages.core.update import CHUNK_TOKENS, Row
 from stages.on_policy.losses import token_logprobs
+from stages.on_policy.residency import Residents
+
+# The pseudo-domain of the policy that extrapolation moves away from and a KL penalty holds on to.
+REFERENCE = "(reference)"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A teacher of a domain and its weight among the domain's teachers; only the ratio of weights counts."""
+
+    teacher: Artifact
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,146 +42,184 @@ class TeacherScores:
     """What the routed teachers say of one rollout's rows.
 
     Attributes:
-        teachers: Key of each row's teacher.
-        hidden: The teacher's hidden states [N, H] that predict the row's completion tokens.
+        weights: Each row's teachers by key, with weights that sum to 1.
+        hidden: The teachers' hidden states [N, H] that predict the row's completion tokens, by teacher.
         heads: Output head [V, H] of each teacher.
+        names: Name of each teacher.
+        seconds: Time each teacher took, loading included, by its name.
+        device: Where logits are formed.
     """
 
-    teachers: Sequence[str]
-    hidden: Sequence[Tensor]
+    weights: Sequence[Mapping[str, float]]
+    hidden: Sequence[Mapping[str, Tensor]]
     heads: Mapping[str, Tensor]
+    names: Mapping[str, str]
+    seconds: Mapping[str, float]
+    device: torch.device
 
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
-        """Logits of the rows' tokens laid end to end, a slice [C, V] at a time."""
-        hidden_NH = torch.cat([self.hidden[i] for i in rows])
-        lengths = torch.tensor([len(self.hidden[i]) for i in rows])
-        present = sorted({self.teachers[i] for i in rows})
-        owner_N = torch.tensor([present.index(self.teachers[i]) for i in rows]).repeat_interleave(lengths)
+        """Target logits of the rows' tokens laid end to end, a slice [C, V] at a time.
+
+        Of several teachers of a row the logits are averaged by weight: up to its normalisation that is the geometric
+        mean of their distributions at any temperature, and Σ_i w_i·KL(S‖T_i) is the KL to it up to a constant.
+        """
+        present = sorted({key for i in rows for key in self.weights[i]})
+        if all(len(self.weights[i]) == 1 for i in rows) and len(present) == 1:
+            whole_NH = torch.cat([self.hidden[i][present[0]] for i in rows])
+            return lambda part: self._logits(whole_NH[part], present[0])
+        lengths = [len(next(iter(self.hidden[i].values()))) for i in rows]
+        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        taught: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for key in present:
+            mine = [
+                (row, start, length)
+                for row, start, length in zip(rows, starts, lengths, strict=False)
+                if key in self.weights[row]
+            ]
+            taught[key] = (
+                torch.cat([torch.arange(start, start + length) for _, start, length in mine]),
+                torch.cat([self.hidden[row][key] for row, _, _ in mine]),
+                torch.cat([torch.full((length,), self.weights[row][key]) for row, _, length in mine]),
+            )
+        width = self.heads[present[0]].shape[0]
 
         def read(part: slice) -> Tensor:
-            hidden_CH, owner_C = hidden_NH[part], owner_N[part]
-            first = int(owner_C[0])
-            if bool((owner_C == first).all()):
-                return (hidden_CH @ self.heads[present[first]].T).float()
-            width = self.heads[present[first]].shape[0]
-            logits_CV = torch.empty(len(hidden_CH), width, device=hidden_CH.device)
-            for number, teacher in enumerate(present):
-                index = (owner_C == number).nonzero().squeeze(1).to(hidden_CH.device)
-                logits_CV[index] = (hidden_CH[index] @ self.heads[teacher].T).float()
+            first, last, _ = part.indices(starts[-1])
+            logits_CV = torch.zeros(last - first, width, device=self.device)
+            for key, (index_M, hidden_MH, weights_M) in taught.items():
+                # Positions ascend, so a slice of the tokens is a slice of each teacher's.
+                low, high = torch.searchsorted(index_M, torch.tensor([first, last])).tolist()
+                if low < high:
+                    here_C = (index_M[low:high] - first).to(self.device)
+                    theirs_CV = self._logits(hidden_MH[low:high], key)
+                    weights_C = weights_M[low:high].to(self.device)
+                    if not bool((weights_C == 1.0).all()):
+                        theirs_CV = theirs_CV * weights_C[:, None]
+                    logits_CV.index_add_(0, here_C, theirs_CV)
             return logits_CV
 
         return read
 
     def logprobs(self, rows: Sequence[int], tokens_N: Tensor, temperature: float) -> Tensor:
-        """Log-probability [N] of each of the rows' sampled tokens under its teacher."""
+        """Log-probability [N] of each of the rows' sampled tokens under its teachers."""
         read = self.logits(rows)
         parts = [slice(start, start + CHUNK_TOKENS) for start in range(0, len(tokens_N), CHUNK_TOKENS)]
         return torch.cat([token_logprobs(read(part) / temperature, tokens_N[part]) for part in parts])
+
+    def _logits(self, hidden_CH: Tensor, key: str) -> Tensor:
+        head_VH = self.heads[key]
+        return (hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True) @ head_VH.T).float()
 
 
 class TeacherPool:
     """Routes rows to teachers and keeps as many in memory as allowed.
 
     Args:
-        teachers: domain -> checkpoint, the strict routing.
+        routes: domain -> its teachers, the strict routing.
         store: Where the bases of adapters are.
         student: Whose tokens the teachers must be able to score.
         config: The merge's config.
+        lends: Whether a student that is an adapter may lend its base to teachers of the same base.
 
     Raises:
         UserError: a teacher's tokenizer or vocabulary differs from the student's; names domain and teacher.
     """
 
-    def __init__(self, teachers: Mapping[str, Artifact], store: Store, student: Policy, config: DistillConfig) -> None:
-        self.teachers = teachers
-        self.store = store
+    def __init__(
+        self,
+        routes: Mapping[str, Sequence[Routed]],
+        store: Store,
+        student: Policy,
+        config: DistillConfig,
+        lends: bool = False,
+    ) -> None:
+        self.routes = routes
         self.student = student
         self.config = config
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.backbones: OrderedDict[str, _Backbone] = OrderedDict()
-        self.heads: dict[str, Tensor] = {}
+        self.residents = Residents(store, student, config, lends)
         self._preflight()
+
+    @property
+    def teachers(self) -> dict[str, Artifact]:
+        """Every teacher once, by key."""
+        return {routed.teacher.key: routed.teacher for taught in self.routes.values() for routed in taught}
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], domains: Sequence[str]) -> TeacherScores:
-        """Forward every row through its own teacher, teacher after teacher.
+        """Forward every row through its own teachers, teacher after teacher.
 
         Raises:
             UserError: a row's domain has no teacher.
         """
-        owners = [self._route(domain).key for domain in domains]
-        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
-        for key in sorted(set(owners), key=lambda key: (key not in self.backbones, key)):
-            mine = [i for i, owner in enumerate(owners) if owner == key]
-            with self._resident(next(t for t in self.teachers.values() if t.key == key)) as model:
-                forward = HiddenStates(model)
-                for batch in micro_batches([len(rows[i].tokens) for i in mine], self.config.micro_batch_tokens):
-                    chosen = [mine[i] for i in batch]
-                    tokens_BT, mask_BT = pad_rows([rows[i] for i in chosen], self.student.pad_id)
-                    device = self.student.device
-                    hidden_NH = completion_hidden(forward(tokens_BT.to(device)), mask_BT.to(device))
-                    parts = hidden_NH.split([rows[i].scored for i in chosen])
-                    for i, part_NH in zip(chosen, parts, strict=True):
-                        hidden[i] = part_NH
-        return TeacherScores(owners, hidden, self.heads)
-
-    def _route(self, domain: str) -> Artifact:
-        if domain not in self.teachers:
-            raise UserError(f"domain '{domain}' has no teacher{nearest(domain, self.teachers)}")
-        return self.teachers[domain]
+        weights = [self._weights(domain) for domain in domains]
+        hidden: list[dict[str, Tensor]] = [{} for _ in rows]
+        heads: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+        needed = {key: self.teachers[key] for key in {key for row in weights for key in row}}
+        order = self.residents.ordered(needed.values())
+        for number, teacher in enumerate(order):
+            started = time.monotonic()
+            with self.residents.wearing(teacher) as model:
+                self.residents.read_ahead(order[number + 1 :])
+                heads[teacher.key] = head_weight(model).detach()
+                mine = [i for i, row in enumerate(weights) if teacher.key in row]
+                for i, part_NH in zip(mine, self._forward(model, [rows[i] for i in mine]), strict=True):
+                    hidden[i][teacher.key] = part_NH
+            seconds[teacher.name] = seconds.get(teacher.name, 0.0) + time.monotonic() - started
+        names = {key: teacher.name for key, teacher in needed.items()}
+        return TeacherScores(weights, hidden, heads, names, seconds, self.student.device)
 
     @contextlib.contextmanager
-    def _resident(self, teacher: Artifact) -> Iterator[torch.nn.Module]:
-        """The teacher's model, in memory and with its adapter active."""
-        base = teacher.manifest.get("adapter_base") or teacher.key
-        if base not in self.backbones:
-            while len(self.backbones) >= self.config.max_resident:
-                self.backbones.popitem(last=False)
-            self.backbones[base] = _Backbone(self.store.get(base), self.dtype, self.student.device)
-        self.backbones.move_to_end(base)
-        with self.backbones[base].wearing(teacher) as model:
-            if teacher.key not in self.heads:
-                self.heads[teacher.key] = head_weight(model).detach()
-            yield model
+    def teaching(self, domain: str) -> Iterator[Policy]:
+        """A domain's teacher as a policy to sample from; of several the heaviest."""
+        routed = max(self._route(domain), key=lambda r: r.weight)
+        with self.residents.wearing(routed.teacher) as model:
+            yield Policy(model, self.student.tokenizer)
+
+    def _forward(self, model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+        """Hidden states [N, H] of each row's completion tokens."""
+        device, forward = self.student.device, HiddenStates(model)
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        half = self.config.dtype == "bfloat16"
+        for batch in micro_batches([len(row.tokens) for row in rows], self.config.micro_batch_tokens):
+            packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], self.student.pad_id)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                hidden_NH = packed.scored(forward(*packed.to(device).inputs))
+            if self.config.teacher_cache == "cpu":
+                hidden_NH = hidden_NH.cpu()
+            for i, part_NH in zip(batch, hidden_NH.split([rows[i].scored for i in batch]), strict=True):
+                found[i] = part_NH
+        return found
+
+    def _route(self, domain: str) -> Sequence[Routed]:
+        if domain not in self.routes:
+            raise UserError(f"domain '{domain}' has no teacher{nearest(domain, self.routes)}")
+        return self.routes[domain]
+
+    def _weights(self, domain: str) -> dict[str, float]:
+        """The domain's teachers by key; one checkpoint under two names counts as one."""
+        weights: dict[str, float] = {}
+        for routed in self._route(domain):
+            weights[routed.teacher.key] = weights.get(routed.teacher.key, 0.0) + routed.weight
+        total = sum(weights.values())
+        return {key: weight / total for key, weight in weights.items()}
 
     def _preflight(self) -> None:
         """Refuse a teacher that reads or writes other tokens than the student."""
-        for domain, teacher in self.teachers.items():
-            difference = tokenizer_difference(self.student.tokenizer, AutoTokenizer.from_pretrained(teacher.uri))
-            if difference:
-                raise UserError(
-                    f"merge.teachers.{domain}: the tokenizer of teacher {teacher.name} differs from the student's: "
-                    f"{difference}; a teacher scores the student's own tokens, so both must share one tokenizer"
-                )
-            with self._resident(teacher) as model:
-                rows, ours = head_weight(model).shape[0], self.student.head_VH.shape[0]
-            if rows != ours:
-                raise UserError(
-                    f"merge.teachers.{domain}: teacher {teacher.name} has {rows} output tokens, the student {ours}; "
-                    f"both must be padded to one vocabulary"
-                )
-
-
-class _Backbone:
-    """A base in memory with the adapters it has worn so far."""
-
-    def __init__(self, base: Artifact, dtype: torch.dtype, device: torch.device) -> None:
-        self.key = base.key
-        self.model = AutoModelForCausalLM.from_pretrained(base.uri, dtype=dtype).to(device).eval()
-        self.model.requires_grad_(False)
-
-    @contextlib.contextmanager
-    def wearing(self, teacher: Artifact) -> Iterator[torch.nn.Module]:
-        """The model as this teacher: the base itself, or the base with the teacher's adapter."""
-        if teacher.key == self.key:
-            with self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext():
-                yield self.model
-            return
-        if not isinstance(self.model, PeftModel):
-            self.model = PeftModel.from_pretrained(self.model, teacher.uri, adapter_name=teacher.key)
-        elif teacher.key not in self.model.peft_config:
-            self.model.load_adapter(teacher.uri, adapter_name=teacher.key)
-        self.model.set_adapter(teacher.key)
-        self.model.eval()
-        self.model.requires_grad_(False)
-        yield self.model
+        known: set[str] = set()
+        for domain, taught in self.routes.items():
+            for teacher in (routed.teacher for routed in taught if routed.teacher.key not in known):
+                known.add(teacher.key)
+                difference = tokenizer_difference(self.student.tokenizer, AutoTokenizer.from_pretrained(teacher.uri))
+                if difference:
+                    raise UserError(
+                        f"merge.teachers.{domain}: the tokenizer of teacher {teacher.name} differs from the student's: "
+                        f"{difference}; a teacher scores the student's own tokens, so both must share one tokenizer"
+                    )
+                with self.residents.wearing(teacher) as model:
+                    rows, ours = head_weight(model).shape[0], self.student.head_VH.shape[0]
+                if rows != ours:
+                    raise UserError(
+                        f"merge.teachers.{domain}: teacher {teacher.name} has {rows} output tokens, the student "
+                        f"{ours}; both must be padded to one vocabulary"
+                    )

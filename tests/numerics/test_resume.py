@@ -111,4 +111,9 @@ def cut_after(end_step: Callable[..., None], last: int) -> Callable[..., None]:
 
 
 def metrics_of(place: Workspace) -> dict[int, dict[str, float]]:
-    return {r["step"]: r["values"] for r in read(place.folder / "journal.jsonl") if r["kind"] == "metrics"}
+    """Every metric but the clock's."""
+    return {
+        r["step"]: {name: value for name, value in r["values"].items() if "seconds" not in name}
+        for r in read(place.folder / "journal.jsonl")
+        if r["kind"] == "metrics"
+    }

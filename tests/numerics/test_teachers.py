@@ -1,10 +1,13 @@
 """The teacher pool: strict routing, residency that changes nothing, shared bases, refused tokenizers."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import stages.on_policy.residency
 import stages.sft
 from experts.errors import UserError
 from stages.config import DistillConfig, LoraConfig, SFTConfig
@@ -13,8 +16,9 @@ from stages.core.policy import load_policy
 from stages.core.tiny import character_tokenizer
 from stages.core.update import Row
 from stages.core.workspace import Workspace
+from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.losses import token_logprobs
-from stages.on_policy.teachers import TeacherPool
+from stages.on_policy.teachers import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 
 DOMAINS = ["sort", "reverse", "uppercase", "reverse", "sort"]
@@ -27,20 +31,27 @@ def make_rows() -> list[Row]:
     ]
 
 
+def routes(teachers: Mapping[str, Artifact]) -> dict[str, tuple[Routed]]:
+    return {domain: (Routed(teacher),) for domain, teacher in teachers.items()}
+
+
 def own_forward(teacher: Artifact, store: Store, row: Row) -> torch.Tensor:
     policy = load_policy(teacher, store)
     with torch.no_grad():
         return policy.model(torch.tensor([row.tokens])).logits[0, row.start - 1 : -1]
 
 
-@pytest.mark.parametrize("max_resident", [1, 8])
-def test_each_row_is_scored_by_its_own_teacher(store, checkpoint, max_resident):
+@pytest.mark.parametrize("cache", ["device", "cpu"])
+@pytest.mark.parametrize("max_resident", [1, 2, 8])
+def test_each_row_is_scored_by_its_own_teacher(store, checkpoint, max_resident, cache):
     teachers = {name: checkpoint(name, seed) for seed, name in enumerate(("sort", "reverse", "uppercase"))}
-    config = DistillConfig(max_resident=max_resident, micro_batch_tokens=24)
-    pool = TeacherPool(teachers, store, tiny_policy(9), config)
+    config = DistillConfig(max_resident=max_resident, micro_batch_tokens=24, teacher_cache=cache)
+    pool = TeacherPool(routes(teachers), store, tiny_policy(9), config)
     rows = make_rows()
-    scores = pool.score(rows, DOMAINS)
-    assert len(pool.backbones) == min(3, max_resident)
+    for _ in range(3):
+        scores = pool.score(rows, DOMAINS)
+    assert set(scores.seconds) == {"sort", "reverse", "uppercase"}
+    assert len(pool.residents.bases) == min(3, max_resident)
     order = [3, 0, 2, 4, 1]
     logits_NV = scores.logits(order)(slice(0, None))
     expected_NV = torch.cat([own_forward(teachers[DOMAINS[i]], store, rows[i]) for i in order])
@@ -64,18 +75,98 @@ def test_adapters_share_one_base_with_the_anchor(
     }
     teachers["uppercase"] = start
     assert "model.safetensors" not in teachers["sort"].manifest["files"]
-    pool = TeacherPool(teachers, store, tiny_policy(9), DistillConfig(max_resident=1))
+    pool = TeacherPool(routes(teachers), store, tiny_policy(9), DistillConfig(max_resident=1))
     rows = make_rows()
     scores = pool.score(rows, DOMAINS)
-    assert list(pool.backbones) == [start.key]
+    assert list(pool.residents.bases) == [start.key]
     for i, name in enumerate(DOMAINS):
         expected_NV = own_forward(teachers[name], store, rows[i])
         torch.testing.assert_close(scores.logits([i])(slice(0, None)), expected_NV, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(own_forward(teachers["sort"], store, rows[0]), own_forward(start, store, rows[0]))
 
 
+def test_no_teacher_carries_gradients(store, checkpoint):
+    student = tiny_policy(9)
+    pool = TeacherPool(routes({"sort": checkpoint("sort", 0)}), store, student, DistillConfig())
+    scores = pool.score(make_rows()[:1], ["sort"])
+    assert not scores.logits([0])(slice(None)).requires_grad
+    with pool.teaching("sort") as teacher:
+        assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_several_teachers_of_a_domain_are_their_geometric_mean(store, checkpoint):
+    one, two = checkpoint("one", 1), checkpoint("two", 2)
+    taught = {"sort": (Routed(one, 3.0), Routed(two, 1.0)), "reverse": (Routed(two),)}
+    pool = TeacherPool(taught, store, tiny_policy(9), DistillConfig(max_resident=1))
+    rows, domains = make_rows()[:3], ["reverse", "sort", "reverse"]
+    target_NV = pool.score(rows, domains).logits([0, 1, 2])(slice(None))
+    lengths = [row.scored for row in rows]
+    first_NV, mean_NV, _ = target_NV.split(lengths)
+    torch.testing.assert_close(first_NV, own_forward(two, store, rows[0]), rtol=1e-4, atol=1e-4)
+    one_NV, two_NV = (own_forward(teacher, store, rows[1]).log_softmax(-1) for teacher in (one, two))
+    pooled_NV = (0.75 * one_NV + 0.25 * two_NV).softmax(-1)
+    torch.testing.assert_close(mean_NV.softmax(-1), pooled_NV, rtol=1e-4, atol=1e-6)
+    # The divergence from it moves the student as the weighted sum of the divergences from each does.
+    student_NV = torch.randn(mean_NV.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    together = reverse_kl(student_NV, mean_NV)[0].sum()
+    apart = (0.75 * reverse_kl(student_NV, one_NV)[0] + 0.25 * reverse_kl(student_NV, two_NV)[0]).sum()
+    ours, theirs = (torch.autograd.grad(loss, student_NV) for loss in (together, apart))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_next_teacher_is_read_while_one_scores(store, checkpoint, monkeypatch):
+    teachers = {name: checkpoint(name, seed) for seed, name in enumerate(("sort", "reverse", "uppercase"))}
+    pool = TeacherPool(routes(teachers), store, tiny_policy(9), DistillConfig(max_resident=2))
+    readers: list[str] = []
+    read = stages.on_policy.residency._read
+
+    def noted(base: Artifact) -> dict[str, torch.Tensor]:
+        readers.append(threading.current_thread().name)
+        assert len(pool.residents.bases) <= 2
+        return read(base)
+
+    monkeypatch.setattr(stages.on_policy.residency, "_read", noted)
+    pool.score(make_rows(), DOMAINS)
+    # Two were in memory from the check of their heads; the third comes by the thread, and nothing else is read.
+    assert len(readers) == 1
+    assert readers[0].startswith("teacher")
+    assert len(pool.residents.bases) == 2
+
+
+def test_a_student_on_the_same_base_lends_it(store, checkpoint, workspace, domains):
+    start = checkpoint("start", 0)
+    config = SFTConfig(max_steps=3, examples=40, batch_size=8, lora=LoraConfig(rank=4))
+    teachers = {
+        name: stages.sft.train(config, workspace(f"lora-{name}", {"start": start}, {name: domains[name]}))
+        for name in ("sort", "reverse")
+    } | {"uppercase": start}
+    student = load_policy(start, store, lora=LoraConfig(rank=4), trainable=True, seed=5)
+    flags = {name: p.requires_grad for name, p in student.model.named_parameters()}
+    saved = student.model.state_dict().keys()
+    rows = make_rows()
+    before_NV = student.model(torch.tensor([rows[0].tokens])).logits
+    pool = TeacherPool(routes(teachers), store, student, DistillConfig(lora=LoraConfig(rank=4)), lends=True)
+    scores = pool.score(rows, DOMAINS)
+    assert not pool.residents.bases
+    for i, name in enumerate(DOMAINS):
+        expected_NV = own_forward(teachers[name], store, rows[i])
+        torch.testing.assert_close(scores.logits([i])(slice(0, None)), expected_NV, rtol=1e-4, atol=1e-4)
+    # The student is as it was: outputs, what is trained, and what is saved.
+    assert torch.equal(student.model(torch.tensor([rows[0].tokens])).logits, before_NV)
+    after = {name: p.requires_grad for name, p in student.model.named_parameters()}
+    assert {name: after[name] for name in flags} == flags
+    assert not any(after[name] for name in after.keys() - flags.keys())
+    assert student.model.active_adapter == "default"
+    assert set(saved) < set(student.model.state_dict())
+    folder = store.staging("saved")
+    student.save(folder)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set()
+    kept = load_file(folder / "adapter_model.safetensors")
+    assert kept.keys() == load_file(teachers["sort"].path / "adapter_model.safetensors").keys()
+
+
 def test_a_domain_without_a_teacher_is_an_error(store, checkpoint):
-    pool = TeacherPool({"sort": checkpoint("sort", 0)}, store, tiny_policy(9), DistillConfig())
+    pool = TeacherPool(routes({"sort": checkpoint("sort", 0)}), store, tiny_policy(9), DistillConfig())
     with pytest.raises(UserError, match="domain 'sorted' has no teacher — did you mean 'sort'"):
         pool.score(make_rows()[:1], ["sorted"])
 
@@ -91,4 +182,4 @@ def test_a_teacher_with_another_tokenizer_is_refused(store, workspace, checkpoin
     policy.save(folder)
     teacher = place.commit(folder, sources={}, metrics={})
     with pytest.raises(UserError, match=r"merge\.teachers\.reverse: the tokenizer of teacher odd differs"):
-        TeacherPool({"sort": checkpoint("sort", 0), "reverse": teacher}, store, tiny_policy(9), DistillConfig())
+        TeacherPool(routes({"sort": checkpoint("sort", 0), "reverse": teacher}), store, tiny_policy(9), DistillConfig())

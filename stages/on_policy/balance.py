@@ -1,0 +1,68 @@
+"""How much each row and domain weighs in one update's loss.
+
+Shape suffixes: N completion tokens of a row.
+
+Left alone, a domain of long answers owns the gradient: with a mean over tokens its share of the loss is its share of
+the tokens. The mean over domains and a budget are the published remedies (Open-MOPD; `max_domain_share`).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.config import OnPolicyConfig
+from stages.core.training import Learner
+
+
+def loss_weights(
+    domains: Sequence[str], lengths: Sequence[int], config: OnPolicyConfig, learner: Learner, names: Sequence[str]
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Weights that make a sum over all processes' tokens the mean the config asks for.
+
+    Args:
+        domains: Domain of each row of this process.
+        lengths: Completion tokens of each row.
+        config: Normalisation, shares and budget.
+        learner: Sums over processes.
+        names: All domains of the stage, in one order on every process.
+
+    Returns:
+        One vector [N] a row, and each domain's share of the loss.
+    """
+    by_sequence = config.loss_normalisation == "sequence"
+    own: dict[str, float] = defaultdict(float)
+    for domain, length in zip(domains, lengths, strict=True):
+        own[domain] += 1.0 if by_sequence else float(length)
+    mass = {name: total for name in names if (total := learner.global_sum(own[name])) > 0}
+    if config.loss_normalisation == "domain":
+        wanted = {name: config.domain_shares.get(name, 1.0) for name in mass}
+    else:
+        wanted = mass
+    shares = capped_shares(wanted, config.max_domain_share)
+    factors = {name: shares[name] / mass[name] for name in mass}
+    weights = [
+        torch.full((length,), factors[domain] / (length if by_sequence else 1))
+        for domain, length in zip(domains, lengths, strict=True)
+    ]
+    return weights, shares
+
+
+def capped_shares(wanted: Mapping[str, float], cap: float) -> dict[str, float]:
+    """Shares of 1 in proportion to `wanted`, none above `cap`; what one is over goes to the others in proportion.
+
+    With fewer than 1 / cap domains no share can stay below the cap; they are then equal.
+    """
+    if cap * len(wanted) <= 1.0:
+        return dict.fromkeys(wanted, 1.0 / len(wanted)) if wanted else {}
+    shares: dict[str, float] = {}
+    free = dict(wanted)
+    while True:
+        scale = (1.0 - cap * len(shares)) / sum(free.values())
+        over = [name for name, value in free.items() if value * scale > cap]
+        if not over:
+            return {name: shares.get(name, wanted[name] * scale) for name in wanted}
+        for name in over:
+            shares[name] = cap
+            del free[name]

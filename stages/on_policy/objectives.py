@@ -1,0 +1,228 @@
+"""What the student minimises on a judged rollout: the config's objective as a loss of each token's logits.
+
+Shape suffixes: N completion tokens of a micro-batch's rows laid end to end, C those of one chunk, V vocabulary.
+
+Every objective is the same sum: the divergence from the target (exact over the vocabulary or its likeliest tokens) or
+the target's log-ratio on the sampled token as an advantage; the outcome reward's advantage (alpha); the reverse KL
+against the reference (reference_kl). The target is the routed teacher, or lies beyond it (extrapolation). The
+formulas are pure functions in `divergences` and `losses`; this module only hands them their tensors.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.config import DistillConfig, ObjectiveConfig
+from stages.core.loss import TokenLoss
+from stages.core.training import Learner
+from stages.on_policy.divergences import (
+    diagnose,
+    entropy_aware,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    support,
+    top_k_divergence,
+)
+from stages.on_policy.losses import (
+    Losses,
+    entropy,
+    extrapolate,
+    importance_weights,
+    policy_gradient,
+    sampled_advantages,
+    token_logprobs,
+)
+from stages.on_policy.rollout import Rollout
+from stages.on_policy.signals import Judgement
+
+SAMPLED = "sampled_reverse_kl"
+# How the student's and the teacher's likeliest tokens agree is looked at in the first step and every so many.
+DIAGNOSE_EVERY = 25
+DIAGNOSE_TOP = 8
+ADVANTAGE_EDGES = (-5.0, -1.0, -0.1, 0.1, 1.0, 5.0)
+
+
+def distillation_objective(config: DistillConfig, learner: Learner) -> Callable[..., TokenLoss]:
+    """The config's objective, in the form `stages.on_policy.loop` asks for."""
+
+    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+        """The loss of some rows' completion tokens."""
+        return _RowsLoss.of(config, rollout, judgement, rows, learner.device)
+
+    return objective
+
+
+def needs_reference(objective: ObjectiveConfig) -> bool:
+    """Whether the reference policy has to score the rollouts."""
+    return objective.extrapolation != 1.0 or objective.reference_kl > 0
+
+
+def needs_trainer_logprobs(config: DistillConfig) -> bool:
+    """Whether a correction compares the sampler with the trainer before any update; a plain ratio needs no more than
+    the update's own forward."""
+    objective = config.objective
+    corrects = objective.name == SAMPLED or objective.outcome_weight > 0
+    before_any_update = objective.importance == "mask" and config.updates_per_batch > 1
+    return corrects and (before_any_update or objective.importance_level == "sequence")
+
+
+@dataclass(frozen=True)
+class _RowsLoss:
+    """The tensors of one micro-batch; called with a chunk of logits it is a `TokenLoss`.
+
+    Attributes:
+        tokens_N: The sampled tokens.
+        sampler_N: Their log-probabilities under the policy that drew them; NaN where nobody did.
+        trainer_N: The same under the trainer before any update; None where it equals the student's own.
+        mismatch_N: log(trainer / sampler), of the token or its sequence's mean; None as above.
+        outcome_N: The outcome reward's advantage.
+        teacher, reference: Logits [C, V] of a slice of the tokens.
+        diagnoses: Whether to look at how student and teacher agree.
+    """
+
+    config: DistillConfig
+    tokens_N: Tensor
+    sampler_N: Tensor
+    trainer_N: Tensor | None
+    mismatch_N: Tensor | None
+    outcome_N: Tensor | None
+    teacher: Callable[[slice], Tensor]
+    reference: Callable[[slice], Tensor] | None
+    diagnoses: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: DistillConfig,
+        rollout: Rollout,
+        judgement: Judgement,
+        rows: Sequence[int],
+        device: torch.device,
+    ) -> "_RowsLoss":
+        """Lay the rows' facts end to end."""
+        assert judgement.teachers is not None
+        sampler_N = rollout.logprobs(rows, device)
+        trainer_N = mismatch_N = None
+        if judgement.trainer_logprobs is not None:
+            parts = [judgement.trainer_logprobs[i] for i in rows]
+            trainer_N = torch.cat(parts).to(device)
+            mismatch_N = trainer_N - torch.where(sampler_N.isnan(), trainer_N, sampler_N)
+            if config.objective.importance_level == "sequence":
+                by_row = mismatch_N.split([len(part_N) for part_N in parts])
+                mismatch_N = torch.cat([part_N.mean().expand_as(part_N) for part_N in by_row])
+        return cls(
+            config=config,
+            tokens_N=rollout.tokens(rows, device),
+            sampler_N=sampler_N,
+            trainer_N=trainer_N,
+            mismatch_N=mismatch_N,
+            outcome_N=judgement.token_advantages(rollout, rows, device),
+            teacher=judgement.teachers.logits(rows),
+            reference=judgement.reference.logits(rows) if judgement.reference else None,
+            diagnoses=rollout.step % DIAGNOSE_EVERY == 1 % DIAGNOSE_EVERY,
+        )
+
+    def __call__(self, logits_CV: Tensor, part: slice) -> Losses:
+        """Losses [C] and metrics [C] of a slice of the tokens, given the student's logits."""
+        objective, temperature = self.config.objective, self.config.temperature
+        logits_CV = _tempered(logits_CV, temperature)
+        teacher_CV = _tempered(self.teacher(part), temperature)
+        reference_CV = _tempered(self.reference(part), temperature) if self.reference else None
+        loss = self._sampled if objective.name == SAMPLED else self._divergence
+        losses_C, metrics = loss(logits_CV, teacher_CV, reference_CV, part)
+        if self.diagnoses:
+            with torch.no_grad():
+                metrics = metrics | diagnose(logits_CV, teacher_CV, DIAGNOSE_TOP)
+                metrics |= self._advantage_bins(logits_CV, teacher_CV, part)
+        return losses_C, metrics
+
+    def _divergence(self, logits_CV: Tensor, teacher_CV: Tensor, reference_CV: Tensor | None, part: slice) -> Losses:
+        """A divergence over the vocabulary, plus the reference's and the outcome reward's policy gradient."""
+        objective = self.config.objective
+        target_CV = _target(teacher_CV, reference_CV, objective)
+        losses_C, metrics = divergence(objective, logits_CV, target_CV)
+        if objective.reference_kl > 0:
+            assert reference_CV is not None
+            away_C, more = reverse_kl(logits_CV, reference_CV)
+            losses_C = losses_C + objective.reference_kl * away_C
+            metrics = metrics | {"reference_kl": more["reverse_kl"]}
+        if self.outcome_N is not None:
+            logprobs_C = token_logprobs(logits_CV, self.tokens_N[part])
+            weights_C, more = self._importance(logprobs_C, part)
+            losses_C = losses_C + policy_gradient(logprobs_C, self.outcome_N[part], weights_C)
+            metrics = metrics | more
+        return losses_C, metrics
+
+    def _sampled(self, logits_CV: Tensor, teacher_CV: Tensor, reference_CV: Tensor | None, part: slice) -> Losses:
+        """The sampled token's log-ratio as an advantage, plus the outcome's, less the reference's."""
+        objective, tokens_C = self.config.objective, self.tokens_N[part]
+        logprobs_C, teacher_C = token_logprobs(logits_CV, tokens_C), token_logprobs(teacher_CV, tokens_C)
+        reference_C = None if reference_CV is None else token_logprobs(reference_CV, tokens_C)
+        target_C = _target(teacher_C, reference_C, objective)
+        advantages_C = sampled_advantages(logprobs_C, target_C, objective.advantage_clip)
+        metrics = {"reverse_kl": logprobs_C - target_C}
+        if self.outcome_N is not None:
+            advantages_C = advantages_C + self.outcome_N[part]
+        if reference_C is not None and objective.reference_kl > 0:
+            away_C = logprobs_C.detach() - reference_C
+            advantages_C = advantages_C - objective.reference_kl * away_C
+            metrics["reference_kl"] = away_C
+        weights_C, more = self._importance(logprobs_C, part)
+        with torch.no_grad():
+            metrics["entropy"] = entropy(logits_CV)
+        return policy_gradient(logprobs_C, advantages_C, weights_C), metrics | more
+
+    def _importance(self, logprobs_C: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        objective, policy_C = self.config.objective, logprobs_C.detach()
+        if self.trainer_N is None or self.mismatch_N is None:
+            sampler_C = self.sampler_N[part]
+            staleness_C = torch.zeros_like(policy_C)
+            mismatch_C = policy_C - torch.where(sampler_C.isnan(), policy_C, sampler_C)
+        else:
+            staleness_C, mismatch_C = policy_C - self.trainer_N[part], self.mismatch_N[part]
+        return importance_weights(staleness_C, mismatch_C, objective.importance, objective.importance_band)
+
+    def _advantage_bins(self, logits_CV: Tensor, teacher_CV: Tensor, part: slice) -> dict[str, Tensor]:
+        """Where each sampled token's log(teacher / student) falls; averaged, the bins are a histogram."""
+        tokens_C = self.tokens_N[part]
+        advantages_C = token_logprobs(teacher_CV, tokens_C) - token_logprobs(logits_CV, tokens_C)
+        edges = torch.tensor(ADVANTAGE_EDGES, device=advantages_C.device)
+        bins_C = torch.bucketize(advantages_C, edges)
+        bounds = ["-inf", *(f"{edge:g}" for edge in ADVANTAGE_EDGES), "inf"]
+        return {
+            f"advantage_from_{low}_to_{high}": (bins_C == i).float()
+            for i, (low, high) in enumerate(itertools.pairwise(bounds))
+        }
+
+
+def divergence(objective: ObjectiveConfig, logits_CV: Tensor, target_CV: Tensor) -> Losses:
+    """The objective's divergence of the student from the target."""
+    if objective.top_k is not None:
+        indices_CK, valid_CK = support(logits_CV, target_CV, objective.top_k.k, objective.top_k.support)
+        target_CK = target_CV.log_softmax(-1).gather(1, indices_CK)
+        return top_k_divergence(
+            logits_CV, target_CK, indices_CK, valid_CK, objective.name, objective.top_k.remainder, objective.beta
+        )
+    if objective.name == "forward_kl":
+        return forward_kl(logits_CV, target_CV)
+    if objective.name == "jsd":
+        return jsd(logits_CV, target_CV, objective.beta)
+    if objective.name == "entropy_aware":
+        return entropy_aware(logits_CV, target_CV, objective.entropy_threshold)
+    return reverse_kl(logits_CV, target_CV)
+
+
+def _target(teacher: Tensor, reference: Tensor | None, objective: ObjectiveConfig) -> Tensor:
+    """What the student is drawn to: the teacher, or what lies beyond it seen from the reference."""
+    if objective.extrapolation == 1.0:
+        return teacher
+    assert reference is not None
+    return extrapolate(teacher, reference, objective.extrapolation)
+
+
+def _tempered(logits_CV: Tensor, temperature: float) -> Tensor:
+    return logits_CV if temperature == 1.0 else logits_CV / temperature

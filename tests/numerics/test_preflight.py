@@ -1,0 +1,65 @@
+"""The preflight of a merge: agreement is noted, a mismatch ends it and shows the token."""
+
+import re
+
+import pytest
+import torch
+
+import stages.on_policy.preflight
+from experts.errors import UserError
+from stages.config import DistillConfig
+from stages.on_policy.preflight import preflight
+from stages.on_policy.sampler import Sample
+from stages.on_policy.teachers import Routed, TeacherPool
+from tests.numerics.conftest import tiny_policy
+
+
+@pytest.fixture
+def merge(store, checkpoint, domains):
+    """Student, pool, examples and config of a small merge; one domain has two teachers."""
+    config = DistillConfig(max_new_tokens=8, temperature=0.8)
+    routes = {
+        "sort": (Routed(checkpoint("one", 1), 2.0), Routed(checkpoint("two", 2), 1.0)),
+        "reverse": (Routed(checkpoint("three", 3)),),
+    }
+    student = tiny_policy(9)
+    examples = {name: domains[name].draw("train", 5, 0) for name in routes}
+    return student, TeacherPool(routes, store, student, config), examples, config
+
+
+def test_agreement_is_noted_with_its_tolerance(merge):
+    notes: list[str] = []
+    preflight(*merge, notes.append)
+    (line,) = notes
+    assert "tolerance 0.001" in line
+    gaps = [float(gap) for gap in re.findall(r"within ([0-9.e+-]+)", line)]
+    assert len(gaps) == 2
+    assert all(gap < 1e-4 for gap in gaps)
+
+
+def test_a_teacher_scored_differently_shows_the_first_token(merge, monkeypatch):
+    student, pool, examples, config = merge
+    forward = TeacherPool._forward
+    monkeypatch.setattr(
+        TeacherPool, "_forward", lambda self, model, rows: [1.1 * part_NH for part_NH in forward(self, model, rows)]
+    )
+    with pytest.raises(UserError, match=r"'sort': one and two, scored as a teacher, gives completion token 0 \("):
+        preflight(student, pool, examples, config, print)
+    loose = config.model_copy(update={"preflight_tolerance": 100.0})
+    notes: list[str] = []
+    preflight(student, pool, examples, loose, notes.append)
+    assert "tolerance 100" in notes[0]
+
+
+def test_a_sampler_that_disagrees_shows_the_first_token(merge, monkeypatch):
+    student, pool, examples, config = merge
+    sample = stages.on_policy.preflight.sample
+
+    def off(*arguments: object) -> list[list[Sample]]:
+        drawn = sample(*arguments)
+        drawn[0][0].logprobs_N[1] = torch.nan
+        return drawn
+
+    monkeypatch.setattr(stages.on_policy.preflight, "sample", off)
+    with pytest.raises(UserError, match=r"the sampler gives completion token 1 .* log-probability nan"):
+        preflight(student, pool, examples, config, print)
