@@ -26,7 +26,7 @@ from experts.domain import stable_hash
 from stages.config import TrainConfig
 from stages.core.checkpoint import sync_to_disk
 from stages.core.packing import Packed
-from stages.core.policy import HiddenStates, Policy
+from stages.core.policy import HiddenStates, Policy, causal_lm
 
 Item = TypeVar("Item")
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -57,6 +57,8 @@ class Learner:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
         )
+        if config.gradient_checkpointing:
+            causal_lm(policy.model).gradient_checkpointing_enable({"use_reentrant": False})
         trainable = [p for p in policy.model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(
             trainable,

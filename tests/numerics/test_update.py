@@ -122,3 +122,23 @@ def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path):
         learner.update()
     for parameter, old in zip(learner.policy.model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, old)
+
+
+def test_recomputed_activations_give_the_same_gradient_from_less_memory(tmp_path):
+    found, kept = [], []
+    for recompute in (False, True):
+        config = TrainConfig(gradient_checkpointing=recompute)
+        learner = Learner(tiny_policy(0), config, 10, tmp_path, 0)
+        saved: list[int] = []
+
+        def keep(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(gradients(learner, make_rows(learner)))
+        kept.append(sum(saved))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+    assert kept[1] < 0.5 * kept[0]
