@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from experts.errors import UserError
 from stages.core.policy import Policy, causal_lm
+from stages.on_policy.cache import roomy_cache
 
 # Rows are dropped in batches, for dropping copies the cache.
 DROP_SHARE = 0.2
@@ -121,8 +121,11 @@ class _Batch:
         self.sampling = sampling
         self.generator = generator
         self.decoder = causal_lm(policy.model).get_decoder()
-        self.dtype = policy.head_VH.dtype
-        self.cache = DynamicCache(config=causal_lm(policy.model).config)
+        self.head_VH = policy.head_VH
+        self.width = max(len(prompt) for prompt in prompts)
+        # The last token drawn is never run.
+        self.room = self.width + sampling.max_new_tokens - 1
+        self.cache = roomy_cache(causal_lm(policy.model).config, self.room)
         rows = len(prompts) * group_size
         device = policy.device
         self.tokens = torch.full((rows, sampling.max_new_tokens), policy.pad_id, device=device)
@@ -130,20 +133,27 @@ class _Batch:
         self.lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    @torch.no_grad()
     def run(self) -> list[Sample]:
         """Sample until every row has ended or is as long as allowed."""
-        logits_BV, attended_BL, positions_B = self._prefill()
+        # Left before the samples are made: a tensor born inside can take no part in a backward pass.
+        with torch.inference_mode():
+            self._decode(*self._prefill())
+        return self._samples()
+
+    def _decode(self, logits_BV: Tensor, bias_BR: Tensor, positions_B: Tensor) -> None:
+        """Draw and run token after token."""
         alive_B = torch.arange(self.tokens.shape[0], device=self.tokens.device)
         running_B = torch.ones_like(alive_B, dtype=torch.bool)
         for step in range(self.sampling.max_new_tokens):
             tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator)
-            self.tokens[alive_B[running_B], step] = tokens_B[running_B]
-            self.logprobs[alive_B[running_B], step] = logprobs_B[running_B]
+            # Rows that have ended and are still here go on; what is written behind their end is never read.
+            self.tokens[alive_B, step] = tokens_B
+            self.logprobs[alive_B, step] = logprobs_B
             ended_B = running_B & (tokens_B == self.policy.eos_id)
-            self.lengths[alive_B[ended_B]] = step + 1
-            self.finished[alive_B[ended_B]] = True
-            running_B &= ~ended_B
+            if bool(ended_B.any()):
+                self.lengths[alive_B[ended_B]] = step + 1
+                self.finished[alive_B[ended_B]] = True
+                running_B = running_B & ~ended_B
             left = int(running_B.sum())
             if left == 0 or step + 1 == self.sampling.max_new_tokens:
                 break
@@ -151,17 +161,19 @@ class _Batch:
                 keep = running_B.nonzero().squeeze(1)
                 self.cache.batch_select_indices(keep)
                 alive_B, running_B, tokens_B = alive_B[keep], running_B[keep], tokens_B[keep]
-                attended_BL, positions_B = attended_BL[keep], positions_B[keep]
-            attended_BL = torch.nn.functional.pad(attended_BL, (0, 1), value=True)
-            logits_BV = self._forward(tokens_B[:, None], attended_BL[:, None, None, :], positions_B[:, None])
+                bias_BR, positions_B = bias_BR[keep], positions_B[keep]
+            bias_B11L = bias_BR[:, None, None, : self.width + step + 1]
+            logits_BV = self._forward(tokens_B[:, None], bias_B11L, positions_B[:, None])
             positions_B = positions_B + 1
-        return self._samples()
 
     def _prefill(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the distinct prompts and repeat the result for their groups."""
-        width = max(len(prompt) for prompt in self.prompts)
+        """Run the distinct prompts and repeat the result for their groups.
+
+        Returns:
+            Logits [B, V] of the first token, attention bias [B, R] of all tokens to come, and its position [B].
+        """
+        width, device, dtype = self.width, self.policy.device, self.head_VH.dtype
         padded = [[self.policy.pad_id] * (width - len(p)) + p for p in self.prompts]
-        device = self.policy.device
         tokens_BP = torch.tensor(padded, device=device)
         lengths_B = torch.tensor([len(p) for p in self.prompts], device=device)
         index_P = torch.arange(width, device=device)
@@ -169,21 +181,23 @@ class _Batch:
         causal_PP = index_P[None, :] <= index_P[:, None]
         # A padding position attends to itself: a row that attends to nothing would be NaN, and NaN spreads.
         mask_BPP = (causal_PP & attended_BP[:, None, :]) | torch.eye(width, dtype=torch.bool, device=device)
+        bias_BPP = torch.zeros(mask_BPP.shape, dtype=dtype, device=device)
+        bias_BPP.masked_fill_(~mask_BPP, torch.finfo(dtype).min)
         positions_BP = (attended_BP.cumsum(1) - 1).clamp(min=0)
-        logits_BV = self._forward(tokens_BP, mask_BPP[:, None], positions_BP)
-        if self.group_size > 1:
-            self.cache.batch_repeat_interleave(self.group_size)
+        logits_BV = self._forward(tokens_BP, bias_BPP[:, None], positions_BP)
+        bias_BR = torch.zeros((len(padded), self.room), dtype=dtype, device=device)
+        bias_BR[:, :width].masked_fill_(~attended_BP, torch.finfo(dtype).min)
         repeat = self.group_size
+        if repeat > 1:
+            self.cache.batch_repeat_interleave(repeat)
         return (
             logits_BV.repeat_interleave(repeat, 0),
-            attended_BP.repeat_interleave(repeat, 0),
+            bias_BR.repeat_interleave(repeat, 0),
             lengths_B.repeat_interleave(repeat, 0),
         )
 
-    def _forward(self, tokens_BT: Tensor, attended_B1TL: Tensor, positions_BT: Tensor) -> Tensor:
+    def _forward(self, tokens_BT: Tensor, bias_B1TL: Tensor, positions_BT: Tensor) -> Tensor:
         """Logits [B, V] after the last of the given tokens; the cache grows by them."""
-        bias_B1TL = torch.zeros(attended_B1TL.shape, dtype=self.dtype, device=attended_B1TL.device)
-        bias_B1TL.masked_fill_(~attended_B1TL, torch.finfo(self.dtype).min)
         output = self.decoder(
             input_ids=tokens_BT,
             attention_mask=bias_B1TL,
@@ -191,7 +205,7 @@ class _Batch:
             past_key_values=self.cache,
             use_cache=True,
         )
-        logits_BV: Tensor = (output.last_hidden_state[:, -1] @ self.policy.head_VH.T).float()
+        logits_BV: Tensor = (output.last_hidden_state[:, -1] @ self.head_VH.T).float()
         return logits_BV
 
     def _samples(self) -> list[Sample]:
@@ -218,7 +232,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
         logprobs_BV = logits_BV.log_softmax(-1)
         tokens_B = logits_BV.argmax(-1)
     else:
-        scaled_BV = logits_BV / sampling.temperature
+        scaled_BV = logits_BV if sampling.temperature == 1.0 else logits_BV / sampling.temperature
         logprobs_BV = scaled_BV.log_softmax(-1)
         allowed_BV = logprobs_BV if sampling.top_p >= 1.0 else truncate(scaled_BV, sampling.top_p).log_softmax(-1)
         # The first of independent exponential clocks with these rates to ring is a draw from the softmax.

@@ -105,3 +105,10 @@ def test_a_sliding_window_that_would_hide_something_is_an_error(prompts):
 def test_too_long_for_the_context_is_an_error(policy, prompts):
     with pytest.raises(UserError, match="context of 128 tokens"):
         sample(policy, prompts, 1, Sampling(120), seed=0)
+
+
+def test_samples_can_take_part_in_a_backward_pass(policy, prompts):
+    ((row,),) = sample(policy, prompts[:1], 1, Sampling(8), seed=0)
+    logprobs_N = torch.zeros_like(row.logprobs_N, requires_grad=True)
+    ((logprobs_N - row.logprobs_N).exp() * row.logprobs_N).sum().backward()
+    torch.testing.assert_close(logprobs_N.grad, (-row.logprobs_N).exp() * row.logprobs_N)
