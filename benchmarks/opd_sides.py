@@ -1,4 +1,5 @@
-"""The two sides of `opd_step.py`: the project's own distillation step, and TRL's trainer with that step between its own.
+"""The two sides of `opd_step.py`: the project's own distillation step, and TRL's trainer with that step between its
+own.
 
 Both get the same checkpoints, prompts, completion length, number type, optimizer and rate, without gradient
 checkpointing. Ours is the step of `stages.on_policy.loop`, metrics included; TRL's is timed from its callback before a
@@ -79,7 +80,7 @@ def make_teachers(store: Store, base: Artifact, number: int, lora: bool) -> list
         with torch.no_grad():
             for parameter in policy.model.parameters():
                 if parameter.requires_grad:
-                    parameter += 0.01 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.01 * parameter.std() * torch.randn(parameter.shape, generator=generator))
         folder = store.staging(key)
         policy.save(folder)
         facts = {"adapter_base": base.key} if lora else {}

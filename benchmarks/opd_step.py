@@ -1,4 +1,5 @@
-"""One whole distillation step (rollout, teacher, update): ours beside TRL's `DistillationTrainer`, and with more teachers.
+"""One whole distillation step (rollout, teacher, update): ours beside TRL's `DistillationTrainer`, and with more
+teachers.
 
 One teacher, exact reverse KL (`beta=1`), float32, one thread; the two take turns in one process and the figure is the
 median of the ratios of the turns, the first of which warms up. *Fixed*: no completion ends before its longest
