@@ -272,8 +272,10 @@ class ObjectiveConfig(StrictModel):
         description="Share of the loss that is cross-entropy on the domains' gold answers (about 0.1).",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
-    chunk_tokens: Positive = Field(
-        1024, description="Tokens whose logits exist at one time in an exact divergence.", json_schema_extra=NOT_IN_KEY
+    chunk_tokens: Positive | None = Field(
+        None,
+        description="Tokens whose logits exist at one time; as many as 64 MiB hold when absent.",
+        json_schema_extra=NOT_IN_KEY,
     )
 
     @model_validator(mode="after")

@@ -14,6 +14,15 @@ from torch import Tensor
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
 
 
+# Smaller chunks spend time between kernels, larger ones leave the cache (`benchmarks/exact_kl.py`).
+CHUNK_BYTES = 64 * 2**20
+
+
+def chunk_length(vocabulary: int) -> int:
+    """Tokens of a chunk: as many as their float32 logits fill `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 def chunked_token_loss(
     hidden_NH: Tensor, head_VH: Tensor, weights_N: Tensor, token_loss: TokenLoss, chunk_tokens: int
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.loss import TokenLoss, chunked_token_loss
+from stages.core.loss import TokenLoss, chunk_length, chunked_token_loss
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import right_pad
 from stages.core.training import Learner
-
-CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def accumulate(
     learner: Learner,
     rows: Sequence[Row],
     token_loss: Callable[[list[int]], TokenLoss],
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     only: Sequence[int] | None = None,
 ) -> dict[str, dict[int, Tensor]]:
     """Add the gradient of the rows' weighted loss; the optimizer is not stepped.
@@ -83,7 +81,7 @@ def accumulate(
         rows: This process's rows; may be empty where another process has some.
         token_loss: Given the indices of a micro-batch's rows in the order their tokens are laid out, the loss of
             those tokens.
-        chunk_tokens: Tokens whose logits exist at one time.
+        chunk_tokens: Tokens whose logits exist at one time; by default what `chunk_length` says.
         only: Indices of the rows that carry a gradient; all when absent.
 
     Returns:
@@ -97,10 +95,15 @@ def accumulate(
         batch = [run[position] for position in positions]
         packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
         weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
+        size = chunk_tokens or chunk_length(len(learner.policy.head_VH))
         with learner.synchronised(number == len(batches) - 1):
             hidden_NH = learner.hidden(packed.to(learner.device))
             loss, values = chunked_token_loss(
-                hidden_NH, learner.policy.head_VH, weights_N, token_loss(batch), chunk_tokens
+                hidden_NH,
+                learner.policy.head_VH,
+                weights_N,
+                token_loss(batch),
+                chunk_tokens or chunk_length(len(learner.policy.head_VH)),
             )
             learner.backward(loss)
         for name, value_N in values.items():

@@ -20,7 +20,7 @@ from stages.core.policy import Policy
 from stages.core.stage import end_step, finish
 from stages.core.supervised import cross_entropy
 from stages.core.training import Learner
-from stages.core.update import CHUNK_TOKENS, Row, accumulate
+from stages.core.update import Row, accumulate
 from stages.core.workspace import Workspace
 from stages.on_policy.balance import loss_weights
 from stages.on_policy.health import Health, Vitals, compression
@@ -64,7 +64,7 @@ class Practice:
         signal: Judges the samples, once a step.
         objective: What the student minimises on judged samples.
         progress: The metric that shows progress, and which way is better.
-        chunk_tokens: Tokens whose logits exist at one time.
+        chunk_tokens: Tokens whose logits exist at one time; chosen by their size when absent.
         on_policy_fraction: Share of the prompts the student answers itself.
         writer: Answers the others.
         golden: Gold answers beside.
@@ -78,7 +78,7 @@ class Practice:
     signal: Signal
     objective: Objective
     progress: tuple[str, Literal["higher", "lower"]]
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int | None = None
     on_policy_fraction: float = 1.0
     writer: Writer | None = None
     golden: Golden | None = None

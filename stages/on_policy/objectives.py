@@ -145,6 +145,9 @@ class _RowsLoss:
         objective = self.config.objective
         target_CV = _target(teacher_CV, reference_CV, objective)
         losses_C, metrics = divergence(objective, logits_CV, target_CV)
+        if "reverse_kl" not in metrics:
+            # A support without the rest tells no divergence that could be compared with other objectives'.
+            metrics = metrics | {"reverse_kl": reverse_kl(logits_CV.detach(), target_CV)[0]}
         if objective.reference_kl > 0:
             assert reference_CV is not None
             away_C, more = reverse_kl(logits_CV, reference_CV)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from experts.domain import Domain
+from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates
 from stages.core.training import Learner
-from stages.core.update import CHUNK_TOKENS, Row
+from stages.core.update import Row
 from stages.on_policy.advantages import group_advantages
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.rollout import Rollout, score
@@ -118,12 +119,11 @@ class TrainerSignal:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         with torch.no_grad(), learner.whole(), learner.accelerator.autocast():
             forward, head_VH = HiddenStates(learner.policy.model), learner.policy.head_VH
+            size = chunk_length(len(head_VH))
             for batch in micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens):
                 packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
                 hidden_NH = packed.scored(forward(*packed.to(device).inputs))
-                chunks = zip(
-                    hidden_NH.split(CHUNK_TOKENS), rollout.tokens(batch, device).split(CHUNK_TOKENS), strict=True
-                )
+                chunks = zip(hidden_NH.split(size), rollout.tokens(batch, device).split(size), strict=True)
                 logprobs_N = torch.cat(
                     [
                         token_logprobs((hidden_CH @ head_VH.T).float() / self.temperature, tokens_C)

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 from experts.errors import UserError, nearest
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
+from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
-from stages.core.update import CHUNK_TOKENS, Row
+from stages.core.update import Row
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.residency import Residents
 
@@ -103,7 +104,8 @@ class TeacherScores:
     def logprobs(self, rows: Sequence[int], tokens_N: Tensor, temperature: float) -> Tensor:
         """Log-probability [N] of each of the rows' sampled tokens under its teachers."""
         read = self.logits(rows)
-        parts = [slice(start, start + CHUNK_TOKENS) for start in range(0, len(tokens_N), CHUNK_TOKENS)]
+        size = chunk_length(len(next(iter(self.heads.values()))))
+        parts = [slice(start, start + size) for start in range(0, len(tokens_N), size)]
         return torch.cat([token_logprobs(read(part) / temperature, tokens_N[part]) for part in parts])
 
     def _logits(self, hidden_CH: Tensor, key: str) -> Tensor:
