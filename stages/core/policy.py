@@ -6,7 +6,7 @@ A forward pass stops at the hidden states. Logits are made only where a loss or 
 output head, chunk by chunk (`chunked_token_loss` in `stages.core.loss`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,22 @@ class Policy:
         """Weight of the output head; shared with the input embedding in tied models."""
         return head_weight(self.model)
 
-    def save(self, folder: Path) -> None:
-        """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory.
+
+        Args:
+            folder: Where to.
+            weights: All parameters by name, where the model holds only shards of them.
+        """
         if isinstance(self.model, PeftModel):
             # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
             self.model.peft_config["default"].base_model_name_or_path = self.adapter_base
             # Only the student's own: its base may wear teachers' adapters too.
-            self.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+            self.model.save_pretrained(
+                folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights
+            )
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 

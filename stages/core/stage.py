@@ -53,9 +53,10 @@ def finish(
         metrics: Final metrics.
         facts: More for the manifest.
     """
+    weights = learner.whole_parameters()
     if learner.accelerator.is_main_process:
         folder = workspace.store.staging(workspace.key)
-        learner.policy.save(folder)
+        learner.policy.save(folder, weights)
         workspace.commit(
             folder,
             sources={domain: sorted({example.source for example in drawn}) for domain, drawn in examples.items()},

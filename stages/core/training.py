@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from experts.domain import stable_hash
+from experts.errors import UserError
 from stages.config import TrainConfig
+from stages.core import sharding
 from stages.core.checkpoint import sync_to_disk
 from stages.core.packing import Packed
 from stages.core.policy import HiddenStates, Policy, causal_lm
 
 Item = TypeVar("Item")
+SHARDS = "shards"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -43,8 +46,12 @@ class Learner:
         seed: Seed of the stage; dropout in adapters is decided by it and the step.
 
     Attributes:
+        module: What the forward pass goes through: the policy without its head, in its data-parallel wrapper.
         tokens: Tokens the loss was computed on so far, in all processes.
         memory: JSON-serialisable facts a stage keeps between steps; saved and restored with the state.
+
+    Raises:
+        UserError: `sharding: fsdp` with one process.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path, seed: int) -> None:
@@ -57,8 +64,14 @@ class Learner:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
         )
+        if self.sharded and self.world_size == 1:
+            raise UserError("sharding: fsdp shards over 2 devices or more, and this stage has one; see resources.gpus")
         if config.gradient_checkpointing:
             causal_lm(policy.model).gradient_checkpointing_enable({"use_reentrant": False})
+        module = HiddenStates(policy.model)
+        if self.sharded:
+            policy.model.to(self.device)
+            sharding.shard(module, self.device, self.world_size, policy.pad_id)
         trainable = [p for p in policy.model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(
             trainable,
@@ -72,10 +85,18 @@ class Learner:
             num_warmup_steps=config.optimizer.warmup_steps,
             num_training_steps=updates,
         )
-        self.module, self.optimizer = self.accelerator.prepare(HiddenStates(policy.model), adam)
+        if self.sharded:
+            self.module, self.optimizer = module, adam
+        else:
+            self.module, self.optimizer = self.accelerator.prepare(module, adam)
+            self.accelerator.register_save_state_pre_hook(self._save_trainable)
+            self.accelerator.register_load_state_pre_hook(_load_trainable)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.accelerator.register_save_state_pre_hook(self._save_trainable)
-        self.accelerator.register_load_state_pre_hook(_load_trainable)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and optimizer state are sharded over the processes."""
+        return self.config.sharding == "fsdp"
 
     @property
     def device(self) -> torch.device:
@@ -98,13 +119,28 @@ class Learner:
     @contextlib.contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
         """Exchange gradients between processes only with the last micro-batch of an update."""
+        if self.sharded:
+            sharding.set_exchange(self.module, last)
+            yield
+            return
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
             yield
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """The policy's model may be used directly inside, in eval mode."""
-        yield
+        """The policy's model may be used directly inside; sharded weights are gathered for it."""
+        with sharding.gathered(self.module) if self.sharded else contextlib.nullcontext():
+            yield
+
+    def rounds(self, batches: int) -> int:
+        """Micro-batches of an update: with sharded weights every process takes part in every forward of the others."""
+        if not self.sharded:
+            return max(1, batches)
+        return max(1, *gather_object([batches]))
+
+    def whole_parameters(self) -> dict[str, Tensor] | None:
+        """All of the policy's parameters, gathered; None where they are whole as they are."""
+        return sharding.whole_parameters(self.module) if self.sharded else None
 
     def empty_backward(self) -> None:
         """Take part in the exchange of gradients without a row to learn from."""
@@ -118,7 +154,11 @@ class Learner:
         Raises:
             FloatingPointError: the gradient is not finite; the weights are left as they were.
         """
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimizer.max_grad_norm)
+        limit = self.config.optimizer.max_grad_norm
+        if self.sharded:
+            norm = sharding.clip_gradient(self.module, limit)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
         if norm is None or not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}; lower the learning rate or use dtype float32")
         rate = self.schedule.get_last_lr()[0]
@@ -168,9 +208,12 @@ class Learner:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary), safe_serialization=True)
+        if self.sharded:
+            sharding.save(self.module, self.optimizer, temporary / SHARDS)
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens, "memory": self.memory}))
-            for path in temporary.iterdir():
+            for path in temporary.rglob("*"):
                 sync_to_disk(path)
             os.rename(temporary, self.progress / f"step-{step}")
             sync_to_disk(self.progress)
@@ -185,6 +228,8 @@ class Learner:
             return 0
         step, folder = saved[-1]
         self.accelerator.load_state(str(folder))
+        if self.sharded:
+            sharding.load(self.module, self.optimizer, folder / SHARDS)
         kept = json.loads((folder / "stage.json").read_text())
         self.tokens, self.memory = kept["tokens"], kept.get("memory", {})
         return step

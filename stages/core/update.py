@@ -91,25 +91,22 @@ def accumulate(
     batches = micro_batches([len(rows[i].tokens) for i in run], learner.config.micro_batch_tokens)
     metrics: dict[str, dict[int, Tensor]] = {}
     learner.policy.model.train()
-    for number, positions in enumerate(batches):
-        batch = [run[position] for position in positions]
-        packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
-        weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
-        size = chunk_tokens or chunk_length(len(learner.policy.head_VH))
-        with learner.synchronised(number == len(batches) - 1):
+    rounds = learner.rounds(len(batches))
+    for number in range(rounds):
+        with learner.synchronised(number == rounds - 1):
+            if number >= len(batches):
+                learner.empty_backward()
+                continue
+            batch = [run[position] for position in batches[number]]
+            packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
             hidden_NH = learner.hidden(packed.to(learner.device))
-            loss, values = chunked_token_loss(
-                hidden_NH,
-                learner.policy.head_VH,
-                weights_N,
-                token_loss(batch),
-                chunk_tokens or chunk_length(len(learner.policy.head_VH)),
-            )
+            head_VH = learner.policy.head_VH
+            weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
+            size = chunk_tokens or chunk_length(len(head_VH))
+            loss, values = chunked_token_loss(hidden_NH, head_VH, weights_N, token_loss(batch), size)
             learner.backward(loss)
         for name, value_N in values.items():
             parts = value_N.cpu().split([rows[i].scored for i in batch])
             metrics.setdefault(name, {}).update(zip(batch, parts, strict=True))
-    if not batches:
-        learner.empty_backward()
     learner.policy.model.eval()
     return metrics
