@@ -6,7 +6,7 @@ median of the ratios of the turns, the first of which warms up. *Fixed*: no comp
 length, for both sides' EOS is a token that no model can draw. *Natural*: completions end at their own EOS, prompts of
 all domains of the run file are mixed. Then our step with 1, 2, 4 and 8 teachers of the same 64 prompts, full
 checkpoints and adapters: all in turn in one process, and each once more in a process of its own for the peak of its
-resident memory above what it held before anything was loaded (weights are in it).
+resident memory above what it held before anything was loaded (weights are in it; read from Linux's /proc).
 
     python benchmarks/opd_step.py [--home .mopd] [--cases lab smollm2 teachers] [--rounds 7] [--json FILE]
 
@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -141,7 +140,9 @@ def _peak(home: Path, student: str, teachers: Sequence[str], examples: Examples)
 
 
 def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not `ru_maxrss`, which a process started from a large one inherits.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
 
 
 def summary(ratios: Sequence[float]) -> dict[str, float]:

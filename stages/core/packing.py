@@ -32,6 +32,7 @@ class Packed:
     Attributes:
         tokens_BT: Their tokens, every line filled up on the right.
         scored_N: Where in the flattened [B * T] lines the scored tokens are predicted, row after row as given.
+        offsets_B: Where in them each row begins; here B counts the rows given.
         positions_BT: Position of each token in its own row; None where every line is one row.
         bias_B1TT: Added to the attention scores: 0 where a token may look, the lowest number elsewhere; None where
             every line is one row, for then plain causal attention hides the filling.
@@ -39,6 +40,7 @@ class Packed:
 
     tokens_BT: Tensor
     scored_N: Tensor
+    offsets_B: Tensor
     positions_BT: Tensor | None = None
     bias_B1TT: Tensor | None = None
 
@@ -50,7 +52,7 @@ class Packed:
     def to(self, device: torch.device) -> "Packed":
         """The same on a device."""
         moved = (None if tensor is None else tensor.to(device) for tensor in (self.positions_BT, self.bias_B1TT))
-        return Packed(self.tokens_BT.to(device), self.scored_N.to(device), *moved)
+        return Packed(self.tokens_BT.to(device), self.scored_N.to(device), self.offsets_B.to(device), *moved)
 
     def scored(self, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [N, H] that predict the scored tokens: those one position earlier."""
@@ -73,6 +75,7 @@ def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) ->
     # The filling is a row of its own; it reads only itself, and nothing reads it.
     owners_BT = torch.full((len(lines), width), -1)
     scored: list[Tensor] = [torch.empty(0)] * len(tokens)
+    offsets_B = torch.zeros(len(tokens), dtype=torch.long)
     for line, rows in enumerate(lines):
         at = 0
         for row in rows:
@@ -80,13 +83,14 @@ def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) ->
             tokens_BT[line, here] = torch.tensor(tokens[row])
             positions_BT[line, here] = torch.arange(lengths[row])
             owners_BT[line, here] = row
-            first = line * width + at - 1
-            scored[row] = torch.arange(first + starts[row], first + lengths[row])
+            offset = line * width + at
+            offsets_B[row] = offset
+            scored[row] = torch.arange(offset + starts[row] - 1, offset + lengths[row] - 1)
             at += lengths[row]
     scored_N = torch.cat(scored)
     if len(lines) == len(tokens):
-        return Packed(tokens_BT, scored_N)
-    return Packed(tokens_BT, scored_N, positions_BT, block_causal_bias(owners_BT))
+        return Packed(tokens_BT, scored_N, offsets_B)
+    return Packed(tokens_BT, scored_N, offsets_B, positions_BT, block_causal_bias(owners_BT))
 
 
 def block_causal_bias(owners_BT: Tensor) -> Tensor:

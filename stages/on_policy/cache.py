@@ -1,37 +1,104 @@
-"""A key-value cache with room for the whole completion: a step writes its token where it goes and copies nothing.
+"""A key-value cache with room for the whole completion, filled from packed prompts.
 
-Shape suffixes: B rows, H heads, R room in tokens, D head size, T new tokens, L tokens so far.
+A decoding step writes its token where it goes and copies nothing. Prompts are run without padding, in shared lines
+where that is shorter, and their keys and values are laid side by side afterwards, padded on the left.
+
+Shape suffixes: B rows, K key-value heads, R room in tokens, D head size, T new tokens, L tokens so far, P width of the
+prompts, N prompt tokens of several rows laid end to end, H hidden.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from experts.errors import UserError
+from stages.core.packing import micro_batches, pack
 
-def roomy_cache(config: PretrainedConfig, room: int) -> DynamicCache:
-    """A cache for at most `room` tokens a row; layers that are not plain attention keep the kind they have."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+PREFILL_TOKENS = 16384
+
+
+def prefill(
+    decoder: PreTrainedModel, prompts: Sequence[list[int]], room: int, pad_id: int, device: torch.device
+) -> tuple[DynamicCache, Tensor]:
+    """Run prompts through a decoder.
+
+    Args:
+        decoder: The model without its head.
+        prompts: Token ids, none empty.
+        room: Most tokens a row will ever have, padding on the left included.
+        pad_id: What fills lines up.
+        device: Where the decoder is.
+
+    Returns:
+        The cache, prompts padded on the left, and the hidden states [B, H] after each prompt.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    layers = [_RoomyLayer(len(prompts), max(lengths), room) for _ in _plain_layers(decoder)]
+    last: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch in micro_batches(lengths, PREFILL_TOKENS):
+        packed = pack([prompts[i] for i in batch], [1] * len(batch), pad_id).to(device)
+        tokens_BT, positions_BT, bias_B1TT = packed.inputs
+        found = DynamicCache(config=decoder.config)
+        hidden_BTH = decoder(
+            input_ids=tokens_BT,
+            position_ids=positions_BT,
+            attention_mask=bias_B1TT,
+            past_key_values=found,
+            use_cache=True,
+        ).last_hidden_state
+        offsets = packed.offsets_B.tolist()
+        hidden_NH = hidden_BTH.flatten(0, 1)
+        for i, offset in zip(batch, offsets, strict=True):
+            last[i] = hidden_NH[offset + lengths[i] - 1]
+        for layer, run in zip(layers, found.layers, strict=True):
+            for i, offset in zip(batch, offsets, strict=True):
+                line, start = divmod(offset, tokens_BT.shape[1])
+                layer.fill(i, *(part[line, :, start : start + lengths[i]] for part in (run.keys, run.values)))
+    cache = DynamicCache(config=decoder.config)
+    cache.layers = layers
+    return cache, torch.stack(last)
+
+
+def _plain_layers(decoder: PreTrainedModel) -> list[DynamicLayer]:
+    """The layers of a cache for this decoder; a sliding window counts as plain where it hides nothing.
+
+    Raises:
+        UserError: a layer is no attention but carries a state, which rows of one line would share.
+    """
+    layers = DynamicCache(config=decoder.config).layers
+    for layer in layers:
+        if not isinstance(layer, DynamicLayer):
+            raise UserError(f"{type(decoder).__name__} has layers other than attention; such models are not supported")
+    return layers
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values [B, H, R, D], of which the first `length` tokens are there."""
+    """Keys and values [B, K, R, D], of which the first `length` tokens are there."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, rows: int, width: int, room: int) -> None:
         super().__init__()
+        self.rows = rows
+        self.length = width
         self.room = room
-        self.length = 0
+
+    def fill(self, row: int, keys_KTD: Tensor, values_KTD: Tensor) -> None:
+        """Lay a prompt's keys and values down, its end where all prompts end."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys_KTD, values_KTD)
+            # Zeros: what the padding holds is multiplied by weights of zero, which no NaN would survive.
+            self.keys, self.values = (
+                part.new_zeros((self.rows, part.shape[0], self.room, part.shape[-1])) for part in (keys_KTD, values_KTD)
+            )
+        start = self.length - keys_KTD.shape[1]
+        self.keys[row, :, start : self.length] = keys_KTD
+        self.values[row, :, start : self.length] = values_KTD
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, H, T, D] behind the others; returns all [B, H, L, D] as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, size = key_states.shape
-            self.keys = key_states.new_empty((rows, heads, self.room, size))
-            self.values = value_states.new_empty((rows, heads, self.room, value_states.shape[-1]))
+        """Write keys and values [B, K, T, D] behind the others; returns all [B, K, L, D] as views."""
         end = self.length + key_states.shape[-2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states

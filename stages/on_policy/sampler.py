@@ -1,9 +1,10 @@
 """Batched sampling in the trainer's own process: transformers models with a KV cache.
 
-Shape suffixes: B rows still sampling, P padded prompt length, L cached length, V vocabulary, N completion tokens.
+Shape suffixes: B rows still sampling, R room of the cache, L cached length, H hidden, V vocabulary, N completion
+tokens.
 
-Each distinct prompt is prefilled once and its cache repeated for the group. Prompts of all domains share one batch,
-padded on the left; rows that have ended leave it, so that a batch costs what its unfinished rows cost. A greedy
+Each distinct prompt is prefilled once, without padding, and its cache repeated for the group. Prompts of all domains
+share one batch; rows that have ended leave it, so that a batch costs what its unfinished rows cost. A greedy
 sampler (`temperature` 0) takes the likeliest token.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from experts.errors import UserError
 from stages.core.policy import Policy, causal_lm
-from stages.on_policy.cache import roomy_cache
+from stages.on_policy.cache import prefill
 
 # Rows are dropped in batches, for dropping copies the cache.
 DROP_SHARE = 0.2
@@ -123,9 +124,6 @@ class _Batch:
         self.decoder = causal_lm(policy.model).get_decoder()
         self.head_VH = policy.head_VH
         self.width = max(len(prompt) for prompt in prompts)
-        # The last token drawn is never run.
-        self.room = self.width + sampling.max_new_tokens - 1
-        self.cache = roomy_cache(causal_lm(policy.model).config, self.room)
         rows = len(prompts) * group_size
         device = policy.device
         self.tokens = torch.full((rows, sampling.max_new_tokens), policy.pad_id, device=device)
@@ -162,8 +160,7 @@ class _Batch:
                 self.cache.batch_select_indices(keep)
                 alive_B, running_B, tokens_B = alive_B[keep], running_B[keep], tokens_B[keep]
                 bias_BR, positions_B = bias_BR[keep], positions_B[keep]
-            bias_B11L = bias_BR[:, None, None, : self.width + step + 1]
-            logits_BV = self._forward(tokens_B[:, None], bias_B11L, positions_B[:, None])
+            logits_BV = self._forward(tokens_B, bias_BR[:, : self.width + step + 1], positions_B)
             positions_B = positions_B + 1
 
     def _prefill(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,40 +169,35 @@ class _Batch:
         Returns:
             Logits [B, V] of the first token, attention bias [B, R] of all tokens to come, and its position [B].
         """
-        width, device, dtype = self.width, self.policy.device, self.head_VH.dtype
-        padded = [[self.policy.pad_id] * (width - len(p)) + p for p in self.prompts]
-        tokens_BP = torch.tensor(padded, device=device)
+        # The last token drawn is never run.
+        room = self.width + self.sampling.max_new_tokens - 1
+        device, dtype, repeat = self.policy.device, self.head_VH.dtype, self.group_size
+        self.cache, hidden_BH = prefill(self.decoder, self.prompts, room, self.policy.pad_id, device)
         lengths_B = torch.tensor([len(p) for p in self.prompts], device=device)
-        index_P = torch.arange(width, device=device)
-        attended_BP = index_P[None, :] >= (width - lengths_B)[:, None]
-        causal_PP = index_P[None, :] <= index_P[:, None]
-        # A padding position attends to itself: a row that attends to nothing would be NaN, and NaN spreads.
-        mask_BPP = (causal_PP & attended_BP[:, None, :]) | torch.eye(width, dtype=torch.bool, device=device)
-        bias_BPP = torch.zeros(mask_BPP.shape, dtype=dtype, device=device)
-        bias_BPP.masked_fill_(~mask_BPP, torch.finfo(dtype).min)
-        positions_BP = (attended_BP.cumsum(1) - 1).clamp(min=0)
-        logits_BV = self._forward(tokens_BP, bias_BPP[:, None], positions_BP)
-        bias_BR = torch.zeros((len(padded), self.room), dtype=dtype, device=device)
-        bias_BR[:, :width].masked_fill_(~attended_BP, torch.finfo(dtype).min)
-        repeat = self.group_size
+        padding_BR = torch.arange(room, device=device)[None, :] < (self.width - lengths_B)[:, None]
+        bias_BR = torch.zeros(padding_BR.shape, dtype=dtype, device=device)
+        bias_BR.masked_fill_(padding_BR, torch.finfo(dtype).min)
         if repeat > 1:
             self.cache.batch_repeat_interleave(repeat)
         return (
-            logits_BV.repeat_interleave(repeat, 0),
+            self._logits(hidden_BH).repeat_interleave(repeat, 0),
             bias_BR.repeat_interleave(repeat, 0),
             lengths_B.repeat_interleave(repeat, 0),
         )
 
-    def _forward(self, tokens_BT: Tensor, bias_B1TL: Tensor, positions_BT: Tensor) -> Tensor:
-        """Logits [B, V] after the last of the given tokens; the cache grows by them."""
+    def _forward(self, tokens_B: Tensor, bias_BL: Tensor, positions_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token of each row; the cache grows by it."""
         output = self.decoder(
-            input_ids=tokens_BT,
-            attention_mask=bias_B1TL,
-            position_ids=positions_BT,
+            input_ids=tokens_B[:, None],
+            attention_mask=bias_BL[:, None, None, :],
+            position_ids=positions_B[:, None],
             past_key_values=self.cache,
             use_cache=True,
         )
-        logits_BV: Tensor = (output.last_hidden_state[:, -1] @ self.head_VH.T).float()
+        return self._logits(output.last_hidden_state[:, -1])
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        logits_BV: Tensor = (hidden_BH @ self.head_VH.T).float()
         return logits_BV
 
     def _samples(self) -> list[Sample]:
