@@ -23,8 +23,7 @@ from stages.core.source import Source, resolve_gguf
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.load import run as import_base
-from stages.on_policy.loop import Practice
-from stages.on_policy.loop import _step as take_step
+from stages.on_policy.loop import Practice, take_step
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import TeacherSignal

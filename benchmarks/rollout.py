@@ -4,19 +4,23 @@ Both draw `--group-size` completions of each prompt at temperature 1 and return 
 token, as training needs them. The two take turns in one process; the figure is the ratio of their token rates in
 each turn.
 
-    python benchmarks/rollout.py [CHECKPOINT] [--run-file flows/runs/lab.yaml] [--rounds 5]
+    python benchmarks/rollout.py [CHECKPOINT] [--run-file flows/runs/lab.yaml] [--rounds 5] [--json FILE]
 
-CHECKPOINT is a Hugging Face directory; by default the newest student in `$MOPD_HOME`.
+CHECKPOINT is a Hugging Face directory; by default the newest student in `$MOPD_HOME`. The last line has the ratios.
 """
 
 import argparse
+import json
 import os
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experts.domain import HELD_OUT, load_domain
@@ -85,6 +89,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = arguments.checkpoint or newest_student()
@@ -94,6 +99,7 @@ def main() -> None:
     length = config.evaluate.max_new_tokens
     domains = [load_domain(name, d.kind, d.options) for name, d in config.domains.items()]
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(domains)} domains in a batch")
+    cases = []
     for count in arguments.prompts:
         examples = [e for domain in domains for e in domain.draw(HELD_OUT, -(-count // len(domains)), 0)]
         prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
@@ -108,6 +114,21 @@ def main() -> None:
             f"{len(prompts):4d} prompts x {arguments.group_size}: {statistics.median(ratios):.2f}x generate "
             f"({min(ratios):.2f}-{max(ratios):.2f}; {statistics.median(rates):,.0f} tokens/s)"
         )
+        cases.append({"prompts": len(prompts), "ratio": statistics.median(ratios), "ratios": ratios, "rates": rates})
+    if arguments.json:
+        facts = {
+            "command": sys.argv,
+            "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "group_size": arguments.group_size,
+            "cases": cases,
+        }
+        arguments.json.write_text(json.dumps(facts, indent=1))
+    print("; ".join(f"{case['prompts']} x {arguments.group_size} {case['ratio']:.2f}x generate" for case in cases))
 
 
 if __name__ == "__main__":

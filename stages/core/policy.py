@@ -6,10 +6,9 @@ A forward pass stops at the hidden states. Logits are made only where a loss or 
 output head, chunk by chunk (`chunked_token_loss` in `stages.core.loss`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -112,11 +111,6 @@ def head_weight(model: PreTrainedModel | PeftModel) -> Tensor:
     return weight
 
 
-def completion_hidden(hidden_BTH: Tensor, loss_mask_BT: Tensor) -> Tensor:
-    """Hidden states [N, H] that predict the masked-in tokens: those one position earlier."""
-    return hidden_BTH[:, :-1][loss_mask_BT[:, 1:]]
-
-
 def load_policy(
     checkpoint: Artifact, store: Store, *, lora: LoraConfig | None = None, trainable: bool = False, seed: int = 0
 ) -> Policy:
@@ -215,9 +209,3 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
     """Token ids of a completion, ended by EOS."""
     return [*tokenizer(completion, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
-
-
-def right_pad(rows: Sequence[Sequence[Any]], pad: float, dtype: torch.dtype) -> Tensor:
-    """Stack rows of different lengths into [B, T], padded on the right."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from stages.core.loss import TokenLoss, chunk_length, chunked_token_loss
 from stages.core.packing import micro_batches, pack
-from stages.core.policy import right_pad
 from stages.core.training import Learner
 
 
@@ -58,13 +57,6 @@ def token_weights(lengths: Sequence[int], normalisation: str, learner: Learner) 
         return [torch.full((length,), 1.0 / total) for length in lengths]
     rows = learner.global_sum(float(len(lengths)))
     return [torch.full((length,), 1.0 / (rows * length)) for length in lengths]
-
-
-def pad_rows(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T], padded on the right, and the mask [B, T] of the scored ones."""
-    tokens_BT = right_pad([row.tokens for row in rows], pad_id, torch.long)
-    mask_BT = right_pad([[False] * row.start + [True] * row.scored for row in rows], False, torch.bool)
-    return tokens_BT, mask_BT
 
 
 def accumulate(

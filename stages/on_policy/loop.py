@@ -108,7 +108,7 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
         if health.stopped:
             break
         learner.begin(step)
-        rollout, judgement, metrics = _step(practice, learner, config, step)
+        rollout, judgement, metrics = take_step(practice, learner, config, step)
         if step == 1 or step % SAMPLE_EVERY == 0:
             _show(journal, step, rollout, judgement, learner)
         verdict = health.observe(step, _vitals(practice, metrics))
@@ -122,7 +122,7 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
     return finish(workspace, learner, practice.mixture.examples, metrics, practice.facts)
 
 
-def _step(
+def take_step(
     practice: Practice, learner: Learner, config: OnPolicyConfig, step: int
 ) -> tuple[Rollout, Judgement, dict[str, float]]:
     """Sample, judge, update; the step's metrics are means over all processes."""
