@@ -194,7 +194,9 @@ def _sums(
             sums[name] = (sum(float(part_N.sum()) for part_N in parts.values()), sum(row.scored for row in golden))
             continue
         for row, part_N in parts.items():
-            add(name, row, float(part_N.sum()), len(part_N))
+            # A metric that does not concern a token is NaN there.
+            known_N = part_N[~part_N.isnan()]
+            add(name, row, float(known_N.sum()), len(known_N))
     return sums
 
 

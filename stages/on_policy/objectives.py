@@ -9,7 +9,7 @@ formulas are pure functions in `divergences` and `losses`; this module only hand
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,8 @@ class _RowsLoss:
         mismatch_N: log(trainer / sampler), of the token or its sequence's mean; None as above.
         outcome_N: The outcome reward's advantage.
         teacher, reference: Logits [C, V] of a slice of the tokens.
-        diagnoses: Whether to look at how student and teacher agree.
+        apart: Each teacher's own logits by name, where a row has several; for a look at how they agree.
+        diagnoses: Whether to look at how student and teachers agree.
     """
 
     config: DistillConfig
@@ -92,6 +93,7 @@ class _RowsLoss:
     outcome_N: Tensor | None
     teacher: Callable[[slice], Tensor]
     reference: Callable[[slice], Tensor] | None
+    apart: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]]
     diagnoses: bool
 
     @classmethod
@@ -105,6 +107,7 @@ class _RowsLoss:
     ) -> "_RowsLoss":
         """Lay the rows' facts end to end."""
         assert judgement.teachers is not None
+        diagnoses = rollout.step % DIAGNOSE_EVERY == 1
         sampler_N = rollout.logprobs(rows, device)
         trainer_N = mismatch_N = None
         if judgement.trainer_logprobs is not None:
@@ -123,7 +126,8 @@ class _RowsLoss:
             outcome_N=judgement.token_advantages(rollout, rows, device),
             teacher=judgement.teachers.logits(rows),
             reference=judgement.reference.logits(rows) if judgement.reference else None,
-            diagnoses=rollout.step % DIAGNOSE_EVERY == 1 % DIAGNOSE_EVERY,
+            apart=judgement.teachers.apart(rows) if diagnoses else {},
+            diagnoses=diagnoses,
         )
 
     def __call__(self, logits_CV: Tensor, part: slice) -> Losses:
@@ -138,6 +142,7 @@ class _RowsLoss:
             with torch.no_grad():
                 metrics = metrics | diagnose(logits_CV, teacher_CV, DIAGNOSE_TOP)
                 metrics |= self._advantage_bins(logits_CV, teacher_CV, part)
+                metrics |= self._apart(logits_CV, part)
         return losses_C, metrics
 
     def _divergence(self, logits_CV: Tensor, teacher_CV: Tensor, reference_CV: Tensor | None, part: slice) -> Losses:
@@ -200,6 +205,17 @@ class _RowsLoss:
             f"advantage_from_{low}_to_{high}": (bins_C == i).float()
             for i, (low, high) in enumerate(itertools.pairwise(bounds))
         }
+
+    def _apart(self, logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
+        """The student's reverse KL from each of several teachers; NaN where a teacher was not asked."""
+        found: dict[str, Tensor] = {}
+        for name, read in self.apart.items():
+            here_M, theirs_MV = read(part)
+            found[f"reverse_kl_from/{name}"] = torch.full(logits_CV.shape[:1], torch.nan, device=logits_CV.device)
+            if len(here_M):
+                apart_M, _ = reverse_kl(logits_CV[here_M], _tempered(theirs_MV, self.config.temperature))
+                found[f"reverse_kl_from/{name}"][here_M] = apart_M
+        return found
 
 
 def divergence(objective: ObjectiveConfig, logits_CV: Tensor, target_CV: Tensor) -> Losses:

@@ -8,6 +8,7 @@ output head a chunk at a time, when an objective reads them, and again in every 
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,41 +66,41 @@ class TeacherScores:
         mean of their distributions at any temperature, and Σ_i w_i·KL(S‖T_i) is the KL to it up to a constant.
         """
         present = sorted({key for i in rows for key in self.weights[i]})
-        if all(len(self.weights[i]) == 1 for i in rows) and len(present) == 1:
+        if len(present) == 1:
             whole_NH = torch.cat([self.hidden[i][present[0]] for i in rows])
             return lambda part: self._logits(whole_NH[part], present[0])
-        lengths = [len(next(iter(self.hidden[i].values()))) for i in rows]
-        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        taught: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for key in present:
-            mine = [
-                (row, start, length)
-                for row, start, length in zip(rows, starts, lengths, strict=False)
-                if key in self.weights[row]
-            ]
-            taught[key] = (
-                torch.cat([torch.arange(start, start + length) for _, start, length in mine]),
-                torch.cat([self.hidden[row][key] for row, _, _ in mine]),
-                torch.cat([torch.full((length,), self.weights[row][key]) for row, _, length in mine]),
-            )
-        width = self.heads[present[0]].shape[0]
+        shares = {key: self._share(rows, key) for key in present}
+        total, width = sum(self._length(i) for i in rows), self.heads[present[0]].shape[0]
 
         def read(part: slice) -> Tensor:
-            first, last, _ = part.indices(starts[-1])
+            first, last, _ = part.indices(total)
             logits_CV = torch.zeros(last - first, width, device=self.device)
-            for key, (index_M, hidden_MH, weights_M) in taught.items():
-                # Positions ascend, so a slice of the tokens is a slice of each teacher's.
-                low, high = torch.searchsorted(index_M, torch.tensor([first, last])).tolist()
-                if low < high:
-                    here_C = (index_M[low:high] - first).to(self.device)
-                    theirs_CV = self._logits(hidden_MH[low:high], key)
-                    weights_C = weights_M[low:high].to(self.device)
-                    if not bool((weights_C == 1.0).all()):
-                        theirs_CV = theirs_CV * weights_C[:, None]
-                    logits_CV.index_add_(0, here_C, theirs_CV)
+            for key, share in shares.items():
+                here_M, theirs_MV, weights_M = self._read(share, key, first, last)
+                if len(here_M):
+                    logits_CV.index_add_(0, here_M, theirs_MV if share.alone else theirs_MV * weights_M[:, None])
             return logits_CV
 
         return read
+
+    def apart(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+        """Each teacher alone, by name, where some row has several: of a slice of the rows' tokens laid end to end the
+        positions [M] it was asked about, and its logits [M, V] there."""
+        if all(len(self.weights[i]) == 1 for i in rows):
+            return {}
+        total = sum(self._length(i) for i in rows)
+
+        def reader(key: str) -> Callable[[slice], tuple[Tensor, Tensor]]:
+            share = self._share(rows, key)
+
+            def read(part: slice) -> tuple[Tensor, Tensor]:
+                first, last, _ = part.indices(total)
+                here_M, theirs_MV, _ = self._read(share, key, first, last)
+                return here_M, theirs_MV
+
+            return read
+
+        return {self.names[key]: reader(key) for key in sorted({key for i in rows for key in self.weights[i]})}
 
     def logprobs(self, rows: Sequence[int], tokens_N: Tensor, temperature: float) -> Tensor:
         """Log-probability [N] of each of the rows' sampled tokens under its teachers."""
@@ -108,9 +109,47 @@ class TeacherScores:
         parts = [slice(start, start + size) for start in range(0, len(tokens_N), size)]
         return torch.cat([token_logprobs(read(part) / temperature, tokens_N[part]) for part in parts])
 
+    def _length(self, row: int) -> int:
+        return len(next(iter(self.hidden[row].values())))
+
+    def _share(self, rows: Sequence[int], key: str) -> "_Share":
+        """What a teacher was asked about the rows."""
+        starts = itertools.accumulate((self._length(i) for i in rows), initial=0)
+        mine = [(i, start, self._length(i)) for i, start in zip(rows, starts, strict=False) if key in self.weights[i]]
+        return _Share(
+            torch.cat([torch.arange(start, start + length) for _, start, length in mine]),
+            torch.cat([self.hidden[i][key] for i, _, _ in mine]),
+            torch.cat([torch.full((length,), self.weights[i][key]) for i, _, length in mine]),
+            all(len(self.weights[i]) == 1 for i, _, _ in mine),
+        )
+
+    def _read(self, share: "_Share", key: str, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the tokens from `first` to `last`: positions [M] among them, logits [M, V] and weights [M]."""
+        # Positions ascend, so a slice of the tokens is a slice of each teacher's.
+        low, high = torch.searchsorted(share.index_M, torch.tensor([first, last])).tolist()
+        here_M = (share.index_M[low:high] - first).to(self.device)
+        return here_M, self._logits(share.hidden_MH[low:high], key), share.weights_M[low:high].to(self.device)
+
     def _logits(self, hidden_CH: Tensor, key: str) -> Tensor:
         head_VH = self.heads[key]
         return (hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True) @ head_VH.T).float()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One teacher's part of some rows' tokens laid end to end, M of them.
+
+    Attributes:
+        index_M: Their positions, ascending.
+        hidden_MH: The teacher's hidden states.
+        weights_M: Its weight on each.
+        alone: Whether no other teacher shares a row.
+    """
+
+    index_M: Tensor
+    hidden_MH: Tensor
+    weights_M: Tensor
+    alone: bool
 
 
 class TeacherPool:

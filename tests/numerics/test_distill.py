@@ -83,7 +83,14 @@ def test_several_teachers_share_a_domain_by_weight(taught, workspace):
     parents = dict(parents) | {"teacher/sort/a": parents["teacher/sort"], "teacher/sort/b": parents["teacher/reverse"]}
     del parents["teacher/sort"]
     config = DistillConfig(**SMALL, teacher_weights={"sort": {"a": 3.0, "b": 1.0}})
-    student = stages.distill.train(config, workspace("student", parents, domains))
+    place = workspace("student", parents, domains)
+    student = stages.distill.train(config, place)
+    first = records(place, "metrics")[0]["values"]
+    # Up to a constant the divergence from the mean is the weighted sum of those from each.
+    apart = {name: first[f"distill/reverse_kl_from/{name}/sort"] for name in ("one", "two")}
+    assert 0 < first["distill/reverse_kl/sort"] <= 0.75 * apart["one"] + 0.25 * apart["two"]
+    assert "distill/reverse_kl_from/one/reverse" not in first
+    assert first["distill/reverse_kl_from/two/reverse"] == pytest.approx(first["distill/reverse_kl/reverse"], rel=1e-4)
     weights = {e["teacher"]: e["weight"] for e in student.manifest["teachers"] if e["domain"] == "sort"}
     assert weights == {"one": 0.75, "two": 0.25}
 

@@ -54,6 +54,9 @@ class Logits:
     def __init__(self, logits_NV: Tensor) -> None:
         self.logits_NV = logits_NV
 
+    def apart(self, rows: list[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+        return {}
+
     def logits(self, rows: list[int]) -> Callable[[slice], Tensor]:
         assert rows == [0, 1, 2]
         return lambda part: self.logits_NV[part]
