@@ -212,7 +212,6 @@ def take_turns(ours: Ours, student: Artifact, teacher: Artifact, case: Case, rou
         beta=1.0,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        optim="adamw_torch",
         adam_beta2=ours.config.optimizer.betas[1],
         max_grad_norm=ours.config.optimizer.max_grad_norm,
         shuffle_dataset=False,

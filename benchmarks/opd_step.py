@@ -44,7 +44,7 @@ LAB = [
     Case("lab 16 natural", 16, 70, False),
     Case("lab 64 natural", 64, 70, False),
 ]
-SMOL = [Case("SmolLM2-135M 8 fixed", 8, 24, True), Case("SmolLM2-135M 8 natural", 8, 48, False)]
+SMOL = [Case("SmolLM2-135M 8 fixed", 8, 24, True), Case("SmolLM2-135M 8 natural", 8, 128, False)]
 MANY = Case("lab 64 natural", 64, 70, False)
 TEACHERS = (1, 2, 4, 8)
 Examples = Mapping[str, Sequence[Example]]

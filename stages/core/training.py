@@ -78,6 +78,7 @@ class Learner:
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
+            fused=not self.sharded,
         )
         self.schedule = get_scheduler(
             SCHEDULES[config.optimizer.schedule],
