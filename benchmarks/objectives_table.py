@@ -18,7 +18,7 @@ from flows.results import collect
 from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, read
 
-RECOVERED = 0.8
+RECOVERED = (0.5, 0.8)
 LAST_STEPS = 25
 ABSENT = "–"
 
@@ -68,14 +68,13 @@ class Outcome:
         """Nats a token in the last steps, mean over seeds."""
         return statistics.fmean(statistics.fmean(course.entropy[-LAST_STEPS:]) for course in self.courses.values())
 
-    @property
-    def recovered_at(self) -> int | None:
-        """First monitored step at which the seeds' mean curve has passed 80 % of the teachers' gain."""
+    def recovered_at(self, share: float) -> int | None:
+        """First monitored step at which the seeds' mean curve has passed a share of the teachers' gain."""
         curves = [course.curve for course in self.courses.values()]
         steps = set(curves[0]).intersection(*curves)  # A stage may stop early.
         mean = {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
         start, teacher = mean[0], statistics.fmean(self.teachers.values())
-        target = start + RECOVERED * (teacher - start)
+        target = start + share * (teacher - start)
         return next((step for step in sorted(mean) if mean[step] >= target), None) if teacher > start else None
 
 
@@ -104,16 +103,24 @@ def sheets(graph: StageGraph, checkpoint: Node) -> list[Node]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: start and teachers, then a row for each variant."""
     results = outcomes[0].results
-    heads = [*results.domains, "mean", "recovery", "steps to 80 %", "seconds", "entropy"]
+    heads = [
+        *results.domains,
+        "mean",
+        "recovery",
+        *(f"steps to {share:.0%}" for share in RECOVERED),
+        "seconds",
+        "entropy",
+    ]
     lines = [f"| objective | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for title, role in (("start", results.start), ("teacher", "teacher")):
         cells = [_percent(results.score(role, domain)) for domain in results.domains]
-        lines.append(_row(title, [*cells, _percent(results.mean_score(role)), *[ABSENT] * 4]))
+        lines.append(_row(title, [*cells, _percent(results.mean_score(role)), *[ABSENT] * (3 + len(RECOVERED))]))
     for outcome in outcomes:
         results, seeds = outcome.results, len(outcome.courses)
         cells = [_percent(results.score(STUDENT, domain)) for domain in results.domains]
         cells += [_percent(results.mean_score(STUDENT)), _percent(results.recovery(), bounds=True)]
-        cells += [str(outcome.recovered_at or ABSENT), f"{outcome.seconds:.0f}", f"{outcome.entropy:.3f}"]
+        cells += [str(outcome.recovered_at(share) or ABSENT) for share in RECOVERED]
+        cells += [f"{outcome.seconds:.0f}", f"{outcome.entropy:.3f}"]
         whole = seeds == len(results.seeds)
         lines.append(_row(outcome.name + ("" if whole else f" ({seeds} of {len(results.seeds)} seeds)"), cells))
     return "\n".join(lines)
@@ -141,7 +148,7 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "scores": {domain: None if found is None else vars(found) for domain, found in scores.items()},
             "mean": None if (mean := results.mean_score(STUDENT)) is None else vars(mean),
             "recovery": None if recovery is None else vars(recovery),
-            "steps_to_80_percent": outcome.recovered_at,
+            "steps_to_recover": {f"{share:.0%}": outcome.recovered_at(share) for share in RECOVERED},
             "seconds": outcome.seconds,
             "seconds_a_step": outcome.step_seconds,
             "entropy": outcome.entropy,
