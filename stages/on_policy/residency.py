@@ -115,10 +115,12 @@ class _Base:
             return
         if not isinstance(self.model, PeftModel):
             self.model = PeftModel.from_pretrained(self.model, teacher.uri, adapter_name=teacher.key)
+            self.model.eval().requires_grad_(False)
         elif teacher.key not in self.model.peft_config:
             self.model.load_adapter(teacher.uri, adapter_name=teacher.key)
-        self.model.set_adapter(teacher.key, inference_mode=True)
-        self.model.eval().requires_grad_(False)
+            self.model.eval().requires_grad_(False)
+        if self.model.active_adapter != teacher.key:
+            self.model.set_adapter(teacher.key, inference_mode=True)
         yield self.model
 
 
