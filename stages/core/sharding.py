@@ -27,8 +27,10 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 def shard(module: HiddenStates, device: torch.device, processes: int, pad_id: int) -> None:
     """Replace the module's parameters by shards (`DTensor`) in place.
 
+    Layer by layer they move to the device, so that it never holds the whole model.
+
     Args:
-        module: The policy without its head.
+        module: The policy without its head, on the CPU.
         device: Where this process's shards go.
         processes: How many share them.
         pad_id: A token to run once, for the module that is run first counts as the root.
@@ -71,9 +73,19 @@ def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole_parameters(module: HiddenStates) -> dict[str, Tensor]:
-    """Every parameter gathered, on the CPU, a tied one once; all processes take part."""
-    return {name: _whole(parameter.detach()).cpu() for name, parameter in module.model.named_parameters()}
+def whole_parameters(module: HiddenStates, keep: bool) -> dict[str, Tensor]:
+    """Every parameter gathered, on the CPU, a tied one once; all processes take part.
+
+    Args:
+        module: What was sharded.
+        keep: Whether this process wants them: a host has room for them once, not once a device.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, parameter in module.model.named_parameters():
+        whole = _whole(parameter.detach())
+        if keep:
+            kept[name] = whole.cpu()
+    return kept
 
 
 def save(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:

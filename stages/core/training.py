@@ -70,7 +70,6 @@ class Learner:
             causal_lm(policy.model).gradient_checkpointing_enable({"use_reentrant": False})
         module = HiddenStates(policy.model)
         if self.sharded:
-            policy.model.to(self.device)
             sharding.shard(module, self.device, self.world_size, policy.pad_id)
         trainable = [p for p in policy.model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(
@@ -140,8 +139,9 @@ class Learner:
         return max(1, *gather_object([batches]))
 
     def whole_parameters(self) -> dict[str, Tensor] | None:
-        """All of the policy's parameters, gathered; None where they are whole as they are."""
-        return sharding.whole_parameters(self.module) if self.sharded else None
+        """All of the policy's parameters on the leading process, on others nothing; None where they are whole as they
+        are. All processes take part."""
+        return sharding.whole_parameters(self.module, self.accelerator.is_main_process) if self.sharded else None
 
     def empty_backward(self) -> None:
         """Take part in the exchange of gradients without a row to learn from."""
@@ -214,7 +214,7 @@ class Learner:
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens, "memory": self.memory}))
-            for path in temporary.rglob("*"):
+            for path in (temporary, *temporary.rglob("*")):
                 sync_to_disk(path)
             os.rename(temporary, self.progress / f"step-{step}")
             sync_to_disk(self.progress)

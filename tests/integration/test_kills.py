@@ -1,11 +1,13 @@
 """A stage killed with SIGKILL at ten random points makes the checkpoint it would have made undisturbed."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,17 @@ from stages.core.workspace import Workspace
 from tests.numerics.conftest import tiny_policy
 from tests.processes import ended, eventually
 
-STEPS = 14
 KILLS = 10
+SAVE_EVERY = 3
+# No kill but the last aims at a later step than LAST, so that one that comes late still finds the stage running.
+LAST, STEPS = 12, 20
 COMMON = {
     "max_steps": STEPS,
     "examples": 60,
-    "save_every": 3,
+    "save_every": SAVE_EVERY,
     "updates_per_batch": 2,
     "prompts_per_step": 6,
-    "max_new_tokens": 12,
+    "max_new_tokens": 16,
     "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2),
 }
 STAGES: dict[str, StrictModel] = {
@@ -66,7 +70,7 @@ def spec(home: Path, key: str, stage: str) -> Path:
         "seed": 0,
         "config": STAGES[stage].model_dump(mode="json"),
         "parents": parents if stage == "distill" else {"start": "start"},
-        "domains": {name: {"kind": "strings", "options": {"task": name}} for name in ("sort", "reverse")},
+        "domains": {name: {"kind": "strings", "options": {"task": name, "partial": True}} for name in ("sort", "reverse")},
         "provenance": {},
     }
     path = home / f"{key}.json"
@@ -74,10 +78,42 @@ def spec(home: Path, key: str, stage: str) -> Path:
     return path
 
 
-def steps_done(home: Path, key: str) -> int:
-    journal = home / "work" / key / JOURNAL_FILE
+def steps_done(work: Path) -> int:
+    journal = work / JOURNAL_FILE
     records = read(journal) if journal.exists() else ()
     return max((record["step"] for record in records if record["kind"] == "progress"), default=0)
+
+
+def points(rng: random.Random) -> list[tuple[int, bool, float]]:
+    """Where to kill: after so many steps, whether the save behind them must have begun, and so many seconds more."""
+    between = [(step, False, rng.uniform(0.0, 0.04)) for step in rng.choices(range(1, LAST), k=KILLS - 6)]
+    saving = [(step, True, rng.uniform(0.0, 0.005)) for step in range(SAVE_EVERY, LAST + 1, SAVE_EVERY)]
+    return [(0, False, rng.uniform(0.0, 0.3)), *sorted(between + saving)]
+
+
+def arrived(work: Path, step: int, saving: bool) -> bool:
+    """Whether the step is done, and the save behind it has begun where that is asked for."""
+    progress = work / "progress"
+    begun = (progress / f".tmp-{step}").exists() or (progress / f"step-{step}").exists()
+    return steps_done(work) >= step and (begun or not saving)
+
+
+def reach(condition: Callable[[], bool], child: Child) -> None:
+    """Wait for a moment too short to be seen at leisure, or for the end."""
+    deadline = time.monotonic() + 60
+    while child.wait(0.001) is None and (child.pid is None or not condition()):
+        assert time.monotonic() < deadline, "did not happen in time"
+
+
+def kill(child: Child) -> bool:
+    """Whether it was still running."""
+    pid = child.pid
+    assert pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    code = child.wait(10)
+    eventually(lambda: ended(pid), within=5)
+    return code == -signal.SIGKILL
 
 
 def finish(child: Child, log: Path) -> None:
@@ -88,22 +124,25 @@ def finish(child: Child, log: Path) -> None:
 def test_ten_kills_change_nothing(stage: str, server: ForkServer, home: Path) -> None:
     log = home / f"{stage}.log"
     finish(server.start(log, spec=spec(home, f"{stage}-whole", stage)), log)
-    key, rng = f"{stage}-killed", random.Random(7)
-    disturbed = spec(home, key, stage)
-    # Before the first step, after random ones, and after the last, where the checkpoint is being committed.
-    for target in [0, *sorted(rng.choices(range(1, STEPS), k=KILLS - 2)), STEPS]:
+    key = f"{stage}-killed"
+    disturbed, store, torn = spec(home, key, stage), Store(home), 0
+    staged, work = store.root / ".staging" / key, home / "work" / key
+    for step, saving, delay in points(random.Random(7)):
         child = server.start(log, spec=disturbed)
-        eventually(lambda child=child: child.wait(0.01) is None and child.pid)
-        eventually(lambda target=target: steps_done(home, key) >= target, within=60)
-        # Somewhere in the step that follows: sampling, updating, saving.
-        time.sleep(0.0 if target == STEPS else rng.uniform(0.0, 0.1))
-        assert child.wait(0.01) is None, f"{stage} had ended before it could be killed: {log.read_text()[-2000:]}"
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait(10) == -signal.SIGKILL
-        eventually(lambda child=child: ended(child.pid), within=5)
-        assert not (home / "store" / key / "manifest.json").exists()
+        reach(partial(arrived, work, step, saving), child)
+        time.sleep(delay)
+        assert kill(child), f"ended before it could be killed: {log.read_text()[-2000:]}"
+        torn += any((work / "progress").glob(".tmp-*"))
+        assert not staged.exists()
+    assert torn, "no save was cut off"
+    # The last one while the checkpoint is being written; on a busy machine it may come too late to find it running.
+    child = server.start(log, spec=disturbed)
+    reach(staged.exists, child)
+    kill(child)
     finish(server.start(log, spec=disturbed), log)
-    whole, killed = (Store(home).get(f"{stage}-{how}") for how in ("whole", "killed"))
-    assert whole.digest != Store(home).get("start").digest
+    whole, killed = (store.get(f"{stage}-{how}") for how in ("whole", "killed"))
+    # A stage without a gradient would show nothing.
+    records = read(home / "work" / f"{stage}-whole" / JOURNAL_FILE)
+    assert sum(r["values"].get(f"{stage}/grad_norm", 0) > 0 for r in records if r["kind"] == "metrics") > STEPS / 2
     assert killed.digest == whole.digest
     assert killed.manifest["tokens"] == whole.manifest["tokens"]
