@@ -70,7 +70,9 @@ def spec(home: Path, key: str, stage: str) -> Path:
         "seed": 0,
         "config": STAGES[stage].model_dump(mode="json"),
         "parents": parents if stage == "distill" else {"start": "start"},
-        "domains": {name: {"kind": "strings", "options": {"task": name, "partial": True}} for name in ("sort", "reverse")},
+        "domains": {
+            name: {"kind": "strings", "options": {"task": name, "partial": True}} for name in ("sort", "reverse")
+        },
         "provenance": {},
     }
     path = home / f"{key}.json"
