@@ -59,8 +59,8 @@ class Residents:
         if key is None or self.config.max_resident < 2 or key in self.bases or key in self._reading:
             return
         if not self._is_lent(key):
-            self._reading[key] = self._reader.submit(_read, self.store.get(key))
             self._drop_to(self.config.max_resident - 1)
+            self._reading[key] = self._reader.submit(_read, self.store.get(key))
 
     @contextlib.contextmanager
     def wearing(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:
@@ -70,14 +70,19 @@ class Residents:
             with self.lent.wearing(teacher) as model:
                 yield model
             return
+        with self._base(key).wearing(teacher) as model:
+            yield model
+
+    def _base(self, key: str) -> "_Base":
+        """A base in memory; room for it is made before it is read."""
         if key not in self.bases:
             reading = self._reading.pop(key, None)
-            weights = reading.result() if reading else _read(self.store.get(key))
             self._drop_to(max(0, self.config.max_resident - 1 - len(self._reading)))
-            self.bases[key] = _Base(self.store.get(key), weights, self.dtype, self.student.device)
+            base = self.store.get(key)
+            weights = reading.result() if reading else _read(base)
+            self.bases[key] = _Base(base, weights, self.dtype, self.student.device)
         self.bases.move_to_end(key)
-        with self.bases[key].wearing(teacher) as model:
-            yield model
+        return self.bases[key]
 
     def _is_lent(self, key: str) -> bool:
         return self.lent is not None and key == self.student.adapter_base

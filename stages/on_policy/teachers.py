@@ -200,12 +200,10 @@ class TeacherPool:
         order = self.residents.ordered(needed.values())
         for number, teacher in enumerate(order):
             started = time.monotonic()
-            with self.residents.wearing(teacher) as model:
-                self.residents.read_ahead(order[number + 1 :])
-                heads[teacher.key] = head_weight(model).detach()
-                mine = [i for i, row in enumerate(weights) if teacher.key in row]
-                for i, part_NH in zip(mine, self._forward(model, [rows[i] for i in mine]), strict=True):
-                    hidden[i][teacher.key] = part_NH
+            mine = [i for i, row in enumerate(weights) if teacher.key in row]
+            heads[teacher.key], found = self._ask(teacher, [rows[i] for i in mine], order[number + 1 :])
+            for i, part_NH in zip(mine, found, strict=True):
+                hidden[i][teacher.key] = part_NH
             seconds[teacher.name] = seconds.get(teacher.name, 0.0) + time.monotonic() - started
         names = {key: teacher.name for key, teacher in needed.items()}
         return TeacherScores(weights, hidden, heads, names, seconds, self.student.device)
@@ -216,6 +214,12 @@ class TeacherPool:
         routed = max(self._route(domain), key=lambda r: r.weight)
         with self.residents.wearing(routed.teacher) as model:
             yield Policy(model, self.student.tokenizer)
+
+    def _ask(self, teacher: Artifact, rows: Sequence[Row], coming: Sequence[Artifact]) -> tuple[Tensor, list[Tensor]]:
+        """A teacher's head [V, H] and hidden states of the rows; nothing else of it outlives this."""
+        with self.residents.wearing(teacher) as model:
+            self.residents.read_ahead(coming)
+            return head_weight(model).detach(), self._forward(model, rows)
 
     def _forward(self, model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """Hidden states [N, H] of each row's completion tokens."""

@@ -1,11 +1,13 @@
 """The teacher pool: strict routing, residency that changes nothing, shared bases, refused tokenizers."""
 
+import gc
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
 
 import stages.on_policy.residency
 import stages.sft
@@ -131,6 +133,45 @@ def test_the_next_teacher_is_read_while_one_scores(store, checkpoint, monkeypatc
     assert len(readers) == 1
     assert readers[0].startswith("teacher")
     assert len(pool.residents.bases) == 2
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("max_resident", [1, 2, 3])
+def test_never_more_bases_in_memory_than_allowed(
+    store, checkpoint, workspace, domains, monkeypatch, max_resident, adapters
+):
+    teachers = {name: checkpoint(name, seed) for seed, name in enumerate(("sort", "reverse", "uppercase", "double"))}
+    if adapters:
+        config = SFTConfig(max_steps=1, examples=8, batch_size=8, lora=LoraConfig(rank=4))
+        teachers = {
+            name: stages.sft.train(config, workspace(f"lora-{name}", {"start": start}, {"sort": domains["sort"]}))
+            for name, start in teachers.items()
+        }
+    student = tiny_policy(9)
+    gc.collect()
+    before = _models()
+    pool = TeacherPool(routes(teachers), store, student, DistillConfig(max_resident=max_resident))
+    peaks: list[int] = []
+    read, forward = stages.on_policy.residency._read, TeacherPool._forward
+
+    def noted_read(base: Artifact) -> dict[str, torch.Tensor]:
+        peaks.append(_models() - before + 1)
+        return read(base)
+
+    def noted_forward(pool: TeacherPool, model: torch.nn.Module, rows: Sequence[Row]) -> list[torch.Tensor]:
+        peaks.append(_models() - before)
+        return forward(pool, model, rows)
+
+    monkeypatch.setattr(stages.on_policy.residency, "_read", noted_read)
+    monkeypatch.setattr(TeacherPool, "_forward", noted_forward)
+    for _ in range(3):
+        pool.score(make_rows()[:4], list(teachers))
+    assert max(peaks) == max_resident
+
+
+def _models() -> int:
+    """Models alive, unreachable ones that wait for the garbage collector too."""
+    return sum(isinstance(found, Qwen3ForCausalLM) for found in gc.get_objects())
 
 
 def test_a_student_on_the_same_base_lends_it(store, checkpoint, workspace, domains):
