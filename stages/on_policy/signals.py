@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experts.domain import Domain
+from stages.core.linear import product
 from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates
@@ -126,7 +127,7 @@ class TrainerSignal:
                 chunks = zip(hidden_NH.split(size), rollout.tokens(batch, device).split(size), strict=True)
                 logprobs_N = torch.cat(
                     [
-                        token_logprobs((hidden_CH @ head_VH.T).float() / self.temperature, tokens_C)
+                        token_logprobs(product(hidden_CH, head_VH).float() / self.temperature, tokens_C)
                         for hidden_CH, tokens_C in chunks
                     ]
                 )

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from experts.errors import UserError, nearest
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
+from stages.core.linear import product
 from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
@@ -132,7 +133,7 @@ class TeacherScores:
 
     def _logits(self, hidden_CH: Tensor, key: str) -> Tensor:
         head_VH = self.heads[key]
-        return (hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True) @ head_VH.T).float()
+        return product(hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True), head_VH).float()
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def test_never_more_bases_in_memory_than_allowed(
 
 def _models() -> int:
     """Models alive, unreachable ones that wait for the garbage collector too."""
-    return sum(isinstance(found, Qwen3ForCausalLM) for found in gc.get_objects())
+    return sum(type(found) is Qwen3ForCausalLM for found in gc.get_objects())
 
 
 def test_a_student_on_the_same_base_lends_it(store, checkpoint, workspace, domains):
