@@ -213,6 +213,12 @@ class TopKConfig(StrictModel):
         "difference added (- S + T), or all others in one bucket.",
     )
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.k == 1 and self.remainder == "renormalise" and self.support != "union":
+            raise ValueError("k: 1 renormalised is one token of probability 1 for every student; take a larger k")
+        return self
+
 
 class ObjectiveConfig(StrictModel):
     """What the student minimises on its samples against the routed teacher."""
@@ -249,7 +255,8 @@ class ObjectiveConfig(StrictModel):
     )
     importance_level: Literal["token", "sequence"] = Field(
         "token",
-        description="The ratio of each token, or the geometric mean of its sequence's.",
+        description="Whether trainer and sampler are compared by the token or by the geometric mean over its sequence; "
+        "what updates of the same batch have moved counts by the token.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     importance_band: tuple[float, float] = Field((0.5, 2.0), description="The band of the ratio: [low, high].")

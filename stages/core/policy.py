@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -153,10 +154,16 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
     """See that logits are hidden states times the head's weight, which all chunked losses rely on.
 
     Raises:
-        UserError: the tokenizer has no EOS, or the architecture scales, caps or shifts its logits.
+        UserError: the tokenizer has no EOS, the head wears an adapter, or the architecture scales, caps or shifts its
+            logits.
     """
     if policy.tokenizer.eos_token_id is None:
         raise UserError(f"{checkpoint.name}: its tokenizer has no EOS token, so a completion could never end")
+    if isinstance(causal_lm(policy.model).get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            f"{checkpoint.name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
+            f"by itself; leave the head out, as 'all-linear' does"
+        )
     tokens_BT = torch.tensor([[policy.eos_id, policy.pad_id]], device=policy.device)
     with torch.no_grad():
         logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits

@@ -150,8 +150,7 @@ def top_k_divergence(
         beta: The teacher's weight in `jsd`.
 
     Returns:
-        Losses [N], and the metrics `entropy`; `reverse_kl` with a tail bucket, which is at most the exact one and
-        equals it at K = V; `teacher_mass`, the teacher's probability of the support.
+        Losses [N], and the metrics `entropy` and `teacher_mass`, the teacher's probability of the support.
     """
     with torch.no_grad():
         student_NV, probs_NV = _distribution(logits_NV)
@@ -160,7 +159,6 @@ def top_k_divergence(
         # What does not count is as good as ruled out by both, which costs nothing.
         student_NK, teacher_NK = (logprobs_NK.masked_fill(~valid_NK, LEAST_LOGPROB) for logprobs_NK in both)
         mass_N = (teacher_NK.exp() * valid_NK).sum(1)
-        reverse_NJ, _ = _pointwise("reverse_kl", _with_tail(student_NK), _with_tail(teacher_NK), beta)
         student_NJ, teacher_NJ = (_with_remainder(x_NK, valid_NK, remainder) for x_NK in (student_NK, teacher_NK))
         values_NJ, flow_NJ = _pointwise(divergence, student_NJ, teacher_NJ, beta)
         mean_N = flow_NJ.sum(1)
@@ -174,7 +172,7 @@ def top_k_divergence(
             outside_N = -mean_N if remainder == "correct" else torch.zeros_like(mean_N)
         inside_NK = centred_NJ[:, : indices_NK.shape[1]] * valid_NK
         gradient_NV = probs_NV.mul_(outside_N[:, None]).scatter_add_(1, indices_NK, inside_NK)
-    metrics = {"reverse_kl": reverse_NJ.sum(1), "entropy": entropy_N, "teacher_mass": mass_N}
+    metrics = {"entropy": entropy_N, "teacher_mass": mass_N}
     return _with_gradient(logits_NV, values_NJ.sum(1), gradient_NV), metrics
 
 

@@ -28,7 +28,8 @@ from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
 from stages.on_policy.signals import Judgement, Signal
 
 SAMPLE_EVERY = 25
-HEALTH = "health"
+# What a learner remembers of a stage.
+HEALTH, METRICS = "health", "metrics"
 
 # The loss of the tokens of some rows of a judged rollout, laid end to end in the order given.
 Objective = Callable[[Rollout, Judgement, Sequence[int]], TokenLoss]
@@ -99,7 +100,7 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
     done = learner.resume()
     journal = workspace.journal(done)
     health = Health(config.health, practice.progress[1], learner.memory.get(HEALTH))
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = learner.memory.get(METRICS, {})
     if done == 0:
         for text in practice.notes:
             _note(journal, learner, 0, text)
@@ -117,7 +118,7 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
         if verdict.stop:
             _note(journal, learner, step, f"stopped early at step {step} of {config.max_steps}: {verdict.stop}")
         metrics |= _monitored(practice, learner, step)
-        learner.memory[HEALTH] = health.state
+        learner.memory |= {HEALTH: health.state, METRICS: metrics}
         end_step(learner, journal, step, config.max_steps, metrics)
     return finish(workspace, learner, practice.mixture.examples, metrics, practice.facts)
 
@@ -154,7 +155,7 @@ def take_step(
             values = values | {"golden_loss": imitated.get("loss", {})}
         metrics |= learner.update()
     clock.lap("update")
-    metrics |= learner.averages(_sums(rollout, judgement, values, golden))
+    metrics |= learner.averages(_sums(rollout, judgement, values, golden, practice.on_policy_fraction > 0))
     metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
     metrics["informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))
     metrics |= {**judgement.facts, **clock.seconds}
@@ -171,10 +172,19 @@ def _collect(practice: Practice, learner: Learner, config: OnPolicyConfig, step:
 
 
 def _sums(
-    rollout: Rollout, judgement: Judgement, values: Mapping[str, Mapping[int, Tensor]], golden: Sequence[Row]
+    rollout: Rollout,
+    judgement: Judgement,
+    values: Mapping[str, Mapping[int, Tensor]],
+    golden: Sequence[Row],
+    only_own: bool,
 ) -> Sums:
-    """Sum and count of every quantity, over all rows and by domain: tokens for losses, rows for rewards."""
+    """Sum and count of every quantity, over all rows and by domain: tokens for losses, rows for rewards.
+
+    Args:
+        only_own: Whether what tells of the writer (length, reward, entropy) is told of the student's own rows alone.
+    """
     sums: Sums = {}
+    tells = [own or not only_own for own in rollout.own]
 
     def add(name: str, row: int, total: float, count: int) -> None:
         for key in (name, f"{name}/{rollout.domains[row]}"):
@@ -182,6 +192,8 @@ def _sums(
             sums[key] = (before[0] + total, before[1] + count)
 
     for row, sample in enumerate(rollout.samples):
+        if not tells[row]:
+            continue
         add("length", row, len(sample.completion_ids), 1)
         add("truncated", row, not sample.finished, 1)
         for name, facts in judgement.values.items():
@@ -196,7 +208,8 @@ def _sums(
         for row, part_N in parts.items():
             # A metric that does not concern a token is NaN there.
             known_N = part_N[~part_N.isnan()]
-            add(name, row, float(known_N.sum()), len(known_N))
+            if name != "entropy" or tells[row]:
+                add(name, row, float(known_N.sum()), len(known_N))
     return sums
 
 

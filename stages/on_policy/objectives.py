@@ -29,7 +29,6 @@ from stages.on_policy.divergences import (
 )
 from stages.on_policy.losses import (
     Losses,
-    entropy,
     extrapolate,
     importance_weights,
     policy_gradient,
@@ -152,7 +151,7 @@ class _RowsLoss:
         losses_C, metrics = divergence(objective, logits_CV, target_CV)
         if "reverse_kl" not in metrics:
             # A support without the rest tells no divergence that could be compared with other objectives'.
-            metrics = metrics | {"reverse_kl": reverse_kl(logits_CV.detach(), target_CV)[0]}
+            metrics = metrics | reverse_kl(logits_CV.detach(), target_CV)[1]
         if objective.reference_kl > 0:
             assert reference_CV is not None
             away_C, more = reverse_kl(logits_CV, reference_CV)
@@ -172,7 +171,8 @@ class _RowsLoss:
         reference_C = None if reference_CV is None else token_logprobs(reference_CV, tokens_C)
         target_C = _target(teacher_C, reference_C, objective)
         advantages_C = sampled_advantages(logprobs_C, target_C, objective.advantage_clip)
-        metrics = {"reverse_kl": logprobs_C - target_C}
+        # The exact one, for the sampled ratio means nothing on tokens that somebody else wrote.
+        _, metrics = reverse_kl(logits_CV.detach(), _target(teacher_CV, reference_CV, objective))
         if self.outcome_N is not None:
             advantages_C = advantages_C + self.outcome_N[part]
         if reference_C is not None and objective.reference_kl > 0:
@@ -180,8 +180,6 @@ class _RowsLoss:
             advantages_C = advantages_C - objective.reference_kl * away_C
             metrics["reference_kl"] = away_C
         weights_C, more = self._importance(logprobs_C, part)
-        with torch.no_grad():
-            metrics["entropy"] = entropy(logits_CV)
         return policy_gradient(logprobs_C, advantages_C, weights_C), metrics | more
 
     def _importance(self, logprobs_C: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:

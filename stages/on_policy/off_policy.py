@@ -41,7 +41,7 @@ class TeacherWriter:
             seed = step_seed(self.learner.seed, step, f"teacher {domain} {self.learner.rank}")
             with self.pool.teaching(domain) as teacher:
                 groups += sample(teacher, prompts, config.group_size, sampling, seed)
-        return gather(policy, examples, groups, config.group_size, step)
+        return gather(policy, examples, groups, config.group_size, step, own=False)
 
 
 class DatasetWriter:
@@ -62,7 +62,7 @@ class DatasetWriter:
             kept = answer_ids[:limit]
             unknown_N = torch.full((len(kept),), torch.nan)
             groups.append([Sample(prompt_ids, kept, unknown_N, finished=len(answer_ids) <= limit)])
-        return gather(policy, examples, groups, 1, step)
+        return gather(policy, examples, groups, 1, step, own=False)
 
 
 class GoldenRows:

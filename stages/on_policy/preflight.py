@@ -11,12 +11,14 @@ disagreement is found elsewhere.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from experts.domain import Example
 from experts.errors import UserError
 from stages.config import DistillConfig
-from stages.core.policy import Policy, encode_prompt
+from stages.core.policy import HiddenStates, Policy, encode_prompt, head_weight
 from stages.core.update import Row
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.sampler import Sample, Sampling, sample
@@ -54,7 +56,7 @@ def preflight(
     samples = [group[0] for group in sample(policy, prompts, 1, sampling, 0)]
     gaps = {"sampler and trainer": 0.0, "teachers": 0.0}
     for example, drawn in zip(chosen, samples, strict=True):
-        own_N = _plain(policy.model, drawn, config.temperature)
+        own_N = token_logprobs(_logits(policy.model, drawn, config) / config.temperature, _targets(drawn))
         gap = _compare(policy, example.domain, drawn, ("the sampler", drawn.logprobs_N), own_N, tolerance)
         gaps["sampler and trainer"] = max(gaps["sampler and trainer"], gap)
     rows = [Row(drawn.tokens, len(drawn.prompt_ids), torch.ones(len(drawn.completion_ids))) for drawn in samples]
@@ -70,7 +72,7 @@ def preflight(
                 domain,
                 drawn,
                 (f"{_names(pool, domain)}, scored as a teacher,", scored_N),
-                _pooled(pool, domain, drawn, config.temperature),
+                _pooled(pool, domain, drawn, config),
                 tolerance,
             )
             gaps["teachers"] = max(gaps["teachers"], gap)
@@ -78,30 +80,28 @@ def preflight(
     note(f"preflight: {told} nats (tolerance {tolerance:g})")
 
 
-def _plain(model: nn.Module, drawn: Sample, temperature: float) -> Tensor:
-    """Log-probabilities [N] of a completion by the model's own forward of that row alone."""
-    return _logits(model, drawn).div(temperature).log_softmax(-1).gather(1, _targets(drawn)).squeeze(1)
-
-
-def _pooled(pool: TeacherPool, domain: str, drawn: Sample, temperature: float) -> Tensor:
-    """The same under the geometric mean of a domain's teachers."""
+def _pooled(pool: TeacherPool, domain: str, drawn: Sample, config: DistillConfig) -> Tensor:
+    """Log-probabilities [N] of a completion under the geometric mean of a domain's teachers."""
     total = sum(routed.weight for routed in pool.routes[domain])
     mean_NV: Tensor | float = 0.0
     for routed in pool.routes[domain]:
         with pool.residents.wearing(routed.teacher) as model:
-            mean_NV = mean_NV + routed.weight / total * _logits(model, drawn)
+            mean_NV = mean_NV + routed.weight / total * _logits(model, drawn, config)
     assert isinstance(mean_NV, Tensor)
-    return token_logprobs(mean_NV / temperature, _targets(drawn).squeeze(1))
+    return token_logprobs(mean_NV / config.temperature, _targets(drawn))
 
 
-def _logits(model: nn.Module, drawn: Sample) -> Tensor:
-    device = next(model.parameters()).device
-    logits_TV = model(input_ids=torch.tensor([drawn.tokens], device=device), use_cache=False).logits[0]
-    return logits_TV[len(drawn.prompt_ids) - 1 : -1].float().cpu()
+def _logits(model: PreTrainedModel | PeftModel, drawn: Sample, config: DistillConfig) -> Tensor:
+    """Logits [N, V] of a completion by the model's own forward of that row alone, in the trainer's precision."""
+    head_VH = head_weight(model)
+    tokens_BT = torch.tensor([drawn.tokens], device=head_VH.device)
+    with torch.autocast(head_VH.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        hidden_TH = HiddenStates(model)(tokens_BT)[0, len(drawn.prompt_ids) - 1 : -1]
+    return (hidden_TH.float() @ head_VH.float().T).cpu()
 
 
 def _targets(drawn: Sample) -> Tensor:
-    return torch.tensor(drawn.completion_ids)[:, None]
+    return torch.tensor(drawn.completion_ids)
 
 
 def _names(pool: TeacherPool, domain: str) -> str:

@@ -26,6 +26,7 @@ class Rollout:
         examples: The example of each row.
         samples: The completion of each row.
         completions: Its text.
+        own: Whether the student drew it.
         group_size: Rows of one prompt.
     """
 
@@ -33,6 +34,7 @@ class Rollout:
     examples: list[Example]
     samples: list[Sample]
     completions: list[str]
+    own: list[bool]
     group_size: int
 
     @property
@@ -47,6 +49,7 @@ class Rollout:
             self.examples + other.examples,
             self.samples + other.samples,
             self.completions + other.completions,
+            self.own + other.own,
             self.group_size,
         )
 
@@ -126,13 +129,18 @@ def roll_out(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig,
     groups = sample(
         policy, prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}")
     )
-    return gather(policy, examples, groups, config.group_size, step)
+    return gather(policy, examples, groups, config.group_size, step, own=True)
 
 
 def gather(
-    policy: Policy, examples: Sequence[Example], groups: Sequence[Sequence[Sample]], group_size: int, step: int
+    policy: Policy,
+    examples: Sequence[Example],
+    groups: Sequence[Sequence[Sample]],
+    group_size: int,
+    step: int,
+    own: bool,
 ) -> Rollout:
-    """Lay the samples of each example's prompt out as rows."""
+    """Lay the samples of each example's prompt out as rows; `own` says whether the student drew them."""
     samples = [row for group in groups for row in group]
     ids = [sample.completion_ids for sample in samples]
     return Rollout(
@@ -141,6 +149,7 @@ def gather(
         samples=samples,
         # Of no rows at all the tokenizer makes one empty text.
         completions=policy.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else [],
+        own=[own] * len(samples),
         group_size=group_size,
     )
 

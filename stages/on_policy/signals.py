@@ -118,16 +118,18 @@ class TrainerSignal:
         """Forward every row once more."""
         learner, device = self.learner, self.learner.device
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        with torch.no_grad(), learner.whole(), learner.accelerator.autocast():
+        with torch.no_grad(), learner.whole():
             forward, head_VH = HiddenStates(learner.policy.model), learner.policy.head_VH
             size = chunk_length(len(head_VH))
             for batch in micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens):
                 packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
-                hidden_NH = packed.scored(forward(*packed.to(device).inputs))
+                with learner.accelerator.autocast():
+                    hidden_NH = packed.scored(forward(*packed.to(device).inputs))
                 chunks = zip(hidden_NH.split(size), rollout.tokens(batch, device).split(size), strict=True)
+                cast_VH = head_VH.to(hidden_NH.dtype)
                 logprobs_N = torch.cat(
                     [
-                        token_logprobs(product(hidden_CH, head_VH).float() / self.temperature, tokens_C)
+                        token_logprobs(product(hidden_CH, cast_VH).float() / self.temperature, tokens_C)
                         for hidden_CH, tokens_C in chunks
                     ]
                 )

@@ -213,7 +213,7 @@ class TeacherPool:
     def teaching(self, domain: str) -> Iterator[Policy]:
         """A domain's teacher as a policy to sample from; of several the heaviest."""
         routed = max(self._route(domain), key=lambda r: r.weight)
-        with self.residents.wearing(routed.teacher) as model:
+        with self.residents.wearing(routed.teacher) as model, self._precision():
             yield Policy(model, self.student.tokenizer)
 
     def _ask(self, teacher: Artifact, rows: Sequence[Row], coming: Sequence[Artifact]) -> tuple[Tensor, list[Tensor]]:
@@ -224,18 +224,21 @@ class TeacherPool:
 
     def _forward(self, model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """Hidden states [N, H] of each row's completion tokens."""
-        device, forward = self.student.device, HiddenStates(model)
+        forward = HiddenStates(model)
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        half = self.config.dtype == "bfloat16"
         for batch in micro_batches([len(row.tokens) for row in rows], self.config.micro_batch_tokens):
             packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], self.student.pad_id)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                hidden_NH = packed.scored(forward(*packed.to(device).inputs))
+            with self._precision():
+                hidden_NH = packed.scored(forward(*packed.to(self.student.device).inputs))
             if self.config.teacher_cache == "cpu":
                 hidden_NH = hidden_NH.cpu()
             for i, part_NH in zip(batch, hidden_NH.split([rows[i].scored for i in batch]), strict=True):
                 found[i] = part_NH
         return found
+
+    def _precision(self) -> torch.autocast:
+        """The trainer's."""
+        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _route(self, domain: str) -> Sequence[Routed]:
         if domain not in self.routes:

@@ -3,6 +3,7 @@
 import pytest
 
 import stages.distill
+import stages.on_policy.loop
 import stages.rl
 from experts.domain import Domain
 from stages.config import (
@@ -129,6 +130,63 @@ def test_a_plateau_ends_the_stage_early_and_says_so(taught, workspace):
     assert f"step {steps[-1]} of 30" in note
     assert "sort" in note
     assert student.manifest["teachers"]
+
+
+def test_a_stage_that_stopped_early_and_was_killed_before_its_commit_keeps_its_metrics(taught, workspace, monkeypatch):
+    parents, domains = taught
+    still = {
+        **SMALL,
+        "max_steps": 30,
+        "save_every": 1,
+        "optimizer": OptimizerConfig(learning_rate=1e-12),
+        "health": HealthConfig(patience=5, window=2, min_improvement=0.5),
+    }
+    finish = stages.on_policy.loop.finish
+    place = workspace("student", parents, domains)
+
+    def killed(*arguments: object) -> Artifact:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.on_policy.loop, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stages.distill.train(DistillConfig(**still), place)
+    monkeypatch.setattr(stages.on_policy.loop, "finish", finish)
+    student = stages.distill.train(DistillConfig(**still), place)
+    last = records(place, "metrics")[-1]["values"]
+    assert last["distill/reverse_kl"] > 0
+    assert student.manifest["metrics"] == last
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["reverse_kl", "sampled_reverse_kl"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(name, dtype, taught, workspace):
+    parents, domains = taught
+    same = {role: parents["start"] for role in parents}
+    # The sampled estimator also meets tokens the teachers wrote, whose rows it must not blame.
+    config = DistillConfig(**SMALL, dtype=dtype, on_policy_fraction=0.5, objective=ObjectiveConfig(name=name))
+    place = workspace("student", same, domains)
+    stages.distill.train(config, place)
+    first = records(place, "metrics")[0]["values"]
+    assert first["distill/grad_norm"] < 1e-6
+    assert abs(first["distill/reverse_kl"]) < 1e-7
+
+
+def test_lengths_and_rewards_are_the_students_own(taught, workspace):
+    parents, domains = taught
+    logged = {}
+    # A student of random weights hardly ever ends by itself; gold answers are short and right.
+    for fraction in (1.0, 0.5, 0.0):
+        config = DistillConfig(
+            **{**SMALL, "max_new_tokens": 24, "prompts_per_step": 12},
+            on_policy_fraction=fraction,
+            off_policy="dataset",
+        )
+        place = workspace(f"student-{fraction}", parents, domains)
+        stages.distill.train(config, place)
+        logged[fraction] = records(place, "metrics")[0]["values"]
+    assert logged[1.0]["distill/length"] > 16
+    assert logged[0.5]["distill/length"] > 16
+    assert logged[0.0]["distill/length"] < 12
 
 
 @pytest.mark.parametrize("stage", ["distill", "rl"])

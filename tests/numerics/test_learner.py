@@ -16,6 +16,9 @@ from stages.config import OptimizerConfig, TrainConfig
 from stages.core.supervised import cross_entropy
 from stages.core.training import Learner
 from stages.core.update import Row, accumulate, token_weights
+from stages.on_policy.rollout import Rollout
+from stages.on_policy.sampler import Sample
+from stages.on_policy.signals import TrainerSignal
 from tests.numerics.conftest import tiny_policy
 
 LENGTHS = [5, 9, 3, 12, 7]
@@ -113,3 +116,19 @@ def test_a_state_from_before_there_was_memory_resumes_without(tmp_path: Path) ->
 def test_one_process_cannot_shard(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sharding: fsdp .* resources\.gpus"):
         Learner(tiny_policy(0), TrainConfig(sharding="fsdp"), 6, tmp_path, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_trainers_log_probabilities_are_those_of_its_update(dtype, tmp_path):
+    learner = Learner(tiny_policy(0), TrainConfig(dtype=dtype, micro_batch_tokens=20), 6, tmp_path, 0)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(5, 100, (4,), generator=generator).tolist()
+    samples = [
+        Sample(prompt, torch.randint(5, 100, (n,), generator=generator).tolist(), torch.zeros(n), True) for n in LENGTHS
+    ]
+    rollout = Rollout(1, [], samples, [], [True] * len(samples), 1)
+    rows = [Row(sample.tokens, 4, torch.ones(len(sample.completion_ids))) for sample in samples]
+    judged = TrainerSignal(learner, 1.0).judge(rollout, rows).trainer_logprobs
+    found = accumulate(learner, rows, partial(cross_entropy, rows))["loss"]
+    for i, logprobs_N in enumerate(judged):
+        torch.testing.assert_close(-found[i], logprobs_N, rtol=1e-5, atol=1e-5)

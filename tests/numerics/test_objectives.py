@@ -70,7 +70,7 @@ def make_rollout(sampler_logits_NV: Tensor, step: int = 2) -> Rollout:
         for tokens, logprobs_N in zip(tokens_N.split(LENGTHS), logprobs, strict=True)
     ]
     examples = [Example("q", "a", domain, "q") for domain in ("sort", "sort", "reverse")]
-    return Rollout(step, examples, samples, ["x"] * 3, 1)
+    return Rollout(step, examples, samples, ["x"] * 3, [True] * 3, 1)
 
 
 def random_logits(seed: int) -> Tensor:
@@ -106,6 +106,21 @@ def test_a_teacher_equal_to_the_student_leaves_nothing_to_learn(variant):
     assert gradient_NV.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", [name for name, changed in VARIANTS.items() if "extrapolation" not in changed])
+def test_every_objective_logs_the_exact_reverse_kl(variant):
+    config = DistillConfig(objective=ObjectiveConfig(**VARIANTS[variant]), temperature=0.7)
+    student_NV, teacher_NV = random_logits(0), random_logits(1)
+    # Tokens that nobody's model drew: on them a sampled ratio would mean nothing.
+    rollout = make_rollout(random_logits(7))
+    objective = distillation_objective(config, CPU)
+    judgement = judged(rollout, teacher_NV, random_logits(2), student_NV)
+    _, metrics = objective(rollout, judgement, [0, 1, 2])(student_NV, slice(None))
+    exact_N = torch.nn.functional.kl_div(
+        (teacher_NV / 0.7).log_softmax(-1), (student_NV / 0.7).log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    torch.testing.assert_close(metrics["reverse_kl"], exact_N, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_change_no_objective(variant):
     config = DistillConfig(objective=ObjectiveConfig(**VARIANTS[variant]), temperature=0.7)
@@ -114,7 +129,7 @@ def test_chunks_change_no_objective(variant):
     head_VH = torch.randn(VOCABULARY, 5, generator=generator)
     rollout = make_rollout(random_logits(4))
     # In step 1 the agreement is looked at too, which must not change the loss.
-    rollout = Rollout(1, rollout.examples, rollout.samples, rollout.completions, 1)
+    rollout = Rollout(1, rollout.examples, rollout.samples, rollout.completions, rollout.own, 1)
     judgement = judged(rollout, random_logits(1), random_logits(2), random_logits(5), advantages=[1.0, -1.0, 0.5])
     weights_N = torch.rand(sum(LENGTHS), generator=generator)
     found = []

@@ -65,6 +65,12 @@ def test_logits_that_are_more_than_a_linear_head_are_refused(store, checkpoint):
         check_head(policy, start)
 
 
+def test_an_adapter_on_the_output_head_is_refused(store, checkpoint):
+    start = checkpoint("start", 0)
+    with pytest.raises(UserError, match=r"start: lora\.target_modules puts an adapter on the output head"):
+        load_policy(start, store, lora=LoraConfig(target_modules=["lm_head", "q_proj"]), trainable=True)
+
+
 def test_tokenizer_round_trip_and_difference():
     tokenizer = character_tokenizer()
     text = "fix:\ndef f(a, b):\n    return a if a > b else max(b, 1)"

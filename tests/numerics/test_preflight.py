@@ -63,3 +63,15 @@ def test_a_sampler_that_disagrees_shows_the_first_token(merge, monkeypatch):
     monkeypatch.setattr(stages.on_policy.preflight, "sample", off)
     with pytest.raises(UserError, match=r"the sampler gives completion token 1 .* log-probability nan"):
         preflight(student, pool, examples, config, print)
+
+
+def test_in_bfloat16_the_trainers_own_forward_is_what_all_are_compared_with(store, checkpoint, domains):
+    config = DistillConfig(max_new_tokens=8, dtype="bfloat16")
+    student = tiny_policy(9)
+    pool = TeacherPool({"sort": (Routed(checkpoint("one", 1)),)}, store, student, config)
+    notes: list[str] = []
+    preflight(student, pool, {"sort": domains["sort"].draw("train", 5, 0)}, config, notes.append)
+    sampler, teachers = (float(gap) for gap in re.findall(r"within ([0-9.e+-]+)", notes[0]))
+    # The sampler runs in float32, the trainer under autocast: a gap that is there must be told.
+    assert 1e-4 < sampler < 0.25
+    assert teachers < 1e-4

@@ -117,6 +117,7 @@ def test_an_expert_may_not_take_a_stages_name(tmp_path: Path) -> None:
         ("experts.sort.checkpoint=some/model", "exactly one of train, checkpoint"),
         ("base.revision=main", "revision goes with checkpoint"),
         ("merge.objective.outcome_weight=0.5", "needs a group_size of 2 or more"),
+        ("merge.objective.top_k={k: 1, remainder: renormalise}", "one token of probability 1 for every student"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, override: str, said: str) -> None:
