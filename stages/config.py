@@ -149,6 +149,43 @@ class MonitorConfig(StrictModel):
     examples: Positive = Field(100, description="Held-out examples of each domain, greedy.")
 
 
+class SamplerConfig(StrictModel):
+    """Who draws the student's completions."""
+
+    backend: Literal["transformers", "vllm", "vllm_server"] = Field(
+        "transformers",
+        description="transformers in the trainer's process; vLLM in the trainer's process; or vLLM servers at `urls`.",
+    )
+    urls: list[str] = Field(
+        default_factory=list, description="vllm_server: addresses of the servers.", json_schema_extra=NOT_IN_KEY
+    )
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.4,
+        description="vllm: share of the device's memory for weights and cache while it samples; on a GPU it sleeps "
+        "during the update.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    timeout: float = Field(
+        600.0, gt=0, description="vllm_server: seconds one request may take.", json_schema_extra=NOT_IN_KEY
+    )
+    retries: int = Field(
+        3, ge=0, description="vllm_server: how often a failed request is sent again.", json_schema_extra=NOT_IN_KEY
+    )
+    mismatch_alarm: float = Field(
+        0.1,
+        gt=0,
+        description="Alarm when the engine's and the trainer's log-probabilities of the sampled tokens differ by more "
+        "than this on the mean, in nats.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+
+    @model_validator(mode="after")
+    def _urls_belong_to_servers(self) -> Self:
+        if self.urls and self.backend != "vllm_server":
+            raise ValueError(f"urls belong to backend: vllm_server; the backend is {self.backend}")
+        return self
+
+
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, judge the samples, update."""
 
@@ -158,6 +195,11 @@ class OnPolicyConfig(TrainConfig):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus sampling threshold.")
     updates_per_batch: Positive = Field(1, description="Optimizer updates made on each batch of rollouts.")
+    sampler: SamplerConfig = Field(
+        default_factory=SamplerConfig,
+        description="What draws the completions.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     loss_normalisation: Literal["token", "sequence", "domain"] = Field(
         "token",
         description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "

@@ -10,6 +10,7 @@ sampler (`temperature` 0) takes the likeliest token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,42 @@ class Sample:
     def tokens(self) -> list[int]:
         """Prompt and completion."""
         return [*self.prompt_ids, *self.completion_ids]
+
+
+class Sampler(Protocol):
+    """Draws the student's completions, here or elsewhere, with the weights it was given last."""
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Take the policy's weights; `version` counts the updates they have had."""
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments, result and errors as for the function `sample`."""
+
+    def close(self) -> None:
+        """Free what it holds; nothing is left running."""
+
+
+class TransformersSampler:
+    """The trainer's own model; its weights need no following."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Sample with this policy."""
+        del version
+        self.policy = policy
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments, result and errors as for the function `sample`."""
+        return sample(self.policy, prompts, group_size, sampling, seed)
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
 def sample(
