@@ -14,6 +14,7 @@ from experts.errors import UserError
 from flows.config import BASE, COLD_START, STUDENT
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
+from stages.core.extras import require_vllm
 
 # Free space without which even a tiny run is likely to fail.
 SMALLEST_FREE_BYTES = 200 * 2**20
@@ -36,7 +37,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
-    problems += [*_sampling_problems(graph, missing), *_device_problems(graph, missing)]
+    problems += [*_sampling_problems(graph, missing), *_device_problems(graph, missing), *_engine_problems(missing)]
     warnings: list[str] = []
     if missing:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
@@ -84,6 +85,17 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         limit = origin.config["model"]["max_length"] if origin.stage == "pretrain" else None
         if limit is not None and asked >= limit:
             yield f"{node.id}: max_new_tokens {asked} leaves no room for a prompt in a context of {limit} tokens"
+
+
+def _engine_problems(missing: list[Node]) -> Iterator[str]:
+    """Samplers that are not installed."""
+    for key in dict.fromkeys(
+        _config_key(node) for node in missing if node.config.get("sampler", {}).get("backend") == "vllm"
+    ):
+        try:
+            require_vllm(f"{key}.sampler.backend")
+        except UserError as error:
+            yield str(error)
 
 
 def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:

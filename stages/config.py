@@ -139,6 +139,12 @@ class HealthConfig(StrictModel):
         description="Alarm when a domain's completions shrink by more than this factor under zlib: they repeat "
         "themselves.",
     )
+    max_mismatch: float = Field(
+        0.1,
+        gt=0,
+        description="Alarm when sampler and trainer differ by more than this in the log-probability of a sampled "
+        "token, in nats on the mean of a domain.",
+    )
     on_alarm: Literal["warn", "stop"] = Field("warn", description="Only log an alarm, or end the stage with it.")
 
 
@@ -152,12 +158,8 @@ class MonitorConfig(StrictModel):
 class SamplerConfig(StrictModel):
     """Who draws the student's completions."""
 
-    backend: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers",
-        description="transformers in the trainer's process; vLLM in the trainer's process; or vLLM servers at `urls`.",
-    )
-    urls: list[str] = Field(
-        default_factory=list, description="vllm_server: addresses of the servers.", json_schema_extra=NOT_IN_KEY
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="transformers or vLLM, both in the trainer's process."
     )
     memory_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4,
@@ -165,25 +167,6 @@ class SamplerConfig(StrictModel):
         "during the update.",
         json_schema_extra=NOT_IN_KEY,
     )
-    timeout: float = Field(
-        600.0, gt=0, description="vllm_server: seconds one request may take.", json_schema_extra=NOT_IN_KEY
-    )
-    retries: int = Field(
-        3, ge=0, description="vllm_server: how often a failed request is sent again.", json_schema_extra=NOT_IN_KEY
-    )
-    mismatch_alarm: float = Field(
-        0.1,
-        gt=0,
-        description="Alarm when the engine's and the trainer's log-probabilities of the sampled tokens differ by more "
-        "than this on the mean, in nats.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-
-    @model_validator(mode="after")
-    def _urls_belong_to_servers(self) -> Self:
-        if self.urls and self.backend != "vllm_server":
-            raise ValueError(f"urls belong to backend: vllm_server; the backend is {self.backend}")
-        return self
 
 
 class OnPolicyConfig(TrainConfig):

@@ -9,6 +9,7 @@ gold answers, and `on_policy_fraction` below 1 lets teachers or the dataset writ
 Left out: remote teachers.
 """
 
+import contextlib
 from typing import Any
 
 from stages.config import DistillConfig
@@ -17,6 +18,7 @@ from stages.core.policy import load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
+from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
@@ -51,24 +53,26 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     known: Routes = {**routes, REFERENCE: (Routed(start),)} if reference else routes
     # A wrapper that holds the student's parameters must not see teachers' adapters among them.
     pool = TeacherPool(known, workspace.store, policy, config, lends=learner.world_size == 1)
-    notes: list[str] = []
-    with learner.whole():
-        preflight(policy, pool, examples, config, notes.append)
-    practice = Practice(
-        stage="distill",
-        mixture=mixture,
-        signal=_signal(config, workspace, learner, pool, reference),
-        objective=distillation_objective(config, learner),
-        progress=("reverse_kl", "lower"),
-        chunk_tokens=config.objective.chunk_tokens,
-        on_policy_fraction=config.on_policy_fraction,
-        writer=_writer(config, workspace, learner, pool),
-        golden=GoldenRows(examples, workspace.domains, config, learner) if config.objective.golden_share else None,
-        monitor=monitor,
-        notes=notes,
-        facts={"teachers": _manifest(config, routes, mixture)},
-    )
-    return train_on_policy(practice, learner, config, workspace)
+    with contextlib.closing(make_sampler(config, learner, workspace)) as sampler:
+        notes: list[str] = []
+        with learner.whole():
+            preflight(policy, sampler, pool, examples, config, notes.append)
+        practice = Practice(
+            stage="distill",
+            mixture=mixture,
+            signal=_signal(config, workspace, learner, pool, reference),
+            objective=distillation_objective(config, learner),
+            progress=("reverse_kl", "lower"),
+            chunk_tokens=config.objective.chunk_tokens,
+            on_policy_fraction=config.on_policy_fraction,
+            writer=_writer(config, workspace, learner, pool),
+            golden=GoldenRows(examples, workspace.domains, config, learner) if config.objective.golden_share else None,
+            sampler=sampler,
+            monitor=monitor,
+            notes=notes,
+            facts={"teachers": _manifest(config, routes, mixture)},
+        )
+        return train_on_policy(practice, learner, config, workspace)
 
 
 def _routes(config: DistillConfig, workspace: Workspace) -> Routes:

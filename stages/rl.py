@@ -6,6 +6,7 @@ asymmetric clip (DAPO's clip-higher). Groups whose rewards are all equal carry n
 Left out: a critic, a KL penalty against the start (forgetting is measured, not assumed), DAPO's over-long shaping.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from stages.core.policy import load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
+from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
 from stages.on_policy.rollout import PromptMixture, Rollout
@@ -63,5 +65,8 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
 
         return token_loss
 
-    practice = Practice("rl", mixture, signal, objective, progress=("reward", "higher"), monitor=monitor)
-    return train_on_policy(practice, learner, config, workspace)
+    with contextlib.closing(make_sampler(config, learner, workspace)) as sampler:
+        practice = Practice(
+            "rl", mixture, signal, objective, progress=("reward", "higher"), sampler=sampler, monitor=monitor
+        )
+        return train_on_policy(practice, learner, config, workspace)

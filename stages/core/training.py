@@ -187,6 +187,10 @@ class Learner:
         total: Tensor = self.accelerator.reduce(torch.tensor(value, device=self.device), "sum")
         return float(total)
 
+    def largest(self, value: float) -> float:
+        """The largest of the processes' values."""
+        return max(gather_object([value]))
+
     @property
     def rank(self) -> int:
         """Which of the processes this is."""

@@ -8,7 +8,7 @@ completions grow, completions repeat themselves (compression ratio).
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
@@ -31,12 +31,14 @@ class Vitals:
         entropy: Mean entropy of the policy in nats a token.
         length: Mean tokens of a completion.
         compression: Compression ratio of the completions, as `compression` gives it.
+        mismatch: Mean |log-probability of a sampled token by the trainer − by the sampler| in nats.
     """
 
     signal: Mapping[str, float]
     entropy: Mapping[str, float]
     length: Mapping[str, float]
     compression: Mapping[str, float]
+    mismatch: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,13 @@ class Health:
                 yield (
                     f"{domain}: compression {mean:.3g} is above {config.max_compression:g}: "
                     f"completions repeat themselves"
+                )
+
+        for domain, mean in self._smoothed("mismatch", vitals.mismatch):
+            if self._begins(f"mismatch/{domain}", mean > config.max_mismatch):
+                yield (
+                    f"{domain}: sampler and trainer differ by {mean:.3g} nats a token, above {config.max_mismatch:g}: "
+                    f"the sampler's weights or precision are not the trainer's"
                 )
 
     def _begins(self, alarm: str, holds: bool) -> bool:

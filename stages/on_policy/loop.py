@@ -24,7 +24,9 @@ from stages.core.update import Row, accumulate
 from stages.core.workspace import Workspace
 from stages.on_policy.balance import loss_weights
 from stages.on_policy.health import Health, Vitals, compression
+from stages.on_policy.mismatch import largest, may_differ, with_mismatch
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
+from stages.on_policy.sampler import Sampler, TransformersSampler
 from stages.on_policy.signals import Judgement, Signal
 
 SAMPLE_EVERY = 25
@@ -69,6 +71,7 @@ class Practice:
         on_policy_fraction: Share of the prompts the student answers itself.
         writer: Answers the others.
         golden: Gold answers beside.
+        sampler: Draws the student's completions; the trainer's own model when absent.
         monitor: Scores the student while it trains.
         notes: Lines for the log before the first step.
         facts: More for the checkpoint's manifest.
@@ -83,6 +86,7 @@ class Practice:
     on_policy_fraction: float = 1.0
     writer: Writer | None = None
     golden: Golden | None = None
+    sampler: Sampler | None = None
     monitor: Monitor | None = None
     notes: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -145,16 +149,25 @@ def take_step(
     learner.tokens += round(learner.global_sum(sum(row.scored for row in [*rows, *golden])))
     metrics: dict[str, float] = {}
     values: Mapping[str, Mapping[int, Tensor]] = {}
-    for _ in range(config.updates_per_batch):
+    mismatch: Mapping[int, Tensor] = {}
+    for update in range(config.updates_per_batch):
         if learner.global_sum(len(kept)) == 0 and practice.golden is None:
             learner.skip_update()
             continue
-        values = accumulate(learner, rows, partial(practice.objective, rollout, judgement), practice.chunk_tokens, kept)
+        objective = partial(practice.objective, rollout, judgement)
+        if update == 0 and may_differ(config):
+            objective = partial(with_mismatch, objective, rollout, config.temperature)
+        found = accumulate(learner, rows, objective, practice.chunk_tokens, kept)
+        mismatch = found.pop("mismatch", mismatch)
+        values = found
         if practice.golden:
             imitated = accumulate(learner, golden, partial(cross_entropy, golden), practice.chunk_tokens)
             values = values | {"golden_loss": imitated.get("loss", {})}
         metrics |= learner.update()
     clock.lap("update")
+    if may_differ(config):
+        values = {**values, "mismatch": mismatch}
+        metrics["mismatch_max"] = learner.largest(largest(mismatch))
     metrics |= learner.averages(_sums(rollout, judgement, values, golden, practice.on_policy_fraction > 0))
     metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
     metrics["informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))
@@ -165,7 +178,9 @@ def take_step(
 def _collect(practice: Practice, learner: Learner, config: OnPolicyConfig, step: int) -> Rollout:
     """The student's own samples, and those of whoever answers the other prompts."""
     own, others = practice.mixture.split(step, practice.on_policy_fraction)
-    rollout = roll_out(learner, own, config, step)
+    sampler = practice.sampler or TransformersSampler(learner.policy)
+    sampler.follow(learner.policy, step - 1)
+    rollout = roll_out(learner, sampler, own, config, step)
     if others and practice.writer:
         rollout += practice.writer.write(others, step)
     return rollout
@@ -225,6 +240,7 @@ def _vitals(practice: Practice, metrics: Mapping[str, float]) -> Vitals:
         entropy=by_domain("entropy"),
         length=by_domain("length"),
         compression=by_domain("compression"),
+        mismatch=by_domain("mismatch"),
     )
 
 

@@ -21,7 +21,7 @@ from stages.config import DistillConfig
 from stages.core.policy import HiddenStates, Policy, encode_prompt, head_weight
 from stages.core.update import Row
 from stages.on_policy.losses import token_logprobs
-from stages.on_policy.sampler import Sample, Sampling, sample
+from stages.on_policy.sampler import Sample, Sampler, Sampling
 from stages.on_policy.teachers import REFERENCE, TeacherPool
 
 PROMPTS_A_DOMAIN = 2
@@ -32,6 +32,7 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 @torch.no_grad()
 def preflight(
     policy: Policy,
+    sampler: Sampler,
     pool: TeacherPool,
     examples: Mapping[str, Sequence[Example]],
     config: DistillConfig,
@@ -41,6 +42,7 @@ def preflight(
 
     Args:
         policy: The student, in eval mode.
+        sampler: Draws its completions.
         pool: The teachers, whose tokenizers and vocabularies have been compared.
         examples: Training examples of each domain.
         config: The merge's config; `preflight_tolerance` in nats.
@@ -53,7 +55,8 @@ def preflight(
     chosen = [example for drawn in examples.values() for example in drawn[:PROMPTS_A_DOMAIN]]
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in chosen]
     sampling = Sampling(min(config.max_new_tokens, LONGEST), config.temperature, config.top_p)
-    samples = [group[0] for group in sample(policy, prompts, 1, sampling, 0)]
+    sampler.follow(policy, 0)
+    samples = [group[0] for group in sampler.sample(prompts, 1, sampling, 0)]
     gaps = {"sampler and trainer": 0.0, "teachers": 0.0}
     for example, drawn in zip(chosen, samples, strict=True):
         own_N = token_logprobs(_logits(policy.model, drawn, config) / config.temperature, _targets(drawn))

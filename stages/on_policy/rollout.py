@@ -13,7 +13,7 @@ from experts.errors import UserError
 from stages.config import OnPolicyConfig
 from stages.core.policy import Policy, encode_prompt
 from stages.core.training import Item, Learner, epochs, step_seed
-from stages.on_policy.sampler import Sample, Sampling, sample
+from stages.on_policy.sampler import Sample, Sampler, Sampling
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,15 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
-def roll_out(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig, step: int) -> Rollout:
+def roll_out(
+    learner: Learner, sampler: Sampler, drawn: Sequence[Example], config: OnPolicyConfig, step: int
+) -> Rollout:
     """Sample `group_size` completions of each prompt of this process's share with the current student."""
     policy, examples = learner.policy, learner.shard(drawn)
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    groups = sample(
-        policy, prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}")
-    )
+    seed = step_seed(learner.seed, step, f"sample {learner.rank}")
+    groups = sampler.sample(prompts, config.group_size, sampling, seed)
     return gather(policy, examples, groups, config.group_size, step, own=True)
 
 

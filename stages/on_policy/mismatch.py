@@ -1,0 +1,50 @@
+"""How far sampler and trainer are apart: they compute the same policy by different ways, and never exactly agree.
+
+Measured on the student's own tokens in the forward pass of a rollout's first update, which every step makes anyway.
+
+Shape suffixes: N completion tokens of some rows laid end to end, C those of one chunk, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from stages.config import OnPolicyConfig
+from stages.core.loss import TokenLoss
+from stages.on_policy.losses import token_logprobs
+from stages.on_policy.rollout import Rollout
+
+
+def may_differ(config: OnPolicyConfig) -> bool:
+    """Whether sampler and trainer compute in ways that differ by more than rounding."""
+    return config.sampler.backend != "transformers" or config.dtype != "float32"
+
+
+def with_mismatch(
+    objective: Callable[..., TokenLoss], rollout: Rollout, temperature: float, rows: list[int]
+) -> TokenLoss:
+    """The objective of some rows, which also tells how far the trainer is from the sampler on the student's tokens."""
+    inner = objective(rows)
+    sampler_N, tokens_N = (torch.cat(part) for part in zip(*(_drawn(rollout, row) for row in rows), strict=True))
+
+    def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
+        losses_C, metrics = inner(logits_CV, part)
+        with torch.no_grad():
+            here_C = tokens_N[part].to(logits_CV.device)
+            trainer_C = token_logprobs(logits_CV if temperature == 1.0 else logits_CV / temperature, here_C)
+            return losses_C, {**metrics, "mismatch": (trainer_C - sampler_N[part].to(trainer_C.device)).abs()}
+
+    return token_loss
+
+
+def largest(mismatch: Mapping[int, Tensor]) -> float:
+    """The largest gap of all rows' tokens; 0 where none was measured."""
+    return max((float(part_N.nan_to_num(0.0).max()) for part_N in mismatch.values() if len(part_N)), default=0.0)
+
+
+def _drawn(rollout: Rollout, row: int) -> tuple[Tensor, Tensor]:
+    """What the sampler said of a row's tokens, NaN where it drew none of them; and the tokens."""
+    sample = rollout.samples[row]
+    said_N = sample.logprobs_N if rollout.own[row] else torch.full_like(sample.logprobs_N, torch.nan)
+    return said_N, torch.tensor(sample.completion_ids, dtype=torch.long)

@@ -1,0 +1,229 @@
+"""vLLM in the trainer's process: it samples with the student's weights, handed over before every rollout.
+
+The engine starts with a model of the student's shape and no weights. Full weights are handed over by vLLM's own
+`reload_weights`, tensor by tensor, from the trainer's parameters; of a LoRA student the base goes over once and each
+version's adapter is swapped in. On a GPU the engine sleeps while the trainer updates, and its memory is free.
+
+Output heads are never tied in the engine: on a CPU vLLM multiplies by a packed copy of the head, which a reload of the
+embedding alone leaves as it was (seen with vLLM 0.32).
+"""
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from experts.domain import stable_hash
+from experts.errors import UserError
+from stages.config import OnPolicyConfig
+from stages.core.extras import require_vllm
+from stages.core.policy import Policy, causal_lm
+from stages.on_policy.sampler import Sample, Sampling
+
+# Set unless the user has: one process, no telemetry, no cores of its own, and nothing compiled, which would take a C++
+# compiler and longer than a short run's rollouts.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
+MAX_ROWS = 256
+HEAD = "lm_head.weight"
+
+
+class VllmEngine:
+    """A `Sampler` with an engine in this process.
+
+    Args:
+        policy: The student; its shape, not yet its weights.
+        config: Lengths, temperature, number type and `sampler`.
+        folder: For the shape's files and adapters.
+
+    Raises:
+        UserError: vLLM is not installed, or cannot tell the log-probabilities these settings need.
+    """
+
+    def __init__(self, policy: Policy, config: OnPolicyConfig, folder: Path) -> None:
+        require_vllm("sampler.backend")
+        self.mode = logprobs_mode(config.temperature, config.top_p)
+        self.cuda = torch.cuda.is_available()
+        for name, value in (ENVIRONMENT if self.cuda else ENVIRONMENT | CPU_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        self.folder = folder
+        self.eos_id = policy.eos_id
+        self.lora = config.lora
+        shutil.rmtree(folder, ignore_errors=True)
+        causal_lm(policy.model).config.save_pretrained(folder)
+        self.engine: Any = LLM(
+            model=str(folder),
+            load_format="dummy",
+            # A model that was made here does not say in its config what it is.
+            hf_overrides={"tie_word_embeddings": False, "architectures": [type(causal_lm(policy.model)).__name__]},
+            runner="generate",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=config.dtype,
+            logprobs_mode=self.mode,
+            max_num_seqs=MAX_ROWS,
+            enforce_eager=not self.cuda,
+            disable_log_stats=True,
+            **self._memory(policy, config),
+            **self._adapters(),
+        )
+        self._request: Any = None
+        self._has_base = False
+        self._sleep()
+
+    def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
+        if self.cuda:
+            return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
+        # On a CPU vLLM would take nine tenths of the memory there is, whatever it can use.
+        shape = causal_lm(policy.model).config
+        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        token = 2 * shape.num_hidden_layers * heads * width * (2 if config.dtype == "bfloat16" else 4)
+        most = int(config.sampler.memory_share * psutil.virtual_memory().available)
+        return {"kv_cache_memory_bytes": min(most, token * shape.max_position_embeddings * MAX_ROWS)}
+
+    def _adapters(self) -> dict[str, Any]:
+        if self.lora is None:
+            return {}
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, self.lora.rank)}
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Take over the policy's weights; what was cached of the weights before is dropped."""
+        self._wake("weights")
+        if self.lora is None or not self._has_base:
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
+            self._has_base = True
+        if self.lora is not None:
+            self._request = self._adapter(policy, version)
+        self._wake("kv_cache")
+        self.engine.reset_prefix_cache()
+
+    def _adapter(self, policy: Policy, version: int) -> Any:
+        """A request's name for this version's adapter; the one before makes room for it."""
+        from vllm.lora.request import LoRARequest
+
+        if self._request is not None:
+            self.engine.llm_engine.remove_lora(self._request.lora_int_id)
+            shutil.rmtree(self._request.lora_path)
+        folder = self.folder / f"adapter-{version}"
+        assert isinstance(policy.model, PeftModel)
+        policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+        # Ids begin with 1.
+        return LoRARequest(f"student-{version}", version + 1, str(folder))
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments and result as for `stages.on_policy.sampler.sample`.
+
+        Raises:
+            UserError: a prompt with its completion does not fit the model's context, or `sampling` asks for
+                log-probabilities of another kind than the engine was started for.
+        """
+        from vllm import SamplingParams
+
+        if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
+            raise UserError(f"the engine tells {self.mode}, which temperature {sampling.temperature} does not go with")
+        check_context(prompts, sampling.max_new_tokens, int(self.engine.model_config.max_model_len))
+        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
+        drawn, copies = (group_size, 1) if sampling.temperature > 0 else (1, group_size)
+        parameters = [
+            SamplingParams(
+                n=drawn,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=[self.eos_id],
+                seed=prompt_seed(seed, index),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self._request)
+        self._sleep()
+        return [
+            [self._sample(prompt, output) for output in sorted(answer.outputs, key=lambda o: o.index)] * copies
+            for prompt, answer in zip(prompts, found, strict=True)
+        ]
+
+    def _sample(self, prompt: list[int], output: Any) -> Sample:
+        ids = list(output.token_ids)
+        # A token's own log-probability comes first, the likeliest's may follow.
+        logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
+        return Sample(prompt, ids, torch.tensor(logprobs[: len(ids)]), bool(ids) and ids[-1] == self.eos_id)
+
+    def close(self) -> None:
+        """End the engine; its memory is free afterwards."""
+        self.engine.llm_engine.engine_core.shutdown()
+        del self.engine
+        gc.collect()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _sleep(self) -> None:
+        """Leave the device's memory to the trainer: the cache, and weights that will be handed over anew."""
+        if self.cuda:
+            self.engine.sleep(level=1 if self._has_base and self.lora else 2)
+
+    def _wake(self, part: str) -> None:
+        if self.cuda:
+            self.engine.wake_up(tags=[part])
+
+
+def logprobs_mode(temperature: float, top_p: float) -> str:
+    """Which of vLLM's log-probabilities are those of the policy at its temperature before top-p.
+
+    Raises:
+        UserError: none are.
+    """
+    if temperature in (0.0, 1.0):
+        return "raw_logprobs"
+    if top_p < 1.0:
+        raise UserError(
+            f"vLLM cannot tell log-probabilities at temperature {temperature} before top_p {top_p}; set one of them to "
+            f"1, or sample with backend: transformers"
+        )
+    return "processed_logprobs"
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """A seed for each prompt of a rollout, of which vLLM makes one for each completion by counting on."""
+    return int(stable_hash([seed, index])[:15], 16)
+
+
+def check_context(prompts: Sequence[list[int]], max_new_tokens: int, limit: int) -> None:
+    """See that all prompts leave room for their completions.
+
+    Raises:
+        UserError: one does not.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if longest + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the engine's context of {limit} "
+            f"tokens; lower max_new_tokens or shorten the domain's prompts"
+        )
+
+
+def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The weights under their checkpoint's names, of a LoRA student its base's, the head always by its own name."""
+    for name, parameter in causal_lm(policy.model).named_parameters():
+        if ".lora_" not in name and name != HEAD:
+            yield name.replace(".base_layer.", "."), parameter.detach()
+    yield HEAD, policy.head_VH.detach()
