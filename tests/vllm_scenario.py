@@ -1,0 +1,143 @@
+"""What vLLM does in a trainer's process, run in a process of its own: `python vllm_scenario.py FOLDER` prints facts as
+JSON on its last line. `tests/integration/test_vllm_engine.py` reads them."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import stages.distill
+from experts.domain import load_domain
+from stages.config import DistillConfig, LoraConfig, OptimizerConfig, SamplerConfig, TinyModelConfig
+from stages.core.checkpoint import Artifact, Store
+from stages.core.journal import read
+from stages.core.policy import Policy, peft_config
+from stages.core.tiny import character_tokenizer, tiny_model
+from stages.core.workspace import Workspace
+from stages.on_policy.sampler import Sample, Sampling, sample
+from stages.on_policy.vllm_engine import VllmEngine
+
+# vLLM's attention on a CPU takes heads of 32 and more.
+SHAPE = TinyModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=64, max_length=128)
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [30] * 20]
+UPDATES = 3
+VLLM = SamplerConfig(backend="vllm", memory_share=0.1)
+
+
+def make_policy(lora: LoraConfig | None) -> Policy:
+    """A random tiny model with sharp distributions, full or with an adapter."""
+    tokenizer = character_tokenizer()
+    model = tiny_model(SHAPE, tokenizer, 3).eval()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(4.0)
+    return Policy(model if lora is None else get_peft_model(model, peft_config(lora)).eval(), tokenizer)
+
+
+def move(policy: Policy) -> None:
+    """An update, as far as an engine can tell."""
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                spread = parameter.std() if parameter.std() > 0 else 0.02
+                parameter.add_(0.3 * spread * torch.randn_like(parameter))
+
+
+def gap(policy: Policy, groups: list[list[Sample]], temperature: float) -> float:
+    """The largest difference of the samples' log-probabilities from the policy's own forward."""
+    return max(float((drawn.logprobs_N - own(policy, drawn, temperature)).abs().max()) for g in groups for drawn in g)
+
+
+def own(policy: Policy, drawn: Sample, temperature: float) -> torch.Tensor:
+    with torch.no_grad():
+        logits_TV = policy.model(torch.tensor([drawn.tokens])).logits[0] / (temperature or 1.0)
+    logprobs_NV = logits_TV.log_softmax(-1)[len(drawn.prompt_ids) - 1 : -1]
+    return logprobs_NV.gather(1, torch.tensor(drawn.completion_ids)[:, None]).squeeze(1)
+
+
+def tokens(groups: list[list[Sample]]) -> list[list[list[int]]]:
+    return [[drawn.completion_ids for drawn in group] for group in groups]
+
+
+def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
+    """Sample, move the weights, sample: what the engine says before and after it follows."""
+    policy = make_policy(lora)
+    config = DistillConfig(lora=lora, temperature=0.7, sampler=VLLM)
+    engine = VllmEngine(policy, config, folder)
+    greedy, warm = Sampling(16, 0.0), Sampling(16, 0.7)
+    for update in range(UPDATES + 1):
+        engine.follow(policy, update)
+        chosen = engine.sample(PROMPTS, 1, greedy, 0)
+        drawn = engine.sample(PROMPTS, 4, warm, 1)
+        facts = {
+            "greedy": tokens(chosen) == tokens(sample(policy, PROMPTS, 1, greedy, 0)),
+            "greedy_gap": gap(policy, chosen, 0.0),
+            "gap": gap(policy, drawn, 0.7),
+            "repeats": tokens(drawn) == tokens(engine.sample(PROMPTS, 4, warm, 1)),
+            "distinct": len({tuple(one.completion_ids) for one in drawn[0]}),
+            "ended": all(one.finished == (one.completion_ids[-1] == policy.eos_id) for g in drawn for one in g),
+        }
+        move(policy)
+        yield facts | {"stale_gap": gap(policy, drawn, 0.7)}
+    engine.close()
+
+
+def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -> dict:
+    """A short merge: its metrics and notes; `deaf` lets the engine follow only once."""
+    parents = {role: random_checkpoint(store, role, seed) for seed, role in enumerate(("start", "teacher/sort"))}
+    place = Workspace(store, key, key, 0, parents, {"sort": load_domain("sort", "strings", {"task": "sort"})}, {})
+    follow = VllmEngine.follow
+    if deaf:
+        VllmEngine.follow = lambda self, policy, version: None if self._has_base else follow(self, policy, version)
+    try:
+        student = stages.distill.train(config, place)
+    finally:
+        VllmEngine.follow = follow
+    records = list(read(place.folder / "journal.jsonl"))
+    return {
+        "digest": student.digest,
+        "metrics": [record["values"] for record in records if record["kind"] == "metrics"],
+        "notes": [record["text"] for record in records if record["kind"] == "note"],
+        "left": [path.name for path in place.folder.iterdir()],
+    }
+
+
+def random_checkpoint(store: Store, name: str, seed: int) -> Artifact:
+    key = name.replace("/", "-")
+    if found := store.find(key):
+        return found
+    folder = store.staging(key)
+    tokenizer = character_tokenizer()
+    tiny_model(SHAPE, tokenizer, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder)
+    return Workspace(store, key, name, 0, {}, {}, {}).commit(folder, sources=None, metrics={})
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    lora = LoraConfig(rank=4)
+    facts = {"full": list(follows(folder / "full", None)), "lora": list(follows(folder / "lora", lora))}
+    config = DistillConfig(
+        max_steps=4,
+        examples=40,
+        prompts_per_step=6,
+        max_new_tokens=8,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        sampler=VLLM,
+        health={"window": 1},
+    )
+    store = Store(folder)
+    facts["merge"] = distils(store, config, "merge")
+    facts["merge_again"] = distils(store, config, "merge-again")
+    facts["deaf"] = distils(store, config, "deaf", deaf=True)
+    print(json.dumps(facts, default=dataclasses.asdict))
+
+
+if __name__ == "__main__":
+    main()
