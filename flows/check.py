@@ -37,7 +37,11 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
-    problems += [*_sampling_problems(graph, missing), *_device_problems(graph, missing), *_engine_problems(missing)]
+    problems += [
+        *_sampling_problems(graph, missing),
+        *_device_problems(graph, missing),
+        *_engine_problems(graph, missing),
+    ]
     warnings: list[str] = []
     if missing:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
@@ -87,15 +91,19 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
             yield f"{node.id}: max_new_tokens {asked} leaves no room for a prompt in a context of {limit} tokens"
 
 
-def _engine_problems(missing: list[Node]) -> Iterator[str]:
-    """Samplers that are not installed."""
-    for key in dict.fromkeys(
-        _config_key(node) for node in missing if node.config.get("sampler", {}).get("backend") == "vllm"
-    ):
+def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
+    """Samplers that are not installed, or would be started once in each of several processes."""
+    asking = (node for node in missing if node.config.get("sampler", {}).get("backend") == "vllm")
+    for key in dict.fromkeys(_config_key(node) for node in asking):
         try:
             require_vllm(f"{key}.sampler.backend")
         except UserError as error:
             yield str(error)
+        if graph.config.resources.gpus > 1:
+            yield (
+                f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is "
+                f"{graph.config.resources.gpus}, with one process each"
+            )
 
 
 def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:

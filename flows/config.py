@@ -152,10 +152,13 @@ class GateConfig(StrictModel):
 
 
 class ResourcesConfig(StrictModel):
-    """What the run may use. Never part of a content key, but for the number of devices of a stage."""
+    """What the run may use. Of a content key only the number of devices of a stage and its sampler are part."""
 
     gpus: int = Field(0, ge=0, description="Devices of each training stage; 0 trains on the CPU.")
     parallel_experts: int = Field(2, ge=1, description="Nodes that run side by side.")
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What draws completions in RL and merge, unless a stage's own `sampler` says so."
+    )
     threads: int = Field(1, ge=1, description="CPU threads of each node's process.")
     timeout_minutes: float = Field(120, gt=0, description="A node that takes longer is ended.")
     retries: int = Field(2, ge=0, description="New attempts after an infrastructure fault.")

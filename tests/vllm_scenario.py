@@ -1,7 +1,6 @@
 """What vLLM does in a trainer's process, run in a process of its own: `python vllm_scenario.py FOLDER` prints facts as
 JSON on its last line. `tests/integration/test_vllm_engine.py` reads them."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -136,7 +135,7 @@ def main() -> None:
     facts["merge"] = distils(store, config, "merge")
     facts["merge_again"] = distils(store, config, "merge-again")
     facts["deaf"] = distils(store, config, "deaf", deaf=True)
-    print(json.dumps(facts, default=dataclasses.asdict))
+    sys.stdout.write(f"{json.dumps(facts)}\n")
 
 
 if __name__ == "__main__":

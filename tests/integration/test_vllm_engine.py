@@ -92,5 +92,5 @@ def test_without_vllm_the_error_names_the_key_and_the_extra(monkeypatch):
 def test_log_probabilities_vllm_cannot_tell_are_refused():
     assert logprobs_mode(1.0, 0.9) == "raw_logprobs"
     assert logprobs_mode(0.7, 1.0) == "processed_logprobs"
-    with pytest.raises(UserError, match="temperature 0.7 before top_p 0.9"):
+    with pytest.raises(UserError, match=r"temperature 0\.7 before top_p 0\.9"):
         logprobs_mode(0.7, 0.9)

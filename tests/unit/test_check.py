@@ -1,5 +1,6 @@
 """What is checked before any training without loading weights: data, devices, tokenizers."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_sharding_over_one_device_names_the_keys(tmp_path: Path, gpus: int) -> N
     wanted = [f"{key}.sharding: fsdp shards over 2 devices or more; resources.gpus is {gpus}" for key in keys]
     assert message.splitlines() == wanted
     assert said(tmp_path, SORT_ALONE, "resources.gpus=2", *asked) == ""
+
+
+def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    message = said(tmp_path, SORT_ALONE, "merge.sampler.backend=vllm")
+    assert message.startswith("merge.sampler.backend: vLLM is not installed; `make setup-vllm`")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=1") == ""
+    message = said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=2")
+    keys = [line.partition(":")[0] for line in message.splitlines()]
+    assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
 def test_a_monitor_that_asks_for_more_than_there_is_is_named(tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def test_the_number_of_devices_is_in_the_key_of_training_only(tmp_path: Path) ->
     assert "world_size" not in ingredients
 
 
+def test_the_runs_sampler_reaches_the_stages_that_sample_and_do_not_say_their_own(tmp_path: Path) -> None:
+    before = graph_of(tmp_path)
+    assert changed(before, graph_of(tmp_path, ["resources.sampler=transformers"])) == set()
+    after = graph_of(tmp_path, ["resources.sampler=vllm"])
+    assert changed(before, after) == with_evaluations(before, {"experts/sort@0", "student@0"})
+    assert after.node("student@0").config["sampler"]["backend"] == "vllm"
+    own = graph_of(tmp_path, ["resources.sampler=vllm", "merge.sampler.backend=transformers"])
+    assert own.node("student@0").config["sampler"]["backend"] == "transformers"
+
+
 def test_evaluation_settings_change_no_checkpoint(tmp_path: Path) -> None:
     before = graph_of(tmp_path)
     after = graph_of(tmp_path, ["evaluate.examples=7"])
