@@ -140,6 +140,7 @@ def tree(store: Store, reference: str) -> "Tree":
     printed: set[str] = set()
 
     def grow(branch: "Tree", key: str, role: str) -> None:
+        """Add a checkpoint and all it was made from."""
         row = known.get(key)
         if row is None:
             branch.add(f"{role}[dim]{key}: no longer in the store[/dim]")
