@@ -209,8 +209,9 @@ class _Builder:
             if config.anchor:
                 anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
                 fields["domain_weights"] = anchor | config.domain_weights
-        if "sampler" in fields and "backend" not in fields["sampler"].model_fields_set:
-            fields["sampler"] = fields["sampler"].model_copy(update={"backend": self.config.resources.sampler})
+        sampler = self.config.resources.sampler
+        if sampler != "transformers" and "sampler" in fields and fields["sampler"].backend is None:
+            fields["sampler"] = fields["sampler"].model_copy(update={"backend": sampler})
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
         facts = {"config": own.key_fields()}

@@ -158,8 +158,8 @@ class MonitorConfig(StrictModel):
 class SamplerConfig(StrictModel):
     """Who draws the student's completions."""
 
-    backend: Literal["transformers", "vllm"] = Field(
-        "transformers", description="transformers or vLLM, both in the trainer's process."
+    backend: Literal["transformers", "vllm"] | None = Field(
+        None, description="transformers or vLLM, both in the trainer's process; `resources.sampler` when absent."
     )
     memory_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4,

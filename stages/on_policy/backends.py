@@ -14,7 +14,7 @@ def make_sampler(config: OnPolicyConfig, learner: Learner, workspace: Workspace)
         UserError: vLLM is not installed, several processes would each start an engine, or it cannot tell the
             log-probabilities that the config's temperature and top-p need.
     """
-    if config.sampler.backend == "transformers":
+    if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)
     if learner.world_size > 1:
         raise UserError(

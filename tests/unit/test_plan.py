@@ -103,6 +103,10 @@ def test_the_runs_sampler_reaches_the_stages_that_sample_and_do_not_say_their_ow
     after = graph_of(tmp_path, ["resources.sampler=vllm"])
     assert changed(before, after) == with_evaluations(before, {"experts/sort@0", "student@0"})
     assert after.node("student@0").config["sampler"]["backend"] == "vllm"
+    capped = [
+        build_graph(load(tmp_path, asked, max_steps=2), tmp_path / "home") for asked in ([], ["resources.sampler=vllm"])
+    ]
+    assert changed(*capped) == with_evaluations(before, {"experts/sort@0", "student@0"})
     own = graph_of(tmp_path, ["resources.sampler=vllm", "merge.sampler.backend=transformers"])
     assert own.node("student@0").config["sampler"]["backend"] == "transformers"
 
