@@ -167,7 +167,8 @@ def take_step(
     clock.lap("update")
     if may_differ(config):
         values = {**values, "mismatch": mismatch}
-        metrics["mismatch_max"] = learner.largest(largest(mismatch))
+        if (most := learner.largest(largest(mismatch))) >= 0:
+            metrics["mismatch_max"] = most
     metrics |= learner.averages(_sums(rollout, judgement, values, golden, practice.on_policy_fraction > 0))
     metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
     metrics["informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))

@@ -39,8 +39,8 @@ def with_mismatch(
 
 
 def largest(mismatch: Mapping[int, Tensor]) -> float:
-    """The largest gap of all rows' tokens; 0 where none was measured."""
-    return max((float(part_N.nan_to_num(0.0).max()) for part_N in mismatch.values() if len(part_N)), default=0.0)
+    """The largest gap of all rows' tokens; −1 where none was measured."""
+    return max((float(part_N.nan_to_num(0.0).max()) for part_N in mismatch.values() if len(part_N)), default=-1.0)
 
 
 def _drawn(rollout: Rollout, row: int) -> tuple[Tensor, Tensor]:
