@@ -179,6 +179,15 @@ class _Names:
             if expert.train and expert.train.rl:
                 shares = expert.train.rl.domain_shares
                 self.check(f"experts.{name}.train.rl.domain_shares", shares, [expert.domain], "domain of this expert")
+                self.budget(f"experts.{name}.train.rl.max_domain_share", expert.train.rl.max_domain_share, 1)
+
+    def budget(self, key: str, share: float, domains: int) -> None:
+        """A share no domain may pass, against the number of domains that have to share the whole."""
+        if domains and share * domains < 1:
+            self.problems.append(
+                f"{key}: {share:g} for each of {domains} domains leaves a part of the loss to none; at least "
+                f"{1 / domains:.3g}"
+            )
 
     def merge_entry(self, merge: MergeConfig) -> None:
         """The merge's domains, teachers and weights."""
@@ -195,6 +204,7 @@ class _Names:
         if merge.fallback_teacher is not None:
             self.check("merge.fallback_teacher", [merge.fallback_teacher], teachers, "expert")
         practised = [domain for domain in self.config.practised() if domain in self.domains]
+        self.budget("merge.max_domain_share", merge.max_domain_share, len(practised))
         for key, names in (("domain_weights", merge.domain_weights), ("domain_shares", merge.domain_shares)):
             self.check(f"merge.{key}", names, practised, "domain of the merge")
 

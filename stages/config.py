@@ -318,9 +318,19 @@ class ObjectiveConfig(StrictModel):
         if self.top_k is not None and self.name not in ("reverse_kl", "forward_kl", "jsd"):
             raise ValueError(f"top_k restricts reverse_kl, forward_kl or jsd; {self.name} has no top-k form")
         for option, owner in (("beta", "jsd"), ("entropy_threshold", "entropy_aware")):
-            if self.name != owner and getattr(self, option) != type(self).model_fields[option].default:
+            if self.name != owner and self._is_set(option):
                 raise ValueError(f"{option} belongs to {owner}; the objective is {self.name}")
+        if self.name != "sampled_reverse_kl" and not self.outcome_weight:
+            for option in ("importance", "importance_level"):
+                if self._is_set(option):
+                    raise ValueError(
+                        f"{option} belongs to sampled_reverse_kl or an outcome_weight; the exact {self.name} weighs "
+                        f"every token by 1"
+                    )
         return self
+
+    def _is_set(self, option: str) -> bool:
+        return bool(getattr(self, option) != type(self).model_fields[option].default)
 
 
 class DistillConfig(OnPolicyConfig):

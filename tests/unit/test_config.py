@@ -242,6 +242,14 @@ def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None
             },
             "merge.domain_shares: unknown domain of the merge 'general'",
         ),
+        (
+            {"teachers": {"sort": "one", "reverse": "reverse"}, "max_domain_share": 0.4},
+            "merge.max_domain_share: 0.4 for each of 2 domains leaves a part of the loss to none; at least 0.5",
+        ),
+        (
+            {"teachers": {"sort": "one"}, "objective": {"importance": "mask"}},
+            "importance belongs to sampled_reverse_kl or an outcome_weight",
+        ),
     ],
 )
 def test_mistakes_in_teachers_and_weights_are_explained(tmp_path: Path, merge: dict, said: str) -> None:

@@ -69,7 +69,10 @@ def test_a_new_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, 
     ("overrides", "why"),
     [
         (["merge.on_policy_fraction=0.5"], "on_policy_fraction 1.0 → 0.5"),
-        (["merge.objective.importance=mask"], "objective.importance drop → mask"),
+        (
+            ["merge.objective={name: sampled_reverse_kl, importance: mask}"],
+            "objective.importance drop → mask; objective.name reverse_kl → sampled_reverse_kl",
+        ),
         (
             ["merge.objective.top_k={k: 8}"],
             "objective.top_k None → {'k': 8, 'support': 'teacher', 'remainder': 'tail'}",
