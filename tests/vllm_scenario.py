@@ -77,6 +77,7 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
             "greedy_gap": gap(policy, chosen, 0.0),
             "gap": gap(policy, drawn, 0.7),
             "repeats": tokens(drawn) == tokens(engine.sample(PROMPTS, 4, warm, 1)),
+            "nothing": engine.sample([], 4, warm, 1),
             "distinct": len({tuple(one.completion_ids) for one in drawn[0]}),
             "ended": all(one.finished == (one.completion_ids[-1] == policy.eos_id) for g in drawn for one in g),
         }
@@ -120,7 +121,8 @@ def random_checkpoint(store: Store, name: str, seed: int) -> Artifact:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    lora = LoraConfig(rank=4)
+    # Of a rank that vLLM does not know by itself.
+    lora = LoraConfig(rank=12)
     facts = {"full": list(follows(folder / "full", None)), "lora": list(follows(folder / "lora", lora))}
     config = DistillConfig(
         max_steps=4,

@@ -37,7 +37,11 @@ ENVIRONMENT = {
 }
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 MAX_ROWS = 256
+# Room for a prompt in the cache of a CPU; longer ones leave room for fewer rows at a time.
+PROMPT_TOKENS = 512
 HEAD = "lm_head.weight"
+# What vLLM makes room for.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
@@ -75,7 +79,7 @@ class VllmEngine:
             generation_config="vllm",
             dtype=config.dtype,
             logprobs_mode=self.mode,
-            max_num_seqs=MAX_ROWS,
+            max_num_seqs=_rows(config),
             enforce_eager=not self.cuda,
             disable_log_stats=True,
             **self._memory(policy, config),
@@ -94,12 +98,16 @@ class VllmEngine:
         width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         token = 2 * shape.num_hidden_layers * heads * width * (2 if config.dtype == "bfloat16" else 4)
         most = int(config.sampler.memory_share * psutil.virtual_memory().available)
-        return {"kv_cache_memory_bytes": min(most, token * shape.max_position_embeddings * MAX_ROWS)}
+        wanted = max(shape.max_position_embeddings, _rows(config) * (PROMPT_TOKENS + config.max_new_tokens))
+        return {"kv_cache_memory_bytes": min(most, token * wanted)}
 
     def _adapters(self) -> dict[str, Any]:
         if self.lora is None:
             return {}
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, self.lora.rank)}
+        rank = next((rank for rank in LORA_RANKS if rank >= self.lora.rank), None)
+        if rank is None:
+            raise UserError(f"lora.rank: vLLM takes adapters of rank {LORA_RANKS[-1]} at most, not {self.lora.rank}")
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
     def follow(self, policy: Policy, version: int) -> None:
         """Take over the policy's weights; what was cached of the weights before is dropped."""
@@ -138,6 +146,9 @@ class VllmEngine:
 
         if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
             raise UserError(f"the engine tells {self.mode}, which temperature {sampling.temperature} does not go with")
+        if not prompts:
+            self._sleep()
+            return []
         check_context(prompts, sampling.max_new_tokens, int(self.engine.model_config.max_model_len))
         # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
         drawn, copies = (group_size, 1) if sampling.temperature > 0 else (1, group_size)
@@ -184,6 +195,11 @@ class VllmEngine:
     def _wake(self, part: str) -> None:
         if self.cuda:
             self.engine.wake_up(tags=[part])
+
+
+def _rows(config: OnPolicyConfig) -> int:
+    """Completions drawn at a time."""
+    return min(MAX_ROWS, config.prompts_per_step * config.group_size)
 
 
 def logprobs_mode(temperature: float, top_p: float) -> str:

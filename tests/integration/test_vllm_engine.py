@@ -59,6 +59,7 @@ def test_the_same_seed_draws_the_same_and_a_group_differs(facts, kind):
         assert seen["repeats"]
         assert seen["distinct"] > 1
         assert seen["ended"]
+        assert seen["nothing"] == []
 
 
 @pytest.mark.vllm
