@@ -9,13 +9,14 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from evals.scores import FILE
-from experts.domain import Domain, Example
+from experts.domain import Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
 from stages.core.checkpoint import Artifact, Store
@@ -77,11 +78,17 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         drawn = sample(policy, prompts, config.samples, sampling, seed)
         journal.progress(2, total)
     trained_on = set(checkpoint.manifest.get("sources", {}).get(request.domain, []))
-    rows = [
-        _row(policy, domain, example, best, others, example.source in trained_on)
-        for example, (best,), others in zip(examples, greedy, drawn, strict=True)
+    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
+    texts = [
+        [decode(one.completion_ids) for one in (best, *others)] for (best,), others in zip(greedy, drawn, strict=True)
     ]
-    metrics = summary(rows)
+    pairs = [(example, text) for example, own in zip(examples, texts, strict=True) for text in own]
+    scores = iter(domain.score_all(pairs))
+    rows = []
+    for example, (best,), others, own in zip(examples, greedy, drawn, texts, strict=True):
+        judged = [_judged(one, text, next(scores)) for one, text in zip((best, *others), own, strict=True)]
+        rows.append(_row(example, judged, example.source in trained_on))
+    metrics = summary(rows) | domain.facts()
     journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
     folder = workspace.store.staging(workspace.key)
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,26 +105,24 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return values | ({"sampled": statistics.fmean(sampled)} if sampled else {})
 
 
-def _row(
-    policy: Policy, domain: Domain, example: Example, greedy: Sample, samples: Sequence[Sample], contaminated: bool
-) -> dict[str, Any]:
-    """All that is known of one example."""
+def _judged(drawn: Sample, completion: str, score: float) -> dict[str, Any]:
+    """All that is known of one completion."""
+    return {
+        "completion": completion,
+        "score": score,
+        "tokens": len(drawn.completion_ids),
+        "truncated": not drawn.finished,
+    }
 
-    def judged(drawn: Sample) -> dict[str, Any]:
-        completion = policy.tokenizer.decode(drawn.completion_ids, skip_special_tokens=True)
-        return {
-            "completion": completion,
-            "score": domain.score(example, completion),
-            "tokens": len(drawn.completion_ids),
-            "truncated": not drawn.finished,
-        }
 
+def _row(example: Example, judged: Sequence[Mapping[str, Any]], contaminated: bool) -> dict[str, Any]:
+    """All that is known of one example; the greedy completion comes first."""
     return {
         "id": example.id,
         "source": example.source,
         "prompt": example.prompt,
         "answer": example.answer,
         "contaminated": contaminated,
-        "greedy": judged(greedy),
-        "samples": [judged(drawn) for drawn in samples],
+        "greedy": judged[0],
+        "samples": list(judged[1:]),
     }

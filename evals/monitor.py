@@ -54,8 +54,8 @@ class Monitor:
             return {}
         if not self._prompts:
             self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self._examples]
-        scores: dict[str, list[float]] = {}
+        pairs: dict[str, list[tuple[Example, str]]] = {}
         for example, (drawn,) in zip(self._examples, sample(policy, self._prompts, 1, self.sampling, 0), strict=True):
             completion = policy.tokenizer.decode(drawn.completion_ids, skip_special_tokens=True)
-            scores.setdefault(example.domain, []).append(self.domains[example.domain].score(example, completion))
-        return {f"score/{domain}": statistics.fmean(values) for domain, values in scores.items()}
+            pairs.setdefault(example.domain, []).append((example, completion))
+        return {f"score/{name}": statistics.fmean(self.domains[name].score_all(rows)) for name, rows in pairs.items()}

@@ -30,6 +30,7 @@ KINDS = {
     "reasoning": "experts.reasoning",
     "code_edit": "experts.code_edit",
     "hub": "experts.hub",
+    "judge": "experts.judge",
 }
 
 
@@ -87,6 +88,21 @@ class Domain(ABC):
     @abstractmethod
     def score(self, example: Example, completion: str) -> float:
         """Score a completion in [0, 1]; malformed or hostile text scores 0 and never raises."""
+
+    def score_all(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+        """Score completions, each as `score` does; a domain whose scores take a wait asks for many at a time."""
+        return [self.score(example, completion) for example, completion in pairs]
+
+    def facts(self) -> dict[str, float]:
+        """What scoring has told of the scorer itself, for the metrics; most have nothing to tell."""
+        return {}
+
+    def preflight(self) -> None:  # noqa: B027 - most domains have nothing outside themselves
+        """See that what scoring needs outside this process is there.
+
+        Raises:
+            UserError: it is not; names the key.
+        """
 
     def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
         """A completion to imitate: the gold answer, or a flawed one where the domain defines `rough` teaching."""

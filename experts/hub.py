@@ -5,48 +5,24 @@ Rows become examples by naming fields or by a template; completions are scored b
 are read, and unknown fields found, by the first draw.
 """
 
-import hashlib
-import random
 import string
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from experts import answers
-from experts.domain import HELD_OUT, TRAIN, Domain, Example, Prompt, in_train, stable_hash
-from experts.domain import Options as DomainOptions
-from experts.errors import UserError, nearest
+from experts.domain import Example, stable_hash
+from experts.errors import UserError
+from experts.rows import Row, RowDomain, RowOptions, prompt_source
 
 VERSION = 1
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-Row = Mapping[str, Any]
 
 
-class Options(DomainOptions):
+class Options(RowOptions):
     """What a `hub` domain asks for."""
 
-    path: str = Field(
-        description="Hub id (owner/name), a local .jsonl, .json, .csv or .parquet file, or a folder of them."
-    )
-    name: str | None = Field(None, description="Configuration of a Hub data set, e.g. `main` of openai/gsm8k.")
-    revision: str | None = Field(
-        None, description="Commit or tag of a Hub data set; pin it to keep results repeatable."
-    )
-    train_split: str = Field("train", description="The data set's split to train on.")
-    held_out_split: str | None = Field(
-        None, description="The data set's split to measure on; when absent, a share of the prompts is held out."
-    )
-    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out when no split is named.")
-    prompt_field: str | None = Field(None, description="Field with the prompt: text or a list of chat messages.")
-    prompt_template: str | None = Field(
-        None, validate_default=True, description="Prompt made of fields, e.g. `Question: {question}`."
-    )
     answer_field: str = Field(description="Field with the gold answer; for choices an index, a letter or the text.")
     choices_field: str | None = Field(
         None,
@@ -56,24 +32,6 @@ class Options(DomainOptions):
         "exact", validate_default=True, description="How a completion is compared with the gold answer."
     )
 
-    @field_validator("held_out_split")
-    @classmethod
-    def _splits_are_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and Path(info.data.get("path", "")).suffix in FILE_FORMATS:
-            raise ValueError("a local file has one split; leave this out and set held_out_share")
-        if value is not None and value == info.data.get("train_split"):
-            raise ValueError(f"'{value}' is the train split already")
-        return value
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _one_way_to_the_prompt(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if (value is None) == (info.data.get("prompt_field") is None):
-            raise ValueError("give either prompt_field or prompt_template")
-        if value is not None and not all(name.isidentifier() for name in _template_fields(value)):
-            raise ValueError(f"'{value}' may hold plain field names in braces only")
-        return value
-
     @field_validator("scorer")
     @classmethod
     def _choices_are_named(cls, value: str, info: ValidationInfo) -> str:
@@ -82,33 +40,12 @@ class Options(DomainOptions):
         return value
 
 
-class HubDomain(Domain):
+class HubDomain(RowDomain):
     """Rows of a data set, each one example."""
 
     def __init__(self, name: str, options: Options) -> None:
-        super().__init__(name)
+        super().__init__(name, options)
         self.options = options
-        self._file = Path(options.path) if Path(options.path).suffix in FILE_FORMATS else None
-        self._folder = Path(options.path)
-        if self._file is not None and not self._file.is_file():
-            raise UserError(f"domains.{name}.options.path: no such file '{options.path}'")
-
-    def draw(self, split: str, count: int, seed: int) -> list[Example]:
-        """Draw rows of one split without repetition; see `Domain.draw`.
-
-        Raises:
-            UserError: besides `Domain.draw`'s, an unreadable or empty source, an unknown field, or a row whose prompt,
-                choices or answer cannot be used.
-        """
-        if split not in self.splits:
-            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
-        pool = self._examples[split]
-        if count > len(pool):
-            raise UserError(
-                f"domains.{self.name}: {count} examples were asked of split '{split}', "
-                f"'{self.options.path}' has {len(pool)} with distinct prompts"
-            )
-        return random.Random(f"{split}/{seed}").sample(pool, count)
 
     def score(self, example: Example, completion: str) -> float:
         """1 if the scorer named in the options accepts the completion, else 0."""
@@ -120,107 +57,26 @@ class HubDomain(Domain):
 
     def fingerprint(self) -> str:
         """Hash of the kind, its version, the options and the data: local content, or a Hub id with its revision."""
-        options = self.options.model_dump(mode="json")
-        if self._file is not None:
-            options["path"] = _file_digest(self._file)
-        elif self._folder.is_dir():
-            files = sorted(path for path in self._folder.rglob("*") if path.is_file())
-            options["path"] = {str(path.relative_to(self._folder)): _file_digest(path) for path in files}
         packages = {"math-verify": metadata.version("math-verify")} if self.options.scorer == "numeric" else {}
-        return stable_hash(["hub", VERSION, options, packages])
+        return stable_hash(["hub", VERSION, self._described(), packages])
 
-    @cached_property
-    def _examples(self) -> dict[str, list[Example]]:
-        """Both splits, with one example for each prompt; a prompt in both splits of the source is held out."""
-        train = self._read(self.options.train_split)
-        if self.options.held_out_split is not None:
-            held_out = self._read(self.options.held_out_split)
-            return {
-                HELD_OUT: list(held_out.values()),
-                TRAIN: [example for source, example in train.items() if source not in held_out],
-            }
-        share = self.options.held_out_share
-        return {
-            TRAIN: [example for source, example in train.items() if in_train(source, share)],
-            HELD_OUT: [example for source, example in train.items() if not in_train(source, share)],
-        }
-
-    def _read(self, split: str) -> dict[str, Example]:
-        rows = self._load(split)
-        if len(rows) == 0:
-            raise UserError(f"domains.{self.name}: split '{split}' of '{self.options.path}' is empty")
-        self._check_fields(rows.column_names)
-        examples: dict[str, Example] = {}
-        for number, row in enumerate(rows):
-            where = f"domains.{self.name}: row {number} of '{self.options.path}' ({split})"
-            example = self._example(row, where)
-            examples.setdefault(example.source, example)
-        return examples
-
-    def _load(self, split: str) -> Any:
-        """Open one split; a Hub that cannot be reached raises ConnectionError, which is no mistake of the user's."""
-        import datasets
-        from datasets.exceptions import DatasetsError
-
-        place = f"domains.{self.name}: cannot read split '{split}' of '{self.options.path}'"
-        try:
-            with _no_progress_bars():
-                if self._file is None:
-                    return datasets.load_dataset(
-                        self.options.path, self.options.name, revision=self.options.revision, split=split
-                    )
-                if self._file.stat().st_size == 0:
-                    raise UserError(f"domains.{self.name}: '{self.options.path}' is empty")
-                kind = FILE_FORMATS[self._file.suffix]
-                return datasets.load_dataset(kind, data_files={split: str(self._file)}, split=split)
-        except (DatasetsError, ValueError) as error:
-            raise UserError(f"{place}: {error.__cause__ or error}") from error
-
-    def _check_fields(self, columns: list[str]) -> None:
-        options = self.options
-        named = {"prompt_field": options.prompt_field, "answer_field": options.answer_field}
-        named |= {"choices_field": options.choices_field}
-        wanted = [(key, field) for key, field in named.items() if field is not None]
-        wanted += [("prompt_template", field) for field in _template_fields(options.prompt_template or "")]
-        for key, field in wanted:
-            if field not in columns:
-                raise UserError(
-                    f"domains.{self.name}.options.{key}: '{options.path}' has no field '{field}'"
-                    f"{nearest(field, columns)}; its fields: {', '.join(columns)}"
-                )
+    def _named_fields(self) -> dict[str, str | None]:
+        return super()._named_fields() | {"choices_field": self.options.choices_field}
 
     def _example(self, row: Row, where: str) -> Example:
-        gold = row[self.options.answer_field]
-        if gold is None:
-            raise UserError(f"{where} has no '{self.options.answer_field}'")
+        gold = self._answer(row, where)
         if self.options.scorer == "multiple_choice":
             choices, labels = _choices(row[self.options.choices_field or ""], where)
             letter = answers.gold_letter(gold, choices, labels)
             if letter is None:
                 raise UserError(f"{where}: answer {gold!r} is neither an index, a letter nor one of {choices}")
-            prompt = self._prompt(row, where, answers.lettered(choices))
-            return Example(prompt, letter, self.name, _source(prompt), {"choices": choices})
+            prompt = self._prompt(row, where, answers.lettered(choices), self.options.choices_field or "")
+            return Example(prompt, letter, self.name, prompt_source(prompt), {"choices": choices})
         answer = str(gold)
         if self.options.scorer == "numeric" and not answers.has_value(answer):
             raise UserError(f"{where}: no number or formula in the answer {answer!r}")
-        prompt = self._prompt(row, where, "")
-        return Example(prompt, answer, self.name, _source(prompt))
-
-    def _prompt(self, row: Row, where: str, choices: str) -> Prompt:
-        if self.options.prompt_template is not None:
-            field = self.options.choices_field or ""
-            placed = field in _template_fields(self.options.prompt_template)
-            prompt = self.options.prompt_template.format_map({**row, field: choices} if choices else row)
-            return prompt if placed or not choices else f"{prompt}\n{choices}"
-        prompt = row[self.options.prompt_field or ""]
-        if isinstance(prompt, str):
-            return f"{prompt}\n{choices}" if choices else prompt
-        if not _is_chat(prompt):
-            raise UserError(f"{where}: '{self.options.prompt_field}' is neither text nor a list of chat messages")
-        messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
-        if choices:
-            messages[-1]["content"] += f"\n{choices}"
-        return messages
+        prompt = self._prompt(row, where)
+        return Example(prompt, answer, self.name, prompt_source(prompt))
 
 
 def load(name: str, options: Options) -> HubDomain:
@@ -232,29 +88,6 @@ def load(name: str, options: Options) -> HubDomain:
     return HubDomain(name, options)
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _template_fields(template: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-
-def _source(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else stable_hash(prompt)
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
-
-
 def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:
     """Texts and, where the data set has its own, labels of the choices."""
     labels: list[str] = []
@@ -264,18 +97,3 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:
     if not isinstance(value, list) or not 2 <= len(value) <= len(string.ascii_uppercase):
         raise UserError(f"{where}: choices must be a list of 2 to 26 texts, found {value!r}")
     return [str(choice) for choice in value], labels
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep `datasets` from drawing bars into the log, and leave its setting as it was."""
-    import datasets
-
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()

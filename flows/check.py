@@ -38,6 +38,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
     problems += [
+        *_scorer_problems(graph, missing),
         *_sampling_problems(graph, missing),
         *_device_problems(graph, missing),
         *_engine_problems(graph, missing),
@@ -74,6 +75,16 @@ def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
             continue
         if not drawn:
             yield f"{node_id}: domains.{domain}: no {split} examples"
+
+
+def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
+    """Scorers that need something outside this machine's files, such as a judge's endpoint, and do not find it."""
+    for name in sorted({domain for node in missing for domain in node.domains}):
+        entry = graph.config.domains[name]
+        try:
+            load_domain(name, entry.kind, entry.options).preflight()
+        except UserError as error:
+            yield str(error)
 
 
 def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:

@@ -205,7 +205,8 @@ class Launcher:
             if self._stopped:
                 raise WaitCancelledError
             if self._server is None or not self._server.alive:
-                self._server = ForkServer(self.home / SERVER_LOG, child_environment(self.resources.threads))
+                environment = child_environment(self.resources.threads) | {"MOPD_HOME": str(self.home)}
+                self._server = ForkServer(self.home / SERVER_LOG, environment)
             return self._server
 
     def _supervise(self, job: Job, child: Child, on_records: OnRecords) -> bool:

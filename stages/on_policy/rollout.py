@@ -157,5 +157,10 @@ def gather(
 
 def score(rollout: Rollout, domains: Mapping[str, Domain]) -> list[float]:
     """The verifiable reward of each row, in [0, 1]."""
-    rows = zip(rollout.examples, rollout.completions, strict=True)
-    return [domains[example.domain].score(example, completion) for example, completion in rows]
+    scores = [0.0] * len(rollout.examples)
+    for name in dict.fromkeys(rollout.domains):
+        rows = [row for row, domain in enumerate(rollout.domains) if domain == name]
+        found = domains[name].score_all([(rollout.examples[row], rollout.completions[row]) for row in rows])
+        for row, value in zip(rows, found, strict=True):
+            scores[row] = value
+    return scores

@@ -84,7 +84,8 @@ class RewardSignal:
         rewards = score(rollout, self.domains)
         rewards_PG = torch.tensor(rewards).view(-1, rollout.group_size)
         advantages = (self.weight * group_advantages(rewards_PG, self.normalise_by_std)).flatten().tolist()
-        return Judgement(advantages=advantages, values={"reward": rewards})
+        facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
+        return Judgement(advantages=advantages, values={"reward": rewards}, facts=facts)
 
 
 class TeacherSignal:

@@ -53,3 +53,20 @@ def test_functions_trained_on_are_flagged(store, workspace, split):
     assert {row["source"] for row in rows if row["contaminated"]} == set(seen)
     assert artifact.manifest["metrics"]["contaminated"] == sum(row["contaminated"] for row in rows) / 12 > 0
     assert "sampled" not in artifact.manifest["metrics"]
+
+
+def test_what_scoring_tells_of_the_scorer_is_among_the_metrics(store, workspace, checkpoint, domains):
+    sort = domains["sort"]
+    calls = []
+    sort.score_all = lambda pairs: calls.append(pairs) or [n / len(pairs) for n in range(len(pairs))]
+    sort.facts = lambda: {"judge_noise": 0.25}
+    parent = checkpoint("model", 0)
+    place = workspace("eval", {"checkpoint": parent}, {"sort": sort})
+    (artifact,) = evaluate([EvaluationRequest(place, CONFIG, "sort", HELD_OUT)], parent, store)
+    assert artifact.manifest["metrics"]["judge_noise"] == 0.25
+    (pairs,) = calls
+    rows = [json.loads(line) for line in (artifact.path / "scores.jsonl").read_text().splitlines()]
+    kept = [
+        (row["id"], drawn["completion"], drawn["score"]) for row in rows for drawn in (row["greedy"], *row["samples"])
+    ]
+    assert kept == [(example.id, text, n / 48) for n, (example, text) in enumerate(pairs)]

@@ -1,0 +1,113 @@
+"""An OpenAI-compatible endpoint: requests that are retried, and whose fault it is when none is answered."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experts.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx
+
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
+# Of the client's errors only these pass with time.
+_PASSING = {408, 409, 425, 429}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to ask, and how patiently.
+
+    Attributes:
+        key: The options in the run file, `domains.NAME.options`, for the messages of errors.
+        url: With or without the final `/v1`.
+        api_key_env: Environment variable that holds the API key.
+        timeout_seconds: Longest wait for the next part of an answer.
+        retries: New attempts after a failure.
+    """
+
+    key: str
+    url: str
+    api_key_env: str | None
+    timeout_seconds: float
+    retries: int
+
+    @property
+    def base(self) -> str:
+        """The address that paths are added to."""
+        return self.url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
+
+    def client(self) -> "httpx.Client":
+        """Open connections, for several threads to share.
+
+        Raises:
+            UserError: the environment has no such API key.
+        """
+        import httpx
+
+        headers = {"Content-Type": "application/json"}
+        if self.api_key_env is not None:
+            if not os.environ.get(self.api_key_env):
+                raise UserError(f"{self.key}.api_key_env: no variable '{self.api_key_env}' in the environment")
+            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        return httpx.Client(headers=headers, timeout=self.timeout_seconds)
+
+    def models(self, retries: int | None = None) -> list[str]:
+        """Names of the models served.
+
+        Args:
+            retries: In place of the endpoint's own.
+
+        Raises:
+            UserError: the answer lists no models; besides, see `request`.
+        """
+        with self.client() as client:
+            body = self.request(client, "GET", "/models", retries=retries)
+        try:
+            return [str(entry["id"]) for entry in body["data"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{self.key}.url: {self.base}/models lists no models: {json.dumps(body)[:300]}") from None
+
+    def request(
+        self,
+        client: "httpx.Client",
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        retries: int | None = None,
+    ) -> Any:
+        """Send a request until it is answered, waiting twice as long after each failure.
+
+        Returns:
+            The answer's JSON.
+
+        Raises:
+            UserError: the request is refused, or the answer is no JSON.
+            ConnectionError: every attempt found nobody, timed out or met a failing server.
+        """
+        import httpx
+
+        content = None if body is None else json.dumps(body)
+        attempts = 1 + (self.retries if retries is None else retries)
+        failure = ""
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS))
+            try:
+                answer = client.request(method, self.base + path, content=content)
+            except httpx.TransportError as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            if answer.is_success:
+                try:
+                    return answer.json()
+                except ValueError:
+                    raise UserError(f"{self.key}.url: {self.base}{path} gives no JSON: {answer.text[:300]!r}") from None
+            failure = f"HTTP {answer.status_code}: {answer.text[:300]}"
+            if answer.status_code < 500 and answer.status_code not in _PASSING:
+                raise UserError(f"{self.key}.url: {self.base}{path} refuses the request with {failure}")
+        raise ConnectionError(f"{self.key}.url: no answer from {self.base}{path} in {attempts} attempt(s): {failure}")
