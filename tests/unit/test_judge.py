@@ -20,6 +20,8 @@ from flows.check import deep_check
 from flows.plan import build_graph
 from flows.worker import INFRASTRUCTURE_FAULT, exit_code_of
 from stages.core.checkpoint import Store
+from stages.on_policy.rollout import Rollout
+from stages.on_policy.signals import RewardSignal
 from tests.judge_server import Judge
 from tests.unit.test_config import load
 
@@ -254,3 +256,15 @@ def test_a_plan_asks_nobody_and_its_check_finds_a_missing_endpoint(judge, tmp_pa
         UserError, match=r"^domains\.sort\.options\.url: no answer from http://127\.0\.0\.1:9/v1/models"
     ):
         deep_check(graph("http://127.0.0.1:9"), Store(tmp_path / "home"))
+
+
+def test_rows_of_several_domains_get_their_own_scores_and_training_logs_the_noise(judge, make):
+    judge.reply = lambda request, number: "9" if request["seed"] else "4" if "good" in str(request) else "1"
+    sort = load_domain("sort", "strings", {"task": "reverse"})
+    (other,) = sort.draw(TRAIN, 1, seed=0)
+    examples = [example(), other, example(), other]
+    texts = ["good", other.answer, "bad", "?"]
+    rollout = Rollout(1, examples, [], texts, own=[True] * 4, group_size=2)
+    said = RewardSignal({"sort": sort, "manners": make(noise_sample=1.0)}).judge(rollout, [])
+    assert said.values["reward"] == [0.4, 1.0, 0.1, 0.0]
+    assert said.facts == {"judge_noise/manners": pytest.approx(0.65), "judged_twice/manners": 2}
