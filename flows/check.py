@@ -15,6 +15,7 @@ from flows.config import BASE, COLD_START, STUDENT
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
+from stages.on_policy.shares import apportion
 
 # Free space without which even a tiny run is likely to fail.
 SMALLEST_FREE_BYTES = 200 * 2**20
@@ -91,8 +92,13 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     """Steps with fewer prompts than domains, and completions as long as a fresh model's whole context."""
     for node in missing:
         per_step = node.config.get("prompts_per_step")
-        if per_step is not None and per_step < len(node.domains):
-            yield f"{node.id}: prompts_per_step {per_step} is less than one for each of {len(node.domains)} domains"
+        if per_step is not None:
+            weights = {name: node.config.get("domain_weights", {}).get(name, 1.0) for name in node.domains}
+            for name in (name for name, count in apportion(per_step, weights).items() if count == 0):
+                yield (
+                    f"{node.id}: prompts_per_step {per_step} leaves no prompt for domain '{name}' of {len(weights)}; "
+                    f"raise it, or the domain's weight of {weights[name]:g}"
+                )
         asked = node.config.get("max_new_tokens")
         if asked is None:
             continue

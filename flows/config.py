@@ -17,6 +17,7 @@ from stages.config import (
     SFTConfig,
     Share,
     StrictModel,
+    TeacherWeight,
 )
 
 COLD_START = "cold_start"
@@ -107,7 +108,7 @@ def _as_weights(value: Any) -> Any:
     return value
 
 
-Teachers = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_as_weights)]
+Teachers = Annotated[dict[str, TeacherWeight], BeforeValidator(_as_weights)]
 
 
 class MergeConfig(DistillConfig):

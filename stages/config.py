@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Only ratios count; the bounds keep them finite.
+TeacherWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
 NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 
@@ -18,19 +20,24 @@ NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 class StrictModel(BaseModel):
     """A config whose unknown keys are errors and whose values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     def key_fields(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON-serialisable values."""
         values = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-            at_default = getattr(self, name) == field.get_default(call_default_factory=True, validated_data={})
+            default = field.get_default(call_default_factory=True, validated_data={})
+            at_default = _key_value(getattr(self, name)) == _key_value(default)
             if extra.get("not_in_key") or (extra.get("neutral_default") and at_default):
                 del values[name]
             elif isinstance(nested := getattr(self, name), StrictModel):
                 values[name] = nested.key_fields()
         return values
+
+
+def _key_value(value: Any) -> Any:
+    return value.key_fields() if isinstance(value, StrictModel) else value
 
 
 class OptimizerConfig(StrictModel):
@@ -41,7 +48,9 @@ class OptimizerConfig(StrictModel):
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's beta1 and beta2.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Gradients are clipped to this global norm; .inf clips nothing."
+    )
 
 
 class LoraConfig(StrictModel):
@@ -147,6 +156,16 @@ class HealthConfig(StrictModel):
     )
     on_alarm: Literal["warn", "stop"] = Field("warn", description="Only log an alarm, or end the stage with it.")
 
+    def key_fields(self) -> dict[str, Any]:
+        """Only what can end a stage decides its result."""
+        values = super().key_fields()
+        idle = (
+            [] if self.on_alarm == "stop" else ["min_entropy", "max_length_growth", "max_compression", "max_mismatch"]
+        )
+        if self.patience is None:
+            idle += ["min_improvement", *(["window"] if self.on_alarm == "warn" else [])]
+        return {name: value for name, value in values.items() if name not in idle}
+
 
 class MonitorConfig(StrictModel):
     """Scores of the student while it trains: a learning curve for each domain."""
@@ -246,7 +265,7 @@ class TopKConfig(StrictModel):
 
 
 class ObjectiveConfig(StrictModel):
-    """What the student minimises on its samples against the routed teacher."""
+    """What the student minimises on its samples against the routed teacher; a name alone stands for its defaults."""
 
     name: Literal["reverse_kl", "forward_kl", "jsd", "entropy_aware", "sampled_reverse_kl"] = Field(
         "reverse_kl",
@@ -271,7 +290,9 @@ class ObjectiveConfig(StrictModel):
         description="entropy_aware: the teacher's entropy in nats above which forward KL is added.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
-    advantage_clip: float = Field(5.0, gt=0, description="A_max: the sampled log-ratio is clipped to ±A_max.")
+    advantage_clip: float = Field(
+        5.0, gt=0, allow_inf_nan=True, description="A_max: the sampled log-ratio is clipped to ±A_max."
+    )
     importance: Literal["drop", "truncate", "mask"] = Field(
         "drop",
         description="Outside the band the policy/sampler ratio weighs 0 (MiMo), is cut to the upper end (TIS), or "
@@ -310,6 +331,11 @@ class ObjectiveConfig(StrictModel):
         json_schema_extra=NOT_IN_KEY,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         low, high = self.importance_band
@@ -342,7 +368,7 @@ class DistillConfig(OnPolicyConfig):
     domain_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="Share of prompts of a domain, relative to 1."
     )
-    teacher_weights: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = Field(
+    teacher_weights: dict[str, dict[str, TeacherWeight]] = Field(
         default_factory=dict,
         description="domain -> teacher -> weight, where several teachers share a domain; their geometric mean teaches.",
         json_schema_extra=NEUTRAL_DEFAULT,
@@ -358,7 +384,10 @@ class DistillConfig(OnPolicyConfig):
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     max_resident: Positive = Field(
-        8, description="Full teacher checkpoints held in memory at one time.", json_schema_extra=NOT_IN_KEY
+        8,
+        description="Full teacher checkpoints held in memory at one time; of the others only the output heads, while a "
+        "step needs them.",
+        json_schema_extra=NOT_IN_KEY,
     )
     teacher_cache: Literal["device", "cpu"] = Field(
         "device",
@@ -375,6 +404,13 @@ class DistillConfig(OnPolicyConfig):
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3), description="Optimizer and schedule."
     )
+
+    def key_fields(self) -> dict[str, Any]:
+        """Who would answer prompts decides nothing where the student answers all."""
+        values = super().key_fields()
+        if self.on_policy_fraction == 1.0:
+            values.pop("off_policy", None)
+        return values
 
     @model_validator(mode="after")
     def _reward_has_a_group(self) -> Self:

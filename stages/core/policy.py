@@ -59,6 +59,12 @@ class Policy:
         """Weight of the output head; shared with the input embedding in tied models."""
         return head_weight(self.model)
 
+    @property
+    def size(self) -> int:
+        """Number of its parameters, without those of adapters its base wears for others."""
+        named = self.model.named_parameters()
+        return sum(p.numel() for name, p in named if ".lora_" not in name or ".default." in name)
+
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory.
 
@@ -68,7 +74,11 @@ class Policy:
         """
         if isinstance(self.model, PeftModel):
             # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
-            self.model.peft_config["default"].base_model_name_or_path = self.adapter_base
+            shape = self.model.peft_config["default"]
+            shape.base_model_name_or_path = self.adapter_base
+            # peft keeps a set, whose order differs from process to process, and the digest covers it.
+            if isinstance(shape.target_modules, set):
+                shape.target_modules = sorted(shape.target_modules)
             # Only the student's own: its base may wear teachers' adapters too.
             self.model.save_pretrained(
                 folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights
@@ -121,6 +131,9 @@ def load_policy(
     A full checkpoint with `lora` gets a fresh adapter; an adapter with `lora` goes on training on its own base;
     an adapter without `lora` is merged into its base when it is to be trained in full.
 
+    Raises:
+        UserError: see `check_head`; or nothing in the model is called as `lora.target_modules` says.
+
     Args:
         checkpoint: A stored checkpoint, full or adapter.
         store: Where an adapter's base is found.
@@ -140,7 +153,10 @@ def load_policy(
             model, base = model.merge_and_unload().requires_grad_(True), None
     elif lora:
         torch.manual_seed(seed)
-        model = get_peft_model(model, peft_config(lora))
+        try:
+            model = get_peft_model(model, peft_config(lora))
+        except ValueError as error:
+            raise UserError(f"{checkpoint.name}: lora.target_modules {lora.target_modules!r}: {error}") from error
         base = checkpoint.key
     if not trainable:
         model.requires_grad_(False)

@@ -63,7 +63,7 @@ def finish(
             metrics=metrics,
             tokens=learner.tokens,
             adapter_base=learner.policy.adapter_base,
-            parameters=sum(p.numel() for p in learner.policy.model.parameters()),
+            parameters=learner.policy.size,
             **(facts or {}),
         )
     learner.accelerator.wait_for_everyone()

@@ -7,13 +7,14 @@ the tokens. The mean over domains and a budget are the published remedies (Open-
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stages.config import OnPolicyConfig
 from stages.core.training import Learner
+from stages.on_policy.shares import capped_shares
 
 
 def loss_weights(
@@ -47,22 +48,3 @@ def loss_weights(
         for domain, length in zip(domains, lengths, strict=True)
     ]
     return weights, shares
-
-
-def capped_shares(wanted: Mapping[str, float], cap: float) -> dict[str, float]:
-    """Shares of 1 in proportion to `wanted`, none above `cap`; what one is over goes to the others in proportion.
-
-    With fewer than 1 / cap domains no share can stay below the cap; they are then equal.
-    """
-    if cap * len(wanted) <= 1.0:
-        return dict.fromkeys(wanted, 1.0 / len(wanted)) if wanted else {}
-    shares: dict[str, float] = {}
-    free = dict(wanted)
-    while True:
-        scale = (1.0 - cap * len(shares)) / sum(free.values())
-        over = [name for name, value in free.items() if value * scale > cap]
-        if not over:
-            return {name: shares.get(name, wanted[name] * scale) for name in wanted}
-        for name in over:
-            shares[name] = cap
-            del free[name]

@@ -116,6 +116,8 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
         rollout, judgement, metrics = take_step(practice, learner, config, step)
         if step == 1 or step % SAMPLE_EVERY == 0:
             _show(journal, step, rollout, judgement, learner)
+        # The teachers' scores would lie in memory beside the next step's.
+        del rollout, judgement
         verdict = health.observe(step, _vitals(practice, metrics))
         for alarm in verdict.alarms:
             _note(journal, learner, step, f"alarm: {alarm}")

@@ -39,9 +39,12 @@ class TeacherWriter:
         for domain in sorted({example.domain for example in examples}):
             prompts = [encode_prompt(policy.tokenizer, e.prompt) for e in examples if e.domain == domain]
             seed = step_seed(self.learner.seed, step, f"teacher {domain} {self.learner.rank}")
-            with self.pool.teaching(domain) as teacher:
-                groups += sample(teacher, prompts, config.group_size, sampling, seed)
+            groups += self._answers(domain, prompts, sampling, seed)
         return gather(policy, examples, groups, config.group_size, step, own=False)
+
+    def _answers(self, domain: str, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[Sample]]:
+        with self.pool.teaching(domain) as teacher:
+            return sample(teacher, prompts, self.config.group_size, sampling, seed)
 
 
 class DatasetWriter:

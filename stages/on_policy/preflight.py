@@ -22,7 +22,7 @@ from stages.core.policy import HiddenStates, Policy, encode_prompt, head_weight
 from stages.core.update import Row
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.sampler import Sample, Sampler, Sampling
-from stages.on_policy.teachers import REFERENCE, TeacherPool
+from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
 
 PROMPTS_A_DOMAIN = 2
 LONGEST = 32
@@ -86,12 +86,13 @@ def preflight(
 def _pooled(pool: TeacherPool, domain: str, drawn: Sample, config: DistillConfig) -> Tensor:
     """Log-probabilities [N] of a completion under the geometric mean of a domain's teachers."""
     total = sum(routed.weight for routed in pool.routes[domain])
-    mean_NV: Tensor | float = 0.0
-    for routed in pool.routes[domain]:
-        with pool.residents.wearing(routed.teacher) as model:
-            mean_NV = mean_NV + routed.weight / total * _logits(model, drawn, config)
-    assert isinstance(mean_NV, Tensor)
-    return token_logprobs(mean_NV / config.temperature, _targets(drawn))
+    parts = [routed.weight / total * _taught(pool, routed, drawn, config) for routed in pool.routes[domain]]
+    return token_logprobs(torch.stack(parts).sum(0) / config.temperature, _targets(drawn))
+
+
+def _taught(pool: TeacherPool, routed: Routed, drawn: Sample, config: DistillConfig) -> Tensor:
+    with pool.residents.wearing(routed.teacher) as model:
+        return _logits(model, drawn, config)
 
 
 def _logits(model: PreTrainedModel | PeftModel, drawn: Sample, config: DistillConfig) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
-from stages.core.policy import Policy
+from stages.core.policy import Policy, check_head
 
 Weights = dict[str, Tensor]
 
@@ -81,7 +81,7 @@ class Residents:
             self._drop_to(max(0, self.config.max_resident - 1 - len(self._reading)))
             base = self.store.get(key)
             weights = reading.result() if reading else _read(base)
-            self.bases[key] = _Base(base, weights, self.dtype, self.student.device)
+            self.bases[key] = _Base(base, weights, self.dtype, self.student.device, self.student.tokenizer)
         self.bases.move_to_end(key)
         return self.bases[key]
 
@@ -104,13 +104,24 @@ def _read(base: Artifact) -> Weights:
 class _Base:
     """A base with the adapters it has worn so far."""
 
-    def __init__(self, base: Artifact, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: Artifact,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
         self.key = base.key
         config = AutoConfig.from_pretrained(base.uri)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+        check_head(Policy(model, tokenizer), base)
         use_onednn(model)
         _narrow(model, dtype)
+        # Read from the file it is mapped from; a head outlives its model, and would keep the whole file in memory.
+        head = model.get_output_embeddings().weight
+        head.data = head.data.clone()
         self.model: PreTrainedModel | PeftModel = model.to(device).eval()
         self.model.requires_grad_(False)
 

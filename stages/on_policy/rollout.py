@@ -14,6 +14,7 @@ from stages.config import OnPolicyConfig
 from stages.core.policy import Policy, encode_prompt
 from stages.core.training import Item, Learner, epochs, step_seed
 from stages.on_policy.sampler import Sample, Sampler, Sampling
+from stages.on_policy.shares import apportion
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class PromptMixture:
         for name, count in self.counts.items():
             if count == 0:
                 raise UserError(
-                    f"prompts_per_step {per_step} leaves no prompt for domain '{name}'; it needs at least "
-                    f"{len(examples)} (one a domain)"
+                    f"prompts_per_step {per_step} leaves no prompt for domain '{name}' of {len(examples)}; raise it, "
+                    f"or the domain's weight of {weights.get(name, 1.0):g}"
                 )
 
     def step(self, step: int) -> list[Example]:
@@ -109,16 +110,6 @@ def _slice(items: Sequence[Item], seed: int, first: int, count: int) -> list[Ite
     """Items `first` to `first + count` of the endless stream, without walking the epochs before."""
     epoch, offset = divmod(first, len(items))
     return list(itertools.islice(epochs(items, seed, epoch), offset, offset + count))
-
-
-def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Split `total` in proportion to the weights, by largest remainder."""
-    scale = total / sum(weights.values())
-    counts = {name: int(weight * scale) for name, weight in weights.items()}
-    by_remainder = sorted(weights, key=lambda name: counts[name] - weights[name] * scale)
-    for name in by_remainder[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
 
 
 def roll_out(

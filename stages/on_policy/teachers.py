@@ -265,10 +265,13 @@ class TeacherPool:
                         f"merge.teachers.{domain}: the tokenizer of teacher {teacher.name} differs from the student's: "
                         f"{difference}; a teacher scores the student's own tokens, so both must share one tokenizer"
                     )
-                with self.residents.wearing(teacher) as model:
-                    rows, ours = head_weight(model).shape[0], self.student.head_VH.shape[0]
+                rows, ours = self._output_tokens(teacher), self.student.head_VH.shape[0]
                 if rows != ours:
                     raise UserError(
                         f"merge.teachers.{domain}: teacher {teacher.name} has {rows} output tokens, the student "
                         f"{ours}; both must be padded to one vocabulary"
                     )
+
+    def _output_tokens(self, teacher: Artifact) -> int:
+        with self.residents.wearing(teacher) as model:
+            return head_weight(model).shape[0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stages.config import DistillConfig
-from stages.on_policy.balance import capped_shares, loss_weights
+from stages.on_policy.balance import loss_weights
+from stages.on_policy.shares import capped_shares
 
 DOMAINS, LENGTHS = ["long", "long", "short"], [6, 3, 1]
 ALONE = SimpleNamespace(global_sum=lambda value: value)

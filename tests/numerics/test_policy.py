@@ -1,5 +1,10 @@
 """Adapters and their bases, and what a policy refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -63,6 +68,29 @@ def test_logits_that_are_more_than_a_linear_head_are_refused(store, checkpoint):
     policy.model.forward = capped
     with pytest.raises(UserError, match="more to its logits than a linear head"):
         check_head(policy, start)
+
+
+def test_an_adapters_files_are_the_same_from_every_process(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from peft import get_peft_model; import torch; "
+        "from stages.config import LoraConfig; from stages.core.policy import Policy, peft_config; "
+        "from tests.numerics.conftest import tiny_policy; policy = tiny_policy(0); torch.manual_seed(0); "
+        "model = get_peft_model(policy.model, peft_config(LoraConfig(rank=4))); "
+        "Policy(model, policy.tokenizer, 'start').save(Path(sys.argv[1]))"
+    )
+    written = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+        subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=True)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    assert "adapter_config.json" in written[0]
+    assert written[0] == written[1]
+
+
+def test_an_adapter_on_modules_that_are_not_there_names_them(store, checkpoint):
+    with pytest.raises(UserError, match=r"start: lora\.target_modules \['nope'\]"):
+        load_policy(checkpoint("start", 0), store, lora=LoraConfig(target_modules=["nope"]), trainable=True)
 
 
 def test_an_adapter_on_the_output_head_is_refused(store, checkpoint):

@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from stages.core.update import Row
 from stages.core.workspace import Workspace
 from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.losses import token_logprobs
+from stages.on_policy.off_policy import TeacherWriter
+from stages.on_policy.preflight import preflight
+from stages.on_policy.sampler import TransformersSampler
 from stages.on_policy.teachers import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 
@@ -87,6 +91,21 @@ def test_adapters_share_one_base_with_the_anchor(
     assert not torch.allclose(own_forward(teachers["sort"], store, rows[0]), own_forward(start, store, rows[0]))
 
 
+def test_a_teacher_that_does_more_to_its_logits_is_refused(store, checkpoint, monkeypatch):
+    pool = TeacherPool(routes({"sort": checkpoint("sort", 0)}), store, tiny_policy(9), DistillConfig())
+    pool.residents.bases.clear()
+    forward = Qwen3ForCausalLM.forward
+
+    def scaled(self: Qwen3ForCausalLM, *arguments: object, **options: object) -> object:
+        output = forward(self, *arguments, **options)
+        output.logits = output.logits / 8
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    with pytest.raises(UserError, match="sort: Qwen3ForCausalLM does more to its logits than a linear head"):
+        pool.score(make_rows()[:1], ["sort"])
+
+
 def test_no_teacher_carries_gradients(store, checkpoint):
     student = tiny_policy(9)
     pool = TeacherPool(routes({"sort": checkpoint("sort", 0)}), store, student, DistillConfig())
@@ -150,7 +169,6 @@ def test_never_more_bases_in_memory_than_allowed(
     student = tiny_policy(9)
     gc.collect()
     before = _models()
-    pool = TeacherPool(routes(teachers), store, student, DistillConfig(max_resident=max_resident))
     peaks: list[int] = []
     read, forward = stages.on_policy.residency._read, TeacherPool._forward
 
@@ -164,8 +182,16 @@ def test_never_more_bases_in_memory_than_allowed(
 
     monkeypatch.setattr(stages.on_policy.residency, "_read", noted_read)
     monkeypatch.setattr(TeacherPool, "_forward", noted_forward)
-    for _ in range(3):
+    config = DistillConfig(max_resident=max_resident, max_new_tokens=4, preflight_tolerance=100.0)
+    # One domain has two teachers, so that the preflight too asks several in turn.
+    taught = routes(teachers) | {"sort": (Routed(teachers["sort"]), Routed(teachers["reverse"]))}
+    pool = TeacherPool(taught, store, student, config)
+    examples = {name: domains[name].draw("train", 3, 0) for name in ("sort", "reverse", "uppercase")}
+    preflight(student, TransformersSampler(student), pool, examples, config, print)
+    writer = TeacherWriter(pool, config, SimpleNamespace(policy=student, seed=0, rank=0, shard=list))
+    for step in range(2):
         pool.score(make_rows()[:4], list(teachers))
+        writer.write([example for drawn in examples.values() for example in drawn], step)
     assert max(peaks) == max_resident
 
 

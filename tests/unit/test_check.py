@@ -59,6 +59,12 @@ def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path
     assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
+def test_a_domain_whose_weight_leaves_it_no_prompt_is_named(tmp_path: Path) -> None:
+    message = said(tmp_path, SORT_ALONE, "merge.domain_weights={reverse: 0.0001}")
+    assert message.startswith("student@0: prompts_per_step 80 leaves no prompt for domain 'reverse' of 3")
+    assert "the domain's weight of 0.0001" in message
+
+
 def test_a_monitor_that_asks_for_more_than_there_is_is_named(tmp_path: Path) -> None:
     small = "domains.sort.options={task: sort, min_length: 3, max_length: 3}"
     assert said(tmp_path, SORT_ALONE, small) == ""

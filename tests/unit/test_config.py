@@ -117,6 +117,7 @@ def test_an_expert_may_not_take_a_stages_name(tmp_path: Path) -> None:
         ("experts.sort.checkpoint=some/model", "exactly one of train, checkpoint"),
         ("base.revision=main", "revision goes with checkpoint"),
         ("merge.objective.outcome_weight=0.5", "needs a group_size of 2 or more"),
+        ("merge.optimizer.learning_rate=.inf", "learning_rate: Input should be a finite number"),
         ("merge.objective.top_k={k: 1, remainder: renormalise}", "one token of probability 1 for every student"),
     ],
 )
@@ -211,10 +212,13 @@ def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None
     [
         ({"teachers": {"sort": {}}}, "merge.teachers.sort: name an expert, or several with their weights"),
         ({"teachers": {"sort": 3}}, "merge.teachers.sort: name an expert, or several with their weights"),
-        ({"teachers": {"sort": {"one": 0}}}, "merge.teachers.sort.one: Input should be greater than 0 (given: 0)"),
+        (
+            {"teachers": {"sort": {"one": 0}}},
+            "merge.teachers.sort.one: Input should be greater than or equal to 0.000001 (given: 0)",
+        ),
         (
             {"teachers": {"sort": {"one": -0.5}}},
-            "merge.teachers.sort.one: Input should be greater than 0 (given: -0.5)",
+            "merge.teachers.sort.one: Input should be greater than or equal to 0.000001 (given: -0.5)",
         ),
         ({"teachers": {"sort": {"one": float("inf")}}}, "merge.teachers.sort.one: Input should be a finite number"),
         (
@@ -271,3 +275,9 @@ def test_an_expert_has_loss_shares_only_of_its_own_domain(tmp_path: Path) -> Non
 def test_a_name_with_a_slash_is_refused(tmp_path: Path) -> None:
     domains = MINIMAL["domains"] | {"a/b": MINIMAL["domains"]["sort"]}
     assert "domains.a/b: a name may hold no '/'" in message(tmp_path, domains=domains)
+
+
+def test_an_objectives_name_stands_for_its_defaults(tmp_path: Path) -> None:
+    named, spelled = load(tmp_path, ["merge.objective=jsd"]), load(tmp_path, ["merge.objective.name=jsd"])
+    assert named.merge.objective == spelled.merge.objective
+    assert "merge.objective.name: Input should be 'reverse_kl'" in message(tmp_path, ["merge.objective=jds"])

@@ -49,6 +49,10 @@ def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> Non
     [
         "merge.on_policy_fraction=1.0",
         "merge.max_domain_share=1.0",
+        "merge.off_policy=dataset",
+        "merge.sampler.memory_share=0.2",
+        "merge.health={max_length_growth: 3, window: 5}",
+        "merge.health.min_improvement=0.1",
         "merge.objective.importance=drop",
         "merge.objective.reference_kl=0",
         "merge.objective.top_k=null",
@@ -77,6 +81,7 @@ def test_a_new_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, 
             ["merge.objective.top_k={k: 8}"],
             "objective.top_k None → {'k': 8, 'support': 'teacher', 'remainder': 'tail'}",
         ),
+        (["merge.health={on_alarm: stop}"], "health.on_alarm warn → stop"),
         (["merge.health={patience: 20}"], "health.patience None → 20"),
         (
             ["merge.loss_normalisation=domain", "merge.domain_shares={sort: 2}"],
