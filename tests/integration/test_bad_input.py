@@ -130,7 +130,7 @@ def test_data_that_does_not_suffice_is_found_before_training(
 def test_sampling_that_cannot_work_is_found_before_training(desk: Desk) -> None:
     message = desk.refuses("experts.sort.train.rl.max_new_tokens=500", "merge.prompts_per_step=1", check=True)
     assert "experts/sort@0: max_new_tokens 500 leaves no room for a prompt in a context of 128 tokens" in message
-    assert "student@0: prompts_per_step 1 is less than one for each of 3 domains" in message
+    assert "student@0: prompts_per_step 1 leaves no prompt for domain 'general' of 3" in message
 
 
 def test_a_teacher_with_another_tokenizer_is_found_before_training(desk: Desk, tmp_path: Path) -> None:
