@@ -15,7 +15,7 @@ from flows.config import BASE, COLD_START, STUDENT
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
-from stages.on_policy.shares import apportion
+from stages.on_policy.shares import without_prompts
 
 # Free space without which even a tiny run is likely to fail.
 SMALLEST_FREE_BYTES = 200 * 2**20
@@ -94,11 +94,7 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         per_step = node.config.get("prompts_per_step")
         if per_step is not None:
             weights = {name: node.config.get("domain_weights", {}).get(name, 1.0) for name in node.domains}
-            for name in (name for name, count in apportion(per_step, weights).items() if count == 0):
-                yield (
-                    f"{node.id}: prompts_per_step {per_step} leaves no prompt for domain '{name}' of {len(weights)}; "
-                    f"raise it, or the domain's weight of {weights[name]:g}"
-                )
+            yield from (f"{node.id}: {problem}" for problem in without_prompts(per_step, weights))
         asked = node.config.get("max_new_tokens")
         if asked is None:
             continue

@@ -151,7 +151,6 @@ def take_step(
     learner.tokens += round(learner.global_sum(sum(row.scored for row in [*rows, *golden])))
     metrics: dict[str, float] = {}
     values: Mapping[str, Mapping[int, Tensor]] = {}
-    mismatch: Mapping[int, Tensor] = {}
     for update in range(config.updates_per_batch):
         if learner.global_sum(len(kept)) == 0 and practice.golden is None:
             learner.skip_update()
@@ -159,18 +158,16 @@ def take_step(
         objective = partial(practice.objective, rollout, judgement)
         if update == 0 and may_differ(config):
             objective = partial(with_mismatch, objective, rollout, config.temperature)
-        found = accumulate(learner, rows, objective, practice.chunk_tokens, kept)
-        mismatch = found.pop("mismatch", mismatch)
-        values = found
+        # What the first update measured before it moved the weights stays.
+        before = {"mismatch": values.get("mismatch", {})}
+        values = before | accumulate(learner, rows, objective, practice.chunk_tokens, kept)
         if practice.golden:
             imitated = accumulate(learner, golden, partial(cross_entropy, golden), practice.chunk_tokens)
             values = values | {"golden_loss": imitated.get("loss", {})}
         metrics |= learner.update()
     clock.lap("update")
-    if may_differ(config):
-        values = {**values, "mismatch": mismatch}
-        if (most := learner.largest(largest(mismatch))) >= 0:
-            metrics["mismatch_max"] = most
+    if may_differ(config) and (most := learner.largest(largest(values.get("mismatch", {})))) >= 0:
+        metrics["mismatch_max"] = most
     metrics |= learner.averages(_sums(rollout, judgement, values, golden, practice.on_policy_fraction > 0))
     metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
     metrics["informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))

@@ -26,7 +26,10 @@ def with_mismatch(
 ) -> TokenLoss:
     """The objective of some rows, which also tells how far the trainer is from the sampler on the student's tokens."""
     inner = objective(rows)
-    sampler_N, tokens_N = (torch.cat(part) for part in zip(*(_drawn(rollout, row) for row in rows), strict=True))
+    cpu = torch.device("cpu")
+    tokens_N, sampler_N = rollout.tokens(rows, cpu), rollout.logprobs(rows, cpu)
+    own = torch.cat([torch.full((len(rollout.samples[row].completion_ids),), rollout.own[row]) for row in rows])
+    sampler_N = sampler_N.masked_fill(~own, torch.nan)
 
     def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
         losses_C, metrics = inner(logits_CV, part)
@@ -41,10 +44,3 @@ def with_mismatch(
 def largest(mismatch: Mapping[int, Tensor]) -> float:
     """The largest gap of all rows' tokens; −1 where none was measured."""
     return max((float(part_N.nan_to_num(0.0).max()) for part_N in mismatch.values() if len(part_N)), default=-1.0)
-
-
-def _drawn(rollout: Rollout, row: int) -> tuple[Tensor, Tensor]:
-    """What the sampler said of a row's tokens, NaN where it drew none of them; and the tokens."""
-    sample = rollout.samples[row]
-    said_N = sample.logprobs_N if rollout.own[row] else torch.full_like(sample.logprobs_N, torch.nan)
-    return said_N, torch.tensor(sample.completion_ids, dtype=torch.long)

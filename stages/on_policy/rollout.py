@@ -14,7 +14,7 @@ from stages.config import OnPolicyConfig
 from stages.core.policy import Policy, encode_prompt
 from stages.core.training import Item, Learner, epochs, step_seed
 from stages.on_policy.sampler import Sample, Sampler, Sampling
-from stages.on_policy.shares import apportion
+from stages.on_policy.shares import apportion, without_prompts
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,10 @@ class PromptMixture:
     ) -> None:
         self.examples = examples
         self.seed = seed
-        self.counts = apportion(per_step, {name: weights.get(name, 1.0) for name in examples})
-        for name, count in self.counts.items():
-            if count == 0:
-                raise UserError(
-                    f"prompts_per_step {per_step} leaves no prompt for domain '{name}' of {len(examples)}; raise it, "
-                    f"or the domain's weight of {weights.get(name, 1.0):g}"
-                )
+        every = {name: weights.get(name, 1.0) for name in examples}
+        if problems := without_prompts(per_step, every):
+            raise UserError("\n".join(problems))
+        self.counts = apportion(per_step, every)
 
     def step(self, step: int) -> list[Example]:
         """The prompts of a step; `step` counts from 1."""

@@ -13,6 +13,16 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
+def without_prompts(per_step: int, weights: Mapping[str, float]) -> list[str]:
+    """What is wrong with each domain that a step's prompts, split by weight, leave out."""
+    return [
+        f"prompts_per_step {per_step} leaves no prompt for domain '{name}' of {len(weights)}; raise it, or the "
+        f"domain's weight of {weights[name]:g}"
+        for name, count in apportion(per_step, weights).items()
+        if count == 0
+    ]
+
+
 def capped_shares(wanted: Mapping[str, float], cap: float) -> dict[str, float]:
     """Shares of 1 in proportion to `wanted`, none above `cap`; what one is over goes to the others in proportion.
 
