@@ -12,6 +12,7 @@ from experts.errors import UserError
 from stages.config import (
     DistillConfig,
     EvaluationConfig,
+    Positive,
     PretrainConfig,
     RLConfig,
     SFTConfig,
@@ -152,13 +153,47 @@ class GateConfig(StrictModel):
     confidence: Share = Field(0.95, description="Level of all intervals.")
 
 
+class ServersConfig(StrictModel):
+    """vLLM servers: given, or started by the pipeline for the time a stage needs them."""
+
+    urls: list[str] = Field(
+        default_factory=list, description="Servers that run already (`mopd serve`); started when there are none."
+    )
+    gpus: int | None = Field(
+        None,
+        ge=0,
+        description="Devices of each server that is started, 0 for the CPU; one where the stages train on devices.",
+    )
+    memory_share: float = Field(0.9, gt=0, lt=1, description="Of its devices' memory, what a started server takes.")
+
+    @field_validator("urls")
+    @classmethod
+    def _are_addresses(cls, value: list[str]) -> list[str]:
+        for url in value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is no address; write http://HOST:PORT")
+        return [url.rstrip("/").removesuffix("/v1") for url in value]
+
+
+class RolloutServersConfig(ServersConfig):
+    """Servers that draw a student's completions."""
+
+    count: Positive = Field(1, description="How many are started for a stage.")
+
+
 class ResourcesConfig(StrictModel):
     """What the run may use. Of a content key only the number of devices of a stage and its sampler are part."""
 
     gpus: int = Field(0, ge=0, description="Devices of each training stage; 0 trains on the CPU.")
     parallel_experts: int = Field(2, ge=1, description="Nodes that run side by side.")
-    sampler: Literal["transformers", "vllm"] = Field(
+    sampler: Literal["transformers", "vllm", "vllm_server"] = Field(
         "transformers", description="What draws completions in RL and merge, unless a stage's own `sampler` says so."
+    )
+    rollout_servers: RolloutServersConfig = Field(
+        default_factory=RolloutServersConfig, description="vLLM servers of the sampler `vllm_server`."
+    )
+    teacher_servers: ServersConfig = Field(
+        default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
     )
     threads: int = Field(1, ge=1, description="CPU threads of each node's process.")
     timeout_minutes: float = Field(120, gt=0, description="A node that takes longer is ended.")

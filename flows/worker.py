@@ -133,7 +133,7 @@ def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
     store = Store(Path(spec["home"]))
     nodes: list[NodeSpec] = spec["nodes"]
     try:
-        _run(nodes, store, int(spec["threads"]), runners)
+        _run(nodes, store, int(spec["threads"]), runners, spec.get("servers", {}))
     except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
         code = exit_code_of(error)
         if code == USER_ERROR:
@@ -169,7 +169,13 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run(nodes: Sequence[NodeSpec], store: Store, threads: int, runners: Mapping[str, Runner]) -> None:
+def _run(
+    nodes: Sequence[NodeSpec],
+    store: Store,
+    threads: int,
+    runners: Mapping[str, Runner],
+    servers: Mapping[str, Sequence[str]],
+) -> None:
     import torch
 
     torch.set_num_threads(threads)
@@ -180,7 +186,7 @@ def _run(nodes: Sequence[NodeSpec], store: Store, threads: int, runners: Mapping
             return
         # Evaluations of one checkpoint share it; it is verified once.
         parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
-        runners[missing[0]["stage"]](missing, [_workspace(node, store, parents) for node in missing])
+        runners[missing[0]["stage"]](missing, [_workspace(node, store, parents, servers) for node in missing])
 
 
 def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitStack) -> list[str]:
@@ -212,7 +218,9 @@ def _agree(decide: Callable[[], list[str]]) -> list[str]:
     return unmade
 
 
-def _workspace(node: NodeSpec, store: Store, parents: Mapping[str, Artifact]) -> Workspace:
+def _workspace(
+    node: NodeSpec, store: Store, parents: Mapping[str, Artifact], servers: Mapping[str, Sequence[str]]
+) -> Workspace:
     return Workspace(
         store=store,
         key=node["key"],
@@ -221,6 +229,7 @@ def _workspace(node: NodeSpec, store: Store, parents: Mapping[str, Artifact]) ->
         parents={role: parents[key] for role, key in node["parents"].items()},
         domains={name: load_domain(name, d["kind"], d["options"]) for name, d in node["domains"].items()},
         provenance=node["provenance"],
+        servers=servers,
     )
 
 

@@ -177,8 +177,10 @@ class MonitorConfig(StrictModel):
 class SamplerConfig(StrictModel):
     """Who draws the student's completions."""
 
-    backend: Literal["transformers", "vllm"] | None = Field(
-        None, description="transformers or vLLM, both in the trainer's process; `resources.sampler` when absent."
+    backend: Literal["transformers", "vllm", "vllm_server"] | None = Field(
+        None,
+        description="transformers or vLLM in the trainer's process, or vLLM servers (`resources.rollout_servers`); "
+        "`resources.sampler` when absent.",
     )
     memory_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4,
@@ -186,6 +188,39 @@ class SamplerConfig(StrictModel):
         "during the update.",
         json_schema_extra=NOT_IN_KEY,
     )
+    ahead: bool = Field(
+        False,
+        description="vllm_server: sample the next batch while the current one is trained on, with weights one batch "
+        "old; losses with an importance weight correct for it.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    max_staleness: int = Field(
+        1,
+        ge=0,
+        description="Batches of updates the student may be ahead of the weights a completion was drawn with; an older "
+        "group is dropped and counted.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    timeout_seconds: float = Field(
+        600,
+        gt=0,
+        description="vllm_server: how long one prompt's completions, or a server's start, may take.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    retries: int = Field(
+        3,
+        ge=0,
+        description="vllm_server: new attempts at the completions a step still misses, when every server has failed.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+
+    @model_validator(mode="after")
+    def _ahead_is_stale(self) -> Self:
+        if self.ahead and self.max_staleness < 1:
+            raise ValueError("ahead samples with weights one batch old; it needs a max_staleness of 1 or more")
+        if self.ahead and self.backend in ("transformers", "vllm"):
+            raise ValueError(f"ahead needs servers that sample while the trainer updates; backend is {self.backend}")
+        return self
 
 
 class OnPolicyConfig(TrainConfig):
@@ -383,6 +418,12 @@ class DistillConfig(OnPolicyConfig):
         description="Whose completions the others bring: the routed teacher's own, or the domain's gold answers.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
+    teacher_backend: Literal["local", "vllm_server"] = Field(
+        "local",
+        description="Who scores: the trainer's own process, or vLLM servers (`resources.teacher_servers`), which tell "
+        "of a teacher its likeliest tokens and the sampled one.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     max_resident: Positive = Field(
         8,
         description="Full teacher checkpoints held in memory at one time; of the others only the output heads, while a "
@@ -411,6 +452,27 @@ class DistillConfig(OnPolicyConfig):
         if self.on_policy_fraction == 1.0:
             values.pop("off_policy", None)
         return values
+
+    @model_validator(mode="after")
+    def _servers_tell_enough(self) -> Self:
+        if self.teacher_backend == "local":
+            return self
+        top_k = self.objective.top_k
+        if self.objective.name != "sampled_reverse_kl" and (top_k is None or top_k.support != "teacher"):
+            raise ValueError(
+                f"teacher_backend: vllm_server tells the sampled token's log-probability and the teacher's likeliest "
+                f"ones; objective {self.objective.name} needs more of the teacher. Take sampled_reverse_kl, or top_k "
+                f"with support: teacher"
+            )
+        if top_k is not None and self.objective.extrapolation != 1.0:
+            raise ValueError("teacher_backend: vllm_server extrapolates with sampled_reverse_kl only, not with top_k")
+        if self.temperature != 1.0:
+            raise ValueError("teacher_backend: vllm_server tells log-probabilities at temperature 1 only")
+        if self.teacher_weights:
+            raise ValueError("teacher_backend: vllm_server takes one teacher a domain")
+        if self.on_policy_fraction < 1 and self.off_policy == "teacher":
+            raise ValueError("teacher_backend: vllm_server only scores; off_policy: teacher needs local teachers")
+        return self
 
     @model_validator(mode="after")
     def _reward_has_a_group(self) -> Self:

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Workspace:
         domains: The domains it draws from, by name.
         seed: Seed of everything random in it.
         provenance: What the planner knows and the manifest records (stage, config, code fingerprint, …).
+        servers: URLs of the vLLM servers it may ask, by what they do: `rollout`, `teachers`.
     """
 
     store: Store
@@ -34,6 +35,7 @@ class Workspace:
     parents: Mapping[str, Artifact]
     domains: Mapping[str, Domain]
     provenance: Mapping[str, Any]
+    servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     @property

@@ -3,9 +3,6 @@
 The engine starts with a model of the student's shape and no weights. Full weights are handed over by vLLM's own
 `reload_weights`, tensor by tensor, from the trainer's parameters; of a LoRA student the base goes over once and each
 version's adapter is swapped in. On a GPU the engine sleeps while the trainer updates, and its memory is free.
-
-Output heads are never tied in the engine: on a CPU vLLM multiplies by a packed copy of the head, which a reload of the
-embedding alone leaves as it was (seen with vLLM 0.32).
 """
 
 import gc
@@ -15,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -26,22 +22,18 @@ from stages.config import OnPolicyConfig
 from stages.core.extras import require_vllm
 from stages.core.policy import Policy, causal_lm
 from stages.on_policy.sampler import Sample, Sampling
+from stages.on_policy.vllm_settings import (
+    CPU_ENVIRONMENT,
+    ENVIRONMENT,
+    cpu_cache_bytes,
+    logprobs_mode,
+    lora_rank,
+    model_overrides,
+    rows_at_a_time,
+)
 
-# Set unless the user has: one process, no telemetry, no cores of its own, and nothing compiled, which would take a C++
-# compiler and longer than a short run's rollouts.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
-MAX_ROWS = 256
-# Room for a prompt in the cache of a CPU; longer ones leave room for fewer rows at a time.
-PROMPT_TOKENS = 512
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 HEAD = "lm_head.weight"
-# What vLLM makes room for.
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
@@ -60,7 +52,8 @@ class VllmEngine:
         require_vllm("sampler.backend")
         self.mode = logprobs_mode(config.temperature, config.top_p)
         self.cuda = torch.cuda.is_available()
-        for name, value in (ENVIRONMENT if self.cuda else ENVIRONMENT | CPU_ENVIRONMENT).items():
+        wanted = ENVIRONMENT | ONE_PROCESS | ({} if self.cuda else CPU_ENVIRONMENT)
+        for name, value in wanted.items():
             os.environ.setdefault(name, value)
         from vllm import LLM
 
@@ -72,14 +65,13 @@ class VllmEngine:
         self.engine: Any = LLM(
             model=str(folder),
             load_format="dummy",
-            # A model that was made here does not say in its config what it is.
-            hf_overrides={"tie_word_embeddings": False, "architectures": [type(causal_lm(policy.model)).__name__]},
+            hf_overrides=model_overrides(type(causal_lm(policy.model)).__name__),
             runner="generate",
             skip_tokenizer_init=True,
             generation_config="vllm",
             dtype=config.dtype,
             logprobs_mode=self.mode,
-            max_num_seqs=_rows(config),
+            max_num_seqs=rows_at_a_time(config),
             enforce_eager=not self.cuda,
             disable_log_stats=True,
             **self._memory(policy, config),
@@ -92,22 +84,14 @@ class VllmEngine:
     def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
         if self.cuda:
             return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
-        # On a CPU vLLM would take nine tenths of the memory there is, whatever it can use.
-        shape = causal_lm(policy.model).config
-        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-        width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        token = 2 * shape.num_hidden_layers * heads * width * (2 if config.dtype == "bfloat16" else 4)
-        most = int(config.sampler.memory_share * psutil.virtual_memory().available)
-        wanted = max(shape.max_position_embeddings, _rows(config) * (PROMPT_TOKENS + config.max_new_tokens))
-        return {"kv_cache_memory_bytes": min(most, token * wanted)}
+        rows, shape = rows_at_a_time(config), causal_lm(policy.model).config
+        share = config.sampler.memory_share
+        return {"kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share)}
 
     def _adapters(self) -> dict[str, Any]:
         if self.lora is None:
             return {}
-        rank = next((rank for rank in LORA_RANKS if rank >= self.lora.rank), None)
-        if rank is None:
-            raise UserError(f"lora.rank: vLLM takes adapters of rank {LORA_RANKS[-1]} at most, not {self.lora.rank}")
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
 
     def follow(self, policy: Policy, version: int) -> None:
         """Take over the policy's weights; what was cached of the weights before is dropped."""
@@ -195,27 +179,6 @@ class VllmEngine:
     def _wake(self, part: str) -> None:
         if self.cuda:
             self.engine.wake_up(tags=[part])
-
-
-def _rows(config: OnPolicyConfig) -> int:
-    """Completions drawn at a time."""
-    return min(MAX_ROWS, config.prompts_per_step * config.group_size)
-
-
-def logprobs_mode(temperature: float, top_p: float) -> str:
-    """Which of vLLM's log-probabilities are those of the policy at its temperature before top-p.
-
-    Raises:
-        UserError: none are.
-    """
-    if temperature in (0.0, 1.0):
-        return "raw_logprobs"
-    if top_p < 1.0:
-        raise UserError(
-            f"vLLM cannot tell log-probabilities at temperature {temperature} before top_p {top_p}; set one of them to "
-            f"1, or sample with backend: transformers"
-        )
-    return "processed_logprobs"
 
 
 def prompt_seed(seed: int, index: int) -> int:

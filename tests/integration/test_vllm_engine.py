@@ -11,7 +11,7 @@ import pytest
 import stages.core.extras
 from experts.errors import UserError
 from stages.core.extras import require_vllm
-from stages.on_policy.vllm_engine import logprobs_mode
+from stages.on_policy.vllm_settings import logprobs_mode
 from tests import vllm_scenario
 
 ROOT = Path(__file__).parents[2]
