@@ -14,6 +14,10 @@ def make_sampler(config: OnPolicyConfig, learner: Learner, workspace: Workspace)
         UserError: vLLM is not installed, several processes would each start an engine, or it cannot tell the
             log-probabilities that the config's temperature and top-p need.
     """
+    if config.sampler.backend == "vllm_server":
+        from stages.on_policy.vllm_servers import VllmServers
+
+        return VllmServers(learner, config, workspace)
     if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)
     if learner.world_size > 1:

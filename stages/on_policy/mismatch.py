@@ -18,7 +18,7 @@ from stages.on_policy.rollout import Rollout
 
 def may_differ(config: OnPolicyConfig) -> bool:
     """Whether sampler and trainer compute in ways that differ by more than rounding."""
-    return config.sampler.backend == "vllm" or config.dtype != "float32"
+    return config.sampler.backend in ("vllm", "vllm_server") or config.dtype != "float32"
 
 
 def with_mismatch(

@@ -8,6 +8,7 @@ share one batch; rows that have ended leave it, so that a batch costs what its u
 sampler (`temperature` 0) takes the likeliest token.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,12 +53,14 @@ class Sample:
             only bars tokens from being drawn: with it in the numbers, an importance ratio would fall below 1 where
             sampler and trainer are one policy.
         finished: Whether it ended with EOS within `max_new_tokens`.
+        version: Of the weights it was drawn with: the batches they had been updated on.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     logprobs_N: Tensor
     finished: bool
+    version: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -69,12 +72,15 @@ class Sampler(Protocol):
     """Draws the student's completions, here or elsewhere, with the weights it was given last."""
 
     def follow(self, policy: Policy, version: int) -> None:
-        """Take the policy's weights; `version` counts the updates they have had."""
+        """Take the policy's weights; `version` counts the batches they have been updated on."""
 
     def sample(
         self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
     ) -> list[list[Sample]]:
         """Arguments, result and errors as for the function `sample`."""
+
+    def news(self) -> list[str]:
+        """What a reader of the log should know of since this was asked last."""
 
     def close(self) -> None:
         """Free what it holds; nothing is left running."""
@@ -85,17 +91,22 @@ class TransformersSampler:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.version = 0
 
     def follow(self, policy: Policy, version: int) -> None:
         """Sample with this policy."""
-        del version
-        self.policy = policy
+        self.policy, self.version = policy, version
 
     def sample(
         self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
     ) -> list[list[Sample]]:
         """Arguments, result and errors as for the function `sample`."""
-        return sample(self.policy, prompts, group_size, sampling, seed)
+        groups = sample(self.policy, prompts, group_size, sampling, seed)
+        return [[dataclasses.replace(drawn, version=self.version) for drawn in group] for group in groups]
+
+    def news(self) -> list[str]:
+        """Nothing happens here that the caller does not see."""
+        return []
 
     def close(self) -> None:
         """Nothing to free."""

@@ -79,6 +79,7 @@ class VllmEngine:
         )
         self._request: Any = None
         self._has_base = False
+        self._version = 0
         self._sleep()
 
     def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
@@ -95,6 +96,7 @@ class VllmEngine:
 
     def follow(self, policy: Policy, version: int) -> None:
         """Take over the policy's weights; what was cached of the weights before is dropped."""
+        self._version = version
         self._wake("weights")
         if self.lora is None or not self._has_base:
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
@@ -142,6 +144,8 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
+                # Of several tokens that end a text in a model's config the student knows one.
+                ignore_eos=True,
                 stop_token_ids=[self.eos_id],
                 seed=prompt_seed(seed, index),
                 logprobs=0,
@@ -162,7 +166,12 @@ class VllmEngine:
         ids = list(output.token_ids)
         # A token's own log-probability comes first, the likeliest's may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
-        return Sample(prompt, ids, torch.tensor(logprobs[: len(ids)]), bool(ids) and ids[-1] == self.eos_id)
+        ended = bool(ids) and ids[-1] == self.eos_id
+        return Sample(prompt, ids, torch.tensor(logprobs[: len(ids)]), ended, self._version)
+
+    def news(self) -> list[str]:
+        """Nothing happens here that the caller does not see."""
+        return []
 
     def close(self) -> None:
         """End the engine; its memory is free afterwards."""

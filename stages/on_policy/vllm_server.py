@@ -1,0 +1,207 @@
+"""One vLLM server as a stage sees it: a URL that draws completions, scores tokens and takes weights.
+
+Prompts and completions travel as token ids, so that no tokenizer stands between trainer and server. Weights and
+adapters are folders that the server reads itself: both need one file system.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from experts.errors import UserError
+from stages.on_policy.sampler import Sampling
+
+# Answers that need no model come at once or not at all.
+QUICK_SECONDS = 10.0
+CONNECTIONS = 512
+# The weight version of a server nobody has told of one.
+UNTOLD = "default"
+
+
+class ServerLostError(ConnectionError):
+    """A server does not answer, is too slow, or has failed inside: another attempt may succeed."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server drew: token ids, and the log-probability of each as its `--logprobs-mode` has it."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class VllmServer:
+    """One server; several threads may ask at once.
+
+    Args:
+        url: Without the final `/v1`.
+        timeout: Seconds one answer may take.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url = url
+        self.timeout = timeout
+        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        self._client = httpx.Client(base_url=url, timeout=timeout, limits=limits)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def healthy(self) -> bool:
+        """Whether it answers and its engine lives."""
+        try:
+            return self._client.get("/health", timeout=QUICK_SECONDS).is_success
+        except httpx.TransportError:
+            return False
+
+    def models(self) -> dict[str, Mapping[str, Any]]:
+        """What it serves, adapters included: name -> `max_model_len`, `parent`, …"""
+        return {entry["id"]: entry for entry in self._get("/v1/models")["data"]}
+
+    def context(self) -> int:
+        """Tokens a prompt and its completion may have together."""
+        return int(self.models()[self.base_model()]["max_model_len"])
+
+    def base_model(self) -> str:
+        """The name of the model under its adapters."""
+        return next(name for name, entry in self.models().items() if not entry.get("parent"))
+
+    def setting(self, group: str, name: str) -> Any:
+        """One of its settings, such as `model_config`, `logprobs_mode`; None where it has no such group.
+
+        Told, as weights are taken, by a server in development mode only.
+        """
+        settings = self._get("/server_info?config_format=json")["vllm_config"][group]
+        return None if settings is None else settings[name]
+
+    def weight_version(self) -> str:
+        """The version it was last told that its weights have."""
+        return str(self._get("/weight_info")["weight_version"])
+
+    def set_weight_version(self, version: str) -> None:
+        """Tell it the version of the weights it now has."""
+        self._post("/update_weight_version", {"new_version": version})
+
+    def world_size(self) -> int:
+        """Devices it runs on."""
+        return int(self._get("/get_world_size")["world_size"])
+
+    def load_weights(self, folder: Path) -> None:
+        """Let it read full weights by vLLM's `reload_weights`; its cache of what they made is dropped.
+
+        Args:
+            folder: With safetensors of all parameters under their checkpoint's names. A server that cannot read it is
+                lost: vLLM ends an engine whose worker fails.
+        """
+        # It was started without weights, in a mode that reads none.
+        self._rpc("update_config", {"overrides": {"load_config": {"load_format": "safetensors"}}})
+        self._rpc("reload_weights", {"weights_path": str(folder)})
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is cached of prompts."""
+        self._post("/reset_prefix_cache", {})
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve an adapter under a name."""
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    def unload_adapter(self, name: str) -> None:
+        """Serve it no longer."""
+        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def complete(
+        self, model: str, prompt: Sequence[int], count: int, sampling: Sampling, seed: int, eos_id: int
+    ) -> list[Completion]:
+        """Draw `count` completions of a prompt; each ends with `eos_id`, or is as long as allowed.
+
+        Raises:
+            ServerLostError: see there.
+            UserError: it refuses the request.
+        """
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "n": count,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed,
+            "ignore_eos": True,
+            "stop_token_ids": [eos_id],
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        choices = self._post("/v1/completions", body).json()["choices"]
+        ordered = sorted(choices, key=lambda choice: int(choice["index"]))
+        return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
+
+    def score(self, model: str, tokens: Sequence[int], start: int, top: int) -> list[dict[int, float]]:
+        """Log-probabilities, at temperature 1, of tokens that somebody else wrote.
+
+        Args:
+            model: Name of the model or adapter.
+            tokens: A prompt and its completion.
+            start: Where the completion begins.
+            top: The likeliest tokens to tell of; 0 for none.
+
+        Returns:
+            For each completion token: log-probability by id of the `top` likeliest tokens and of the token itself.
+
+        Raises:
+            ServerLostError: see there.
+            UserError: it refuses the request.
+        """
+        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        (choice,) = self._post("/v1/completions", body).json()["choices"]
+        told = choice["prompt_logprobs"][start:]
+        return [{int(token): float(entry["logprob"]) for token, entry in known.items()} for known in told]
+
+    def _rpc(self, method: str, arguments: Mapping[str, Any]) -> None:
+        self._post("/collective_rpc", {"method": method, "kwargs": arguments})
+
+    def _get(self, path: str) -> Any:
+        return self._answer("GET", path, None, QUICK_SECONDS).json()
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        return self._answer("POST", path, body, self.timeout)
+
+    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> httpx.Response:
+        try:
+            answer = self._client.request(method, path, json=body, timeout=timeout)
+        except httpx.TransportError as error:
+            raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        if answer.is_server_error:
+            raise ServerLostError(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
+        if answer.is_client_error:
+            raise UserError(f"the vLLM server {self.url}{path} refuses with HTTP {answer.status_code}: {_said(answer)}")
+        return answer
+
+
+def wait_for_any(servers: Sequence[VllmServer], seconds: float) -> list[VllmServer]:
+    """Those that answer, as soon as one does.
+
+    Raises:
+        ServerLostError: none does in so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not (up := [server for server in servers if server.healthy()]):
+        if time.monotonic() > deadline:
+            names = ", ".join(server.url for server in servers)
+            raise ServerLostError(f"no vLLM server answers in {seconds:g} s: {names}")
+        time.sleep(0.5)
+    return up
+
+
+def _said(answer: httpx.Response) -> str:
+    """The message of an error, where it has vLLM's form."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:300]

@@ -1,0 +1,313 @@
+"""Rollouts from vLLM servers: prompts are shared out among those that answer, and weights follow the student.
+
+A server may end and come back in the middle of a step. What it had not answered is asked of the others, or of itself
+once it is back; what it answered counts only if it still says afterwards that its weights are the version asked for. A
+server that was started anew says it is not, and is handed the weights again.
+
+One stage samples with a server at a time, for its weights are that stage's student; another waits for it.
+"""
+
+import contextlib
+import json
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from experts.domain import stable_hash
+from experts.errors import UserError
+from stages.config import OnPolicyConfig
+from stages.core.checkpoint import write_whole
+from stages.core.policy import Policy
+from stages.core.training import Learner
+from stages.core.workspace import Workspace
+from stages.on_policy.sampler import Sample, Sampling
+from stages.on_policy.vllm_engine import check_context, full_weights, prompt_seed
+from stages.on_policy.vllm_server import UNTOLD, Completion, ServerLostError, VllmServer, wait_for_any
+from stages.on_policy.vllm_settings import logprobs_mode, rows_at_a_time
+from stages.on_policy.weight_transfer import NcclTransfer, takes_transfers
+
+CURRENT = "current.json"
+WEIGHTS = "model.safetensors"
+
+
+class VllmServers:
+    """A `Sampler` over servers, used by every process of a stage.
+
+    Args:
+        learner: The student, whose first process hands the weights over.
+        config: Lengths, temperature, adapter and `sampler`.
+        workspace: Its `servers` are the URLs; its folder is where servers read weights.
+
+    Raises:
+        UserError: no server is named, or vLLM cannot tell the log-probabilities these settings need.
+        ServerLostError: none answers.
+    """
+
+    def __init__(self, learner: Learner, config: OnPolicyConfig, workspace: Workspace) -> None:
+        urls = workspace.servers.get("rollout", ())
+        if not urls:
+            raise UserError(
+                f"{workspace.name}: sampler.backend vllm_server without a server; name some in "
+                f"resources.rollout_servers.urls"
+            )
+        self.mode = logprobs_mode(config.temperature, config.top_p)
+        self.learner = learner
+        self.config = config
+        self.key = workspace.key
+        self.eos_id = learner.policy.eos_id
+        self.folder = workspace.folder / "rollout-weights"
+        self.version = 0
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._transfers: dict[str, NcclTransfer] = {}
+        self._held = contextlib.ExitStack()
+        self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
+        if learner.accelerator.is_main_process:
+            for url in sorted(urls):
+                self._hold(workspace.store.lock(_lock_name(url)), url)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        learner.accelerator.wait_for_everyone()
+        # Found out from the first that is up; a run's servers are all started alike.
+        first = wait_for_any(self.servers, config.sampler.timeout_seconds)[0]
+        self._check(first)
+        self.model, self.context = first.base_model(), first.context()
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Write the policy's weights down, and hand them to the servers that answer; others take them when they do."""
+        if self.learner.accelerator.is_main_process:
+            folder = self.folder / f"version-{version}"
+            shutil.rmtree(folder, ignore_errors=True)
+            self._write(policy, folder)
+            # Unlike another attempt's at the same step.
+            name = f"{self.key}:{version}:{time.time_ns():x}"
+            before = self._current() if (self.folder / CURRENT).exists() else None
+            write_whole(self.folder / CURRENT, json.dumps({"name": name, "folder": folder.name}))
+            if before is not None and before["folder"] != folder.name:
+                shutil.rmtree(self.folder / before["folder"])
+            for server in self.servers:
+                with contextlib.suppress(ServerLostError):
+                    self._bring_up_to_date(server, policy)
+        self.version = version
+        self.learner.accelerator.wait_for_everyone()
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments and result as for `stages.on_policy.sampler.sample`.
+
+        Raises:
+            UserError: a prompt with its completion does not fit the servers' context, or `sampling` asks for
+                log-probabilities of another kind than the servers were started for.
+            ServerLostError: completions are missing after all retries.
+        """
+        if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
+            raise UserError(f"the servers tell {self.mode}, which temperature {sampling.temperature} does not go with")
+        check_context(prompts, sampling.max_new_tokens, self.context)
+        found: dict[int, list[Sample]] = {}
+        for attempt in range(self.config.sampler.retries + 1):
+            missing = [index for index in range(len(prompts)) if index not in found]
+            if not missing:
+                break
+            if attempt:
+                self._news.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
+            for server, answers in self._ask(self._ready(), missing, prompts, group_size, sampling, seed):
+                if self._is_current(server):
+                    found |= {i: self._samples(prompts[i], answer, group_size) for i, answer in answers.items()}
+        if len(found) < len(prompts):
+            raise ServerLostError(
+                f"{len(prompts) - len(found)} of {len(prompts)} prompts without completions after "
+                f"{self.config.sampler.retries + 1} attempts at {', '.join(server.url for server in self.servers)}"
+            )
+        return [found[index] for index in range(len(prompts))]
+
+    def news(self) -> list[str]:
+        """Servers lost, found again, and what was asked anew."""
+        told = []
+        while not self._news.empty():
+            told.append(self._news.get())
+        return told
+
+    def close(self) -> None:
+        """Let go of the servers, which go on running."""
+        for transfer in self._transfers.values():
+            transfer.close()
+        for server in self.servers:
+            server.close()
+        self.learner.accelerator.wait_for_everyone()
+        if self.learner.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.close()
+
+    def _hold(self, lock: FileLock, url: str) -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self._news.put(f"waited for another stage that samples with {url}")
+            lock.acquire()
+        self._held.callback(lock.release)
+
+    def _check(self, server: VllmServer) -> None:
+        mode = server.setting("model_config", "logprobs_mode")
+        if mode != self.mode:
+            raise UserError(
+                f"the vLLM server {server.url} tells {mode}; temperature {self.config.temperature} needs "
+                f"--logprobs-mode {self.mode}, as `mopd serve rollout` sets it"
+            )
+        lora = self.config.lora
+        if lora is not None and (server.setting("lora_config", "max_lora_rank") or 0) < lora.rank:
+            raise UserError(
+                f"the vLLM server {server.url} has no room for adapters of rank {lora.rank}; it needs --enable-lora "
+                f"--max-lora-rank, as `mopd serve rollout` sets them"
+            )
+
+    def _write(self, policy: Policy, folder: Path) -> None:
+        """What a server reads of this version: an adapter, or all weights. Of an adapter's base once."""
+        if self.config.lora is None:
+            _save(policy, folder)
+            return
+        if not (base := self.folder / "base").exists():
+            _save(policy, base)
+        assert isinstance(policy.model, PeftModel)
+        policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+
+    def _current(self) -> Mapping[str, str]:
+        told: dict[str, str] = json.loads((self.folder / CURRENT).read_text())
+        return told
+
+    def _samples(self, prompt: list[int], answer: Sequence[Completion], group_size: int) -> list[Sample]:
+        samples = [
+            Sample(
+                prompt,
+                drawn.token_ids,
+                torch.tensor(drawn.logprobs),
+                finished=drawn.token_ids[-1] == self.eos_id,
+                version=self.version,
+            )
+            for drawn in answer
+        ]
+        return samples * (group_size // len(samples))
+
+    def _ready(self) -> list[VllmServer]:
+        """Servers with the student's weights, as soon as there is one.
+
+        Raises:
+            ServerLostError: there is none in time.
+        """
+        deadline = time.monotonic() + self.config.sampler.timeout_seconds
+        while True:
+            ready = []
+            for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds):
+                try:
+                    self._bring_up_to_date(server)
+                    ready.append(server)
+                except ServerLostError as error:
+                    self._news.put(f"lost: {error}")
+            if ready:
+                return ready
+            if time.monotonic() > deadline:
+                raise ServerLostError(f"no server takes the student's weights: {[s.url for s in self.servers]}")
+            time.sleep(0.5)
+
+    def _is_current(self, server: VllmServer) -> bool:
+        try:
+            return server.weight_version() == self._current()["name"]
+        except ServerLostError as error:
+            self._news.put(f"lost: {error}")
+            return False
+
+    def _bring_up_to_date(self, server: VllmServer, policy: Policy | None = None) -> None:
+        """Hand the current version over unless the server has it.
+
+        Args:
+            server: One that answers.
+            policy: The same weights where they lie in memory, for a transfer between devices.
+        """
+        # Of several processes that see a new server, one hands over.
+        with FileLock(self.folder / f"{stable_hash(server.url)[:12]}.lock"):
+            current, has = self._current(), server.weight_version()
+            if has == current["name"]:
+                return
+            ours = has.startswith(f"{self.key}:")
+            folder = self.folder / current["folder"]
+            if self.config.lora is None:
+                self._hand_over(server, folder, policy)
+            else:
+                for name, entry in server.models().items():
+                    if entry.get("parent"):
+                        server.unload_adapter(name)
+                if not ours:
+                    self._hand_over(server, self.folder / "base", policy)
+                server.load_adapter(current["name"], folder)
+            server.set_weight_version(current["name"])
+
+    def _hand_over(self, server: VllmServer, folder: Path, policy: Policy | None) -> None:
+        # A server that was started anew is no longer in the group it was in.
+        known = self._transfers.pop(server.url, None)
+        if policy is None or not takes_transfers(server):
+            server.load_weights(folder)
+            return
+        if known is None or server.weight_version() == UNTOLD:
+            known = NcclTransfer(server, policy)
+        known.send()
+        self._transfers[server.url] = known
+
+    def _ask(
+        self,
+        servers: Sequence[VllmServer],
+        missing: Sequence[int],
+        prompts: Sequence[list[int]],
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
+    ) -> list[tuple[VllmServer, dict[int, list[Completion]]]]:
+        """Let every server take prompts from one queue, as many at a time as it draws together."""
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in missing:
+            waiting.put(index)
+        at_once = max(1, rows_at_a_time(self.config) // group_size)
+        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
+        drawn = group_size if sampling.temperature > 0 else 1
+        asked: list[tuple[VllmServer, dict[int, list[Completion]], threading.Event]] = []
+        asked += [(server, {}, threading.Event()) for server in servers]
+        name = self.model if self.config.lora is None else str(self._current()["name"])
+
+        def work(server: VllmServer, answers: dict[int, list[Completion]], lost: threading.Event) -> None:
+            while not lost.is_set():
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                own = prompt_seed(seed, index)
+                try:
+                    answers[index] = server.complete(name, prompts[index], drawn, sampling, own, self.eos_id)
+                except ServerLostError as error:
+                    waiting.put(index)
+                    if not lost.is_set():
+                        lost.set()
+                        self._news.put(f"lost: {error}")
+
+        workers = [entry for entry in asked for _ in range(min(at_once, len(missing)))]
+        with ThreadPoolExecutor(len(workers)) as pool:
+            for future in [pool.submit(work, *entry) for entry in workers]:
+                future.result()
+        return [(server, answers) for server, answers, _ in asked]
+
+
+def _save(policy: Policy, folder: Path) -> None:
+    """Full weights as a server reads them; of an adapter its base's."""
+    folder.mkdir(parents=True)
+    # A tied head is written a second time, under its own name.
+    save_file({name: tensor.contiguous().clone() for name, tensor in full_weights(policy)}, folder / WEIGHTS)
+
+
+def _lock_name(url: str) -> str:
+    return f"server-{stable_hash(url)[:12]}"
