@@ -6,6 +6,7 @@ the moment the last process that holds its lock is gone, however it died.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import subprocess
 import time
@@ -39,6 +40,11 @@ class Lease:
     def environment(self) -> dict[str, str]:
         """The variables that show a child exactly these devices, and none when the lease is empty."""
         return {_VISIBLE: ",".join(self.devices)}
+
+    def split(self, counts: Sequence[int]) -> list["Lease"]:
+        """Share the devices out, in order; the shares are closed in place of the whole."""
+        ends = list(itertools.accumulate(counts, initial=0))
+        return [Lease(self.devices[start:end], self.descriptors[start:end]) for start, end in itertools.pairwise(ends)]
 
     def close(self) -> None:
         """Let go of this process's hold."""

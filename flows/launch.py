@@ -1,16 +1,17 @@
 """How a node's process starts, is watched and is ended.
 
 A node runs in its own process group, forked from a warm server (`flows.forkserver`), or under torchrun for several
-devices. The thread that asked for it only supervises: it forwards the journal, enforces the timeout and turns the
-exit code into an error for people.
+devices. The thread that asked for it only supervises: it forwards the journal, enforces the timeout, tends the vLLM
+servers the node asked for and turns the exit code into an error for people.
 """
 
+import contextlib
 import json
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +19,16 @@ from typing import Any, Self
 
 import psutil
 
-from experts.domain import stable_hash
 from flows.children import Child, ForkServer, ServerDiedError, child_environment
 from flows.config import ResourcesConfig
 from flows.devices import DeviceLeases, WaitCancelledError
 from flows.forkserver import GRACE_SECONDS
-from flows.lock import code_fingerprint
-from flows.plan import VERSIONS, Node, StageGraph
+from flows.job import Job
+from flows.plan import Node, StageGraph
+from flows.vllm_commands import Needs, node_needs
+from flows.vllm_servers import VllmServerError, VllmServers
 from flows.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
-from stages.core.checkpoint import Store, write_whole
+from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, JournalReader
 
 POLL_SECONDS = 0.3
@@ -61,40 +63,12 @@ class NodeFailedError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
-    """The nodes that one process makes, with what the worker must know of them.
+class _Verdict:
+    """Why a process was ended before its time."""
 
-    Attributes:
-        nodes: One training node, or several evaluations of one checkpoint.
-        spec: The contents of the spec file.
-    """
-
-    nodes: tuple[Node, ...]
-    spec: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, graph: StageGraph, nodes: Sequence[Node], home: Path, threads: int) -> Self:
-        """Write down what a process needs to make `nodes`.
-
-        Raises:
-            ValueError: nodes that cannot share a process.
-        """
-        kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
-        if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage != "evaluate"):
-            raise ValueError("one process makes one training node or evaluations of one checkpoint")
-        spec = {"home": str(home), "threads": threads, "nodes": [_node_spec(graph, node) for node in nodes]}
-        return cls(tuple(nodes), spec)
-
-    @property
-    def training(self) -> bool:
-        """Whether it may use several devices."""
-        return self.nodes[0].stage not in ("load", "evaluate")
-
-    def write(self, folder: Path) -> Path:
-        """Write the spec file; the same spec gets the same name, so that repeated runs leave one file."""
-        path = folder / f"spec-{stable_hash(self.spec)[:12]}.json"
-        write_whole(path, json.dumps(self.spec, indent=1))
-        return path
+    message: str
+    log: Path
+    retryable: bool
 
 
 class Launcher:
@@ -114,6 +88,7 @@ class Launcher:
         self._server: ForkServer | None = None
         self._starting = threading.Lock()
         self._live: dict[int, Child] = {}
+        self._groups: dict[int, VllmServers] = {}
         self._stopped = False
 
     def __enter__(self) -> Self:
@@ -138,35 +113,29 @@ class Launcher:
                 after the end. A resumed node's earlier records come first.
 
         Raises:
-            NodeFailedError: the process failed, took longer than the timeout, was killed or was stopped.
-            UserError: fewer devices than asked for.
+            NodeFailedError: the process failed, took longer than the timeout, was killed or was stopped, or its vLLM
+                servers cannot be kept up.
+            UserError: fewer devices than asked for; or vLLM is to serve and is not installed or cannot.
         """
         job = Job.of(graph, nodes, self.home, self.resources.threads)
+        needs = node_needs(graph, job.nodes[0], self.store, self.resources)
         first = job.nodes[0].id
         log = self.home / "work" / job.nodes[0].key / LOG_FILE
-        try:
-            spec = self._prepare(job)
-        except OSError as error:
-            code = exit_code_of(error)
-            raise NodeFailedError(first, code, f"cannot be started: {error}", log, retryable=False) from error
-        child: Child | None = None
-        try:
-            child = self._start(job, spec, log)
-            self._live[id(child)] = child
-            if self._stopped:
-                child.end(0)
-            timed_out = self._supervise(job, child, on_records)
-        except ServerDiedError:
-            message = "stopped" if self._stopped else f"its fork server ended; see {self.home / SERVER_LOG}"
-            raise NodeFailedError(first, FAILED, message, log, retryable=not self._stopped) from None
-        except WaitCancelledError:
-            raise NodeFailedError(first, FAILED, "stopped before it started", log, retryable=False) from None
-        finally:
-            if child is not None:
-                self._live.pop(id(child), None)
-                child.close()
+
+        def say(line: str) -> None:
+            on_records(job.nodes[0], [{"time": time.time(), "step": 0, "kind": "note", "text": line}])
+
+        with contextlib.ExitStack() as held:
+            try:
+                child, servers = self._start(job, needs, log, say, held)
+                verdict = self._supervise(job, child, servers, on_records)
+            except ServerDiedError:
+                message = "stopped" if self._stopped else f"its fork server ended; see {self.home / SERVER_LOG}"
+                raise NodeFailedError(first, FAILED, message, log, retryable=not self._stopped) from None
+            except WaitCancelledError:
+                raise NodeFailedError(first, FAILED, "stopped before it started", log, retryable=False) from None
         if child.exit_code != 0:
-            raise self._failure(job, child, log, timed_out)
+            raise self._failure(job, child, log, verdict)
 
     def stop_all(self) -> None:
         """End every live process group, SIGTERM then SIGKILL, and let no new one start. Returns when all are gone.
@@ -174,31 +143,55 @@ class Launcher:
         Idempotent; takes no lock, so that a signal handler may call it.
         """
         self._stopped = True
-        children = list(self._live.values())
+        children, groups = list(self._live.values()), list(self._groups.values())
         for child in children:
             child.end(GRACE_SECONDS)
+        for group in groups:
+            group.stop()
+            children += group.children
         deadline = time.monotonic() + GRACE_SECONDS + 2
         while time.monotonic() < deadline and any(_runs(child) for child in children):
             time.sleep(0.05)
 
-    def _prepare(self, job: Job) -> Path:
-        """Write the spec and clear what an earlier attempt said."""
-        for node in job.nodes:
-            (self.store.work(node.key) / ERROR_FILE).unlink(missing_ok=True)
-        return job.write(self.store.work(job.nodes[0].key))
-
-    def _start(self, job: Job, spec: Path, log: Path) -> Child:
-        gpus = self.resources.gpus if job.training else min(1, self.resources.gpus)
-        lease = self._devices.acquire(gpus, lambda: self._stopped)
+    def _start(
+        self, job: Job, needs: Needs, log: Path, say: Callable[[str], None], held: contextlib.ExitStack
+    ) -> tuple[Child, VllmServers]:
+        """Start the process and the servers that are its own; `held` ends them all."""
+        own = self.resources.gpus if job.training else min(1, self.resources.gpus)
+        theirs = sum(command.gpus for command in needs.commands)
+        # All at once, so that two stages cannot each hold what the other waits for.
+        lease, rest = self._devices.acquire(own + theirs, lambda: self._stopped).split([own, theirs])
+        held.callback(rest.close)
         try:
-            server = self._running_server()
-            if gpus <= 1:
-                return server.start(log, spec=spec, environment=lease.environment, descriptors=lease.descriptors)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-            command += ["-m", "flows.worker", str(spec)]
-            return server.start(log, command=command, environment=lease.environment, descriptors=lease.descriptors)
+            fork_server = self._running_server()
+            servers = VllmServers(needs.commands, self.home, lease=rest, say=say)
+            self._groups[id(servers)] = servers
+            held.callback(self._groups.pop, id(servers))
+            held.enter_context(servers)
+            spec = self._prepare(job, needs, servers, log)
+            servers.start(fork_server)
+            child = fork_server.start(
+                log, **_program(spec, own), environment=lease.environment, descriptors=lease.descriptors
+            )
         finally:
             lease.close()
+        held.callback(child.close)
+        self._live[id(child)] = child
+        held.callback(self._live.pop, id(child))
+        if self._stopped:
+            child.end(0)
+            servers.stop()
+        return child, servers
+
+    def _prepare(self, job: Job, needs: Needs, servers: VllmServers, log: Path) -> Path:
+        """Write the spec and clear what an earlier attempt said."""
+        try:
+            for node in job.nodes:
+                (self.store.work(node.key) / ERROR_FILE).unlink(missing_ok=True)
+            return job.write(self.store.work(job.nodes[0].key), {**needs.given, **servers.urls})
+        except OSError as error:
+            code, message = exit_code_of(error), f"cannot be started: {error}"
+            raise NodeFailedError(job.nodes[0].id, code, message, log, retryable=False) from error
 
     def _running_server(self) -> ForkServer:
         with self._starting:
@@ -209,35 +202,44 @@ class Launcher:
                 self._server = ForkServer(self.home / SERVER_LOG, environment)
             return self._server
 
-    def _supervise(self, job: Job, child: Child, on_records: OnRecords) -> bool:
-        """Forward the journals until the end; says whether the timeout ended it.
+    def _supervise(self, job: Job, child: Child, servers: VllmServers, on_records: OnRecords) -> _Verdict | None:
+        """Forward the journals until the end; says why the process was ended, if it was.
 
         The clock starts with the process; time in which it waits for another run's lock counts.
         """
         readers = [(node, JournalReader(self.store.work(node.key) / JOURNAL_FILE)) for node in job.nodes]
         deadline: float | None = None
-        timed_out = False
+        verdict: _Verdict | None = None
         while True:
             ended = child.wait(POLL_SECONDS) is not None
             for node, reader in readers:
                 if records := reader.new_records():
                     on_records(node, records)
             if ended:
-                return timed_out
+                return verdict
             if child.pid is not None and deadline is None:
                 deadline = time.monotonic() + self.resources.timeout_minutes * 60
-            if deadline is not None and not timed_out and time.monotonic() > deadline:
-                timed_out = True
+            if verdict is None and (verdict := self._judge(job, servers, deadline)) is not None:
                 child.end(GRACE_SECONDS)
 
-    def _failure(self, job: Job, child: Child, log: Path, timed_out: bool) -> NodeFailedError:
+    def _judge(self, job: Job, servers: VllmServers, deadline: float | None) -> _Verdict | None:
+        """Tend the servers and look at the clock: why the process is to be ended now, if it is."""
+        try:
+            servers.tend()
+        except VllmServerError as error:
+            return _Verdict(str(error), error.log, retryable=True)
+        if deadline is None or time.monotonic() <= deadline:
+            return None
+        message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"
+        return _Verdict(message, self.home / "work" / job.nodes[0].key / LOG_FILE, retryable=False)
+
+    def _failure(self, job: Job, child: Child, log: Path, verdict: _Verdict | None) -> NodeFailedError:
         assert child.exit_code is not None
         first, code = job.nodes[0].id, child.exit_code
         if self._stopped:
             return NodeFailedError(first, code, "stopped", log, retryable=False)
-        if timed_out:
-            message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"
-            return NodeFailedError(first, code, message, log, retryable=False)
+        if verdict is not None:
+            return NodeFailedError(first, code, verdict.message, verdict.log, retryable=verdict.retryable)
         said = _read_error(self.store.work(job.nodes[0].key) / ERROR_FILE)
         if code == FAILED:
             # torchrun's own exit code is 1 whatever its workers' are.
@@ -248,25 +250,12 @@ class Launcher:
         return NodeFailedError(first, code, message, log, retryable=code == INFRASTRUCTURE_FAULT)
 
 
-def _node_spec(graph: StageGraph, node: Node) -> dict[str, Any]:
-    provenance = {
-        "stage": node.stage,
-        "version": VERSIONS[node.stage],
-        "config": node.config,
-        "ingredients": node.ingredients,
-        "code": code_fingerprint(),
-        "node": node.id,
-    }
-    return {
-        "name": node.name,
-        "stage": node.stage,
-        "key": node.key,
-        "seed": node.seed,
-        "config": node.config,
-        "parents": {role: graph.node(parent).key for role, parent in node.parents.items()},
-        "domains": node.domains,
-        "provenance": provenance,
-    }
+def _program(spec: Path, devices: int) -> dict[str, Any]:
+    """What the fork server is to run: the spec itself, or torchrun for several devices."""
+    if devices <= 1:
+        return {"spec": spec}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    return {"command": [*torchrun, "-m", "flows.worker", str(spec)]}
 
 
 def _runs(child: Child) -> bool:

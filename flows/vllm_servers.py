@@ -1,0 +1,267 @@
+"""Supervision of vLLM servers: started on ports known before, restarted when they end, gone without remains.
+
+Each server is a child of a fork server, in a process group of its own: when its leader ends, however, the fork server
+kills what is left of the group (vLLM's engine and workers outlive a killed API server), and when this process ends,
+however, the fork server ends them all.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from flows.children import Child, ForkServer, ServerDiedError
+from flows.devices import Lease
+from flows.forkserver import GRACE_SECONDS
+from flows.servers import choose_port, local_url
+from flows.vllm_commands import ServerCommand
+
+HOST = "127.0.0.1"
+# Below the ports that the kernel gives to outgoing connections, and apart from those that people choose.
+PORTS = range(20000, 32000)
+MOST_RESTARTS = 5
+HEALTH_SECONDS = 2.0
+LAST_LINES = 15
+_MOMENT = 0.01
+
+
+class VllmServerError(Exception):
+    """A server does not come up, or ends again and again.
+
+    Attributes:
+        log: The file with its output.
+    """
+
+    def __init__(self, message: str, log: Path) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass
+class RunningServer:
+    """One server under our care.
+
+    Attributes:
+        command: How it is started.
+        url: Where it listens, whether it answers or not.
+        log: File with its output, of all its starts.
+        answered: Whether it has been healthy once.
+        restarts: How often it was started anew.
+    """
+
+    command: ServerCommand
+    url: str
+    log: Path
+    arguments: tuple[str, ...]
+    lease: Lease
+    child: Child | None = None
+    answered: bool = False
+    restarts: int = 0
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"vLLM server {self.url} ({self.command.serves})"
+
+    @property
+    def running(self) -> bool:
+        """Whether its process has not been seen to end."""
+        return self.child is not None and self.child.exit_code is None
+
+
+class VllmServers:
+    """A group of servers that live and end together; as a context manager it leaves none behind.
+
+    One thread supervises; `stop` alone may be called from another, or from a signal handler.
+    """
+
+    def __init__(
+        self,
+        commands: Sequence[ServerCommand],
+        home: Path,
+        *,
+        lease: Lease | None = None,
+        host: str = HOST,
+        ports: Sequence[int] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Choose ports; nothing is started yet.
+
+        Args:
+            commands: What is to run.
+            home: `$MOPD_HOME`; logs go to its `servers` folder.
+            lease: The devices of all of them, which whoever holds it closes after them.
+            host: Address to listen on.
+            ports: One for each; free ones are chosen when absent.
+            say: Told what happens to the servers, a line at a time.
+
+        Raises:
+            UserError: no free port.
+        """
+        self._say = say
+        self._fork_server: ForkServer | None = None
+        self._stopped = False
+        folder = home.resolve() / "servers"
+        folder.mkdir(parents=True, exist_ok=True)
+        shares = (lease or Lease()).split([command.gpus for command in commands])
+        self.servers: list[RunningServer] = []
+        for command, port, share in zip(commands, ports or free_ports(host, len(commands)), shares, strict=True):
+            log = folder / f"vllm-{command.kind}-{port}.log"
+            log.unlink(missing_ok=True)
+            arguments = (*command.arguments, "--host", host, "--port", str(port))
+            self.servers.append(RunningServer(command, local_url(port, host), log, arguments, share))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def urls(self) -> dict[str, list[str]]:
+        """URLs by kind, known before the servers answer."""
+        found: dict[str, list[str]] = {}
+        for server in self.servers:
+            found.setdefault(server.command.kind, []).append(server.url)
+        return found
+
+    def start(self, fork_server: ForkServer) -> None:
+        """Start them all; returns at once.
+
+        Raises:
+            ServerDiedError: the fork server is gone.
+        """
+        self._fork_server = fork_server
+        for server in self.servers:
+            self._say(f"{server.label} is started; log {server.log}")
+            self._start(server)
+
+    def tend(self) -> None:
+        """See how they are; one that ended is started again on its port. To be called every second or so.
+
+        Raises:
+            VllmServerError: a server ended before it ever answered, or more often than it is started anew.
+            ServerDiedError: the fork server is gone, and the servers with it.
+        """
+        for server in self.servers:
+            if self._stopped or server.child is None:
+                return
+            code = _wait(server.child, _MOMENT)
+            if code is not None and not self._stopped:
+                self._restart(server, code)
+            elif code is None and not server.answered and healthy(server.url):
+                server.answered = True
+
+    def ready(self) -> bool:
+        """Whether all answer."""
+        return all(server.running and healthy(server.url) for server in self.servers)
+
+    def stop(self) -> None:
+        """End them, SIGTERM now and SIGKILL after a grace, and start none any more; returns at once."""
+        self._stopped = True
+        for server in self.servers:
+            child = server.child
+            if child is not None and child.exit_code is None:
+                child.end(GRACE_SECONDS)
+
+    @property
+    def children(self) -> list[Child]:
+        """The servers' processes, those that ended among them."""
+        return [server.child for server in self.servers if server.child is not None]
+
+    def close(self) -> None:
+        """End them. Returns when all are gone; idempotent."""
+        self.stop()
+        deadline = time.monotonic() + GRACE_SECONDS + 2
+        for server in self.servers:
+            child = server.child
+            if child is None:
+                continue
+            # A fork server that is gone has taken its children along, and `_wait` what they left.
+            with contextlib.suppress(ServerDiedError):
+                _wait(child, max(_MOMENT, deadline - time.monotonic()))
+            while child.pid is not None and _group_lives(child.pid) and time.monotonic() < deadline:
+                time.sleep(_MOMENT)
+            server.child = None
+            child.close()
+
+    def _start(self, server: RunningServer) -> None:
+        assert self._fork_server is not None
+        server.child = self._fork_server.start(
+            server.log,
+            command=server.arguments,
+            environment={**server.command.environment, **server.lease.environment},
+            descriptors=server.lease.descriptors,
+        )
+        # A signal handler may have called `stop` in between.
+        if self._stopped:
+            server.child.end(0)
+
+    def _restart(self, server: RunningServer, code: int) -> None:
+        assert server.child is not None
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        if not server.answered:
+            raise VllmServerError(f"{server.label} {how} before it answered:\n{tail(server.log)}", server.log)
+        if server.restarts == MOST_RESTARTS:
+            message = f"{server.label} {how}, after {MOST_RESTARTS} restarts; its log ends with\n{tail(server.log)}"
+            raise VllmServerError(message, server.log)
+        server.restarts += 1
+        self._say(f"{server.label} {how}; it is started again ({server.restarts} of {MOST_RESTARTS} times)")
+        server.child.close()
+        self._start(server)
+
+
+def _wait(child: Child, seconds: float) -> int | None:
+    try:
+        return child.wait(seconds)
+    except ServerDiedError:
+        # The kernel killed the leader alone; nobody else would end its engine.
+        if child.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        raise
+
+
+def _group_lives(leader: int) -> bool:
+    """Whether a process of a group is left that is not dead and only waits to be reaped."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def healthy(url: str) -> bool:
+    """Whether a server answers that it is well."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=HEALTH_SECONDS) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports that nobody listens on now; another group that chooses at the same time is unlikely to take the same."""
+    ports: list[int] = []
+    after = random.choice(PORTS)
+    for _ in range(count):
+        ports.append(choose_port(host, after, "vLLM"))
+        after = ports[-1] + 1
+    return ports
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:]) if log.exists() else ""

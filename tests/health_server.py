@@ -1,0 +1,40 @@
+"""A server as its supervisor sees one: `python health_server.py --host H --port P [--fail]` answers `/health`.
+
+Like vLLM it has a process below it that outlives it unless somebody ends the whole group; `--fail` ends at once.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+ENGINE = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+class Answer(BaseHTTPRequestHandler):
+    """200 to whatever is asked."""
+
+    def do_GET(self) -> None:
+        """Say that it is well."""
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--fail", action="store_true")
+    asked = parser.parse_args()
+    if asked.fail:
+        sys.exit("no such model")
+    subprocess.Popen([sys.executable, "-c", ENGINE])
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    HTTPServer((asked.host, asked.port), Answer).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A group of servers under supervision, with a program that only answers `/health`: restarts, ends, nothing left."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.children import ForkServer, ServerDiedError, child_environment
+from flows.vllm_commands import ServerCommand
+from flows.vllm_servers import MOST_RESTARTS, VllmServerError, VllmServers, healthy
+from tests import health_server
+from tests.processes import ended, eventually
+
+PROGRAM = (sys.executable, health_server.__file__)
+ONE = ServerCommand("rollout", "a test", PROGRAM)
+
+
+@pytest.fixture(scope="module")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    running = ForkServer(tmp_path_factory.mktemp("server") / "log", child_environment(1), preload=())
+    yield running
+    running.close()
+
+
+def up(servers: VllmServers) -> bool:
+    servers.tend()
+    return servers.ready()
+
+
+def group(servers: VllmServers) -> list[int]:
+    """Every process of a group's servers, those below them too."""
+    leaders = [psutil.Process(child.pid) for child in servers.children]
+    return [process.pid for leader in leaders for process in (leader, *leader.children(recursive=True))]
+
+
+def test_servers_answer_at_urls_known_before_and_nothing_is_left_after_close(fork_server, tmp_path):
+    servers = VllmServers([ONE, ONE], tmp_path)
+    first, second = servers.urls["rollout"]
+    assert first != second
+    assert not servers.ready()
+    with servers:
+        servers.start(fork_server)
+        eventually(lambda: up(servers))
+        members = group(servers)
+        assert len(members) == 4
+    assert all(ended(pid) for pid in members)
+    assert not healthy(first)
+    assert servers.servers[0].log.parent == tmp_path / "servers"
+
+
+def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_server, tmp_path):
+    said: list[str] = []
+    with VllmServers([ONE], tmp_path, say=said.append) as servers:
+        servers.start(fork_server)
+        eventually(lambda: up(servers))
+        url = servers.urls
+        for restart in range(1, MOST_RESTARTS + 1):
+            leader, engine = group(servers)
+            os.kill(leader, signal.SIGKILL)
+            eventually(lambda before=restart: (servers.tend(), len(said) > before)[1])
+            eventually(lambda left=engine: ended(left), within=5)
+            assert f"was killed by signal 9; it is started again ({restart} of {MOST_RESTARTS} times)" in said[-1]
+            eventually(lambda: up(servers))
+        assert servers.urls == url
+        os.kill(group(servers)[0], signal.SIGKILL)
+        with pytest.raises(VllmServerError, match=f"after {MOST_RESTARTS} restarts"):
+            eventually(servers.tend)
+
+
+def test_a_server_that_never_answered_is_not_started_again(fork_server, tmp_path):
+    command = ServerCommand("teachers", "nobody", (*PROGRAM, "--fail"))
+    with VllmServers([command], tmp_path) as servers:
+        servers.start(fork_server)
+        with pytest.raises(VllmServerError, match=r"ended with code 1 before it answered:\nno such model") as caught:
+            eventually(servers.tend)
+    assert "no such model" in caught.value.log.read_text()
+
+
+def test_stop_from_elsewhere_ends_them_and_none_is_started_again(fork_server, tmp_path):
+    with VllmServers([ONE], tmp_path) as servers:
+        servers.start(fork_server)
+        eventually(lambda: up(servers))
+        members = group(servers)
+        servers.stop()
+        eventually(lambda: all(ended(pid) for pid in members), within=15)
+        servers.tend()
+        assert not servers.ready()
+
+
+def test_nothing_is_left_when_the_fork_server_is_killed(tmp_path):
+    mortal = ForkServer(tmp_path / "forkserver.log", child_environment(1), preload=())
+    with VllmServers([ONE], tmp_path) as servers:
+        servers.start(mortal)
+        eventually(lambda: up(servers))
+        members = group(servers)
+        os.kill(mortal.pid, signal.SIGKILL)
+        with pytest.raises(ServerDiedError):
+            eventually(servers.tend)
+    eventually(lambda: all(ended(pid) for pid in members), within=5)
+    mortal.close()
+
+
+SUPERVISOR = """
+import sys, time
+from pathlib import Path
+from flows.children import ForkServer, child_environment
+from flows.vllm_servers import VllmServers
+from tests.integration.test_server_group import ONE, group, up
+
+home = Path(sys.argv[1])
+with VllmServers([ONE], home) as servers:
+    servers.start(ForkServer(home / "forkserver.log", child_environment(1), preload=()))
+    while not up(servers):
+        time.sleep(0.1)
+    print(*group(servers), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    members = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(members) == 2
+    process.kill()
+    process.wait()
+    eventually(lambda: all(ended(pid) for pid in members), within=15)
+
+
+def test_a_home_that_is_a_relative_path_keeps_its_logs(fork_server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    servers = VllmServers([ONE], Path("home"))
+    assert servers.servers[0].log.parent == tmp_path / "home" / "servers"
