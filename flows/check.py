@@ -5,7 +5,7 @@ Only what has to run is looked at, so that a run in which little is missing star
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ BYTES_A_PARAMETER = 4
 # A saved state keeps weights, two moments of the optimizer, and the next one is written before the last is dropped.
 STATE_COPIES = 6
 GGUF_GROWTH = 8
+NARROWEST_HEAD_ON_CPU = 32
+HEALTH_SECONDS = 5.0
 
 
 def deep_check(graph: StageGraph, store: Store) -> list[str]:
@@ -105,18 +107,70 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Samplers that are not installed, or would be started once in each of several processes."""
-    asking = (node for node in missing if node.config.get("sampler", {}).get("backend") == "vllm")
-    for key in dict.fromkeys(_config_key(node) for node in asking):
+    """vLLM that is not installed or cannot run the model, engines in each of several processes, servers that are not
+    there."""
+    resources = graph.config.resources
+    inside = [node for node in missing if _backend(node) == "vllm"]
+    rollouts = [node for node in missing if _backend(node) == "vllm_server"]
+    taught = [node for node in missing if node.config.get("teacher_backend") == "vllm_server"]
+    samplers = inside if resources.rollout_servers.urls else [*inside, *rollouts]
+    started = {f"{_config_key(node)}.sampler.backend": node for node in samplers}
+    if not resources.teacher_servers.urls:
+        started |= {f"{_config_key(node)}.teacher_backend": node for node in taught}
+    for key, node in started.items():
         try:
-            require_vllm(f"{key}.sampler.backend")
+            require_vllm(key)
         except UserError as error:
             yield str(error)
-        if graph.config.resources.gpus > 1:
-            yield (
-                f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is "
-                f"{graph.config.resources.gpus}, with one process each"
-            )
+        yield from _narrow_heads(graph, node, key)
+    for key in dict.fromkeys(_config_key(node) for node in inside if resources.gpus > 1):
+        yield (
+            f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is {resources.gpus}, with one "
+            f"process each"
+        )
+    if rollouts:
+        yield from _silent_servers("rollout", resources.rollout_servers.urls)
+    if taught:
+        yield from _silent_servers("teacher", resources.teacher_servers.urls)
+
+
+def _backend(node: Node) -> str | None:
+    name: str | None = node.config.get("sampler", {}).get("backend")
+    return name
+
+
+def _narrow_heads(graph: StageGraph, node: Node, key: str) -> Iterator[str]:
+    """A fresh model whose attention vLLM cannot compute on a CPU."""
+    origin = _origin(graph, node)
+    if graph.config.resources.gpus or origin.stage != "pretrain":
+        return
+    model = origin.config["model"]
+    width = model["hidden_size"] // model["heads"]
+    if width < NARROWEST_HEAD_ON_CPU:
+        yield (
+            f"{key}: vLLM's attention on a CPU takes heads of {NARROWEST_HEAD_ON_CPU} and more; base.pretrain.model "
+            f"has {model['heads']} of {width}"
+        )
+
+
+def _silent_servers(kind: str, urls: Sequence[str]) -> Iterator[str]:
+    """Servers the run file names that do not answer."""
+    import httpx
+
+    for url in urls:
+        try:
+            answer = httpx.get(f"{url}/health", timeout=HEALTH_SECONDS)
+        except httpx.TransportError as error:
+            said = f"{type(error).__name__}: {error}"
+        else:
+            if answer.is_success:
+                continue
+            said = f"HTTP {answer.status_code}"
+        command = "rollout" if kind == "rollout" else "teachers"
+        yield (
+            f"resources.{kind}_servers.urls: {url} does not answer ({said}); `mopd serve {command}` starts such "
+            f"servers, and without urls the run starts its own"
+        )
 
 
 def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:

@@ -14,7 +14,16 @@ from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, s
 from experts.errors import UserError
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.lock import lock_path, read_json
-from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig, TrainConfig
+from stages.config import (
+    DistillConfig,
+    EvaluationConfig,
+    OnPolicyConfig,
+    PretrainConfig,
+    RLConfig,
+    SamplerConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from stages.core.checkpoint import write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 
@@ -209,13 +218,24 @@ class _Builder:
             if config.anchor:
                 anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
                 fields["domain_weights"] = anchor | config.domain_weights
-        sampler = self.config.resources.sampler
-        if sampler != "transformers" and "sampler" in fields and fields["sampler"].backend is None:
-            fields["sampler"] = fields["sampler"].model_copy(update={"backend": sampler})
+        if isinstance(config, OnPolicyConfig):
+            fields["sampler"] = self._sampler(name, config.sampler)
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
         facts = {"config": own.key_fields()}
         return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
+
+    def _sampler(self, name: str, own: SamplerConfig) -> SamplerConfig:
+        """A stage's sampler, with the run's backend where it names none."""
+        backend = self.config.resources.sampler
+        if own.backend is None and backend != "transformers":
+            own = own.model_copy(update={"backend": backend})
+        if own.ahead and own.backend != "vllm_server":
+            raise UserError(
+                f"{name}: sampler.ahead needs servers that sample while the trainer updates; the sampler is "
+                f"{own.backend or backend}, set resources.sampler to vllm_server"
+            )
+        return own
 
     def _add(
         self,

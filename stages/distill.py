@@ -5,16 +5,18 @@ routed to, and updates the student towards that teacher: by a divergence over th
 likeliest tokens, or by the sampled token's log-ratio as a clipped advantage with an importance weight. The anchor is
 one more teacher: the start checkpoint on general prompts; it is also the reference that `extrapolation` moves away
 from and `reference_kl` holds on to. `outcome_weight` adds the group-normalised reward, `golden_share` cross-entropy on
-gold answers, and `on_policy_fraction` below 1 lets teachers or the dataset write part of the completions.
-Left out: remote teachers.
+gold answers, and `on_policy_fraction` below 1 lets teachers or the dataset write part of the completions. Teachers
+score in this process, or on vLLM servers.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
+from experts.domain import Example
 from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact
-from stages.core.policy import load_policy
+from stages.core.policy import Policy, load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
@@ -23,6 +25,7 @@ from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
 from stages.on_policy.preflight import preflight
+from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import RewardSignal, Signal, SumSignal, TeacherSignal, TrainerSignal
 from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
@@ -51,12 +54,22 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     routes = _routes(config, workspace)
     reference = needs_reference(config.objective)
     known: Routes = {**routes, REFERENCE: (Routed(start),)} if reference else routes
+    remote = _remote(config, workspace, routes, policy)
     # A wrapper that holds the student's parameters must not see teachers' adapters among them.
-    pool = TeacherPool(known, workspace.store, policy, config, lends=learner.world_size == 1)
-    with contextlib.closing(make_sampler(config, learner, workspace)) as sampler:
+    pool = TeacherPool(known, workspace.store, policy, config, lends=learner.world_size == 1, remote=remote)
+
+    def own_prompts(step: int) -> Sequence[Example]:
+        return mixture.split(step, config.on_policy_fraction)[0]
+
+    with contextlib.ExitStack() as opened:
+        if remote is not None:
+            opened.callback(remote.close)
+        sampler = opened.enter_context(contextlib.closing(make_sampler(config, learner, workspace, own_prompts)))
         notes: list[str] = []
         with learner.whole():
             preflight(policy, sampler, pool, examples, config, notes.append)
+        if remote is not None:
+            pool.release()
         practice = Practice(
             stage="distill",
             mixture=mixture,
@@ -70,6 +83,7 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
             sampler=sampler,
             monitor=monitor,
             notes=notes,
+            news=[sampler.news] if remote is None else [sampler.news, remote.news],
             facts={"teachers": _manifest(config, routes, mixture)},
         )
         return train_on_policy(practice, learner, config, workspace)
@@ -85,6 +99,14 @@ def _routes(config: DistillConfig, workspace: Workspace) -> Routes:
         elif f"teacher/{domain}" in workspace.parents:
             routes[domain] = (Routed(workspace.parents[f"teacher/{domain}"]),)
     return routes
+
+
+def _remote(config: DistillConfig, workspace: Workspace, routes: Routes, policy: Policy) -> RemoteTeachers | None:
+    """The teachers' servers, where they score there."""
+    if config.teacher_backend == "local":
+        return None
+    teachers = {routed.teacher.key: routed.teacher.name for taught in routes.values() for routed in taught}
+    return RemoteTeachers(workspace.servers.get("teachers", ()), teachers, config, policy.head_VH.shape[0])
 
 
 def _signal(

@@ -65,8 +65,15 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
 
         return token_loss
 
-    with contextlib.closing(make_sampler(config, learner, workspace)) as sampler:
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
         practice = Practice(
-            "rl", mixture, signal, objective, progress=("reward", "higher"), sampler=sampler, monitor=monitor
+            stage="rl",
+            mixture=mixture,
+            signal=signal,
+            objective=objective,
+            progress=("reward", "higher"),
+            sampler=sampler,
+            monitor=monitor,
+            news=[sampler.news],
         )
         return train_on_policy(practice, learner, config, workspace)

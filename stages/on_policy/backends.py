@@ -1,23 +1,42 @@
 """The sampler a stage's config asks for."""
 
+from collections.abc import Callable, Sequence
+
+from experts.domain import Example
 from experts.errors import UserError
 from stages.config import OnPolicyConfig
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
-from stages.on_policy.sampler import Sampler, TransformersSampler
+from stages.on_policy.ahead import AheadSampler
+from stages.on_policy.rollout import request
+from stages.on_policy.sampler import Request, Sampler, TransformersSampler
 
 
-def make_sampler(config: OnPolicyConfig, learner: Learner, workspace: Workspace) -> Sampler:
+def make_sampler(
+    config: OnPolicyConfig, learner: Learner, workspace: Workspace, prompts_of: Callable[[int], Sequence[Example]]
+) -> Sampler:
     """Start it; whoever asks closes it.
 
+    Args:
+        config: The stage's config.
+        learner: The student.
+        workspace: Servers, and a folder for an engine's files.
+        prompts_of: The prompts the student will answer in a step, for rollouts one batch ahead.
+
     Raises:
-        UserError: vLLM is not installed, several processes would each start an engine, or it cannot tell the
-            log-probabilities that the config's temperature and top-p need.
+        UserError: vLLM is not installed, several processes would each start an engine, no server is named, or vLLM
+            cannot tell the log-probabilities that the config's temperature and top-p need.
+        ServerLostError: no server answers.
     """
+
+    def upcoming(step: int) -> Request | None:
+        return request(learner, prompts_of(step), config, step) if step <= config.max_steps else None
+
     if config.sampler.backend == "vllm_server":
         from stages.on_policy.vllm_servers import VllmServers
 
-        return VllmServers(learner, config, workspace)
+        servers = VllmServers(learner, config, workspace)
+        return AheadSampler(servers, upcoming) if config.sampler.ahead else servers
     if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)
     if learner.world_size > 1:

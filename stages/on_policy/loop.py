@@ -3,6 +3,7 @@
 RL and distillation are this loop with different signals and objectives; nothing else differs.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Practice:
         sampler: Draws the student's completions; the trainer's own model when absent.
         monitor: Scores the student while it trains.
         notes: Lines for the log before the first step.
+        news: Each tells, once a step, what the log should say of the servers behind a sampler or teachers.
         facts: More for the checkpoint's manifest.
     """
 
@@ -89,6 +91,7 @@ class Practice:
     sampler: Sampler | None = None
     monitor: Monitor | None = None
     notes: Sequence[str] = ()
+    news: Sequence[Callable[[], list[str]]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,6 +117,8 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
             break
         learner.begin(step)
         rollout, judgement, metrics = take_step(practice, learner, config, step)
+        for text in itertools.chain(*(news() for news in practice.news)):
+            _note(journal, learner, step, text)
         if step == 1 or step % SAMPLE_EVERY == 0:
             _show(journal, step, rollout, judgement, learner)
         # The teachers' scores would lie in memory beside the next step's.
@@ -135,7 +140,8 @@ def take_step(
     """Sample, judge, update; the step's metrics are means over all processes."""
     stage, clock = practice.stage, _Clock()
     with learner.whole():
-        rollout = _collect(practice, learner, config, step)
+        collected = _collect(practice, learner, config, step)
+    rollout = collected.fresh(config.sampler.max_staleness)
     clock.lap("rollout")
     lengths = [len(sample.completion_ids) for sample in rollout.samples]
     weights, shares = loss_weights(rollout.domains, lengths, config, learner, list(practice.mixture.examples))
@@ -170,7 +176,11 @@ def take_step(
         metrics["mismatch_max"] = most
     metrics |= learner.averages(_sums(rollout, judgement, values, golden, practice.on_policy_fraction > 0))
     metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
-    metrics["informative"] = learner.global_sum(len(kept)) / learner.global_sum(len(rows))
+    metrics["informative"] = learner.global_sum(len(kept)) / max(1.0, learner.global_sum(len(rows)))
+    if config.sampler.backend == "vllm_server":
+        metrics["stale"] = learner.global_sum(len(collected.samples) - len(rollout.samples))
+        ages = [rollout.staleness(row) for row, own in enumerate(rollout.own) if own]
+        metrics |= learner.averages({"staleness": (sum(ages), len(ages))})
     metrics |= {**judgement.facts, **clock.seconds}
     return rollout, judgement, {f"{stage}/{name}": value for name, value in metrics.items()}
 
@@ -277,6 +287,7 @@ def _show(journal: Journal, step: int, rollout: Rollout, judgement: Judgement, l
                 prompt=example.prompt,
                 answer=example.answer,
                 completion=rollout.completions[row],
+                weights=rollout.samples[row].version if rollout.own[row] else None,
                 **facts,
             )
 

@@ -29,6 +29,7 @@ from stages.on_policy.divergences import (
 )
 from stages.on_policy.losses import (
     Losses,
+    entropy,
     extrapolate,
     importance_weights,
     policy_gradient,
@@ -81,6 +82,7 @@ class _RowsLoss:
         outcome_N: The outcome reward's advantage.
         teacher, reference: Logits [C, V] of a slice of the tokens.
         apart: Each teacher's own logits by name, where a row has several; for a look at how they agree.
+        exact: Whether the teacher's whole distribution is known.
         diagnoses: Whether to look at how student and teachers agree.
     """
 
@@ -93,6 +95,7 @@ class _RowsLoss:
     teacher: Callable[[slice], Tensor]
     reference: Callable[[slice], Tensor] | None
     apart: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]]
+    exact: bool
     diagnoses: bool
 
     @classmethod
@@ -126,6 +129,7 @@ class _RowsLoss:
             teacher=judgement.teachers.logits(rows),
             reference=judgement.reference.logits(rows) if judgement.reference else None,
             apart=judgement.teachers.apart(rows) if diagnoses else {},
+            exact=judgement.teachers.exact,
             diagnoses=diagnoses,
         )
 
@@ -139,7 +143,8 @@ class _RowsLoss:
         losses_C, metrics = loss(logits_CV, teacher_CV, reference_CV, part)
         if self.diagnoses:
             with torch.no_grad():
-                metrics = metrics | diagnose(logits_CV, teacher_CV, DIAGNOSE_TOP)
+                if self.exact:
+                    metrics = metrics | diagnose(logits_CV, teacher_CV, DIAGNOSE_TOP)
                 metrics |= self._advantage_bins(logits_CV, teacher_CV, part)
                 metrics |= self._apart(logits_CV, part)
         return losses_C, metrics
@@ -151,7 +156,7 @@ class _RowsLoss:
         losses_C, metrics = divergence(objective, logits_CV, target_CV)
         if "reverse_kl" not in metrics:
             # A support without the rest tells no divergence that could be compared with other objectives'.
-            metrics = metrics | reverse_kl(logits_CV.detach(), target_CV)[1]
+            metrics = metrics | self._reverse_kl(logits_CV.detach(), target_CV, part)
         if objective.reference_kl > 0:
             assert reference_CV is not None
             away_C, more = reverse_kl(logits_CV, reference_CV)
@@ -171,8 +176,7 @@ class _RowsLoss:
         reference_C = None if reference_CV is None else token_logprobs(reference_CV, tokens_C)
         target_C = _target(teacher_C, reference_C, objective)
         advantages_C = sampled_advantages(logprobs_C, target_C, objective.advantage_clip)
-        # The exact one, for the sampled ratio means nothing on tokens that somebody else wrote.
-        _, metrics = reverse_kl(logits_CV.detach(), _target(teacher_CV, reference_CV, objective))
+        metrics = self._reverse_kl(logits_CV.detach(), _target(teacher_CV, reference_CV, objective), part)
         if self.outcome_N is not None:
             advantages_C = advantages_C + self.outcome_N[part]
         if reference_C is not None and objective.reference_kl > 0:
@@ -181,6 +185,18 @@ class _RowsLoss:
             metrics["reference_kl"] = away_C
         weights_C, more = self._importance(logprobs_C, part)
         return policy_gradient(logprobs_C, advantages_C, weights_C), metrics | more
+
+    def _reverse_kl(self, logits_CV: Tensor, target_CV: Tensor, part: slice) -> dict[str, Tensor]:
+        """The exact reverse KL for the log, which means something on whoever's tokens; of a teacher that is not wholly
+        known its estimate on the tokens the student drew, NaN on others."""
+        if self.exact:
+            return reverse_kl(logits_CV, target_CV)[1]
+        tokens_C = self.tokens_N[part]
+        ratio_C = token_logprobs(logits_CV, tokens_C) - token_logprobs(target_CV, tokens_C)
+        return {
+            "reverse_kl": ratio_C.masked_fill(self.sampler_N[part].isnan(), torch.nan),
+            "entropy": entropy(logits_CV),
+        }
 
     def _importance(self, logprobs_C: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         objective, policy_C = self.config.objective, logprobs_C.detach()

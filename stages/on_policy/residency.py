@@ -74,6 +74,10 @@ class Residents:
         with self._base(key).wearing(teacher) as model:
             yield model
 
+    def drop_all(self) -> None:
+        """Keep none in memory, but for what the student lends."""
+        self._drop_to(0)
+
     def _base(self, key: str) -> "_Base":
         """A base in memory; room for it is made before it is read."""
         if key not in self.bases:

@@ -13,7 +13,7 @@ from experts.errors import UserError
 from stages.config import OnPolicyConfig
 from stages.core.policy import Policy, encode_prompt
 from stages.core.training import Item, Learner, epochs, step_seed
-from stages.on_policy.sampler import Sample, Sampler, Sampling
+from stages.on_policy.sampler import Request, Sample, Sampler, Sampling
 from stages.on_policy.shares import apportion, without_prompts
 
 
@@ -51,6 +51,26 @@ class Rollout:
             self.samples + other.samples,
             self.completions + other.completions,
             self.own + other.own,
+            self.group_size,
+        )
+
+    def staleness(self, row: int) -> int:
+        """Batches the student had been updated on since the weights that drew a row."""
+        return self.step - 1 - self.samples[row].version
+
+    def fresh(self, most: int) -> "Rollout":
+        """The groups none of whose rows has a greater staleness; completions that the student did not draw have
+        none."""
+        groups = [range(first, first + self.group_size) for first in range(0, len(self.samples), self.group_size)]
+        kept = [
+            row for group in groups if all(not self.own[i] or self.staleness(i) <= most for i in group) for row in group
+        ]
+        return Rollout(
+            self.step,
+            [self.examples[row] for row in kept],
+            [self.samples[row] for row in kept],
+            [self.completions[row] for row in kept],
+            [self.own[row] for row in kept],
             self.group_size,
         )
 
@@ -112,13 +132,17 @@ def _slice(items: Sequence[Item], seed: int, first: int, count: int) -> list[Ite
 def roll_out(
     learner: Learner, sampler: Sampler, drawn: Sequence[Example], config: OnPolicyConfig, step: int
 ) -> Rollout:
-    """Sample `group_size` completions of each prompt of this process's share with the current student."""
-    policy, examples = learner.policy, learner.shard(drawn)
-    prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
+    """Let the student answer each prompt of this process's share `group_size` times."""
+    asked = request(learner, drawn, config, step)
+    groups = sampler.sample(asked.prompts, asked.group_size, asked.sampling, asked.seed)
+    return gather(learner.policy, learner.shard(drawn), groups, config.group_size, step, own=True)
+
+
+def request(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig, step: int) -> Request:
+    """What this process asks its sampler for in a step."""
+    prompts = [encode_prompt(learner.policy.tokenizer, example.prompt) for example in learner.shard(drawn)]
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    seed = step_seed(learner.seed, step, f"sample {learner.rank}")
-    groups = sampler.sample(prompts, config.group_size, sampling, seed)
-    return gather(policy, examples, groups, config.group_size, step, own=True)
+    return Request(prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}"))
 
 
 def gather(

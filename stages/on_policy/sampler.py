@@ -68,6 +68,16 @@ class Sample:
         return [*self.prompt_ids, *self.completion_ids]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a sampler is asked for in a step: the arguments of `Sampler.sample`."""
+
+    prompts: Sequence[list[int]]
+    group_size: int
+    sampling: Sampling
+    seed: int
+
+
 class Sampler(Protocol):
     """Draws the student's completions, here or elsewhere, with the weights it was given last."""
 

@@ -21,7 +21,7 @@ from stages.core.update import Row
 from stages.on_policy.advantages import group_advantages
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.rollout import Rollout, score
-from stages.on_policy.teachers import REFERENCE, TeacherPool, TeacherScores
+from stages.on_policy.teachers import REFERENCE, Scores, TeacherPool
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Judgement:
     """
 
     advantages: Sequence[float] | None = None
-    teachers: TeacherScores | None = None
-    reference: TeacherScores | None = None
+    teachers: Scores | None = None
+    reference: Scores | None = None
     trainer_logprobs: Sequence[Tensor] | None = None
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class RewardSignal:
         """Score every completion."""
         del rows
         rewards = score(rollout, self.domains)
-        rewards_PG = torch.tensor(rewards).view(-1, rollout.group_size)
+        rewards_PG = torch.tensor(rewards).view(len(rewards) // rollout.group_size, rollout.group_size)
         advantages = (self.weight * group_advantages(rewards_PG, self.normalise_by_std)).flatten().tolist()
         facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
         return Judgement(advantages=advantages, values={"reward": rewards}, facts=facts)

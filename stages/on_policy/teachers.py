@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
 from stages.core.update import Row
 from stages.on_policy.losses import token_logprobs
+from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.residency import Residents
 
 # The pseudo-domain of the policy that extrapolation moves away from and a KL penalty holds on to.
@@ -40,6 +42,27 @@ class Routed:
     weight: float = 1.0
 
 
+class Scores(Protocol):
+    """What teachers say of one rollout's rows; see `TeacherScores` for the methods."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Time each teacher took, by its name."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of a distribution is known, or only its likeliest tokens and the sampled one."""
+
+    def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
+        """Target logits [C, V] of a slice of the rows' tokens laid end to end."""
+
+    def apart(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+        """Each teacher alone, by name, where some row has several."""
+
+    def logprobs(self, rows: Sequence[int], tokens_N: Tensor, temperature: float) -> Tensor:
+        """Log-probability [N] of each of the rows' sampled tokens."""
+
+
 @dataclass(frozen=True)
 class TeacherScores:
     """What the routed teachers say of one rollout's rows.
@@ -51,6 +74,7 @@ class TeacherScores:
         names: Name of each teacher.
         seconds: Time each teacher took, loading included, by its name.
         device: Where logits are formed.
+        exact: Whether all of a distribution is known.
     """
 
     weights: Sequence[Mapping[str, float]]
@@ -59,6 +83,7 @@ class TeacherScores:
     names: Mapping[str, str]
     seconds: Mapping[str, float]
     device: torch.device
+    exact: bool = True
 
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
         """Target logits of the rows' tokens laid end to end, a slice [C, V] at a time.
@@ -162,6 +187,7 @@ class TeacherPool:
         student: Whose tokens the teachers must be able to score.
         config: The merge's config.
         lends: Whether a student that is an adapter may lend its base to teachers of the same base.
+        remote: Scores in place of the teachers here, but for the reference.
 
     Raises:
         UserError: a teacher's tokenizer or vocabulary differs from the student's; names domain and teacher.
@@ -174,8 +200,10 @@ class TeacherPool:
         student: Policy,
         config: DistillConfig,
         lends: bool = False,
+        remote: RemoteTeachers | None = None,
     ) -> None:
         self.routes = routes
+        self.remote = remote
         self.student = student
         self.config = config
         self.residents = Residents(store, student, config, lends)
@@ -187,13 +215,16 @@ class TeacherPool:
         return {routed.teacher.key: routed.teacher for taught in self.routes.values() for routed in taught}
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row], domains: Sequence[str]) -> TeacherScores:
-        """Forward every row through its own teachers, teacher after teacher.
+    def score(self, rows: Sequence[Row], domains: Sequence[str]) -> Scores:
+        """Forward every row through its own teachers, teacher after teacher, or let servers do so.
 
         Raises:
             UserError: a row's domain has no teacher.
+            ServerLostError: a teacher's servers do not answer.
         """
         weights = [self._weights(domain) for domain in domains]
+        if self.remote is not None and REFERENCE not in domains:
+            return self.remote.score(rows, [next(iter(row)) for row in weights], self.student.device)
         hidden: list[dict[str, Tensor]] = [{} for _ in rows]
         heads: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
@@ -208,6 +239,10 @@ class TeacherPool:
             seconds[teacher.name] = seconds.get(teacher.name, 0.0) + time.monotonic() - started
         names = {key: teacher.name for key, teacher in needed.items()}
         return TeacherScores(weights, hidden, heads, names, seconds, self.student.device)
+
+    def release(self) -> None:
+        """Drop the teachers that are in memory; one that is needed is read again."""
+        self.residents.drop_all()
 
     @contextlib.contextmanager
     def teaching(self, domain: str) -> Iterator[Policy]:

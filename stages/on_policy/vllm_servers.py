@@ -11,10 +11,8 @@ import contextlib
 import json
 import queue
 import shutil
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from stages.core.policy import Policy
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.sampler import Sample, Sampling
+from stages.on_policy.spread import spread
 from stages.on_policy.vllm_engine import check_context, full_weights, prompt_seed
 from stages.on_policy.vllm_server import UNTOLD, Completion, ServerLostError, VllmServer, wait_for_any
 from stages.on_policy.vllm_settings import logprobs_mode, rows_at_a_time
@@ -113,13 +112,22 @@ class VllmServers:
             raise UserError(f"the servers tell {self.mode}, which temperature {sampling.temperature} does not go with")
         check_context(prompts, sampling.max_new_tokens, self.context)
         found: dict[int, list[Sample]] = {}
+        at_once = max(1, rows_at_a_time(self.config) // group_size)
+        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
+        drawn = group_size if sampling.temperature > 0 else 1
+        name = self.model if self.config.lora is None else str(self._current()["name"])
+
+        def ask(server: VllmServer, index: int) -> list[Completion]:
+            own = prompt_seed(seed, index)
+            return server.complete(name, prompts[index], drawn, sampling, own, self.eos_id)
+
         for attempt in range(self.config.sampler.retries + 1):
             missing = [index for index in range(len(prompts)) if index not in found]
             if not missing:
                 break
             if attempt:
                 self._news.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
-            for server, answers in self._ask(self._ready(), missing, prompts, group_size, sampling, seed):
+            for server, answers in spread(missing, self._ready(), ask, at_once, self._lost):
                 if self._is_current(server):
                     found |= {i: self._samples(prompts[i], answer, group_size) for i, answer in answers.items()}
         if len(found) < len(prompts):
@@ -210,18 +218,21 @@ class VllmServers:
                     self._bring_up_to_date(server)
                     ready.append(server)
                 except ServerLostError as error:
-                    self._news.put(f"lost: {error}")
+                    self._lost(error)
             if ready:
                 return ready
             if time.monotonic() > deadline:
                 raise ServerLostError(f"no server takes the student's weights: {[s.url for s in self.servers]}")
             time.sleep(0.5)
 
+    def _lost(self, error: ServerLostError) -> None:
+        self._news.put(f"lost: {error}")
+
     def _is_current(self, server: VllmServer) -> bool:
         try:
             return server.weight_version() == self._current()["name"]
         except ServerLostError as error:
-            self._news.put(f"lost: {error}")
+            self._lost(error)
             return False
 
     def _bring_up_to_date(self, server: VllmServer, policy: Policy | None = None) -> None:
@@ -259,47 +270,6 @@ class VllmServers:
             known = NcclTransfer(server, policy)
         known.send()
         self._transfers[server.url] = known
-
-    def _ask(
-        self,
-        servers: Sequence[VllmServer],
-        missing: Sequence[int],
-        prompts: Sequence[list[int]],
-        group_size: int,
-        sampling: Sampling,
-        seed: int,
-    ) -> list[tuple[VllmServer, dict[int, list[Completion]]]]:
-        """Let every server take prompts from one queue, as many at a time as it draws together."""
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in missing:
-            waiting.put(index)
-        at_once = max(1, rows_at_a_time(self.config) // group_size)
-        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
-        drawn = group_size if sampling.temperature > 0 else 1
-        asked: list[tuple[VllmServer, dict[int, list[Completion]], threading.Event]] = []
-        asked += [(server, {}, threading.Event()) for server in servers]
-        name = self.model if self.config.lora is None else str(self._current()["name"])
-
-        def work(server: VllmServer, answers: dict[int, list[Completion]], lost: threading.Event) -> None:
-            while not lost.is_set():
-                try:
-                    index = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                own = prompt_seed(seed, index)
-                try:
-                    answers[index] = server.complete(name, prompts[index], drawn, sampling, own, self.eos_id)
-                except ServerLostError as error:
-                    waiting.put(index)
-                    if not lost.is_set():
-                        lost.set()
-                        self._news.put(f"lost: {error}")
-
-        workers = [entry for entry in asked for _ in range(min(at_once, len(missing)))]
-        with ThreadPoolExecutor(len(workers)) as pool:
-            for future in [pool.submit(work, *entry) for entry in workers]:
-                future.result()
-        return [(server, answers) for server, answers, _ in asked]
 
 
 def _save(policy: Policy, folder: Path) -> None:

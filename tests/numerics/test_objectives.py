@@ -54,6 +54,8 @@ class Logits:
     def __init__(self, logits_NV: Tensor) -> None:
         self.logits_NV = logits_NV
 
+    exact = True
+
     def apart(self, rows: list[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         return {}
 

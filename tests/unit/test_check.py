@@ -59,6 +59,38 @@ def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path
     assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
+def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path) -> None:
+    narrow = "base.pretrain.model={hidden_size: 64, heads: 4}"
+    assert said(tmp_path, SORT_ALONE, narrow) == ""
+    message = said(tmp_path, SORT_ALONE, narrow, "resources.sampler=vllm_server")
+    lines = message.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "experts.sort.train.rl.sampler.backend",
+        "merge.sampler.backend",
+    ]
+    assert lines[0].endswith("takes heads of 32 and more; base.pretrain.model has 4 of 16")
+    assert said(tmp_path, SORT_ALONE, narrow, "resources.sampler=vllm_server", "resources.gpus=1") == ""
+
+
+def test_servers_that_do_not_answer_are_named_where_they_are_asked(tmp_path: Path) -> None:
+    silent = "http://127.0.0.1:9"
+    rollout = f"resources.rollout_servers.urls=[{silent}/v1]"
+    teacher = f"resources.teacher_servers.urls=[{silent}]"
+    assert said(tmp_path, SORT_ALONE, rollout, teacher) == ""
+    message = said(tmp_path, SORT_ALONE, rollout, "resources.sampler=vllm_server")
+    assert message.startswith(f"resources.rollout_servers.urls: {silent} does not answer (ConnectError")
+    assert "`mopd serve rollout`" in message
+    asked = ["merge.teacher_backend=vllm_server", "merge.objective=sampled_reverse_kl"]
+    message = said(tmp_path, SORT_ALONE, teacher, *asked)
+    assert message.startswith(f"resources.teacher_servers.urls: {silent} does not answer")
+    assert "`mopd serve teachers`" in message
+
+
+def test_rollouts_ahead_without_servers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"student: sampler\.ahead needs servers .* the sampler is transformers"):
+        said(tmp_path, SORT_ALONE, "merge.sampler.ahead=true")
+
+
 def test_a_domain_whose_weight_leaves_it_no_prompt_is_named(tmp_path: Path) -> None:
     message = said(tmp_path, SORT_ALONE, "merge.domain_weights={reverse: 0.0001}")
     assert message.startswith("student@0: prompts_per_step 80 leaves no prompt for domain 'reverse' of 3")

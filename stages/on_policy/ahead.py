@@ -1,0 +1,62 @@
+"""Rollouts one batch ahead: while the student is trained on one batch, servers draw the next with its old weights.
+
+The weights a batch is drawn with are then one batch of updates old. Losses with an importance weight correct for it by
+the sampler's log-probabilities; the exact divergences have none and see prompts continued by a slightly older student.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from stages.core.policy import Policy
+from stages.on_policy.sampler import Request, Sample, Sampler, Sampling
+
+Groups = list[list[Sample]]
+
+
+class AheadSampler:
+    """A `Sampler` that answers a step's request with what it drew during the step before.
+
+    Args:
+        inner: Draws elsewhere than in this process, so that it can while the student is updated.
+        request_of: What will be asked for in a step, counted from 1; None after the last.
+    """
+
+    def __init__(self, inner: Sampler, request_of: Callable[[int], Request | None]) -> None:
+        self.inner = inner
+        self.request_of = request_of
+        self._step = 0
+        self._drawing: tuple[Request, Future[Groups]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Take the policy's weights once nothing is being drawn with the old ones."""
+        if self._drawing is not None:
+            # A failure is told by `sample`.
+            self._drawing[1].exception()
+        self.inner.follow(policy, version)
+        self._step = version + 1
+
+    def sample(self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int) -> Groups:
+        """Arguments, result and errors as for `stages.on_policy.sampler.sample`; the next step's drawing starts."""
+        asked = Request(prompts, group_size, sampling, seed)
+        if self._drawing is not None and self._drawing[0] == asked:
+            groups = self._drawing[1].result()
+        else:
+            groups = self.inner.sample(prompts, group_size, sampling, seed)
+        self._drawing = None
+        # Only a step's own request is followed by another.
+        if asked == self.request_of(self._step) and (coming := self.request_of(self._step + 1)) is not None:
+            self._drawing = (coming, self._thread.submit(self._draw, coming))
+        return groups
+
+    def _draw(self, request: Request) -> Groups:
+        return self.inner.sample(request.prompts, request.group_size, request.sampling, request.seed)
+
+    def news(self) -> list[str]:
+        """The inner sampler's."""
+        return self.inner.news()
+
+    def close(self) -> None:
+        """Wait for what is being drawn, and close the inner sampler."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.inner.close()
