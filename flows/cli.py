@@ -24,6 +24,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="From one base checkpoint to one merged student: SFT cold start, per-domain experts, MOPD.",
 )
+serve = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Run vLLM servers for a run's merge until Ctrl-C; a run without `urls` of its own starts them itself.",
+)
+app.add_typer(serve, name="serve")
 
 RunFile = Annotated[Path, typer.Argument(help="A run file, such as flows/runs/lab.yaml.", show_default=False)]
 Overrides = Annotated[
@@ -31,6 +37,11 @@ Overrides = Annotated[
 ]
 Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+Port = Annotated[
+    int | None, typer.Option("--port", min=1, max=65535, help="The first server's port; the others' follow.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Which seed's merge; the run's first by default.")]
 DEFAULT_HOME = Path(".mopd")
 
 
@@ -128,7 +139,7 @@ def lineage(
 @app.command()
 def ui(
     home: Home = DEFAULT_HOME,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     mlflow_port: Annotated[int | None, typer.Option("--mlflow-port", help="MLflow's port.")] = None,
     prefect_port: Annotated[int | None, typer.Option("--prefect-port", help="Prefect's port.")] = None,
 ) -> None:
@@ -137,6 +148,43 @@ def ui(
 
     with _errors_as_messages():
         servers.ui(home, host, mlflow_port, prefect_port)
+
+
+@serve.command("rollout")
+def serve_rollout(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="How many servers.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Serve the merge's rollouts; a stage hands the servers its student's weights."""
+    from flows.serve import Place, rollout
+
+    with _errors_as_messages():
+        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        rollout(asked, Place(host, port), count=count, seed=seed)
+
+
+@serve.command("teachers")
+def serve_teachers(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    seed: Seed = None,
+) -> None:
+    """Serve the merge's teachers, which must be made already; adapters of one base share a server."""
+    from flows.serve import Place, teachers
+
+    with _errors_as_messages():
+        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        teachers(asked, Place(host, port), seed=seed)
 
 
 @app.command()

@@ -252,12 +252,23 @@ def healthy(url: str) -> bool:
         return False
 
 
-def free_ports(host: str, count: int) -> list[int]:
-    """Ports that nobody listens on now; another group that chooses at the same time is unlikely to take the same."""
+def free_ports(host: str, count: int, first: int | None = None, *, exact: bool = False) -> list[int]:
+    """Ports that nobody listens on now.
+
+    Args:
+        host: Address to listen on.
+        count: How many.
+        first: Where to look; by default somewhere at random, so that groups that choose at the same time are unlikely
+            to take the same.
+        exact: Only `first` and those that follow it will do.
+
+    Raises:
+        UserError: there are none.
+    """
     ports: list[int] = []
-    after = random.choice(PORTS)
+    after = random.choice(PORTS) if first is None else first
     for _ in range(count):
-        ports.append(choose_port(host, after, "vLLM"))
+        ports.append(choose_port(host, after, "vLLM server", exact))
         after = ports[-1] + 1
     return ports
 
