@@ -178,7 +178,7 @@ class RemoteTeachers:
             if not missing:
                 return found
             servers = self._find([key])[key] if attempt else self._serving[key]
-            for _, answers in spread(missing, servers, ask, ROWS_AT_ONCE, self._lost.append):
+            for _, answers, _ in spread(missing, servers, ask, ROWS_AT_ONCE, self._lost.append):
                 found |= answers
         if len(found) == len(mine):
             return found

@@ -17,7 +17,7 @@ def spread(
     ask: Callable[[VllmServer, int], Answer],
     at_once: int,
     lost: Callable[[ServerLostError], None],
-) -> list[tuple[VllmServer, dict[int, Answer]]]:
+) -> list[tuple[VllmServer, dict[int, Answer], bool]]:
     """Let every server take items from one queue, `at_once` at a time; the quicker takes more.
 
     Args:
@@ -28,7 +28,7 @@ def spread(
         lost: Told of a server that failed, once; what it had taken goes to the others.
 
     Returns:
-        What each server answered; an item nobody answered is missing.
+        What each server answered, and whether it failed; an item nobody answered is missing.
 
     Raises:
         UserError: what `ask` raises besides losing a server.
@@ -57,4 +57,4 @@ def spread(
     with ThreadPoolExecutor(len(workers)) as pool:
         for future in [pool.submit(work, *entry) for entry in workers]:
             future.result()
-    return [(server, answers) for server, answers, _ in asked]
+    return [(server, answers, failed.is_set()) for server, answers, failed in asked]

@@ -1,8 +1,8 @@
 """Rollouts from vLLM servers: prompts are shared out among those that answer, and weights follow the student.
 
 A server may end and come back in the middle of a step. What it had not answered is asked of the others, or of itself
-once it is back; what it answered counts only if it still says afterwards that its weights are the version asked for. A
-server that was started anew says it is not, and is handed the weights again.
+once it is back. A server that was started anew says that its weights are no version of the student's, and is handed
+them; should one come back unnoticed while it is asked, what it answered does not count.
 
 One stage samples with a server at a time, for its weights are that stage's student; another waits for it.
 """
@@ -127,8 +127,9 @@ class VllmServers:
                 break
             if attempt:
                 self._news.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
-            for server, answers in spread(missing, self._ready(), ask, at_once, self._lost):
-                if self._is_current(server):
+            for server, answers, failed in spread(missing, self._ready(), ask, at_once, self._lost):
+                # One that failed was asked no more: what it answered, it drew before.
+                if failed or self._is_current(server):
                     found |= {i: self._samples(prompts[i], answer, group_size) for i, answer in answers.items()}
         if len(found) < len(prompts):
             raise ServerLostError(

@@ -1,0 +1,238 @@
+"""Real vLLM servers that a stage samples with and is taught by: one of each, started as the pipeline starts them."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import stages.distill
+from experts.domain import load_domain
+from experts.errors import UserError
+from flows.children import ForkServer, child_environment
+from flows.config import ResourcesConfig
+from flows.vllm_commands import rollout_servers, teacher_servers
+from flows.vllm_servers import VllmServers as ServerGroup
+from stages.config import DistillConfig, LoraConfig, OptimizerConfig, SamplerConfig
+from stages.core.checkpoint import Artifact, Store
+from stages.core.journal import read
+from stages.core.policy import peft_config
+from stages.core.tiny import character_tokenizer, tiny_model
+from stages.core.training import Learner
+from stages.core.update import Row
+from stages.core.workspace import Workspace
+from stages.on_policy.remote_teachers import RemoteTeachers
+from stages.on_policy.sampler import Sampling, sample
+from stages.on_policy.teachers import Routed, TeacherPool
+from stages.on_policy.vllm_servers import VllmServers
+from tests.vllm_scenario import PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
+
+TOLERANCE = 1e-4
+UPDATES = 3
+TOP = 5
+LORA = LoraConfig(rank=12)
+SORT = {"sort": load_domain("sort", "strings", {"task": "sort"})}
+pytestmark = pytest.mark.vllm
+
+
+@dataclass
+class Served:
+    """The servers and what they serve."""
+
+    store: Store
+    group: ServerGroup
+    start: Artifact
+    teachers: list[Artifact]
+
+    def workspace(self, key: str, parents: dict[str, Artifact] | None = None) -> Workspace:
+        return Workspace(self.store, key, key, 0, parents or {}, SORT, {}, self.group.urls)
+
+    def student(self, key: str, config: DistillConfig) -> tuple[Learner, VllmServers]:
+        place = self.workspace(key)
+        learner = Learner(make_policy(config.lora), config, 10, place.progress, 0)
+        return learner, VllmServers(learner, config, place)
+
+
+def adapter(store: Store, base: Artifact, name: str, seed: int) -> Artifact:
+    """An adapter of the base that says something else than it."""
+    torch.manual_seed(seed)
+    model = get_peft_model(tiny_model(SHAPE, character_tokenizer(), 0), peft_config(LORA))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.3)
+    folder = store.staging(name)
+    model.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    place = Workspace(store, name, name, 0, {}, {}, {})
+    return place.commit(folder, sources=None, metrics={}, adapter_base=base.key)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One rollout server and one with three teachers; restarted when they end, as a run does."""
+    home = tmp_path_factory.mktemp("home")
+    store, resources = Store(home), ResourcesConfig()
+    start = random_checkpoint(store, "start", 0)
+    teachers = [start, adapter(store, start, "sorter", 1), adapter(store, start, "other", 2)]
+    rollout = rollout_servers(DistillConfig(lora=LORA), start, store, resources)
+    teaching = teacher_servers(
+        DistillConfig(objective={"top_k": {"k": TOP}}, teacher_backend="vllm_server"), teachers, store, resources
+    )
+    fork_server = ForkServer(home / "fork.log", child_environment(1), preload=())
+    over = threading.Event()
+    with ServerGroup([*rollout, *teaching], home) as group:
+
+        def tend() -> None:
+            while not over.wait(0.2):
+                group.tend()
+
+        group.start(fork_server)
+        thread = threading.Thread(target=tend)
+        thread.start()
+        yield Served(store, group, start, teachers)
+        over.set()
+        thread.join()
+    fork_server.close()
+
+
+def config_of(**changes: object) -> DistillConfig:
+    return DistillConfig(**{"sampler": SamplerConfig(backend="vllm_server", timeout_seconds=240), **changes})
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_servers_follow_the_weights(served, lora):
+    learner, servers = served.student(f"follow-{lora is None}", config_of(lora=lora))
+    policy = learner.policy
+    for update in range(1 + UPDATES):
+        servers.follow(policy, update)
+        greedy = servers.sample(PROMPTS, 2, Sampling(16, 0.0), 0)
+        drawn = servers.sample(PROMPTS, 4, Sampling(16, 1.0), 1)
+        assert tokens(greedy) == tokens(sample(policy, PROMPTS, 2, Sampling(16, 0.0), 0))
+        assert gap(policy, greedy, 0.0) < TOLERANCE
+        assert gap(policy, drawn, 1.0) < TOLERANCE
+        assert tokens(drawn) == tokens(servers.sample(PROMPTS, 4, Sampling(16, 1.0), 1))
+        assert len({tuple(one.completion_ids) for one in drawn[0]}) > 1
+        assert {one.version for group in drawn for one in group} == {update}
+        assert all(one.finished == (one.completion_ids[-1] == policy.eos_id) for group in drawn for one in group)
+        move(policy)
+        assert gap(policy, drawn, 1.0) > 0.1
+    assert servers.news() == []
+    servers.close()
+    assert not servers.folder.exists()
+
+
+def test_teachers_on_a_server_say_what_they_say_here(served):
+    config = DistillConfig(
+        objective={"top_k": {"k": TOP}}, teacher_backend="vllm_server", sampler=SamplerConfig(timeout_seconds=240)
+    )
+    student = make_policy(None)
+    names = {teacher.key: teacher.name for teacher in served.teachers}
+    remote = RemoteTeachers(served.group.urls["teachers"], names, config, student.head_VH.shape[0])
+    routes = {teacher.key: (Routed(teacher),) for teacher in served.teachers}
+    drawn = sample(student, PROMPTS, 3, Sampling(12), 0)
+    rows = [
+        Row(one.tokens, len(one.prompt_ids), torch.ones(len(one.completion_ids))) for group in drawn for one in group
+    ]
+    domains = [served.teachers[i % 3].key for i in range(len(rows))]
+    here = TeacherPool(routes, served.store, student, DistillConfig()).score(rows, domains)
+    there = TeacherPool(routes, served.store, student, config, remote=remote).score(rows, domains)
+    every = list(range(len(rows)))
+    tokens_N = torch.tensor([token for row in rows for token in row.targets])
+    mine_N, theirs_N = (scores.logprobs(every, tokens_N, 1.0) for scores in (there, here))
+    torch.testing.assert_close(mine_N, theirs_N, rtol=TOLERANCE, atol=TOLERANCE)
+    mine_NV, theirs_NV = (scores.logits(every)(slice(None)).log_softmax(-1) for scores in (there, here))
+    likeliest_NK = theirs_NV.topk(TOP).indices
+    torch.testing.assert_close(
+        mine_NV.gather(1, likeliest_NK), theirs_NV.gather(1, likeliest_NK), rtol=TOLERANCE, atol=TOLERANCE
+    )
+    assert torch.equal(mine_NV.topk(TOP).values.sort().values, mine_NV.gather(1, likeliest_NK).sort().values)
+    # Three teachers that differ, each asked about its own rows.
+    other = TeacherPool(routes, served.store, student, DistillConfig()).score(rows, domains[1:] + domains[:1])
+    assert (other.logprobs(every, tokens_N, 1.0) - mine_N).abs().max() > 0.1
+    assert set(there.seconds) == set(names.values())
+    assert remote.news() == []
+    remote.close()
+
+
+def test_a_teacher_no_server_has_is_named(served):
+    config = DistillConfig(objective="sampled_reverse_kl", teacher_backend="vllm_server")
+    with pytest.raises(UserError, match=r"no server serves caesar \(abc\); served are start, .*`mopd serve teachers`"):
+        RemoteTeachers(served.group.urls["teachers"], {"abc": "caesar"}, config, 113)
+
+
+def test_a_server_of_another_kind_is_refused(served):
+    with pytest.raises(UserError, match=r"tells raw_logprobs; temperature 0\.7 needs --logprobs-mode processed"):
+        served.student("warm", config_of(temperature=0.7))
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
+def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
+    config = config_of(
+        lora=LORA,
+        max_steps=6,
+        examples=40,
+        prompts_per_step=8,
+        max_new_tokens=8,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        objective={"top_k": {"k": TOP}},
+        teacher_backend="vllm_server",
+        sampler=SamplerConfig(backend="vllm_server", timeout_seconds=240, ahead=ahead),
+    )
+    place = served.workspace(f"merge-{ahead}", {"start": served.start, "teacher/sort": served.teachers[1]})
+    stages.distill.train(config, place)
+    records = list(read(place.folder / "journal.jsonl"))
+    metrics = [record["values"] for record in records if record["kind"] == "metrics"]
+    assert len(metrics) == 6
+    assert metrics[-1]["distill/reverse_kl"] < metrics[0]["distill/reverse_kl"]
+    assert [values["distill/staleness"] for values in metrics] == [0.0] + [float(ahead)] * 5
+    assert {values["distill/stale"] for values in metrics} == {0.0}
+    gaps = [values["distill/mismatch_max"] for values in metrics]
+    # In step the two are one policy; ahead, the trainer is an update further from the second step on.
+    assert max(gaps[:1] if ahead else gaps) < TOLERANCE
+    assert (max(gaps) > TOLERANCE) == ahead
+    assert {record["weights"] for record in records if record["kind"] == "sample"} == {0}
+    (line,) = [record["text"] for record in records if record["kind"] == "note"]
+    assert line.startswith("preflight: sampler and trainer agree within")
+    assert not (place.folder / "rollout-weights").exists()
+
+
+def test_a_server_killed_in_the_middle_of_a_step_costs_what_it_had_not_answered(served):
+    learner, servers = served.student("killed", config_of())
+    prompts = [[5 + i % 90, 6 + i % 80, 7] for i in range(600)]
+    servers.follow(learner.policy, 1)
+    (rollout, _) = served.group.servers
+    answered = threading.Event()
+    drew = servers.servers[0].complete
+
+    def complete(*arguments):
+        answer = drew(*arguments)
+        answered.set()
+        return answer
+
+    servers.servers[0].complete = complete
+    before = rollout.child.pid
+
+    def kill() -> None:
+        answered.wait()
+        time.sleep(0.3)
+        os.kill(before, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    drawn = servers.sample(prompts, 1, Sampling(100, 0.0), 0)
+    thread.join()
+    assert rollout.restarts == 1
+    assert tokens(drawn) == tokens(sample(learner.policy, prompts, 1, Sampling(100, 0.0), 0))
+    assert {one.version for (one,) in drawn} == {1}
+    news = servers.news()
+    assert any(line.startswith("lost: ") for line in news)
+    (again,) = [line for line in news if "asked again" in line]
+    missing = int(again.split(" ")[0])
+    assert 0 < missing < len(prompts)
+    servers.close()
