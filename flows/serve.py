@@ -64,11 +64,18 @@ class _Merge:
     store: Store
 
     @classmethod
-    def of(cls, asked: Asked, seed: int | None) -> Self:
-        graph = asked.graph()
-        students = {node.seed: node for node in graph.nodes if node.name == STUDENT}
-        if not students:
+    def of(cls, asked: Asked, seed: int | None, backend: str) -> Self:
+        """Read the run as it will be once it uses the servers, for not every merge can.
+
+        Args:
+            asked: The run as it stands.
+            seed: Of which seed; the run's first when absent.
+            backend: The assignment that has it use the servers.
+        """
+        if asked.graph().config.merge is None:
             raise UserError(f"{asked.file}: the run has no merge, so there is nothing to serve")
+        graph = replace(asked, overrides=(*asked.overrides, backend)).graph()
+        students = {node.seed: node for node in graph.nodes if node.name == STUDENT}
         wanted = graph.config.seeds[0] if seed is None else seed
         if wanted not in students:
             raise UserError(f"--seed {seed}: the run's seeds are {', '.join(map(str, students))}")
@@ -104,7 +111,7 @@ def rollout(asked: Asked, place: Place, *, count: int | None = None, seed: int |
     Raises:
         UserError: no merge, a checkpoint that is not made yet, no vLLM, a port that is taken, a server that fails.
     """
-    merge = _Merge.of(asked, seed)
+    merge = _Merge.of(asked, seed, "merge.sampler.backend=vllm_server")
     resources = merge.graph.config.resources
     if count is not None:
         settings = resources.rollout_servers.model_copy(update={"count": count})
@@ -116,7 +123,7 @@ def rollout(asked: Asked, place: Place, *, count: int | None = None, seed: int |
 
 def teachers(asked: Asked, place: Place, *, seed: int | None = None) -> None:
     """Serve the teachers of a run's merge until Ctrl-C or SIGTERM; arguments and errors as for `rollout`."""
-    merge = _Merge.of(asked, seed)
+    merge = _Merge.of(asked, seed, "merge.teacher_backend=vllm_server")
     artifacts = teachers_of(parents(merge.graph, merge.need(TEACHER_ROLE), merge.store))
     commands = teacher_servers(merge.config, artifacts, merge.store, merge.graph.config.resources)
     _serve(merge, commands, place, "teacher_servers", {"teacher_backend": "vllm_server"})

@@ -55,7 +55,7 @@ class RunningServer:
         command: How it is started.
         url: Where it listens, whether it answers or not.
         log: File with its output, of all its starts.
-        answered: Whether it has been healthy once.
+        answered: Whether it has been healthy since it was started last.
         restarts: How often it was started anew.
     """
 
@@ -163,6 +163,7 @@ class VllmServers:
                 self._restart(server, code)
             elif code is None and not server.answered and healthy(server.url):
                 server.answered = True
+                self._say(f"{server.label} answers")
 
     def ready(self) -> bool:
         """Whether all answer."""
@@ -212,12 +213,13 @@ class VllmServers:
     def _restart(self, server: RunningServer, code: int) -> None:
         assert server.child is not None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        if not server.answered:
+        if not server.answered and not server.restarts:
             raise VllmServerError(f"{server.label} {how} before it answered:\n{tail(server.log)}", server.log)
         if server.restarts == MOST_RESTARTS:
             message = f"{server.label} {how}, after {MOST_RESTARTS} restarts; its log ends with\n{tail(server.log)}"
             raise VllmServerError(message, server.log)
         server.restarts += 1
+        server.answered = False
         self._say(f"{server.label} {how}; it is started again ({server.restarts} of {MOST_RESTARTS} times)")
         server.child.close()
         self._start(server)
