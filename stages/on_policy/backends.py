@@ -33,9 +33,9 @@ def make_sampler(
         return request(learner, prompts_of(step), config, step) if step <= config.max_steps else None
 
     if config.sampler.backend == "vllm_server":
-        from stages.on_policy.vllm_servers import VllmServers
+        from stages.on_policy.remote_sampler import RemoteSampler
 
-        servers = VllmServers(learner, config, workspace)
+        servers = RemoteSampler(learner, config, workspace)
         return AheadSampler(servers, upcoming) if config.sampler.ahead else servers
     if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)

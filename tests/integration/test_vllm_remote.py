@@ -17,7 +17,7 @@ from experts.errors import UserError
 from flows.children import ForkServer, child_environment
 from flows.config import ResourcesConfig
 from flows.vllm_commands import rollout_servers, teacher_servers
-from flows.vllm_servers import VllmServers as ServerGroup
+from flows.vllm_servers import VllmServers
 from stages.config import DistillConfig, LoraConfig, OptimizerConfig, SamplerConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
@@ -26,10 +26,10 @@ from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.training import Learner
 from stages.core.update import Row
 from stages.core.workspace import Workspace
+from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.sampler import Sampling, sample
 from stages.on_policy.teachers import Routed, TeacherPool
-from stages.on_policy.vllm_servers import VllmServers
 from tests.vllm_scenario import PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
 
 TOLERANCE = 1e-4
@@ -45,17 +45,17 @@ class Served:
     """The servers and what they serve."""
 
     store: Store
-    group: ServerGroup
+    group: VllmServers
     start: Artifact
     teachers: list[Artifact]
 
     def workspace(self, key: str, parents: dict[str, Artifact] | None = None) -> Workspace:
         return Workspace(self.store, key, key, 0, parents or {}, SORT, {}, self.group.urls)
 
-    def student(self, key: str, config: DistillConfig) -> tuple[Learner, VllmServers]:
+    def student(self, key: str, config: DistillConfig) -> tuple[Learner, RemoteSampler]:
         place = self.workspace(key)
         learner = Learner(make_policy(config.lora), config, 10, place.progress, 0)
-        return learner, VllmServers(learner, config, place)
+        return learner, RemoteSampler(learner, config, place)
 
 
 def adapter(store: Store, base: Artifact, name: str, seed: int) -> Artifact:
@@ -86,7 +86,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     fork_server = ForkServer(home / "fork.log", child_environment(1), preload=())
     over = threading.Event()
-    with ServerGroup([*rollout, *teaching], home) as group:
+    with VllmServers([*rollout, *teaching], home) as group:
 
         def tend() -> None:
             while not over.wait(0.2):

@@ -38,7 +38,7 @@ CURRENT = "current.json"
 WEIGHTS = "model.safetensors"
 
 
-class VllmServers:
+class RemoteSampler:
     """A `Sampler` over servers, used by every process of a stage.
 
     Args:
