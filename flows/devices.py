@@ -73,7 +73,10 @@ class DeviceLeases:
             return Lease()
         devices = host_devices()
         if len(devices) < count:
-            raise UserError(f"resources.gpus: {count} devices asked for, this machine shows {len(devices)}")
+            raise UserError(
+                f"resources: {count} devices asked for, this machine shows {len(devices)}; a stage holds its own and those of "
+                f"the vLLM servers that are started for it"
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         while (lease := self._try(devices, count)) is None:
             if cancelled():

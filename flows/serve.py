@@ -161,12 +161,13 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
 
 def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
     deadline = time.monotonic() + seconds
+    servers.tend()
     while not servers.ready():
-        servers.tend()
         if time.monotonic() > deadline:
-            late = next((server for server in servers.servers if not server.answered), servers.servers[0])
+            late = next(server for server in servers.servers if not server.answered)
             raise VllmServerError(f"{late.label} did not answer within {seconds:g} s:\n{tail(late.log)}", late.log)
         time.sleep(_SECONDS)
+        servers.tend()
 
 
 @contextlib.contextmanager

@@ -73,11 +73,6 @@ class RunningServer:
         """For messages."""
         return f"vLLM server {self.url} ({self.command.serves})"
 
-    @property
-    def running(self) -> bool:
-        """Whether its process has not been seen to end."""
-        return self.child is not None and self.child.exit_code is None
-
 
 class VllmServers:
     """A group of servers that live and end together; as a context manager it leaves none behind.
@@ -166,8 +161,8 @@ class VllmServers:
                 self._say(f"{server.label} answers")
 
     def ready(self) -> bool:
-        """Whether all answer."""
-        return all(server.running and healthy(server.url) for server in self.servers)
+        """Whether all have answered since they were started last, as far as `tend` has seen."""
+        return not self._stopped and all(server.answered for server in self.servers)
 
     def stop(self) -> None:
         """End them, SIGTERM now and SIGKILL after a grace, and start none any more; returns at once."""
