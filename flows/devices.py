@@ -74,8 +74,8 @@ class DeviceLeases:
         devices = host_devices()
         if len(devices) < count:
             raise UserError(
-                f"resources: {count} devices asked for, this machine shows {len(devices)}; a stage holds its own and those of "
-                f"the vLLM servers that are started for it"
+                f"resources: {count} devices asked for, this machine shows {len(devices)}; a stage holds its own and "
+                f"those of the vLLM servers that are started for it"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         while (lease := self._try(devices, count)) is None:
