@@ -124,6 +124,7 @@ def check_teachers(url: str, teachers: dict[str, str], home: Path) -> None:
 @pytest.mark.vllm
 def test_teachers_are_served_restarted_and_gone_after_ctrl_c(serving):
     serving.answered(1)
+    eventually(lambda: serving.said("Ctrl-C ends them."), 10)
     lines = serving.output.read_text()
     printed = yaml.safe_load(lines.split("are used by\n")[1].split("Ctrl-C")[0])
     (url,) = printed["resources"]["teacher_servers"]["urls"]
