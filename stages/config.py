@@ -151,8 +151,8 @@ class HealthConfig(StrictModel):
     max_mismatch: float = Field(
         0.1,
         gt=0,
-        description="Alarm when sampler and trainer differ by more than this in the log-probability of a sampled "
-        "token, in nats on the mean of a domain.",
+        description="Alarm when sampler and trainer with the same weights differ by more than this in the "
+        "log-probability of a sampled token, in nats on the mean of a domain.",
     )
     on_alarm: Literal["warn", "stop"] = Field("warn", description="Only log an alarm, or end the stage with it.")
 

@@ -165,7 +165,7 @@ def take_step(
         if update == 0 and may_differ(config):
             objective = partial(with_mismatch, objective, rollout, config.temperature)
         # What the first update measured before it moved the weights stays.
-        before = {"mismatch": values.get("mismatch", {})}
+        before = {name: values.get(name, {}) for name in ("mismatch", "drift")}
         values = before | accumulate(learner, rows, objective, practice.chunk_tokens, kept)
         if practice.golden:
             imitated = accumulate(learner, golden, partial(cross_entropy, golden), practice.chunk_tokens)

@@ -5,7 +5,7 @@ Measured on the student's own tokens in the forward pass of a rollout's first up
 Shape suffixes: N completion tokens of some rows laid end to end, C those of one chunk, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,23 +24,41 @@ def may_differ(config: OnPolicyConfig) -> bool:
 def with_mismatch(
     objective: Callable[..., TokenLoss], rollout: Rollout, temperature: float, rows: list[int]
 ) -> TokenLoss:
-    """The objective of some rows, which also tells how far the trainer is from the sampler on the student's tokens."""
+    """The objective of some rows, which also tells how far the trainer is from the sampler on the student's tokens.
+
+    `mismatch` where both have the same weights; `drift`, which holds what the updates since have moved as well, where
+    the sampler's are older.
+    """
     inner = objective(rows)
     cpu = torch.device("cpu")
     tokens_N, sampler_N = rollout.tokens(rows, cpu), rollout.logprobs(rows, cpu)
-    own = torch.cat([torch.full((len(rollout.samples[row].completion_ids),), rollout.own[row]) for row in rows])
-    sampler_N = sampler_N.masked_fill(~own, torch.nan)
+    stale = [rollout.own[row] and rollout.staleness(row) > 0 for row in rows]
+    fresh = [rollout.own[row] and not old for row, old in zip(rows, stale, strict=True)]
+    told = {"mismatch": fresh, "drift": stale}
+    measured = {
+        name: sampler_N.masked_fill(~_by_token(rollout, rows, which), torch.nan)
+        for name, which in told.items()
+        if any(which)
+    }
 
     def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
         losses_C, metrics = inner(logits_CV, part)
         with torch.no_grad():
             here_C = tokens_N[part].to(logits_CV.device)
             trainer_C = token_logprobs(logits_CV if temperature == 1.0 else logits_CV / temperature, here_C)
-            return losses_C, {**metrics, "mismatch": (trainer_C - sampler_N[part].to(trainer_C.device)).abs()}
+            gaps = {name: (trainer_C - their_N[part].to(trainer_C.device)).abs() for name, their_N in measured.items()}
+            return losses_C, {**metrics, **gaps}
 
     return token_loss
 
 
+def _by_token(rollout: Rollout, rows: Sequence[int], which: Sequence[bool]) -> Tensor:
+    """A row's answer for each of its completion tokens [N]."""
+    lengths = [len(rollout.samples[row].completion_ids) for row in rows]
+    return torch.tensor(which).repeat_interleave(torch.tensor(lengths))
+
+
 def largest(mismatch: Mapping[int, Tensor]) -> float:
     """The largest gap of all rows' tokens; −1 where none was measured."""
-    return max((float(part_N.nan_to_num(0.0).max()) for part_N in mismatch.values() if len(part_N)), default=-1.0)
+    known = [part_N[~part_N.isnan()] for part_N in mismatch.values()]
+    return max((float(part_N.max()) for part_N in known if len(part_N)), default=-1.0)

@@ -11,6 +11,8 @@ from stages.config import LoraConfig, RLConfig, SamplerConfig
 from stages.core.training import Learner
 from stages.on_policy.ahead import AheadSampler
 from stages.on_policy.loop import Practice, take_step
+from stages.on_policy.losses import token_logprobs
+from stages.on_policy.mismatch import largest, with_mismatch
 from stages.on_policy.rollout import PromptMixture, request
 from stages.on_policy.sampler import Sampler, TransformersSampler
 from stages.on_policy.signals import RewardSignal
@@ -184,3 +186,26 @@ def test_ahead_needs_servers_and_a_batch_of_staleness():
     with pytest.raises(ValueError, match="backend is vllm"):
         SamplerConfig(backend="vllm", ahead=True)
     assert RLConfig(lora=LoraConfig(), sampler=SERVERS).sampler.ahead
+
+
+def test_the_gap_to_the_sampler_is_told_apart_from_what_updates_moved(learner):
+    rollout = make_rollout(random_logits(0), step=6)
+    ages = [replace(sample, version=version) for sample, version in zip(rollout.samples, (5, 4, 5), strict=True)]
+    rollout = replace(rollout, samples=ages, own=[True, True, False])
+    student_NV = random_logits(1)
+
+    def objective(rows):
+        return lambda logits_CV, part: (logits_CV.sum(1), {"other": logits_CV.sum(1)})
+
+    _, metrics = with_mismatch(objective, rollout, 0.7, [0, 1, 2])(student_NV, slice(None))
+    tokens_N = rollout.tokens([0, 1, 2], torch.device("cpu"))
+    gap_N = (token_logprobs(student_NV / 0.7, tokens_N) - rollout.logprobs([0, 1, 2], torch.device("cpu"))).abs()
+    assert set(metrics) == {"other", "mismatch", "drift"}
+    torch.testing.assert_close(metrics["mismatch"][:3], gap_N[:3])
+    torch.testing.assert_close(metrics["drift"][3:4], gap_N[3:4])
+    assert metrics["mismatch"][3:].isnan().all()
+    assert metrics["drift"][[0, 1, 2, 4, 5, 6, 7]].isnan().all()
+    _, metrics = with_mismatch(objective, rollout, 0.7, [0])(student_NV[:3], slice(None))
+    assert set(metrics) == {"other", "mismatch"}
+    assert largest({0: metrics["mismatch"]}) == float(gap_N[:3].max())
+    assert largest({0: torch.full((2,), torch.nan)}) == -1.0
