@@ -16,13 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from experts.domain import TRAIN, Domain, Example
-from stages.config import DistillConfig, LoraConfig, OptimizerConfig
+from stages.config import LoraConfig, OptimizerConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.policy import encode_prompt, load_policy
 from stages.core.source import Source, resolve_gguf
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.load import run as import_base
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.loop import Practice, take_step
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.rollout import PromptMixture

@@ -34,9 +34,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experts.domain import HELD_OUT, Domain, load_domain
 from flows.config import STUDENT
 from flows.run_file import load_run_file
-from stages.config import DistillConfig, SamplerConfig
 from stages.core.checkpoint import Store
 from stages.core.policy import Policy, encode_prompt
+from stages.on_policy.config import SamplerConfig
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.sampler import Sampling, sample
 from stages.on_policy.vllm_engine import VllmEngine
 

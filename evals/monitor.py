@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from evals.evaluate import EXAMPLES_SEED
 from experts.domain import HELD_OUT, Domain, Example
 from experts.errors import UserError
-from stages.config import MonitorConfig
 from stages.core.policy import Policy, encode_prompt
+from stages.on_policy.config import MonitorConfig
 from stages.on_policy.sampler import Sampling, sample
 
 

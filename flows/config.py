@@ -9,17 +9,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from experts.domain import KINDS
 from experts.errors import UserError
-from stages.config import (
-    DistillConfig,
-    EvaluationConfig,
-    Positive,
-    PretrainConfig,
-    RLConfig,
-    SFTConfig,
-    Share,
-    StrictModel,
-    TeacherWeight,
-)
+from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
+from stages.on_policy.config import RLConfig
+from stages.on_policy.distill_config import DistillConfig, TeacherWeight
 
 COLD_START = "cold_start"
 BASE = "base"

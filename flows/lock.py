@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from stages.config import DistillConfig, EvaluationConfig, PretrainConfig, RLConfig, SFTConfig, StrictModel
+from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Artifact, Store, write_whole
+from stages.on_policy.config import RLConfig
+from stages.on_policy.distill_config import DistillConfig
 
 if TYPE_CHECKING:
     from flows.plan import Node, StageGraph

@@ -14,18 +14,11 @@ from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, s
 from experts.errors import UserError
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.lock import lock_path, read_json
-from stages.config import (
-    DistillConfig,
-    EvaluationConfig,
-    OnPolicyConfig,
-    PretrainConfig,
-    RLConfig,
-    SamplerConfig,
-    SFTConfig,
-    TrainConfig,
-)
+from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.core.checkpoint import write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
+from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig
+from stages.on_policy.distill_config import DistillConfig
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
 VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "distill": 1, "evaluate": 1}

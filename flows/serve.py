@@ -25,8 +25,8 @@ from flows.vllm_commands import (
     teachers_of,
 )
 from flows.vllm_servers import HOST, VllmServerError, VllmServers, free_ports, tail
-from stages.config import DistillConfig
 from stages.core.checkpoint import Store
+from stages.on_policy.distill_config import DistillConfig
 
 FIRST_PORT = 8100
 LOG_FILE = "serve.log"

@@ -16,9 +16,11 @@ from typing import Any
 from experts.errors import UserError
 from flows.config import ResourcesConfig, ServersConfig
 from flows.plan import Node, StageGraph
-from stages.config import DistillConfig, LoraConfig, OnPolicyConfig, RLConfig
+from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.extras import require_vllm
+from stages.on_policy.config import OnPolicyConfig, RLConfig
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,

@@ -23,11 +23,13 @@ from filelock import Timeout
 
 from experts.domain import load_domain
 from experts.errors import UserError
-from stages.config import DistillConfig, EvaluationConfig, OnPolicyConfig, PretrainConfig, RLConfig, SFTConfig
+from stages.config import EvaluationConfig, PretrainConfig, SFTConfig
 from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.journal import JOURNAL_FILE
 from stages.core.source import Source
 from stages.core.workspace import Workspace
+from stages.on_policy.config import OnPolicyConfig, RLConfig
+from stages.on_policy.distill_config import DistillConfig
 
 if TYPE_CHECKING:
     from evals.monitor import Monitor

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from experts.domain import Example
-from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact
 from stages.core.policy import Policy, load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from experts.errors import UserError
-from stages.config import RLConfig
 from stages.core.checkpoint import Artifact
 from stages.core.loss import TokenLoss
 from stages.core.policy import load_policy
@@ -21,6 +20,7 @@ from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
+from stages.on_policy.config import RLConfig
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
 from stages.on_policy.rollout import PromptMixture, Rollout

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import stages.distill
 from experts.domain import load_domain
-from stages.config import DistillConfig, LoraConfig, OptimizerConfig, SamplerConfig, TinyModelConfig
+from stages.config import LoraConfig, OptimizerConfig, TinyModelConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
 from stages.core.policy import Policy, peft_config
 from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.workspace import Workspace
+from stages.on_policy.config import SamplerConfig
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.vllm_engine import VllmEngine
 

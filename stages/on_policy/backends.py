@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 from experts.domain import Example
 from experts.errors import UserError
-from stages.config import OnPolicyConfig
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.ahead import AheadSampler
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.rollout import request
 from stages.on_policy.sampler import Request, Sampler, TransformersSampler
 

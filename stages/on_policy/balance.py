@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.config import OnPolicyConfig
 from stages.core.training import Learner
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.shares import capped_shares
 
 

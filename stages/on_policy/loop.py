@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from experts.domain import Example
-from stages.config import OnPolicyConfig
 from stages.core.checkpoint import Artifact
 from stages.core.journal import Journal
 from stages.core.loss import TokenLoss
@@ -24,6 +23,7 @@ from stages.core.training import Learner
 from stages.core.update import Row, accumulate
 from stages.core.workspace import Workspace
 from stages.on_policy.balance import loss_weights
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.health import Health, Vitals, compression
 from stages.on_policy.mismatch import largest, may_differ, with_mismatch
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out

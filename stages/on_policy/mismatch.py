@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stages.config import OnPolicyConfig
 from stages.core.loss import TokenLoss
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.rollout import Rollout
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.config import DistillConfig, ObjectiveConfig
 from stages.core.loss import TokenLoss
 from stages.core.training import Learner
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 from stages.on_policy.divergences import (
     diagnose,
     entropy_aware,

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from experts.domain import Domain, Example
-from stages.config import DistillConfig
 from stages.core.policy import Policy, encode_completion, encode_prompt
 from stages.core.training import Learner, step_seed
 from stages.core.update import Row
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.rollout import Rollout, gather
 from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.teachers import TeacherPool

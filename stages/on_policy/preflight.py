@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from experts.domain import Example
 from experts.errors import UserError
-from stages.config import DistillConfig
 from stages.core.policy import HiddenStates, Policy, encode_prompt, head_weight
 from stages.core.update import Row
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.sampler import Sample, Sampler, Sampling
 from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 
 from experts.domain import stable_hash
 from experts.errors import UserError
-from stages.config import OnPolicyConfig
 from stages.core.checkpoint import write_whole
 from stages.core.policy import Policy
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.sampler import Sample, Sampling
 from stages.on_policy.spread import spread
 from stages.on_policy.vllm_engine import check_context, full_weights, prompt_seed

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from experts.errors import UserError
-from stages.config import DistillConfig
 from stages.core.update import Row
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.spread import spread
 from stages.on_policy.vllm_server import ServerLostError, VllmServer
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.policy import Policy, check_head
+from stages.on_policy.distill_config import DistillConfig
 
 Weights = dict[str, Tensor]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from experts.domain import Domain, Example
 from experts.errors import UserError
-from stages.config import OnPolicyConfig
 from stages.core.policy import Policy, encode_prompt
 from stages.core.training import Item, Learner, epochs, step_seed
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.sampler import Request, Sample, Sampler, Sampling
 from stages.on_policy.shares import apportion, without_prompts
 

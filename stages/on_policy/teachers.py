@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from experts.errors import UserError, nearest
-from stages.config import DistillConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import product
 from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
 from stages.core.update import Row
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.residency import Residents

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from experts.domain import stable_hash
 from experts.errors import UserError
-from stages.config import OnPolicyConfig
 from stages.core.extras import require_vllm
 from stages.core.policy import Policy, causal_lm
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.sampler import Sample, Sampling
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,

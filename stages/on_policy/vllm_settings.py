@@ -5,7 +5,8 @@ from typing import Any
 import psutil
 
 from experts.errors import UserError
-from stages.config import LoraConfig, OnPolicyConfig
+from stages.config import LoraConfig
+from stages.on_policy.config import OnPolicyConfig
 
 # Set unless the user has: no telemetry, no cores of its own, and on a CPU nothing compiled, which would take a C++
 # compiler and longer than a short run's rollouts.

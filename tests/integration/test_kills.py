@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from flows.children import Child, ForkServer, child_environment
-from stages.config import DistillConfig, ObjectiveConfig, OptimizerConfig, RLConfig, StrictModel
+from stages.config import OptimizerConfig, StrictModel
 from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, read
 from stages.core.workspace import Workspace
+from stages.on_policy.config import RLConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 from tests.numerics.conftest import tiny_policy
 from tests.processes import ended, eventually
 

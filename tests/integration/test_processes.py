@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from stages.config import DistillConfig, ObjectiveConfig, OptimizerConfig, RLConfig, SFTConfig, StrictModel
+from stages.config import OptimizerConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
 from stages.core.workspace import Workspace
+from stages.on_policy.config import RLConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 from tests.numerics.conftest import tiny_policy
 
 ROOT = Path(__file__).parents[2]

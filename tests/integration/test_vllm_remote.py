@@ -18,7 +18,7 @@ from flows.children import ForkServer, child_environment
 from flows.config import ResourcesConfig
 from flows.vllm_commands import rollout_servers, teacher_servers
 from flows.vllm_servers import VllmServers
-from stages.config import DistillConfig, LoraConfig, OptimizerConfig, SamplerConfig
+from stages.config import LoraConfig, OptimizerConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
 from stages.core.policy import peft_config
@@ -26,6 +26,8 @@ from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.training import Learner
 from stages.core.update import Row
 from stages.core.workspace import Workspace
+from stages.on_policy.config import SamplerConfig
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.sampler import Sampling, sample

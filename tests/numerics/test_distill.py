@@ -6,18 +6,13 @@ import stages.distill
 import stages.on_policy.loop
 import stages.rl
 from experts.domain import Domain
-from stages.config import (
-    DistillConfig,
-    HealthConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RLConfig,
-    TopKConfig,
-)
+from stages.config import OptimizerConfig
 from stages.core.checkpoint import Artifact
 from stages.core.journal import read
 from stages.core.policy import Policy
 from stages.core.workspace import Workspace
+from stages.on_policy.config import HealthConfig, RLConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig, TopKConfig
 
 SMALL = {"max_steps": 2, "examples": 40, "prompts_per_step": 6, "max_new_tokens": 8}
 OBJECTIVES = {

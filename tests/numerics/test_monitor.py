@@ -7,7 +7,8 @@ from evals.evaluate import EvaluationRequest, evaluate
 from evals.monitor import Monitor
 from experts.domain import HELD_OUT, load_domain
 from experts.errors import UserError
-from stages.config import EvaluationConfig, MonitorConfig
+from stages.config import EvaluationConfig
+from stages.on_policy.config import MonitorConfig
 from tests.numerics.conftest import tiny_policy
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from experts.domain import Example
-from stages.config import DistillConfig, ObjectiveConfig, TopKConfig
 from stages.core.loss import chunked_token_loss
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig, TopKConfig
 from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.losses import (
     extrapolate,

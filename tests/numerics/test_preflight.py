@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experts.errors import UserError
-from stages.config import DistillConfig
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.preflight import preflight
 from stages.on_policy.sampler import Sample, TransformersSampler
 from stages.on_policy.teachers import Routed, TeacherPool

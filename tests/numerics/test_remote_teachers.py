@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.config import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig, TopKConfig
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.remote_teachers import Known, RemoteScores

@@ -11,19 +11,12 @@ import stages.pretrain
 import stages.rl
 import stages.sft
 from experts.domain import Domain
-from stages.config import (
-    DistillConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    RLConfig,
-    SFTConfig,
-    TinyModelConfig,
-)
+from stages.config import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
 from stages.core.checkpoint import Artifact
 from stages.core.journal import read
 from stages.core.workspace import Workspace
+from stages.on_policy.config import RLConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 
 SMALL = {"max_steps": 6, "examples": 60, "save_every": 2}
 COSINE = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2)

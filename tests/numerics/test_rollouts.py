@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from experts.domain import load_domain
-from stages.config import LoraConfig, RLConfig, SamplerConfig
+from stages.config import LoraConfig
 from stages.core.training import Learner
 from stages.on_policy.ahead import AheadSampler
+from stages.on_policy.config import RLConfig, SamplerConfig
 from stages.on_policy.loop import Practice, take_step
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.mismatch import largest, with_mismatch

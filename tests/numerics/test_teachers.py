@@ -13,12 +13,13 @@ from transformers import Qwen3ForCausalLM
 import stages.on_policy.residency
 import stages.sft
 from experts.errors import UserError
-from stages.config import DistillConfig, LoraConfig, SFTConfig
+from stages.config import LoraConfig, SFTConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.policy import load_policy
 from stages.core.tiny import character_tokenizer
 from stages.core.update import Row
 from stages.core.workspace import Workspace
+from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.off_policy import TeacherWriter

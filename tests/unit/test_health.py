@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.config import HealthConfig
+from stages.on_policy.config import HealthConfig
 from stages.on_policy.health import Health, Verdict, Vitals, compression
 
 

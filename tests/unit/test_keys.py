@@ -7,16 +7,10 @@ import pytest
 
 from experts.domain import stable_hash
 from flows.lock import lock_path, status, write_lock
-from stages.config import (
-    DistillConfig,
-    EvaluationConfig,
-    ObjectiveConfig,
-    PretrainConfig,
-    RLConfig,
-    SFTConfig,
-    StrictModel,
-)
+from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Store
+from stages.on_policy.config import RLConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 from tests.unit.test_plan import changed, graph_of, with_evaluations
 
 

@@ -8,8 +8,8 @@ from experts.errors import UserError
 from flows import plan
 from flows.lock import code_fingerprint, status, write_lock
 from flows.plan import StageGraph, build_graph
-from stages.config import DistillConfig
 from stages.core.checkpoint import Store
+from stages.on_policy.distill_config import DistillConfig
 from tests.unit.test_config import MINIMAL, TWINS, load
 
 SORT_TREE = {"experts/sort@0", "student@0"}

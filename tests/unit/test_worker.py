@@ -10,9 +10,10 @@ import pytest
 
 from experts.errors import UserError
 from flows import worker
-from stages.config import DistillConfig, MonitorConfig, RLConfig
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.workspace import Workspace
+from stages.on_policy.config import MonitorConfig, RLConfig
+from stages.on_policy.distill_config import DistillConfig
 
 
 def write_spec(home: Path, *keys: str, parents: dict[str, str] | None = None) -> Path:
