@@ -227,7 +227,7 @@ class Launcher:
         try:
             servers.tend()
         except VllmServerError as error:
-            return _Verdict(str(error), error.log, retryable=True)
+            return _Verdict(str(error), error.log, retryable=error.passing)
         if deadline is None or time.monotonic() <= deadline:
             return None
         message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"

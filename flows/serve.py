@@ -165,7 +165,8 @@ def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
     while not servers.ready():
         if time.monotonic() > deadline:
             late = next(server for server in servers.servers if not server.answered)
-            raise VllmServerError(f"{late.label} did not answer within {seconds:g} s:\n{tail(late.log)}", late.log)
+            message = f"{late.label} did not answer within {seconds:g} s:\n{tail(late.log)}"
+            raise VllmServerError(message, late.log, passing=True)
         time.sleep(_SECONDS)
         servers.tend()
 

@@ -8,6 +8,7 @@ however, the fork server ends them all.
 import contextlib
 import os
 import random
+import re
 import signal
 import time
 import urllib.error
@@ -32,6 +33,9 @@ PORTS = range(20000, 32000)
 MOST_RESTARTS = 5
 HEALTH_SECONDS = 2.0
 LAST_LINES = 15
+PORT_TAKEN = "address already in use"
+# As Python prints it, or as vLLM logs it: "(EngineCore pid=7) ERROR 11-23 14:43:43 [core.py:1510] ValueError: …".
+_ERROR = re.compile(r"^(?:\([^)]*\) ERROR [^\]]*\] )?(\w*(?:Error|Exception): .+)$", re.MULTILINE)
 _MOMENT = 0.01
 
 
@@ -40,11 +44,13 @@ class VllmServerError(Exception):
 
     Attributes:
         log: The file with its output.
+        passing: Another attempt may go better: it has run before, or its port was taken.
     """
 
-    def __init__(self, message: str, log: Path) -> None:
+    def __init__(self, message: str, log: Path, *, passing: bool) -> None:
         super().__init__(message)
         self.log = log
+        self.passing = passing
 
 
 @dataclass
@@ -209,10 +215,13 @@ class VllmServers:
         assert server.child is not None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         if not server.answered and not server.restarts:
-            raise VllmServerError(f"{server.label} {how} before it answered:\n{tail(server.log)}", server.log)
+            told = tail(server.log)
+            raise VllmServerError(
+                f"{server.label} {how} before it answered:\n{told}", server.log, passing=PORT_TAKEN in told.lower()
+            )
         if server.restarts == MOST_RESTARTS:
             message = f"{server.label} {how}, after {MOST_RESTARTS} restarts; its log ends with\n{tail(server.log)}"
-            raise VllmServerError(message, server.log)
+            raise VllmServerError(message, server.log, passing=True)
         server.restarts += 1
         server.answered = False
         self._say(f"{server.label} {how}; it is started again ({server.restarts} of {MOST_RESTARTS} times)")
@@ -271,5 +280,8 @@ def free_ports(host: str, count: int, first: int | None = None, *, exact: bool =
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:]) if log.exists() else ""
+    """What a log tells of a server's end: the first error, which those of the processes around it follow; without one
+    its last lines."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    error = _ERROR.search(text)
+    return error.group(1) if error else "\n".join(text.splitlines()[-LAST_LINES:])

@@ -19,6 +19,8 @@ CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 MAX_ROWS = 256
 # Room for a prompt in the cache of a CPU; longer ones leave room for fewer rows at a time.
 PROMPT_TOKENS = 512
+# The cache is counted in blocks of 128 tokens on a CPU, and one of them is never used.
+SPARE_TOKENS = 2 * 128
 # What vLLM makes room for.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -79,4 +81,5 @@ def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_s
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     token = 2 * shape.num_hidden_layers * heads * width * (2 if dtype == "bfloat16" else 4)
     most = int(memory_share * psutil.virtual_memory().available)
-    return int(min(most, token * max(shape.max_position_embeddings, rows * (PROMPT_TOKENS + new_tokens))))
+    wanted = max(shape.max_position_embeddings, rows * (PROMPT_TOKENS + new_tokens)) + SPARE_TOKENS
+    return int(min(most, token * wanted))

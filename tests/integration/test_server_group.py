@@ -79,6 +79,7 @@ def test_a_server_that_never_answered_is_not_started_again(fork_server, tmp_path
         with pytest.raises(VllmServerError, match=r"ended with code 1 before it answered:\nno such model") as caught:
             eventually(servers.tend)
     assert "no such model" in caught.value.log.read_text()
+    assert not caught.value.passing
 
 
 def test_stop_from_elsewhere_ends_them_and_none_is_started_again(fork_server, tmp_path):

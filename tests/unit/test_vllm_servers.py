@@ -14,7 +14,7 @@ from flows.devices import Lease
 from flows.job import Job
 from flows.plan import StageGraph, build_graph
 from flows.vllm_commands import Needs, ServerCommand, node_needs
-from flows.vllm_servers import PORTS, VllmServers, free_ports
+from flows.vllm_servers import PORTS, VllmServers, free_ports, tail
 from stages.core.checkpoint import Artifact, Store
 
 HOST = "127.0.0.1"
@@ -246,3 +246,21 @@ def test_named_ports_must_be_free_in_a_row():
         taken = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"vLLM server: port {taken} on {HOST} is taken"):
             free_ports(HOST, 2, taken - 1, exact=True)
+
+
+def test_a_log_tells_the_first_error(tmp_path):
+    log = tmp_path / "vllm.log"
+    assert tail(log) == ""
+    log.write_text("".join(f"line {i}\n" for i in range(20)))
+    assert tail(log).splitlines()[0] == "line 5"
+    prefix = "(EngineCore pid=7) ERROR 11-23 14:43:43 [core.py:1510] "
+    log.write_text(
+        "starting\nFutureWarning: old\n"
+        f"{prefix}Traceback (most recent call last):\n"
+        f"{prefix}    raise ValueError(\n"
+        f"{prefix}ValueError: the cache is too small\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert tail(log) == "ValueError: the cache is too small"
+    log.write_text("Traceback (most recent call last):\nOSError: [Errno 98] Address already in use\nbye\n")
+    assert tail(log) == "OSError: [Errno 98] Address already in use"
