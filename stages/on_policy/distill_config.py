@@ -34,10 +34,11 @@ class TopKConfig(StrictModel):
 class ObjectiveConfig(StrictModel):
     """What the student minimises on its samples against the routed teacher; a name alone stands for its defaults."""
 
-    name: Literal["reverse_kl", "forward_kl", "jsd", "entropy_aware", "sampled_reverse_kl"] = Field(
+    name: Literal["reverse_kl", "forward_kl", "jsd", "entropy_aware", "sampled_reverse_kl", "imitation"] = Field(
         "reverse_kl",
         description="Exact full-vocabulary reverse KL, forward KL, generalised JSD, reverse KL plus forward KL where "
-        "the teacher is unsure; or the sampled token's log-ratio as a clipped advantage.",
+        "the teacher is unsure; the sampled token's log-ratio as a clipped advantage; or the cross-entropy of what "
+        "others wrote (SeqKD, with on_policy_fraction 0).",
     )
     top_k: TopKConfig | None = Field(
         None,
@@ -113,6 +114,8 @@ class ObjectiveConfig(StrictModel):
         for option, owner in (("beta", "jsd"), ("entropy_threshold", "entropy_aware")):
             if self.name != owner and self._is_set(option):
                 raise ValueError(f"{option} belongs to {owner}; the objective is {self.name}")
+        if self.name == "imitation" and (self.extrapolation != 1.0 or self.outcome_weight):
+            raise ValueError("imitation has no target to extrapolate and no own completions to reward")
         if self.name != "sampled_reverse_kl" and not self.outcome_weight:
             for option in ("importance", "importance_level"):
                 if self._is_set(option):
@@ -184,6 +187,12 @@ class DistillConfig(OnPolicyConfig):
         if self.on_policy_fraction == 1.0:
             values.pop("off_policy", None)
         return values
+
+    @model_validator(mode="after")
+    def _imitates_others(self) -> Self:
+        if self.objective.name == "imitation" and self.on_policy_fraction > 0:
+            raise ValueError("objective: imitation learns what others wrote; it needs an on_policy_fraction of 0")
+        return self
 
     @model_validator(mode="after")
     def _servers_tell_enough(self) -> Self:

@@ -39,7 +39,7 @@ from stages.on_policy.losses import (
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import Judgement
 
-SAMPLED = "sampled_reverse_kl"
+SAMPLED, IMITATION = "sampled_reverse_kl", "imitation"
 # How the student's and the teacher's likeliest tokens agree is looked at in the first step and every so many.
 DIAGNOSE_EVERY = 25
 DIAGNOSE_TOP = 8
@@ -153,7 +153,10 @@ class _RowsLoss:
         """A divergence over the vocabulary, plus the reference's and the outcome reward's policy gradient."""
         objective = self.config.objective
         target_CV = _target(teacher_CV, reference_CV, objective)
-        losses_C, metrics = divergence(objective, logits_CV, target_CV)
+        if objective.name == IMITATION:
+            losses_C, metrics = -token_logprobs(logits_CV, self.tokens_N[part]), {}
+        else:
+            losses_C, metrics = divergence(objective, logits_CV, target_CV)
         if "reverse_kl" not in metrics:
             # A support without the rest tells no divergence that could be compared with other objectives'.
             metrics = metrics | self._reverse_kl(logits_CV.detach(), target_CV, part)

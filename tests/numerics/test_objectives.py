@@ -300,3 +300,18 @@ def test_the_advantage_histogram_counts_every_token_once():
         make_rollout(student_NV, step=2), Judgement(teachers=Logits(teacher_NV)), [0, 1, 2]
     )(student_NV, slice(None))
     assert "top_k_overlap" not in quiet
+
+
+def test_imitation_is_the_cross_entropy_of_what_others_wrote():
+    config = DistillConfig(objective="imitation", on_policy_fraction=0.0)
+    student_NV, teacher_NV = random_logits(0), random_logits(1)
+    rollout = make_rollout(teacher_NV)
+    losses_N, gradient_NV = evaluate(config, judged(rollout, teacher_NV, student_NV, student_NV), rollout, student_NV)
+    tokens_N = rollout.tokens([0, 1, 2], CPU.device)
+    torch.testing.assert_close(losses_N, torch.nn.functional.cross_entropy(student_NV, tokens_N, reduction="none"))
+    wanted_NV = student_NV.softmax(-1) - torch.nn.functional.one_hot(tokens_N, VOCABULARY)
+    torch.testing.assert_close(gradient_NV, wanted_NV)
+    with pytest.raises(ValueError, match="on_policy_fraction of 0"):
+        DistillConfig(objective="imitation")
+    with pytest.raises(ValueError, match="no target to extrapolate"):
+        DistillConfig(objective={"name": "imitation", "extrapolation": 1.5}, on_policy_fraction=0.0)
