@@ -54,6 +54,11 @@ class Options(RowOptions):
     rubric: str = Field(min_length=1, description="What makes a completion good; the judge sees it as it stands.")
     scale: int = Field(10, ge=1, le=100, description="Best mark; the score is the mark divided by it.")
     max_tokens: int = Field(16, ge=1, description="Longest reply of the judge; raise it for one that thinks first.")
+    constrained: bool = Field(
+        False,
+        description="The endpoint is vLLM: hold its reply to the integers of the scale (`structured_outputs`), for "
+        "judges too small to keep to a form by themselves.",
+    )
     api_key_env: str | None = Field(None, description="Environment variable that holds the endpoint's API key.")
     parallel: int = Field(8, ge=1, description="Requests under way at a time.")
     timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for a reply.")
@@ -161,7 +166,8 @@ class JudgeDomain(RowDomain):
     def _settings(self) -> str:
         """Hash of what a mark depends on beside its example and completion."""
         options = self.options
-        return stable_hash([self._model, options.rubric, PROMPT_VERSION, options.scale, options.max_tokens])
+        settings = [self._model, options.rubric, PROMPT_VERSION, options.scale, options.max_tokens]
+        return stable_hash([*settings, "constrained"] if options.constrained else settings)
 
     @cached_property
     def _marks(self) -> "_Marks":
@@ -182,7 +188,10 @@ class JudgeDomain(RowDomain):
         """Ask for one mark; `again` asks in another order and with another seed, and keeps nothing."""
         scale, replies = self.options.scale, []
         messages = chat(self.options.rubric, scale, example, completion, tag=key[:16], rubric_last=bool(again))
-        body = {"model": self._model, "temperature": 0, "seed": again, "max_tokens": self.options.max_tokens}
+        body: dict[str, Any] = {"model": self._model, "temperature": 0, "seed": again}
+        body["max_tokens"] = self.options.max_tokens
+        if self.options.constrained:
+            body["structured_outputs"] = {"choice": [str(mark) for mark in range(scale + 1)]}
         for _ in range(self.options.retries + 1):
             answer = self._endpoint.request(client, "POST", "/chat/completions", body | {"messages": messages})
             replies.append(_reply(answer))

@@ -268,3 +268,12 @@ def test_rows_of_several_domains_get_their_own_scores_and_training_logs_the_nois
     said = RewardSignal({"sort": sort, "manners": make(noise_sample=1.0)}).judge(rollout, [])
     assert said.values["reward"] == [0.4, 1.0, 0.1, 0.0]
     assert said.facts == {"judge_noise/manners": pytest.approx(0.65), "judged_twice/manners": 2}
+
+
+def test_a_constrained_judge_can_only_say_a_mark_and_has_marks_of_its_own(judge, make):
+    free, held = make(scale=8), make(scale=8, constrained=True)
+    free.score(example(), "hello")
+    held.score(example(), "hello")
+    assert "structured_outputs" not in judge.requests[0]
+    assert judge.requests[1]["structured_outputs"] == {"choice": [str(mark) for mark in range(9)]}
+    assert len(judge.requests) == 2
