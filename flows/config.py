@@ -16,6 +16,7 @@ from stages.on_policy.distill_config import DistillConfig, TeacherWeight
 COLD_START = "cold_start"
 BASE = "base"
 STUDENT = "student"
+BASELINES = "baselines/"
 
 
 class BaseConfig(StrictModel):
@@ -104,6 +105,33 @@ def _as_weights(value: Any) -> Any:
 Teachers = Annotated[dict[str, TeacherWeight], BeforeValidator(_as_weights)]
 
 
+Settings = dict[str, Any] | None
+
+
+class BaselinesConfig(StrictModel):
+    """Other ways to make one student of the same experts, each with its own settings; a list of names takes the
+    defaults."""
+
+    weight_average: Settings = Field(None, description="Mean of the experts' weights.")
+    task_arithmetic: Settings = Field(None, description="The start plus the scaled sum of the experts' task vectors.")
+    ties: Settings = Field(None, description="TIES: task vectors trimmed, signs elected, disjoint mean.")
+    dare_linear: Settings = Field(None, description="DARE: task vectors dropped at random and rescaled, then summed.")
+    dare_ties: Settings = Field(None, description="DARE's drop, then TIES' election of signs.")
+    seqkd: Settings = Field(None, description="SFT on the teachers' own completions of the merge's prompts.")
+    mix_sft: Settings = Field(None, description="SFT on demonstrations of all domains practised.")
+    mix_rl: Settings = Field(None, description="RL on all domains practised, as the run's first RL expert is trained.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_names(cls, value: Any) -> Any:
+        return {str(name): {} for name in value} if isinstance(value, list) else value
+
+    @property
+    def named(self) -> list[str]:
+        """Those the run file names, in the order of the fields."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
 class MergeConfig(DistillConfig):
     """The student: many teachers, one on-policy loop."""
 
@@ -120,6 +148,9 @@ class MergeConfig(DistillConfig):
     )
     fallback_teacher: str | None = Field(None, description="Expert, cold_start or base for domains without a teacher.")
     anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
+    baselines: BaselinesConfig = Field(
+        default_factory=BaselinesConfig, description="Other merges of the same experts, beside it."
+    )
 
     @field_validator("teacher_weights")
     @classmethod

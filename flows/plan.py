@@ -12,16 +12,18 @@ from typing import Any
 
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
 from experts.errors import UserError
-from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from flows.baselines import baseline_config
+from flows.config import BASE, BASELINES, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.lock import lock_path, read_json
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.core.checkpoint import write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
+from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
-VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "distill": 1, "evaluate": 1}
+VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "distill": 1, "merge_weights": 1, "evaluate": 1}
 KEY_LENGTH = 24
 
 
@@ -145,8 +147,29 @@ class _Builder:
             made[STUDENT] = self._train(
                 STUDENT, "distill", DistillConfig, config.merge, seed, parents, list(self.teachers)
             )
+            for name in config.merge.baselines.named:
+                made[f"{BASELINES}{name}"] = self._baseline(name, seed, parents)
         for checkpoint in made.values():
             self._add_evaluations(checkpoint, seed)
+
+    def _baseline(self, name: str, seed: int, merged: Mapping[str, str]) -> str:
+        """Add another merge of the same parents."""
+        own = baseline_config(self.config, name)
+        node_name, domains = f"{BASELINES}{name}", list(self.teachers)
+        if isinstance(own, WeightMergeConfig):
+            experts = {self.nodes[parent].name.partition("/")[2]: parent for parent in merged.values()}
+            parents = {"start": merged["start"]} | {
+                f"teacher/{name}": parent for name, parent in experts.items() if name
+            }
+            facts = {"config": own.key_fields()}
+            return self._add(
+                f"{node_name}@{seed}", node_name, "merge_weights", seed, own.model_dump(mode="json"), facts, parents, []
+            )
+        if isinstance(own, DistillConfig):
+            return self._train(node_name, "distill", DistillConfig, own, seed, merged, domains)
+        stage = "rl" if isinstance(own, RLConfig) else "sft"
+        assert isinstance(own, TrainConfig)
+        return self._train(node_name, stage, type(own), own, seed, {"start": merged["start"]}, domains)
 
     def _teacher_roles(self) -> dict[str, str]:
         """role -> teacher: `teacher/DOMAIN`, or `teacher/DOMAIN/TEACHER` for each of several."""
@@ -206,9 +229,9 @@ class _Builder:
     ) -> str:
         """Add a training stage; of the run file's entry only the stage's own fields reach it."""
         fields = {field: getattr(config, field) for field in schema.model_fields}
-        if isinstance(config, MergeConfig):
+        if isinstance(config, DistillConfig):
             fields["teacher_weights"] = {d: weights for d, weights in self.teachers.items() if len(weights) > 1}
-            if config.anchor:
+            if isinstance(config, MergeConfig) and config.anchor:
                 anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
                 fields["domain_weights"] = anchor | config.domain_weights
         if isinstance(config, OnPolicyConfig):
@@ -251,7 +274,7 @@ class _Builder:
             "domains": {domain: self.fingerprints[domain] for domain in domains},
             **facts,
         }
-        if stage not in ("load", "evaluate"):
+        if stage not in ("load", "merge_weights", "evaluate"):
             ingredients["world_size"] = max(1, self.config.resources.gpus)
         entries = {d: self.config.domains[d].model_dump(mode="json") for d in domains}
         key = stable_hash(ingredients)[:KEY_LENGTH]

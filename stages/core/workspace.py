@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import os
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +77,7 @@ class Workspace:
             "data": {name: domain.fingerprint() for name, domain in self.domains.items()},
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             "seconds": round(time.monotonic() - self.started, 3),
+            "peak_memory": peak_memory(),
             "metrics": dict(metrics),
             **({} if sources is None else {"sources": self._all_sources(sources)}),
             **facts,
@@ -89,3 +92,12 @@ class Workspace:
             for domain, units in parent.manifest.get("sources", {}).items():
                 seen.setdefault(domain, set()).update(units)
         return {domain: sorted(units) for domain, units in seen.items()}
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held: resident, and on its devices where it has used any."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return resident
+    return resident + sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))

@@ -153,8 +153,9 @@ class _RowsLoss:
         """A divergence over the vocabulary, plus the reference's and the outcome reward's policy gradient."""
         objective = self.config.objective
         target_CV = _target(teacher_CV, reference_CV, objective)
+        metrics: dict[str, Tensor] = {}
         if objective.name == IMITATION:
-            losses_C, metrics = -token_logprobs(logits_CV, self.tokens_N[part]), {}
+            losses_C = -token_logprobs(logits_CV, self.tokens_N[part])
         else:
             losses_C, metrics = divergence(objective, logits_CV, target_CV)
         if "reverse_kl" not in metrics:
