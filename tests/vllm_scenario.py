@@ -89,12 +89,19 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
 
 
 def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -> dict:
-    """A short merge: its metrics and notes; `deaf` lets the engine follow only once."""
+    """A short merge: its metrics and notes; `deaf` lets the engine follow only once and say that it always did."""
     parents = {role: random_checkpoint(store, role, seed) for seed, role in enumerate(("start", "teacher/sort"))}
     place = Workspace(store, key, key, 0, parents, {"sort": load_domain("sort", "strings", {"task": "sort"})}, {})
     follow = VllmEngine.follow
+
+    def claim(self: VllmEngine, policy: Policy, version: int) -> None:
+        if self._has_base:
+            self._version = version
+        else:
+            follow(self, policy, version)
+
     if deaf:
-        VllmEngine.follow = lambda self, policy, version: None if self._has_base else follow(self, policy, version)
+        VllmEngine.follow = claim
     try:
         student = stages.distill.train(config, place)
     finally:
