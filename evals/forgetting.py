@@ -14,7 +14,7 @@ class MethodForgetting:
     """Mean drop of all experts of one method over domains other than their own.
 
     Attributes:
-        method: `sft` or `rl`.
+        method: `sft`, `rl` or `rft`.
         experts: How many experts were measured.
         drop: The mean drop; None when none was measured.
     """
@@ -37,7 +37,7 @@ def mean_drop(results: Results, checkpoint: str) -> Interval | None:
 def by_method(results: Results) -> list[MethodForgetting]:
     """SFT experts against RL experts: mean drop over domains other than each one's own."""
     found = []
-    for method in ("sft", "rl"):
+    for method in ("sft", "rl", "rft"):
         drops: dict[str, list[np.ndarray]] = {}
         measured = set()
         for name, expert in results.experts.items():

@@ -16,6 +16,7 @@ from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
 from stages.on_policy.shares import without_prompts
+from stages.on_policy.vllm_settings import is_local
 
 # Free space without which even a tiny run is likely to fail.
 SMALLEST_FREE_BYTES = 200 * 2**20
@@ -159,7 +160,7 @@ def _silent_servers(kind: str, urls: Sequence[str]) -> Iterator[str]:
 
     for url in urls:
         try:
-            answer = httpx.get(f"{url}/health", timeout=HEALTH_SECONDS)
+            answer = httpx.get(f"{url}/health", timeout=HEALTH_SECONDS, trust_env=not is_local(url))
         except httpx.TransportError as error:
             said = f"{type(error).__name__}: {error}"
         else:

@@ -4,13 +4,14 @@
 """
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from experts.domain import KINDS
 from experts.errors import UserError
 from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
-from stages.on_policy.config import RLConfig
+from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig, TeacherWeight
 
 COLD_START = "cold_start"
@@ -57,23 +58,30 @@ class ColdStartConfig(StrictModel):
 
 
 class TrainMethod(StrictModel):
-    """How an expert is trained: exactly one of SFT and RL."""
+    """How an expert is trained: exactly one of SFT, RL and RFT."""
 
     sft: SFTConfig | None = Field(None, description="Supervised fine-tuning on gold answers.")
     rl: RLConfig | None = Field(None, description="Reinforcement learning from the domain's verifiable reward.")
+    rft: RFTConfig | None = Field(None, description="Rejection-sampled fine-tuning on its own successes.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.sft is None) == (self.rl is None):
-            raise ValueError("give exactly one of sft, rl")
+        if sum(method is not None for method in (self.sft, self.rl, self.rft)) != 1:
+            raise ValueError("give exactly one of sft, rl, rft")
         return self
+
+    @property
+    def chosen(self) -> tuple[str, SFTConfig | RLConfig | RFTConfig]:
+        """The method's name and its config."""
+        named = (("sft", self.sft), ("rl", self.rl), ("rft", self.rft))
+        return next((name, method) for name, method in named if method is not None)
 
 
 class ExpertConfig(StrictModel):
     """Who learns what, and how."""
 
     domain: str = Field(description="The domain it is trained in.")
-    train: TrainMethod | None = Field(None, description="sft or rl.")
+    train: TrainMethod | None = Field(None, description="sft, rl or rft.")
     checkpoint: str | None = Field(None, description="An expert trained elsewhere: a Hugging Face id or a directory.")
     start_from: str | None = Field(None, description="cold_start or base; the cold start when there is one.")
 
@@ -192,10 +200,18 @@ class ServersConfig(StrictModel):
     @field_validator("urls")
     @classmethod
     def _are_addresses(cls, value: list[str]) -> list[str]:
-        for url in value:
-            if not url.startswith(("http://", "https://")):
+        found = [url.rstrip("/").removesuffix("/v1") for url in value]
+        for url in found:
+            try:
+                parts = urlsplit(url)
+                fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                fine = False
+            if not fine:
                 raise ValueError(f"{url!r} is no address; write http://HOST:PORT")
-        return [url.rstrip("/").removesuffix("/v1") for url in value]
+        if twice := next((url for url in found if found.count(url) > 1), None):
+            raise ValueError(f"{twice!r} is named twice")
+        return found
 
 
 class RolloutServersConfig(ServersConfig):

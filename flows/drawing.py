@@ -23,9 +23,11 @@ COLOURS = {
     "pretrain": "grey",
     "sft": "blue",
     "rl": "amber",
+    "rft": "amber",
     "distill": "green",
+    "merge_weights": "green",
 }
-MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL", "green": "distillation"}
+MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge"}
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --faint: #667085; --line: #98a2b3;
   --box: #f8fafc; --rim: #d0d5dd; --grey: #667085; --blue: #2563eb; --amber: #d97706; --green: #059669; }

@@ -47,10 +47,11 @@ class Job:
 
         Args:
             folder: Where it goes.
-            servers: URLs of the vLLM servers the nodes may ask, by what they do; new ones at every start.
+            servers: URLs of the vLLM servers the nodes may ask, by what they do; two runs at a time have their own.
         """
-        path = folder / f"spec-{stable_hash(self.spec)[:12]}.json"
-        write_whole(path, json.dumps({**self.spec, "servers": servers}, indent=1))
+        spec = {**self.spec, "servers": servers}
+        path = folder / f"spec-{stable_hash(spec if servers else self.spec)[:12]}.json"
+        write_whole(path, json.dumps(spec, indent=1))
         return path
 
 

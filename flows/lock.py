@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Artifact, Store, write_whole
-from stages.on_policy.config import RLConfig
+from stages.merge_config import WeightMergeConfig
+from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ SCHEMAS: Mapping[str, type[StrictModel]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "rl": RLConfig,
+    "rft": RFTConfig,
     "distill": DistillConfig,
+    "merge_weights": WeightMergeConfig,
     "evaluate": EvaluationConfig,
 }
 

@@ -23,7 +23,7 @@ from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
-VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "distill": 1, "merge_weights": 1, "evaluate": 1}
+VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "rft": 1, "distill": 1, "merge_weights": 1, "evaluate": 1}
 KEY_LENGTH = 24
 
 
@@ -135,9 +135,7 @@ class _Builder:
                 continue
             start = made[expert.start_from or config.default_start()]
             assert expert.train is not None
-            method: SFTConfig | RLConfig | None = expert.train.sft or expert.train.rl
-            assert method is not None
-            stage = "sft" if expert.train.sft else "rl"
+            stage, method = expert.train.chosen
             made[name] = self._train(
                 f"experts/{name}", stage, type(method), method, seed, {"start": start}, [expert.domain]
             )

@@ -19,7 +19,7 @@ PLAIN_SHARE = 0.1
 BAR_CELLS = 20
 REFRESH_PER_SECOND = 2
 # The number of a stage that says how it goes: the metric's name behind `stage/`, averaged over domains.
-MEASURES = {"pretrain": "loss", "sft": "loss", "rl": "reward", "distill": "reverse_kl"}
+MEASURES = {"pretrain": "loss", "sft": "loss", "rl": "reward", "rft": "reward", "distill": "reverse_kl"}
 
 
 class Meter:

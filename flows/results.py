@@ -57,6 +57,6 @@ def _node_name(checkpoint: str) -> str:
 def _experts(config: RunConfig) -> dict[str, Expert]:
     experts = {}
     for name, expert in config.experts.items():
-        method = "given" if expert.train is None else "sft" if expert.train.sft else "rl"
+        method = "given" if expert.train is None else expert.train.chosen[0]
         experts[_node_name(name)] = Expert(expert.domain, method)
     return experts

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from experts.domain import KINDS
 from experts.errors import UserError, nearest
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from stages.on_policy.config import OnPolicyConfig
 
 
 def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int | None = None) -> RunConfig:
@@ -176,10 +177,11 @@ class _Names:
                 self.problems.append(f"experts.{name}: the name is taken by a stage; choose another")
             if expert.start_from is not None:
                 self.check(f"experts.{name}.start_from", [expert.start_from], self.starts, "checkpoint")
-            if expert.train and expert.train.rl:
-                shares = expert.train.rl.domain_shares
-                self.check(f"experts.{name}.train.rl.domain_shares", shares, [expert.domain], "domain of this expert")
-                self.budget(f"experts.{name}.train.rl.max_domain_share", expert.train.rl.max_domain_share, 1)
+            method, practice = expert.train.chosen if expert.train else ("", None)
+            if isinstance(practice, OnPolicyConfig):
+                key = f"experts.{name}.train.{method}"
+                self.check(f"{key}.domain_shares", practice.domain_shares, [expert.domain], "domain of this expert")
+                self.budget(f"{key}.max_domain_share", practice.max_domain_share, 1)
 
     def budget(self, key: str, share: float, domains: int) -> None:
         """A share no domain may pass, against the number of domains that have to share the whole."""

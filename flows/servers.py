@@ -25,6 +25,7 @@ PREFECT_PORT = 4200
 START_SECONDS = 240.0
 STOP_SECONDS = 5.0
 PORTS_TRIED = 50
+LAST_PORT = 65535
 PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
 
@@ -104,18 +105,19 @@ def local_url(port: int, host: str = "127.0.0.1") -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
-def choose_port(host: str, wanted: int, name: str, exact: bool = False) -> int:
+def choose_port(host: str, wanted: int, name: str, exact: bool = False, alone: bool = False) -> int:
     """Find a free port.
 
     Args:
         wanted: The first choice.
         exact: The user named this port, so no other will do.
+        alone: Nobody may even have bound it: vLLM binds its port long before it listens.
 
     Raises:
         UserError: the named port is taken, or none of the next fifty is free.
     """
-    for port in range(wanted, wanted + (1 if exact else PORTS_TRIED)):
-        if _is_free(host, port):
+    for port in range(wanted, min(wanted + (1 if exact else PORTS_TRIED), LAST_PORT + 1)):
+        if _is_free(host, port, alone):
             return port
     if exact:
         raise UserError(f"{name}: port {wanted} on {host} is taken; choose another one")
@@ -233,9 +235,10 @@ def _as_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _is_free(host: str, port: int) -> bool:
+def _is_free(host: str, port: int, alone: bool) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not alone:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:

@@ -19,11 +19,12 @@ from flows.plan import Node, StageGraph
 from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.extras import require_vllm
-from stages.on_policy.config import OnPolicyConfig, RLConfig
+from stages.on_policy.config import OnPolicyConfig, RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
+    cpu_batch_tokens,
     cpu_cache_bytes,
     logprobs_mode,
     lora_rank,
@@ -39,7 +40,9 @@ STUDENT_MODEL = "student"
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 # What vLLM tells of each token unless more is asked for.
 LEAST_LOGPROBS = 20
-_ON_POLICY: Mapping[str, type[OnPolicyConfig]] = {"rl": RLConfig, "distill": DistillConfig}
+# What a cache's size follows from.
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_ON_POLICY: Mapping[str, type[OnPolicyConfig]] = {"rl": RLConfig, "rft": RFTConfig, "distill": DistillConfig}
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,10 @@ def rollout_servers(
         arguments += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     if config.lora is not None:
         arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(lora_rank(config.lora))]
-    command = ServerCommand(
-        ROLLOUT, f"rollouts from {start.name}", (sys.executable, *API_SERVER, *arguments), _environment(gpus), gpus
-    )
+    # Weights are handed over, and settings asked for, at addresses that only the development mode has.
+    environment = _environment(gpus) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    program = (sys.executable, *API_SERVER, *arguments)
+    command = ServerCommand(ROLLOUT, f"rollouts from {start.name}", program, environment, gpus)
     return [command] * settings.count
 
 
@@ -208,8 +212,12 @@ def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersCo
     if gpus:
         memory = ["--gpu-memory-utilization", str(settings.memory_share), "--tensor-parallel-size", str(gpus)]
         return arguments + memory
+    if missing := [name for name in SHAPE if name not in shape]:
+        raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}; vLLM's cache cannot be sized without")
+    context = int(shape["max_position_embeddings"])
     cache = cpu_cache_bytes(SimpleNamespace(**shape), config.dtype, rows, config.max_new_tokens, settings.memory_share)
-    return [*arguments, "--enforce-eager", "--kv-cache-memory-bytes", str(cache)]
+    whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(cpu_batch_tokens(context))]
+    return [*arguments, "--enforce-eager", "--kv-cache-memory-bytes", str(cache), *whole]
 
 
 def _adapters(adapters: Sequence[Artifact]) -> list[str]:
@@ -228,11 +236,6 @@ def _adapters(adapters: Sequence[Artifact]) -> list[str]:
 
 
 def _environment(gpus: int) -> dict[str, str]:
-    """Settings that the user may override, and what the stage's side of the conversation needs."""
+    """Settings that the user may override; all that is served lies on this machine."""
     wanted: dict[str, Any] = ENVIRONMENT | ({} if gpus else CPU_ENVIRONMENT)
-    return {name: os.environ.get(name, value) for name, value in wanted.items()} | {
-        # Weights are handed over, and settings asked for, at addresses that only this mode has.
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "HF_HUB_OFFLINE": "1",
-    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()} | {"HF_HUB_OFFLINE": "1"}

@@ -33,6 +33,8 @@ PORTS = range(20000, 32000)
 MOST_RESTARTS = 5
 HEALTH_SECONDS = 2.0
 LAST_LINES = 15
+# No proxy stands between us and a server of our own.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PORT_TAKEN = "address already in use"
 # As Python prints it, or as vLLM logs it: "(EngineCore pid=7) ERROR 11-23 14:43:43 [core.py:1510] ValueError: …".
 _ERROR = re.compile(r"^(?:\([^)]*\) ERROR [^\]]*\] )?(\w*(?:Error|Exception): .+)$", re.MULTILINE)
@@ -252,7 +254,7 @@ def _group_lives(leader: int) -> bool:
 def healthy(url: str) -> bool:
     """Whether a server answers that it is well."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=HEALTH_SECONDS) as response:
+        with _DIRECT.open(f"{url}/health", timeout=HEALTH_SECONDS) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
@@ -274,7 +276,7 @@ def free_ports(host: str, count: int, first: int | None = None, *, exact: bool =
     ports: list[int] = []
     after = random.choice(PORTS) if first is None else first
     for _ in range(count):
-        ports.append(choose_port(host, after, "vLLM server", exact))
+        ports.append(choose_port(host, after, "vLLM server", exact, alone=True))
         after = ports[-1] + 1
     return ports
 

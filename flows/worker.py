@@ -28,7 +28,7 @@ from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.journal import JOURNAL_FILE
 from stages.core.source import Source
 from stages.core.workspace import Workspace
-from stages.on_policy.config import OnPolicyConfig, RLConfig
+from stages.on_policy.config import OnPolicyConfig, RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ def _rl(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
     rl.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
 
 
+def _rft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import rft
+
+    config = RFTConfig.model_validate(nodes[0]["config"])
+    rft.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
+
+
 def _distill(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
     from stages import distill
 
@@ -114,6 +121,7 @@ RUNNERS: Mapping[str, Runner] = {
     "pretrain": _pretrain,
     "sft": _sft,
     "rl": _rl,
+    "rft": _rft,
     "distill": _distill,
     "evaluate": _evaluate,
 }

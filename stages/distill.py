@@ -15,7 +15,7 @@ from typing import Any
 
 from experts.domain import Example
 from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy, load_policy
+from stages.core.policy import Policy, encode_prompt, load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
@@ -64,6 +64,8 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     with contextlib.ExitStack() as opened:
         if remote is not None:
             opened.callback(remote.close)
+            longest = max(len(encode_prompt(policy.tokenizer, e.prompt)) for drawn in examples.values() for e in drawn)
+            remote.check_room(longest + config.max_new_tokens)
         sampler = opened.enter_context(contextlib.closing(make_sampler(config, learner, workspace, own_prompts)))
         notes: list[str] = []
         with learner.whole():

@@ -26,6 +26,7 @@ from stages.on_policy.vllm_engine import VllmEngine
 # vLLM's attention on a CPU takes heads of 32 and more.
 SHAPE = TinyModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=64, max_length=128)
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [30] * 20]
+LONG = [[5 + i] * 100 for i in range(12)]
 UPDATES = 3
 VLLM = SamplerConfig(backend="vllm", memory_share=0.1)
 
@@ -80,6 +81,8 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
             "gap": gap(policy, drawn, 0.7),
             "repeats": tokens(drawn) == tokens(engine.sample(PROMPTS, 4, warm, 1)),
             "nothing": engine.sample([], 4, warm, 1),
+            # More to read in all than one forward pass takes.
+            "long_gap": gap(policy, engine.sample(LONG, 8, Sampling(8, 0.7), 2), 0.7),
             "distinct": len({tuple(one.completion_ids) for one in drawn[0]}),
             "ended": all(one.finished == (one.completion_ids[-1] == policy.eos_id) for g in drawn for one in g),
         }

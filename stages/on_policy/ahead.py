@@ -19,11 +19,13 @@ class AheadSampler:
     Args:
         inner: Draws elsewhere than in this process, so that it can while the student is updated.
         request_of: What will be asked for in a step, counted from 1; None after the last.
+        settle: Returns once every process of the stage has called it.
     """
 
-    def __init__(self, inner: Sampler, request_of: Callable[[int], Request | None]) -> None:
+    def __init__(self, inner: Sampler, request_of: Callable[[int], Request | None], settle: Callable[[], None]) -> None:
         self.inner = inner
         self.request_of = request_of
+        self.settle = settle
         self._step = 0
         self._drawing: tuple[Request, Future[Groups]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
@@ -33,6 +35,8 @@ class AheadSampler:
         if self._drawing is not None:
             # A failure is told by `sample`.
             self._drawing[1].exception()
+        # Another process may still be drawing with the weights that this one would replace.
+        self.settle()
         self.inner.follow(policy, version)
         self._step = version + 1
 

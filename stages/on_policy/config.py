@@ -158,3 +158,12 @@ class RLConfig(OnPolicyConfig):
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-4), description="Optimizer and schedule."
     )
+
+
+class RFTConfig(OnPolicyConfig):
+    """Rejection-sampled fine-tuning: cross-entropy on one's own completions that pass."""
+
+    pass_score: float = Field(1.0, gt=0, le=1, description="A completion with this score or more is imitated.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-4), description="Optimizer and schedule."
+    )

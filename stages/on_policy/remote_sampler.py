@@ -75,7 +75,7 @@ class RemoteSampler:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         learner.accelerator.wait_for_everyone()
-        # Found out from the first that is up; a run's servers are all started alike.
+        self._checked: set[str] = set()
         first = wait_for_any(self.servers, config.sampler.timeout_seconds)[0]
         self._check(first)
         self.model, self.context = first.base_model(), first.context()
@@ -151,7 +151,7 @@ class RemoteSampler:
             transfer.close()
         for server in self.servers:
             server.close()
-        self.learner.accelerator.wait_for_everyone()
+        # No waiting for the others here: one of them may have come to grief, and nobody would hear of it.
         if self.learner.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._held.close()
@@ -165,6 +165,12 @@ class RemoteSampler:
         self._held.callback(lock.release)
 
     def _check(self, server: VllmServer) -> None:
+        """See, once, that a server was started for what this stage asks of it."""
+        if server.url in self._checked:
+            return
+        dtype = str(server.setting("model_config", "dtype")).removeprefix("torch.")
+        if dtype != self.config.dtype:
+            raise UserError(f"the vLLM server {server.url} computes in {dtype}, this stage in {self.config.dtype}")
         mode = server.setting("model_config", "logprobs_mode")
         if mode != self.mode:
             raise UserError(
@@ -177,6 +183,7 @@ class RemoteSampler:
                 f"the vLLM server {server.url} has no room for adapters of rank {lora.rank}; it needs --enable-lora "
                 f"--max-lora-rank, as `mopd serve rollout` sets them"
             )
+        self._checked.add(server.url)
 
     def _write(self, policy: Policy, folder: Path) -> None:
         """What a server reads of this version: an adapter, or all weights. Of an adapter's base once."""
@@ -243,6 +250,7 @@ class RemoteSampler:
             server: One that answers.
             policy: The same weights where they lie in memory, for a transfer between devices.
         """
+        self._check(server)
         # Of several processes that see a new server, one hands over.
         with FileLock(self.folder / f"{stable_hash(server.url)[:12]}.lock"):
             current, has = self._current(), server.weight_version()
@@ -264,11 +272,14 @@ class RemoteSampler:
     def _hand_over(self, server: VllmServer, folder: Path, policy: Policy | None) -> None:
         # A server that was started anew is no longer in the group it was in.
         known = self._transfers.pop(server.url, None)
+        fresh = server.weight_version() == UNTOLD
+        if known is not None and (policy is None or fresh):
+            known.close()
+            known = None
         if policy is None or not takes_transfers(server):
             server.load_weights(folder)
             return
-        if known is None or server.weight_version() == UNTOLD:
-            known = NcclTransfer(server, policy)
+        known = known or NcclTransfer(server, policy)
         known.send()
         self._transfers[server.url] = known
 

@@ -8,6 +8,7 @@ in for it. Rows of several teachers are scored at the same time, each on its own
 
 import contextlib
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,10 @@ class Known:
         ids = [[*known, *[token] * (width - len(known))] for known, token in zip(told, tokens, strict=True)]
         logprobs = [[known[token] for token in row] for known, row in zip(told, ids, strict=True)]
         left = [max(LEAST_REST, 1.0 - sum(math.exp(value) for value in known.values())) for known in told]
-        rest = [math.log(share / max(1, vocabulary - len(known))) for share, known in zip(left, told, strict=True)]
+        even = [math.log(share / max(1, vocabulary - len(known))) for share, known in zip(left, told, strict=True)]
+        # Rounding must not lift the others above the likeliest K − 1.
+        least = [sorted(known.values(), reverse=True)[width - 2] if width > 1 else 0.0 for known in told]
+        rest = [min(pair) for pair in zip(even, least, strict=True)]
         sampled = [known[token] for known, token in zip(told, tokens, strict=True)]
         return cls(torch.tensor(ids), torch.tensor(logprobs), torch.tensor(sampled), torch.tensor(rest))
 
@@ -131,8 +135,21 @@ class RemoteTeachers:
         self.vocabulary = vocabulary
         self.top = config.objective.top_k.k if config.objective.top_k else 0
         self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
+        self.context = sys.maxsize
         self._lost: list[ServerLostError] = []
         self._serving = self._find(list(teachers))
+
+    def check_room(self, tokens: int) -> None:
+        """See that a row fits: scoring it takes one token more.
+
+        Raises:
+            UserError: it does not.
+        """
+        if tokens + 1 > self.context:
+            raise UserError(
+                f"a prompt and its completion have up to {tokens} tokens, and scoring them takes one more; the "
+                f"teachers' servers take {self.context}; lower merge.max_new_tokens or shorten the domains' prompts"
+            )
 
     def score(self, rows: Sequence[Row], keys: Sequence[str], device: torch.device) -> RemoteScores:
         """Ask of every row its own teacher.
@@ -193,11 +210,13 @@ class RemoteTeachers:
         while True:
             serving: dict[str, list[VllmServer]] = {key: [] for key in keys}
             served: list[str] = []
-            up = [server for server in self.servers if server.healthy()]
-            for server in up:
+            up = []
+            for server in self.servers:
                 with contextlib.suppress(ServerLostError):
                     models = server.models()
+                    up.append(server)
                     served += models
+                    self.context = min(self.context, server.context())
                     for key in serving.keys() & models.keys():
                         serving[key].append(server)
             lacking = [key for key, servers in serving.items() if not servers]

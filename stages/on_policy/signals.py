@@ -88,6 +88,27 @@ class RewardSignal:
         return Judgement(advantages=advantages, values={"reward": rewards}, facts=facts)
 
 
+class SuccessSignal:
+    """What passed is to be imitated, what did not says nothing: the reward of rejection sampling.
+
+    Args:
+        domains: Scorers by domain.
+        pass_score: Least score that passes.
+    """
+
+    def __init__(self, domains: Mapping[str, Domain], pass_score: float) -> None:
+        self.domains = domains
+        self.pass_score = pass_score
+
+    def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
+        """Score every completion; a pass has the advantage 1, anything else none."""
+        del rows
+        rewards = score(rollout, self.domains)
+        passed = [float(reward >= self.pass_score) for reward in rewards]
+        facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
+        return Judgement(advantages=passed, values={"reward": rewards}, facts=facts)
+
+
 class TeacherSignal:
     """The routed teacher's distribution on the sampled tokens, and the reference's where an objective has one.
 

@@ -25,6 +25,7 @@ from stages.on_policy.sampler import Sample, Sampling
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
+    cpu_batch_tokens,
     cpu_cache_bytes,
     logprobs_mode,
     lora_rank,
@@ -87,7 +88,11 @@ class VllmEngine:
             return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
         rows, shape = rows_at_a_time(config), causal_lm(policy.model).config
         share = config.sampler.memory_share
-        return {"kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share)}
+        return {
+            "kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share),
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": cpu_batch_tokens(shape.max_position_embeddings),
+        }
 
     def _adapters(self) -> dict[str, Any]:
         if self.lora is None:

@@ -14,10 +14,21 @@ import httpx
 
 from experts.errors import UserError
 from stages.on_policy.sampler import Sampling
+from stages.on_policy.vllm_settings import is_local
 
 # Answers that need no model come at once or not at all.
 QUICK_SECONDS = 10.0
+# Said, for a server may have other defaults from its model's generation_config.
+NEUTRAL = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+}
 CONNECTIONS = 512
+FORGET_ATTEMPTS, FORGET_SECONDS = 20, 0.5
 # The weight version of a server nobody has told of one.
 UNTOLD = "default"
 
@@ -46,7 +57,8 @@ class VllmServer:
         self.url = url
         self.timeout = timeout
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-        self._client = httpx.Client(base_url=url, timeout=timeout, limits=limits)
+        # A proxy is for other machines.
+        self._client = httpx.Client(base_url=url, timeout=timeout, limits=limits, trust_env=not is_local(url))
 
     def close(self) -> None:
         """Close the connections."""
@@ -76,7 +88,9 @@ class VllmServer:
 
         Told, as weights are taken, by a server in development mode only.
         """
-        settings = self._get("/server_info?config_format=json")["vllm_config"][group]
+        # The first answer waits for a look at the machine.
+        told = self._answer("GET", "/server_info?config_format=json", None, self.timeout)
+        settings = _json(told)["vllm_config"][group]
         return None if settings is None else settings[name]
 
     def weight_version(self) -> str:
@@ -104,8 +118,16 @@ class VllmServer:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is cached of prompts."""
-        self._post("/reset_prefix_cache", {})
+        """Drop what is cached of prompts, which other weights made.
+
+        Raises:
+            ServerLostError: it does not, for somebody else keeps it at work.
+        """
+        for _ in range(FORGET_ATTEMPTS):
+            if self._post("/reset_prefix_cache", {}).json()["success"]:
+                return
+            time.sleep(FORGET_SECONDS)
+        raise ServerLostError(f"{self.url}: others' requests keep it from dropping its cache")
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Serve an adapter under a name."""
@@ -131,6 +153,7 @@ class VllmServer:
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            **NEUTRAL,
             "seed": seed,
             "ignore_eos": True,
             "stop_token_ids": [eos_id],
@@ -138,7 +161,7 @@ class VllmServer:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        choices = self._post("/v1/completions", body).json()["choices"]
+        choices = _json(self._post("/v1/completions", body))["choices"]
         ordered = sorted(choices, key=lambda choice: int(choice["index"]))
         return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
 
@@ -159,7 +182,7 @@ class VllmServer:
             UserError: it refuses the request.
         """
         body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        (choice,) = self._post("/v1/completions", body).json()["choices"]
+        (choice,) = _json(self._post("/v1/completions", body))["choices"]
         told = choice["prompt_logprobs"][start:]
         return [{int(token): float(entry["logprob"]) for token, entry in known.items()} for known in told]
 
@@ -167,7 +190,7 @@ class VllmServer:
         self._post("/collective_rpc", {"method": method, "kwargs": arguments})
 
     def _get(self, path: str) -> Any:
-        return self._answer("GET", path, None, QUICK_SECONDS).json()
+        return _json(self._answer("GET", path, None, QUICK_SECONDS))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         return self._answer("POST", path, body, self.timeout)
@@ -179,6 +202,11 @@ class VllmServer:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if answer.is_server_error:
             raise ServerLostError(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
+        if answer.status_code == httpx.codes.NOT_FOUND and not path.startswith("/v1/"):
+            raise UserError(
+                f"the vLLM server {self.url} has no {path}: it does not run in development mode, in which it takes a "
+                f"student's weights; `mopd serve rollout` starts such servers"
+            )
         if answer.is_client_error:
             raise UserError(f"the vLLM server {self.url}{path} refuses with HTTP {answer.status_code}: {_said(answer)}")
         return answer
@@ -197,6 +225,13 @@ def wait_for_any(servers: Sequence[VllmServer], seconds: float) -> list[VllmServ
             raise ServerLostError(f"no vLLM server answers in {seconds:g} s: {names}")
         time.sleep(0.5)
     return up
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise ServerLostError(f"{answer.url}: no JSON but {answer.text[:100]!r}") from error
 
 
 def _said(answer: httpx.Response) -> str:

@@ -1,6 +1,7 @@
 """How vLLM is set up, in the trainer's process and as a server alike. Free of torch and vLLM."""
 
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -21,6 +22,7 @@ MAX_ROWS = 256
 PROMPT_TOKENS = 512
 # The cache is counted in blocks of 128 tokens on a CPU, and one of them is never used.
 SPARE_TOKENS = 2 * 128
+LEAST_BATCH_TOKENS = 2048
 # What vLLM makes room for.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -67,6 +69,12 @@ def rows_at_a_time(config: OnPolicyConfig) -> int:
     return min(MAX_ROWS, config.prompts_per_step * config.group_size)
 
 
+def cpu_batch_tokens(context: int) -> int:
+    """Tokens of one forward pass on a CPU, where no prefill may be split: vLLM 0.32 ends its engine over one that is
+    and has a seed."""
+    return max(LEAST_BATCH_TOKENS, context)
+
+
 def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_share: float) -> int:
     """Cache for so many rows; left alone, vLLM would take nine tenths of the memory there is, whatever it can use.
 
@@ -83,3 +91,8 @@ def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_s
     most = int(memory_share * psutil.virtual_memory().available)
     wanted = max(shape.max_position_embeddings, rows * (PROMPT_TOKENS + new_tokens)) + SPARE_TOKENS
     return int(min(most, token * wanted))
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is on this machine."""
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")

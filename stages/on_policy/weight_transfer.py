@@ -1,7 +1,8 @@
 """Full weights from the trainer's device to a server's by vLLM's own weight-transfer interface, over NCCL.
 
-Between devices of hosts that see each other; no file is written. Used where the trainer is on a GPU and the server was
-started for it (`--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline and `mopd serve` do).
+Between devices of hosts that see each other. The files that a restarted server would read are written all the same.
+A server that dies while it receives blocks NCCL until its own time-out. Used where the trainer is on a GPU and the
+server was started for it (`--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline and `mopd serve` do).
 """
 
 from collections.abc import Iterator
@@ -28,22 +29,29 @@ class NcclTransfer:
     Args:
         server: Its workers join a group of their own with this process.
         policy: The student whose weights are sent, each time as they are then.
+
+    Raises:
+        ServerLostError: the server does not join.
     """
 
     def __init__(self, server: VllmServer, policy: Policy) -> None:
+        import requests
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_ip, get_open_port
 
         self._server = server
-        self._engine: Any = WeightTransferTrainerFactory.trainer_init(
-            NCCLTrainerInitInfo(
-                rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + server.world_size()
-            ),
-            client=HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout),
-            source=weight_source(policy),
+        meeting = NCCLTrainerInitInfo(
+            rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + server.world_size()
         )
+        client = HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout)
+        try:
+            self._engine: Any = WeightTransferTrainerFactory.trainer_init(
+                meeting, client=client, source=weight_source(policy)
+            )
+        except requests.RequestException as error:
+            raise ServerLostError(f"{server.url}: no transfer of weights: {error}") from error
 
     def send(self) -> None:
         """Send the weights; the server's cache of what the old ones made is dropped.

@@ -50,6 +50,7 @@ def test_the_engine_follows_the_weights(facts, kind):
         # At the temperature, of the weights it was given last, and not of those it will be given next.
         assert seen["gap"] < TOLERANCE
         assert seen["stale_gap"] > 0.1
+        assert seen["long_gap"] < TOLERANCE
 
 
 @pytest.mark.vllm

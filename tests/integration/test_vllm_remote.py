@@ -32,7 +32,7 @@ from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.sampler import Sampling, sample
 from stages.on_policy.teachers import Routed, TeacherPool
-from tests.vllm_scenario import PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
+from tests.vllm_scenario import LONG, PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
 
 TOLERANCE = 1e-4
 UPDATES = 3
@@ -118,6 +118,8 @@ def test_servers_follow_the_weights(served, lora):
         assert tokens(greedy) == tokens(sample(policy, PROMPTS, 2, Sampling(16, 0.0), 0))
         assert gap(policy, greedy, 0.0) < TOLERANCE
         assert gap(policy, drawn, 1.0) < TOLERANCE
+        # More to read in all than one forward pass takes.
+        assert gap(policy, servers.sample(LONG, 8, Sampling(8), 2), 1.0) < TOLERANCE
         assert tokens(drawn) == tokens(servers.sample(PROMPTS, 4, Sampling(16, 1.0), 1))
         assert len({tuple(one.completion_ids) for one in drawn[0]}) > 1
         assert {one.version for group in drawn for one in group} == {update}

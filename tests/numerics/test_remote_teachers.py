@@ -67,6 +67,17 @@ def test_what_is_not_told_shares_what_is_left():
     assert (probs_NV > 0).all()
 
 
+def test_rounding_lifts_nothing_above_what_was_told():
+    teacher_NV = 20.0 * random_logits(1)
+    rollout = make_rollout(random_logits(2))
+    scores = told(teacher_NV, rollout, 3).logits([0, 1, 2])(slice(None))
+    values_NK, likeliest_NK = teacher_NV.log_softmax(-1).topk(3)
+    assert (values_NK[:, -1] < -20).any()
+    others_NV = scores.scatter(1, likeliest_NK, -torch.inf)
+    others_NV.scatter_(1, rollout.tokens([0, 1, 2], CPU.device)[:, None], -torch.inf)
+    assert (others_NV.amax(1) <= scores.gather(1, likeliest_NK).amin(1)).all()
+
+
 def test_the_log_tells_the_estimate_on_the_students_own_tokens_only():
     config = DistillConfig(objective={"name": "sampled_reverse_kl"}, teacher_backend="vllm_server")
     teacher_NV, student_NV = random_logits(1), random_logits(0)

@@ -71,7 +71,7 @@ def test_the_next_batch_is_drawn_with_the_weights_of_before_the_update(learner):
     def request_of(step):
         return request(learner, practice.mixture.step(step), learner.config, step) if step <= 3 else None
 
-    practice = replace(practice, sampler=AheadSampler(remote, request_of))
+    practice = replace(practice, sampler=AheadSampler(remote, request_of, settle=lambda: None))
     ages, before = [], learner.policy.head_VH.clone()
     for step in (1, 2, 3):
         rollout, _, metrics = take_step(practice, learner, learner.config, step)
@@ -100,7 +100,7 @@ def test_what_was_drawn_ahead_is_what_the_old_weights_draw(learner):
     def request_of(step):
         return request(learner, practice.mixture.step(step), learner.config, step)
 
-    ahead = AheadSampler(remote, request_of)
+    ahead = AheadSampler(remote, request_of, settle=lambda: None)
     first, second = request_of(1), request_of(2)
     ahead.follow(learner.policy, 0)
     ahead.sample(first.prompts, first.group_size, first.sampling, first.seed)
@@ -120,7 +120,9 @@ def test_what_was_drawn_ahead_is_what_the_old_weights_draw(learner):
 def test_a_request_out_of_turn_is_drawn_at_once_and_starts_nothing(learner):
     remote = Remote(learner)
     practice = practise(learner, remote)
-    ahead = AheadSampler(remote, lambda step: request(learner, practice.mixture.step(step), learner.config, step))
+    ahead = AheadSampler(
+        remote, lambda step: request(learner, practice.mixture.step(step), learner.config, step), settle=lambda: None
+    )
     ahead.follow(learner.policy, 0)
     ahead.sample([[5, 6]], 1, request(learner, [], learner.config, 1).sampling, 77)
     ahead.close()
@@ -134,7 +136,7 @@ def test_a_failure_ahead_is_told_by_the_step_it_was_for(learner):
     def request_of(step):
         return request(learner, practice.mixture.step(step), learner.config, step)
 
-    ahead = AheadSampler(remote, request_of)
+    ahead = AheadSampler(remote, request_of, settle=lambda: None)
     ahead.follow(learner.policy, 0)
     first, second = request_of(1), request_of(2)
     whole, remote.sample = remote.sample, None

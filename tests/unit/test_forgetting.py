@@ -18,7 +18,7 @@ def test_mean_drop_covers_only_domains_without_expert():
 
 
 def test_methods_are_compared_outside_their_own_domain():
-    sft, rl = by_method(results({("experts/a", "g"): 0.5}))
+    sft, rl, rft = by_method(results({("experts/a", "g"): 0.5}))
     assert sft.method == "sft" and sft.drop is not None and sft.drop.mean == pytest.approx(0.1)
     assert rl.method == "rl" and rl.drop is not None and rl.drop.mean == pytest.approx(0.1)
-    assert (sft.experts, rl.experts) == (1, 1)
+    assert (sft.experts, rl.experts, rft.experts, rft.drop) == (1, 1, 0, None)

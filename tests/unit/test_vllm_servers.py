@@ -208,13 +208,14 @@ def test_without_vllm_the_error_names_the_key(tmp_path, store, monkeypatch):
         needs(graph, store)
 
 
-def test_the_spec_has_the_servers_and_its_name_does_not_depend_on_them(tmp_path):
+def test_the_spec_has_the_servers_and_two_runs_with_their_own_have_two_specs(tmp_path):
     graph = planned(tmp_path)
     job = Job.of(graph, [graph.node("student@0")], tmp_path, 1)
-    first = job.write(tmp_path, {"rollout": ["http://127.0.0.1:1"]})
+    first, second = (job.write(tmp_path, {"rollout": [f"http://127.0.0.1:{port}"]}) for port in (1, 2))
+    assert first != second
     assert json.loads(first.read_text())["servers"] == {"rollout": ["http://127.0.0.1:1"]}
-    assert job.write(tmp_path, {}) == first
-    assert json.loads(first.read_text())["servers"] == {}
+    assert json.loads(second.read_text())["servers"] == {"rollout": ["http://127.0.0.1:2"]}
+    assert job.write(tmp_path, {}) == job.write(tmp_path, {})
 
 
 def test_urls_are_known_before_the_start_and_the_log_is_the_ports(tmp_path):

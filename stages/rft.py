@@ -1,0 +1,71 @@
+"""RFT stage: an expert from its own successes; rejection-sampled fine-tuning on the one on-policy loop.
+
+Each step samples a group of completions for every prompt and imitates those that the domain's scorer passes (Yuan et
+al. 2023; sampling anew in every step as RAFT does, Dong et al. 2023). No failure pushes anything away, which is all
+that sets it apart from RL. A prompt of which nothing passes teaches nothing.
+Left out: a store of successes from earlier steps, and taking only distinct ones.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.core.checkpoint import Artifact
+from stages.core.loss import TokenLoss
+from stages.core.policy import load_policy
+from stages.core.stage import draw_training
+from stages.core.training import Learner
+from stages.core.workspace import Workspace
+from stages.on_policy.backends import make_sampler
+from stages.on_policy.config import RFTConfig
+from stages.on_policy.loop import Monitor, Practice, train_on_policy
+from stages.on_policy.losses import entropy, token_logprobs
+from stages.on_policy.rollout import PromptMixture, Rollout
+from stages.on_policy.signals import Judgement, SuccessSignal
+
+
+def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = None) -> Artifact:
+    """Train the checkpoint `start` on those of its own completions that pass.
+
+    Args:
+        config: The stage's config.
+        workspace: Parents, domains, seed and places to write to.
+        monitor: Scores the student while it trains.
+
+    Raises:
+        UserError: a domain cannot supply `examples` prompts.
+    """
+    start = workspace.parents["start"]
+    policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
+    mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
+    updates = config.max_steps * config.updates_per_batch
+    learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
+
+    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+        """The cross-entropy of some rows that passed."""
+        tokens_N = rollout.tokens(rows, learner.device)
+        passed_N = judgement.token_advantages(rollout, rows, learner.device)
+        assert passed_N is not None
+
+        def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs_C = token_logprobs(logits_CV, tokens_N[part])
+            with torch.no_grad():
+                metrics = {"entropy": entropy(logits_CV)}
+            return -passed_N[part] * logprobs_C, metrics
+
+        return token_loss
+
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
+        practice = Practice(
+            stage="rft",
+            mixture=mixture,
+            signal=SuccessSignal(workspace.domains, config.pass_score),
+            objective=objective,
+            progress=("reward", "higher"),
+            sampler=sampler,
+            monitor=monitor,
+            news=[sampler.news],
+        )
+        return train_on_policy(practice, learner, config, workspace)
