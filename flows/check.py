@@ -12,6 +12,7 @@ from typing import Any
 from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
 from flows.config import BASE, BASELINES, COLD_START, STUDENT
+from flows.devices import host_devices
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
@@ -129,10 +130,27 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
             f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is {resources.gpus}, with one "
             f"process each"
         )
+    asked = {_config_key(node): _devices_of(graph, node) for node in [*rollouts, *taught]}
+    for key, count in asked.items():
+        if count > resources.gpus and count > (shown := len(host_devices())):
+            yield f"{key}: the stage and its vLLM servers take {count} devices or more, this machine shows {shown}"
     if rollouts:
         yield from _silent_servers("rollout", resources.rollout_servers.urls)
     if taught:
         yield from _silent_servers("teacher", resources.teacher_servers.urls)
+
+
+def _devices_of(graph: StageGraph, node: Node) -> int:
+    """Devices of a stage and of the servers it starts; of its teachers' one at least."""
+    resources = graph.config.resources
+    own, total = min(1, resources.gpus), resources.gpus
+    if _backend(node) == "vllm_server" and not resources.rollout_servers.urls:
+        gpus = resources.rollout_servers.gpus
+        total += resources.rollout_servers.count * (own if gpus is None else gpus)
+    if node.config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
+        gpus = resources.teacher_servers.gpus
+        total += own if gpus is None else gpus
+    return total
 
 
 def _backend(node: Node) -> str | None:

@@ -2,7 +2,7 @@
 
 Each server is a child of a fork server, in a process group of its own: when its leader ends, however, the fork server
 kills what is left of the group (vLLM's engine and workers outlive a killed API server), and when this process ends,
-however, the fork server ends them all.
+however, the fork server ends them all. Only if both are killed at one moment can an engine be left.
 """
 
 import contextlib

@@ -59,7 +59,8 @@ def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path
     assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
-def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path) -> None:
+def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     narrow = "base.pretrain.model={hidden_size: 64, heads: 4}"
     assert said(tmp_path, SORT_ALONE, narrow) == ""
     message = said(tmp_path, SORT_ALONE, narrow, "resources.sampler=vllm_server")
@@ -70,6 +71,15 @@ def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path) -> None:
     ]
     assert lines[0].endswith("takes heads of 32 and more; base.pretrain.model has 4 of 16")
     assert said(tmp_path, SORT_ALONE, narrow, "resources.sampler=vllm_server", "resources.gpus=1") == ""
+
+
+def test_devices_that_a_stage_and_its_servers_lack_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    asked = ["merge.sampler.backend=vllm_server", "resources.gpus=1"]
+    assert said(tmp_path, SORT_ALONE, *asked) == ""
+    message = said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers.count=2")
+    assert message == "merge: the stage and its vLLM servers take 3 devices or more, this machine shows 2"
+    assert said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers={count: 4, gpus: 0}") == ""
 
 
 def test_servers_that_do_not_answer_are_named_where_they_are_asked(tmp_path: Path) -> None:
