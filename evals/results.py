@@ -4,7 +4,7 @@ Shape suffixes: `S` seeds, `N` examples.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +15,23 @@ from experts.domain import HELD_OUT
 from experts.errors import UserError
 
 ROLES = ("base", "cold_start", "teacher", "student")
+STUDENT, BASELINES = "student", "baselines/"
 Cell = Mapping[int, Scores]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a checkpoint took to make.
+
+    Attributes:
+        tokens: Tokens the loss was computed on.
+        seconds: From start to checkpoint.
+        memory: Most bytes held at one time; 0 where it was not recorded.
+    """
+
+    tokens: float
+    seconds: float
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Results:
         start: The checkpoint gains and drops are measured from.
         confidence: Level of all intervals.
         provenance: Content key and digest of each evaluation artifact, by node id.
+        costs: Mean over seeds of what a checkpoint took to make, by node name.
     """
 
     run: str
@@ -55,6 +72,7 @@ class Results:
     start: str
     confidence: float
     provenance: Mapping[str, tuple[str, str]]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         order: dict[tuple[str, str], list[str]] = {}

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from evals.compare import Interval
 from evals.forgetting import by_method, mean_drop
-from evals.results import ROLES, Results
+from evals.merges import best, merges
+from evals.results import BASELINES, ROLES, STUDENT, Results
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -71,10 +72,33 @@ def sampled_grid(results: Results) -> Grid | None:
     return Grid(f"Sampled: mean score / pass@{tries}, %, held out", head, tuple(rows)) if tries else None
 
 
-def grids(results: Results) -> list[Grid]:
-    """All tables of a run."""
-    drawn = sampled_grid(results)
-    return [roles_grid(results), *([drawn] if drawn else []), checkpoints_grid(results)]
+def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None = None) -> Grid | None:
+    """MOPD beside its baselines: scores, forgetting and cost; None where the run has no baselines.
+
+    Args:
+        results: The run's scores.
+        cell: How an interval is written; `percent` by default.
+    """
+    found = merges(results)
+    if not found:
+        return None
+    write = cell or percent
+    rows = []
+    for merge in found:
+        domains = [_mean(results.score(merge.name, domain)) for domain in results.expert_domains]
+        cost = merge.cost
+        cells = [write(merge.score), write(merge.over_student), write(merge.drop)]
+        cells += [f"{cost.tokens / 1e6:.2f}", f"{cost.seconds:.0f}"] if cost else [ABSENT, ABSENT]
+        cells.append(f"{cost.memory / 2**30:.1f}" if cost and cost.memory else ABSENT)
+        rows.append((merge.name.removeprefix(BASELINES).replace(STUDENT, "MOPD"), *domains, *cells))
+    head = ("merge", *results.expert_domains, "mean", "over MOPD", "forgotten", "Mtokens", "seconds", "GiB")
+    return Grid("Merges of the same experts: greedy score, %, held out; cost of the merge alone", head, tuple(rows))
+
+
+def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
+    """All tables of a run; `cell` as for `roles_grid`."""
+    between = [grid for grid in (merges_grid(results, cell), sampled_grid(results)) if grid]
+    return [roles_grid(results, cell), *between, checkpoints_grid(results)]
 
 
 def statements(results: Results) -> list[str]:
@@ -93,6 +117,11 @@ def statements(results: Results) -> list[str]:
     lines.append(
         f"Student's forgetting on domains no expert trains (mean drop): {difference(mean_drop(results, 'student'))}."
     )
+    found = merges(results)
+    if (first := best(found)) is not None:
+        over = "" if first.over_student is None else f", {difference(first.over_student)} over MOPD"
+        name = first.name.removeprefix(BASELINES).replace(STUDENT, "MOPD")
+        lines.append(f"Best of {len(found)} merges of these experts by mean score: {name}{over}.")
     for method in by_method(results):
         if method.drop is not None:
             lines.append(
@@ -130,7 +159,7 @@ def render(results: Results) -> "Group":
     from rich.text import Text
 
     tables = []
-    for grid in [roles_grid(results, compact), *grids(results)[1:]]:
+    for grid in grids(results, compact):
         table = Table(title=grid.title, title_justify="left")
         for index, column in enumerate(grid.head):
             table.add_column(column, justify="right" if index else "left", overflow="fold")

@@ -1,6 +1,9 @@
 """The finished evaluations of a run's graph, read from the store into `Results`. Free of torch, prefect and mlflow."""
 
-from evals.results import Expert, Results
+from dataclasses import fields
+from statistics import fmean
+
+from evals.results import Cost, Expert, Results
 from evals.scores import Scores, read_scores
 from flows.config import BASE, COLD_START, RunConfig
 from flows.plan import Node, StageGraph
@@ -43,7 +46,21 @@ def collect(graph: StageGraph, store: Store) -> Results:
         start=config.default_start(),
         confidence=config.gate.confidence,
         provenance=provenance,
+        costs=_costs(graph, store),
     )
+
+
+def _costs(graph: StageGraph, store: Store) -> dict[str, Cost]:
+    """What the checkpoints in the store took to make."""
+    made: dict[str, list[Cost]] = {}
+    for node in graph.checkpoints:
+        if artifact := store.find(node.key):
+            facts = [float(artifact.manifest.get(name, 0)) for name in ("tokens", "seconds", "peak_memory")]
+            made.setdefault(node.name, []).append(Cost(*facts))
+    return {
+        name: Cost(*(fmean(getattr(cost, field.name) for cost in costs) for field in fields(Cost)))
+        for name, costs in made.items()
+    }
 
 
 def _seed(checkpoint: Node) -> int:

@@ -28,6 +28,7 @@ from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.journal import JOURNAL_FILE
 from stages.core.source import Source
 from stages.core.workspace import Workspace
+from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import OnPolicyConfig, RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
 
@@ -96,6 +97,12 @@ def _distill(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None
     distill.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
 
 
+def _merge_weights(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import merge
+
+    merge.run(WeightMergeConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
 def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
     """What scores the student while it trains; made here, for stages do not import evals."""
     if config.monitor is None:
@@ -123,6 +130,7 @@ RUNNERS: Mapping[str, Runner] = {
     "rl": _rl,
     "rft": _rft,
     "distill": _distill,
+    "merge_weights": _merge_weights,
     "evaluate": _evaluate,
 }
 

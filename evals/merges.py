@@ -1,0 +1,49 @@
+"""The ways one student was made of the same experts, side by side: how good, what was forgotten, what it cost."""
+
+from dataclasses import dataclass
+
+from evals.compare import Interval
+from evals.forgetting import mean_drop
+from evals.results import BASELINES, STUDENT, Cost, Results
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One way to make the student.
+
+    Attributes:
+        name: `student` (MOPD) or `baselines/NAME`.
+        score: Mean over the experts' domains.
+        over_student: The same less MOPD's, on the same examples; None for MOPD itself.
+        drop: Mean drop from the start on domains no expert trains.
+        cost: Of this merge alone, the experts not counted; a mean over seeds.
+    """
+
+    name: str
+    score: Interval | None
+    over_student: Interval | None
+    drop: Interval | None
+    cost: Cost | None
+
+
+def merges(results: Results) -> list[Merge]:
+    """MOPD and its baselines, in the run file's order; none where there are no baselines."""
+    others = [name for name in results.checkpoints if name.startswith(BASELINES)]
+    if not others:
+        return []
+    return [
+        Merge(
+            name,
+            results.mean_score(name),
+            None if name == STUDENT else results.mean_difference(name, STUDENT, results.expert_domains),
+            mean_drop(results, name),
+            results.costs.get(name),
+        )
+        for name in (STUDENT, *others)
+    ]
+
+
+def best(found: list[Merge]) -> Merge | None:
+    """The one with the highest mean score; None where one was not scored."""
+    scored = [(merge.score.mean, merge) for merge in found if merge.score is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored and len(scored) == len(found) else None
