@@ -1,0 +1,72 @@
+"""A stored checkpoint's full weights, one tensor at a time."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from experts.errors import UserError
+from stages.core.checkpoint import Artifact, Store
+
+
+class StoredWeights:
+    """The weights of a checkpoint by name, read when asked for; of an adapter, its base's with its deltas added.
+
+    A context manager: its files are open until it is left.
+
+    Args:
+        checkpoint: A stored checkpoint, full or adapter.
+        store: Where an adapter's base is found.
+
+    Raises:
+        UserError: there are no safetensors files, or the adapter changes what they do not hold.
+
+    Attributes:
+        shapes: Shape of every tensor.
+        config: The model's config, as `config.json` has it.
+    """
+
+    def __init__(self, checkpoint: Artifact, store: Store) -> None:
+        base = checkpoint.manifest.get("adapter_base")
+        root = store.get(base) if base else checkpoint
+        config = AutoConfig.from_pretrained(root.uri)
+        self.config: Mapping[str, Any] = config.to_dict()
+        self._opened = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in sorted(root.path.glob("*.safetensors")):
+            file = self._opened.enter_context(safe_open(path, framework="pt"))
+            self._files |= dict.fromkeys(file.keys(), file)
+        if not self._files:
+            raise UserError(f"{checkpoint.name}: no weights in {root.uri} (*.safetensors)")
+        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        self._adapters = _adapters(checkpoint, config) if base else {}
+        if strange := sorted(self._adapters.keys() - self._files.keys()):
+            raise UserError(f"{checkpoint.name}: its adapter changes {strange[0]}, which its base does not hold")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in float32."""
+        tensor: Tensor = self._files[name].get_tensor(name).float()
+        if name in self._adapters:
+            return tensor + self._adapters[name].get_delta_weight("default").float()
+        return tensor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+
+def _adapters(checkpoint: Artifact, config: Any) -> dict[str, LoraLayer]:
+    """The adapter's layers by the name of the weight each changes; the base under them holds no memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wrapped = PeftModel.from_pretrained(model, checkpoint.uri, low_cpu_mem_usage=True, torch_device="cpu")
+    modules = wrapped.get_base_model().named_modules()
+    return {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}
