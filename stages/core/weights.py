@@ -1,18 +1,23 @@
 """A stored checkpoint's full weights, one tensor at a time."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact, Store
+
+# What a file of adapters calls a layer's factors; in a model the adapter's name stands before the suffix.
+_FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
 
 
 class StoredWeights:
@@ -25,7 +30,8 @@ class StoredWeights:
         store: Where an adapter's base is found.
 
     Raises:
-        UserError: there are no safetensors files, or the adapter changes what they do not hold.
+        UserError: there are no safetensors files; or the adapter is more than low-rank factors, or changes what they do
+            not hold.
 
     Attributes:
         shapes: Shape of every tensor.
@@ -63,10 +69,17 @@ class StoredWeights:
         self._opened.close()
 
 
-def _adapters(checkpoint: Artifact, config: Any) -> dict[str, LoraLayer]:
+def _adapters(checkpoint: Artifact, config: PreTrainedConfig) -> dict[str, LoraLayer]:
     """The adapter's layers by the name of the weight each changes; the base under them holds no memory."""
+    weights = load_peft_weights(checkpoint.uri, device="cpu")
+    if strange := [name for name in weights if not _FACTOR.search(name)]:
+        raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, which is not a low-rank factor")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    wrapped = PeftModel.from_pretrained(model, checkpoint.uri, low_cpu_mem_usage=True, torch_device="cpu")
+    wrapped = PeftModel(model, PeftConfig.from_pretrained(checkpoint.uri), low_cpu_mem_usage=True)
+    # peft's own loading would send them to where the base is: nowhere.
+    named = {_FACTOR.sub(r"\1.default\2", name): tensor for name, tensor in weights.items()}
+    if strange := wrapped.load_state_dict(named, strict=False, assign=True).unexpected_keys:
+        raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, for which its base has no place")
     modules = wrapped.get_base_model().named_modules()
     return {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}
