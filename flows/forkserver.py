@@ -39,7 +39,9 @@ PRELOAD = (
     "stages.pretrain",
     "stages.sft",
     "stages.rl",
+    "stages.rft",
     "stages.distill",
+    "stages.merge",
     "evals.evaluate",
 )
 MESSAGE_BYTES = 65536
