@@ -11,9 +11,7 @@ peft does the arithmetic, tensor by tensor: TIES trims each tensor by itself, wh
 once. Adapters are merged as the full weights they stand for. Left out: a scale searched on validation data.
 """
 
-import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +29,8 @@ from stages.core.workspace import Workspace
 from stages.merge_config import WeightMergeConfig
 
 ROLE = "teacher/"
-SPARSE = {"ties": merge_utils.ties, "dare_linear": merge_utils.dare_linear, "dare_ties": merge_utils.dare_ties}
+# Entries worked on at a time.
+_SLICE = 2**20
 # Where they differ, tensors of equal shape mean different things.
 _ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
 
@@ -64,17 +63,16 @@ def run(config: WeightMergeConfig, workspace: Workspace) -> Artifact:
     experts = choose_experts(config.weights, workspace.parents)
     tensors = distinct_tensors(policy)
     journal = workspace.journal()
-    with contextlib.ExitStack() as opened:
-        stored = [opened.enter_context(StoredWeights(expert.checkpoint, workspace.store)) for expert in experts]
-        for expert, weights in zip(experts, stored, strict=True):
-            _check(expert, weights, policy, tensors)
-        geometry = Geometry(experts)
-        for step, (names, tensor) in enumerate(tensors.items(), 1):
-            theirs = [weights.read(_name_in(weights, names)) for weights in stored]
-            merged = merge(config, tensor, theirs, [expert.weight for expert in experts], [workspace.seed, names[0]])
-            geometry.add([their - tensor for their in theirs], merged - tensor)
-            tensor.copy_(merged)
-            journal.progress(step, len(tensors))
+    stored = [StoredWeights(expert.checkpoint, workspace.store) for expert in experts]
+    for expert, weights in zip(experts, stored, strict=True):
+        _check(expert, weights, policy, tensors)
+    geometry = Geometry(experts)
+    for step, (names, tensor) in enumerate(tensors.items(), 1):
+        theirs = [weights.read(_name_in(weights, names)) for weights in stored]
+        merged = merge(config, tensor, theirs, [expert.weight for expert in experts], [workspace.seed, names[0]])
+        geometry.add(tensor, theirs, merged)
+        tensor.copy_(merged)
+        journal.progress(step, len(tensors))
     metrics = geometry.metrics()
     journal.metrics(len(tensors), metrics)
     folder = workspace.store.staging(workspace.key)
@@ -108,15 +106,32 @@ def merge(
     if config.method == "weight_average":
         return _mean(experts, weights)
     assert config.scale is not None
-    task_vectors = [expert - start for expert in experts]
-    factors = torch.tensor([config.scale * weight for weight in weights])
-    if config.method == "task_arithmetic":
-        return start + merge_utils.task_arithmetic(task_vectors, factors)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stable_hash(list(seed))[:15], 16))
-        # To keep everything is a choice: TIES without its trim.
-        warnings.filterwarnings("ignore", message="The density .* no pruning")
-        return start + SPARSE[config.method](task_vectors, factors, config.density)
+        task_vectors = [_sparse(config, expert - start).flatten() for expert in experts]
+    factors = torch.tensor([config.scale * weight for weight in weights])
+    combine = _disjoint_mean if config.method in ("ties", "dare_ties") else merge_utils.task_arithmetic
+    parts = zip(*(vector.split(_SLICE) for vector in task_vectors), strict=True)
+    return start + torch.cat([combine(list(part), factors) for part in parts]).view_as(start)
+
+
+def _sparse(config: WeightMergeConfig, task_vector: Tensor) -> Tensor:
+    """The task vector with what the method drops at zero."""
+    if config.density is None or config.density == 1.0:
+        return task_vector
+    if config.method == "ties":
+        pruned: Tensor = merge_utils.prune(task_vector, config.density, "magnitude")
+    else:
+        pruned = merge_utils.prune(task_vector, config.density, "random", rescale=True)
+    return pruned
+
+
+def _disjoint_mean(task_vectors: list[Tensor], factors: Tensor) -> Tensor:
+    """The mean of those entries that have the sign of their sum over experts."""
+    stacked = torch.stack(task_vectors)
+    agreeing = merge_utils.calculate_majority_sign_mask(stacked)
+    mean: Tensor = merge_utils.disjoint_merge(stacked * factors[:, None], agreeing)
+    return mean
 
 
 def _mean(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -171,11 +186,14 @@ class Geometry:
         self.products = torch.zeros(len(experts), len(experts), dtype=torch.float64)
         self.merged = 0.0
 
-    def add(self, task_vectors: Sequence[Tensor], merged: Tensor) -> None:
-        """Count in one tensor of every expert's task vector and of the merged one."""
-        flat = torch.stack([vector.flatten() for vector in task_vectors])
-        self.products += (flat @ flat.T).double()
-        self.merged += float(merged.square().sum())
+    def add(self, start: Tensor, experts: Sequence[Tensor], merged: Tensor) -> None:
+        """Count in one tensor of the start, of every expert and of what they became, slice by slice."""
+        for origin, result, *theirs in zip(
+            *(tensor.flatten().split(_SLICE) for tensor in (start, merged, *experts)), strict=True
+        ):
+            vectors = torch.stack(theirs) - origin
+            self.products += (vectors @ vectors.T).double()
+            self.merged += float((result - origin).square().sum())
 
     def metrics(self) -> dict[str, float]:
         """`merge/norm` of the merged task vector, `merge/norm/EXPERT`, and `merge/cosine/ONE/OTHER` of each pair; a

@@ -1,9 +1,9 @@
 """A stored checkpoint's full weights, one tensor at a time."""
 
-import contextlib
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -23,8 +23,6 @@ _FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
 class StoredWeights:
     """The weights of a checkpoint by name, read when asked for; of an adapter, its base's with its deltas added.
 
-    A context manager: its files are open until it is left.
-
     Args:
         checkpoint: A stored checkpoint, full or adapter.
         store: Where an adapter's base is found.
@@ -43,30 +41,27 @@ class StoredWeights:
         root = store.get(base) if base else checkpoint
         config = AutoConfig.from_pretrained(root.uri)
         self.config: Mapping[str, Any] = config.to_dict()
-        self._opened = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
         for path in sorted(root.path.glob("*.safetensors")):
-            file = self._opened.enter_context(safe_open(path, framework="pt"))
-            self._files |= dict.fromkeys(file.keys(), file)
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                self._files |= dict.fromkeys(names, path)
+                self.shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
         if not self._files:
             raise UserError(f"{checkpoint.name}: no weights in {root.uri} (*.safetensors)")
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
         self._adapters = _adapters(checkpoint, config) if base else {}
         if strange := sorted(self._adapters.keys() - self._files.keys()):
             raise UserError(f"{checkpoint.name}: its adapter changes {strange[0]}, which its base does not hold")
 
     def read(self, name: str) -> Tensor:
-        """One tensor in float32."""
-        tensor: Tensor = self._files[name].get_tensor(name).float()
+        """One tensor in float32, in memory of its own."""
+        # An open file stays mapped, and all that was ever read of it in memory.
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).to(torch.float32, copy=True)
         if name in self._adapters:
-            return tensor + self._adapters[name].get_delta_weight("default").float()
+            tensor += self._adapters[name].get_delta_weight("default").float()
         return tensor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
 
 
 def _adapters(checkpoint: Artifact, config: PreTrainedConfig) -> dict[str, LoraLayer]:

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from peft.utils import merge_utils
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stages.merge
+from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.config import LoraConfig, TinyModelConfig
 from stages.core.checkpoint import Artifact, Store
@@ -135,6 +137,18 @@ def test_methods_agree_with_an_oracle() -> None:
     assert set(alone.tolist()) == {0.0, 2.0}
 
 
+def test_methods_are_pefts_own_in_slices(monkeypatch) -> None:
+    monkeypatch.setattr(stages.merge, "_SLICE", 7)
+    generator = torch.Generator().manual_seed(0)
+    start, weights = torch.zeros(5, 6), [0.5, 1.5, 1.0]
+    vectors = [torch.randn(5, 6, generator=generator) for _ in weights]
+    for name in METHODS[2:]:
+        config = method(name, density=0.3)
+        torch.manual_seed(int(stable_hash([4, "w"])[:15], 16))
+        expected = getattr(merge_utils, name)(vectors, config.scale * torch.tensor(weights), 0.3)
+        torch.testing.assert_close(merge(config, start, vectors, weights, [4, "w"]), expected)
+
+
 def test_dare_keeps_the_mean_and_its_seed_decides() -> None:
     start, vector = torch.zeros(40), torch.linspace(-1.0, 1.0, 40)
     config = method("dare_linear", density=0.25, scale=1.0)
@@ -239,6 +253,34 @@ def test_adapters_merge_as_the_weights_they_stand_for(store, checkpoint, workspa
     assert from_adapters.manifest["adapter_base"] is None
     # What the parents saw, the student's weights have seen.
     assert from_adapters.manifest["sources"] == {"sort": ["reverse", "sort"]}
+
+
+def test_an_adapter_that_is_more_than_low_rank_is_refused(store, workspace, checkpoint, place) -> None:
+    start = checkpoint("start", 0)
+    shape = peft_config(LoraConfig(rank=4))
+    shape.use_dora = True
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(start.uri), shape)
+    folder = store.staging("dora")
+    Policy(model, character_tokenizer(), start.key).save(folder)
+    dora = workspace("dora", {}, {}).commit(folder, sources={}, metrics={}, adapter_base=start.key)
+    with pytest.raises(UserError, match=r"dora: its adapter holds .*magnitude.*, which is not a low-rank factor"):
+        stages.merge.run(method("ties"), place("merged", start, {"sort": dora}))
+
+
+def test_integers_are_the_starts_own(checkpoint, place, monkeypatch) -> None:
+    start, expert = checkpoint("start", 0), checkpoint("expert", 1)
+    load = stages.merge.load_policy
+
+    def counting(*arguments: object, **options: object) -> Policy:
+        policy = load(*arguments, **options)
+        policy.model.register_buffer("steps", torch.tensor([3]))
+        return policy
+
+    monkeypatch.setattr(stages.merge, "load_policy", counting)
+    merged = stages.merge.run(method("weight_average"), place("merged", start, {"sort": expert}))
+    kept = weights_of(merged)
+    assert kept.pop("steps").tolist() == [3]
+    assert all(torch.equal(tensor, weights_of(expert)[name]) for name, tensor in kept.items())
 
 
 def test_a_start_that_is_an_adapter_becomes_full(store, checkpoint, adapter, place) -> None:
