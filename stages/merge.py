@@ -60,7 +60,7 @@ def run(config: WeightMergeConfig, workspace: Workspace) -> Artifact:
             than the start.
     """
     policy = load_policy(workspace.parents["start"], workspace.store, trainable=True)
-    experts = choose_experts(config.weights, workspace.parents)
+    experts = choose_experts(workspace.name, config.weights, workspace.parents)
     tensors = distinct_tensors(policy)
     journal = workspace.journal()
     stored = [StoredWeights(expert.checkpoint, workspace.store) for expert in experts]
@@ -143,7 +143,7 @@ def _mean(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean
 
 
-def choose_experts(weights: Mapping[str, float], parents: Mapping[str, Artifact]) -> list[Expert]:
+def choose_experts(node: str, weights: Mapping[str, float], parents: Mapping[str, Artifact]) -> list[Expert]:
     """The experts by name.
 
     A checkpoint under several roles is one expert, with the sum of what `weights` gives to its roles.
@@ -153,10 +153,10 @@ def choose_experts(weights: Mapping[str, float], parents: Mapping[str, Artifact]
     """
     named = {role.removeprefix(ROLE): parent for role, parent in sorted(parents.items()) if role.startswith(ROLE)}
     if not named:
-        raise UserError("a weight merge needs experts; the run file names none")
+        raise UserError(f"{node}: a weight merge needs experts, and there is none")
     for name in weights:
         if name not in named:
-            raise UserError(f"weights.{name}: no such expert{nearest(name, named)}")
+            raise UserError(f"{node}: weights.{name}: no such expert{nearest(name, named)}")
     roles: dict[str, list[str]] = {}
     for name, parent in named.items():
         roles.setdefault(parent.digest, []).append(name)
