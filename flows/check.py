@@ -259,8 +259,8 @@ def _tokenizer(node: Node, store: Store) -> Any:
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
     """Bytes the missing nodes are likely to write: a checkpoint each, and saved states of those side by side."""
-    training = [node for node in missing if node.stage not in ("load", "evaluate")]
-    loads = [node for node in missing if node.stage == "load"]
+    training = [node for node in missing if node.stage not in ("load", "merge_weights", "evaluate")]
+    loads = [node for node in missing if node.stage in ("load", "merge_weights")]
     sizes = {node.key: _checkpoint_bytes(_origin(graph, node), store) for node in [*training, *loads]}
     side_by_side = sorted((sizes[node.key] for node in training), reverse=True)
     states = STATE_COPIES * sum(side_by_side[: graph.config.resources.parallel_experts])

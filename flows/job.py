@@ -40,7 +40,7 @@ class Job:
     @property
     def training(self) -> bool:
         """Whether it may use several devices."""
-        return self.nodes[0].stage not in ("load", "evaluate")
+        return self.nodes[0].stage not in ("load", "merge_weights", "evaluate")
 
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
         """Write the spec file; the same spec gets the same name, so that repeated runs leave one file.
