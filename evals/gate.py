@@ -39,7 +39,8 @@ def judge(
 ) -> Verdict:
     """Judge the student of a run; intervals are at the results' own confidence.
 
-    A criterion whose scores are missing fails: nothing is promoted unmeasured.
+    A criterion whose scores are missing fails: nothing is promoted unmeasured. Non-inferiority to every teacher is an
+    intersection-union test (Berger 1982): all must pass, so each is held to the full level without correction.
 
     Args:
         results: The run's scores.
@@ -59,7 +60,8 @@ def _teacher(results: Results, domain: str, margin: float) -> Criterion:
     difference = results.difference("student", "teacher", domain)
     if difference is None:
         return Criterion(name, False, "not scored")
-    text = f"difference {_points(difference)}; lower bound must exceed {-100 * margin:+.1f}"
+    every = "; every teacher must pass, so no correction" if len(results.teachers) > 1 else ""
+    text = f"difference {_points(difference)}; lower bound must exceed {-100 * margin:+.1f}{every}"
     return Criterion(name, difference.low > -margin, text)
 
 

@@ -6,7 +6,7 @@ from math import comb
 
 import numpy as np
 
-from evals.compare import Interval, percentile, resampled_means
+from evals.compare import Interval, Levels, percentile, resampled_means
 from evals.scores import Scores
 
 
@@ -19,10 +19,11 @@ class Triple:
     student_SN: np.ndarray
 
 
-def recovery(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interval | None:
+def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, levels: Levels = "examples") -> Interval | None:
     """Share of the teachers' gain that the student has: mean(student - start) / mean(teacher - start).
 
-    A ratio of means over domains, seeds pooled; the bootstrap takes the ratio in every resample.
+    A ratio of means over domains, seeds pooled; the bootstrap takes the ratio in every resample. `levels` says whether
+    seeds are resampled too; then all domains need the same seeds.
 
     Returns:
         None where the ratio says nothing: the teachers' gain is not positive, or it may be 0 within the interval's
@@ -33,14 +34,14 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interva
     gained, possible = 0.0, 0.0
     gained_R, possible_R = np.zeros(1), np.zeros(1)
     for name, triple in domains.items():
-        start_N, teacher_N, student_N = (
-            np.atleast_2d(scores_SN).mean(axis=0)
+        start_SN, teacher_SN, student_SN = (
+            np.atleast_2d(scores_SN) if levels == "seeds" else np.atleast_2d(scores_SN).mean(axis=0, keepdims=True)
             for scores_SN in (triple.start_SN, triple.teacher_SN, triple.student_SN)
         )
-        gained += float(np.mean(student_N - start_N))
-        possible += float(np.mean(teacher_N - start_N))
-        gained_R = gained_R + resampled_means(student_N - start_N, name)
-        possible_R = possible_R + resampled_means(teacher_N - start_N, name)
+        gained += float(np.mean(student_SN - start_SN))
+        possible += float(np.mean(teacher_SN - start_SN))
+        gained_R = gained_R + resampled_means(student_SN - start_SN, name, levels)
+        possible_R = possible_R + resampled_means(teacher_SN - start_SN, name, levels)
     if possible <= 0 or np.quantile(possible_R, (1 - confidence) / 2) <= 0:
         return None
     # Where a resample beyond the level has no gain its ratio counts as unbounded, on the side of the numerator.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evals.compare import Interval, mean_interval, mean_over, paired_difference
+from evals.compare import MIN_SEEDS, Interval, Levels, mean_interval, mean_over, paired_difference
 from evals.metrics import Triple, pass_at_k, recovery
 from evals.scores import Scores
 from experts.domain import HELD_OUT
@@ -139,29 +139,38 @@ class Results:
         found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain, split)
         return paired_difference(found[0], found[1], self.confidence, f"{domain}/{split}") if found else None
 
-    def mean_difference(self, role: str, other: str, domains: Sequence[str]) -> Interval | None:
-        """Paired difference, mean over domains; None unless both were scored on every one."""
+    def mean_difference(
+        self, role: str, other: str, domains: Sequence[str], levels: Levels = "examples"
+    ) -> Interval | None:
+        """Paired difference, mean over domains; None unless both were scored on every one.
+
+        At the level `seeds` also None unless every seed was scored and there are `MIN_SEEDS` of them.
+        """
         differences = {}
         for domain in domains:
             found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain)
-            if found is None:
+            if found is None or not self._whole(found, levels):
                 return None
             differences[f"{domain}/{HELD_OUT}"] = found[0] - found[1]
-        return mean_over(differences, self.confidence) if differences else None
+        return mean_over(differences, self.confidence, levels) if differences else None
 
     def expert_gain(self, expert: str) -> Interval | None:
         """An expert's gain over the start on its own domain."""
         return self.difference(expert, self.start, self.experts[expert].domain)
 
-    def recovery(self, domains: Sequence[str] | None = None) -> Interval | None:
-        """Recovery over the expert domains, or over some of them; None unless every one was scored."""
+    def recovery(self, domains: Sequence[str] | None = None, levels: Levels = "examples") -> Interval | None:
+        """Recovery over the expert domains, or over some of them; None as for `mean_difference`."""
         triples = {}
         for domain in self.expert_domains if domains is None else domains:
             found = self.aligned([self.start, self.checkpoint("teacher", domain), "student"], domain)
-            if found is None:
+            if found is None or not self._whole(found, levels):
                 return None
             triples[f"{domain}/{HELD_OUT}"] = Triple(*found)
-        return recovery(triples, self.confidence)
+        return recovery(triples, self.confidence, levels)
+
+    def _whole(self, scores: Sequence[np.ndarray], levels: Levels) -> bool:
+        """Whether the seeds can be resampled, where that is asked for."""
+        return levels == "examples" or (len(scores[0]) == len(self.seeds) >= MIN_SEEDS)
 
 
 def metrics(results: Results) -> dict[str, float]:

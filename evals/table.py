@@ -107,21 +107,23 @@ def statements(results: Results) -> list[str]:
     for name, expert in results.experts.items():
         gain = results.expert_gain(name)
         lines.append(f"{name} ({expert.method}) over {results.start} on {expert.domain}: {difference(gain)}.")
-    lines.append(
-        f"Student over {results.start}, mean of expert domains: "
-        f"{difference(results.mean_difference('student', results.start, results.expert_domains))}."
-    )
+    over = results.mean_difference("student", results.start, results.expert_domains)
+    over_seeds = results.mean_difference("student", results.start, results.expert_domains, "seeds")
+    also = f"; seeds resampled too: {difference(over_seeds)}" if over_seeds else ""
+    lines.append(f"Student over {results.start}, mean of expert domains: {difference(over)}{also}.")
     recovered = results.recovery()
     unsure = "not measured, or the teachers' mean gain is not shown to be above 0"
-    lines.append(f"Recovery of the teachers' gain: {percent(recovered) + ' %' if recovered else unsure}.")
+    recovered_seeds = results.recovery(levels="seeds")
+    also = f"; seeds resampled too: {percent(recovered_seeds)} %" if recovered_seeds else ""
+    lines.append(f"Recovery of the teachers' gain: {percent(recovered) + ' %' if recovered else unsure}{also}.")
     lines.append(
         f"Student's forgetting on domains no expert trains (mean drop): {difference(mean_drop(results, 'student'))}."
     )
     found = merges(results)
     if (first := best(found)) is not None:
-        over = "" if first.over_student is None else f", {difference(first.over_student)} over MOPD"
+        ahead = "" if first.over_student is None else f", {difference(first.over_student)} over MOPD"
         name = first.name.removeprefix(BASELINES).replace(STUDENT, "MOPD")
-        lines.append(f"Best of {len(found)} merges of these experts by mean score: {name}{over}.")
+        lines.append(f"Best of {len(found)} merges of these experts by mean score: {name}{ahead}.")
     for method in by_method(results):
         if method.drop is not None:
             lines.append(
@@ -142,7 +144,8 @@ def statements(results: Results) -> list[str]:
         else "none"
     )
     lines.append(f"Contaminated examples (source seen in training): {seen}.")
-    lines.append(f"Seeds {', '.join(map(str, results.seeds))}; intervals resample examples, seeds are kept fixed.")
+    kept = "seeds are kept fixed unless said" if over_seeds else "seeds are kept fixed"
+    lines.append(f"Seeds {', '.join(map(str, results.seeds))}; intervals resample examples, {kept}.")
     return lines
 
 

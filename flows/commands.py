@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from evals.power import precision_notes
 from experts.errors import UserError
 from flows.config import RunConfig
 from flows.lock import NodeStatus
@@ -189,6 +190,10 @@ def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
         console.print(table)
         waiting = sum(not entry.cached for entry in entries)
         console.print(f"{len(entries) - waiting} of {len(entries)} nodes are cached, {waiting} to run.")
+        if graph.config.merge:
+            gate, examples = graph.config.gate, graph.config.evaluate.examples
+            for line in precision_notes(examples, gate.non_inferiority_margin, gate.confidence):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     if check:
         from flows.check import deep_check
 

@@ -55,3 +55,8 @@ def test_all_met_promotes_and_a_missing_champion_is_said():
 def test_a_champion_on_other_examples_is_not_compared():
     verdict = judge(results(GOOD), 0.08, 0.05, {"a": sheet("a", 1.0, 30)})
     assert verdict.promoted and "not scored on these examples" in verdict.criteria[-1].text
+
+
+def test_the_text_says_that_every_teacher_must_pass():
+    lines = judge(results(GOOD), 0.08, 0.05).criteria[:2]
+    assert all("every teacher must pass, so no correction" in line.text for line in lines)

@@ -55,3 +55,9 @@ def test_out_of_distribution_and_untouched_rows():
     }
     labels = [r[0] for r in roles_grid(dataclasses.replace(whole, cells=cells, anchored=())).rows]
     assert labels[:2] == ["a", "a, unseen kind"] and "g, untouched" in labels
+
+
+def test_from_three_seeds_on_both_intervals_are_stated():
+    found = [line for line in statements(results(seeds=(0, 1, 2))) if "seeds resampled too" in line]
+    assert [line.split(",")[0].split(" of")[0] for line in found] == ["Student over cold_start", "Recovery"]
+    assert not any("resampled too" in line for line in statements(results()))

@@ -1,0 +1,74 @@
+"""Tests of paired scores against scipy's own and hand-worked tables."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from evals.hypotheses import (
+    equivalence,
+    holm,
+    intersection_union,
+    non_inferior_to_all,
+    non_inferiority,
+    superiority,
+)
+
+RNG = np.random.default_rng(0)
+A_SN = (RNG.random((3, 120)) < 0.62).astype(float)
+B_SN = (RNG.random((3, 120)) < 0.60).astype(float)
+
+
+def test_superiority_and_non_inferiority_are_scipys_paired_t():
+    a_N, b_N = A_SN.mean(axis=0), B_SN.mean(axis=0)
+    assert superiority(A_SN, B_SN) == pytest.approx(stats.ttest_rel(a_N, b_N, alternative="greater").pvalue)
+    shifted = stats.ttest_rel(a_N + 0.08, b_N, alternative="greater").pvalue
+    assert non_inferiority(A_SN, B_SN, 0.08) == pytest.approx(shifted)
+
+
+@pytest.mark.parametrize("margin", [0.02, 0.05, 0.08, 0.12, 0.3])
+@pytest.mark.parametrize("alpha", [0.01, 0.05])
+def test_equivalence_agrees_with_the_interval_inside_the_margins(margin, alpha):
+    bounds = stats.ttest_rel(A_SN.mean(axis=0), B_SN.mean(axis=0)).confidence_interval(1 - 2 * alpha)
+    inside = -margin < bounds.low and bounds.high < margin
+    assert (equivalence(A_SN, B_SN, margin) < alpha) == inside
+
+
+def test_equivalence_by_hand():
+    # mean 0.1, sd 0.1 sqrt(4/3), n 4: standard error 0.05774; the nearer bound 0.2 is t = -1.7321 away, df 3
+    difference_N = np.array([0.0, 0.2, 0.0, 0.2])
+    assert equivalence(difference_N, np.zeros(4), 0.2) == pytest.approx(stats.t.cdf(-np.sqrt(3), 3))
+
+
+def test_copied_seeds_add_no_evidence():
+    repeated = [np.repeat(scores_SN[:1], 5, axis=0) for scores_SN in (A_SN, B_SN)]
+    assert non_inferiority(*repeated, 0.05) == pytest.approx(non_inferiority(A_SN[:1], B_SN[:1], 0.05))
+
+
+def test_all_teachers_must_pass_and_the_worst_decides():
+    pairs = {"a": (A_SN, B_SN), "b": (B_SN, A_SN)}
+    assert non_inferior_to_all(pairs, 0.08) == max(non_inferiority(A_SN, B_SN, 0.08), non_inferiority(B_SN, A_SN, 0.08))
+    assert intersection_union({"a": 0.01, "b": 0.04}) == 0.04
+    with pytest.raises(ValueError, match="no claims"):
+        intersection_union({})
+
+
+def test_holm_by_hand():
+    # sorted 0.005 x4, 0.01 x3, 0.03 x2, 0.04 x1; the last is raised to the one before
+    found = holm({"w": 0.01, "x": 0.04, "y": 0.03, "z": 0.005})
+    assert found == pytest.approx({"w": 0.03, "x": 0.06, "y": 0.06, "z": 0.02})
+    assert holm({"a": 0.7, "b": 0.6}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_differences_without_spread_are_decided_by_the_bound():
+    ones_N = np.ones(10)
+    assert non_inferiority(ones_N, ones_N, 0.1) == 0 and superiority(ones_N, ones_N) == 1
+    assert equivalence(ones_N, np.zeros(10), 0.5) == 1
+
+
+def test_what_cannot_be_tested_is_refused():
+    with pytest.raises(ValueError, match="not paired"):
+        superiority(np.zeros(3), np.zeros(4))
+    with pytest.raises(ValueError, match="two examples"):
+        superiority(np.zeros(1), np.zeros(1))
+    with pytest.raises(ValueError, match="margin"):
+        equivalence(A_SN, B_SN, 0)
