@@ -2,7 +2,7 @@
 
 Examples are resampled jointly for all seeds and all checkpoints. By default seeds are kept fixed, because three of them
 are too few to resample: an interval then speaks of new examples, not of new training runs. The level `seeds` resamples
-seeds as well, each way apart and crossed: the pigeonhole bootstrap (Owen 2007, arXiv:0712.1111). One seed trains one
+seeds as well, each way apart and crossed: the pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386). One seed trains one
 student for all domains, so all strata share a resample's seeds. Of `S` seeds it sees (S - 1)/S of their variance: with
 three, such an interval is still too narrow where seeds differ more than examples.
 
