@@ -2,9 +2,9 @@
 
 Examples are resampled jointly for all seeds and all checkpoints. By default seeds are kept fixed, because three of them
 are too few to resample: an interval then speaks of new examples, not of new training runs. The level `seeds` resamples
-seeds as well, each way apart and crossed: the pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386). One seed trains one
-student for all domains, so all strata share a resample's seeds. Of `S` seeds it sees (S - 1)/S of their variance: with
-three, such an interval is still too narrow where seeds differ more than examples.
+seeds as well, apart from examples and crossed with them: the pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386).
+One seed trains one student for all domains, so all strata share a resample's seeds. Of `S` seeds it sees (S - 1)/S of
+their variance: with three, such an interval is still too narrow where seeds differ more than examples.
 
 `scipy.stats.bootstrap` is not used: it draws anew for every statistic, while here one set of resamples serves all
 checkpoints of a domain (which is what pairs them), and importing scipy would slow a fully cached run.
