@@ -3,7 +3,8 @@
 Each step samples a group of completions for every prompt, scores them with the domain's scorer, takes the reward
 relative to the group's mean as the advantage of every token, and makes one or more updates on PPO's surrogate with an
 asymmetric clip (DAPO's clip-higher). Groups whose rewards are all equal carry no signal and are not run backward.
-Left out: a critic, a KL penalty against the start (forgetting is measured, not assumed), DAPO's over-long shaping.
+`reference_kl` adds the exact reverse KL against the start, then every row is run backward. Left out: a critic, DAPO's
+over-long shaping.
 """
 
 import contextlib
@@ -21,10 +22,13 @@ from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.config import RLConfig
+from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
+from stages.on_policy.residency import Held
 from stages.on_policy.rollout import PromptMixture, Rollout
-from stages.on_policy.signals import Judgement, RewardSignal
+from stages.on_policy.signals import Judgement, ReferenceSignal, RewardSignal, Signal, SumSignal
+from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
 
 
 def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None) -> Artifact:
@@ -45,7 +49,9 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
     mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
-    signal = RewardSignal(workspace.domains, config.normalise_by_std)
+    signal: Signal = RewardSignal(workspace.domains, config.normalise_by_std)
+    if config.reference_kl > 0:
+        signal = SumSignal(signal, _reference(config, workspace, learner))
 
     def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
         """The clipped surrogate of some rows."""
@@ -53,6 +59,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
         sampler_logprobs_N = rollout.logprobs(rows, learner.device)
         advantages_N = judgement.token_advantages(rollout, rows, learner.device)
         assert advantages_N is not None
+        reference = judgement.reference.logits(rows) if judgement.reference else None
 
         def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             scaled_CV = logits_CV / config.temperature
@@ -60,6 +67,13 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             losses_C, metrics = clipped_surrogate(
                 logprobs_C, sampler_logprobs_N[part], advantages_N[part], config.clip_low, config.clip_high
             )
+            if reference is not None:
+                away_C, more = reverse_kl(scaled_CV, reference(part) / config.temperature)
+                return losses_C + config.reference_kl * away_C, {
+                    **metrics,
+                    "reference_kl": more["reverse_kl"],
+                    "entropy": more["entropy"],
+                }
             with torch.no_grad():
                 return losses_C, {**metrics, "entropy": entropy(scaled_CV)}
 
@@ -77,3 +91,11 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             news=[sampler.news],
         )
         return train_on_policy(practice, learner, config, workspace)
+
+
+def _reference(config: RLConfig, workspace: Workspace, learner: Learner) -> ReferenceSignal:
+    """The start checkpoint as the policy the penalty holds on to."""
+    routes = {REFERENCE: (Routed(workspace.parents["start"]),)}
+    held = Held(config.dtype, config.micro_batch_tokens)
+    # A wrapper that holds the student's parameters must not see another adapter among them.
+    return ReferenceSignal(TeacherPool(routes, workspace.store, learner.policy, held, lends=learner.world_size == 1))

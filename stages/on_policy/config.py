@@ -155,6 +155,12 @@ class RLConfig(OnPolicyConfig):
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.28, gt=0, description="The ratio is clipped above at 1 + clip_high (DAPO).")
     normalise_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
+    reference_kl: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the reverse KL against the start checkpoint, exact over the vocabulary: the KL penalty.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-4), description="Optimizer and schedule."
     )

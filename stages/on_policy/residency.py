@@ -9,6 +9,8 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from peft import PeftModel
@@ -19,7 +21,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.policy import Policy, check_head
-from stages.on_policy.distill_config import DistillConfig
 
 Weights = dict[str, Tensor]
 
@@ -27,6 +28,36 @@ Weights = dict[str, Tensor]
 def base_key(teacher: Artifact) -> str:
     """Key of the full checkpoint under a teacher: its own, or its adapter's base."""
     return str(teacher.manifest.get("adapter_base") or teacher.key)
+
+
+class PoolConfig(Protocol):
+    """How teachers are held and run; a merge's config says it."""
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Their number type."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one forward."""
+
+    @property
+    def max_resident(self) -> int:
+        """Full checkpoints in memory at one time."""
+
+    @property
+    def teacher_cache(self) -> Literal["device", "cpu"]:
+        """Where hidden states wait for the updates."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one reference beside a learner is held and run."""
+
+    dtype: Literal["float32", "bfloat16"]
+    micro_batch_tokens: int
+    max_resident: int = 1
+    teacher_cache: Literal["device", "cpu"] = "device"
 
 
 class Residents:
@@ -39,7 +70,7 @@ class Residents:
         lends: Whether the student may lend: not where a data-parallel wrapper holds its parameters.
     """
 
-    def __init__(self, store: Store, student: Policy, config: DistillConfig, lends: bool) -> None:
+    def __init__(self, store: Store, student: Policy, config: PoolConfig, lends: bool) -> None:
         self.store = store
         self.student = student
         self.config = config

@@ -54,7 +54,8 @@ class Judgement:
 
     def matters(self, row: int) -> bool:
         """Whether the row carries any signal; one without need not be run backward."""
-        return self.teachers is not None or (self.advantages is not None and self.advantages[row] != 0)
+        told = self.teachers is not None or self.reference is not None
+        return told or (self.advantages is not None and self.advantages[row] != 0)
 
 
 class Signal(Protocol):
@@ -127,6 +128,22 @@ class TeacherSignal:
         reference = self.pool.score(rows, [REFERENCE] * len(rows)) if self.reference else None
         seconds = {f"teacher_seconds/{name}": value for name, value in scores.seconds.items()}
         return Judgement(teachers=scores, reference=reference, facts=seconds)
+
+
+class ReferenceSignal:
+    """The reference policy's distribution on the sampled tokens, for a KL penalty beside a reward.
+
+    Args:
+        pool: Knows the reference, and need know no teacher.
+    """
+
+    def __init__(self, pool: TeacherPool) -> None:
+        self.pool = pool
+
+    def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
+        """Score every row by the reference."""
+        del rollout
+        return Judgement(reference=self.pool.score(rows, [REFERENCE] * len(rows)))
 
 
 class TrainerSignal:

@@ -25,10 +25,9 @@ from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
 from stages.core.update import Row
-from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.remote_teachers import RemoteTeachers
-from stages.on_policy.residency import Residents
+from stages.on_policy.residency import PoolConfig, Residents
 
 # The pseudo-domain of the policy that extrapolation moves away from and a KL penalty holds on to.
 REFERENCE = "(reference)"
@@ -185,7 +184,7 @@ class TeacherPool:
         routes: domain -> its teachers, the strict routing.
         store: Where the bases of adapters are.
         student: Whose tokens the teachers must be able to score.
-        config: The merge's config.
+        config: How teachers are held and run; a merge's config says it.
         lends: Whether a student that is an adapter may lend its base to teachers of the same base.
         remote: Scores in place of the teachers here, but for the reference.
 
@@ -198,7 +197,7 @@ class TeacherPool:
         routes: Mapping[str, Sequence[Routed]],
         store: Store,
         student: Policy,
-        config: DistillConfig,
+        config: PoolConfig,
         lends: bool = False,
         remote: RemoteTeachers | None = None,
     ) -> None:
