@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from evals.compare import Interval
 from evals.forgetting import mean_drop
-from evals.results import BASELINES, STUDENT, Cost, Results
+from evals.results import BASELINES, STUDENT, VARIANTS, Cost, Results
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Merge:
     """One way to make the student.
 
     Attributes:
-        name: `student` (MOPD) or `baselines/NAME`.
+        name: `student` (MOPD), `baselines/NAME`, or `variants/NAME` (MOPD with other settings).
         score: Mean over the experts' domains.
         over_student: The same less MOPD's, on the same examples; None for MOPD itself.
         drop: Mean drop from the start on domains no expert trains.
@@ -27,8 +27,8 @@ class Merge:
 
 
 def merges(results: Results) -> list[Merge]:
-    """MOPD and its baselines, in the run file's order; none where there are no baselines."""
-    others = [name for name in results.checkpoints if name.startswith(BASELINES)]
+    """MOPD, its variants and its baselines, in the graph's order; none where it stands alone."""
+    others = [name for name in results.checkpoints if name.startswith((BASELINES, VARIANTS))]
     if not others:
         return []
     return [

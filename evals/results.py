@@ -15,7 +15,7 @@ from experts.domain import HELD_OUT
 from experts.errors import UserError
 
 ROLES = ("base", "cold_start", "teacher", "student")
-STUDENT, BASELINES = "student", "baselines/"
+STUDENT, BASELINES, VARIANTS = "student", "baselines/", "variants/"
 Cell = Mapping[int, Scores]
 
 

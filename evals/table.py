@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from evals.compare import Interval
 from evals.forgetting import by_method, mean_drop
 from evals.merges import best, merges
-from evals.results import BASELINES, ROLES, STUDENT, Results
+from evals.results import BASELINES, ROLES, STUDENT, VARIANTS, Results
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -90,9 +90,16 @@ def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None 
         cells = [write(merge.score), write(merge.over_student), write(merge.drop)]
         cells += [f"{cost.tokens / 1e6:.2f}", f"{cost.seconds:.0f}"] if cost else [ABSENT, ABSENT]
         cells.append(f"{cost.memory / 2**30:.1f}" if cost and cost.memory else ABSENT)
-        rows.append((merge.name.removeprefix(BASELINES).replace(STUDENT, "MOPD"), *domains, *cells))
+        rows.append((merge_title(merge.name), *domains, *cells))
     head = ("merge", *results.expert_domains, "mean", "over MOPD", "forgotten", "Mtokens", "seconds", "GiB")
     return Grid("Merges of the same experts: greedy score, %, held out; cost of the merge alone", head, tuple(rows))
+
+
+def merge_title(name: str) -> str:
+    """How a merge is called in a table: MOPD, MOPD with a variant's name, or the baseline's name."""
+    if name == STUDENT or name.startswith(VARIANTS):
+        return " ".join(["MOPD", *name.split("/")[1:]])
+    return name.removeprefix(BASELINES)
 
 
 def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
@@ -122,7 +129,7 @@ def statements(results: Results) -> list[str]:
     found = merges(results)
     if (first := best(found)) is not None:
         ahead = "" if first.over_student is None else f", {difference(first.over_student)} over MOPD"
-        name = first.name.removeprefix(BASELINES).replace(STUDENT, "MOPD")
+        name = merge_title(first.name)
         lines.append(f"Best of {len(found)} merges of these experts by mean score: {name}{ahead}.")
     for method in by_method(results):
         if method.drop is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
-from flows.config import BASE, BASELINES, COLD_START, STUDENT
+from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
@@ -204,8 +204,8 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 def _config_key(node: Node) -> str:
     """Where in the run file a training node's config stands."""
     kind, _, name = node.name.partition("/")
-    if node.name.startswith(BASELINES):
-        return f"merge.baselines.{name}"
+    if node.name.startswith((BASELINES, VARIANTS)):
+        return f"merge.{kind}.{name}"
     keys = {BASE: "base.pretrain", COLD_START: "cold_start.sft", STUDENT: "merge"}
     return keys.get(kind, f"experts.{name}.train.{node.stage}")
 

@@ -18,6 +18,7 @@ COLD_START = "cold_start"
 BASE = "base"
 STUDENT = "student"
 BASELINES = "baselines/"
+VARIANTS = "variants/"
 
 
 class BaseConfig(StrictModel):
@@ -158,6 +159,11 @@ class MergeConfig(DistillConfig):
     anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
     baselines: BaselinesConfig = Field(
         default_factory=BaselinesConfig, description="Other merges of the same experts, beside it."
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="The same merge with other settings, as students of their own beside it: NAME -> the keys that "
+        "differ.",
     )
 
     @field_validator("teacher_weights")

@@ -13,8 +13,9 @@ from typing import Any
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
 from experts.errors import UserError
 from flows.baselines import baseline_config
-from flows.config import BASE, BASELINES, COLD_START, STUDENT, MergeConfig, RunConfig
+from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.lock import lock_path, read_json
+from flows.variants import variant_run
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.core.checkpoint import write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
@@ -114,6 +115,7 @@ class _Builder:
         self.domains = _load_domains(config)
         self.fingerprints = {name: domain.fingerprint() for name, domain in self.domains.items()}
         self.teachers = config.teachers()
+        self.variants = {n: variant_run(config, n) for n in (config.merge.variants if config.merge else ())}
 
     def build(self) -> StageGraph:
         for seed in self.config.seeds:
@@ -140,15 +142,37 @@ class _Builder:
                 f"experts/{name}", stage, type(method), method, seed, {"start": start}, [expert.domain]
             )
         if config.merge:
-            start = made[config.merge.start_from or config.default_start()]
-            parents = {"start": start} | {role: made[name] for role, name in self._teacher_roles().items()}
-            made[STUDENT] = self._train(
-                STUDENT, "distill", DistillConfig, config.merge, seed, parents, list(self.teachers)
-            )
+            parents = self._merge_parents(config, made)
+            made[STUDENT] = self._distill(STUDENT, config, seed, parents)
+            for name, variant in self.variants.items():
+                made[f"{VARIANTS}{name}"] = self._distill(
+                    f"{VARIANTS}{name}", variant, seed, self._merge_parents(variant, made)
+                )
             for name in config.merge.baselines.named:
                 made[f"{BASELINES}{name}"] = self._baseline(name, seed, parents)
         for checkpoint in made.values():
             self._add_evaluations(checkpoint, seed)
+
+    def _merge_parents(self, config: RunConfig, made: Mapping[str, str]) -> dict[str, str]:
+        """role -> node id of the start and the teachers: `teacher/DOMAIN`, `teacher/DOMAIN/TEACHER` where several."""
+        assert config.merge is not None
+        parents = {"start": made[config.merge.start_from or config.default_start()]}
+        for domain, weights in config.teachers().items():
+            several = len(weights) > 1
+            parents |= {f"teacher/{domain}/{n}" if several else f"teacher/{domain}": made[n] for n in weights}
+        return parents
+
+    def _distill(self, name: str, config: RunConfig, seed: int, parents: Mapping[str, str]) -> str:
+        """Add a merge by distillation: the run's own, or a variant as its own run's merge."""
+        assert config.merge is not None
+        teachers = config.teachers()
+        anchor = config.merge.anchor
+        weights = dict.fromkeys(anchor.domains, anchor.weight) if anchor else {}
+        several = {domain: by_name for domain, by_name in teachers.items() if len(by_name) > 1}
+        routed = {"teacher_weights": several, "domain_weights": weights | config.merge.domain_weights}
+        return self._train(
+            name, "distill", DistillConfig, config.merge.model_copy(update=routed), seed, parents, list(teachers)
+        )
 
     def _baseline(self, name: str, seed: int, merged: Mapping[str, str]) -> str:
         """Add another merge of the same parents."""
@@ -164,18 +188,12 @@ class _Builder:
                 f"{node_name}@{seed}", node_name, "merge_weights", seed, own.model_dump(mode="json"), facts, parents, []
             )
         if isinstance(own, DistillConfig):
+            several = {domain: weights for domain, weights in self.teachers.items() if len(weights) > 1}
+            own = own.model_copy(update={"teacher_weights": several})
             return self._train(node_name, "distill", DistillConfig, own, seed, merged, domains)
         stage = "rl" if isinstance(own, RLConfig) else "sft"
         assert isinstance(own, TrainConfig)
         return self._train(node_name, stage, type(own), own, seed, {"start": merged["start"]}, domains)
-
-    def _teacher_roles(self) -> dict[str, str]:
-        """role -> teacher: `teacher/DOMAIN`, or `teacher/DOMAIN/TEACHER` for each of several."""
-        roles: dict[str, str] = {}
-        for domain, weights in self.teachers.items():
-            several = len(weights) > 1
-            roles |= {f"teacher/{domain}/{name}" if several else f"teacher/{domain}": name for name in weights}
-        return roles
 
     def _base(self, seed: int) -> str:
         base = self.config.base
@@ -227,11 +245,6 @@ class _Builder:
     ) -> str:
         """Add a training stage; of the run file's entry only the stage's own fields reach it."""
         fields = {field: getattr(config, field) for field in schema.model_fields}
-        if isinstance(config, DistillConfig):
-            fields["teacher_weights"] = {d: weights for d, weights in self.teachers.items() if len(weights) > 1}
-            if isinstance(config, MergeConfig) and config.anchor:
-                anchor = dict.fromkeys(config.anchor.domains, config.anchor.weight)
-                fields["domain_weights"] = anchor | config.domain_weights
         if isinstance(config, OnPolicyConfig):
             fields["sampler"] = self._sampler(name, config.sampler)
         own = schema.model_validate(fields)

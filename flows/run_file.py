@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from experts.domain import KINDS
 from experts.errors import UserError, nearest
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from flows.variants import overlaid, variant_run
 from stages.on_policy.config import OnPolicyConfig
 
 
@@ -24,16 +25,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     Raises:
         UserError: names the file, the key and the nearest valid choice; all mistakes in one message.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such run file{nearest(str(path), siblings)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
-    raw = _unshared(raw)
+    raw = _unshared(_read(path))
     for override in overrides or []:
         _apply(raw, override)
     try:
@@ -44,6 +36,28 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     if problems:
         raise UserError("\n".join(f"{path}: {line}" for line in problems))
     return config if max_steps is None else RunConfig.model_validate(_capped(config.model_dump(), max_steps))
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's mapping, laid over the file it extends."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such run file{nearest(str(path), siblings)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
+    if (other := raw.pop("extends", None)) is None:
+        return raw
+    if not isinstance(other, str):
+        raise UserError(f"{path}: extends: name one run file, by its path from this one's folder")
+    parent = (path.parent / other).resolve()
+    if parent in (*below, path.resolve()):
+        raise UserError(f"{path}: extends: {other} extends this file in turn")
+    merged: dict[str, Any] = overlaid(_read(parent, (*below, path.resolve())), raw)
+    return merged
 
 
 def schema_keys(
@@ -217,4 +231,20 @@ def _dangling_names(config: RunConfig) -> list[str]:
     names.expert_entries()
     if config.merge:
         names.merge_entry(config.merge)
+        for name in config.merge.variants:
+            names.problems += _variant_problems(config, name)
     return names.problems
+
+
+def _variant_problems(config: RunConfig, name: str) -> list[str]:
+    """What is wrong with a variant of the merge, by its own keys."""
+    if "/" in name:
+        return [f"merge.variants.{name}: a name may hold no '/'"]
+    try:
+        variant = variant_run(config, name)
+    except UserError as error:
+        return [str(error)]
+    assert variant.merge is not None
+    names = _Names(variant)
+    names.merge_entry(variant.merge)
+    return [f"merge.variants.{name}.{problem.removeprefix('merge.')}" for problem in names.problems]
