@@ -1,13 +1,14 @@
-"""The gate: what a student must show to become champion, one line a criterion."""
+"""The gate: which merge of a run is its candidate, and what it must show to become champion, one line a criterion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evals.candidates import Rival, rivals
 from evals.compare import Interval, mean_over
 from evals.forgetting import mean_drop
-from evals.results import Results
+from evals.results import STUDENT, Results
 from evals.scores import Scores
 from experts.domain import HELD_OUT
 
@@ -23,21 +24,54 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the student is promoted, and why."""
+    """Who the run's candidate is, whether it becomes champion, and why.
 
+    Attributes:
+        candidate: Name of a merge: `student` (MOPD), `baselines/NAME` or `variants/NAME`.
+        why: Why it and no other is the candidate.
+        criteria: What the gate says of it.
+        withheld: Why it does not become champion although it passed: a person's decision stands. Empty otherwise.
+    """
+
+    candidate: str
+    why: str
     criteria: tuple[Criterion, ...]
+    withheld: str = ""
 
     @property
-    def promoted(self) -> bool:
+    def passed(self) -> bool:
         """Whether no criterion failed and at least one was met."""
         answers = [criterion.passed for criterion in self.criteria]
         return False not in answers and True in answers
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the gate makes it the champion."""
+        return self.passed and not self.withheld
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the criteria that failed."""
+        return [criterion.name for criterion in self.criteria if criterion.passed is False]
+
+    @property
+    def conclusion(self) -> str:
+        """What follows from the criteria, in a few words."""
+        if not self.passed:
+            return f"Not promoted: {self.candidate} failed {len(self.failed)} of {len(self.criteria)} criteria"
+        if self.withheld:
+            return f"Not promoted: {self.candidate} passed, but {self.withheld}"
+        return f"Promoted to champion: {self.candidate} passed"
 
 
 def judge(
     results: Results, margin: float, max_forgetting: float, champion: Mapping[str, Scores] | None = None
 ) -> Verdict:
-    """Judge the student of a run; intervals are at the results' own confidence.
+    """Choose the candidate among the merges of a run and judge it; intervals are at the results' own confidence.
+
+    Merges that are shown better than MOPD (`evals.candidates`) come first, the highest mean first, MOPD last. The first
+    that passes is the candidate; where none does, the first of all. The winner of several is judged on the scores that
+    chose it, so its differences lean upwards by a little.
 
     A criterion whose scores are missing fails: nothing is promoted unmeasured. Non-inferiority to every teacher is an
     intersection-union test (Berger 1982): all must pass, so each is held to the full level without correction.
@@ -49,42 +83,76 @@ def judge(
         max_forgetting: Allowed mean drop (the estimate, not its bound) on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
     """
-    criteria = [_teacher(results, domain, margin) for domain in results.teachers]
-    if not criteria:
-        criteria = [Criterion("teachers", False, "no teacher to compare with")]
-    return Verdict((*criteria, _forgetting(results, max_forgetting), _champion(results, champion)))
+    others = rivals(results)
+    judged: dict[str, Verdict] = {}
+    for name in (*(rival.name for rival in others if rival.shown), STUDENT):
+        criteria = [_teacher(results, name, domain, margin) for domain in results.teachers]
+        if not criteria:
+            criteria = [Criterion("teachers", False, "no teacher to compare with")]
+        criteria += [_forgetting(results, name, max_forgetting), _champion(results, name, champion)]
+        judged[name] = Verdict(name, "", tuple(criteria))
+        if judged[name].passed:
+            break
+    found = next((verdict for verdict in judged.values() if verdict.passed), next(iter(judged.values())))
+    return Verdict(found.candidate, _why(judged, others), found.criteria)
 
 
-def _teacher(results: Results, domain: str, margin: float) -> Criterion:
+def _why(judged: Mapping[str, Verdict], others: Sequence[Rival]) -> str:
+    if not others:
+        return "no other merge to compare with"
+    ahead = [rival for rival in others if rival.shown]
+    mean = f"better than {STUDENT} on the mean of the experts' domains"
+    if not ahead:
+        nearest = min(others, key=lambda rival: rival.p_value)
+        return f"of {len(others)} other merges none is shown {mean}; nearest {_lead(nearest)}"
+    failed = {name: ", ".join(verdict.failed) for name, verdict in judged.items() if not verdict.passed}
+    leads = [
+        _lead(rival) + (f", fails the gate ({failed[rival.name]})" if rival.name in failed else "") for rival in ahead
+    ]
+    return f"{len(ahead)} of {len(others)} other merges shown {mean}: {'; '.join(leads)}"
+
+
+def _lead(rival: Rival) -> str:
+    return f"{rival.name} {100 * rival.gain:+.1f} points (p = {rival.p_value:.2g}, Holm-corrected)"
+
+
+def _teacher(results: Results, candidate: str, domain: str, margin: float) -> Criterion:
     name = f"non-inferior to {results.teacher(domain)} on {domain}"
-    difference = results.difference("student", "teacher", domain)
-    if difference is None:
-        return Criterion(name, False, "not scored")
-    every = "; every teacher must pass, so no correction" if len(results.teachers) > 1 else ""
-    text = f"difference {_points(difference)}; lower bound must exceed {-100 * margin:+.1f}{every}"
-    return Criterion(name, difference.low > -margin, text)
+    difference = results.difference(candidate, "teacher", domain)
+    own, teachers = results.score(candidate, domain), results.score("teacher", domain)
+    if difference is None or own is None or teachers is None:
+        return Criterion(name, False, f"{domain}: not scored, so not shown non-inferior.")
+    passed = difference.low > -margin
+    every = " (every teacher must pass, so no correction)" if len(results.teachers) > 1 else ""
+    text = (
+        f"{domain}: {100 * own.mean:.1f} % against its teacher's {100 * teachers.mean:.1f} %: difference "
+        f"{_points(difference)}, {'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
+        f"so {'' if passed else 'not shown '}non-inferior{every}."
+    )
+    return Criterion(name, passed, text)
 
 
-def _forgetting(results: Results, allowed: float) -> Criterion:
+def _forgetting(results: Results, candidate: str, allowed: float) -> Criterion:
     if not results.untrained:
         return Criterion("forgetting", None, "not measured: every domain has an expert")
-    lost = mean_drop(results, "student")
+    lost = mean_drop(results, candidate)
     if lost is None:
         return Criterion("forgetting", False, "not scored")
-    return Criterion("forgetting", lost.mean <= allowed, f"mean drop {_points(lost)}; at most {100 * allowed:.1f}")
+    text = f"mean drop {_points(lost)} on {', '.join(results.untrained)}; at most {100 * allowed:.1f}"
+    return Criterion("forgetting", lost.mean <= allowed, text)
 
 
-def _champion(results: Results, champion: Mapping[str, Scores] | None) -> Criterion:
+def _champion(results: Results, candidate: str, champion: Mapping[str, Scores] | None) -> Criterion:
     name = "not worse than the previous champion"
     if not champion:
         return Criterion(name, None, "no scores of a previous champion: not compared")
     strata: dict[str, np.ndarray] = {}
     for domain in results.expert_domains:
-        # One student can become champion: the first seed's.
-        student = results.cells.get(("student", domain, HELD_OUT), {}).get(results.seeds[0])
+        # One checkpoint can become champion: the first seed's.
+        own = results.cells.get((candidate, domain, HELD_OUT), {}).get(results.seeds[0])
         sheet = champion.get(domain)
-        if student and sheet and sheet.ids == student.ids:
-            strata[f"{domain}/{HELD_OUT}"] = (student.greedy_N - sheet.greedy_N)[None]
+        if own and sheet and sheet.ids == own.ids:
+            strata[f"{domain}/{HELD_OUT}"] = (own.greedy_N - sheet.greedy_N)[None]
     if not strata:
         return Criterion(name, None, "the champion was not scored on these examples: not compared")
     difference = mean_over(strata, results.confidence)

@@ -85,7 +85,9 @@ def _figure(svg: str) -> str:
 def _verdict(verdict: Verdict | None) -> str:
     if verdict is None:
         return "<p class=soft>Nothing was judged.</p>"
-    head = "<p class=ok>Promoted to champion</p>" if verdict.promoted else "<p class=bad>Not promoted</p>"
+    style = "ok" if verdict.promoted else "bad"
+    head = f"<p class={style}>{escape(verdict.conclusion)}</p>"
+    head += f"<p>Candidate: {escape(verdict.candidate)}: {escape(verdict.why)}.</p>"
     lines = []
     for criterion in verdict.criteria:
         word, style = MARKS[criterion.passed]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from experts.errors import UserError
+from experts.errors import UserError, nearest
 from flows.config import MergeConfig, RunConfig
 from stages.config import SFTConfig, StrictModel, TrainConfig
 from stages.merge_config import WeightMergeConfig
@@ -34,7 +34,9 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
     settings: Mapping[str, Any] = getattr(merge.baselines, name) or {}
     try:
         if name in WEIGHT_MERGES:
-            return WeightMergeConfig.model_validate({"method": name, **settings})
+            weighed = WeightMergeConfig.model_validate({"method": name, **settings})
+            _check_weights(config, name, weighed)
+            return weighed
         if name == SEQKD:
             return DistillConfig.model_validate({**_seqkd(merge), **settings})
         if name == MIX_SFT:
@@ -45,6 +47,17 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
         first = error.errors()[0]
         key = ".".join(["merge.baselines", name, *map(str, first["loc"])])
         raise UserError(f"{key}: {first['msg']}") from None
+
+
+def _check_weights(config: RunConfig, name: str, own: WeightMergeConfig) -> None:
+    """See that every weight is that of an expert the merge takes: a teacher, or the start of the merge."""
+    merge = config.merge
+    assert merge is not None
+    taken = {teacher for weights in config.teachers().values() for teacher in weights} | {merge.start_from}
+    merged = [expert for expert in config.experts if expert in taken]
+    if unknown := next((expert for expert in own.weights if expert not in merged), None):
+        here = "an expert, but no teacher of the merge" if unknown in config.experts else "no expert of the run"
+        raise UserError(f"merge.baselines.{name}.weights: '{unknown}' is {here}{nearest(unknown, merged)}")
 
 
 def _seqkd(merge: MergeConfig) -> dict[str, Any]:

@@ -1,25 +1,22 @@
-"""What a finished run comes to: its scores, what the gate says of the student, the champion, and the report."""
+"""What a finished run comes to: its scores, what the gate says of its merges, the champion, and the report."""
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experts.domain import HELD_OUT
 from flows import lineage
-from flows.config import STUDENT
+from flows.champion import Reign, first_of, judge_run, promote_by_gate, read_history
 from flows.lock import lock_path
-from flows.plan import StageGraph
-from stages.core.checkpoint import Store, write_whole
+from flows.plan import Node, StageGraph
+from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, read
 
 if TYPE_CHECKING:
     from evals.gate import Verdict
     from evals.results import Results
-    from evals.scores import Scores
 
 REPORT_FILE = "report.html"
-CHAMPION_FILE = "champion.json"
 ANSWERS = {True: "met", False: "FAILED", None: "not compared"}
 
 
@@ -29,25 +26,28 @@ class Outcome:
 
     Attributes:
         results: The comparison of base, cold start, teachers and student.
-        verdict: What the gate says of the student; None without a merge.
+        verdict: Who the candidate is and what the gate says of it; None without a merge.
+        candidate: The candidate's node, of the first seed; None without a merge.
+        champion: Who is champion now; None where nobody is.
+        changed: Whether the gate made the candidate champion just now.
         report: The HTML report.
     """
 
     results: "Results"
     verdict: "Verdict | None"
+    candidate: Node | None
+    champion: Reign | None
+    changed: bool
     report: Path
 
-    @property
-    def promoted(self) -> bool:
-        """Whether the student may become the champion."""
-        return self.verdict is not None and self.verdict.promoted
-
     def verdict_lines(self) -> list[str]:
-        """The gate's verdict, a line for each criterion and one for all."""
+        """Who the candidate is, the gate's verdict, a line for each criterion and one for all, and the champion."""
         if self.verdict is None:
             return []
-        lines = [f"gate: {ANSWERS[line.passed]}: {line.name}: {line.text}" for line in self.verdict.criteria]
-        return [*lines, "gate: passed, the student is champion" if self.promoted else "gate: completed, not promoted"]
+        lines = [f"candidate: {self.verdict.candidate}: {self.verdict.why}"]
+        lines += [f"gate: {ANSWERS[line.passed]}: {line.name}: {line.text}" for line in self.verdict.criteria]
+        lines.append(f"gate: {self.verdict.conclusion}")
+        return [*lines, f"champion: {self.champion}, {self.champion.decision}" if self.champion else "champion: none"]
 
     def rows(self) -> list[dict[str, str]]:
         """The main table, a mapping of column to text for each row."""
@@ -64,57 +64,35 @@ class Outcome:
         return f"{render_markdown(self.results)}\n{verdict}\n\nReport: `{self.report}`\n"
 
 
-def conclude(graph: StageGraph, store: Store, *, rewrite: bool = True) -> Outcome:
+def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = True) -> Outcome:
     """Compare the checkpoints of a run from the scores in the store, ask the gate, and write the report.
 
     Args:
         graph: The run.
         store: Where its artifacts are.
-        rewrite: Write the report even where one stands already.
+        promote: Make the candidate champion where the gate lets it pass.
+        rewrite: Write the report even where one stands already and nothing changed.
 
     Raises:
         UserError: a score sheet is malformed.
     """
-    from evals.gate import judge
     from flows.results import collect
 
-    results, gate = collect(graph, store), graph.config.gate
-    verdict = None
+    results, run = collect(graph, store), graph.config.name
+    verdict, candidate, changed = None, None, False
     if graph.config.merge:
-        champion = _champion_scores(store, graph.config.name)
-        verdict = judge(results, gate.non_inferiority_margin, gate.max_forgetting, champion)
-    path = _run_folder(store, graph.config.name) / REPORT_FILE
-    if rewrite or not path.exists():
+        verdict = judge_run(graph, store, results)
+        candidate = first_of(graph, verdict.candidate)
+        changed = promote and promote_by_gate(graph, store, verdict)
+    champion = next(reversed(read_history(store, run)), None)
+    if verdict and candidate and verdict.promoted and (champion is None or champion.student != candidate.key):
+        verdict = dataclasses.replace(verdict, withheld="`mopd run` has yet to make it champion")
+    path = lock_path(store.home, run).with_name(REPORT_FILE)
+    if rewrite or changed or not path.exists():
         from evals.report import write_report
 
         write_report(path, results, _curves(graph, store), _lineage_rows(graph, store), verdict)
-    return Outcome(results, verdict, path)
-
-
-def promote(graph: StageGraph, store: Store, outcome: Outcome) -> None:
-    """Remember the student, and the scores the next one will be compared with, where the gate lets it pass."""
-    if not outcome.promoted:
-        return
-    student = next(node for node in graph.checkpoints if node.name == STUDENT)
-    scores = {
-        str(node.config["domain"]): node.key
-        for node in graph.evaluations(student.id)
-        if node.config["split"] == HELD_OUT
-    }
-    path = _run_folder(store, graph.config.name) / CHAMPION_FILE
-    write_whole(path, json.dumps({"student": student.key, "scores": scores}, indent=1))
-
-
-def _champion_scores(store: Store, run: str) -> "dict[str, Scores] | None":
-    """domain -> held-out sheet of the champion; None where there is no champion."""
-    from evals.scores import read_scores
-
-    path = _run_folder(store, run) / CHAMPION_FILE
-    if not path.exists():
-        return None
-    keys: dict[str, str] = json.loads(path.read_text())["scores"]
-    found = {domain: store.find(key) for domain, key in keys.items()}
-    return {domain: read_scores(sheet.path, domain, HELD_OUT) for domain, sheet in found.items() if sheet}
+    return Outcome(results, verdict, candidate, champion, changed, path)
 
 
 def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
@@ -141,7 +119,3 @@ def _lineage_rows(graph: StageGraph, store: Store) -> list[dict[str, str]]:
         }
         for row in rows
     ]
-
-
-def _run_folder(store: Store, run: str) -> Path:
-    return lock_path(store.home, run).parent

@@ -71,10 +71,15 @@ def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) ->
     graph, store = asked.graph(), Store(asked.home)
     verify(graph, store, discard_corrupted)
     if all(entry.cached for entry in node_status(graph, store)):
+        from flows.champion import tell_mlflow
         from flows.closing import conclude
 
         console.print("Everything is in the store already; nothing was started.")
-        show_outcome(graph, conclude(graph, store, rewrite=False), asked.home, console)
+        outcome = conclude(graph, store, promote=True, rewrite=False)
+        if outcome.changed:
+            # The gate of today lets pass what that of the last run did not.
+            tell_mlflow(store, graph.config.name, outcome.candidate)
+        show_outcome(graph, outcome, asked.home, console)
         return DONE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -275,7 +280,7 @@ def report(asked: Asked) -> None:
     from flows.closing import conclude
 
     graph, store = asked.graph(), Store(asked.home)
-    show_outcome(graph, conclude(graph, store), asked.home, Console())
+    show_outcome(graph, conclude(graph, store, promote=False), asked.home, Console())
 
 
 def lineage(name: str, home: Path, *, as_json: bool, html: Path | None) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from flows import cards
+from flows.champion import CHAMPION_ALIAS, read_history, registered_name
 from flows.mlflow_models import NOTE, SOURCE, LoggedCheckpoints
 from flows.outbox import Operation, Rejected, Unreachable
 from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_model_page, mlflow_uri
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "mopd"
 KIND = "mlflow.experimentKind"
 TABLES = "mlflow.loggedArtifacts"
+TAG_LENGTH = 5000
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -59,6 +61,7 @@ class Writer:
             "model_text": self._model_text,
             "version": self._version,
             "alias": self._alias,
+            "champion": self._champion,
             "note": self._note,
             "tag": self._tag,
             "end": self._end,
@@ -200,6 +203,20 @@ class Writer:
         if version is None:
             raise Rejected(f"{operation['name']} has no version of {operation['key']}")
         self.client.set_registered_model_alias(operation["name"], operation["alias"], version.version)
+
+    def _champion(self, operation: Operation, ids: dict[str, str]) -> None:
+        """Name whoever is champion when this is said, so that a late word does not undo a newer one."""
+        history = read_history(self.store, operation["run"])
+        if not history:
+            return
+        champion, name = history[-1], registered_name(operation["run"])
+        self.checkpoints.register(name, champion.student, champion.node.partition("@")[2])
+        version = self.checkpoints.version(name, champion.student)
+        assert version is not None
+        self.client.set_registered_model_alias(name, CHAMPION_ALIAS, version.version)
+        for fact in ("node", "by", "when", "reason"):
+            value = str(getattr(champion, fact))[:TAG_LENGTH]
+            self.client.set_model_version_tag(name, version.version, f"champion.{fact}", value)
 
     def _note(self, operation: Operation, ids: dict[str, str]) -> None:
         rows = []

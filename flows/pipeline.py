@@ -23,7 +23,7 @@ from prefect.states import Cancelled, Crashed, State
 from rich.console import Console
 
 from flows.check import deep_check
-from flows.closing import Outcome, conclude, promote
+from flows.closing import Outcome, conclude
 from flows.launch import Launcher
 from flows.lock import write_lock
 from flows.plan import StageGraph, build_graph
@@ -122,9 +122,8 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     if failures:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
-    outcome = conclude(graph, supervisor.store)
-    promote(graph, supervisor.store, outcome)
-    tracker.finish("FINISHED", outcome.results, outcome.report, promoted=outcome.promoted)
+    outcome = conclude(graph, supervisor.store, promote=True)
+    tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate)
     _publish(graph, outcome)
     return outcome
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experts.domain import TRAIN
 from flows import cards, lineage
+from flows.champion import operations, registered_name
 from flows.config import STUDENT
 from flows.lock import code_fingerprint, lock_path
-from flows.mlflow_writer import Writer, unsent_folder
+from flows.mlflow_writer import TAG_LENGTH, Writer, unsent_folder
 from flows.outbox import Outbox, send_left_over
 from flows.plan import Node, StageGraph
 from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page
@@ -27,10 +28,9 @@ from stages.core.checkpoint import Artifact, Store
 if TYPE_CHECKING:
     from evals.results import Results
 
-BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 5000
+BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH = 1000, 100, 6000
 NOTES, STOPPED_EARLY = "notes", "stopped_early"
 PARENT = "run"
-CANDIDATE, CHAMPION = "candidate", "champion"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -110,14 +110,16 @@ class Tracker:
         self.submit("used", ref=PARENT, key=artifact.key)
         self.register(node, artifact)
 
-    def finish(self, status: Status, results: "Results | None", report: Path | None, promoted: bool = False) -> None:
+    def finish(
+        self, status: Status, results: "Results | None", report: Path | None, candidate: Node | None = None
+    ) -> None:
         """Log the run's results and close it; what the server did not take is sent at the next start.
 
         Args:
             status: How the run ended.
             results: The comparison of base, teachers and student.
             report: The HTML report.
-            promoted: The gate made the student the champion. With several seeds the first one's gets the alias.
+            candidate: The merge the gate judged: it gets the alias `candidate`; `champion` goes to whoever is.
         """
         if results is not None:
             from evals.results import metrics
@@ -127,13 +129,15 @@ class Tracker:
         pages = {"lineage.html": lineage.draw_html(self.store, made, self.name)} if made else {}
         if report is not None:
             pages[report.name] = report.read_text()
-        students = [node for node in self.graph.checkpoints if node.name == STUDENT and node.id in self._known]
+        students = {node.key for node in self.graph.checkpoints if node.name == STUDENT and node.id in self._known}
+        if candidate is not None:
+            for operation in operations(self.name, candidate):
+                self.outbox.submit(operation)
+            students.add(candidate.key)
         for file, text in pages.items():
             self.submit("text", ref=PARENT, file=file, text=text)
-            for student in students:
-                self.submit("model_text", key=student.key, file=file, text=text)
-        if promoted and students:
-            self.submit("alias", name=f"{self.name}-{STUDENT}", key=students[0].key, alias=CHAMPION)
+            for key in sorted(students):
+                self.submit("model_text", key=key, file=file, text=text)
         self.submit("note", ref=PARENT, keys=made)
         self.submit("end", ref=PARENT, status=status, time=now())
         self.outbox.close()
@@ -173,14 +177,11 @@ class Tracker:
         self.submit("scores", ref=PARENT, **about, metrics=metrics, time=now())
 
     def register(self, node: Node, artifact: Artifact) -> None:
-        """Make a student's checkpoint a version of the registered model; the first seed's is the candidate."""
+        """Make a student's checkpoint a version of the registered model."""
         if node.name != STUDENT:
             return
         self._known[node.id] = artifact
-        name = f"{self.name}-{STUDENT}"
-        self.submit("version", name=name, key=artifact.key, seed=str(node.seed))
-        if node.seed == self.graph.config.seeds[0]:
-            self.submit("alias", name=name, key=artifact.key, alias=CANDIDATE)
+        self.submit("version", name=registered_name(self.name), key=artifact.key, seed=str(node.seed))
 
 
 class StageRun:

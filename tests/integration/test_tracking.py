@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from evals.gate import Criterion, Verdict
+from flows.champion import promote_by_gate
 from flows.lock import write_lock
 from flows.plan import Node, StageGraph
 from flows.tracking import Tracker
@@ -33,7 +35,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             play(tracker, store, graph, node)
     report = home / "report.html"
     report.write_text("<p>tables</p>")
-    tracker.finish("FINISHED", None, report, promoted=True)
+    promote_by_gate(graph, store, Verdict("student", "the only merge", (Criterion("all", True, ""),)))
+    tracker.finish("FINISHED", None, report, graph.node("student@0"))
     return {"home": home, "graph": graph, "store": store, "tracker": tracker, "client": tracker.writer.client}
 
 

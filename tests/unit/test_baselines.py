@@ -100,9 +100,20 @@ def test_settings_of_its_own_reach_a_baseline_alone(tmp_path: Path) -> None:
         ("merge.baselines={ties: {densty: 0.5}}", "merge.baselines.ties.densty: "),
         ("merge.baselines={mix_sft: {max_steps: 0}}", "merge.baselines.mix_sft.max_steps: "),
         ("merge.baselines={seqkd: {on_policy_fraction: 1.0}}", "needs an on_policy_fraction of 0"),
+        (
+            "merge.baselines={ties: {weights: {sotr: 2}}}",
+            "merge.baselines.ties.weights: 'sotr' is no expert of the run — did you mean 'sort'?",
+        ),
     ],
 )
 def test_mistakes_name_the_baseline_and_its_key(tmp_path: Path, settings: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         graph_of(tmp_path, settings)
     assert said in str(caught.value)
+
+
+def test_only_experts_the_merge_takes_can_be_weighed(tmp_path: Path) -> None:
+    weights = "merge.baselines={ties: {weights: {reverse: 2, sort: 1}}}"
+    assert baseline(graph_of(tmp_path, weights), "ties").config["weights"] == {"reverse": 2, "sort": 1}
+    with pytest.raises(UserError, match=r"ties\.weights: 'reverse' is an expert, but no teacher of the merge"):
+        graph_of(tmp_path, weights, "merge.domains=[sort]")
