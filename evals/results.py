@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from evals.claim_config import HypothesisConfig
 from evals.compare import MIN_SEEDS, Interval, Levels, mean_interval, mean_over, paired_difference
 from evals.metrics import Triple, pass_at_k, recovery
 from evals.scores import Scores
@@ -59,6 +60,10 @@ class Results:
         confidence: Level of all intervals.
         provenance: Content key and digest of each evaluation artifact, by node id.
         costs: Mean over seeds of what a checkpoint took to make, by node name.
+        spent: The same of each seed: node name -> seed -> cost.
+        hypotheses: What the run file fixed beforehand.
+        shift: How far a checkpoint moved from the start: (node name, measure, domain, or "" for its weights) -> seed ->
+            value.
     """
 
     run: str
@@ -73,6 +78,9 @@ class Results:
     confidence: float
     provenance: Mapping[str, tuple[str, str]]
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    spent: Mapping[str, Mapping[int, Cost]] = field(default_factory=dict)
+    hypotheses: Mapping[str, HypothesisConfig] = field(default_factory=dict)
+    shift: Mapping[tuple[str, str, str], Mapping[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         order: dict[tuple[str, str], list[str]] = {}
@@ -127,6 +135,14 @@ class Results:
         tries = min(samples_NK.shape[1] for samples_NK in whole)
         reached = np.mean([pass_at_k(samples_NK, tries) for samples_NK in whole])
         return float(np.mean([samples_NK.mean() for samples_NK in whole])), float(reached), tries
+
+    def shifted(self, name: str, measure: str, domains: Sequence[str]) -> dict[int, float]:
+        """seed -> a shift of a checkpoint: of its weights, or the mean over domains where every one was measured."""
+        if (whole := self.shift.get((name, measure, ""))) is not None:
+            return dict(whole)
+        parts = [self.shift.get((name, measure, domain), {}) for domain in domains]
+        shared = [seed for seed in self.seeds if parts and all(seed in part for part in parts)]
+        return {seed: float(np.mean([part[seed] for part in parts])) for seed in shared}
 
     def mean_score(self, role: str) -> Interval | None:
         """Mean over expert domains; None unless every one was scored."""

@@ -1,11 +1,12 @@
 """The comparison for people: a rich rendering for the terminal, Markdown for a page, from the same cells."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from evals.claims_page import hypotheses_grid
 from evals.compare import Interval
 from evals.forgetting import by_method, mean_drop
+from evals.grid import ABSENT, Grid
 from evals.merges import best, merges
 from evals.results import BASELINES, ROLES, STUDENT, VARIANTS, Results
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
@@ -13,17 +14,7 @@ from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
 if TYPE_CHECKING:
     from rich.console import Group
 
-ABSENT = "–"
 ROLE_TITLES = {"base": "base", "cold_start": "cold start", "teacher": "teacher", "student": "student"}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text: a title, the column heads, the rows."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def roles_grid(results: Results, cell: Callable[[Interval | None], str] | None = None) -> Grid:
@@ -104,7 +95,7 @@ def merge_title(name: str) -> str:
 
 def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
     """All tables of a run; `cell` as for `roles_grid`."""
-    between = [grid for grid in (merges_grid(results, cell), sampled_grid(results)) if grid]
+    between = [g for g in (merges_grid(results, cell), hypotheses_grid(results), sampled_grid(results)) if g]
     return [roles_grid(results, cell), *between, checkpoints_grid(results)]
 
 

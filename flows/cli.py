@@ -119,48 +119,25 @@ def status(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME
 
 
 @app.command()
-def report(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
-    """Compare what is finished and write the HTML report; trains nothing."""
-    with _errors_as_messages():
-        commands.report(commands.Asked(file, tuple(overrides or ()), max_steps, home))
-
-
-@app.command()
-def promote(
+def report(
     file: RunFile,
-    reason: Annotated[str, typer.Option("--reason", help="Why, for the champion's history.", show_default=False)],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NODE] [OVERRIDES]...",
-            help="A merge of the run, such as baselines/ties (the gate's candidate by default), or a former champion's "
-            "key; and dotted assignments.",
-            show_default=False,
-        ),
-    ] = None,
+    overrides: Overrides = None,
     home: Home = DEFAULT_HOME,
     max_steps: MaxSteps = None,
+    page: Annotated[Path | None, typer.Option("--page", help="claims: where its page goes; docs/claims.md.")] = None,
 ) -> None:
-    """Make a merge of a run its champion, whatever the gate says; a new candidate may still replace it."""
-    from flows import champion
+    """Compare what is finished and write the HTML report; trains nothing.
 
+    Given a folder, or the word `claims` for flows/runs/claims: test the hypotheses of its run files on one page.
+    """
     with _errors_as_messages():
-        overrides = tuple(word for word in words or () if "=" in word)
-        names = [word for word in words or () if "=" not in word]
-        if len(names) > 1:
-            raise UserError(f"name one merge, not {len(names)}: {', '.join(names)}")
-        asked = commands.Asked(file, overrides, max_steps, home)
-        champion.promote(asked.graph(), Store(home), next(iter(names), None), reason)
+        if file.is_dir() or str(file) == "claims":
+            from flows import claims
 
-
-@app.command()
-def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
-    """Bring the champion before the present one back; the gate does not promote again what was rolled back."""
-    from flows import champion
-
-    with _errors_as_messages():
-        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
-        champion.rollback(asked.graph(), Store(home))
+            folder = claims.FOLDER if str(file) == "claims" else file
+            sys.stdout.write(f"{claims.write_claims(folder, overrides or [], home, page or claims.PAGE)}\n")
+            return
+        commands.report(commands.Asked(file, tuple(overrides or ()), max_steps, home))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from evals.claim_config import HypothesisConfig
 from experts.domain import KINDS
 from experts.errors import UserError
 from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
@@ -257,6 +258,9 @@ class RunConfig(StrictModel):
     merge: MergeConfig | None = Field(None, description="How the student is made.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What is measured.")
     gate: GateConfig = Field(default_factory=GateConfig, description="When a student is promoted.")
+    hypotheses: dict[str, HypothesisConfig] = Field(
+        default_factory=dict, description="What the run is to show, fixed before it is measured."
+    )
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
 
     def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The finished evaluations of a run's graph, read from the store into `Results`. Free of torch, prefect and mlflow."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from statistics import fmean
 
@@ -31,6 +32,7 @@ def collect(graph: StageGraph, store: Store) -> Results:
             sheet = read_scores(artifact.path, domain, split)
             cells.setdefault((checkpoint.name, domain, split), {}).update(dict.fromkeys(seeds, sheet))
             provenance[node.id] = (artifact.key, artifact.digest)
+    spent = _spent(graph, store)
     return Results(
         run=config.name,
         seeds=tuple(config.seeds),
@@ -46,21 +48,24 @@ def collect(graph: StageGraph, store: Store) -> Results:
         start=config.default_start(),
         confidence=config.gate.confidence,
         provenance=provenance,
-        costs=_costs(graph, store),
+        costs={name: _mean(list(costs.values())) for name, costs in spent.items()},
+        spent=spent,
+        hypotheses=config.hypotheses,
     )
 
 
-def _costs(graph: StageGraph, store: Store) -> dict[str, Cost]:
-    """What the checkpoints in the store took to make."""
-    made: dict[str, list[Cost]] = {}
+def _spent(graph: StageGraph, store: Store) -> dict[str, dict[int, Cost]]:
+    """What the checkpoints in the store took to make, by name and seed."""
+    made: dict[str, dict[int, Cost]] = {}
     for node in graph.checkpoints:
         if artifact := store.find(node.key):
             facts = [float(artifact.manifest.get(name, 0)) for name in ("tokens", "seconds", "peak_memory")]
-            made.setdefault(node.name, []).append(Cost(*facts))
-    return {
-        name: Cost(*(fmean(getattr(cost, field.name) for cost in costs) for field in fields(Cost)))
-        for name, costs in made.items()
-    }
+            made.setdefault(node.name, {})[node.seed] = Cost(*facts)
+    return made
+
+
+def _mean(costs: Sequence[Cost]) -> Cost:
+    return Cost(*(fmean(getattr(cost, field.name) for cost in costs) for field in fields(Cost)))
 
 
 def _seed(checkpoint: Node) -> int:

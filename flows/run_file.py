@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from experts.domain import KINDS
 from experts.errors import UserError, nearest
 from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from flows.hypotheses import hypothesis_problems
 from flows.variants import overlaid, variant_run
 from stages.on_policy.config import OnPolicyConfig
 
@@ -233,7 +234,7 @@ def _dangling_names(config: RunConfig) -> list[str]:
         names.merge_entry(config.merge)
         for name in config.merge.variants:
             names.problems += _variant_problems(config, name)
-    return names.problems
+    return [*names.problems, *hypothesis_problems(config)]
 
 
 def _variant_problems(config: RunConfig, name: str) -> list[str]:

@@ -1,0 +1,14 @@
+"""A table as text, however it is drawn."""
+
+from dataclasses import dataclass
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A title, the column heads, the rows."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]

@@ -1,0 +1,171 @@
+"""Hypotheses fixed in a run file: contrasts, verdicts, and the names they may hold."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy import stats
+
+from evals.claim_config import ComparisonConfig, HypothesisConfig
+from evals.claims import findings
+from evals.claims_figures import claim_figure
+from evals.claims_page import Judged, claims_page, hypotheses_grid
+from evals.results import Cost, Results
+from tests.scored import sheet
+from tests.unit.test_config import load, message
+
+SEEDS = (0, 1, 2, 3)
+GREEDY = {"cold_start": 0.5, "experts/rl": 0.8, "experts/sft": 0.6, "student": 0.79, "variants/half": 0.7}
+OLD = {"cold_start": 0.9, "experts/rl": 0.88, "experts/sft": 0.3, "student": 0.88, "variants/half": 0.6}
+
+
+def run(**tests: dict) -> Results:
+    """Four seeds of two domains, `new` with an expert and `old` without, with exact means and no noise in seeds."""
+    cells = {}
+    for name, share in GREEDY.items():
+        cells[name, "new", "held_out"] = {seed: sheet("new", share) for seed in SEEDS}
+        cells[name, "old", "held_out"] = {seed: sheet("old", OLD[name]) for seed in SEEDS}
+    return Results(
+        run="toy",
+        seeds=SEEDS,
+        checkpoints=tuple(GREEDY),
+        domains=("new", "old"),
+        cells=cells,
+        teachers={"new": {"experts/rl": 1.0}},
+        experts={},
+        anchored=(),
+        start="cold_start",
+        confidence=0.95,
+        provenance={},
+        spent={
+            "experts/rl": {seed: Cost(100, 60 + seed, 0) for seed in SEEDS},
+            "student": {seed: Cost(100, 20 + 2 * seed, 0) for seed in SEEDS},
+        },
+        hypotheses={"C1": HypothesisConfig.model_validate({"claim": "It holds.", "tests": tests})},
+    )
+
+
+def found(**tests: dict) -> dict:
+    results = run(**{name: {"domains": ["new"]} | test for name, test in tests.items()})
+    return {one.test: one for one in findings(results, results.hypotheses)}
+
+
+def test_a_comparison_is_the_paired_difference():
+    one = found(a={"compare": ["experts/rl", "experts/sft"], "expect": "above"})["a"]
+    assert one.interval.mean == pytest.approx(0.2)
+    assert 0 < one.interval.low < 0.2 < one.interval.high
+    assert (one.verdict, one.seeds, one.examples) == ("shown", 4, 100)
+    assert one.values == {"experts/rl": pytest.approx(0.8), "experts/sft": pytest.approx(0.6)}
+    assert found(a={"compare": ["experts/sft", "experts/rl"], "expect": "above"})["a"].verdict == "contradicted"
+    assert found(a={"compare": ["experts/sft", "experts/rl"], "expect": "below"})["a"].verdict == "shown"
+
+
+def test_a_drop_is_measured_from_the_start_on_domains_without_expert():
+    results = run(a={"compare": ["student", "experts/sft"], "measure": "drop", "expect": "below", "domains": ["old"]})
+    (one,) = findings(results, results.hypotheses)
+    assert one.values == {"student": pytest.approx(0.02), "experts/sft": pytest.approx(0.6)}
+    assert one.interval.mean == pytest.approx(-0.58)
+    assert one.verdict == "shown"
+
+
+def test_equivalence_and_non_inferiority_need_their_margin():
+    tests = {
+        "wide": {"compare": ["student", "experts/rl"], "expect": "within", "margin": 0.05},
+        "narrow": {"compare": ["student", "experts/rl"], "expect": "within", "margin": 0.005},
+        "apart": {"compare": ["student", "experts/sft"], "expect": "within", "margin": 0.05},
+        "not_worse": {"compare": ["student", "experts/rl"], "expect": "not_below", "margin": 0.05},
+        "much_worse": {"compare": ["experts/sft", "experts/rl"], "expect": "not_below", "margin": 0.05},
+        "not_more": {"compare": ["student", "experts/rl"], "expect": "not_above", "margin": 0.05},
+    }
+    verdicts = {name: one.verdict for name, one in found(**tests).items()}
+    assert verdicts == {
+        "wide": "shown",
+        "narrow": "not shown",
+        "apart": "contradicted",
+        "not_worse": "shown",
+        "much_worse": "contradicted",
+        "not_more": "shown",
+    }
+
+
+def test_a_slope_is_numpys_least_squares_and_a_contrast_the_weighted_sum():
+    settings = {"cold_start": 0.0, "experts/sft": 1.0, "experts/rl": 3.0}
+    one = found(a={"slope": settings, "expect": "above"})["a"]
+    expected = np.polyfit(list(settings.values()), [GREEDY[name] for name in settings], 1)[0]
+    assert one.interval.mean == pytest.approx(expected)
+    weights = {"experts/rl": 1, "experts/sft": -1, "student": -1, "variants/half": 1}
+    one = found(a={"contrast": weights, "expect": "above"})["a"]
+    assert one.interval.mean == pytest.approx(0.8 - 0.6 - 0.79 + 0.7)
+
+
+def test_costs_have_scipys_t_interval_over_seeds():
+    one = found(a={"compare": ["student", "experts/rl"], "measure": "seconds", "expect": "below"})["a"]
+    difference = [(20 + 2 * seed) - (60 + seed) for seed in SEEDS]
+    expected = stats.t.interval(0.95, 3, np.mean(difference), stats.sem(difference))
+    assert (one.interval.low, one.interval.high) == pytest.approx(expected)
+    assert one.p == pytest.approx(stats.ttest_1samp(difference, 0).pvalue)
+    assert (one.verdict, one.examples) == ("shown", 0)
+    missing = found(a={"compare": ["variants/half", "experts/rl"], "measure": "seconds", "expect": "below"})["a"]
+    assert (missing.verdict, missing.interval) == ("not measured", None)
+
+
+def test_holm_counts_every_test_of_superiority():
+    sure = {"compare": ["experts/rl", "experts/sft"], "expect": "above"}
+    alone = found(a=sure)["a"].p
+    together = found(a=sure, b=sure, c={**sure, "expect": "not_below", "margin": 0.01})
+    assert together["a"].p == pytest.approx(2 * alone)
+    assert together["c"].p is None
+
+
+def test_grid_page_and_figures_tell_the_same():
+    results = run(
+        plain={"compare": ["experts/rl", "experts/sft"], "expect": "above", "domains": ["new"]},
+        lost={"compare": ["cold_start", "base"], "expect": "above", "domains": ["new"]},
+        trend={"slope": {"cold_start": 0, "experts/sft": 1, "experts/rl": 2}, "expect": "above", "domains": ["new"]},
+    )
+    grid = hypotheses_grid(results)
+    assert [row[-1] for row in grid.rows] == ["shown", "not measured", "shown"]
+    assert grid.rows[0][1] == "rl − sft: greedy score on new"
+    assert grid.rows[0][3].startswith("+20.0 [")
+    own = findings(results, results.hypotheses)
+    figure = claim_figure(results, own)
+    assert figure.count("<svg") == 1 and "trend (shown)" in figure
+    assert "plain" in claim_figure(results, own[:1])
+    assert claim_figure(results, own[1:2]) is None
+    page = claims_page([Judged(Path("code.yaml"), results, own, {"C1": Path("claims/C1.svg")})], "Made so.")
+    assert "## C1: It holds." in page
+    assert "**shown** (code: plain)<br>not measured (code: lost)" in page
+    assert "![C1: It holds.](claims/C1.svg)" in page
+    assert hypotheses_grid(dataclasses.replace(results, hypotheses={})) is None
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ({"expect": "above"}, "exactly one of"),
+        ({"compare": ["a", "a"], "expect": "above"}, "two different"),
+        ({"compare": ["a", "b"], "expect": "within"}, "needs a margin"),
+        ({"compare": ["a", "b"], "expect": "above", "margin": 0.1}, "against 0"),
+        ({"slope": {"a": 0, "b": 1}, "expect": "above"}, "at least three"),
+        ({"contrast": {"a": 1, "b": 1}, "expect": "above"}, "sum 0"),
+        ({"fit": {"x_domains": ["d"], "checkpoints": ["a"] * 5}, "expect": "below"}, "only be expected above"),
+    ],
+)
+def test_a_test_that_says_nothing_is_refused(test, said):
+    with pytest.raises(ValidationError, match=said):
+        ComparisonConfig.model_validate(test)
+
+
+def test_names_are_checked_when_the_run_file_is_read(tmp_path):
+    test = {"compare": ["experts/sort", "student"], "expect": "above"}
+    hypotheses = {"H": {"claim": "Yes.", "tests": {"t": test}}}
+    assert load(tmp_path, hypotheses=hypotheses).hypotheses["H"].tests["t"].weights == {
+        "experts/sort": 1,
+        "student": -1,
+    }
+    test |= {"compare": ["experts/sorts", "student"], "domains": ["sorted"]}
+    said = message(tmp_path, hypotheses=hypotheses)
+    assert "hypotheses.H.tests.t: unknown checkpoint 'experts/sorts' — did you mean 'experts/sort'?" in said
+    assert "'sorted' is no domain that is scored — did you mean 'sort'?" in said

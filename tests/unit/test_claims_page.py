@@ -1,0 +1,92 @@
+"""`mopd report` on a folder of run files: the page, its figures and its data from the scores in the store."""
+
+import json
+from pathlib import Path
+
+import yaml
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+from flows.plan import build_graph
+from flows.run_file import load_run_file
+from stages.core.checkpoint import Store
+from tests.scored import sheet
+from tests.unit.test_config import MINIMAL
+
+SHARES = {"base": 0.2, "cold_start": 0.5, "experts/sort": 0.9, "experts/reverse": 0.7, "student": 0.85}
+HYPOTHESES = {
+    "C1": {
+        "claim": "The student forgets less than the expert.",
+        "tests": {"general": {"compare": ["student", "experts/reverse"], "measure": "drop", "expect": "below"}},
+    },
+    "C2": {
+        "claim": "RL gains.",
+        "tests": {"gain": {"compare": ["experts/sort", "cold_start"], "domains": ["sort"], "expect": "above"}},
+    },
+}
+
+
+def folder_of(tmp_path: Path, hypotheses=HYPOTHESES) -> Path:
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    run = {**MINIMAL, "seeds": [0, 1, 2]}
+    (folder / "ground.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    (folder / "tests.yaml").write_text(yaml.safe_dump({"extends": "ground.yaml", "hypotheses": hypotheses}))
+    return folder
+
+
+def score(folder: Path, home: Path) -> None:
+    """Stand in for the evaluations: every checkpoint's share is the same on all domains and seeds."""
+    graph, store = build_graph(load_run_file(folder / "tests.yaml"), home), Store(home)
+    for node in graph.checkpoints:
+        for evaluation in graph.evaluations(node.id):
+            place = store.staging(evaluation.key)
+            rows = sheet(str(evaluation.config["domain"]), SHARES[node.name]).rows
+            (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            store.commit(place, evaluation.key, {"name": evaluation.name})
+
+
+def report(folder: Path, home: Path, page: Path) -> Result:
+    return CliRunner().invoke(app, ["report", str(folder), "--home", str(home), "--page", str(page)])
+
+
+def test_the_page_tells_every_claim_with_figure_and_data(tmp_path: Path) -> None:
+    folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "docs" / "claims.md"
+    score(folder, home)
+    done = report(folder, home, page)
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert "| C1 | The student forgets less than the expert. | **shown** (tests: general) |" in text
+    assert "`tests.yaml`, 3 seeds, 100 examples a domain and seed." in text
+    assert "student − reverse: drop from the start on general | below 0 | -15.0 [" in text
+    for figure in ("C1", "C2"):
+        assert f"(claims/{figure}.svg)" in text
+        assert (page.parent / "claims" / f"{figure}.svg").read_text().count("<svg") == 1
+    data = json.loads(page.with_suffix(".json").read_text())
+    (first, second) = data["tests.yaml"]
+    assert (first["verdict"], round(first["interval"]["mean"], 6)) == ("shown", -0.15)
+    assert second["values"] == {"experts/sort": 0.9, "cold_start": 0.5}
+
+
+def test_what_cannot_be_told_is_an_error_or_a_warning(tmp_path: Path) -> None:
+    folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
+    nothing = report(folder, home, page)
+    assert nothing.exit_code == 2
+    assert "tests.yaml: nothing of it is in" in nothing.output and "mopd run" in nothing.output
+    assert not page.exists()
+    score(folder, home)
+    late = {
+        "C3": {
+            "claim": "Costs.",
+            "tests": {"s": {"compare": ["student", "base"], "measure": "seconds", "expect": "below"}},
+        }
+    }
+    (folder / "tests.yaml").write_text(yaml.safe_dump({"extends": "ground.yaml", "hypotheses": late}))
+    unmeasured = report(folder, home, page)
+    assert unmeasured.exit_code == 0
+    assert "hypotheses.C3.tests.s: not measured" in unmeasured.output
+    assert "| C3 | Costs. | not measured (tests: s) |" in page.read_text()
+    (folder / "tests.yaml").unlink()
+    none = report(folder, home, page)
+    assert none.exit_code == 2
+    assert "no run file with hypotheses" in none.output
