@@ -141,6 +141,44 @@ def report(
 
 
 @app.command()
+def promote(
+    file: RunFile,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the champion's history.", show_default=False)],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NODE] [OVERRIDES]...",
+            help="A merge of the run, such as baselines/ties (the gate's candidate by default), or a former champion's "
+            "key; and dotted assignments.",
+            show_default=False,
+        ),
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+) -> None:
+    """Make a merge of a run its champion, whatever the gate says; a new candidate may still replace it."""
+    from flows import champion
+
+    with _errors_as_messages():
+        overrides = tuple(word for word in words or () if "=" in word)
+        names = [word for word in words or () if "=" not in word]
+        if len(names) > 1:
+            raise UserError(f"name one merge, not {len(names)}: {', '.join(names)}")
+        asked = commands.Asked(file, overrides, max_steps, home)
+        champion.promote(asked.graph(), Store(home), next(iter(names), None), reason)
+
+
+@app.command()
+def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
+    """Bring the champion before the present one back; the gate does not promote again what was rolled back."""
+    from flows import champion
+
+    with _errors_as_messages():
+        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        champion.rollback(asked.graph(), Store(home))
+
+
+@app.command()
 def lineage(
     name: Annotated[str, typer.Argument(help="A run's name, RUN:NODE, or a content key.", show_default=False)],
     home: Home = DEFAULT_HOME,
