@@ -1,7 +1,10 @@
-"""How many examples a paired comparison needs, before anything is measured. Closed forms; only the standard library."""
+"""How many examples a paired comparison needs, before anything is measured. Closed forms, without numpy."""
 
+from collections.abc import Mapping
 from math import ceil, sqrt
 from statistics import NormalDist
+
+from evals.claim_config import EXAMPLE_MEASURES, HypothesisConfig
 
 POWER = 0.8
 # Two binary scores of one example that are independent, each right half the time: the variance of their difference is
@@ -42,6 +45,47 @@ def examples_needed(margin: float, confidence: float = 0.95, power: float = POWE
     if not (margin > 0 and 0.5 <= power < 1):
         raise ValueError(f"margin must be above 0 and power in [0.5, 1): {margin}, {power}")
     return ceil(((_upper(confidence) + NormalDist().inv_cdf(power)) * sd / margin) ** 2)
+
+
+def equivalence_needed(margin: float, alpha: float = 0.05, power: float = POWER, sd: float = BINARY_SD) -> int:
+    """Examples for which two equal checkpoints are shown equivalent (TOST) with probability `power`.
+
+    n = ((z_(1 - alpha) + z_(1 - beta / 2)) sd / margin)^2 with beta = 1 - power (Julious 2004, as above, for a true
+    difference of 0: both one-sided tests must succeed, so beta is shared between them).
+
+    Args:
+        margin: The difference either way that still counts as none, as a share.
+        alpha: Level of each one-sided test.
+        power: Wanted probability of showing it.
+        sd: Standard deviation of the difference of an example.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _check(1 - 2 * alpha, sd)
+    if not (margin > 0 and 0.5 <= power < 1):
+        raise ValueError(f"margin must be above 0 and power in [0.5, 1): {margin}, {power}")
+    quantiles = NormalDist().inv_cdf(1 - alpha) + NormalDist().inv_cdf(1 - (1 - power) / 2)
+    return ceil((quantiles * sd / margin) ** 2)
+
+
+def margin_notes(hypotheses: Mapping[str, HypothesisConfig], confidence: float) -> list[str]:
+    """What the plan says of the margins of a run's hypotheses: a line for each kind of test and margin."""
+    wanted: dict[tuple[str, float], list[str]] = {}
+    for key, hypothesis in hypotheses.items():
+        for name, test in hypothesis.tests.items():
+            if test.margin and not test.fit and test.measure in EXAMPLE_MEASURES:
+                kind = "equivalence" if test.expect == "within" else "non-inferiority"
+                wanted.setdefault((kind, test.margin), []).append(f"{key}.{name}")
+    lines = []
+    for (kind, margin), tests in wanted.items():
+        both = kind == "equivalence"
+        needed = equivalence_needed(margin) if both else examples_needed(margin, confidence)
+        lines.append(
+            f"hypotheses {', '.join(tests)}: {kind} within {margin:g} needs n ≥ {needed} for {100 * POWER:g} % power at "
+            f"equal scores (one seed, same assumption)."
+        )
+    return lines
 
 
 def precision_notes(examples: int, margin: float, confidence: float) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from evals.power import precision_notes
+from evals.power import margin_notes, precision_notes
 from experts.errors import UserError
 from flows.config import RunConfig
 from flows.lock import NodeStatus
@@ -197,7 +197,8 @@ def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
         console.print(f"{len(entries) - waiting} of {len(entries)} nodes are cached, {waiting} to run.")
         if graph.config.merge:
             gate, examples = graph.config.gate, graph.config.evaluate.examples
-            for line in precision_notes(examples, gate.non_inferiority_margin, gate.confidence):
+            notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence)
+            for line in [*notes, *margin_notes(graph.config.hypotheses, gate.confidence)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     if check:
         from flows.check import deep_check

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from evals.power import BINARY_SD, examples_needed, precision_notes, resolved
+from evals.claim_config import HypothesisConfig
+from evals.power import BINARY_SD, equivalence_needed, examples_needed, margin_notes, precision_notes, resolved
 
 
 def test_hand_worked_sizes():
@@ -23,6 +24,25 @@ def test_the_size_has_the_power_it_names():
     difference_RN = (rng.random((2000, n)) < 0.5).astype(float) - (rng.random((2000, n)) < 0.5)
     shown = np.mean(difference_RN.mean(axis=1) - resolved(n, sd=BINARY_SD) > -0.08)
     assert 0.77 < shown < 0.83
+
+
+def test_equivalence_has_the_power_it_names():
+    # ((1.64485 + 1.28155) * 0.70711 / 0.08)^2 = 669.1
+    n = equivalence_needed(0.08)
+    assert n == 670
+    rng = np.random.default_rng(0)
+    difference_RN = (rng.random((2000, n)) < 0.5).astype(float) - (rng.random((2000, n)) < 0.5)
+    half = resolved(n, 0.90)
+    means_R = difference_RN.mean(axis=1)
+    assert 0.77 < np.mean((means_R - half > -0.08) & (means_R + half < 0.08)) < 0.83
+
+
+def test_margins_of_hypotheses_are_told_together():
+    within = {"compare": ["student", "base"], "expect": "within", "margin": 0.05}
+    tests = {"a": within, "b": within, "c": {**within, "expect": "not_below"}, "d": {**within, "measure": "seconds"}}
+    lines = margin_notes({"H": HypothesisConfig.model_validate({"claim": "So.", "tests": tests})}, 0.95)
+    assert [line.partition(":")[0] for line in lines] == ["hypotheses H.a, H.b", "hypotheses H.c"]
+    assert f"n ≥ {equivalence_needed(0.05)}" in lines[0] and f"n ≥ {examples_needed(0.05)}" in lines[1]
 
 
 def test_the_note_names_both_keys_and_its_assumption():
