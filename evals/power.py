@@ -82,8 +82,8 @@ def margin_notes(hypotheses: Mapping[str, HypothesisConfig], confidence: float) 
         both = kind == "equivalence"
         needed = equivalence_needed(margin) if both else examples_needed(margin, confidence)
         lines.append(
-            f"hypotheses {', '.join(tests)}: {kind} within {margin:g} needs n ≥ {needed} for {100 * POWER:g} % power at "
-            f"equal scores (one seed, same assumption)."
+            f"hypotheses {', '.join(tests)}: {kind} within {margin:g} needs n ≥ {needed} for {100 * POWER:g} % power "
+            f"at equal scores (one seed, same assumption)."
         )
     return lines
 
