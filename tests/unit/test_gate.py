@@ -1,10 +1,13 @@
-"""Each criterion fails alone; what cannot be compared is said."""
+"""The better merge is judged; each criterion fails alone; what cannot be compared is said."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 
-from evals.gate import judge
+from evals.candidates import rivals
+from evals.gate import Verdict, judge
+from evals.results import Results
 from tests.scored import results, sheet
 
 GOOD = {("student", "a"): 0.9, ("student", "b"): 0.9}
@@ -27,6 +30,88 @@ def _failed(scores, **options):
 )
 def test_one_criterion_fails_alone(scores, name):
     assert _failed(scores) == [name]
+
+
+def with_rivals(shares: Mapping[str, float], forgotten: tuple[str, ...] = ()) -> Results:
+    """MOPD at 0.9, as its teachers, and other merges at theirs on both experts' domains; `g` kept or lost."""
+    whole = results(GOOD)
+    cells = dict(whole.cells)
+    for name, share in shares.items():
+        for domain in ("a", "b"):
+            cells[name, domain, "held_out"] = {seed: sheet(domain, share) for seed in whole.seeds}
+        cells[name, "g", "held_out"] = {seed: sheet("g", 0.3 if name in forgotten else 0.5) for seed in whole.seeds}
+    return dataclasses.replace(whole, checkpoints=(*whole.checkpoints, *shares), cells=cells)
+
+
+def verdict_of(shares: Mapping[str, float], **options) -> Verdict:
+    return judge(with_rivals(shares, **options), 0.08, 0.05)
+
+
+def test_another_merge_is_the_candidate_where_it_is_shown_better():
+    verdict = verdict_of({"baselines/ties": 0.98, "baselines/seqkd": 0.5})
+    assert (verdict.candidate, verdict.promoted) == ("baselines/ties", True)
+    assert verdict.why.startswith(
+        "1 of 2 other merges shown better than student on the mean of the experts' domains: baselines/ties +8.0 points"
+    )
+    assert verdict.criteria[0].text.startswith("a: 98.0 % against its teacher's 90.0 %: difference +8.0 [")
+    assert verdict.conclusion == "Promoted to champion: baselines/ties passed"
+
+
+def test_of_several_shown_better_the_highest_mean_is_the_candidate():
+    assert verdict_of({"baselines/ties": 0.96, "variants/sharp": 0.99}).candidate == "variants/sharp"
+
+
+def test_mopd_stays_where_none_is_shown_better():
+    verdict = verdict_of({"baselines/ties": 0.91, "baselines/seqkd": 0.5})
+    assert verdict.candidate == "student"
+    assert (
+        "of 2 other merges none is shown better" in verdict.why and "nearest baselines/ties +1.0 points" in verdict.why
+    )
+    assert judge(results(GOOD), 0.08, 0.05).why == "no other merge to compare with"
+
+
+def test_the_next_best_is_the_candidate_where_a_better_merge_fails_the_gate():
+    shares = {"baselines/ties": 0.99, "baselines/mix_sft": 0.97}
+    one = verdict_of(shares, forgotten=("baselines/ties",))
+    assert one.candidate == "baselines/mix_sft" and one.promoted
+    assert one.why.count("fails the gate (forgetting)") == 1
+    assert "baselines/ties +9.0 points (p = " in one.why and one.why.index("fails") < one.why.index("baselines/mix_sft")
+    both = verdict_of(shares, forgotten=tuple(shares))
+    assert both.candidate == "student" and both.promoted and both.why.count("fails the gate (forgetting)") == 2
+
+
+def test_where_none_passes_the_best_is_the_candidate_and_not_promoted():
+    whole = with_rivals({"baselines/ties": 0.99}, forgotten=("baselines/ties",))
+    cells = dict(whole.cells) | {("student", "g", "held_out"): {seed: sheet("g", 0.2) for seed in whole.seeds}}
+    verdict = judge(dataclasses.replace(whole, cells=cells), 0.08, 0.05)
+    assert (verdict.candidate, verdict.promoted, verdict.failed) == ("baselines/ties", False, ["forgetting"])
+    assert verdict.conclusion == "Not promoted: baselines/ties failed 1 of 4 criteria"
+
+
+def test_holm_asks_more_of_one_among_many():
+    # 3 of 100 examples better on each of two domains: p = 0.007, below 0.025 alone and above it times 5.
+    (alone,) = rivals(with_rivals({"baselines/ties": 0.93}))
+    assert alone.shown and alone.p_value == pytest.approx(0.0072, abs=5e-4)
+    among = rivals(with_rivals({"baselines/ties": 0.93} | {f"variants/{i}": 0.5 for i in range(4)}))
+    assert among[0].name == "baselines/ties" and among[0].p_value == pytest.approx(5 * alone.p_value)
+    assert not any(rival.shown for rival in among)
+
+
+def test_a_merge_that_was_not_scored_everywhere_is_no_rival():
+    whole = with_rivals({"baselines/ties": 0.99})
+    cells = {key: cell for key, cell in whole.cells.items() if key[:2] != ("baselines/ties", "b")}
+    partial = dataclasses.replace(whole, cells=cells)
+    assert rivals(partial) == [] and judge(partial, 0.08, 0.05).candidate == "student"
+
+
+def test_a_sentence_a_domain_says_why():
+    fine, bad = (judge(results(GOOD | {("student", "a"): share}), 0.08, 0.05).criteria[0].text for share in (0.9, 0.8))
+    assert fine.startswith(
+        "a: 90.0 % against its teacher's 90.0 %: difference +0.0 [+0.0, +0.0] points, all of it above the allowed "
+        "-8.0, so non-inferior"
+    )
+    assert bad.startswith("a: 80.0 % against its teacher's 90.0 %: difference -10.0 [-16.0, ")
+    assert "not all of it above the allowed -8.0, so not shown non-inferior" in bad
 
 
 def test_a_better_champion_stays():

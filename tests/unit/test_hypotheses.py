@@ -8,6 +8,7 @@ from evals.hypotheses import (
     equivalence,
     holm,
     intersection_union,
+    mean_superiority,
     non_inferior_to_all,
     non_inferiority,
     superiority,
@@ -23,6 +24,31 @@ def test_superiority_and_non_inferiority_are_scipys_paired_t():
     assert superiority(A_SN, B_SN) == pytest.approx(stats.ttest_rel(a_N, b_N, alternative="greater").pvalue)
     shifted = stats.ttest_rel(a_N + 0.08, b_N, alternative="greater").pvalue
     assert non_inferiority(A_SN, B_SN, 0.08) == pytest.approx(shifted)
+
+
+def test_a_better_mean_over_domains_is_welchs_t_of_the_strata():
+    assert mean_superiority({"a": (A_SN, B_SN)}) == pytest.approx(superiority(A_SN, B_SN))
+    c_SN, d_SN = RNG.random((3, 40)), RNG.random((3, 40)) - 0.1
+    # m_a + m_c > 0 is m_a > m_(-c): of two strata the test is that of two samples.
+    first_N, second_N = (A_SN - B_SN).mean(axis=0), (c_SN - d_SN).mean(axis=0)
+    welch = stats.ttest_ind(first_N, -second_N, equal_var=False, alternative="greater").pvalue
+    assert mean_superiority({"a": (A_SN, B_SN), "c": (c_SN, d_SN)}) == pytest.approx(welch)
+
+
+def test_domains_count_alike_whatever_their_number_of_examples():
+    # Up 0.1 on 400 examples and down 0.2 on 20: the pooled mean rises, that of the domains falls.
+    up_N, down_N = np.tile([0.0, 0.2], 200), np.tile([-0.3, -0.1], 10)
+    strata = {"a": (up_N, np.zeros(400)), "b": (down_N, np.zeros(20))}
+    pooled_N = np.concatenate([up_N, down_N])
+    assert superiority(pooled_N, np.zeros(420)) < 0.001 and mean_superiority(strata) > 0.99
+
+
+def test_differences_without_spread_are_certain_and_no_domains_a_mistake():
+    tenth_N, zero_N = np.full(30, 0.1), np.zeros(30)
+    assert mean_superiority({"a": (tenth_N + zero_N, zero_N), "b": (zero_N, zero_N)}) == 0.0
+    assert mean_superiority({"a": (zero_N, zero_N)}) == mean_superiority({"a": (zero_N, tenth_N)}) == 1.0
+    with pytest.raises(ValueError, match="no domains"):
+        mean_superiority({})
 
 
 @pytest.mark.parametrize("margin", [0.02, 0.05, 0.08, 0.12, 0.3])
