@@ -177,8 +177,9 @@ def test_the_gate_does_not_bring_back_what_a_person_rolled_back(graph, store):
 
 
 def test_a_decision_stands_only_until_there_is_a_new_candidate(graph, store, tmp_path):
-    promote_by_gate(graph, store, passed("baselines/ties"))
+    # Never champion, but the candidate at the time of the decision.
     promote(graph, store, "student", "it reads better")
+    assert now(graph, store).against == (node(graph, "baselines/ties").key,)
     assert not conclude(graph, store, promote=True).changed
     newer = graph_of(run_file(tmp_path), store.home, "merge.baselines={ties: {density: 0.5}, mix_sft: {}}")
     finish(newer, store.home)
