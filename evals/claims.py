@@ -91,8 +91,7 @@ def _by_example(results: Results, blank: Finding) -> Finding:
     known = {domain: found for domain, found in scores.items() if found is not None}
     weights = list(test.weights.values())
     strata = {
-        f"{domain}/{test.split}": np.tensordot(weights, np.stack(found), axes=1)
-        for domain, found in known.items()
+        f"{domain}/{test.split}": np.tensordot(weights, np.stack(found), axes=1) for domain, found in known.items()
     }
     first = next(iter(strata.values()))
     whole = {len(contrast_SN) for contrast_SN in strata.values()} == {len(results.seeds)}
