@@ -8,13 +8,14 @@ from pydantic import Field, model_validator
 from stages.config import StrictModel
 
 # By example, so that comparisons are paired by it.
-EXAMPLE_MEASURES = ("score", "passes", "drop")
+EXAMPLE_MEASURES = ("score", "sampled", "passes", "drop")
 # One value a checkpoint and seed.
 SHIFT_MEASURES = ("kl_start", "kl_policy", "entropy", "length", "repetition", "changed_bfloat16", "changed_float32")
 COST_MEASURES = ("seconds", "tokens")
 
 Measure = Literal[
     "score",
+    "sampled",
     "passes",
     "drop",
     "kl_start",
@@ -50,7 +51,7 @@ class ComparisonConfig(StrictModel):
     fit: FitConfig | None = Field(None, description="The measure as a quadratic of another one: R squared.")
     measure: Measure = Field(
         "score",
-        description="Greedy score, share of examples with a score above 0, drop from the start, a shift from the start "
+        description="Greedy score, mean score of the sampled completions (pass@1), share of examples with a score above 0, drop from the start, a shift from the start "
         "(kl_start, changed_bfloat16, …), seconds or tokens of the stage.",
     )
     domains: list[str] | None = Field(

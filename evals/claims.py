@@ -116,7 +116,7 @@ def _scores(results: Results, names: Sequence[str], domain: str, test: Compariso
     """The measure `[S, N]` of several checkpoints on a domain, over the seeds all of them have."""
     shown = [results.checkpoint(name, domain) for name in names]
     start = [results.start] if test.measure == "drop" else []
-    found = results.aligned([*shown, *start], domain, test.split)
+    found = results.aligned([*shown, *start], domain, test.split, sampled=test.measure == "sampled")
     if found is None:
         return None
     if test.measure == "drop":

@@ -21,6 +21,7 @@ UNITS = {
     "seconds": ("seconds", "s", 1.0, 1),
     "tokens": ("tokens trained on", "k", 1e-3, 0),
     "score": ("greedy score", "points", 100.0, 1),
+    "sampled": ("score of sampled completions", "points", 100.0, 1),
     "passes": ("share with a score above 0", "points", 100.0, 1),
     "drop": ("drop from the start", "points", 100.0, 1),
 }

@@ -112,13 +112,24 @@ class Results:
         """The node name behind a role: `teacher` is the domain's own teacher, others name themselves."""
         return self.teacher(domain) if role == "teacher" else role
 
-    def aligned(self, names: Sequence[str | None], domain: str, split: str = HELD_OUT) -> list[np.ndarray] | None:
-        """Greedy scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none."""
+    def aligned(
+        self, names: Sequence[str | None], domain: str, split: str = HELD_OUT, sampled: bool = False
+    ) -> list[np.ndarray] | None:
+        """Scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none.
+
+        Args:
+            names: Node names.
+            domain: The domain.
+            split: Which examples.
+            sampled: The mean of an example's sampled completions in place of the greedy one's score.
+        """
         cells = [self.cells.get((name or "", domain, split), {}) for name in names]
         seeds = [seed for seed in self.seeds if all(seed in cell for cell in cells)]
         if not seeds:
             return None
-        return [np.stack([cell[seed].greedy_N for seed in seeds]) for cell in cells]
+        rows = [[cell[seed].sampled_N if sampled else cell[seed].greedy_N for seed in seeds] for cell in cells]
+        whole = [[row_N for row_N in own if row_N is not None] for own in rows]
+        return [np.stack(own) for own in whole] if all(len(own) == len(seeds) for own in whole) else None
 
     def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Mean greedy score of a role or checkpoint on a domain."""

@@ -13,7 +13,8 @@ from evals.claims import findings
 from evals.claims_figures import claim_figure
 from evals.claims_page import Judged, claims_page, hypotheses_grid
 from evals.results import Cost, Results
-from tests.scored import sheet
+from evals.scores import Scores
+from tests.scored import row, sheet
 from tests.unit.test_config import load, message
 
 SEEDS = (0, 1, 2, 3)
@@ -68,6 +69,21 @@ def test_a_drop_is_measured_from_the_start_on_domains_without_expert():
     assert one.values == {"student": pytest.approx(0.02), "experts/sft": pytest.approx(0.6)}
     assert one.interval.mean == pytest.approx(-0.58)
     assert one.verdict == "shown"
+
+
+def test_sampled_scores_are_compared_where_both_were_sampled():
+    results = run(a={"compare": ["experts/rl", "student"], "measure": "sampled", "expect": "above", "domains": ["new"]})
+    assert findings(results, results.hypotheses)[0].verdict == "not measured"
+
+    def drawn(share: float) -> Scores:
+        rows = [row(i, 0.0, (float(i < 100 * share), 1.0)) for i in range(100)]
+        return Scores("new", "held_out", rows)
+
+    names = {"experts/rl": 0.6, "student": 0.2}
+    cells = {(name, "new", "held_out"): dict.fromkeys(SEEDS, drawn(share)) for name, share in names.items()}
+    (one,) = findings(dataclasses.replace(results, cells={**results.cells, **cells}), results.hypotheses)
+    assert one.values == {"experts/rl": pytest.approx(0.8), "student": pytest.approx(0.6)}
+    assert (one.interval.mean, one.verdict) == (pytest.approx(0.2), "shown")
 
 
 def test_equivalence_and_non_inferiority_need_their_margin():
