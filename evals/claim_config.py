@@ -51,8 +51,9 @@ class ComparisonConfig(StrictModel):
     fit: FitConfig | None = Field(None, description="The measure as a quadratic of another one: R squared.")
     measure: Measure = Field(
         "score",
-        description="Greedy score, mean score of the sampled completions (pass@1), share of examples with a score above 0, drop from the start, a shift from the start "
-        "(kl_start, changed_bfloat16, …), seconds or tokens of the stage.",
+        description="Greedy score, mean score of the sampled completions (pass@1), share of examples with a score "
+        "above 0, drop from the start, a shift from the start (kl_start, changed_bfloat16, …), seconds or tokens of "
+        "the stage.",
     )
     domains: list[str] | None = Field(
         None,
