@@ -112,12 +112,25 @@ class PretrainConfig(TrainConfig):
     )
 
 
+class ConflictMaskConfig(StrictModel):
+    """Which demonstrated tokens conflict with what the model in training is sure of (EAFT, arXiv:2601.02151)."""
+
+    probability: Share = Field(0.1, description="A conflicting token has less than this probability.")
+    entropy: float = Field(0.5, gt=0, description="The model is sure where its entropy is below this, in nats.")
+
+
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning on demonstrations; the loss is on completion tokens only."""
 
     batch_size: Positive = Field(64, description="Examples of one step.")
     demonstrations: Literal["gold", "rough"] = Field(
         "gold", description="What is imitated: the answer, or a rough one."
+    )
+    mask_conflicts: ConflictMaskConfig | None = Field(
+        None,
+        description="Leave tokens out of the loss that the model in training finds improbable while it is sure of "
+        "others; they drive forgetting. The loss is the mean over what is left. No token is left out when absent.",
+        json_schema_extra=NEUTRAL_DEFAULT,
     )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine"),

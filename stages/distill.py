@@ -22,6 +22,7 @@ from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
+from stages.on_policy.noise import reward_noise
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
 from stages.on_policy.preflight import preflight
@@ -117,7 +118,13 @@ def _signal(
     """The routed teacher, with the outcome reward and the trainer's own log-probabilities where they are asked for."""
     signals: list[Signal] = [TeacherSignal(pool, reference)]
     if config.objective.outcome_weight > 0:
-        signals.append(RewardSignal(workspace.domains, weight=config.objective.outcome_weight))
+        signals.append(
+            RewardSignal(
+                workspace.domains,
+                weight=config.objective.outcome_weight,
+                noise=reward_noise(config, workspace.seed),
+            )
+        )
     if needs_trainer_logprobs(config):
         signals.append(TrainerSignal(learner, config.temperature))
     return signals[0] if len(signals) == 1 else SumSignal(*signals)

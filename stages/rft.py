@@ -22,6 +22,7 @@ from stages.on_policy.backends import make_sampler
 from stages.on_policy.config import RFTConfig
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import entropy, token_logprobs
+from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Judgement, SuccessSignal
 
@@ -42,6 +43,7 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
     mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
+    noise = reward_noise(config, workspace.seed)
 
     def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
         """The cross-entropy of some rows that passed."""
@@ -61,9 +63,9 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         practice = Practice(
             stage="rft",
             mixture=mixture,
-            signal=SuccessSignal(workspace.domains, config.pass_score),
+            signal=SuccessSignal(workspace.domains, config.pass_score, noise),
             objective=objective,
-            progress=("reward", "higher"),
+            progress=(progress_metric(noise), "higher"),
             sampler=sampler,
             monitor=monitor,
             news=[sampler.news],

@@ -25,6 +25,7 @@ from stages.on_policy.config import RLConfig
 from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
+from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.residency import Held
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Judgement, ReferenceSignal, RewardSignal, Signal, SumSignal
@@ -49,7 +50,8 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
     mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
-    signal: Signal = RewardSignal(workspace.domains, config.normalise_by_std)
+    noise = reward_noise(config, workspace.seed)
+    signal: Signal = RewardSignal(workspace.domains, config.normalise_by_std, noise=noise)
     if config.reference_kl > 0:
         signal = SumSignal(signal, _reference(config, workspace, learner))
 
@@ -85,7 +87,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             mixture=mixture,
             signal=signal,
             objective=objective,
-            progress=("reward", "higher"),
+            progress=(progress_metric(noise), "higher"),
             sampler=sampler,
             monitor=monitor,
             news=[sampler.news],

@@ -2,7 +2,8 @@
 
 The same page trains the cold start (a few rough demonstrations of many domains) and SFT experts (gold answers of one
 domain). Every step takes the next `batch_size` demonstrations of an endless shuffled stream and makes one update on
-the mean cross-entropy of their completion tokens. Left out: packing, for the loss must not depend on neighbours.
+the mean cross-entropy of their completion tokens; `mask_conflicts` leaves out those that conflict with what the model
+is sure of. Left out: packing, for the loss must not depend on neighbours.
 """
 
 import itertools
@@ -40,4 +41,4 @@ def train(config: SFTConfig, workspace: Workspace) -> Artifact:
                 for (prompt, completion), weights_N in zip(batch, weights, strict=True)
             ]
 
-    return imitate("sft", learner, workspace, examples, batches)
+    return imitate("sft", learner, workspace, examples, batches, config.mask_conflicts)

@@ -104,6 +104,15 @@ class SamplerConfig(StrictModel):
         return self
 
 
+class RewardNoiseConfig(StrictModel):
+    """A judge that errs. The `reward` that is logged stays the true one; what training sees is `reward_seen`."""
+
+    flip: Share = Field(0.0, description="Probability that a completion's reward r becomes 1 - r.")
+    length_bias: float = Field(
+        0.0, description="Added for a completion of max_new_tokens, and in proportion for a shorter one."
+    )
+
+
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, judge the samples, update."""
 
@@ -131,6 +140,12 @@ class OnPolicyConfig(TrainConfig):
     max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Budget: no domain has more than this share of the loss; what one is over goes to the others.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    reward_noise: RewardNoiseConfig = Field(
+        default_factory=RewardNoiseConfig,
+        description="For studies of noisy judges: errors put into the reward that training sees. Evaluation and the "
+        "logged reward stay true.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     health: HealthConfig = Field(

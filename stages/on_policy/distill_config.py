@@ -216,6 +216,14 @@ class DistillConfig(OnPolicyConfig):
         return self
 
     @model_validator(mode="after")
+    def _noise_has_a_reward(self) -> Self:
+        if self.reward_noise != type(self.reward_noise)() and not self.objective.outcome_weight:
+            raise ValueError(
+                "reward_noise does nothing without a reward; set objective.outcome_weight, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reward_has_a_group(self) -> Self:
         if self.objective.outcome_weight > 0 and self.group_size < 2:
             raise ValueError("objective.outcome_weight needs a group_size of 2 or more, to compare rewards in")

@@ -20,6 +20,7 @@ from stages.core.training import Learner
 from stages.core.update import Row
 from stages.on_policy.advantages import group_advantages
 from stages.on_policy.losses import token_logprobs
+from stages.on_policy.noise import RewardNoise
 from stages.on_policy.rollout import Rollout, score
 from stages.on_policy.teachers import REFERENCE, Scores, TeacherPool
 
@@ -72,21 +73,29 @@ class RewardSignal:
         domains: Scorers by domain.
         normalise_by_std: Divide by the group's standard deviation.
         weight: Factor of the advantages (alpha beside a teacher).
+        noise: Errors of the reward that the advantages are made of; none when absent.
     """
 
-    def __init__(self, domains: Mapping[str, Domain], normalise_by_std: bool = True, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        domains: Mapping[str, Domain],
+        normalise_by_std: bool = True,
+        weight: float = 1.0,
+        noise: RewardNoise | None = None,
+    ) -> None:
         self.domains = domains
         self.normalise_by_std = normalise_by_std
         self.weight = weight
+        self.noise = noise
 
     def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
         """Score every completion."""
         del rows
-        rewards = score(rollout, self.domains)
-        rewards_PG = torch.tensor(rewards).view(len(rewards) // rollout.group_size, rollout.group_size)
+        seen, values = _rewards(rollout, self.domains, self.noise)
+        rewards_PG = torch.tensor(seen).view(len(seen) // rollout.group_size, rollout.group_size)
         advantages = (self.weight * group_advantages(rewards_PG, self.normalise_by_std)).flatten().tolist()
         facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
-        return Judgement(advantages=advantages, values={"reward": rewards}, facts=facts)
+        return Judgement(advantages=advantages, values=values, facts=facts)
 
 
 class SuccessSignal:
@@ -95,19 +104,33 @@ class SuccessSignal:
     Args:
         domains: Scorers by domain.
         pass_score: Least score that passes.
+        noise: Errors of the score that must pass; none when absent.
     """
 
-    def __init__(self, domains: Mapping[str, Domain], pass_score: float) -> None:
+    def __init__(self, domains: Mapping[str, Domain], pass_score: float, noise: RewardNoise | None = None) -> None:
         self.domains = domains
         self.pass_score = pass_score
+        self.noise = noise
 
     def judge(self, rollout: Rollout, rows: Sequence[Row]) -> Judgement:
         """Score every completion; a pass has the advantage 1, anything else none."""
         del rows
-        rewards = score(rollout, self.domains)
-        passed = [float(reward >= self.pass_score) for reward in rewards]
+        seen, values = _rewards(rollout, self.domains, self.noise)
+        passed = [float(reward >= self.pass_score) for reward in seen]
         facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
-        return Judgement(advantages=passed, values={"reward": rewards}, facts=facts)
+        return Judgement(advantages=passed, values=values, facts=facts)
+
+
+def _rewards(
+    rollout: Rollout, domains: Mapping[str, Domain], noise: RewardNoise | None
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The reward of each row that training sees, and what the log is told: the true one, and the other where it
+    differs."""
+    rewards = score(rollout, domains)
+    if noise is None:
+        return rewards, {"reward": rewards}
+    seen = noise.seen(rollout, rewards)
+    return seen, {"reward": rewards, "reward_seen": seen}
 
 
 class TeacherSignal:
