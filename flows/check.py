@@ -13,7 +13,8 @@ from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
-from flows.plan import Node, StageGraph
+from flows.harness import harness_problems
+from flows.plan import EVALUATIONS, Node, StageGraph
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
 from stages.on_policy.shares import without_prompts
@@ -47,6 +48,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         *_sampling_problems(graph, missing),
         *_device_problems(graph, missing),
         *_engine_problems(graph, missing),
+        *harness_problems(graph.config, missing),
     ]
     warnings: list[str] = []
     if missing:
@@ -259,7 +261,7 @@ def _tokenizer(node: Node, store: Store) -> Any:
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
     """Bytes the missing nodes are likely to write: a checkpoint each, and saved states of those side by side."""
-    training = [node for node in missing if node.stage not in ("load", "merge_weights", "evaluate")]
+    training = [node for node in missing if node.stage not in ("load", "merge_weights", *EVALUATIONS)]
     loads = [node for node in missing if node.stage in ("load", "merge_weights")]
     sizes = {node.key: _checkpoint_bytes(_origin(graph, node), store) for node in [*training, *loads]}
     side_by_side = sorted((sizes[node.key] for node in training), reverse=True)

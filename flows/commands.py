@@ -20,7 +20,7 @@ from experts.errors import UserError
 from flows.config import RunConfig
 from flows.lock import NodeStatus
 from flows.lock import status as node_status
-from flows.plan import StageGraph, build_graph
+from flows.plan import EVALUATIONS, StageGraph, build_graph
 from flows.run_file import load_run_file, schema_keys
 from stages.core.checkpoint import CorruptedArtifactError, Store, write_whole
 from stages.core.journal import JOURNAL_FILE, read
@@ -109,7 +109,7 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
     from flows.session import prefect_session
 
     for entry in node_status(graph, Store(asked.home)):
-        if not entry.cached and entry.node.stage != "evaluate":
+        if not entry.cached and entry.node.stage not in EVALUATIONS:
             sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
     sys.stderr.write("starting Prefect …\n")
     with prefect_session(asked.home, verbose) as pages:
@@ -241,7 +241,7 @@ def status(asked: Asked) -> None:
     table = Table("stage", "status", "steps", "last word")
     for entry in node_status(graph, store):
         node = entry.node
-        if node.stage == "evaluate":
+        if node.stage in EVALUATIONS:
             continue
         work = store.home / "work" / node.key
         step, total, word = _position(work / JOURNAL_FILE)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evals.claim_config import HypothesisConfig
+from evals.harness_config import PREFIX, HarnessConfig
 from experts.domain import KINDS
 from experts.errors import UserError
 from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
@@ -179,6 +180,12 @@ class EvaluateConfig(EvaluationConfig):
     """What is measured on every checkpoint."""
 
     domains: Literal["all"] | list[str] = Field("all", description="Domains scored.")
+    harness: HarnessConfig | None = Field(None, description="Tasks of lm-evaluation-harness, scored beside them.")
+
+    @property
+    def harness_domains(self) -> list[str]:
+        """Names under which the harness's tasks stand among the domains."""
+        return [f"{PREFIX}{task}" for task in self.harness.tasks] if self.harness else []
 
 
 class GateConfig(StrictModel):

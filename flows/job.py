@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from experts.domain import stable_hash
 from flows.lock import code_fingerprint
-from flows.plan import VERSIONS, Node, StageGraph
+from flows.plan import EVALUATIONS, VERSIONS, Node, StageGraph
 from stages.core.checkpoint import write_whole
 
 
@@ -32,7 +32,7 @@ class Job:
             ValueError: nodes that cannot share a process.
         """
         kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
-        if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage != "evaluate"):
+        if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage not in EVALUATIONS):
             raise ValueError("one process makes one training node or evaluations of one checkpoint")
         spec = {"home": str(home), "threads": threads, "nodes": [_node_spec(graph, node) for node in nodes]}
         return cls(tuple(nodes), spec)
@@ -40,7 +40,7 @@ class Job:
     @property
     def training(self) -> bool:
         """Whether it may use several devices."""
-        return self.nodes[0].stage not in ("load", "merge_weights", "evaluate")
+        return self.nodes[0].stage not in ("load", "merge_weights", *EVALUATIONS)
 
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
         """Write the spec file; the same spec gets the same name, so that repeated runs leave one file.

@@ -13,6 +13,7 @@ from experts.errors import UserError, nearest
 from flows import cards
 from flows.config import STUDENT
 from flows.lock import lock_path
+from flows.plan import EVALUATIONS
 from stages.core.checkpoint import Store
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def resolve(store: Store, reference: str) -> list[str]:
         nodes = _lock_nodes(store.home, run)
         if not node_id:
             return _ends(nodes)
-        checkpoints = {name: facts["key"] for name, facts in nodes.items() if facts["stage"] != "evaluate"}
+        checkpoints = {name: facts["key"] for name, facts in nodes.items() if facts["stage"] not in EVALUATIONS}
         if node_id not in checkpoints:
             raise UserError(f"{reference}: run '{run}' has no checkpoint '{node_id}'{nearest(node_id, checkpoints)}")
         return [checkpoints[node_id]]
@@ -238,7 +239,7 @@ def _scores(store: Store) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for artifact in store.artifacts():
         manifest = artifact.manifest
-        if manifest.get("stage") == "evaluate" and "greedy" in manifest["metrics"]:
+        if manifest.get("stage") in EVALUATIONS and "greedy" in manifest["metrics"]:
             config = manifest["config"]
             scored = found.setdefault(manifest["parents"]["checkpoint"]["key"], {})
             scored[f"{config['domain']}/{config['split']}"] = manifest["metrics"]["greedy"]
@@ -261,7 +262,7 @@ def _lock_nodes(home: Path, run: str) -> dict[str, dict[str, Any]]:
 
 def _ends(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The students of a run; without a merge, the checkpoints nothing was made from."""
-    checkpoints = {node_id: facts for node_id, facts in nodes.items() if facts["stage"] != "evaluate"}
+    checkpoints = {node_id: facts for node_id, facts in nodes.items() if facts["stage"] not in EVALUATIONS}
     students = [facts["key"] for node_id, facts in checkpoints.items() if node_id.partition("@")[0] == STUDENT]
     used = {parent for facts in checkpoints.values() for parent in facts["parents"].values()}
     return students or [facts["key"] for facts in checkpoints.values() if facts["key"] not in used]

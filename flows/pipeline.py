@@ -129,13 +129,13 @@ def _supervised(supervisor: Supervisor) -> Outcome:
 
 
 def jobs_of(graph: StageGraph) -> list[Job]:
-    """The graph's nodes as jobs: a training node each, and the evaluations of a checkpoint together."""
+    """The graph's nodes as jobs: a training node each, and the evaluations of a checkpoint together by their kind."""
     jobs = []
     for node in graph.checkpoints:
         jobs.append(Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
-        evaluations = tuple(graph.evaluations(node.id))
-        if evaluations:
-            jobs.append(Job(f"eval/{node.id}", evaluations, (node.id,)))
+        for stage, prefix in (("evaluate", "eval"), ("harness", "harness")):
+            if evaluations := tuple(own for own in graph.evaluations(node.id) if own.stage == stage):
+                jobs.append(Job(f"{prefix}/{node.id}", evaluations, (node.id,)))
     return jobs
 
 

@@ -14,6 +14,7 @@ from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, s
 from experts.errors import UserError
 from flows.baselines import baseline_config
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConfig
+from flows.harness import harness_tasks
 from flows.lock import lock_path, read_json
 from flows.variants import variant_run
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
@@ -24,7 +25,11 @@ from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
-VERSIONS = {"load": 1, "pretrain": 1, "sft": 1, "rl": 1, "rft": 1, "distill": 1, "merge_weights": 1, "evaluate": 1}
+VERSIONS = {
+    **dict.fromkeys(("load", "pretrain", "sft", "rl", "rft", "distill", "merge_weights", "evaluate", "harness"), 1),
+}
+# What scores a checkpoint instead of making one.
+EVALUATIONS = ("evaluate", "harness")
 KEY_LENGTH = 24
 
 
@@ -70,12 +75,12 @@ class StageGraph:
 
     def evaluations(self, checkpoint_id: str) -> list[Node]:
         """The evaluations of one checkpoint."""
-        return [n for n in self.nodes if n.stage == "evaluate" and n.parents["checkpoint"] == checkpoint_id]
+        return [n for n in self.nodes if n.stage in EVALUATIONS and n.parents["checkpoint"] == checkpoint_id]
 
     @property
     def checkpoints(self) -> list[Node]:
         """The nodes that make checkpoints."""
-        return [node for node in self.nodes if node.stage != "evaluate"]
+        return [node for node in self.nodes if node.stage not in EVALUATIONS]
 
 
 def build_graph(config: RunConfig, home: Path) -> StageGraph:
@@ -115,6 +120,7 @@ class _Builder:
         self.domains = _load_domains(config)
         self.fingerprints = {name: domain.fingerprint() for name, domain in self.domains.items()}
         self.teachers = config.teachers()
+        self.harness = harness_tasks(config)
         self.variants = {n: variant_run(config, n) for n in (config.merge.variants if config.merge else ())}
 
     def build(self) -> StageGraph:
@@ -285,7 +291,7 @@ class _Builder:
             "domains": {domain: self.fingerprints[domain] for domain in domains},
             **facts,
         }
-        if stage not in ("load", "merge_weights", "evaluate"):
+        if stage not in ("load", "merge_weights", *EVALUATIONS):
             ingredients["world_size"] = max(1, self.config.resources.gpus)
         entries = {d: self.config.domains[d].model_dump(mode="json") for d in domains}
         key = stable_hash(ingredients)[:KEY_LENGTH]
@@ -305,6 +311,9 @@ class _Builder:
                     facts = {"config": own.key_fields(), "split": split}
                     parents = {"checkpoint": checkpoint}
                     self._add(f"{node_name}{suffix}", node_name, "evaluate", 0, full, facts, parents, [domain])
+        for task, facts in self.harness:
+            node_name, parents = f"eval/{name}/{task.domain}/{task.split}", {"checkpoint": checkpoint}
+            self._add(f"{node_name}{suffix}", node_name, "harness", 0, task.model_dump(mode="json"), facts, parents, [])
 
     def _check_adapter(self, name: str, config: TrainConfig, parents: Mapping[str, str]) -> None:
         """An adapter goes on training from its start, so both must have one shape."""

@@ -37,7 +37,7 @@ def collect(graph: StageGraph, store: Store) -> Results:
         run=config.name,
         seeds=tuple(config.seeds),
         checkpoints=tuple(dict.fromkeys(node.name for node in graph.checkpoints)),
-        domains=tuple(config.domain_names(config.evaluate.domains)),
+        domains=(*config.domain_names(config.evaluate.domains), *config.evaluate.harness_domains),
         cells=cells,
         teachers={
             domain: {_node_name(name): weight for name, weight in weights.items()}

@@ -19,7 +19,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, State
 
 from flows.launch import LOG_FILE, Launcher, NodeFailedError
-from flows.plan import Node, StageGraph
+from flows.plan import EVALUATIONS, Node, StageGraph
 from flows.progress import Meter, ProgressDisplay, duration, notes
 from stages.core.checkpoint import Store
 
@@ -32,10 +32,10 @@ RETRY_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Job:
-    """What one task makes: a training node, or the evaluations of one checkpoint.
+    """What one task makes: a training node, or the evaluations of one kind of one checkpoint.
 
     Attributes:
-        id: The node's id, or `eval/CHECKPOINT`.
+        id: The node's id, or `eval/CHECKPOINT`, `harness/CHECKPOINT`.
         nodes: In the graph's order.
         parents: Ids of the jobs that make what it needs.
     """
@@ -47,7 +47,7 @@ class Job:
     @property
     def training(self) -> bool:
         """Whether it makes a checkpoint."""
-        return self.nodes[0].stage != "evaluate"
+        return self.nodes[0].stage not in EVALUATIONS
 
 
 @dataclass

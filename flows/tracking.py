@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from experts.domain import TRAIN
+from experts.domain import TRAIN, stable_hash
 from flows import cards, lineage
 from flows.champion import operations, registered_name
 from flows.config import STUDENT
 from flows.lock import code_fingerprint, lock_path
 from flows.mlflow_writer import TAG_LENGTH, Writer, unsent_folder
 from flows.outbox import Outbox, send_left_over
-from flows.plan import Node, StageGraph
+from flows.plan import EVALUATIONS, Node, StageGraph
 from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page
 from stages.core.checkpoint import Artifact, Store
 
@@ -93,7 +93,7 @@ class Tracker:
 
     def stage_started(self, node: Node) -> "StageRun":
         """Open the child run of a stage and log the data it draws from; an evaluation opens none."""
-        if node.stage == "evaluate":
+        if node.stage in EVALUATIONS:
             return EvaluationRun(self, node)
         tags = {"key": node.key, "stage": node.stage, "seed": str(node.seed), "node": node.id}
         self.open_run(node.id, node.id, PARENT, tags, {"seed": node.seed, **node.config})
@@ -104,7 +104,7 @@ class Tracker:
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         """Link what an earlier run made: its LoggedModel becomes an input of the parent run."""
-        if node.stage == "evaluate":
+        if node.stage in EVALUATIONS:
             self.scored(node, artifact)
             return
         self.submit("used", ref=PARENT, key=artifact.key)
@@ -244,9 +244,13 @@ class EvaluationRun(StageRun):
 
 
 def describe_data(node: Node, domain: str, split: str) -> dict[str, str]:
-    """One split of a domain as a dataset: its name, digest, and where it comes from."""
-    entry = node.domains[domain]
-    fingerprint = node.ingredients["domains"][domain]
+    """One split of a domain, or a task of lm-evaluation-harness, as a dataset: name, digest, where it comes from."""
+    if node.stage == "harness":
+        entry = {"kind": "lm-evaluation-harness", "options": node.config}
+        fingerprint = stable_hash([node.config["task"], node.ingredients["harness"], node.ingredients["task"]])
+    else:
+        entry = dict(node.domains[domain])
+        fingerprint = node.ingredients["domains"][domain]
     return {
         "name": f"{domain}/{split}",
         "digest": cards.dataset_digest(fingerprint),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
+from evals.harness_config import HarnessTaskConfig
 from experts.domain import load_domain
 from experts.errors import UserError
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig
@@ -123,6 +124,16 @@ def _evaluate(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> Non
     evaluate(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
 
 
+def _harness(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals.harness import HarnessRequest, evaluate_tasks
+
+    requests = [
+        HarnessRequest(workspace, HarnessTaskConfig.model_validate(node["config"]))
+        for node, workspace in zip(nodes, workspaces, strict=True)
+    ]
+    evaluate_tasks(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
+
+
 RUNNERS: Mapping[str, Runner] = {
     "load": _load,
     "pretrain": _pretrain,
@@ -132,6 +143,7 @@ RUNNERS: Mapping[str, Runner] = {
     "distill": _distill,
     "merge_weights": _merge_weights,
     "evaluate": _evaluate,
+    "harness": _harness,
 }
 
 
