@@ -12,6 +12,7 @@ from evals.claim_config import HypothesisConfig
 from evals.compare import MIN_SEEDS, Interval, Levels, mean_interval, mean_over, paired_difference
 from evals.metrics import Triple, pass_at_k, recovery
 from evals.scores import Scores
+from evals.shifts import shift_metrics
 from experts.domain import HELD_OUT
 from experts.errors import UserError
 
@@ -64,6 +65,8 @@ class Results:
         hypotheses: What the run file fixed beforehand.
         shift: How far a checkpoint moved from the start: (node name, measure, domain, or "" for its weights) -> seed ->
             value.
+        kl_examples: (node name, domain) -> seed -> values [N] by example whose mean is the shift `kl_start`.
+        cosines: Of the task vectors of two experts, (name, another) -> seed -> cosine; each pair once.
     """
 
     run: str
@@ -81,6 +84,8 @@ class Results:
     spent: Mapping[str, Mapping[int, Cost]] = field(default_factory=dict)
     hypotheses: Mapping[str, HypothesisConfig] = field(default_factory=dict)
     shift: Mapping[tuple[str, str, str], Mapping[int, float]] = field(default_factory=dict)
+    kl_examples: Mapping[tuple[str, str], Mapping[int, np.ndarray]] = field(default_factory=dict)
+    cosines: Mapping[tuple[str, str], Mapping[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         order: dict[tuple[str, str], list[str]] = {}
@@ -216,7 +221,7 @@ def metrics(results: Results) -> dict[str, float]:
     values["eval/recovery"] = results.recovery()
     for domain in results.untrained:
         values[f"eval/forgetting/{domain}"] = results.difference(results.start, "student", domain)
-    flat: dict[str, float] = {}
+    flat = shift_metrics(results)
     for domain in results.domains:
         for role in ROLES:
             if drawn := results.sampled(role, domain):

@@ -9,6 +9,7 @@ from evals.forgetting import by_method, mean_drop
 from evals.grid import ABSENT, Grid
 from evals.merges import best, merges
 from evals.results import BASELINES, ROLES, STUDENT, VARIANTS, Results
+from evals.shifts import cosines_grid, shift_grid
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def merge_title(name: str) -> str:
 def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
     """All tables of a run; `cell` as for `roles_grid`."""
     between = [g for g in (merges_grid(results, cell), hypotheses_grid(results), sampled_grid(results)) if g]
-    return [roles_grid(results, cell), *between, checkpoints_grid(results)]
+    after = [grid for grid in (shift_grid(results), cosines_grid(results)) if grid]
+    return [roles_grid(results, cell), *between, checkpoints_grid(results), *after]
 
 
 def statements(results: Results) -> list[str]:

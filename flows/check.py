@@ -15,6 +15,7 @@ from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.harness import harness_problems
 from flows.plan import EVALUATIONS, Node, StageGraph
+from flows.shifts import SHIFT
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
 from stages.on_policy.shares import without_prompts
@@ -86,7 +87,7 @@ def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     """Scorers that need something outside this machine's files, such as a judge's endpoint, and do not find it."""
-    for name in sorted({domain for node in missing for domain in node.domains}):
+    for name in sorted({domain for node in missing if node.stage != SHIFT for domain in node.domains}):
         entry = graph.config.domains[name]
         try:
             load_domain(name, entry.kind, entry.options).preflight()

@@ -20,8 +20,9 @@ from experts.errors import UserError
 from flows.config import RunConfig
 from flows.lock import NodeStatus
 from flows.lock import status as node_status
-from flows.plan import EVALUATIONS, StageGraph, build_graph
+from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
 from flows.run_file import load_run_file, schema_keys
+from flows.shifts import COSINES, SHIFT
 from stages.core.checkpoint import CorruptedArtifactError, Store, write_whole
 from stages.core.journal import JOURNAL_FILE, read
 
@@ -222,17 +223,22 @@ def _plan_entry(entry: NodeStatus) -> dict[str, Any]:
 
 
 def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[str, str, str, str]]:
-    """A row for each training node and one for all evaluations of its checkpoint."""
+    """A row for each training node and one for all evaluations of its checkpoint; then the other measurements."""
     by_id = {entry.node.id: entry for entry in entries}
-    for node in graph.checkpoints:
+
+    def row(node: Node) -> tuple[str, str, str, str]:
         entry = by_id[node.id]
-        yield node.id, "cached" if entry.cached else "to run", entry.why, node.key[:SHORT_KEY]
+        return node.id, "cached" if entry.cached else "to run", entry.why, node.key[:SHORT_KEY]
+
+    for node in graph.checkpoints:
+        yield row(node)
         evaluations = [by_id[evaluation.id] for evaluation in graph.evaluations(node.id)]
         if evaluations:
             waiting = [evaluation for evaluation in evaluations if not evaluation.cached]
             state = f"{len(waiting)} of {len(evaluations)} to run" if waiting else "cached"
             reasons = "; ".join(dict.fromkeys(evaluation.why for evaluation in waiting or evaluations))
             yield f"  eval of {node.id}", state, reasons, ""
+    yield from (row(node) for node in graph.nodes if node.stage in (SHIFT, COSINES))
 
 
 def status(asked: Asked) -> None:

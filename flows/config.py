@@ -15,6 +15,7 @@ from experts.errors import UserError
 from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
 from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig, TeacherWeight
+from stages.shift_config import ShiftConfig
 
 COLD_START = "cold_start"
 BASE = "base"
@@ -180,6 +181,9 @@ class EvaluateConfig(EvaluationConfig):
     """What is measured on every checkpoint."""
 
     domains: Literal["all"] | list[str] = Field("all", description="Domains scored.")
+    shift: ShiftConfig | None = Field(
+        default_factory=ShiftConfig, description="How far trained checkpoints moved from the start; null measures none."
+    )
     harness: HarnessConfig | None = Field(None, description="Tasks of lm-evaluation-harness, scored beside them.")
 
     @property

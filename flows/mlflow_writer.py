@@ -170,16 +170,19 @@ class Writer:
     def _scores(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import Metric
 
-        model_id, data = self.checkpoints.model(operation["key"]), operation["data"]
+        # Scores are of one split of a domain, other measurements of the checkpoint.
+        model_id, data = self.checkpoints.model(operation["key"]), operation.get("data")
         if model_id is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
-        tag = f"scores.{data['name']}"
+        tag = f"scores.{data['name']}" if data else operation["name"]
         model = self.client.get_logged_model(model_id)
         if model.tags.get(tag) == operation["scores"]:
             return
         run_id = self.checkpoints.maker(model) or _run_id(operation["ref"], ids)
-        self._log_datasets(run_id, [data])
-        about = {"model_id": model_id, "dataset_name": data["name"], "dataset_digest": data["digest"]}
+        about = {"model_id": model_id}
+        if data:
+            self._log_datasets(run_id, [data])
+            about |= {"dataset_name": data["name"], "dataset_digest": data["digest"]}
         metrics = [
             Metric(name, value, operation["time"], 0, run_id=run_id, **about)
             for name, value in operation["metrics"].items()

@@ -29,6 +29,7 @@ from flows.lock import write_lock
 from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
 from flows.run_file import load_run_file
+from flows.shifts import COSINES, SHIFT
 from flows.tasks import Job, Supervisor, artifact_key, task_of
 from flows.tracking import Tracker
 from stages.core.checkpoint import Store
@@ -136,7 +137,8 @@ def jobs_of(graph: StageGraph) -> list[Job]:
         for stage, prefix in (("evaluate", "eval"), ("harness", "harness")):
             if evaluations := tuple(own for own in graph.evaluations(node.id) if own.stage == stage):
                 jobs.append(Job(f"{prefix}/{node.id}", evaluations, (node.id,)))
-    return jobs
+    others = [node for node in graph.nodes if node.stage in (SHIFT, COSINES)]
+    return jobs + [Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
 
 
 def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> tuple[dict[str, Exception], list[str]]:

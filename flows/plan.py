@@ -16,6 +16,7 @@ from flows.baselines import baseline_config
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.harness import harness_tasks
 from flows.lock import lock_path, read_json
+from flows.shifts import COSINES, SHIFT, shift_nodes, shift_request
 from flows.variants import variant_run
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.core.checkpoint import write_whole
@@ -27,9 +28,11 @@ from stages.on_policy.distill_config import DistillConfig
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
 VERSIONS = {
     **dict.fromkeys(("load", "pretrain", "sft", "rl", "rft", "distill", "merge_weights", "evaluate", "harness"), 1),
+    **dict.fromkeys((SHIFT, COSINES), 1),
 }
-# What scores a checkpoint instead of making one.
-EVALUATIONS = ("evaluate", "harness")
+# What scores a checkpoint, and all that measure checkpoints instead of making one.
+SCORINGS = ("evaluate", "harness")
+EVALUATIONS = (*SCORINGS, SHIFT, COSINES)
 KEY_LENGTH = 24
 
 
@@ -39,12 +42,13 @@ class Node:
 
     Attributes:
         id: Unique in the graph: `name@seed`, or the bare name of a node shared by all seeds.
-        name: `base`, `cold_start`, `experts/NAME`, `student`, or `eval/CHECKPOINT/DOMAIN/SPLIT`.
+        name: `base`, `cold_start`, `experts/NAME`, `student`, `eval/CHECKPOINT/DOMAIN/SPLIT`, `shift/CHECKPOINT`, or
+            `cosines`.
         stage: Which stage makes it: a key of `VERSIONS`.
         seed: Seed of everything random in it.
         config: The stage's own config, as JSON-serialisable values.
-        parents: role -> node id: `start`, `teacher/DOMAIN` (`teacher/DOMAIN/TEACHER` where several teach it), or
-            `checkpoint`.
+        parents: role -> node id: `start`, `teacher/DOMAIN` (`teacher/DOMAIN/TEACHER` where several teach it),
+            `expert/NAME`, or `checkpoint`.
         domains: name -> `{"kind", "options"}` of the domains it draws from.
         ingredients: What the key is the hash of; compared with the last run's to say why a node must run.
         key: The content key.
@@ -74,8 +78,8 @@ class StageGraph:
         return next(node for node in self.nodes if node.id == node_id)
 
     def evaluations(self, checkpoint_id: str) -> list[Node]:
-        """The evaluations of one checkpoint."""
-        return [n for n in self.nodes if n.stage in EVALUATIONS and n.parents["checkpoint"] == checkpoint_id]
+        """The evaluations that score one checkpoint."""
+        return [n for n in self.nodes if n.stage in SCORINGS and n.parents["checkpoint"] == checkpoint_id]
 
     @property
     def checkpoints(self) -> list[Node]:
@@ -158,6 +162,10 @@ class _Builder:
                 made[f"{BASELINES}{name}"] = self._baseline(name, seed, parents)
         for checkpoint in made.values():
             self._add_evaluations(checkpoint, seed)
+        if request := shift_request(config.evaluate):
+            domains, start = config.domain_names(config.evaluate.domains), made[config.default_start()]
+            for node in shift_nodes(request, self.nodes, list(made.values()), start, domains, seed):
+                self._add(**node)
 
     def _merge_parents(self, config: RunConfig, made: Mapping[str, str]) -> dict[str, str]:
         """role -> node id of the start and the teachers: `teacher/DOMAIN`, `teacher/DOMAIN/TEACHER` where several."""

@@ -8,6 +8,7 @@ from evals.results import Cost, Expert, Results
 from evals.scores import Scores, read_scores
 from flows.config import BASE, COLD_START, RunConfig
 from flows.plan import Node, StageGraph
+from flows.shifts import collect_shifts
 from stages.core.checkpoint import Store
 
 
@@ -33,6 +34,7 @@ def collect(graph: StageGraph, store: Store) -> Results:
             cells.setdefault((checkpoint.name, domain, split), {}).update(dict.fromkeys(seeds, sheet))
             provenance[node.id] = (artifact.key, artifact.digest)
     spent = _spent(graph, store)
+    shifts = collect_shifts(graph, store)
     return Results(
         run=config.name,
         seeds=tuple(config.seeds),
@@ -47,10 +49,13 @@ def collect(graph: StageGraph, store: Store) -> Results:
         anchored=tuple(config.merge.anchor.domains) if config.merge and config.merge.anchor else (),
         start=config.default_start(),
         confidence=config.gate.confidence,
-        provenance=provenance,
+        provenance=provenance | shifts.provenance,
         costs={name: _mean(list(costs.values())) for name, costs in spent.items()},
         spent=spent,
         hypotheses=config.hypotheses,
+        shift=shifts.values,
+        kl_examples=shifts.kl_examples,
+        cosines=shifts.cosines,
     )
 
 

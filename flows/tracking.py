@@ -23,6 +23,7 @@ from flows.mlflow_writer import TAG_LENGTH, Writer, unsent_folder
 from flows.outbox import Outbox, send_left_over
 from flows.plan import EVALUATIONS, Node, StageGraph
 from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page
+from flows.shifts import SHIFT
 from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
@@ -165,7 +166,15 @@ class Tracker:
             self.submit("metrics", ref=ref, metrics=named[first : first + BATCH_METRICS])
 
     def scored(self, node: Node, artifact: Artifact) -> None:
-        """Put the metrics of an evaluation onto the checkpoint it scored, once."""
+        """Put the metrics of a measurement onto the checkpoint it is of, once; one of several is the parent run's."""
+        if "checkpoint" not in node.parents:
+            return
+        if node.stage == SHIFT:
+            key, metrics = self.graph.node(node.parents["checkpoint"]).key, artifact.manifest["metrics"]
+            named = {cards.metric_name(name): value for name, value in metrics.items()}
+            told = {"key": key, "scores": artifact.key, "name": node.stage, "metrics": named}
+            self.submit("scores", ref=PARENT, **told, time=now())
+            return
         domain, split = node.config["domain"], node.config["split"]
         checkpoint = self.graph.node(node.parents["checkpoint"])
         metrics = {
@@ -232,7 +241,7 @@ class StageRun:
 
 
 class EvaluationRun(StageRun):
-    """An evaluation: metrics on the checkpoint it scores, no run of its own."""
+    """A measurement: metrics on the checkpoint it is of, no run of its own."""
 
     def forward(self, records: list[dict[str, Any]]) -> None:
         """Keep nothing: the scores hold every completion."""

@@ -32,6 +32,7 @@ from stages.core.workspace import Workspace
 from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import OnPolicyConfig, RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
+from stages.shift_config import ShiftRequest
 
 if TYPE_CHECKING:
     from evals.monitor import Monitor
@@ -134,6 +135,19 @@ def _harness(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None
     evaluate_tasks(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
 
 
+def _shift(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals import shift
+
+    settings = {name: value for name, value in nodes[0]["config"].items() if name != "split"}
+    shift.run(ShiftRequest.model_validate(settings), workspaces[0])
+
+
+def _cosines(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals import task_vectors
+
+    task_vectors.run(workspaces[0])
+
+
 RUNNERS: Mapping[str, Runner] = {
     "load": _load,
     "pretrain": _pretrain,
@@ -144,6 +158,8 @@ RUNNERS: Mapping[str, Runner] = {
     "merge_weights": _merge_weights,
     "evaluate": _evaluate,
     "harness": _harness,
+    "shift": _shift,
+    "cosines": _cosines,
 }
 
 

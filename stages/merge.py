@@ -202,11 +202,14 @@ class Geometry:
         values = {"merge/norm": math.sqrt(self.merged)}
         values |= {f"merge/norm/{name}": float(norm) for name, norm in zip(self.names, norms, strict=True)}
         for one, other in self._pairs():
-            scale = float(norms[one] * norms[other])
-            if scale > 0:
-                cosine = float(self.products[one, other]) / scale
+            if (cosine := self.cosine(one, other)) is not None:
                 values[f"merge/cosine/{self.names[one]}/{self.names[other]}"] = cosine
         return values
+
+    def cosine(self, one: int, other: int) -> float | None:
+        """Of two experts' task vectors, by position; None where one is zero, for it has no direction."""
+        scale = float((self.products[one, one] * self.products[other, other]).sqrt())
+        return float(self.products[one, other]) / scale if scale > 0 else None
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
         return ((one, other) for one in range(len(self.names)) for other in range(one + 1, len(self.names)))

@@ -24,6 +24,7 @@ MINIMAL = {
         "reverse": {"domain": "reverse", "train": {"sft": {"max_steps": 5}}},
     },
     "merge": {"max_steps": 5, "anchor": {"domains": ["general"]}},
+    "evaluate": {"shift": None},
 }
 TWINS = {
     "one": MINIMAL["experts"]["sort"],
