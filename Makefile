@@ -38,6 +38,12 @@ $(HARNESS_STAMP): $(STAMP) requirements-harness.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-harness.lock
 	@touch $(HARNESS_STAMP)
 
+# The report's test opens the page in Chromium; any on the PATH will do.
+setup-browser:
+	if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; \
+	then sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
+	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; fi
+
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 

@@ -1,152 +1,128 @@
-"""A run's report: one HTML file that asks nothing of the network and reads well in light, dark and narrow."""
+"""A run's report: one HTML page that asks nothing of the network, and its data beside it (`evals.export`).
 
+The page reads well in light, dark and narrow and on paper; without JavaScript everything shows, only the filters of
+the samples are missing. A content security policy lets run the page's own script and nothing else.
+"""
+
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from evals.figures import curves_figure, forgetting_figure, roles_figure
+from evals.costs import costs_section
+from evals.curves import curves_cards
+from evals.export import DATA_FILE, SCORES_FILE, write_data, write_scores
+from evals.figures import forgetting_figure, roles_figure
 from evals.gate import Verdict
-from evals.results import Results
-from evals.table import Grid, grids, statements
-from experts.domain import HELD_OUT, Prompt
+from evals.markup import anchor, figure, grid_table, section, word_table
+from evals.results import Cost, Results
+from evals.samples import samples_section
+from evals.table import grids, statements
 from stages.core.checkpoint import write_whole
 
-SAMPLES = 4
-MARKS = {True: ("met", "ok"), False: ("failed", "bad"), None: ("not compared", "na")}
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2329;--soft:#5d6873;--page:#fbfbf9;--card:#fff;--line:#e1e4e6}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e7ea;--soft:#9aa5af;--page:#14181b;--card:#1c2125;--line:#31383e}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:62rem;margin:auto;padding:2rem 1rem 4rem}h1{font-size:1.9rem;margin:0}h2{margin:2.5rem 0 .6rem}
-.soft{color:var(--soft)}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem}
-td small{color:var(--soft)}
-caption{text-align:left;color:var(--soft);padding:.3rem 0}th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);
-text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left}
-.words td{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}.words th{text-align:left}
-figure,.card{margin:1rem 0;background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:1rem}
-figure,details{overflow-x:auto}svg{width:100%;min-width:32rem;height:auto;color:var(--ink)}summary{cursor:pointer;font-weight:600}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0;font-size:.82rem}
-.words td.ok,.words td.bad,.words td.na{white-space:nowrap}
-.ok{color:#2aa876}.bad{color:#d9605a}.na{color:var(--soft)}.ok,.bad{font-weight:600}
-"""
+MARKS = {True: ("✓ met", "ok"), False: ("✗ failed", "bad"), None: ("not compared", "na")}
 
 
-def write_report(
-    path: Path,
-    results: Results,
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    lineage_rows: Sequence[Mapping[str, str]],
-    verdict: Verdict | None,
-) -> Path:
-    """Write the report of a run.
+@dataclass(frozen=True)
+class Background:
+    """What is known of a run beside its scores.
+
+    Attributes:
+        curves: node id -> its journal's metric records `{"step", "values"}` and notes `{"step", "text"}`.
+        drawing: The lineage as HTML with inline SVG, trusted as it is.
+        lineage: A mapping of column to text for each checkpoint.
+        scoring: checkpoint -> what its evaluations took, a mean over seeds.
+    """
+
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    drawing: str = ""
+    lineage: Sequence[Mapping[str, str]] = ()
+    scoring: Mapping[str, Cost] = field(default_factory=dict)
+
+
+def write_report(path: Path, results: Results, verdict: Verdict | None, background: Background) -> Path:
+    """Write the report of a run, and `scores.csv` and `report.json` beside it; each is replaced whole.
 
     Args:
-        path: The HTML file; replaced whole.
+        path: The HTML file.
         results: The run's scores.
-        curves: node name -> its journal's metric records `{"step", "values"}` and notes `{"step", "text"}`.
-        lineage_rows: A mapping of column to text for each checkpoint.
         verdict: What the gate said; None when nothing was judged.
+        background: What else is known of the run.
     """
-    seeds = ", ".join(map(str, results.seeds))
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    roles, *others = grids(results)
-    body = [
-        f"<header><h1>{escape(results.run)}</h1><p class=soft>seeds {seeds} · {made}</p></header>",
-        _section("Verdict", _verdict(verdict)),
-        _section("Scores", _grid(roles) + f"<figure>{roles_figure(results)}</figure>"),
-        *(_section(other.title.partition(":")[0], _grid(other)) for other in others),
-        _section("What it shows", "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in statements(results)) + "</ul>"),
-        _section("Forgetting", _figure(forgetting_figure(results))),
-        _section("Training", "".join(_curves(name, records) for name, records in curves.items())),
-        _section("Samples of the student", "".join(_samples(results, domain) for domain in results.domains)),
-        _section("Lineage", _rows(lineage_rows)),
-        _section("Provenance of the scores", _rows(_provenance(results))),
-    ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(results.run)}</title><style>{STYLE}</style><main>{''.join(body)}</main></html>"
-    )
+    made = datetime.now(UTC)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page)
+    # The page links to the data, so they come first.
+    write_scores(path.with_name(SCORES_FILE), results)
+    write_data(path.with_name(DATA_FILE), results, verdict, background.scoring, background.lineage, made)
+    write_whole(path, _page(results, verdict, background, made))
     return path
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+def _page(results: Results, verdict: Verdict | None, background: Background, made: datetime) -> str:
+    style, script = (_asset(name) for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
+    sections = {title: content for title, content in _sections(results, verdict, background).items() if content}
+    body = "".join(section(title, content) for title, content in sections.items())
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(results.run)}</title><style>{style}</style></head>"
+        f"<body><main>{_header(results, list(sections), made)}{body}</main><script>{script}</script></body></html>\n"
+    )
 
 
-def _figure(svg: str) -> str:
-    return f"<figure>{svg}</figure>" if svg else ""
+def _sections(results: Results, verdict: Verdict | None, background: Background) -> dict[str, str]:
+    """Title -> content, in the page's order."""
+    roles, *others = grids(results)
+    shown = "".join(f"<li>{escape(line)}</li>" for line in statements(results))
+    return {
+        "Verdict": _verdict(verdict),
+        "Scores": grid_table(roles) + figure(roles_figure(results)),
+        **{other.title.partition(":")[0]: grid_table(other) for other in others},
+        "What it shows": f"<ul>{shown}</ul>",
+        "Forgetting": figure(forgetting_figure(results)),
+        "Samples": samples_section(results),
+        "Cost": costs_section(results, background.scoring),
+        "Training": curves_cards(background.curves),
+        "Lineage": background.drawing + word_table(background.lineage),
+        "Provenance of the scores": word_table(_provenance(results)),
+    }
+
+
+def _asset(name: str) -> str:
+    return (files("evals") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _header(results: Results, titles: Sequence[str], made: datetime) -> str:
+    links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title in titles)
+    seeds = ", ".join(map(str, results.seeds))
+    return (
+        f"<header><h1>{escape(results.run)}</h1>"
+        f'<p class="soft">seeds {seeds} · {made:%Y-%m-%d %H:%M} UTC · the data: <a href="{SCORES_FILE}">{SCORES_FILE}'
+        f'</a>, <a href="{DATA_FILE}">{DATA_FILE}</a></p><nav>{links}</nav></header>'
+    )
 
 
 def _verdict(verdict: Verdict | None) -> str:
     if verdict is None:
-        return "<p class=soft>Nothing was judged.</p>"
+        return '<p class="soft">Nothing was judged.</p>'
     style = "ok" if verdict.promoted else "bad"
-    head = f"<p class={style}>{escape(verdict.conclusion)}</p>"
+    head = f'<p class="{style}">{escape(verdict.conclusion)}</p>'
     head += f"<p>Candidate: {escape(verdict.candidate)}: {escape(verdict.why)}.</p>"
     lines = []
     for criterion in verdict.criteria:
         word, style = MARKS[criterion.passed]
-        lines.append(f"<tr><td class={style}>{word}<td>{escape(criterion.name)}<td>{escape(criterion.text)}</tr>")
+        texts = "".join(f"<td>{escape(text)}</td>" for text in (criterion.name, criterion.text))
+        lines.append(f'<tr><td class="{style}">{word}</td>{texts}</tr>')
     return f'<div class="card">{head}<div class="scroll"><table class="words">{"".join(lines)}</table></div></div>'
-
-
-def _grid(grid: Grid) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.head)
-    rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
-    return f'<div class="scroll"><table><caption>{escape(grid.title)}</caption><tr>{head}</tr>{rows}</table></div>'
-
-
-def _cell(text: str) -> str:
-    """A number with its interval in small below it."""
-    number, bracket, bounds = text.partition(" [")
-    return f"{escape(number)}<br><small>[{escape(bounds)}</small>" if bracket else escape(text)
-
-
-def _curves(name: str, records: Sequence[Mapping[str, Any]]) -> str:
-    svg = curves_figure([record for record in records if "values" in record])
-    said = [f"<li>step {record['step']}: {escape(record['text'])}</li>" for record in records if "text" in record]
-    content = svg + (f"<ul>{''.join(said)}</ul>" if said else "")
-    return f'<details class="card"><summary>{escape(name)}</summary>{content}</details>' if content else ""
-
-
-def _samples(results: Results, domain: str) -> str:
-    cell = results.cells.get(("student", domain, HELD_OUT))
-    if not cell:
-        return ""
-    rows = []
-    for row in next(iter(cell.values())).rows[:SAMPLES]:
-        greedy = row["greedy"]
-        flag = " · contaminated" if row["contaminated"] else ""
-        cells = [_prompt(row["prompt"]), greedy["completion"], row["answer"]]
-        rows.append(
-            "<tr>"
-            + "".join(f"<td><pre>{escape(c)}</pre></td>" for c in cells)
-            + f"<td>{greedy['score']:.2f}{flag}</tr>"
-        )
-    head = "<tr><th>prompt<th>completion<th>answer<th>score</tr>"
-    table = f'<div class="scroll"><table class="words">{head}{"".join(rows)}</table></div>'
-    return f'<details class="card" open><summary>{escape(domain)}</summary>{table}</details>'
-
-
-def _prompt(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _provenance(results: Results) -> list[dict[str, str]]:
     return [{"node": node, "key": key, "digest": digest[:16]} for node, (key, digest) in results.provenance.items()]
-
-
-def _rows(rows: Sequence[Mapping[str, str]]) -> str:
-    if not rows:
-        return ""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    head = "".join(f"<th>{escape(column)}" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(row.get(c, '')))}" for c in columns) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="words"><tr>{head}</tr>{body}</table></div>'

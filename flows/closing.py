@@ -1,12 +1,14 @@
 """What a finished run comes to: its scores, what the gate says of its merges, the champion, and the report."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import lineage
 from flows.champion import Reign, first_of, judge_run, promote_by_gate, read_history
+from flows.costs import scoring_costs
 from flows.lock import lock_path
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
@@ -14,6 +16,7 @@ from stages.core.journal import JOURNAL_FILE, read
 
 if TYPE_CHECKING:
     from evals.gate import Verdict
+    from evals.report import Background
     from evals.results import Results
 
 REPORT_FILE = "report.html"
@@ -91,7 +94,7 @@ def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = 
     if rewrite or changed or not path.exists():
         from evals.report import write_report
 
-        write_report(path, results, _curves(graph, store), _lineage_rows(graph, store), verdict)
+        write_report(path, results, verdict, _background(graph, store, results))
     return Outcome(results, verdict, candidate, champion, changed, path)
 
 
@@ -105,8 +108,23 @@ def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
     return curves
 
 
-def _lineage_rows(graph: StageGraph, store: Store) -> list[dict[str, str]]:
+def _background(graph: StageGraph, store: Store, results: "Results") -> "Background":
+    """Curves, lineage and the evaluations' costs for the report."""
+    from evals.report import Background
+    from flows.drawing import drawing
+
     rows = lineage.rows(store, [node.key for node in graph.checkpoints])
+    # One seed's drawing: the others have the same shape.
+    first = lineage.rows(store, [node.key for node in graph.checkpoints if node.seed == graph.config.seeds[0]])
+    return Background(
+        curves=_curves(graph, store),
+        drawing=f'<div class="lineage">{drawing(first)}</div>' if first else "",
+        lineage=_lineage_texts(rows),
+        scoring=scoring_costs(graph, store, results),
+    )
+
+
+def _lineage_texts(rows: Sequence[lineage.Row]) -> list[dict[str, str]]:
     names = {row.key: f"{row.name}@{row.seed}" for row in rows}
     return [
         {

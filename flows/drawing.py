@@ -28,23 +28,31 @@ COLOURS = {
     "merge_weights": "green",
 }
 MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge"}
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --faint: #667085; --line: #98a2b3;
+# The drawing's own rules hold inside `.lineage` only, so that it can stand in another page.
+DRAWING_STYLE = """
+.lineage { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --faint: #667085; --line: #98a2b3;
   --box: #f8fafc; --rim: #d0d5dd; --grey: #667085; --blue: #2563eb; --amber: #d97706; --green: #059669; }
-@media (prefers-color-scheme: dark) { :root { --paper: #11151c; --ink: #e6e9ef; --faint: #98a2b3; --line: #667085;
-  --box: #1a212c; --rim: #344054; --grey: #98a2b3; --blue: #60a5fa; --amber: #fbbf24; --green: #34d399; } }
+@media (prefers-color-scheme: dark) and (not print) { .lineage { --paper: #11151c; --ink: #e6e9ef; --faint: #98a2b3;
+  --line: #667085; --box: #1a212c; --rim: #344054; --grey: #98a2b3; --blue: #60a5fa; --amber: #fbbf24;
+  --green: #34d399; } }
+.lineage .graph { overflow-x: auto; border: 1px solid var(--rim); border-radius: 10px; margin-bottom: 28px;
+  background: var(--paper); }
+.lineage svg { display: block; width: 100%; min-width: 820px; height: auto; margin: auto; }
+@media print { .lineage .graph { overflow: visible; } .lineage svg { min-width: 0; } }
+.lineage text { font-family: inherit; fill: var(--ink); }
+.lineage .box { fill: var(--box); stroke: var(--rim); } .lineage .planned { stroke-dasharray: 5 4; }
+.lineage .name { font-size: 14px; font-weight: 600; } .lineage .fact { font-size: 11.5px; fill: var(--faint); }
+.lineage .edge { fill: none; stroke: var(--line); stroke-width: 1.4; } .lineage #tip { fill: var(--line); }
+.lineage .role { font-size: 11px; fill: var(--faint); paint-order: stroke; stroke: var(--paper); stroke-width: 5px; }
+.lineage .grey { fill: var(--grey); } .lineage .blue { fill: var(--blue); } .lineage .amber { fill: var(--amber); }
+.lineage .green { fill: var(--green); }
+.lineage .legend { color: var(--faint); margin: 0 0 20px; } .lineage .legend span { margin-right: 18px; }
+.lineage .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
+"""
+PAGE_STYLE = """
 body { margin: 0; padding: 28px 32px; background: var(--paper); color: var(--ink);
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 20px; margin: 0 0 4px; } p { color: var(--faint); margin: 0 0 20px; }
-.graph { overflow-x: auto; border: 1px solid var(--rim); border-radius: 10px; margin-bottom: 28px; }
-svg { display: block; width: 100%; min-width: 820px; height: auto; } text { font-family: inherit; fill: var(--ink); }
-.box { fill: var(--box); stroke: var(--rim); } .planned { stroke-dasharray: 5 4; }
-.name { font-size: 14px; font-weight: 600; } .fact { font-size: 11.5px; fill: var(--faint); }
-.edge { fill: none; stroke: var(--line); stroke-width: 1.4; } #tip { fill: var(--line); }
-.role { font-size: 11px; fill: var(--faint); paint-order: stroke; stroke: var(--paper); stroke-width: 5px; }
-.grey { fill: var(--grey); } .blue { fill: var(--blue); } .amber { fill: var(--amber); } .green { fill: var(--green); }
-.legend span { margin-right: 18px; } .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
-  margin-right: 6px; }
+h1 { font-size: 20px; margin: 0 0 4px; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top;
   padding: 8px 14px 8px 0; border-top: 1px solid var(--rim); } th { color: var(--faint); font-weight: 500; border: 0; }
 code { font: 12px ui-monospace, SFMono-Regular, Menlo, monospace; } td div { overflow-wrap: anywhere; }
@@ -78,15 +86,23 @@ def page(rows: Sequence[Row], title: str) -> str:
     Returns:
         HTML that asks for nothing from outside and follows the reader's light or dark theme.
     """
-    colours = dict.fromkeys(COLOURS.get(row.stage, "grey") for row in rows)
-    legend = "".join(f'<span><i style="background:var(--{c})"></i>{MEANINGS[c]}</span>' for c in colours)
     heading = escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Lineage of {heading}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f'<h1>Lineage of {heading}</h1><p class="legend">{legend}</p><div class="graph">{_svg(rows)}</div>'
-        f"{_table(rows)}</body></html>"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{PAGE_STYLE}</style></head>'
+        f'<body class="lineage"><h1>Lineage of {heading}</h1>{drawing(rows)}{_table(rows)}</body></html>'
     )
+
+
+def drawing(rows: Sequence[Row]) -> str:
+    """The drawn graph alone, with its legend and its style, to stand inside an element of the class `lineage`.
+
+    Args:
+        rows: The checkpoints, parents first (`flows.lineage.rows`).
+    """
+    colours = dict.fromkeys(COLOURS.get(row.stage, "grey") for row in rows)
+    legend = "".join(f'<span><i style="background:var(--{c})"></i>{MEANINGS[c]}</span>' for c in colours)
+    return f'<style>{DRAWING_STYLE}</style><p class="legend">{legend}</p><div class="graph">{_svg(rows)}</div>'
 
 
 def _svg(rows: Sequence[Row]) -> str:
