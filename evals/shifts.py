@@ -86,23 +86,30 @@ def kl_interval(results: "Results", name: str, domains: tuple[str, ...]) -> Inte
     return mean_over(strata, results.confidence, "seeds")
 
 
-def shift_grid(results: "Results") -> Grid | None:
-    """The shift from the start, a row a checkpoint; None where none was measured."""
+def shift_grid(results: "Results", narrow: bool = False) -> Grid | None:
+    """The shift from the start, a row a checkpoint; None where none was measured.
+
+    Args:
+        results: The run's.
+        narrow: Half an interval's width in place of its bounds, for a terminal's eighty columns.
+    """
     rows = []
     for move in moves(results):
         own, others = domains_of(results, move.name)
-        kl = [_kl(move.kl_own, kl_interval(results, move.name, own))]
-        kl.append(_kl(move.kl_others, kl_interval(results, move.name, others)))
+        kl = [
+            _kl(mean, kl_interval(results, move.name, domains), narrow)
+            for mean, domains in ((move.kl_own, own), (move.kl_others, others))
+        ]
         shape = [
             _number(value, digits) for value, digits in ((move.entropy, 3), (move.length, 1), (move.repetition, 2))
         ]
         changed = [_number(None if v is None else 100 * v, 1) for v in (move.changed_bfloat16, move.changed_float32)]
         rows.append((move.name.removeprefix("experts/"), *kl, *shape, *changed))
     title = (
-        "Shift from the start: KL(start‖checkpoint) and entropy in nats a token, length in tokens, share of weights "
-        "changed; entropy, length and repetition on its own domains"
+        "Shift from the start: KL(start‖checkpoint) in nats a token on its own domains and on the others; entropy, "
+        "tokens and repetition of its own completions on its own; % of weights changed in bf16 and fp32"
     )
-    head = ("checkpoint", "KL own", "KL others", "entropy", "length", "repetition", "% bf16", "% fp32")
+    head = ("checkpoint", "KL own", "KL others", "entropy", "length", "repeats", "bf16", "fp32")
     return Grid(title, head, tuple(rows)) if rows else None
 
 
@@ -131,8 +138,12 @@ def shift_metrics(results: "Results") -> dict[str, float]:
     return flat | {f"shift/cosine/{one}/{other}": value for (one, other), value in cosines.items()}
 
 
-def _kl(mean: float | None, interval: Interval | None) -> str:
-    return _number(mean, 3) + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval else "")
+def _kl(mean: float | None, interval: Interval | None, narrow: bool) -> str:
+    if mean is None or interval is None:
+        return ABSENT if mean is None else f"{mean:#.3g}"
+    if narrow:
+        return f"{mean:#.3g} ±{(interval.high - interval.low) / 2:.2g}"
+    return f"{mean:#.3g} [{interval.low:#.3g}, {interval.high:#.3g}]"
 
 
 def _number(value: float | None, digits: int) -> str:

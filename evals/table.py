@@ -97,7 +97,7 @@ def merge_title(name: str) -> str:
 def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
     """All tables of a run; `cell` as for `roles_grid`."""
     between = [g for g in (merges_grid(results, cell), hypotheses_grid(results), sampled_grid(results)) if g]
-    after = [grid for grid in (shift_grid(results), cosines_grid(results)) if grid]
+    after = [grid for grid in (shift_grid(results, narrow=cell is compact), cosines_grid(results)) if grid]
     return [roles_grid(results, cell), *between, checkpoints_grid(results), *after]
 
 
