@@ -7,7 +7,7 @@ VLLM_STAMP := $(VENV)/.installed-vllm
 VLLM_VERSION := 0.32.0
 HARNESS_STAMP := $(VENV)/.installed-harness
 
-.PHONY: setup setup-vllm setup-harness demo test check ui clean
+.PHONY: setup setup-vllm setup-harness setup-browser demo test check ui clean
 
 setup: $(STAMP)
 
@@ -47,7 +47,7 @@ setup-browser:
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
-test: setup setup-vllm setup-harness
+test: setup setup-vllm setup-harness setup-browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: setup
