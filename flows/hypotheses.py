@@ -9,7 +9,7 @@ from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConf
 def hypothesis_problems(config: RunConfig) -> Iterator[str]:
     """A line for each checkpoint or domain that a hypothesis names and the run does not have."""
     checkpoints = checkpoint_names(config)
-    measured = config.domain_names(config.evaluate.domains)
+    measured = [*config.domain_names(config.evaluate.domains), *config.evaluate.harness_domains]
     for key, hypothesis in config.hypotheses.items():
         for name, test in hypothesis.tests.items():
             place = f"hypotheses.{key}.tests.{name}"

