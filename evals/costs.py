@@ -9,7 +9,7 @@ from evals.results import BASELINES, STUDENT, VARIANTS, Cost, Results
 from evals.table import merge_title
 
 GIB = 2**30
-HEAD = ("seconds", "share", "tokens", "peak GiB")
+HEAD = ("seconds", "tokens", "peak GiB")
 GROUPS: Mapping[str, Callable[[str], bool]] = {
     "base and cold start": lambda name: "/" not in name and name != STUDENT,
     "experts": lambda name: name.startswith("experts/"),
@@ -66,21 +66,25 @@ def costs_section(results: Results, scoring: Mapping[str, Cost]) -> str:
         "of the machine that ran it. Tokens: of training those with a loss, of an evaluation those of its completions. "
         f"Memory is the most held at one time by one process; {ABSENT} where it was not recorded.</p>"
     )
+    heads = "".join(f"<th>{head}</th>" for head in HEAD)
     groups = "".join(
-        f'<tr{" class=sum" if title == ALL else ""}><th scope="row">{title}</th>{_cells(cost, whole)}</tr>'
+        f'<tr{" class=sum" if title == ALL else ""}><th scope="row">{title}</th>'
+        f"{_cells(cost)}{_share(whole, cost)}</tr>"
         for title, cost in summed.items()
     )
-    heads = "".join(f"<th>{head}</th>" for head in HEAD)
     rows = "".join(
-        f'<tr><th scope="row">{escape(checkpoint_title(one.name))}</th>{_cells(one.made, whole)}'
-        f"{_cells(one.scored, whole)}</tr>"
+        f'<tr><th scope="row">{escape(checkpoint_title(one.name))}</th>{_cells(one.made)}{_cells(one.scored)}'
+        f"{_share(whole, one.made, one.scored)}</tr>"
         for one in found
     )
     return (
-        f'{said}<div class="scroll"><table class="costs"><thead><tr><th>stages</th>{heads}</tr></thead>'
-        f'<tbody>{groups}</tbody></table></div><h3>Every checkpoint</h3><div class="scroll"><table class="costs">'
-        f'<thead><tr><th rowspan="2">checkpoint</th><th colspan="{len(HEAD)}">training</th>'
-        f'<th colspan="{len(HEAD)}">its evaluations</th></tr><tr>{heads}{heads}</tr></thead>'
+        f'{said}<div class="scroll"><table class="costs"><thead><tr><th>stages</th>{heads}'
+        f'<th class="share">share of all seconds</th></tr></thead><tbody>{groups}</tbody></table></div>'
+        '<h3>Every checkpoint <small><span class="key"><i class="made"></i>training</span>'
+        '<span class="key"><i class="scored"></i>evaluations</span></small></h3>'
+        '<div class="scroll"><table class="costs"><thead><tr><th rowspan="2">checkpoint</th>'
+        f'<th colspan="{len(HEAD)}">training</th><th colspan="{len(HEAD)}">its evaluations</th>'
+        f'<th class="share" rowspan="2">share of all seconds</th></tr><tr>{heads}{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -97,11 +101,19 @@ def _sum(costs: Sequence[Cost]) -> Cost:
     return Cost(tokens, seconds, max(cost.memory for cost in costs))
 
 
-def _cells(cost: Cost | None, whole: float) -> str:
+def _cells(cost: Cost | None) -> str:
     if cost is None:
         return f"<td>{ABSENT}</td>" * len(HEAD)
-    share = 100 * cost.seconds / whole
-    bar = f'<span class="bar"><i style="width:{share:.1f}%"></i></span>{share:.1f} %'
     tokens = f"{cost.tokens:,.0f}" if cost.tokens else ABSENT
     memory = f"{cost.memory / GIB:.2f}" if cost.memory else ABSENT
-    return f"<td>{cost.seconds:,.1f}</td><td>{bar}</td><td>{tokens}</td><td>{memory}</td>"
+    return f"<td>{cost.seconds:,.1f}</td><td>{tokens}</td><td>{memory}</td>"
+
+
+def _share(whole: float, made: Cost | None, scored: Cost | None = None) -> str:
+    shares = [100 * cost.seconds / whole if cost else 0.0 for cost in (made, scored)]
+    parts = "".join(
+        f'<i class="{kind}" style="width:{share:.1f}%"></i>'
+        for kind, share in zip(("made", "scored"), shares, strict=True)
+        if share
+    )
+    return f'<td class="share"><span>{sum(shares):.1f} %</span><span class="bar">{parts}</span></td>'

@@ -19,7 +19,7 @@ from evals.curves import curves_cards
 from evals.export import DATA_FILE, SCORES_FILE, write_data, write_scores
 from evals.figures import forgetting_figure, roles_figure
 from evals.gate import Verdict
-from evals.markup import anchor, figure, grid_table, section, word_table
+from evals.markup import anchor, card, figure, grid_table, section, word_table
 from evals.results import Cost, Results
 from evals.samples import samples_section
 from evals.table import grids, statements
@@ -88,11 +88,11 @@ def _sections(results: Results, verdict: Verdict | None, background: Background)
         **{other.title.partition(":")[0]: grid_table(other) for other in others},
         "What it shows": f"<ul>{shown}</ul>",
         "Forgetting": figure(forgetting_figure(results)),
-        "Samples": samples_section(results),
         "Cost": costs_section(results, background.scoring),
         "Training": curves_cards(background.curves),
-        "Lineage": background.drawing + word_table(background.lineage),
-        "Provenance of the scores": word_table(_provenance(results)),
+        "Lineage": background.drawing + card("All checkpoints", word_table(background.lineage)),
+        "Samples": samples_section(results),
+        "Provenance": card("Keys and digests of the measurements", word_table(_provenance(results))),
     }
 
 
@@ -121,7 +121,9 @@ def _verdict(verdict: Verdict | None) -> str:
         word, style = MARKS[criterion.passed]
         texts = "".join(f"<td>{escape(text)}</td>" for text in (criterion.name, criterion.text))
         lines.append(f'<tr><td class="{style}">{word}</td>{texts}</tr>')
-    return f'<div class="card">{head}<div class="scroll"><table class="words">{"".join(lines)}</table></div></div>'
+    return (
+        f'<div class="card">{head}<div class="scroll"><table class="words verdict">{"".join(lines)}</table></div></div>'
+    )
 
 
 def _provenance(results: Results) -> list[dict[str, str]]:

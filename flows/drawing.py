@@ -6,7 +6,7 @@ height of the parents.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -18,6 +18,8 @@ LANE_HEIGHT = 26
 GAP_X, GAP_Y = 150, 22
 MARGIN = 24
 LINE_CHARACTERS, SHORT_EDGE_CHARACTERS = 30, 22
+# A longer name is squeezed into its box.
+NAME_CHARACTERS = 20
 COLOURS = {
     "load": "grey",
     "pretrain": "grey",
@@ -32,7 +34,7 @@ MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge"}
 DRAWING_STYLE = """
 .lineage { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --faint: #667085; --line: #98a2b3;
   --box: #f8fafc; --rim: #d0d5dd; --grey: #667085; --blue: #2563eb; --amber: #d97706; --green: #059669; }
-@media (prefers-color-scheme: dark) and (not print) { .lineage { --paper: #11151c; --ink: #e6e9ef; --faint: #98a2b3;
+@media screen and (prefers-color-scheme: dark) { .lineage { --paper: #11151c; --ink: #e6e9ef; --faint: #98a2b3;
   --line: #667085; --box: #1a212c; --rim: #344054; --grey: #98a2b3; --blue: #60a5fa; --amber: #fbbf24;
   --green: #34d399; } }
 .lineage .graph { overflow-x: auto; border: 1px solid var(--rim); border-radius: 10px; margin-bottom: 28px;
@@ -117,10 +119,9 @@ def _svg(rows: Sequence[Row]) -> str:
     height = _stack(boxes, lanes)
     width = 2 * MARGIN + max(layers.values(), default=0) * (BOX_WIDTH + GAP_X) + BOX_WIDTH
     arrows = [_edge([boxes[p], *lanes[p, c], boxes[c]]) for p, c in roles]
-    leaving, reaching = Counter(p for p, _ in roles), Counter(c for _, c in roles)
     labels = [
-        _role([boxes[p], *lanes[p, c], boxes[c]], names, at_child=leaving[p] > reaching[c])
-        for (p, c), names in roles.items()
+        _role([boxes[p], *lanes[p, c], boxes[c]], names, at_child)
+        for (p, c), names, at_child in _labelled(roles, {edge for edge, lane in lanes.items() if lane})
     ]
     drawn = [_box(known[key], place) for key, place in boxes.items()]
     tip = (
@@ -150,6 +151,29 @@ def _edges(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
             if parent in known:
                 edges.setdefault((parent, row.key), []).append(row.label(role))
     return edges
+
+
+def _labelled(
+    roles: Mapping[tuple[str, str], Sequence[str]], long: Container[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], Sequence[str], bool]]:
+    """The edges that are labelled, their roles, and whether the label stands at the child.
+
+    A label stands at the end where fewer edges meet. Where many meet at both ends, a parent with one role for all its
+    neighbours is labelled once.
+    """
+    leaving, reaching = Counter(p for p, _ in roles), Counter(c for _, c in roles)
+    shared: dict[str, set[str]] = {}
+    for (parent, child), names in roles.items():
+        if (parent, child) not in long:
+            shared.setdefault(parent, set()).add(", ".join(names))
+    told = set()
+    for (parent, child), names in roles.items():
+        crowded = (parent, child) not in long and leaving[parent] > 1 < reaching[child]
+        if not crowded or len(shared[parent]) > 1:
+            yield (parent, child), names, leaving[parent] > reaching[child]
+        elif parent not in told:
+            told.add(parent)
+            yield (parent, child), names, False
 
 
 def _stack(boxes: Mapping[str, _Place], lanes: Mapping[tuple[str, str], Sequence[_Place]]) -> float:
@@ -215,13 +239,15 @@ def _box(row: Row, place: _Place) -> str:
     )
     hint = escape("\n".join([row.name, f"key {row.key}", *details(row)]))
     planned = "" if row.made else " planned"
+    name = _cut(row.name, 2 * NAME_CHARACTERS)
+    squeezed = f' textLength="{BOX_WIDTH - 28}" lengthAdjust="spacingAndGlyphs"' if len(name) > NAME_CHARACTERS else ""
     return (
         f"<g><title>{hint}</title>"
         f'<rect class="box{planned}" x="{place.left:.0f}" y="{place.y:.1f}" '
         f'width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"/>'
         f'<rect class="{COLOURS.get(row.stage, "grey")}" x="{place.left:.0f}" y="{place.y + 8:.1f}" width="4" '
         f'height="{BOX_HEIGHT - 16}" rx="2"/>'
-        f'<text class="name" x="{place.left + 16:.0f}" y="{place.y + 22:.1f}">{escape(_cut(row.name, 24))}</text>'
+        f'<text class="name" x="{place.left + 16:.0f}" y="{place.y + 22:.1f}"{squeezed}>{escape(name)}</text>'
         f"{texts}</g>"
     )
 
