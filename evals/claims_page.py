@@ -7,7 +7,7 @@ from pathlib import Path
 from evals.claim_config import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
 from evals.claims import Finding, domains_of, findings
 from evals.grid import ABSENT, Grid
-from evals.results import Results
+from evals.results import BASELINES, STUDENT, VARIANTS, Results
 
 MARKS = {"shown": "**shown**", "contradicted": "**contradicted**"}
 UNITS = {
@@ -91,7 +91,7 @@ def expectation(finding: Finding) -> str:
         "above": f"above {margin}" if test.fit else "above 0",
         "below": "below 0",
         "within": f"within ±{margin}",
-        "not_below": f"above −{margin}",
+        "not_below": f"above -{margin}",
         "not_above": f"below +{margin}",
     }[test.expect]
 
@@ -187,7 +187,11 @@ def _number(value: float, test: ComparisonConfig, signed: bool = False) -> str:
 
 
 def _short(name: str) -> str:
-    return name.replace("experts/", "").replace("variants/", "").replace("baselines/", "").replace("_", " ")
+    """A checkpoint as a reader calls it: `expert sort`, `student half`, `baseline ties`."""
+    for prefix, role in (("experts/", "expert"), (VARIANTS, STUDENT), (BASELINES, "baseline")):
+        if name.startswith(prefix):
+            return f"{role} {name.removeprefix(prefix).replace('_', ' ')}"
+    return name.replace("_", " ")
 
 
 def _claim(key: str) -> str:

@@ -143,7 +143,7 @@ def test_grid_page_and_figures_tell_the_same():
     )
     grid = hypotheses_grid(results)
     assert [row[-1] for row in grid.rows] == ["shown", "not measured", "shown"]
-    assert grid.rows[0][1] == "rl − sft: greedy score on new"
+    assert grid.rows[0][1] == "expert rl − expert sft: greedy score on new"
     assert grid.rows[0][3].startswith("+20.0 [")
     own = findings(results, results.hypotheses)
     figure = claim_figure(results, own)
