@@ -13,10 +13,12 @@ from evals.markup import card
 Points = list[tuple[int, float]]
 
 COLOURS = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9", "#d9605a", "#7f8c97")
+# What a reader looks for first.
+FIRST = ("loss", "reward", "reverse_kl", "entropy", "length", "grad_norm")
 # As many panels as a reader will look at, and as many points as a panel has room for.
 PANELS, BUCKETS = 12, 80
 WIDTH, HEIGHT = 240, 120
-LEFT, RIGHT, TOP, BOTTOM = 36, 236, 20, 104
+LEFT, RIGHT, TOP, BOTTOM = 42, 236, 20, 104
 
 
 def curves_cards(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -40,7 +42,7 @@ def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for name, value in record.get("values", {}).items():
                 if math.isfinite(value):
                     metrics.setdefault(name, {}).setdefault(seed, []).append((record["step"], value))
-    lines = {name: own for name, own in metrics.items() if any(len(points) > 1 for points in own.values())}
+    lines = _telling(metrics)
     if not lines:
         return ""
     colours = {seed: COLOURS[index % len(COLOURS)] for index, seed in enumerate(seeds)}
@@ -50,8 +52,23 @@ def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         if seed
     )
     panels = "".join(_panel(name, own, colours) for name, own in list(lines.items())[:PANELS])
-    more = f'<p class="soft">{len(lines) - PANELS} more in the journal.</p>' if len(lines) > PANELS else ""
+    more = (
+        f'<p class="soft">{len(lines) - PANELS} more that change stand in the journal.</p>'
+        if len(lines) > PANELS
+        else ""
+    )
     return f'{keys}<div class="panels">{panels}</div>{more}'
+
+
+def _telling(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, Points]]:
+    """The metrics that change, the well-known first; of two with equal values (one domain and the whole) the first."""
+    known = {name: index for index, name in enumerate(FIRST)}
+    found: dict[str, dict[str, Points]] = {}
+    for name in sorted(metrics, key=lambda name: known.get(name.partition("/")[2].partition("/")[0], len(FIRST))):
+        changes = any(len({value for _, value in points}) > 1 for points in metrics[name].values())
+        if changes and metrics[name] not in found.values():
+            found[name] = metrics[name]
+    return found
 
 
 def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -> str:
@@ -68,8 +85,8 @@ def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -
     )
     labels = [
         ("start", 2, 10, name, ' class="title"'),
-        ("end", LEFT - 4, TOP + 4, f"{high:.3g}", ""),
-        ("end", LEFT - 4, BOTTOM, f"{low:.3g}", ""),
+        ("end", LEFT - 4, TOP + 4, f"{high:.2g}", ""),
+        ("end", LEFT - 4, BOTTOM, f"{low:.2g}", ""),
         ("start", LEFT, HEIGHT - 4, f"step {first}", ""),
         ("end", RIGHT, HEIGHT - 4, str(last), ""),
     ]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from evals.costs import checkpoint_title
 from evals.merges import merges
 from evals.results import STUDENT, Results
 from evals.scores import Scores
-from evals.table import merge_title
 from experts.domain import HELD_OUT, Prompt
 
 EXAMPLES = 40
@@ -58,10 +58,10 @@ def columns_of(results: Results, domain: str, seed: int, other: str | None) -> l
     teacher = results.teacher(domain)
     found = [("base", "base", "base"), ("cold_start", "cold start", "cold_start")]
     if teacher:
-        found.append(("teacher", f"teacher: {teacher.replace('_', ' ')}", teacher))
+        found.append(("teacher", f"teacher: {checkpoint_title(teacher)}", teacher))
     found.append((STUDENT, "student: MOPD", STUDENT))
     if other:
-        found.append(("other", merge_title(other), other))
+        found.append(("other", checkpoint_title(other), other))
     return [
         Column(role, title, sheet)
         for role, title, name in found

@@ -34,7 +34,7 @@ def test_the_best_other_merge_stands_beside_the_student():
     whole = dataclasses.replace(whole, checkpoints=(*whole.checkpoints, "baselines/ties", "baselines/dare"))
     assert best_other(whole) == "baselines/dare" and best_other(results()) is None
     titles = [column.title for column in columns_of(whole, "b", 0, "baselines/dare")]
-    assert titles == ["base", "cold start", "teacher: experts/b", "student: MOPD", "dare"]
+    assert titles == ["base", "cold start", "teacher: b", "student: MOPD", "dare"]
     assert [column.role for column in columns_of(whole, "g", 0, None)] == ["base", "cold_start", "student"]
 
 
@@ -102,8 +102,13 @@ def test_a_thinned_curve_keeps_its_spikes():
     assert thinned(points[:50]) == points[:50]
 
 
-def test_seeds_share_a_panel_and_what_is_not_finite_is_left_out():
-    records = [{"step": step, "values": {"loss": math.nan if step == 3 else 1.0 * step}} for step in range(9)]
+def test_seeds_share_a_panel_and_what_tells_nothing_is_left_out():
+    """NaN, a metric that never changes, and a domain that is all there is."""
+    losses = [math.nan if step == 3 else 1.0 * step for step in range(9)]
+    records = [
+        {"step": step, "values": {"sft/seconds": 2.0, "sft/loss": loss, "sft/loss/a": loss}}
+        for step, loss in enumerate(losses)
+    ]
     text = curves_cards({"student@0": records, "student@1": records, "base": [{"step": 0, "text": "<said>"}]})
     assert text.count("<svg") == 1 and text.count("<polyline") == 2 and "nan" not in text
     assert text.count("<details") == 2 and "seed 1" in text and "step 0: &lt;said&gt;" in text
