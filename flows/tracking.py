@@ -119,7 +119,7 @@ class Tracker:
         Args:
             status: How the run ended.
             results: The comparison of base, teachers and student.
-            report: The HTML report.
+            report: The HTML report; the data it links to stands beside it.
             candidate: The merge the gate judged: it gets the alias `candidate`; `champion` goes to whoever is.
         """
         if results is not None:
@@ -129,7 +129,11 @@ class Tracker:
         made = [node.key for node in self.graph.checkpoints if self.store.find(node.key)]
         pages = {"lineage.html": lineage.draw_html(self.store, made, self.name)} if made else {}
         if report is not None:
+            from evals.export import DATA_FILE, SCORES_FILE
+
             pages[report.name] = report.read_text()
+            for file in (SCORES_FILE, DATA_FILE):
+                self.submit("text", ref=PARENT, file=file, text=report.with_name(file).read_text())
         students = {node.key for node in self.graph.checkpoints if node.name == STUDENT and node.id in self._known}
         if candidate is not None:
             for operation in operations(self.name, candidate):

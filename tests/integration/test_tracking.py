@@ -35,6 +35,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             play(tracker, store, graph, node)
     report = home / "report.html"
     report.write_text("<p>tables</p>")
+    (home / "scores.csv").write_text("checkpoint,domain\n")
+    (home / "report.json").write_text("{}")
     promote_by_gate(graph, store, Verdict("student", "the only merge", (Criterion("all", True, ""),)))
     tracker.finish("FINISHED", None, report, graph.node("student@0"))
     return {"home": home, "graph": graph, "store": store, "tracker": tracker, "client": tracker.writer.client}
@@ -124,7 +126,7 @@ def test_cached_checkpoints_are_inputs_of_the_parent_run(tracked):
     parent = tracked["client"].get_run(tracked["tracker"].run_id)
     linked = {i.model_id for i in parent.inputs.model_inputs}
     assert linked == {known[graph.node(id).key].model_id for id in ("base@0", "cold_start@0")}
-    assert {"report.html", "lineage.html", "run.yaml", "lock.json"} <= {
+    assert {"report.html", "report.json", "scores.csv", "lineage.html", "run.yaml", "lock.json"} <= {
         file.path for file in tracked["client"].list_artifacts(parent.info.run_id)
     }
 
