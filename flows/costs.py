@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from evals.results import Cost, Results
-from flows.plan import StageGraph
+from flows.plan import EVALUATIONS, StageGraph
 from stages.core.checkpoint import Artifact, Store
 
 
 def scoring_costs(graph: StageGraph, store: Store, results: Results) -> dict[str, Cost]:
-    """What all evaluations of a checkpoint took together, a mean over seeds, by node name.
+    """What all measurements of a checkpoint took together, a mean over seeds, by node name.
 
     Tokens are those of all completions in the score sheets.
 
@@ -20,7 +20,12 @@ def scoring_costs(graph: StageGraph, store: Store, results: Results) -> dict[str
     """
     spent: dict[str, list[Cost]] = {}
     for checkpoint in graph.checkpoints:
-        made = [found for node in graph.evaluations(checkpoint.id) if (found := store.find(node.key))]
+        measured = [
+            node
+            for node in graph.nodes
+            if node.stage in EVALUATIONS and node.parents.get("checkpoint") == checkpoint.id
+        ]
+        made = [found for node in measured if (found := store.find(node.key))]
         if made:
             memory = max(float(artifact.manifest.get("peak_memory", 0)) for artifact in made)
             tokens = _tokens(results, checkpoint.name, checkpoint.seed)
