@@ -8,7 +8,7 @@ updates are: rounding hides what is small beside its weight.
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from stages.merge import Expert, Geometry
 
 TOLERANCE = 1e-5
 EXPERT_ROLE = "expert/"
+# Weights worked on at a time.
+_SLICE = 2**20
 _LAYER = re.compile(r"\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
 _HEAD = re.compile(r"^(lm_head|embed_out)\.")
@@ -45,14 +47,18 @@ class Tally:
     size: float = 0.0
 
     def add(self, start: Tensor, trained: Tensor) -> None:
-        """Count in one tensor of the start and of the checkpoint, both float32."""
-        difference = trained - start
-        rounded = trained.bfloat16().float() - start.bfloat16().float()
+        """Count in one tensor of the start and of the checkpoint, both float32, slice by slice."""
         self.weights += start.numel()
-        self.bfloat16 += int((rounded.abs() > TOLERANCE).sum())
-        self.float32 += int((difference.abs() > TOLERANCE).sum())
-        self.moved += float(difference.double().square().sum())
-        self.size += float(start.double().square().sum())
+        for before, after in zip(start.flatten().split(_SLICE), trained.flatten().split(_SLICE), strict=True):
+            difference = after - before
+            rounded = after.bfloat16().float() - before.bfloat16().float()
+            self.bfloat16 += int((rounded.abs() > TOLERANCE).sum())
+            self.float32 += int((difference.abs() > TOLERANCE).sum())
+            self.moved += float(difference.double().square().sum())
+            self.size += float(before.double().square().sum())
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def change(self) -> WeightChange:
         """The shares; a start of zeros counts as of norm 1."""
@@ -73,14 +79,14 @@ def weight_shift(start: StoredWeights, checkpoint: StoredWeights) -> WeightShift
         start: The run's start.
         checkpoint: Trained from it, so of the same architecture.
     """
-    whole, parts = Tally(), defaultdict[str, Tally](Tally)
+    parts = defaultdict[str, Tally](Tally)
     for name in distinct_names(start):
         origin, trained = start.read(name), checkpoint.read(name)
-        for tally in (whole, parts[part_of(name)]):
-            tally.add(origin, trained)
+        parts[part_of(name)].add(origin, trained)
     layers = sorted((part for part in parts if part.isdigit()), key=int)
     named = {part: parts[part].change() if part in parts else None for part in ("embeddings", "head", "rest")}
     changes = [parts[layer].change() for layer in layers]
+    whole = sum(parts.values(), start=Tally())
     return WeightShift(**dict(whole.change()), layers=changes, **named)
 
 

@@ -31,6 +31,7 @@ FEW_STEPS = [
     "evaluate.examples=2",
     "evaluate.samples=0",
     "evaluate.max_new_tokens=8",
+    "evaluate.shift=null",
 ]
 
 
