@@ -106,4 +106,5 @@ class HypothesisConfig(StrictModel):
     """A claim and the tests that would show it."""
 
     claim: str = Field(description="What is claimed, in a sentence.")
+    note: str = Field("", description="What a reader of the result should know.")
     tests: dict[str, ComparisonConfig] = Field(min_length=1, description="Comparisons, by a name.")

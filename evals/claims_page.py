@@ -165,6 +165,7 @@ def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
         f"`{run.file.name}`, {size}. {hypothesis.claim if _claim(key) != key else ''}".rstrip(),
         "\n".join([head, "| --- | --- | --- | --- | ---: | --- |", *rows]),
         _values(own),
+        hypothesis.note,
     ]
     if figure := run.figures.get(key):
         parts.append(f"![{key}: {hypothesis.claim}]({figure.as_posix()})")

@@ -21,6 +21,7 @@ HYPOTHESES = {
     },
     "C2": {
         "claim": "RL gains.",
+        "note": "On ten examples.",
         "tests": {"gain": {"compare": ["experts/sort", "cold_start"], "domains": ["sort"], "expect": "above"}},
     },
 }
@@ -59,6 +60,7 @@ def test_the_page_tells_every_claim_with_figure_and_data(tmp_path: Path) -> None
     assert "| C1 | The student forgets less than the expert. | **shown** (tests: general) |" in text
     assert "`tests.yaml`, 3 seeds, 100 examples a domain and seed." in text
     assert "student − expert reverse: drop from the start on general | below 0 | -15.0 [" in text
+    assert text.count("On ten examples.") == 1
     for figure in ("C1", "C2"):
         assert f"(claims/{figure}.svg)" in text
         assert (page.parent / "claims" / f"{figure}.svg").read_text().count("<svg") == 1
