@@ -39,9 +39,11 @@ def _fit(results: Results, one: Finding) -> str:
     y = [100 * value for value in one.values.values()]
     figure, axes = _axes(6.4, 4.0)
     axes.scatter(x, y, color=LINES[0], zorder=3)
-    for name, place, height in zip(one.values, x, y, strict=True):
+    for rank, (place, height, name) in enumerate(sorted(zip(x, y, one.values, strict=True))):
         label = name.rpartition("/")[2].replace("_", " ")
-        axes.annotate(label, (place, height), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        # Neighbours' labels go to different sides.
+        offset, side = (((6, 3), "left"), ((-6, 3), "right"), ((6, -9), "left"))[rank % 3]
+        axes.annotate(label, (place, height), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
     grid = np.linspace(min(x), max(x), 100)
     axes.plot(grid, np.polyval(np.polyfit(x, y, 2), grid), color=LINES[1], linewidth=1.2)
     axes.set_xlabel(f"{fit.x.replace('_', ' ')} on {', '.join(fit.x_domains)}")
