@@ -10,7 +10,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,23 @@ KIND = "mlflow.experimentKind"
 TABLES = "mlflow.loggedArtifacts"
 TAG_LENGTH = 5000
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
+
+
+@contextmanager
+def _tracking_store(uri: str) -> Iterator[None]:
+    """Make `uri` the store of MLflow's functions for a while: not every one of its calls goes by its client's. MLflow
+    also writes it into the environment, where it would send the next run of this process, in another home, here."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 class Writer:
@@ -81,7 +99,8 @@ class Writer:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._say[operation["op"]](operation, ids)
+            with _tracking_store(self.uri):
+                self._say[operation["op"]](operation, ids)
         except MlflowException as error:
             kind = Rejected if error.error_code in HOPELESS else Unreachable
             raise kind(str(error)) from error
@@ -97,8 +116,7 @@ class Writer:
 
             # It prints the traceback of every fault of its database, and then raises it to us.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-            with self.store.lock("mlflow"):
-                mlflow.set_tracking_uri(self.uri)
+            with self.store.lock("mlflow"), _tracking_store(self.uri):
                 client = mlflow.MlflowClient(self.uri)
                 known = client.get_experiment_by_name(EXPERIMENT)
                 local = mlflow_artifacts(self.store.home).as_uri() if self.uri.startswith("sqlite") else None

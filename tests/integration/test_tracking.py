@@ -181,6 +181,18 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
     assert not list((home / "runs" / "lab" / "unsent").glob("*.jsonl"))
 
 
+def test_a_second_home_of_one_process_has_a_store_of_its_own(tracked, tmp_path):
+    graph, home = tracked["graph"], tmp_path / "home"
+    tracker = Tracker.start(graph, home, "name: lab\n")
+    commit(tracker.store, graph, graph.node("base@0"))
+    play(tracker, tracker.store, graph, graph.node("cold_start@0"))
+    tracker.finish("FINISHED", None, None)
+    assert tracker.writer.uri == f"sqlite:///{home / 'mlflow.db'}"
+    assert (home / "mlflow.db").exists()
+    names = {model.tags["key"] for model in tracker.writer.client.search_logged_models(["1"])}
+    assert names == {graph.node(id).key for id in ("base@0", "cold_start@0")}
+
+
 def test_a_run_whose_process_died_is_marked_killed_at_the_next_start(tracked):
     home, graph = tracked["home"], tracked["graph"]
     dead = Tracker.start(graph, home, "name: lab\n")
