@@ -15,6 +15,8 @@ from evals.compare import Interval
 from evals.results import Results
 
 COLOURS = {"shown": "#2aa876", "contradicted": "#d9605a", "not shown": "#8a939b"}
+# Points a slope's axis spans at the least, so that a line of noise does not look steep.
+LEAST_SPAN = 10.0
 LINES = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9")
 
 
@@ -57,8 +59,13 @@ def _slopes(slopes: Sequence[Finding]) -> str:
     for one, colour in zip(slopes, LINES, strict=False):
         assert one.config.slope is not None
         points = sorted((setting, 100 * one.values[name]) for name, setting in one.config.slope.items())
-        label = f"{one.test.replace('_', ' ')} ({one.verdict})"
+        assert one.interval is not None
+        mean, low, high = (f"{100 * bound:+.1f}" for bound in (one.interval.mean, one.interval.low, one.interval.high))
+        label = f"{one.test.replace('_', ' ')}: {mean} [{low}, {high}] a unit ({one.verdict})"
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=label)
+    bottom, top = axes.get_ylim()
+    missing = max(0.0, LEAST_SPAN - (top - bottom)) / 2
+    axes.set_ylim(bottom - missing, top + missing)
     axes.set_xlabel("setting")
     axes.set_ylabel("%, or points")
     axes.legend(frameon=False, fontsize=8)
