@@ -14,6 +14,7 @@ GROUPS: Mapping[str, Callable[[str], bool]] = {
     "base and cold start": lambda name: "/" not in name and name != STUDENT,
     "experts": lambda name: name.startswith("experts/"),
     "merge: MOPD": lambda name: name == STUDENT,
+    "earlier rounds": lambda name: name.startswith("round"),
     "other merges": lambda name: name.startswith((BASELINES, VARIANTS)),
 }
 EVALUATION, ALL = "evaluation", "all"

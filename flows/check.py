@@ -15,6 +15,7 @@ from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.harness import harness_problems
 from flows.plan import EVALUATIONS, Node, StageGraph
+from flows.rounds import without_round
 from flows.shifts import SHIFT
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
@@ -206,7 +207,7 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 def _config_key(node: Node) -> str:
     """Where in the run file a training node's config stands."""
-    kind, _, name = node.name.partition("/")
+    kind, _, name = without_round(node.name).partition("/")
     if node.name.startswith((BASELINES, VARIANTS)):
         return f"merge.{kind}.{name}"
     keys = {BASE: "base.pretrain", COLD_START: "cold_start.sft", STUDENT: "merge"}

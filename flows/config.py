@@ -160,6 +160,11 @@ class MergeConfig(DistillConfig):
     )
     fallback_teacher: str | None = Field(None, description="Expert, cold_start or base for domains without a teacher.")
     anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
+    rounds: Positive = Field(
+        1,
+        description="Co-evolution: so often are experts trained and merged, each round's experts (and merge, unless "
+        "start_from says where) starting from the student before.",
+    )
     baselines: BaselinesConfig = Field(
         default_factory=BaselinesConfig, description="Other merges of the same experts, beside it."
     )

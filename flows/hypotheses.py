@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from experts.errors import nearest
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConfig
+from flows.rounds import round_prefix
 
 
 def hypothesis_problems(config: RunConfig) -> Iterator[str]:
@@ -26,5 +27,8 @@ def checkpoint_names(config: RunConfig) -> list[str]:
     names = [BASE, *([COLD_START] if config.cold_start else []), *(f"experts/{name}" for name in config.experts)]
     if config.merge is None:
         return names
+    rounds = [round_prefix(number, config.merge.rounds) for number in range(1, config.merge.rounds)]
+    alone = [name for name, expert in config.experts.items() if not expert.checkpoint and not expert.start_from]
+    names += [f"{earlier}{own}" for earlier in rounds for own in (*(f"experts/{name}" for name in alone), STUDENT)]
     baselines = [f"{BASELINES}{name}" for name in config.merge.baselines.named]
     return [*names, STUDENT, *(f"{VARIANTS}{name}" for name in config.merge.variants), *baselines, "teacher"]

@@ -16,6 +16,7 @@ from flows.baselines import baseline_config
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.harness import harness_tasks
 from flows.lock import lock_path, read_json
+from flows.rounds import round_prefix
 from flows.shifts import COSINES, SHIFT, shift_nodes, shift_request
 from flows.variants import variant_run
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
@@ -140,37 +141,51 @@ class _Builder:
             made[COLD_START] = self._train(
                 COLD_START, "sft", SFTConfig, sft, seed, {"start": made[BASE]}, config.domain_names(sft.domains)
             )
-        for name, expert in config.experts.items():
-            if expert.checkpoint:
-                source = self._resolve(f"experts.{name}.checkpoint", expert.checkpoint, None)
-                made[name] = self._load(f"experts/{name}", source)
-                continue
-            start = made[expert.start_from or config.default_start()]
-            assert expert.train is not None
-            stage, method = expert.train.chosen
-            made[name] = self._train(
-                f"experts/{name}", stage, type(method), method, seed, {"start": start}, [expert.domain]
-            )
+        start = made[config.default_start()]
+        earlier = list(made.values())
+        rounds = config.merge.rounds if config.merge else 1
+        for number in range(1, rounds + 1):
+            prefix = round_prefix(number, rounds)
+            round_start = made.get(STUDENT, start)
+            made |= self._experts(prefix, made, round_start, seed)
+            if config.merge:
+                parents = self._merge_parents(config, made, round_start)
+                made[STUDENT] = self._distill(f"{prefix}{STUDENT}", config, seed, parents)
+            earlier += made.values()
         if config.merge:
-            parents = self._merge_parents(config, made)
-            made[STUDENT] = self._distill(STUDENT, config, seed, parents)
             for name, variant in self.variants.items():
                 made[f"{VARIANTS}{name}"] = self._distill(
-                    f"{VARIANTS}{name}", variant, seed, self._merge_parents(variant, made)
+                    f"{VARIANTS}{name}", variant, seed, self._merge_parents(variant, made, round_start)
                 )
             for name in config.merge.baselines.named:
                 made[f"{BASELINES}{name}"] = self._baseline(name, seed, parents)
-        for checkpoint in made.values():
+        checkpoints = list(dict.fromkeys([*earlier, *made.values()]))
+        for checkpoint in checkpoints:
             self._add_evaluations(checkpoint, seed)
         if request := shift_request(config.evaluate):
-            domains, start = config.domain_names(config.evaluate.domains), made[config.default_start()]
-            for node in shift_nodes(request, self.nodes, list(made.values()), start, domains, seed):
+            domains = config.domain_names(config.evaluate.domains)
+            for node in shift_nodes(request, self.nodes, checkpoints, start, round_start, domains, seed):
                 self._add(**node)
 
-    def _merge_parents(self, config: RunConfig, made: Mapping[str, str]) -> dict[str, str]:
+    def _experts(self, prefix: str, made: Mapping[str, str], start: str, seed: int) -> dict[str, str]:
+        """Add a round's experts; one with a start of its own, or made elsewhere, is the same in every round."""
+        experts = {}
+        for name, expert in self.config.experts.items():
+            if expert.checkpoint:
+                source = self._resolve(f"experts.{name}.checkpoint", expert.checkpoint, None)
+                experts[name] = self._load(f"experts/{name}", source)
+                continue
+            assert expert.train is not None
+            stage, method = expert.train.chosen
+            own = f"experts/{name}" if expert.start_from else f"{prefix}experts/{name}"
+            parents = {"start": made[expert.start_from] if expert.start_from else start}
+            experts[name] = self._train(own, stage, type(method), method, seed, parents, [expert.domain])
+        return experts
+
+    def _merge_parents(self, config: RunConfig, made: Mapping[str, str], start: str) -> dict[str, str]:
         """role -> node id of the start and the teachers: `teacher/DOMAIN`, `teacher/DOMAIN/TEACHER` where several."""
         assert config.merge is not None
-        parents = {"start": made[config.merge.start_from or config.default_start()]}
+        parents = {"start": made[config.merge.start_from] if config.merge.start_from else start}
         for domain, weights in config.teachers().items():
             several = len(weights) > 1
             parents |= {f"teacher/{domain}/{n}" if several else f"teacher/{domain}": made[n] for n in weights}

@@ -38,7 +38,13 @@ def shift_request(evaluate: EvaluateConfig) -> ShiftRequest | None:
 
 
 def shift_nodes(
-    request: ShiftRequest, nodes: Mapping[str, "Node"], made: list[str], start: str, domains: list[str], seed: int
+    request: ShiftRequest,
+    nodes: Mapping[str, "Node"],
+    made: list[str],
+    start: str,
+    expert_start: str,
+    domains: list[str],
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
     """The nodes of one seed, as arguments of the plan's own addition of a node.
 
@@ -47,6 +53,8 @@ def shift_nodes(
         nodes: The graph so far, by id.
         made: Ids of the seed's checkpoints.
         start: Id of the run's start.
+        expert_start: Id of what the experts start from, for their task vectors: the start, or the student of the round
+            before.
         domains: Domains measured.
         seed: Of the run.
     """
@@ -64,7 +72,9 @@ def shift_nodes(
             "parents": {"start": start, "checkpoint": node.id},
             "domains": domains,
         }
-    experts = [node for node in trained if node.name.startswith("experts/") and node.parents.get("start") == start]
+    experts = [
+        node for node in trained if node.name.startswith("experts/") and node.parents.get("start") == expert_start
+    ]
     if len(experts) >= 2:
         yield {
             "node_id": f"{COSINES}@{seed}",
@@ -73,7 +83,7 @@ def shift_nodes(
             "seed": SEED,
             "config": {},
             "facts": {},
-            "parents": {"start": start} | {f"expert/{node.name.partition('/')[2]}": node.id for node in experts},
+            "parents": {"start": expert_start} | {f"expert/{node.name.partition('/')[2]}": node.id for node in experts},
             "domains": [],
         }
 

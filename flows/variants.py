@@ -9,7 +9,7 @@ from experts.errors import UserError
 from flows.config import MergeConfig, RunConfig
 
 # What stands beside the merge has no place within it.
-_BESIDE = {"baselines", "variants"}
+_BESIDE = {"baselines", "variants", "rounds"}
 
 
 def variant_run(config: RunConfig, name: str) -> RunConfig:
