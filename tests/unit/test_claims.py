@@ -147,7 +147,7 @@ def test_grid_page_and_figures_tell_the_same():
     assert grid.rows[0][3].startswith("+20.0 [")
     own = findings(results, results.hypotheses)
     figure = claim_figure(results, own)
-    assert figure.count("<svg") == 1 and "trend (shown)" in figure
+    assert figure.count("<svg") == 1 and "trend: +15.0 [" in figure
     assert "plain" in claim_figure(results, own[:1])
     assert claim_figure(results, own[1:2]) is None
     page = claims_page([Judged(Path("code.yaml"), results, own, {"C1": Path("claims/C1.svg")})], "Made so.")
