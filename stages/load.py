@@ -1,5 +1,8 @@
 """Base stage: bring a checkpoint made elsewhere (Hugging Face id, local directory, GGUF file) into the store.
 
+It may come from anybody, so nothing in it is run: weights are read from safetensors or GGUF, never from a pickle, and a
+model that brings its own code is refused.
+
 Weights are kept in the type they come in (a GGUF file's are de-quantized to float32); later stages train in float32.
 """
 
@@ -18,7 +21,7 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     """Copy the checkpoint into the store.
 
     Raises:
-        UserError: the files cannot be read as a causal language model with a tokenizer.
+        UserError: the files are no causal language model with a tokenizer, or only a pickle of one, or bring code.
     """
     location, options = _arguments(source)
     try:
@@ -26,6 +29,8 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:
         name = workspace.name
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name}: {source.location}: it brings code of its own, and that is not run here") from None
         raise UserError(f"{name}: {source.location}: not a causal language model with a tokenizer: {error}") from error
     if source.kind == "gguf":
         model = _plain(model)
@@ -50,4 +55,5 @@ def _arguments(source: Source) -> tuple[str, dict[str, Any]]:
     if source.kind == "gguf":
         path = Path(source.location)
         return str(path.parent), {"gguf_file": path.name}
-    return source.location, {"revision": source.revision} if source.revision else {}
+    options = {"revision": source.revision} if source.revision else {}
+    return source.location, options | {"use_safetensors": True, "trust_remote_code": False}

@@ -80,6 +80,10 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{key}: {path}: not a Hugging Face checkpoint (no config.json)")
+        if not any(path.glob("*.safetensors")):
+            pickled = next(path.glob("*.bin"), None)
+            told = f"only {pickled.name}, and a pickle can run any code when it is read" if pickled else "none"
+            raise UserError(f"{key}: {path}: weights are read from safetensors files; here there is {told}")
         return Source("directory", str(path.resolve()))
     looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
     if looks_like_path:

@@ -119,6 +119,7 @@ def test_each_of_several_teachers_must_read_the_students_tokens(tmp_path: Path) 
     foreign = tmp_path / "foreign"
     character_tokenizer().save_pretrained(foreign)
     (foreign / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (foreign / "model.safetensors").touch()
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]

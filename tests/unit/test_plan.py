@@ -215,6 +215,7 @@ def test_a_local_base_is_keyed_by_its_content(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     base = {"checkpoint": str(folder)}
     before = graph_of(tmp_path, base=base)
     assert changed(before, graph_of(tmp_path, base=base)) == set()

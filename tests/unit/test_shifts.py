@@ -122,6 +122,7 @@ def test_experts_of_another_start_have_no_cosine(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     experts = MINIMAL["experts"] | {"reverse": {"domain": "reverse", "checkpoint": str(folder)}}
     assert shifts_of(graph_of(tmp_path, experts=experts)) == ["shift/experts/sort@0", "shift/student@0"]
 
