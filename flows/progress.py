@@ -95,7 +95,7 @@ class Meter:
 
     def _moved(self, when: float) -> None:
         self.share = fmean(step / total if total else 0.0 for step, total in self._steps.values())
-        if self._first is None or when <= self._started:
+        if self._first is None or when <= max(self._started, self._first[0]):
             self._first = (when, self.share)
             return
         began, before = self._first

@@ -47,6 +47,14 @@ def test_steps_of_an_earlier_attempt_do_not_count_as_speed() -> None:
     assert meter.eta_seconds == pytest.approx(58 * 500, rel=0.01)
 
 
+def test_a_clock_set_back_makes_no_time_left_negative() -> None:
+    meter = Meter("student@0", [node("student@0")], now=1000)
+    meter.read(node("student@0"), [progress(1, 10, 1100), progress(2, 10, 1105), progress(3, 10, 1050)])
+    assert meter.eta_seconds == pytest.approx(7 * 5)
+    meter.read(node("student@0"), [progress(4, 10, 1060)])
+    assert meter.eta_seconds == pytest.approx(6 * 10)
+
+
 def test_the_measure_is_the_stages_own_averaged_over_domains() -> None:
     distill = node("student", "distill")
     meter = Meter("student@0", [distill])
