@@ -2,16 +2,19 @@
 
 A domain is a typed source of examples with one scorer; the scorer is the reward in training and the measure in
 evaluation, so the two can never drift apart. A kind of domain is one module with an `Options` model and a
-`load(name, options)`; `KINDS` lists them.
+`load(name, options)`; `KINDS` lists ours, and a run file may name a Python file of its own (`kind: domains/mine.py`).
 """
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,6 +35,9 @@ KINDS = {
     "hub": "experts.hub",
     "judge": "experts.judge",
 }
+
+
+OWN_SUFFIX = ".py"
 
 
 class Options(BaseModel):
@@ -65,15 +71,30 @@ class Example:
 
 
 class Domain(ABC):
-    """A skill: where its examples come from and how a completion is scored."""
+    """A skill: where its examples come from and how a completion is scored.
+
+    Attributes:
+        name: Its key in the run file.
+        code: Hash of the file a domain of one's own is read from; empty for a kind of ours, which has a version.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.code = ""
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits this domain can draw from."""
         return (TRAIN, HELD_OUT)
+
+    def check_split(self, split: str) -> None:
+        """See that this domain has a split.
+
+        Raises:
+            UserError: it has not.
+        """
+        if split not in self.splits:
+            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
 
     @abstractmethod
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
@@ -113,6 +134,10 @@ class Domain(ABC):
     def fingerprint(self) -> str:
         """Hash of all that decides the examples and their scores (kind, version, options, data, packages)."""
 
+    def identity(self) -> str:
+        """The fingerprint, and with it the code of a domain of one's own: another scorer is another reward."""
+        return stable_hash([self.fingerprint(), self.code]) if self.code else self.fingerprint()
+
 
 def stable_hash(value: Any) -> str:
     """SHA-256 of a JSON-serialisable value, key order ignored."""
@@ -131,8 +156,10 @@ def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
     Raises:
         UserError: unknown kind, unknown or invalid option; names the key and the nearest valid choice.
     """
-    module = _kind_module(name, kind)
-    return module.load(name, check_options(name, kind, options))
+    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
+    if kind.endswith(OWN_SUFFIX):
+        domain.code = hashlib.sha256(Path(kind).read_bytes()).hexdigest()
+    return domain
 
 
 def check_options(name: str, kind: str, options: Mapping[str, Any]) -> Options:
@@ -145,9 +172,37 @@ def check_options(name: str, kind: str, options: Mapping[str, Any]) -> Options:
 
 
 def _kind_module(name: str, kind: str) -> Any:
+    if kind.endswith(OWN_SUFFIX):
+        return _own_module(name, Path(kind))
     if kind not in KINDS:
         raise UserError(f"domains.{name}.kind: unknown kind '{kind}'{nearest(kind, KINDS)}")
     return importlib.import_module(KINDS[kind])
+
+
+def _own_module(name: str, file: Path) -> Any:
+    """Import a person's file under a name of its own, once in a process."""
+    key = f"domains.{name}.kind"
+    if not file.is_file():
+        siblings = [str(path) for path in file.parent.glob(f"*{OWN_SUFFIX}")] if file.parent.is_dir() else []
+        raise UserError(f"{key}: {file}: no such file{nearest(str(file), siblings)}")
+    known = f"own_domain_{stable_hash(str(file.resolve()))[:16]}"
+    if known in sys.modules:
+        return sys.modules[known]
+    spec = importlib.util.spec_from_file_location(known, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[known] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[known]
+        raise UserError(f"{key}: {file}: {type(error).__name__}: {error}") from error
+    if missing := [part for part in ("Options", "load") if not hasattr(module, part)]:
+        del sys.modules[known]
+        raise UserError(
+            f"{key}: {file}: a domain's file defines Options and load; here is no {' and no '.join(missing)}"
+        )
+    return module
 
 
 def _describe(name: str, schema: type[Options], error: ValidationError) -> str:

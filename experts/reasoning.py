@@ -94,8 +94,7 @@ class ReasoningDomain(Domain):
         Raises:
             UserError: besides `Domain.draw`'s, an unknown task or parameter, or a task without a verifiable answer.
         """
-        if split not in self.splits:
-            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
+        self.check_split(split)
         streams = [self._stream(task, split, count, seed) for task in self.options.tasks]
         return [next(streams[position % len(streams)]) for position in range(count)]
 

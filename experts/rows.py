@@ -83,8 +83,7 @@ class RowDomain(Domain):
             UserError: besides `Domain.draw`'s, an unreadable or empty source, an unknown field, or a row whose prompt,
                 choices or answer cannot be used.
         """
-        if split not in self.splits:
-            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
+        self.check_split(split)
         pool = self._examples[split]
         if count > len(pool):
             raise UserError(

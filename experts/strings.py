@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
-from experts.errors import UserError, nearest
+from experts.errors import UserError
 
 VERSION = 1
 VOWELS = "aeiou"
@@ -89,8 +89,7 @@ class StringsDomain(Domain):
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
         """Draw distinct prompts of one split; see `Domain.draw`."""
-        if split not in self.splits:
-            raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
+        self.check_split(split)
         rng = random.Random(f"{self.options.task}/{split}/{seed}")
         seen: set[str] = set()
         drawn: list[Example] = []

@@ -74,7 +74,7 @@ class Workspace:
             "name": self.name,
             "seed": self.seed,
             "parents": {role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()},
-            "data": {name: domain.fingerprint() for name, domain in self.domains.items()},
+            "data": {name: domain.identity() for name, domain in self.domains.items()},
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory": peak_memory(),

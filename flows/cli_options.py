@@ -1,0 +1,39 @@
+"""Arguments that the commands share, and how their mistakes are said."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experts.errors import UserError
+
+RunFile = Annotated[Path, typer.Argument(help="A run file, such as flows/runs/lab.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted assignments: experts.sort.train.rl.max_steps=50", show_default=False)
+]
+Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
+DEFAULT_HOME = Path(".mopd")
+
+
+@contextlib.contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """A user's mistake is one message and exit code 2; a full disk one message and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    raise typer.Exit(code)
