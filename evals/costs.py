@@ -11,7 +11,8 @@ from evals.table import merge_title
 GIB = 2**30
 HEAD = ("seconds", "tokens", "peak GiB")
 GROUPS: Mapping[str, Callable[[str], bool]] = {
-    "base and cold start": lambda name: "/" not in name and name != STUDENT,
+    "base and cold start": lambda name: "/" not in name and name not in (STUDENT, "champion"),
+    "the champion before": lambda name: name == "champion",
     "experts": lambda name: name.startswith("experts/"),
     "merge: MOPD": lambda name: name == STUDENT,
     "earlier rounds": lambda name: name.startswith("round"),

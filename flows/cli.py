@@ -3,11 +3,8 @@
 Free of prefect, mlflow and torch until a command needs them, so that `mopd plan` and `--help` answer at once.
 """
 
-import contextlib
-import errno
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +12,8 @@ import typer
 from rich.console import Console
 
 from experts.errors import UserError
-from flows import commands
+from flows import cli_experts, commands
+from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
 from stages.core.checkpoint import Store
 
 app = typer.Typer(
@@ -32,37 +30,11 @@ serve = typer.Typer(
 )
 app.add_typer(serve, name="serve")
 
-RunFile = Annotated[Path, typer.Argument(help="A run file, such as flows/runs/lab.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted assignments: experts.sort.train.rl.max_steps=50", show_default=False)
-]
-Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
-MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[
     int | None, typer.Option("--port", min=1, max=65535, help="The first server's port; the others' follow.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Which seed's merge; the run's first by default.")]
-DEFAULT_HOME = Path(".mopd")
-
-
-@contextlib.contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """A user's mistake is one message and exit code 2; a full disk one message and exit code 1."""
-    try:
-        yield
-    except UserError as error:
-        _fail(str(error), 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"error: {message}\n")
-    raise typer.Exit(code)
 
 
 def _show_schema(value: bool) -> None:
@@ -89,7 +61,7 @@ def run(
 ) -> None:
     """Make what is missing, merge, compare and report. Run again after a failure or Ctrl-C: it resumes."""
     del help_config
-    with _errors_as_messages():
+    with errors_as_messages():
         asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
         code = commands.run(asked, discard_corrupted=discard_corrupted, plain=plain, verbose=verbose)
     raise typer.Exit(code)
@@ -107,14 +79,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what is cached, what would run, and why. Starts nothing."""
-    with _errors_as_messages():
+    with errors_as_messages():
         commands.plan(commands.Asked(file, tuple(overrides or ()), max_steps, home), check=check, as_json=as_json)
 
 
 @app.command()
 def status(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
     """Show how far each node is: done, at which step it stands, or what ended it."""
-    with _errors_as_messages():
+    with errors_as_messages():
         commands.status(commands.Asked(file, tuple(overrides or ()), max_steps, home))
 
 
@@ -130,7 +102,7 @@ def report(
 
     Given a folder, or the word `claims` for flows/runs/claims: test the hypotheses of its run files on one page.
     """
-    with _errors_as_messages():
+    with errors_as_messages():
         if file.is_dir() or str(file) == "claims":
             from flows import claims
 
@@ -159,7 +131,7 @@ def promote(
     """Make a merge of a run its champion, whatever the gate says; a new candidate may still replace it."""
     from flows import champion
 
-    with _errors_as_messages():
+    with errors_as_messages():
         overrides = tuple(word for word in words or () if "=" in word)
         names = [word for word in words or () if "=" not in word]
         if len(names) > 1:
@@ -173,7 +145,7 @@ def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HO
     """Bring the champion before the present one back; the gate does not promote again what was rolled back."""
     from flows import champion
 
-    with _errors_as_messages():
+    with errors_as_messages():
         asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
         champion.rollback(asked.graph(), Store(home))
 
@@ -186,7 +158,7 @@ def lineage(
     html: Annotated[Path | None, typer.Option("--html", help="Draw it into this file instead.")] = None,
 ) -> None:
     """Print from what a checkpoint was made: its teachers, their data, the base."""
-    with _errors_as_messages():
+    with errors_as_messages():
         commands.lineage(name, home, as_json=as_json, html=html)
 
 
@@ -200,7 +172,7 @@ def ui(
     """Serve MLflow's and Prefect's pages until Ctrl-C."""
     from flows import servers
 
-    with _errors_as_messages():
+    with errors_as_messages():
         servers.ui(home, host, mlflow_port, prefect_port)
 
 
@@ -218,7 +190,7 @@ def serve_rollout(
     """Serve the merge's rollouts; a stage hands the servers its student's weights."""
     from flows.serve import Place, rollout
 
-    with _errors_as_messages():
+    with errors_as_messages():
         asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
         rollout(asked, Place(host, port), count=count, seed=seed)
 
@@ -236,7 +208,7 @@ def serve_teachers(
     """Serve the merge's teachers, which must be made already; adapters of one base share a server."""
     from flows.serve import Place, teachers
 
-    with _errors_as_messages():
+    with errors_as_messages():
         asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
         teachers(asked, Place(host, port), seed=seed)
 
@@ -246,9 +218,12 @@ def doctor(home: Home = DEFAULT_HOME) -> None:
     """Show versions, devices, how many threads pay off, and whether the home is usable."""
     from flows.doctor import examine
 
-    with _errors_as_messages():
+    with errors_as_messages():
         healthy = examine(home, Console())
     raise typer.Exit(0 if healthy else 1)
+
+
+cli_experts.add_to(app)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from evals.power import margin_notes, precision_notes
 from experts.errors import UserError
+from flows.champion_start import pin_note, savings
 from flows.config import RunConfig
 from flows.lock import NodeStatus
 from flows.lock import status as node_status
@@ -161,7 +162,7 @@ def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Con
     from evals.table import render
 
     console.print(render(outcome.results))
-    for line in outcome.verdict_lines():
+    for line in (*outcome.verdict_lines(), *savings(graph, Store(home))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {outcome.report}", highlight=False, soft_wrap=True)
     for line in pages(home):
@@ -201,6 +202,8 @@ def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
             notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence)
             for line in [*notes, *margin_notes(graph.config.hypotheses, gate.confidence)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for line in pin_note(graph, store):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if check:
         from flows.check import deep_check
 

@@ -20,6 +20,7 @@ from stages.shift_config import ShiftConfig
 COLD_START = "cold_start"
 BASE = "base"
 STUDENT = "student"
+CHAMPION = "champion"
 BASELINES = "baselines/"
 VARIANTS = "variants/"
 
@@ -44,7 +45,7 @@ class BaseConfig(StrictModel):
 class DomainConfig(StrictModel):
     """One skill: a kind of domain and its options."""
 
-    kind: str = Field(description=f"One of {', '.join(KINDS)}.")
+    kind: str = Field(description=f"One of {', '.join(KINDS)}; or a Python file of one's own.")
     options: dict[str, Any] = Field(default_factory=dict, description="The kind's own options.")
 
 
@@ -87,7 +88,7 @@ class ExpertConfig(StrictModel):
     domain: str = Field(description="The domain it is trained in.")
     train: TrainMethod | None = Field(None, description="sft, rl or rft.")
     checkpoint: str | None = Field(None, description="An expert trained elsewhere: a Hugging Face id or a directory.")
-    start_from: str | None = Field(None, description="cold_start or base; the cold start when there is one.")
+    start_from: str | None = Field(None, description="cold_start, base or champion; the cold start when there is one.")
 
     @model_validator(mode="after")
     def _trained_or_given(self) -> Self:
@@ -148,7 +149,11 @@ class MergeConfig(DistillConfig):
     """The student: many teachers, one on-policy loop."""
 
     method: Literal["mopd"] = Field("mopd", description="Multi-teacher on-policy distillation.")
-    start_from: str | None = Field(None, description="cold_start, base or an expert; the cold start when there is one.")
+    start_from: str | None = Field(
+        None,
+        description="cold_start, base, an expert, or champion (the run's, pinned in its lock file: an incremental "
+        "merge); the cold start when there is one.",
+    )
     domains: list[str] | None = Field(None, description="Domains practised; those with an expert when absent.")
     teachers: dict[str, Teachers] | None = Field(
         None,
@@ -158,7 +163,9 @@ class MergeConfig(DistillConfig):
     teacher_weights: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="Not for the run file: it follows from merge.teachers."
     )
-    fallback_teacher: str | None = Field(None, description="Expert, cold_start or base for domains without a teacher.")
+    fallback_teacher: str | None = Field(
+        None, description="Expert, cold_start, base or champion for domains without a teacher."
+    )
     anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
     rounds: Positive = Field(
         1,

@@ -13,14 +13,15 @@ from typing import Any
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
 from experts.errors import UserError
 from flows.baselines import baseline_config
-from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS, RunConfig
+from flows.champion_start import champion_facts, names_champion, pinned_champion
+from flows.config import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.harness import harness_tasks
 from flows.lock import lock_path, read_json
 from flows.rounds import round_prefix
 from flows.shifts import COSINES, SHIFT, shift_nodes, shift_request
 from flows.variants import variant_run
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
-from stages.core.checkpoint import write_whole
+from stages.core.checkpoint import Store, write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig
@@ -123,7 +124,7 @@ class _Builder:
         self.nodes: dict[str, Node] = {}
         self.pins: dict[str, str] = {}
         self.domains = _load_domains(config)
-        self.fingerprints = {name: domain.fingerprint() for name, domain in self.domains.items()}
+        self.fingerprints = {name: domain.identity() for name, domain in self.domains.items()}
         self.teachers = config.teachers()
         self.harness = harness_tasks(config)
         self.variants = {n: variant_run(config, n) for n in (config.merge.variants if config.merge else ())}
@@ -141,6 +142,8 @@ class _Builder:
             made[COLD_START] = self._train(
                 COLD_START, "sft", SFTConfig, sft, seed, {"start": made[BASE]}, config.domain_names(sft.domains)
             )
+        if asking := names_champion(config):
+            made[CHAMPION] = self._champion(asking, made[config.default_start()])
         start = made[config.default_start()]
         earlier = list(made.values())
         rounds = config.merge.rounds if config.merge else 1
@@ -158,7 +161,7 @@ class _Builder:
                     f"{VARIANTS}{name}", variant, seed, self._merge_parents(variant, made, round_start)
                 )
             for name in config.merge.baselines.named:
-                made[f"{BASELINES}{name}"] = self._baseline(name, seed, parents)
+                made[f"{BASELINES}{name}"] = self._baseline(name, seed, parents, start)
         checkpoints = list(dict.fromkeys([*earlier, *made.values()]))
         for checkpoint in checkpoints:
             self._add_evaluations(checkpoint, seed)
@@ -203,13 +206,14 @@ class _Builder:
             name, "distill", DistillConfig, config.merge.model_copy(update=routed), seed, parents, list(teachers)
         )
 
-    def _baseline(self, name: str, seed: int, merged: Mapping[str, str]) -> str:
-        """Add another merge of the same parents."""
+    def _baseline(self, name: str, seed: int, merged: Mapping[str, str], origin: str) -> str:
+        """Add another merge of the same parents. Where that starts from a champion, which has the experts in it
+        already, task vectors are the experts' less `origin`."""
         own = baseline_config(self.config, name)
         node_name, domains = f"{BASELINES}{name}", list(self.teachers)
         if isinstance(own, WeightMergeConfig):
             experts = {self.nodes[parent].name.partition("/")[2]: parent for parent in merged.values()}
-            parents = {"start": merged["start"]} | {
+            parents = {"start": origin if merged["start"] == CHAMPION else merged["start"]} | {
                 f"teacher/{name}": parent for name, parent in experts.items() if name
             }
             facts = {"config": own.key_fields()}
@@ -227,11 +231,23 @@ class _Builder:
     def _base(self, seed: int) -> str:
         base = self.config.base
         if base.pretrain:
-            names = self.config.domain_names(base.pretrain.domains)
-            return self._train(BASE, "pretrain", PretrainConfig, base.pretrain, seed, {}, names)
+            own, names = base.pretrain, self.config.domain_names(base.pretrain.domains)
+            if names == [domain for domain in self.config.domains if domain in names]:
+                # The fingerprints say which; so a domain that comes later leaves a base with a list as it was.
+                own = own.model_copy(update={"domains": "all"})
+            return self._train(BASE, "pretrain", PretrainConfig, own, seed, {}, names)
         if base.gguf:
             return self._load(BASE, resolve_gguf(base.gguf))
         return self._load(BASE, self._resolve("base.checkpoint", base.checkpoint, base.revision))
+
+    def _champion(self, asking: str, start: str) -> str:
+        """Add the run's champion, which stands in the store already; all seeds share it."""
+        if CHAMPION not in self.nodes:
+            artifact = pinned_champion(self.config, self.home, asking)
+            facts = champion_facts(artifact, Store(self.home), (start, self.nodes[start].key))
+            self.nodes[CHAMPION] = Node(**facts)
+            self.pins[CHAMPION] = artifact.key
+        return CHAMPION
 
     def _load(self, name: str, source: Source) -> str:
         """Add the import of a checkpoint made elsewhere; all seeds share it."""

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from evals.results import Cost, Expert, Results
 from evals.scores import Scores, read_scores
-from flows.config import BASE, COLD_START, RunConfig
+from flows.config import BASE, CHAMPION, COLD_START, RunConfig
 from flows.plan import Node, StageGraph
 from flows.shifts import collect_shifts
 from stages.core.checkpoint import Store
@@ -78,7 +78,7 @@ def _seed(checkpoint: Node) -> int:
 
 
 def _node_name(checkpoint: str) -> str:
-    return checkpoint if checkpoint in (BASE, COLD_START) else f"experts/{checkpoint}"
+    return checkpoint if checkpoint in (BASE, CHAMPION, COLD_START) else f"experts/{checkpoint}"
 
 
 def _experts(config: RunConfig) -> dict[str, Expert]:

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from experts.domain import KINDS
+from experts.domain import KINDS, OWN_SUFFIX
 from experts.errors import UserError, nearest
-from flows.config import BASE, COLD_START, STUDENT, MergeConfig, RunConfig
+from flows.config import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.hypotheses import hypothesis_problems
 from flows.variants import overlaid, variant_run
 from stages.on_policy.config import OnPolicyConfig
@@ -50,6 +50,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
+    _place_own_domains(raw, path)
     if (other := raw.pop("extends", None)) is None:
         return raw
     if not isinstance(other, str):
@@ -59,6 +60,15 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: extends: {other} extends this file in turn")
     merged: dict[str, Any] = overlaid(_read(parent, (*below, path.resolve())), raw)
     return merged
+
+
+def _place_own_domains(raw: dict[str, Any], path: Path) -> None:
+    """Files of domains are named from the run file's folder, wherever the run is started."""
+    domains = raw.get("domains")
+    for entry in domains.values() if isinstance(domains, dict) else ():
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
+            entry["kind"] = str((path.parent / kind).resolve())
 
 
 def schema_keys(
@@ -161,7 +171,7 @@ class _Names:
         self.config = config
         self.problems: list[str] = []
         self.domains, self.experts = list(config.domains), list(config.experts)
-        self.starts = [BASE, *([COLD_START] if config.cold_start else [])]
+        self.starts = [BASE, *([COLD_START] if config.cold_start else []), CHAMPION]
 
     def check(self, key: str, names: Iterable[str], choices: Iterable[str], what: str) -> None:
         """Note each of the names at a key that is none of the choices."""
@@ -176,7 +186,8 @@ class _Names:
             # A name is part of a node's name and of a teacher's role, whose parts a slash divides.
             self.problems += [f"{key}.{name}: a name may hold no '/'" for name in names if "/" in name]
         for name, domain in config.domains.items():
-            self.check(f"domains.{name}.kind", [domain.kind], KINDS, "kind")
+            if not domain.kind.endswith(OWN_SUFFIX):
+                self.check(f"domains.{name}.kind", [domain.kind], KINDS, "kind")
         for key, choice in (
             ("base.pretrain.domains", config.base.pretrain.domains if config.base.pretrain else "all"),
             ("cold_start.sft.domains", config.cold_start.sft.domains if config.cold_start else "all"),
@@ -188,7 +199,7 @@ class _Names:
         """Each expert's domain and start."""
         for name, expert in self.config.experts.items():
             self.check(f"experts.{name}.domain", [expert.domain], self.domains, "domain")
-            if name in (BASE, COLD_START, STUDENT):
+            if name in (BASE, COLD_START, STUDENT, CHAMPION):
                 self.problems.append(f"experts.{name}: the name is taken by a stage; choose another")
             if expert.start_from is not None:
                 self.check(f"experts.{name}.start_from", [expert.start_from], self.starts, "checkpoint")
