@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from experts.errors import UserError
-from flows import cli_experts, commands
+from flows import cli_checkpoints, cli_experts, commands
 from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
 from stages.core.checkpoint import Store
 
@@ -151,18 +151,6 @@ def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HO
 
 
 @app.command()
-def lineage(
-    name: Annotated[str, typer.Argument(help="A run's name, RUN:NODE, or a content key.", show_default=False)],
-    home: Home = DEFAULT_HOME,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, parents first.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Draw it into this file instead.")] = None,
-) -> None:
-    """Print from what a checkpoint was made: its teachers, their data, the base."""
-    with errors_as_messages():
-        commands.lineage(name, home, as_json=as_json, html=html)
-
-
-@app.command()
 def ui(
     home: Home = DEFAULT_HOME,
     host: Host = "127.0.0.1",
@@ -224,6 +212,7 @@ def doctor(home: Home = DEFAULT_HOME) -> None:
 
 
 cli_experts.add_to(app)
+cli_checkpoints.add_to(app)
 
 
 def main() -> None:

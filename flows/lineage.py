@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from experts.errors import UserError, nearest
 from flows import cards
-from flows.config import STUDENT
+from flows.config import CHAMPION, STUDENT
 from flows.lock import lock_path
 from flows.plan import EVALUATIONS
-from stages.core.checkpoint import Store
+from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -46,6 +46,7 @@ class Row:
         metrics: Final metrics of the stage.
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
         weights: role -> weight, of the teachers that share a domain.
+        config: All settings, as the manifest has them.
         teachers: Which teacher taught a student which domain, as its manifest says; empty in older ones.
     """
 
@@ -63,6 +64,7 @@ class Row:
     metrics: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     teachers: Sequence[Mapping[str, Any]] = ()
 
     def label(self, role: str) -> str:
@@ -75,8 +77,8 @@ def resolve(store: Store, reference: str) -> list[str]:
 
     Args:
         store: The artifact store.
-        reference: A run's name (its students, one for each seed), a node id such as `lab:experts/sort@0`, or a
-            content key or the start of one.
+        reference: A run's name (its students, one for each seed), a node such as `lab:experts/sort` (one for each
+            seed) or `lab:experts/sort@0`, `lab:champion`, or a content key or the start of one.
 
     Returns:
         Content keys.
@@ -91,6 +93,10 @@ def resolve(store: Store, reference: str) -> list[str]:
         if not node_id:
             return _ends(nodes)
         checkpoints = {name: facts["key"] for name, facts in nodes.items() if facts["stage"] not in EVALUATIONS}
+        if node_id == CHAMPION:
+            return [_champion(store, run)]
+        if seeds := [key for name, key in checkpoints.items() if name.partition("@")[0] == node_id]:
+            return seeds
         if node_id not in checkpoints:
             raise UserError(f"{reference}: run '{run}' has no checkpoint '{node_id}'{nearest(node_id, checkpoints)}")
         return [checkpoints[node_id]]
@@ -100,6 +106,28 @@ def resolve(store: Store, reference: str) -> list[str]:
     if not keys:
         raise UserError(f"{reference}: neither a run of {store.home} nor a content key{nearest(run, runs)}")
     return keys
+
+
+def resolve_one(store: Store, reference: str) -> Artifact:
+    """Find the one checkpoint a person means; a run's name stands for its champion, where it has one.
+
+    Raises:
+        UserError: as `resolve`; or several checkpoints are meant, or the one is not made yet.
+    """
+    from flows.champion import read_history
+
+    keys = resolve(store, reference)
+    if ":" not in reference and read_history(store, reference):
+        keys = resolve(store, f"{reference}:{CHAMPION}")
+    if len(keys) > 1:
+        found = ", ".join(
+            f"{key} (seed {artifact.manifest.get('seed')})" for key in keys if (artifact := store.find(key))
+        )
+        raise UserError(f"{reference}: stands for {len(keys)} checkpoints; name one of {found or ', '.join(keys)}")
+    artifact = store.find(keys[0])
+    if artifact is None:
+        raise UserError(f"{reference}: not made yet; `mopd run` makes it")
+    return artifact
 
 
 def rows(store: Store, keys: Sequence[str]) -> list[Row]:
@@ -186,6 +214,15 @@ def draw_html(store: Store, keys: Sequence[str], title: str) -> str:
     return page(rows(store, keys), title)
 
 
+def _champion(store: Store, run: str) -> str:
+    from flows.champion import read_history
+
+    history = read_history(store, run)
+    if not history:
+        raise UserError(f"{run}:{CHAMPION}: run '{run}' has no champion yet")
+    return history[-1].student
+
+
 def _headline(row: Row) -> str:
     identity = f"digest {row.digest[:SHORT]}, key {row.key[:SHORT]}" if row.made else f"key {row.key[:SHORT]}"
     return f"[bold]{row.name}[/bold] ({row.stage}, seed {row.seed}) [dim]{identity}[/dim]"
@@ -214,6 +251,7 @@ def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapp
         metrics=manifest.get("metrics", {}),
         scores=scores,
         weights=_weights(manifest.get("config", {})),
+        config=manifest.get("config", {}),
         teachers=manifest.get("teachers", ()),
     )
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import stages.distill
 from experts.domain import load_domain
+from flows.export import export
 from stages.config import LoraConfig, OptimizerConfig, TinyModelConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
-from stages.core.policy import Policy, peft_config
+from stages.core.policy import Policy, load_policy, peft_config
 from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.workspace import Workspace
 from stages.on_policy.config import SamplerConfig
@@ -118,6 +119,25 @@ def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -
     }
 
 
+def exported(store: Store, folder: Path, lora: LoraConfig) -> bool:
+    """Whether an adapter that was exported gives plain vLLM the tokens of the policy it was."""
+    from vllm import LLM, SamplingParams
+
+    policy = make_policy(lora)
+    start = random_checkpoint(store, "shared", 3)
+    policy.adapter_base = start.key
+    move(policy)
+    staged = store.staging("adapter")
+    policy.save(staged)
+    place = Workspace(store, "adapter", "experts/sort", 0, {"start": start}, {}, {})
+    adapter = place.commit(staged, sources=None, metrics={}, adapter_base=start.key)
+    export(store, "adapter", folder)
+    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=2**26)
+    told = engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], SamplingParams(temperature=0, max_tokens=16))
+    meant = sample(load_policy(adapter, store), PROMPTS, 1, Sampling(16, 0.0), 0)
+    return [list(each.outputs[0].token_ids) for each in told] == [group[0].completion_ids for group in meant]
+
+
 def random_checkpoint(store: Store, name: str, seed: int) -> Artifact:
     key = name.replace("/", "-")
     if found := store.find(key):
@@ -147,6 +167,7 @@ def main() -> None:
     )
     store = Store(folder)
     facts["merge"] = distils(store, config, "merge")
+    facts["exported"] = exported(store, folder / "exported", lora)
     facts["merge_again"] = distils(store, config, "merge-again")
     facts["deaf"] = distils(store, config, "deaf", deaf=True)
     sys.stdout.write(f"{json.dumps(facts)}\n")

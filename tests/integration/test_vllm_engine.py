@@ -85,6 +85,11 @@ def test_an_engine_left_behind_raises_an_alarm(facts):
     assert any("alarm: sort: sampler and trainer differ by" in note for note in facts["deaf"]["notes"])
 
 
+@pytest.mark.vllm
+def test_an_exported_adapter_is_loaded_by_vllm_as_it_is(facts):
+    assert facts["exported"] is True
+
+
 def test_without_vllm_the_error_names_the_key_and_the_extra(monkeypatch):
     monkeypatch.setattr(stages.core.extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"merge\.sampler\.backend: vLLM is not installed; `make setup-vllm`"):

@@ -1,0 +1,70 @@
+"""The commands that read what is in the store: from what a checkpoint was made, what differs, and a way out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experts.errors import UserError, nearest
+from flows import commands
+from flows.cli_options import DEFAULT_HOME, Home, errors_as_messages
+from stages.core.checkpoint import Store
+
+FORMATS = ("text", "mermaid", "json", "html")
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A run, a node (lab:experts/sort), a run's champion (lab:champion), or a content key.",
+        show_default=False,
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Declare the commands."""
+    app.command()(lineage)
+    app.command()(diff)
+    app.command()(export)
+
+
+def lineage(
+    name: Reference,
+    home: Home = DEFAULT_HOME,
+    format_: Annotated[str, typer.Option("--format", help="text, mermaid, json or html.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Draw it into this file instead.")] = None,
+) -> None:
+    """Print from what a checkpoint was made: its teachers, their data, the base."""
+    with errors_as_messages():
+        if format_ not in FORMATS:
+            raise UserError(f"--format: '{format_}' is none of {', '.join(FORMATS)}{nearest(format_, FORMATS)}")
+        commands.lineage(name, home, form="json" if as_json else format_, html=html)
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, named as for lineage.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.", show_default=False)],
+    home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what differs between two checkpoints: settings, data, code, parents, scores."""
+    with errors_as_messages():
+        commands.diff(a, b, home, as_json=as_json)
+
+
+def export(
+    name: Reference,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.", show_default=False)],
+    home: Home = DEFAULT_HOME,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    push: Annotated[str | None, typer.Option("--push", help="Also to this Hub repository, OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made is public.")] = False,
+) -> None:
+    """Write a checkpoint for other programs: adapters merged, safetensors, tokenizer, a model card with its lineage."""
+    with errors_as_messages():
+        from flows.export import export as work
+
+        for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public):
+            sys.stdout.write(f"{line}\n")

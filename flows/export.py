@@ -1,0 +1,204 @@
+"""A checkpoint leaves the house: a Hugging Face directory with a model card that says where it came from."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experts.domain import HELD_OUT
+from experts.errors import UserError
+from flows import cards
+from flows.config import BASE, COLD_START
+from flows.lineage import SHORT, Row, resolve_one, rows
+from flows.mermaid import mermaid
+from stages.core.checkpoint import Artifact, Store
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+CARD, LINEAGE = "README.md", "lineage.json"
+TAGS = ("mopd", "on-policy-distillation")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def export(
+    store: Store, reference: str, folder: Path, *, dtype: str = "auto", push: str | None = None, public: bool = False
+) -> list[str]:
+    """Write a checkpoint as a directory that transformers and vLLM load as it is.
+
+    Args:
+        store: The artifact store.
+        reference: As for `flows.lineage.resolve_one`.
+        folder: Where to; must not exist, or be empty. It appears whole or not at all.
+        dtype: Type of the weights; see `stages.export`.
+        push: A Hub repository, `OWNER/NAME`, the directory is uploaded to; made where it is missing.
+        public: Whether a repository that is made is public.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: nothing is called so, the folder is in use, or the Hub does not take it; what was written stays.
+    """
+    artifact = resolve_one(store, reference)
+    store.verify(artifact)
+    if artifact.manifest.get("stage") in ("evaluate", "harness", "shift", "cosines"):
+        raise UserError(f"{reference}: {artifact.name} is a measurement, not a checkpoint")
+    if push is not None and not REPOSITORY.fullmatch(push):
+        raise UserError(f"--push: '{push}': name a repository of the Hub as OWNER/NAME")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: there is something there already; name a new directory")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    temporary.mkdir(parents=True)
+    try:
+        from stages.export import export_weights
+
+        parameters = export_weights(artifact, store, temporary, dtype)
+        found = rows(store, [artifact.key])
+        (temporary / LINEAGE).write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+        (temporary / CARD).write_text(model_card(artifact, found, folder.name), encoding="utf-8")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    said = [f"{folder}: {artifact.name} (key {artifact.key}), {parameters:,} parameters, read back with equal logits"]
+    if push is not None:
+        said.append(f"pushed to {_push(folder, push, public)}")
+    return said
+
+
+def model_card(artifact: Artifact, lineage: Sequence[Row], name: str) -> str:
+    """The model card: scores beside those it came from, lineage, cost, and how to load it.
+
+    Args:
+        artifact: The checkpoint.
+        lineage: It and its ancestors, parents first.
+        name: Title.
+    """
+    from huggingface_hub import ModelCardData
+
+    own = next(row for row in lineage if row.key == artifact.key)
+    origins = [str(each) for row in lineage if row.name == BASE and (each := _origin(row))]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        base_model=origins[0] if origins else None,
+        model_name=name,
+        eval_results=_results(own) or None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name}",
+        _intro(own, lineage),
+        f"## Scores\n\n{_scores(own, lineage)}",
+        f"## Lineage\n\n```mermaid\n{mermaid(lineage)}\n```\n\n{_checkpoints(lineage)}",
+    ]
+    if own.teachers:
+        taught = "\n".join(f"- {entry['domain']}: {cards.lesson(entry)}" for entry in own.teachers)
+        parts.insert(3, f"## Taught by\n\n{taught}")
+    if template := _use(artifact):
+        parts.insert(2, template)
+    return "\n\n".join(parts) + "\n"
+
+
+def _intro(own: Row, lineage: Sequence[Row]) -> str:
+    seconds, tokens = sum(row.seconds for row in lineage), sum(row.tokens for row in lineage)
+    return (
+        f"`{own.name}` of stage `{own.stage}`, seed {own.seed}; digest `{own.digest[:SHORT]}`, key `{own.key}`. "
+        f"It and all it was made from took {tokens:,} tokens and {seconds:,.0f} s of training. `{LINEAGE}` has the "
+        f"settings and the data's fingerprints of each checkpoint."
+    )
+
+
+def _use(artifact: Artifact) -> str:
+    files = artifact.manifest.get("files", {})
+    chat = any("chat_template" in name for name in files)
+    prompt = (
+        "chat messages, rendered by the tokenizer's chat template" if chat else "plain text; there is no chat template"
+    )
+    return (
+        f"## Use\n\nPrompts are {prompt}.\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
+        "```sh\nvllm serve .\n```"
+    )
+
+
+def _scores(own: Row, lineage: Sequence[Row]) -> str:
+    """Greedy accuracy by domain and split of this checkpoint, its teachers, the cold start and the base."""
+    if not own.scores:
+        return "Not evaluated."
+    teachers = {parent for role, parent in own.parents.items() if role.startswith("teacher/")}
+    columns = [row for row in lineage if row.name in (BASE, COLD_START) or row.key in teachers or row.key == own.key]
+    head = ["domain", "split", *(f"**{row.name}**" if row is own else _called(row, columns) for row in columns)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for place in sorted(own.scores):
+        domain, _, split = place.rpartition("/")
+        cells = (f"{row.scores[place]:.1%}" if place in row.scores else "–" for row in columns)
+        lines.append(_line([domain, split.replace("_", " "), *cells]))
+    return "Greedy accuracy, on the same examples in each row.\n\n" + "\n".join(lines)
+
+
+def _checkpoints(lineage: Sequence[Row]) -> str:
+    head = ["checkpoint", "stage", "seed", "digest", "content key", "made from"]
+    names = {row.key: _called(row, lineage) for row in lineage}
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in reversed(lineage):
+        made = ", ".join(f"{row.label(role)}: {names.get(key, key)}" for role, key in row.parents.items())
+        lines.append(
+            _line([row.name, row.stage, str(row.seed), f"`{row.digest[:SHORT]}`", f"`{row.key}`", made or "–"])
+        )
+    return "\n".join(lines)
+
+
+def _results(own: Row) -> "list[EvalResult]":
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=domain,
+            dataset_name=domain,
+            dataset_split=split,
+            metric_type="accuracy",
+            metric_name="greedy accuracy",
+            metric_value=round(score, 4),
+        )
+        for place, score in sorted(own.scores.items())
+        for domain, _, split in [place.rpartition("/")]
+        if split == HELD_OUT
+    ]
+
+
+def _origin(row: Row) -> str | None:
+    """The Hub id a base was loaded from."""
+    source: Mapping[str, Any] = row.config
+    return source.get("location") if row.stage == "load" and source.get("kind") == "hub" else None
+
+
+def _called(row: Row, others: Sequence[Row]) -> str:
+    """Its name, with its key where another is called so too."""
+    return row.name if sum(row.name == other.name for other in others) == 1 else f"{row.name} `{row.key[:SHORT]}`"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _push(folder: Path, repository: str, public: bool) -> str:
+    """Upload a directory to the Hub; the token is huggingface_hub's own (`HF_TOKEN`, or `hf auth login`)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"mopd export {folder.name}")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"--push {repository}: {error}; {folder} is written: `hf upload {repository} {folder} .` sends it later"
+        ) from error
+    return str(address)

@@ -1,0 +1,67 @@
+"""A stored checkpoint as a plain Hugging Face directory that any other program loads: adapters merged, safetensors."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from experts.errors import UserError, nearest
+from stages.core.checkpoint import Artifact, Store
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(DType)
+PROBE_TOKENS = 16
+READABLE = 0o644
+
+
+def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str = "auto") -> int:
+    """Write weights, configuration, tokenizer and chat template of a checkpoint, and read them back.
+
+    An adapter is added to its base in float32 and then cast.
+
+    Args:
+        checkpoint: A stored checkpoint, full or adapter.
+        store: Where an adapter's base is found.
+        folder: Where to; exists and is empty.
+        dtype: Type of the weights; `auto` is that of the checkpoint, for an adapter that of its base.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        UserError: no such type; or what was written does not give the checkpoint's logits.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: '{dtype}' is none of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    disable_progress_bar()
+    base = checkpoint.manifest.get("adapter_base")
+    root = store.get(base) if base else checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri)
+    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype="auto")
+    kept = model.dtype if dtype == "auto" else getattr(torch, dtype)
+    if base:
+        model = PeftModel.from_pretrained(model.float(), checkpoint.uri).merge_and_unload(safe_merge=True)
+    for parameter in model.eval().parameters():  # the buffers of rotary positions stay as they are
+        parameter.data = parameter.data.to(kept)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(READABLE)  # safetensors writes for its owner alone
+    _check(model, tokenizer, folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """See that what was written is read as the model that was meant."""
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
+    read = AutoTokenizer.from_pretrained(folder)
+    if read.get_vocab() != tokenizer.get_vocab() or read.chat_template != tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer that was written is not read as the checkpoint's own")
+    tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.vocab_size))[None]
+    with torch.no_grad():
+        expected_1TV, found_1TV = (each(input_ids=tokens_1T, use_cache=False).logits for each in (model, again))
+    if not torch.equal(expected_1TV, found_1TV):
+        raise UserError(f"{folder}: the weights that were written do not give the checkpoint's logits")

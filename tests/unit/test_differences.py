@@ -1,0 +1,110 @@
+"""What differs between two checkpoints, and the lineage as a Mermaid flowchart."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experts.errors import UserError
+from flows.cli import app
+from flows.differences import as_lines, differences, score_differences
+from flows.lineage import resolve, resolve_one, rows
+from flows.mermaid import mermaid
+from stages.core.checkpoint import Store
+from tests.scored_home import SHARES, finish, graph_of, run_file
+from tests.unit.test_champion_start import crown
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and the run of today, whose cold start was trained longer."""
+    folder = tmp_path_factory.mktemp("differences")
+    file, home = run_file(folder), folder / "home"
+    finish(graph_of(file, home), home)
+    finish(graph_of(file, home, "cold_start.sft.max_steps=9"), home, SHARES | {"student": 0.5})
+    return home
+
+
+@pytest.fixture(scope="module")
+def students(home: Path) -> tuple[str, str]:
+    """Content keys of the two students."""
+    file = home.parent / "run.yaml"
+    return tuple(graph_of(file, home, *more).node("student@0").key for more in ((), ("cold_start.sft.max_steps=9",)))
+
+
+def test_a_difference_is_followed_to_where_it_began(home: Path, students: tuple[str, str]) -> None:
+    store = Store(home)
+    one, other = (store.get(key) for key in students)
+    found = {(each.where, each.what): (each.a, each.b) for each in differences(store, one, other)}
+    assert found["start", "config.max_steps"] == (5, 9)
+    assert ("", "config.max_steps") not in found
+    assert {what for where, what in found if not where} >= {"parents.start", "parents.teacher/sort"}
+    assert (
+        found["", "parents.start"][0]
+        == f"cold_start (key {store.get(one.manifest['parents']['start']['key']).key[:12]})"
+    )
+    # The cold starts are compared once, though every teacher leads to them.
+    assert sum(what == "config.max_steps" for _, what in found) == 1
+    assert not any(where.startswith("start > start") for where, _ in found)
+    assert differences(store, one, one) == []
+    lines = as_lines(one, other, store)
+    assert lines[2] == "the checkpoints themselves:" and "  config.max_steps: 5 → 9" in lines
+
+
+def test_scores_are_paired_on_the_same_examples(home: Path, students: tuple[str, str]) -> None:
+    store = Store(home)
+    one, other = (store.get(key) for key in students)
+    by_domain = {each.domain: each for each in score_differences(store, one, other)}
+    assert set(by_domain) == {"sort", "reverse", "general"}
+    sort = by_domain["sort"]
+    assert (sort.a, sort.b) == (pytest.approx(0.8), pytest.approx(0.5))
+    assert sort.difference.mean == pytest.approx(-0.3) and sort.difference.high < 0
+    assert by_domain["general"].difference.mean == 0
+
+
+def test_the_command_prints_both_and_json(home: Path, students: tuple[str, str]) -> None:
+    ask = ["diff", *students, "--home", str(home)]
+    shown = CliRunner().invoke(app, ask)
+    assert shown.exit_code == 0 and "config.max_steps: 5 → 9" in shown.output and "greedy scores" in shown.output
+    told = json.loads(CliRunner().invoke(app, [*ask, "--json"]).output)
+    assert told["a"]["key"] == students[0] and told["b"]["key"] == students[1]
+    assert {each["domain"] for each in told["scores"]} == {"sort", "reverse", "general"}
+    assert any(each["what"] == "config.max_steps" for each in told["differences"])
+    same = CliRunner().invoke(app, ["diff", students[0], students[0], "--home", str(home)])
+    assert "are the same checkpoint" in same.output
+    wrong = CliRunner().invoke(app, ["diff", "tini", students[0], "--home", str(home)])
+    assert wrong.exit_code == 2 and "did you mean 'tiny'" in wrong.output
+
+
+def test_a_name_stands_for_one_checkpoint_or_is_refused(tmp_path: Path) -> None:
+    file, home = run_file(tmp_path), tmp_path / "home"
+    graph = graph_of(file, home, "seeds=[0,1]")
+    store = finish(graph, home)
+    assert resolve(store, "tiny:experts/sort") == [graph.node(f"experts/sort@{seed}").key for seed in (0, 1)]
+    with pytest.raises(UserError, match=r"tiny: stands for 2 checkpoints; name one of \w+ \(seed 0\), \w+ \(seed 1\)"):
+        resolve_one(store, "tiny")
+    with pytest.raises(UserError, match="tiny:champion: run 'tiny' has no champion yet"):
+        resolve_one(store, "tiny:champion")
+    assert crown(graph, store, "baselines/ties") == resolve_one(store, "tiny").key
+    assert resolve(store, "tiny:champion") == [graph.node("baselines/ties@0").key]
+
+
+def test_the_flowchart_has_every_checkpoint_and_every_role(home: Path, students: tuple[str, str]) -> None:
+    store = Store(home)
+    found = rows(store, [students[0]])
+    text = mermaid(found)
+    assert text.startswith("flowchart LR\n")
+    ids = {row.key: f"n{number}" for number, row in enumerate(found)}
+    student = found[-1]
+    for row in found:
+        assert f'{ids[row.key]}["<b>{row.name}</b><br/>{row.stage}, seed 0<br/>digest {row.digest[:12]}' in text
+    for parent in student.parents.values():
+        assert any(
+            line.startswith(f"  {ids[parent]} -- ") and line.endswith(ids[student.key]) for line in text.split("\n")
+        )
+    assert '-- "start, teacher/general" -->' in text
+    printed = CliRunner().invoke(app, ["lineage", students[0], "--home", str(home), "--format", "mermaid"])
+    assert printed.output == text + "\n"
+    wrong = CliRunner().invoke(app, ["lineage", students[0], "--home", str(home), "--format", "mermaidd"])
+    assert wrong.exit_code == 2 and "did you mean 'mermaid'" in wrong.output
