@@ -136,7 +136,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 def test_a_push_makes_a_private_repository_with_every_file(store, adapter, tmp_path: Path, hub: type[Hub]) -> None:
     said = export(store, "adapter", tmp_path / "out", push="me/student")
     assert "pushed to" in said[1]
-    assert hub.asked[0]["private"] is True
+    assert hub.asked == [{"name": "student", "organization": "me", "visibility": "private"}]
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
