@@ -94,13 +94,15 @@ def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def run_note(rows: Sequence[tuple[Artifact, str]]) -> str:
+def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "") -> str:
     """A run's description: its checkpoints, each with a link to its page.
 
     Args:
         rows: A checkpoint and the address of its page, parents first.
+        flow_run: Address of the flow run in Prefect's pages.
     """
-    lines = ["Checkpoints, student first (`lineage.html` among the artifacts draws how they were made):"]
+    lines = [f"[The flow run in Prefect]({flow_run})", ""] if flow_run else []
+    lines += ["Checkpoints, student first (`lineage.html` among the artifacts draws how they were made):"]
     for artifact, page in reversed(rows):
         manifest = artifact.manifest
         made = f"{manifest.get('stage', '?')}, seed {manifest.get('seed', 0)}"

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from experts.errors import UserError
-from flows import cli_checkpoints, cli_experts, commands
+from flows import cli_checkpoints, cli_experts, cli_schedule, commands
 from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
 from stages.core.checkpoint import Store
 
@@ -213,6 +213,7 @@ def doctor(home: Home = DEFAULT_HOME) -> None:
 
 cli_experts.add_to(app)
 cli_checkpoints.add_to(app)
+cli_schedule.add_to(app)
 
 
 def main() -> None:

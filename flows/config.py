@@ -12,6 +12,7 @@ from evals.claim_config import HypothesisConfig
 from evals.harness_config import PREFIX, HarnessConfig
 from experts.domain import KINDS
 from experts.errors import UserError
+from flows.notify import NotifyConfig
 from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
 from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig, TeacherWeight
@@ -285,6 +286,7 @@ class RunConfig(StrictModel):
         default_factory=dict, description="What the run is to show, fixed before it is measured."
     )
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
+    notify: NotifyConfig | None = Field(None, description="A webhook that hears of failures and promotions.")
 
     def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:
         """Resolve `all` or a list to domain names."""

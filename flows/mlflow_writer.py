@@ -245,7 +245,7 @@ class Writer:
             artifact, model = self.store.find(key), self.checkpoints.model(key)
             if artifact and model:
                 rows.append((artifact, mlflow_model_page("", self.experiment, model)))
-        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows))
+        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows, operation.get("page", "")))
 
     def _tag(self, operation: Operation, ids: dict[str, str]) -> None:
         self.client.set_tag(_run_id(operation["ref"], ids), operation["name"], operation["value"])

@@ -7,28 +7,37 @@ import contextlib
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 import psutil
+from filelock import Timeout
 from prefect import flow, get_client, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterStateType, FlowRunFilterTags
 from prefect.client.schemas.filters import FlowRunFilterState as StateFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Cancelled, Crashed, State
 from rich.console import Console
 
 from flows.check import deep_check
 from flows.closing import Outcome, conclude
+from flows.config import RunConfig
 from flows.launch import Launcher
 from flows.lock import write_lock
+from flows.notify import notify
+from flows.parameters import Changes, as_overrides
 from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
 from flows.run_file import load_run_file
+from flows.servers import prefect_run_page
 from flows.shifts import COSINES, SHIFT
 from flows.tasks import Job, Supervisor, artifact_key, task_of
 from flows.tracking import Tracker
@@ -61,6 +70,7 @@ def pipeline(
     max_steps: int | None = None,
     home: str = ".mopd",
     plain: bool = False,
+    changes: Changes | None = None,
 ) -> Outcome:
     """Make every node of a run that is not in the store yet, then compare and report.
 
@@ -70,6 +80,7 @@ def pipeline(
         max_steps: Cap on the steps of every stage.
         home: `$MOPD_HOME`.
         plain: Plain progress lines even on a terminal.
+        changes: Keys of the run file that differ, nested as there; they come after `overrides`.
 
     Returns:
         The comparison.
@@ -80,14 +91,17 @@ def pipeline(
         PipelineFailedError: one or more nodes failed.
     """
     path, root = Path(run_file), Path(home)
-    graph = build_graph(load_run_file(path, overrides, max_steps), root)
-    with interruptible():
-        mark_crashed_runs(graph.config.name)
+    config = load_run_file(path, [*(overrides or []), *as_overrides(changes or {})], max_steps)
+    with interruptible(), told(config), one_at_a_time(Store(root), config.name):
+        mark_crashed_runs(config.name)
+        claim_flow_run(config.name)
+        # Planned only now: a run of this name that was waited for may have moved what it starts from.
+        graph = build_graph(config, root)
         store = Store(root)
         deep_check(graph, store)
         # Compared with what this name made last time only once: the new lock is the next run's past.
         write_lock(graph, root)
-        tracker = Tracker.start(graph, root, path.read_text())
+        tracker = Tracker.start(graph, root, path.read_text(), flow_run_page())
         get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
         with (
             ProgressDisplay(Console(stderr=True), plain) as display,
@@ -116,6 +130,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         for future in futures.values():
             future.wait()
         tracker.finish("KILLED", None, None)
+        notify(graph.config.notify, "cancellation", graph.config.name, f"{graph.config.name} was stopped", {})
         # Prefect takes a returned state as the flow's own; its caller gets CancelledRun.
         return cast(Outcome, Cancelled(message="stopped from outside; what is finished is in the store"))
     finally:
@@ -125,7 +140,8 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         raise PipelineFailedError(failures, not_started)
     outcome = conclude(graph, supervisor.store, promote=True)
     tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate)
-    _publish(graph, outcome)
+    _publish(graph, outcome, tracker)
+    _tell_end(graph, outcome, tracker)
     return outcome
 
 
@@ -250,8 +266,68 @@ def _is_orphan(run: FlowRun) -> bool:
         return True
 
 
-def _publish(graph: StageGraph, outcome: Outcome) -> None:
-    """Put the scores and the report's place onto the flow run's page."""
+@contextlib.contextmanager
+def told(config: RunConfig) -> Iterator[None]:
+    """Tell the webhook of the run file how a run ended badly."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        facts = {"error": str(error), "flow_run": flow_run_page()}
+        notify(config.notify, "failure", config.name, f"{config.name} failed: {first}", facts)
+        raise
+
+
+def _tell_end(graph: StageGraph, outcome: Outcome, tracker: Tracker) -> None:
+    """Tell the webhook of the run file that a run is finished, and of a promotion."""
+    config, text = graph.config, "\n".join(outcome.verdict_lines())
+    facts = {
+        "flow_run": flow_run_page(),
+        "mlflow": tracker.url,
+        "report": str(outcome.report),
+        "scores": outcome.rows(),
+    }
+    notify(config.notify, "success", config.name, f"{config.name} is finished\n{text}", facts)
+    if outcome.changed:
+        about = {"champion": outcome.champion.student if outcome.champion else None}
+        notify(config.notify, "promotion", config.name, f"{config.name}: {outcome.champion} is champion", facts | about)
+
+
+@contextlib.contextmanager
+def one_at_a_time(store: Store, name: str) -> Iterator[None]:
+    """Let one run of a name work at a time; the next waits until that is done, and finds what it made."""
+    lock = store.lock(f"run-{name}")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        get_run_logger().warning("another run of %s is under way; this one waits for it", name)
+        sys.stderr.write(f"another run of {name} is under way; this one waits for it (Ctrl-C to give up)\n")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def flow_run_page() -> str:
+    """Address of this flow run in Prefect's pages."""
+    base = str(PREFECT_UI_URL.value() or PREFECT_API_URL.value() or "").removesuffix("/api")
+    return prefect_run_page(base, str(flow_run.id)) if base and flow_run.id else ""
+
+
+def claim_flow_run(name: str) -> None:
+    """Tag this flow run with its name and process, as a scheduled one is not yet."""
+    present = list(flow_run.tags)
+    missing = [tag for tag in run_tags(name) if tag not in present]
+    if missing and flow_run.id:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(flow_run.id)), tags=[*present, *missing])
+
+
+def _publish(graph: StageGraph, outcome: Outcome, tracker: Tracker) -> None:
+    """Put the scores, the report's place and the way to MLflow onto the flow run's page."""
     name = graph.config.name
+    if tracker.url:
+        create_link_artifact(tracker.url.split()[0], "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
     create_table_artifact(outcome.rows(), key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
     create_markdown_artifact(outcome.markdown(), key=artifact_key(f"report-{name}"), description=f"Report of {name}")

@@ -5,6 +5,7 @@ whoever started them.
 """
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -196,6 +197,7 @@ def ui(
         for server in servers:
             wait_until_ready(server)
             _say(f"{server.name:8} {server.url}")
+        _standing_file(home).write_text(json.dumps({"url": servers[-1].url}))
         _say("Ctrl-C ends both.")
         while all(server.process.poll() is None for server in servers):
             time.sleep(0.5)
@@ -204,9 +206,35 @@ def ui(
     except KeyboardInterrupt:
         _say("ending both servers")
     finally:
+        _standing_file(home).unlink(missing_ok=True)
         stop(servers)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def standing_prefect(home: Path) -> str:
+    """Address of the Prefect server that outlives a run: the one of `PREFECT_API_URL`, or that of `mopd ui`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if api := os.environ.get("PREFECT_API_URL"):
+        return api.rstrip("/").removesuffix("/api")
+    try:
+        url = str(json.loads(_standing_file(home).read_text())["url"])
+    except FileNotFoundError:
+        url = ""
+    if not url or not _answers(f"{url}/api/health"):
+        raise UserError(
+            f"no Prefect server stands over {home}: start `mopd ui --home {home}` in another terminal and leave it "
+            f"running, or set PREFECT_API_URL"
+        )
+    return url
+
+
+def _standing_file(home: Path) -> Path:
+    """Where `mopd ui` says that its Prefect server stands."""
+    return home.resolve() / "servers" / "prefect.json"
 
 
 def _start(

@@ -17,6 +17,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, State
+from prefect.tasks import exponential_backoff
 
 from flows.launch import LOG_FILE, Launcher, NodeFailedError
 from flows.plan import EVALUATIONS, Node, StageGraph
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from flows.tracking import StageRun, Tracker
 
 ARTIFACT_SECONDS = 2.0
-RETRY_SECONDS = 5.0
+RETRY_SECONDS, RETRY_JITTER = 5.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ def task_of(supervisor: Supervisor, job: Job, retries: int) -> "Task[[], State[N
         name=job.nodes[0].stage,
         task_run_name=job.id.replace("{", "(").replace("}", ")"),
         retries=retries,
-        retry_delay_seconds=RETRY_SECONDS,
+        # Twice as long each time, and not all at once.
+        retry_delay_seconds=exponential_backoff(RETRY_SECONDS),
+        retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_is_retryable,
         cache_policy=NO_CACHE,
         persist_result=False,

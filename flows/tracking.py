@@ -41,12 +41,14 @@ class Tracker:
     Attributes:
         name: Name of the run.
         store: Where the artifacts are.
+        page: Address of the flow run in Prefect's pages; empty where there is none.
     """
 
     def __init__(self, graph: StageGraph, home: Path) -> None:
         self.name = graph.config.name
         self.store = Store(home)
         self.graph = graph
+        self.page = ""
         self.writer = Writer(self.store)
         self.token = uuid.uuid4().hex
         self._known: dict[str, Artifact] = {}
@@ -55,17 +57,20 @@ class Tracker:
         self.outbox = Outbox(folder / f"{self.token}.jsonl", self.writer)
 
     @classmethod
-    def start(cls, graph: StageGraph, home: Path, run_file: str) -> "Tracker":
+    def start(cls, graph: StageGraph, home: Path, run_file: str, page: str = "") -> "Tracker":
         """Open the parent run, after sending what earlier runs of this name could not.
 
         Args:
             graph: The planned run.
             home: `$MOPD_HOME`.
             run_file: The run file's text.
+            page: Address of the flow run in Prefect's pages.
         """
         tracker = cls(graph, home)
         config = graph.config
         tags = {"name": config.name, "seeds": json.dumps(config.seeds), "code": code_fingerprint()}
+        if page:
+            tracker.page, tags["prefect"] = page, page
         tracker.open_run(PARENT, config.name, None, tags, config.model_dump(mode="json"))
         tracker.submit("text", ref=PARENT, file="run.yaml", text=run_file)
         lock = lock_path(home, config.name)
@@ -143,7 +148,7 @@ class Tracker:
             self.submit("text", ref=PARENT, file=file, text=text)
             for key in sorted(students):
                 self.submit("model_text", key=key, file=file, text=text)
-        self.submit("note", ref=PARENT, keys=made)
+        self.submit("note", ref=PARENT, keys=made, page=self.page)
         self.submit("end", ref=PARENT, status=status, time=now())
         self.outbox.close()
 

@@ -1,0 +1,208 @@
+"""A run file as a Prefect deployment: a schedule, a work pool of processes, and parameters with the run file's schema.
+
+The servers and the worker are standing ones: `mopd ui` and `mopd worker`, or those of the environment.
+"""
+
+import json
+import os
+import sys
+import zoneinfo
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experts.errors import UserError, nearest
+from flows.commands import Asked
+from flows.config import RunConfig
+from flows.servers import mlflow_environment, mlflow_uri, prefect_environment, standing_prefect
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+POOL = "mopd"
+POOL_TYPE = "process"
+ENTRYPOINT = "flows.pipeline.pipeline"
+NEXT_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When and where a run is started.
+
+    Attributes:
+        cron: Five fields; None for runs that a person or a program starts.
+        timezone: IANA name that the schedule is read in.
+        paused: Whether the schedule waits for somebody to start it.
+        pool: The work pool.
+    """
+
+    cron: str | None = None
+    timezone: str = "UTC"
+    paused: bool = False
+    pool: str = POOL
+
+
+def deploy(asked: Asked, plan: Plan) -> list[str]:
+    """Make or replace the deployment of a run file, and its work pool where there is none.
+
+    Args:
+        asked: The run; it is planned first, so what is wrong with it is said now and not on Monday at two.
+        plan: When and where.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: the run file is wrong, the schedule cannot be read, or no Prefect server answers.
+    """
+    graph = asked.graph()
+    with _client(asked.home) as (client, pages):
+        from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+        from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+        from prefect.exceptions import ObjectNotFound
+        from prefect.utilities.callables import parameter_schema
+
+        from flows.pipeline import pipeline
+
+        schedule = _schedule(plan)
+        try:
+            pool = client.read_work_pool(plan.pool)
+        except ObjectNotFound:
+            pool = client.create_work_pool(WorkPoolCreate(name=plan.pool, type=POOL_TYPE))
+        if pool.type != POOL_TYPE:
+            raise UserError(f"--pool: work pool '{plan.pool}' is of type {pool.type}, not {POOL_TYPE}; name another")
+        name = graph.config.name
+        deployment = client.create_deployment(
+            client.create_flow(pipeline),
+            name,
+            schedules=[DeploymentScheduleCreate(schedule=schedule, active=not plan.paused)] if schedule else [],
+            # One at a time of a name; the next waits.
+            concurrency_limit=1,
+            concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+            parameters=_parameters(asked),
+            parameter_openapi_schema=parameter_schema(pipeline).model_dump_for_openapi(),
+            enforce_parameter_schema=True,
+            entrypoint=ENTRYPOINT,
+            job_variables={"working_dir": str(Path.cwd()), "env": _environment(asked.home)},
+            work_pool_name=plan.pool,
+            description=_description(graph.config, asked),
+            tags=[f"mopd:{name}"],
+        )
+        said = [f"deployment mopd/{name}: {pages}/deployments/deployment/{deployment}"]
+    if schedule:
+        said.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if plan.paused else ''}")
+        said += [f"  next: {moment}" for moment in _next_runs(schedule)]
+    said.append(f"start it now: Run on its page, or PREFECT_API_URL={pages}/api prefect deployment run 'mopd/{name}'")
+    said.append(f"a worker makes the runs: mopd worker --home {asked.home}" + _pool_option(plan.pool))
+    return said
+
+
+def retire(config: RunConfig, home: Path) -> list[str]:
+    """Take a run's deployment away; runs that are under way go on.
+
+    Raises:
+        UserError: there is none, or no Prefect server answers.
+    """
+    with _client(home) as (client, _):
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            client.delete_deployment(client.read_deployment_by_name(f"mopd/{config.name}").id)
+        except ObjectNotFound:
+            raise UserError(f"{config.name}: there is no deployment mopd/{config.name}") from None
+    return [f"deployment mopd/{config.name}: removed"]
+
+
+def work(home: Path, pool: str, limit: int | None) -> None:
+    """Become a worker of a pool; does not return.
+
+    Raises:
+        UserError: no Prefect server answers.
+    """
+    environment = os.environ | _settings(home)
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", POOL_TYPE]
+    command += ["--install-policy", "never"]
+    command += ["--limit", str(limit)] if limit else []
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
+def _settings(home: Path) -> dict[str, str]:
+    """Environment of a client of the standing servers."""
+    pages = standing_prefect(home)
+    return prefect_environment(home) | mlflow_environment() | {"PREFECT_API_URL": f"{pages}/api"}
+
+
+@contextmanager
+def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
+    """A client of the standing server, and the address of its pages."""
+    settings = _settings(home)
+    # Prefect reads its settings once, at its import.
+    os.environ.update(settings)
+    from prefect import get_client
+
+    with get_client(sync_client=True) as client:
+        fault = client.api_healthcheck()
+        if fault is not None:
+            raise UserError(f"PREFECT_API_URL: {settings['PREFECT_API_URL']} does not answer ({fault})")
+        yield client, settings["PREFECT_API_URL"].removesuffix("/api")
+
+
+def _schedule(plan: Plan) -> Any:
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    if plan.cron is None:
+        return None
+    if plan.timezone not in (known := zoneinfo.available_timezones()):
+        raise UserError(f"--timezone: '{plan.timezone}' is no IANA time zone{nearest(plan.timezone, known)}")
+    try:
+        return CronSchedule(cron=plan.cron, timezone=plan.timezone)
+    except ValidationError as error:
+        told = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
+        raise UserError(
+            f"--cron '{plan.cron}': {told}; write minute, hour, day, month and weekday, "
+            f"such as '0 2 * * 1' for Mondays at two"
+        ) from None
+
+
+def _next_runs(schedule: Any) -> list[str]:
+    import asyncio
+
+    from prefect.server.schemas.schedules import CronSchedule
+
+    moments = asyncio.run(CronSchedule(cron=schedule.cron, timezone=schedule.timezone).get_dates(NEXT_RUNS))
+    return [moment.strftime("%A %Y-%m-%d %H:%M %Z") for moment in moments]
+
+
+def _parameters(asked: Asked) -> dict[str, Any]:
+    return {
+        "run_file": str(asked.file.resolve()),
+        "overrides": list(asked.overrides),
+        "max_steps": asked.max_steps,
+        "home": str(asked.home.resolve()),
+        "plain": True,
+        "changes": {},
+    }
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """What the runs' processes need to know beside the worker's own environment; no secrets."""
+    settings = {name: value for name, value in prefect_environment(home).items() if name != "PREFECT_HOME"}
+    settings |= mlflow_environment()
+    uri = mlflow_uri(home)
+    if uri.startswith(("http://", "https://")) and "@" not in uri:
+        settings["MLFLOW_TRACKING_URI"] = uri
+    return settings
+
+
+def _description(config: RunConfig, asked: Asked) -> str:
+    experts = ", ".join(f"{name} ({expert.domain})" for name, expert in config.experts.items())
+    changed = f" with {json.dumps(list(asked.overrides))}" if asked.overrides else ""
+    return f"Run file `{asked.file}`{changed}. Experts: {experts or 'none'}. Seeds {config.seeds}."
+
+
+def _pool_option(pool: str) -> str:
+    return "" if pool == POOL else f" --pool {pool}"

@@ -1,0 +1,213 @@
+"""A run on a schedule: deployed, checked, worked off, cancelled, resumed; with a standing server and a real worker."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+import yaml
+
+from stages.core.journal import read
+from tests.integration.test_pipeline import RUN
+from tests.processes import eventually
+
+PORTS = ("--mlflow-port", "5871", "--prefect-port", "4871")
+API = "http://127.0.0.1:4871/api"
+LONG = {"base": {"pretrain": {"max_steps": 4000, "save_every": 20}}}
+CANCEL_SECONDS = 10
+
+
+class Hook(BaseHTTPRequestHandler):
+    """A chat service's webhook."""
+
+    heard: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        """Keep what is said."""
+        self.heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+class Site:
+    """A home with its servers and a worker, and the API that a person's browser talks to."""
+
+    def __init__(self, folder: Path, webhook: str) -> None:
+        self.home, self.file = folder / "home", folder / "run.yaml"
+        config = RUN | {"notify": {"events": ["failure", "promotion"]}, "gate": {"non_inferiority_margin": 0.99}}
+        self.file.write_text(yaml.safe_dump(config, sort_keys=False))
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+        self.environment = clean | {"MOPD_WEBHOOK": webhook}
+        self.log = (folder / "log").open("wb")
+        self.folder = folder
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command of `mopd` over the home, in a group of its own."""
+        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        return subprocess.Popen(
+            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
+        )
+
+    def mopd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of `mopd` to its end."""
+        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=120
+        )
+
+    def ask(self, script: str) -> Any:
+        """Ask Prefect's API with its own client: `client` and `deployment` are there; the answer is JSON."""
+        head = (
+            "import json, sys\nfrom prefect import get_client\nfrom prefect.states import Cancelling\n"
+            "with get_client(sync_client=True) as client:\n"
+            "    deployment = client.read_deployment_by_name('mopd/tiny')\n"
+        )
+        body = "".join(f"    {line}\n" for line in script.splitlines())
+        done = subprocess.run(
+            [sys.executable, "-c", head + body],
+            env=self.environment | {"PREFECT_API_URL": API, "PREFECT_HOME": str(self.home / "prefect")},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def begin(self, changes: dict[str, Any]) -> str:
+        """Start a run of the deployment; its id."""
+        run = f"client.create_flow_run_from_deployment(deployment.id, parameters={{'changes': {changes!r}}})"
+        return self.ask(f"print(json.dumps(str({run}.id)))")
+
+    def state(self, run: str) -> str:
+        """The name of a run's state."""
+        return self.ask(f"print(json.dumps(client.read_flow_run({run!r}).state.name))")
+
+    def steps_saved(self) -> int:
+        """The latest step of which a stage's state is saved; 0 before."""
+        return max((int(p.name.partition("-")[2]) for p in (self.home / "work").glob("*/progress/step-*")), default=0)
+
+    def workers_of_stages(self) -> list[psutil.Process]:
+        """The stages' processes that work for this home."""
+        return [p for p in psutil.process_iter(["cmdline"]) if "flows.forkserver" in " ".join(p.info["cmdline"] or ())]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    hook = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=hook.serve_forever, daemon=True).start()
+    site = Site(tmp_path_factory.mktemp("site"), f"http://127.0.0.1:{hook.server_address[1]}/secret-token")
+    servers = site.start("ui", *PORTS)
+    worker = None
+    try:
+        eventually((site.home / "servers" / "prefect.json").exists, within=240)
+        site.deployed = site.mopd("deploy", str(site.file), "--cron", "0 2 * * 1", "--timezone", "Europe/Berlin")
+        worker = site.start("worker")
+        yield site
+    finally:
+        for process in (worker, servers):
+            if process is not None:
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=60)
+        hook.shutdown()
+
+
+def test_a_deployment_says_when_it_runs_and_where_to_look(site: Site) -> None:
+    assert site.deployed.returncode == 0, site.deployed.stderr
+    assert "deployment mopd/tiny: http://127.0.0.1:4871/deployments/deployment/" in site.deployed.stdout
+    assert site.deployed.stdout.count("  next: Monday ") == 3
+    facts = site.ask(
+        "print(json.dumps([deployment.global_concurrency_limit.limit, deployment.enforce_parameter_schema,"
+        " deployment.schedules[0].active, deployment.schedules[0].schedule.cron]))"
+    )
+    assert facts == [1, True, True, "0 2 * * 1"]
+
+
+def test_what_cannot_be_scheduled_is_said_without_a_traceback(site: Site) -> None:
+    for arguments, said in (
+        (["--cron", "0 2 * * x"], "--cron '0 2 * * x': Invalid cron string"),
+        (["--cron", "0 2 * * 1", "--timezone", "Europe/Berln"], "did you mean 'Europe/Berlin'"),
+        (["merge.max_step=3"], "did you mean 'max_steps'"),
+    ):
+        done = site.mopd("deploy", str(site.file), *arguments)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wrong_parameters_are_refused_before_a_run_begins(site: Site) -> None:
+    script = (
+        "changes = {'experts': {'sort': {'train': {'rl': {'max_step': 3}}}}}\n"
+        "try:\n"
+        "    client.create_flow_run_from_deployment(deployment.id, parameters={'changes': changes})\n"
+        "except Exception as error:\n"
+        "    print(json.dumps(str(error)))\n"
+    )
+    said = site.ask(script)
+    assert "changes.experts.sort.train.rl" in said and "'max_step' was unexpected" in said
+
+
+def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoint(site: Site) -> None:
+    first = site.begin(LONG)
+    eventually(lambda: site.steps_saved() > 100, within=240)
+    assert site.workers_of_stages()
+    site.ask(f"client.set_flow_run_state({first!r}, Cancelling())\nprint('null')")
+    started = time.monotonic()
+    eventually(lambda: not site.workers_of_stages(), within=60)
+    assert time.monotonic() - started < CANCEL_SECONDS
+    eventually(lambda: site.state(first) == "Cancelled", within=60)
+    kept = site.steps_saved()
+    assert kept > 100
+
+    second = site.begin(LONG)
+    eventually(lambda: site.steps_saved() > kept, within=240)
+    site.ask(f"client.set_flow_run_state({second!r}, Cancelling())\nprint('null')")
+    eventually(lambda: site.state(second) == "Cancelled", within=60)
+    (journal,) = (site.home / "work").glob("*/journal.jsonl")
+    steps = [record["step"] for record in read(journal) if record["kind"] == "progress"]
+    # It went on where it had been: no step stands twice.
+    assert len(steps) == len(set(steps)) and max(steps) > kept
+
+
+def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(site: Site) -> None:
+    Hook.heard.clear()
+    run, other = site.begin({}), site.begin({})
+    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=240)
+    assert site.state(run) == "Completed"
+    assert (site.home / "runs" / "tiny" / "champion.json").exists()
+    (told,) = [each for each in Hook.heard if each["event"] == "promotion"]
+    assert told["run"] == "tiny" and "is champion" in told["text"] and run in told["flow_run"] and told["mlflow"]
+    page = site.ask(
+        "from prefect.client.schemas.filters import ArtifactFilter\n"
+        "print(json.dumps([a.data for a in client.read_artifacts() if 'in MLflow' in str(a.data)]))"
+    )
+    assert page and told["mlflow"].split()[0] in page[0]
+    # The second waited for the first, and found everything made.
+    eventually(lambda: site.state(other) in ("Completed", "Failed", "Crashed"), within=240)
+    assert site.state(other) == "Completed"
+    ends = site.ask(
+        f"a, b = client.read_flow_run({run!r}), client.read_flow_run({other!r})\n"
+        "print(json.dumps(b.start_time >= a.end_time or a.start_time >= b.end_time))"
+    )
+    assert ends is True
+
+
+def test_a_run_that_fails_tells_the_webhook_and_no_secret_is_kept(site: Site) -> None:
+    Hook.heard.clear()
+    run = site.begin({"experts": {"sort": {"train": {"rl": {"optimizer": {"learning_rate": 1e30}}}}}})
+    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=240)
+    assert site.state(run) == "Failed"
+    (told,) = Hook.heard
+    assert told["event"] == "failure" and "tiny failed: " in told["text"] and "experts/sort" in told["error"]
+    kept = [p for p in site.home.rglob("*") if p.is_file() and b"secret-token" in p.read_bytes()]
+    assert kept == []
