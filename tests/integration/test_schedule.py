@@ -20,6 +20,7 @@ from stages.core.journal import read
 from tests.integration.test_pipeline import RUN
 from tests.processes import eventually
 
+ROOT = Path(__file__).parents[2]
 PORTS = ("--mlflow-port", "5871", "--prefect-port", "4871")
 API = "http://127.0.0.1:4871/api"
 LONG = {"base": {"pretrain": {"max_steps": 4000, "save_every": 20}}}
@@ -211,3 +212,24 @@ def test_a_run_that_fails_tells_the_webhook_and_no_secret_is_kept(site: Site) ->
     assert told["event"] == "failure" and "tiny failed: " in told["text"] and "experts/sort" in told["error"]
     kept = [p for p in site.home.rglob("*") if p.is_file() and b"secret-token" in p.read_bytes()]
     assert kept == []
+
+
+def test_the_deployments_of_a_team_are_declared_in_one_file(site: Site) -> None:
+    folders = {"MOPD_HOME": str(site.home), "MOPD_CHECKOUT": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deploy/prefect.yaml"],
+        env=site.environment | folders | {"PREFECT_API_URL": API, "PREFECT_HOME": str(site.home / "prefect")},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = site.ask(
+        "found = client.read_deployment_by_name('mopd/lab')\n"
+        "print(json.dumps([found.schedules[0].schedule.cron, found.parameters, found.enforce_parameter_schema,"
+        " found.global_concurrency_limit.limit, 'merge' in str(found.parameter_openapi_schema)]))"
+    )
+    parameters = {"run_file": "flows/runs/lab.yaml", "home": str(site.home), "plain": True}
+    assert facts == ["0 2 * * 1", parameters, True, 1, True]
