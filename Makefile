@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm
 VLLM_VERSION := 0.32.0
 HARNESS_STAMP := $(VENV)/.installed-harness
+STORES_STAMP := $(VENV)/.installed-stores
 
-.PHONY: setup setup-vllm setup-harness setup-browser demo test check ui clean
+.PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test check ui clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,16 @@ $(HARNESS_STAMP): $(STAMP) requirements-harness.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-harness.lock
 	@touch $(HARNESS_STAMP)
 
+setup-stores: $(STORES_STAMP)
+
+# Stores on S3 and MLflow on PostgreSQL. The tests need a server of each: moto's, and Debian's PostgreSQL.
+$(STORES_STAMP): $(STAMP) requirements-stores.lock
+	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-stores.lock
+	if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; \
+	then sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
+	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql; fi
+	@touch $(STORES_STAMP)
+
 # The report's test opens the page in Chromium; any on the PATH will do.
 setup-browser:
 	if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; \
@@ -47,7 +58,7 @@ setup-browser:
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
-test: setup setup-vllm setup-harness setup-browser
+test: setup setup-vllm setup-harness setup-stores setup-browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: setup

@@ -98,6 +98,8 @@ def pipeline(
         # Planned only now: a run of this name that was waited for may have moved what it starts from.
         graph = build_graph(config, root)
         store = Store(root)
+        for fault in store.send_left_over():
+            get_run_logger().warning("%s; what is made here stays here until it is sent", fault)
         deep_check(graph, store)
         # Compared with what this name made last time only once: the new lock is the next run's past.
         write_lock(graph, root)

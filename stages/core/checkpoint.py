@@ -6,8 +6,10 @@ done. This module is free of torch so that planning starts fast.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -20,9 +22,13 @@ from filelock import FileLock
 
 from experts.domain import stable_hash
 from experts.errors import UserError
+from stages.core.mirror import MANIFEST, mirror_of_environment
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+# Stages whose artifacts are small, and whose files the plan's readers read.
+MEASUREMENTS = ("evaluate", "harness", "shift", "cosines")
+UNSENT = "unsent_to_store"
+logger = logging.getLogger(__name__)
 
 
 class CorruptedArtifactError(UserError):
@@ -61,20 +67,33 @@ class Artifact:
 
 
 class Store:
-    """Content-addressed directories under `home/store`, work in progress under `home/work`, locks beside them."""
+    """Content-addressed directories under `home/store`, work in progress under `home/work`, locks beside them.
+
+    With a mirror (`MOPD_STORE`), what another machine made is found there and brought when it is needed, and what is
+    made here is sent.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.root = home / "store"
         self.root.mkdir(parents=True, exist_ok=True)
+        self.mirror = mirror_of_environment()
 
     def find(self, key: str) -> Artifact | None:
-        """Return the artifact of a key if it stands whole, without reading its weights."""
+        """Return the artifact of a key if it stands whole, without reading its weights.
+
+        One that stands in the mirror alone is brought if it is a measurement; of a checkpoint only the manifest is
+        here until `get`.
+
+        Raises:
+            CorruptedArtifactError: its manifest cannot be read.
+            UserError: the mirror cannot be read.
+        """
         path = self.root / key
         try:
             manifest = json.loads((path / MANIFEST).read_text())
         except FileNotFoundError:
-            return None
+            return self._find_in_mirror(key)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CorruptedArtifactError(
                 f"{path / MANIFEST}: not readable as JSON ({error}); {_mend(key)}", key
@@ -91,15 +110,67 @@ class Store:
         artifact = self.find(key)
         if artifact is None:
             raise UserError(f"no artifact {key} in {self.root}")
+        if not self.is_here(artifact):
+            self._bring(key)
         self.verify(artifact)
         return artifact
+
+    def is_here(self, artifact: Artifact) -> bool:
+        """Whether an artifact's files are on this machine, and not in the mirror alone."""
+        return (artifact.path / MANIFEST).exists()
+
+    def _find_in_mirror(self, key: str) -> Artifact | None:
+        if self.mirror is None or not self.mirror.holds(key):
+            return None
+        manifest = self.mirror.manifest(key)
+        if manifest.get("stage") in MEASUREMENTS:
+            self._bring(key)
+        return Artifact(key=key, uri=str(self.root / key), digest=manifest["digest"], manifest=manifest)
+
+    def _bring(self, key: str) -> None:
+        """Download an artifact; another process that brings it at the same time does no harm."""
+        assert self.mirror is not None
+        folder = self.root / ".staging" / f"{key}.{os.getpid()}.mirror"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.mirror.bring(key, folder)
+        try:
+            os.rename(folder, self.root / key)
+        except OSError as error:
+            shutil.rmtree(folder)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def send_left_over(self) -> list[str]:
+        """Send what the mirror did not take when it was made.
+
+        Returns:
+            What it still does not take, a line each.
+        """
+        if self.mirror is None:
+            return []
+        faults = []
+        for path in sorted((self.home / UNSENT).glob("*")):
+            artifact = self.find(path.name)
+            try:
+                if artifact is not None:
+                    self.mirror.send(artifact.path, artifact.manifest)
+            except UserError as error:
+                faults.append(str(error))
+            else:
+                path.unlink(missing_ok=True)
+        return faults
 
     def verify(self, artifact: Artifact) -> None:
         """Hash every file of the artifact against its manifest; a file unchanged since the last time is trusted.
 
+        What stands in the mirror alone is verified when it is brought.
+
         Raises:
             CorruptedArtifactError: names the file, what was expected and how to mend it.
         """
+        if not self.is_here(artifact) and self.mirror is not None and self.mirror.holds(artifact.key):
+            return
         seal = self.root / ".verified" / artifact.key
         state = {name: _stamp(artifact.path / name) for name in artifact.manifest["files"]}
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
@@ -142,8 +213,14 @@ class Store:
             sync_to_disk(path)
         sync_to_disk(folder)
         target = self.root / key
+        if self.mirror is not None:
+            # Noted before it stands here, so that a kill between the two leaves nothing unsent.
+            (self.home / UNSENT).mkdir(exist_ok=True)
+            (self.home / UNSENT / key).touch()
         os.rename(folder, target)
         sync_to_disk(self.root)
+        for fault in self.send_left_over():
+            logger.warning("%s; it is sent with the next artifact or run", fault)
         return Artifact(key=key, uri=str(target), digest=digest, manifest=whole)
 
     def staging(self, key: str) -> Path:
@@ -173,12 +250,15 @@ class Store:
         target = self.home / "corrupted" / f"{key}-{int(time.time())}"
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.root / key, target)
+        if self.mirror is not None and self.mirror.holds(key):
+            self.mirror.set_aside(key)
         return target
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Every whole artifact in the store."""
-        for path in sorted(self.root.iterdir()):
-            if not path.name.startswith(".") and (artifact := self.find(path.name)) is not None:
+        """Every whole artifact in the store and its mirror."""
+        here = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
+        for key in sorted(here | (self.mirror.keys() if self.mirror else frozenset())):
+            if (artifact := self.find(key)) is not None:
                 yield artifact
 
 
