@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from experts.errors import UserError, nearest
-from flows import commands
+from flows import store_commands
 from flows.cli_options import DEFAULT_HOME, Home, errors_as_messages
 from stages.core.checkpoint import Store
 
@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(lineage)
     app.command()(diff)
     app.command()(export)
+    app.command()(gc)
 
 
 def lineage(
@@ -40,7 +41,7 @@ def lineage(
     with errors_as_messages():
         if format_ not in FORMATS:
             raise UserError(f"--format: '{format_}' is none of {', '.join(FORMATS)}{nearest(format_, FORMATS)}")
-        commands.lineage(name, home, form="json" if as_json else format_, html=html)
+        store_commands.lineage(name, home, form="json" if as_json else format_, html=html)
 
 
 def diff(
@@ -51,7 +52,7 @@ def diff(
 ) -> None:
     """Say what differs between two checkpoints: settings, data, code, parents, scores."""
     with errors_as_messages():
-        commands.diff(a, b, home, as_json=as_json)
+        store_commands.diff(a, b, home, as_json=as_json)
 
 
 def export(
@@ -68,3 +69,15 @@ def export(
 
         for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public):
             sys.stdout.write(f"{line}\n")
+
+
+def gc(
+    home: Home = DEFAULT_HOME,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
+    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; what is younger stays.")] = 0.0,
+    corrupted: Annotated[bool, typer.Option("--corrupted", help="Also what was set aside as corrupted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what no run plans and no registered student descends from; with --yes, remove it."""
+    with errors_as_messages():
+        store_commands.gc(home, yes=yes, days=days, corrupted=corrupted, as_json=as_json)

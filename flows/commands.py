@@ -1,6 +1,5 @@
 """What the commands of `mopd` do; `flows.cli` declares them. Heavy imports wait until they are needed."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -24,7 +23,7 @@ from flows.lock import status as node_status
 from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
 from flows.run_file import load_run_file, schema_keys
 from flows.shifts import COSINES, SHIFT
-from stages.core.checkpoint import CorruptedArtifactError, Store, write_whole
+from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.journal import JOURNAL_FILE, read
 
 if TYPE_CHECKING:
@@ -291,43 +290,6 @@ def report(asked: Asked) -> None:
 
     graph, store = asked.graph(), Store(asked.home)
     show_outcome(graph, conclude(graph, store, promote=False), asked.home, Console())
-
-
-def lineage(name: str, home: Path, *, form: str, html: Path | None) -> None:
-    """Print from what a checkpoint was made (`text`, `mermaid`, `json`, `html`), or draw it into a file."""
-    from flows.lineage import draw_html, resolve, rows, tree
-    from flows.mermaid import mermaid
-
-    store = Store(home)
-    if html is not None:
-        write_whole(html, draw_html(store, resolve(store, name), name))
-        sys.stdout.write(f"{html}\n")
-    elif form == "html":
-        sys.stdout.write(draw_html(store, resolve(store, name), name) + "\n")
-    elif form == "json":
-        found = rows(store, resolve(store, name))
-        sys.stdout.write(json.dumps([dataclasses.asdict(row) for row in found], indent=1) + "\n")
-    elif form == "mermaid":
-        sys.stdout.write(mermaid(rows(store, resolve(store, name))) + "\n")
-    else:
-        Console().print(tree(store, name))
-
-
-def diff(a: str, b: str, home: Path, *, as_json: bool) -> None:
-    """Print what differs between two checkpoints."""
-    from flows.differences import as_lines, as_mapping, score_table
-    from flows.lineage import resolve_one
-
-    store = Store(home)
-    one, other = resolve_one(store, a), resolve_one(store, b)
-    if as_json:
-        sys.stdout.write(json.dumps(as_mapping(one, other, store), indent=1, default=str) + "\n")
-    elif one.key == other.key:
-        sys.stdout.write(f"{a} and {b} are the same checkpoint: {one.name} (key {one.key})\n")
-    else:
-        sys.stdout.write("".join(f"{line}\n" for line in as_lines(one, other, store)))
-        if (table := score_table(one, other, store)) is not None:
-            Console().print(table)
 
 
 def show_schema(console: Console) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from experts.errors import UserError
 from flows import cards
 from flows.champion import CHAMPION_ALIAS, read_history, registered_name
 from flows.mlflow_models import NOTE, SOURCE, LoggedCheckpoints
@@ -267,6 +268,34 @@ class Writer:
             lock.release()
             if not Path(lock.lock_file).with_suffix(".jsonl").exists():
                 client.set_terminated(run.info.run_id, "KILLED", int(time.time() * 1000))
+
+
+def registered_keys(store: Store) -> set[str]:
+    """The content keys of all versions of all registered models; empty where nothing was ever tracked.
+
+    Raises:
+        UserError: the tracking store cannot be read.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = mlflow_uri(store.home)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return set()
+    keys: set[str] = set()
+    try:
+        with _tracking_store(uri):
+            client, token = MlflowClient(uri), None
+            while True:
+                page = client.search_model_versions(page_token=token)
+                keys |= {version.tags["key"] for version in page if "key" in version.tags}
+                token = page.token
+                if not token:
+                    return keys
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {error}"
+        ) from error
 
 
 def unsent_folder(home: Path, run: str) -> Path:

@@ -30,6 +30,7 @@ from rich.console import Console
 from flows.check import deep_check
 from flows.closing import Outcome, conclude
 from flows.config import RunConfig
+from flows.gc import plan_lock
 from flows.launch import Launcher
 from flows.lock import write_lock
 from flows.notify import notify
@@ -102,7 +103,8 @@ def pipeline(
             get_run_logger().warning("%s; what is made here stays here until it is sent", fault)
         deep_check(graph, store)
         # Compared with what this name made last time only once: the new lock is the next run's past.
-        write_lock(graph, root)
+        with plan_lock(store):
+            write_lock(graph, root)
         tracker = Tracker.start(graph, root, path.read_text(), flow_run_page())
         get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
         with (

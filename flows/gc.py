@@ -1,0 +1,227 @@
+"""Garbage collection: what no run plans and no registered student descends from. Shown first, then removed.
+
+Kept are: every node of every run's lock file; every champion there was, every version in MLflow's registry and every
+one still on its way there; what stages make at this moment; and of all these the ancestors, with their measurements.
+Only this machine's copies are removed; what stands in a mirror (`MOPD_STORE`) stays there.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from experts.errors import UserError
+from flows.champion import CHAMPION_FILE, read_history
+from flows.lock import read_json
+from stages.core.checkpoint import MEASUREMENTS, Artifact, Store
+
+LOCK = "gc"
+DAY_SECONDS = 86400.0
+UNSENT = "unsent"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """One thing that can go.
+
+    Attributes:
+        kind: `checkpoint`, `measurement`, `work` (journals and saved steps), `leftover` (of a killed write) or
+            `corrupted`.
+        name: Of the artifact, or of the folder.
+        key: Content key; empty for leftovers.
+        path: What is removed.
+        size: Bytes.
+        made: Seconds since the epoch.
+    """
+
+    kind: str
+    name: str
+    key: str
+    path: Path
+    size: int
+    made: float
+
+
+@contextmanager
+def plan_lock(store: Store) -> Iterator[None]:
+    """Held while a run plans and writes its lock file, and while garbage is collected: neither sees half the other."""
+    with store.lock(LOCK):
+        yield
+
+
+def find_garbage(
+    store: Store, registered: Iterable[str], days: float = 0.0, *, corrupted: bool = False
+) -> list[Garbage]:
+    """What can be removed, largest first.
+
+    Args:
+        store: The artifacts.
+        registered: Content keys in the registry.
+        days: Younger things stay.
+        corrupted: Also what was set aside as corrupted.
+
+    Raises:
+        CorruptedArtifactError: a manifest cannot be read, so nothing is known of what it descends from.
+    """
+    here = [artifact for artifact in store.artifacts() if store.is_here(artifact)]
+    kept = keep(store, here, registered)
+    found = [
+        _garbage(
+            "measurement" if _is_measurement(artifact) else "checkpoint", artifact.name, artifact.key, artifact.path
+        )
+        for artifact in here
+        if artifact.key not in kept
+    ]
+    gone = {artifact.key for artifact in here} - kept
+    busy = set(_busy(store))
+    for folder in _folders(store.home / "work"):
+        if folder.name in gone or (
+            folder.name not in kept and folder.name not in busy and store.find(folder.name) is None
+        ):
+            found.append(_garbage("work", f"work of {folder.name}", folder.name, folder))
+    for folder in _folders(store.root / ".staging"):
+        if folder.name.partition(".")[0] not in busy:
+            found.append(_garbage("leftover", folder.name, "", folder))
+    if corrupted:
+        found += [_garbage("corrupted", folder.name, "", folder) for folder in _folders(store.home / "corrupted")]
+    oldest = time.time() - days * DAY_SECONDS
+    return sorted((each for each in found if each.made <= oldest), key=lambda each: -each.size)
+
+
+def keep(store: Store, here: Iterable[Artifact], registered: Iterable[str]) -> set[str]:
+    """Content keys that stay: what is referred to, its ancestors, and their measurements."""
+    manifests = {artifact.key: artifact.manifest for artifact in here}
+    kept: set[str] = set()
+    waiting = [*registered, *_planned(store), *_champions(store), *_unsent(store), *_busy(store)]
+    while waiting:
+        key = waiting.pop()
+        if key not in kept:
+            kept.add(key)
+            waiting += _parents(manifests.get(key, {}))
+    measured = {
+        key
+        for key, manifest in manifests.items()
+        if manifest.get("stage") in MEASUREMENTS and _parents(manifest) and kept.issuperset(_parents(manifest))
+    }
+    return kept | measured
+
+
+def remove(store: Store, garbage: Iterable[Garbage]) -> tuple[int, list[str]]:
+    """Remove what was found; what somebody uses meanwhile stays.
+
+    Returns:
+        Bytes freed, and a line for each thing that stayed.
+    """
+    freed, stayed = 0, []
+    for each in garbage:
+        lock = store.lock(each.key or each.path.name.partition(".")[0])
+        try:
+            with lock.acquire(timeout=0):
+                # Out of sight in one step, so that nobody finds half of it.
+                target = store.root / ".staging" / f"removed-{each.path.name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                each.path.rename(target)
+                shutil.rmtree(target)
+                if each.kind in ("checkpoint", "measurement"):
+                    (store.root / ".verified" / each.key).unlink(missing_ok=True)
+        except Timeout:
+            stayed.append(f"{each.name}: in use")
+        except FileNotFoundError:
+            stayed.append(f"{each.name}: gone already")
+        else:
+            freed += each.size
+    return freed, stayed
+
+
+def registered_keys(store: Store) -> set[str]:
+    """The content keys of all versions in MLflow's registry.
+
+    Raises:
+        UserError: the registry cannot be read.
+    """
+    from flows.mlflow_writer import registered_keys as read
+
+    return read(store)
+
+
+def _planned(store: Store) -> Iterator[str]:
+    for path in (store.home / "runs").glob("*/lock.json"):
+        lock = read_json(path)
+        yield from (str(node["key"]) for node in lock.get("nodes", {}).values())
+        yield from (str(pin) for pin in lock.get("pins", {}).values())
+
+
+def _champions(store: Store) -> Iterator[str]:
+    for path in (store.home / "runs").glob(f"*/{CHAMPION_FILE}"):
+        for reign in read_history(store, path.parent.name):
+            yield from (reign.student, *reign.scores.values())
+
+
+def _unsent(store: Store) -> Iterator[str]:
+    """Keys in what MLflow has yet to be told: versions, and models whose files are read then."""
+    for path in (store.home / "runs").glob(f"*/{UNSENT}/*.jsonl"):
+        for line in path.read_text().splitlines():
+            try:
+                yield from _keys_in(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # the last line of a run that was killed while it wrote
+
+
+def _keys_in(operation: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(operation.get("key"), str):
+        yield operation["key"]
+    keys = operation.get("keys")
+    if isinstance(keys, list):
+        yield from (key for key in keys if isinstance(key, str))
+
+
+def _busy(store: Store) -> list[str]:
+    """Keys that are being made at this moment, and those of the checkpoints they are made from."""
+    found = []
+    for path in (store.home / "locks").glob("*.lock"):
+        lock = store.lock(path.stem)
+        try:
+            with lock.acquire(timeout=0):
+                continue
+        except Timeout:
+            found.append(path.stem)
+        for spec in (store.home / "work" / path.stem).glob("spec*.json"):
+            found += [str(key) for node in read_json(spec).get("nodes", []) for key in node.get("parents", {}).values()]
+    return found
+
+
+def _parents(manifest: Mapping[str, Any]) -> list[str]:
+    parents = [str(parent["key"]) for parent in manifest.get("parents", {}).values()]
+    base = manifest.get("adapter_base")
+    return [*parents, str(base)] if base else parents
+
+
+def _is_measurement(artifact: Artifact) -> bool:
+    return artifact.manifest.get("stage") in MEASUREMENTS
+
+
+def _garbage(kind: str, name: str, key: str, path: Path) -> Garbage:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in files]
+    return Garbage(kind, name, key, path, sum(sizes), max((file.stat().st_mtime for file in files), default=0.0))
+
+
+def _folders(path: Path) -> list[Path]:
+    return [each for each in sorted(path.iterdir()) if each.is_dir()] if path.is_dir() else []
+
+
+def check_home(home: Path) -> None:
+    """See that there is a home at all.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (home / "store").is_dir():
+        raise UserError(f"--home {home}: there is no store in it")
