@@ -8,7 +8,7 @@ VLLM_VERSION := 0.32.0
 HARNESS_STAMP := $(VENV)/.installed-harness
 STORES_STAMP := $(VENV)/.installed-stores
 
-.PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test check ui clean
+.PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test chaos check ui clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,10 @@ demo: setup
 
 test: setup setup-vllm setup-harness setup-stores setup-browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Fifty kills at random moments; docs/reliability.md has the figures.
+chaos: setup
+	$(BIN)/python -m tests.chaos --points 50
 
 check: setup
 	$(BIN)/ruff check .
