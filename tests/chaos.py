@@ -2,8 +2,8 @@
 
 The flow, a stage, the MLflow server, the Prefect server and the worker of the smoke pipeline are killed, ten times a
 run; servers and workers are started again as a supervisor would, and a run that ended is begun again as a person
-would. In the end every artifact must be, bit for bit, that of an undisturbed run at the same thread count; nothing may be
-left in staging, no process that served the home may live on, and no lock be held.
+would. In the end every artifact must be, bit for bit, that of an undisturbed run at the same thread count; nothing may
+be left in staging, no process that served the home may live on, and no lock be held.
 """
 
 import argparse
@@ -145,7 +145,7 @@ class Site:
     def close(self) -> None:
         """End worker and servers in good order."""
         if self.worker is not None:
-            self.worker.send_signal(signal.SIGINT)
+            self.worker.terminate()
             self.worker.wait(timeout=60)
         stop(list(self.servers.values()))
 

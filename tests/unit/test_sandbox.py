@@ -1,48 +1,92 @@
 """Model-written code cannot cheat, hang, crash or outlive the process that scores it."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from experts.sandbox import Failure, Limits, passes, run_calls, same_value
+from tests.hostile import HOSTILE, SCORED_ONE
 
 QUICK = Limits(seconds=0.2)
 
-HOSTILE = {
-    "equal_to_all": "class A:\n def __eq__(s, o): return True\ndef f(a): return A()",
-    "infinite_loop": "def f(a):\n while True: pass",
-    "infinite_loop_at_import": "while True: pass",
-    "exit": "import sys\nsys.exit(0)",
-    "raised_exit": "def f(a): raise SystemExit",
-    "interrupt": "def f(a): raise KeyboardInterrupt",
-    "recursion": "def f(a): return f(a)",
-    "huge_power": "def f(a): return 10**10**8",
-    "huge_integer": "def f(a): return 10**5000",
-    "huge_list": "def f(a): return [0]*10**9",
-    "sleep": "import time\ndef f(a):\n time.sleep(30)\n return a",
-    "flood": "def f(a):\n while True: print('x' * 1000)",
-    "deep_value": "def f(a):\n x = []\n for i in range(100000): x = [x]\n return x",
-    "cycle": "def f(a):\n x = []\n x.append(x)\n return x",
-    "tampering": "def f(a):\n calls.append(1)\n return a",
-    "shadowed": "expected = 1\ndef f(a): return expected",
-    "lone_surrogate": "def f(a): return '\ud800'",
-    "nested_source": "def f(a): return " + "(" * 5000 + "1" + ")" * 5000,
-    "open_string": "def f(a): return a\n'''",
-    "file": "def f(a): return open('/etc/hostname').read()",
-    "nothing": "",
-}
+SECRET = "MOPD_TEST_SECRET"
+# Of the host's own memory, while the sandbox meets bombs of gigabytes.
+MEMORY_BYTES = 400 * 1024 * 1024
+
+
+class Host:
+    """A file, a port and the processes of the host, as they were."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "file").write_text("as it was")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(0)
+        passes(SCORED_ONE, "f", [[1]], [1])
+        self.processes = self._processes()
+        self.memory = psutil.Process().memory_info().rss
+
+    def program(self, name: str) -> str:
+        """A hostile program, aimed at this host."""
+        aims = {"{file}": str(self.folder / "file"), "{port}": str(self.listener.getsockname()[1]), "{secret}": SECRET}
+        text = HOSTILE[name]
+        for mark, aim in aims.items():
+            text = text.replace(mark, aim)
+        return text
+
+    def harm(self) -> list[str]:
+        """What is not as it was."""
+        found = []
+        if {path.name: path.read_text() for path in self.folder.iterdir()} != {"file": "as it was"}:
+            found.append("files")
+        with contextlib.suppress(BlockingIOError):
+            self.listener.accept()
+            found.append("network")
+        if self._processes() > self.processes + 1:
+            found.append("processes")
+        if psutil.Process().memory_info().rss > self.memory + MEMORY_BYTES:
+            found.append("memory")
+        return found
+
+    def _processes(self) -> int:
+        return len(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """What must not be touched."""
+    host = Host(tmp_path_factory.mktemp("host"))
+    os.environ[SECRET] = "a secret of the host"
+    yield host
+    del os.environ[SECRET]
+    host.listener.close()
+
+
+def test_the_suite_is_as_large_as_it_says():
+    assert len(HOSTILE) >= 40
+    assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], QUICK)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_code_fails_quickly_and_the_sandbox_goes_on(name):
+def test_a_hostile_program_scores_0_and_the_host_is_unharmed(name, host):
     started = time.monotonic()
-    assert not passes(HOSTILE[name], "f", [[1], [2]], [1, 2], QUICK)
-    assert time.monotonic() - started < 5
-    assert passes("def f(a): return a", "f", [[1], [2]], [1, 2], QUICK)
+    outputs = run_calls(host.program(name), "f", [[1], [2]], QUICK)
+    assert not passes(host.program(name), "f", [[1], [2]], [1, 2], QUICK)
+    assert time.monotonic() - started < 10
+    sys.set_int_max_str_digits(10_000)
+    told = repr(outputs)
+    sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    assert "a secret of the host" not in told and "as it was" not in told
+    assert host.harm() == []
+    assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], QUICK)
 
 
 def test_a_killed_worker_is_a_failure_and_is_replaced():
