@@ -42,7 +42,11 @@ def dataset_digest(fingerprint: str) -> str:
 def model_params(artifact: Artifact) -> dict[str, str]:
     """What a checkpoint's page lists: where it is, what it is, how it was made."""
     manifest = artifact.manifest
-    facts = {name: manifest[name] for name in ("stage", "seed", "tokens", "seconds", "code") if name in manifest}
+    facts = {
+        name: manifest[name]
+        for name in ("stage", "seed", "tokens", "seconds", "device_seconds", "joules", "code")
+        if name in manifest
+    }
     identity = {"uri": artifact.uri, "digest": artifact.digest, "key": artifact.key}
     taught = {
         metric_name(f"teachers.{entry['domain']}.{entry['teacher'].rpartition('/')[2]}"): lesson(entry)

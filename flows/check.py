@@ -14,6 +14,7 @@ from experts.errors import UserError
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.harness import harness_problems
+from flows.memory import fit, origin
 from flows.plan import EVALUATIONS, Node, StageGraph
 from flows.rounds import without_round
 from flows.shifts import SHIFT
@@ -56,6 +57,9 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     if missing:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
         text = f"{store.home}: {_gigabytes(free)} free, about {_gigabytes(needed)} needed"
+        too_large, tight = fit(graph, store, missing)
+        problems += too_large
+        warnings += tight
         if free < needed:
             problems.append(f"{text}; free some space or choose another --home")
         elif free < 2 * needed:
@@ -106,8 +110,8 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         asked = node.config.get("max_new_tokens")
         if asked is None:
             continue
-        origin = _origin(graph, node)
-        limit = origin.config["model"]["max_length"] if origin.stage == "pretrain" else None
+        first = origin(graph, node)
+        limit = first.config["model"]["max_length"] if first.stage == "pretrain" else None
         if limit is not None and asked >= limit:
             yield f"{node.id}: max_new_tokens {asked} leaves no room for a prompt in a context of {limit} tokens"
 
@@ -164,10 +168,10 @@ def _backend(node: Node) -> str | None:
 
 def _narrow_heads(graph: StageGraph, node: Node, key: str) -> Iterator[str]:
     """A fresh model whose attention vLLM cannot compute on a CPU."""
-    origin = _origin(graph, node)
-    if graph.config.resources.gpus or origin.stage != "pretrain":
+    first = origin(graph, node)
+    if graph.config.resources.gpus or first.stage != "pretrain":
         return
-    model = origin.config["model"]
+    model = first.config["model"]
     width = model["hidden_size"] // model["heads"]
     if width < NARROWEST_HEAD_ON_CPU:
         yield (
@@ -219,9 +223,9 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
     for student in missing:
         if student.stage != "distill":
             continue
-        start = _origin(graph, graph.node(student.parents["start"]))
+        start = origin(graph, graph.node(student.parents["start"]))
         for role, parent in student.parents.items():
-            teacher = _origin(graph, graph.node(parent))
+            teacher = origin(graph, graph.node(parent))
             if teacher.key == start.key or role == "start":
                 continue
             ours, theirs = _tokenizer(start, store), _tokenizer(teacher, store)
@@ -236,13 +240,6 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
                     f"the student's start, {start.name}: {difference}; a teacher scores the student's own tokens, so "
                     f"both must share one tokenizer"
                 )
-
-
-def _origin(graph: StageGraph, node: Node) -> Node:
-    """The node whose tokenizer this one has: it is handed on from start to start."""
-    while parent := node.parents.get("start") or node.parents.get("checkpoint"):
-        node = graph.node(parent)
-    return node
 
 
 def _tokenizer(node: Node, store: Store) -> Any:
@@ -265,18 +262,18 @@ def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
     """Bytes the missing nodes are likely to write: a checkpoint each, and saved states of those side by side."""
     training = [node for node in missing if node.stage not in ("load", "merge_weights", *EVALUATIONS)]
     loads = [node for node in missing if node.stage in ("load", "merge_weights")]
-    sizes = {node.key: _checkpoint_bytes(_origin(graph, node), store) for node in [*training, *loads]}
+    sizes = {node.key: _checkpoint_bytes(origin(graph, node), store) for node in [*training, *loads]}
     side_by_side = sorted((sizes[node.key] for node in training), reverse=True)
     states = STATE_COPIES * sum(side_by_side[: graph.config.resources.parallel_experts])
     return SMALLEST_FREE_BYTES + sum(sizes.values()) + states
 
 
-def _checkpoint_bytes(origin: Node, store: Store) -> int:
+def _checkpoint_bytes(first: Node, store: Store) -> int:
     """Size of the weights an origin has; 0 when only the Hub knows."""
-    if artifact := store.find(origin.key):
+    if artifact := store.find(first.key):
         return _folder_bytes(artifact.path)
-    config = origin.config
-    if origin.stage == "pretrain":
+    config = first.config
+    if first.stage == "pretrain":
         model = config["model"]
         layer = 4 * model["hidden_size"] ** 2 + 3 * model["hidden_size"] * model["intermediate_size"]
         return int(model["layers"] * layer * BYTES_A_PARAMETER)

@@ -17,11 +17,12 @@ from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, 
 from stages.core.checkpoint import Store
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="From one base checkpoint to one merged student: SFT cold start, per-domain experts, MOPD.",
+    epilog="Exit codes: 0 done, 1 a stage failed or something is not ready, 2 a mistake in what was asked for, "
+    "130 stopped from outside. Everything finished is kept in any case; the same command resumes.",
 )
 serve = typer.Typer(
     no_args_is_help=True,
@@ -84,10 +85,16 @@ def plan(
 
 
 @app.command()
-def status(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
+def status(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Show how far each node is: done, at which step it stands, or what ended it."""
     with errors_as_messages():
-        commands.status(commands.Asked(file, tuple(overrides or ()), max_steps, home))
+        commands.status(commands.Asked(file, tuple(overrides or ()), max_steps, home), as_json=as_json)
 
 
 @app.command()
@@ -202,12 +209,15 @@ def serve_teachers(
 
 
 @app.command()
-def doctor(home: Home = DEFAULT_HOME) -> None:
-    """Show versions, devices, how many threads pay off, and whether the home is usable."""
+def doctor(
+    home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, devices, servers, stores, how many threads pay off, and whether a run can start. 1 if not."""
     from flows.doctor import examine
 
     with errors_as_messages():
-        healthy = examine(home, Console())
+        healthy = examine(home, Console(), as_json=as_json)
     raise typer.Exit(0 if healthy else 1)
 
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from evals.power import margin_notes, precision_notes
 from experts.errors import UserError
 from flows.champion_start import pin_note, savings
 from flows.config import RunConfig
+from flows.estimate import Estimate, estimate, summary
 from flows.lock import NodeStatus
 from flows.lock import status as node_status
 from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
@@ -187,7 +188,9 @@ def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
     graph, store = asked.graph(), Store(asked.home)
     entries = node_status(graph, store)
     if as_json:
-        sys.stdout.write(json.dumps([_plan_entry(entry) for entry in entries], indent=1) + "\n")
+        missing = [entry.node for entry in entries if not entry.cached]
+        costs = {each.node: each for each in estimate(graph, store, missing)}
+        sys.stdout.write(json.dumps([_plan_entry(entry, costs) for entry in entries], indent=1) + "\n")
     else:
         console = Console()
         table = Table("stage", "status", "why", "key")
@@ -201,18 +204,24 @@ def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
             notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence)
             for line in [*notes, *margin_notes(graph.config.hypotheses, gate.confidence)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-        for line in pin_note(graph, store):
+        missing = [entry.node for entry in entries if not entry.cached]
+        for line in [*summary(estimate(graph, store, missing)), *pin_note(graph, store)]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if check:
         from flows.check import deep_check
+        from flows.memory import needs
 
-        for warning in deep_check(graph, store):
+        warnings = deep_check(graph, store)
+        for need in needs(graph, store, [entry.node for entry in entries if not entry.cached]):
+            sys.stderr.write(f"memory: {need}\n")
+        for warning in warnings:
             sys.stderr.write(f"warning: {warning}\n")
-        sys.stderr.write("check passed: data, tokenizers and disk space\n")
+        sys.stderr.write("check passed: data, tokenizers, memory and disk space\n")
 
 
-def _plan_entry(entry: NodeStatus) -> dict[str, Any]:
-    node = entry.node
+def _plan_entry(entry: NodeStatus, costs: Mapping[str, Estimate]) -> dict[str, Any]:
+    """A node for programs; `about_seconds` and `about_tokens` are null where nothing like it was made before."""
+    node, cost = entry.node, costs.get(entry.node.id)
     return {
         "node": node.id,
         "stage": node.stage,
@@ -221,6 +230,8 @@ def _plan_entry(entry: NodeStatus) -> dict[str, Any]:
         "why": entry.why,
         "code_changed": entry.code_changed,
         "parents": dict(node.parents),
+        "about_seconds": cost.seconds if cost else 0.0,
+        "about_tokens": (cost.tokens if cost.like else None) if cost else 0,
     }
 
 
@@ -243,10 +254,10 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
     yield from (row(node) for node in graph.nodes if node.stage in (SHIFT, COSINES))
 
 
-def status(asked: Asked) -> None:
+def status(asked: Asked, *, as_json: bool = False) -> None:
     """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
     graph, store = asked.graph(), Store(asked.home)
-    table = Table("stage", "status", "steps", "last word")
+    found: list[dict[str, Any]] = []
     for entry in node_status(graph, store):
         node = entry.node
         if node.stage in EVALUATIONS:
@@ -257,7 +268,14 @@ def status(asked: Asked) -> None:
         error = work / "error.json"
         if not entry.cached and error.exists():
             word = json.loads(error.read_text())["message"]
-        table.add_row(node.id, state, f"{step}/{total}" if total else "", word)
+        found.append({"node": node.id, "status": state, "step": step, "total": total, "last_word": word})
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    table = Table("stage", "status", "steps", "last word")
+    for each in found:
+        steps = f"{each['step']}/{each['total']}" if each["total"] else ""
+        table.add_row(each["node"], each["status"], steps, each["last_word"])
     Console().print(table)
 
 

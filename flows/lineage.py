@@ -42,6 +42,7 @@ class Row:
         highlights: The settings that matter most.
         tokens: Tokens trained on; 0 when not recorded.
         seconds: Time it took.
+        joules: Energy its devices used; 0 where nothing told.
         data: domain -> fingerprint.
         metrics: Final metrics of the stage.
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
@@ -60,6 +61,7 @@ class Row:
     highlights: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    joules: float = 0.0
     data: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -197,6 +199,7 @@ def details(row: Row) -> list[str]:
     facts = [f"{name.rpartition('.')[2]} {value}" for name, value in row.highlights.items()]
     facts += [f"{row.tokens:,} tokens"] if row.tokens else []
     facts += [f"{row.seconds:,.0f} s"] if row.seconds else []
+    facts += [f"{row.joules:,.0f} J"] if row.joules else []
     lines = [", ".join(facts)] if facts else []
     lines += [f"taught {entry['domain']}: {cards.lesson(entry)}" for entry in row.teachers]
     telling = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in TELLING}
@@ -247,6 +250,7 @@ def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapp
         highlights=_highlights(manifest.get("config", {})),
         tokens=int(manifest.get("tokens", 0)),
         seconds=float(manifest.get("seconds", 0.0)),
+        joules=float(manifest.get("joules", 0.0)),
         data=manifest.get("data", {}),
         metrics=manifest.get("metrics", {}),
         scores=scores,

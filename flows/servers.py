@@ -152,7 +152,7 @@ def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
         UserError: it ended, or did not answer in time; the message has the end of its log.
     """
     deadline = time.monotonic() + seconds
-    while not _answers(server.health):
+    while not answers(server.health):
         if server.process.poll() is not None:
             raise UserError(f"{server.name} ended with code {server.process.returncode}:\n{_tail(server.log)}")
         if time.monotonic() > deadline:
@@ -222,9 +222,9 @@ def standing_prefect(home: Path) -> str:
         return api.rstrip("/").removesuffix("/api")
     try:
         url = str(json.loads(_standing_file(home).read_text())["url"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         url = ""
-    if not url or not _answers(f"{url}/api/health"):
+    if not url or not answers(f"{url}/api/health"):
         raise UserError(
             f"no Prefect server stands over {home}: start `mopd ui --home {home}` in another terminal and leave it "
             f"running, or set PREFECT_API_URL"
@@ -274,7 +274,8 @@ def _is_free(host: str, port: int, alone: bool) -> bool:
         return True
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether an address answers a GET with 200 within seconds."""
     try:
         with urllib.request.urlopen(address, timeout=5) as response:
             return bool(response.status == 200)

@@ -142,6 +142,12 @@ class Site:
         self.start(victim)
         return True
 
+    def supervise(self) -> None:
+        """Start a worker again that ended by itself, as `Restart=always` does: Prefect's gives up when its server was
+        away for long."""
+        if self.worker is not None and self.worker.poll() is not None:
+            self.start("worker")
+
     def close(self) -> None:
         """End worker and servers in good order."""
         if self.worker is not None:
@@ -218,6 +224,7 @@ def disturbed(home: Path, victims: list[str], rng: random.Random, expected: dict
         while True:
             time.sleep(0.2)
             assert time.monotonic() < started + PATIENCE_SECONDS, (home / "chaos.log").read_text()[-3000:]
+            place.supervise()
             over = _is_over(place)
             if over == "COMPLETED" and not waiting:
                 break

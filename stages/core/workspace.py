@@ -13,6 +13,7 @@ from typing import Any
 
 from experts.domain import Domain
 from stages.core.checkpoint import Artifact, Store
+from stages.core.energy import device_names, joules_so_far
 from stages.core.journal import JOURNAL_FILE, Journal
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -39,6 +40,7 @@ class Workspace:
     provenance: Mapping[str, Any]
     servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    joules: float | None = field(default_factory=joules_so_far)
 
     @property
     def folder(self) -> Path:
@@ -76,7 +78,7 @@ class Workspace:
             "parents": {role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()},
             "data": {name: domain.identity() for name, domain in self.domains.items()},
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
-            "seconds": round(time.monotonic() - self.started, 3),
+            **self._spent(),
             "peak_memory": peak_memory(),
             "metrics": dict(metrics),
             **({} if sources is None else {"sources": self._all_sources(sources)}),
@@ -85,6 +87,13 @@ class Workspace:
         artifact = self.store.commit(folder, self.key, manifest)
         shutil.rmtree(self.progress, ignore_errors=True)
         return artifact
+
+    def _spent(self) -> dict[str, float]:
+        """Time, time of all devices together (of the process, on a CPU), and energy where it can be told."""
+        seconds = time.monotonic() - self.started
+        spent = {"seconds": round(seconds, 3), "device_seconds": round(seconds * max(1, len(device_names())), 3)}
+        now = joules_so_far()
+        return spent if now is None or self.joules is None else spent | {"joules": round(now - self.joules, 1)}
 
     def _all_sources(self, own: Mapping[str, list[str]]) -> dict[str, list[str]]:
         seen = {domain: set(units) for domain, units in own.items()}
