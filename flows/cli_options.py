@@ -22,16 +22,18 @@ DEFAULT_HOME = Path(".mopd")
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """A user's mistake is one message and exit code 2; a full disk one message and exit code 1."""
+    """A mistake, or a place that may not be written: one message and exit code 2. A full disk: one message and 1."""
     try:
         yield
     except UserError as error:
         _fail(str(error), 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         place = f" ({error.filename})" if error.filename else ""
-        _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; make it writable or choose another --home", 2)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

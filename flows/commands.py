@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 SHORT_KEY = 10
+# Less than this, and a database can no longer write a page.
+NOTHING_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
             sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
     sys.stderr.write("starting Prefect …\n")
     with prefect_session(asked.home, verbose) as pages:
+        from httpx import TransportError
         from prefect import tags
-        from prefect.exceptions import CancelledRun
+        from prefect.exceptions import CancelledRun, PrefectHTTPStatusError
 
         from flows.pipeline import PipelineFailedError, pipeline, run_tags
 
@@ -130,6 +134,8 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
             return _stopped(asked)
         except PipelineFailedError as error:
             return _report_failures(error, asked)
+        except (PrefectHTTPStatusError, TransportError) as error:
+            return _report_silence(error, asked)
     show_outcome(graph, outcome, asked.home, console)
     return DONE
 
@@ -155,6 +161,17 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
         sys.stderr.write(f"not started, for they need what failed: {', '.join(error.not_started)}\n")
     sys.stderr.write(f"all else is finished and kept; `{asked.command}` resumes where it was\n")
     return MISTAKE if all(mistakes) else FAILED
+
+
+def _report_silence(error: Exception, asked: Asked) -> int:
+    """Say why Prefect's server does not answer: its database lies in the home, so a full disk ends it first."""
+    if shutil.disk_usage(asked.home).free < NOTHING_FREE_BYTES:
+        cause = f"the disk of {asked.home} is full; free some space"
+    else:
+        said = str(error).partition(" - Response")[0] or type(error).__name__
+        cause = f"Prefect's server no longer answers as it should ({said}); its log is in {asked.home}/servers"
+    sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{asked.command}` resumes where it was\n")
+    return FAILED
 
 
 def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console) -> None:

@@ -77,7 +77,9 @@ class LoggedCheckpoints:
 
         manifest = artifact.manifest
         parents = {role: self.model(parent["key"]) for role, parent in manifest.get("parents", {}).items()}
-        model = self.find(artifact.key) or self._create(artifact, run_id, parents)
+        # Another run may be at the same one: it waited for the node, or uses what this one has made.
+        with self.store.lock("models"):
+            model = self.find(artifact.key) or self._create(artifact, run_id, parents)
         inputs = [LoggedModelInput(parent) for parent in dict.fromkeys(parents.values()) if parent]
         if inputs:
             self.client.log_inputs(run_id, models=inputs)

@@ -4,6 +4,7 @@ Torch-free and free of both libraries: the servers are started as processes, in 
 whoever started them.
 """
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -12,12 +13,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from experts.errors import UserError
 
@@ -145,6 +150,20 @@ def start_prefect(home: Path, host: str, port: int) -> Server:
     return _start("Prefect", command, environment, home, url, "/api/health")
 
 
+@contextlib.contextmanager
+def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
+    """Held from the choice of a port until the server answers: `close` what is yielded then.
+
+    Two servers that start at once would choose the same port, and over one new home create the same tables.
+    """
+    ports = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
+    with contextlib.ExitStack() as held:
+        for folder, name in ((ports, "ports.lock"), (home.resolve() / "locks", "servers.lock")):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder / name))
+        yield held
+
+
 def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
     """Wait until a server answers.
 
@@ -186,16 +205,18 @@ def ui(
         UserError: a named port is taken, or a server does not start.
     """
     home.mkdir(parents=True, exist_ok=True)
-    mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
-    prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
     servers: list[Server] = []
     # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
     before = {number: signal.signal(number, _as_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        servers.append(start_mlflow(home, host, mlflow_at))
-        servers.append(start_prefect(home, host, prefect_at))
+        with one_start_at_a_time(home):
+            mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
+            prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
+            servers.append(start_mlflow(home, host, mlflow_at))
+            servers.append(start_prefect(home, host, prefect_at))
+            for server in servers:
+                wait_until_ready(server)
         for server in servers:
-            wait_until_ready(server)
             _say(f"{server.name:8} {server.url}")
         _standing_file(home).write_text(json.dumps({"url": servers[-1].url}))
         _say("Ctrl-C ends both.")
@@ -240,7 +261,7 @@ def _standing_file(home: Path) -> Path:
 def _start(
     name: str, arguments: Sequence[str], environment: Mapping[str, str], home: Path, url: str, health: str
 ) -> Server:
-    log = home.resolve() / "servers" / f"{name.lower()}.log"
+    log = home.resolve() / "servers" / f"{name.lower()}-{urllib.parse.urlsplit(url).port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -12,6 +12,7 @@ from flows.servers import (
     Server,
     choose_port,
     mlflow_environment,
+    one_start_at_a_time,
     prefect_environment,
     start_prefect,
     stop,
@@ -47,16 +48,18 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
         _expect_answer(standing)
         yield standing.removesuffix("/api")
         return
-    server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
-    try:
-        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
-        # The import takes seconds, in which the server starts.
-        import prefect  # noqa: F401
+    with one_start_at_a_time(home) as starting:
+        server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
+        try:
+            os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+            # The import takes seconds, in which the server starts.
+            import prefect  # noqa: F401
 
-        wait_until_ready(server)
-        yield server.url
-    finally:
-        _end(server)
+            wait_until_ready(server)
+            starting.close()
+            yield server.url
+        finally:
+            _end(server)
 
 
 def _expect_answer(api: str) -> None:
