@@ -1,5 +1,7 @@
 """A stage that was cut off and resumed makes the same checkpoint as one that was not, bit for bit."""
 
+import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +20,7 @@ from stages.core.workspace import Workspace
 from stages.on_policy.config import RLConfig
 from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 
+DAY_SECONDS = 86400.0
 SMALL = {"max_steps": 6, "examples": 60, "save_every": 2}
 COSINE = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2)
 ON_POLICY = {**SMALL, "prompts_per_step": 6, "max_new_tokens": 8, "optimizer": COSINE}
@@ -92,6 +95,30 @@ def test_resumed_equals_uninterrupted(
     assert any(
         values.get(f"{name.split('-', maxsplit=1)[0]}/grad_norm", 0) > 0 for values in metrics_of(place).values()
     )
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    workspace: Callable[..., Workspace],
+    checkpoint: Callable[[str, int], Artifact],
+    domains: dict[str, Domain],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, config = STAGES["distill"]
+    parents = {"start": checkpoint("start", 0)}
+    parents |= {f"teacher/{domain}": checkpoint(f"teacher-{domain}", i + 1) for i, domain in enumerate(domains)}
+    whole = train(config, workspace("whole", parents, domains))
+    real, jumps = time.time, itertools.cycle((0.0, -DAY_SECONDS, 30 * DAY_SECONDS))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr(stages.on_policy.loop, "end_step", cut_after(stages.on_policy.loop.end_step, 5))
+        train(config, workspace("jumping", parents, domains))
+    place = workspace("jumping", parents, domains)
+    resumed = train(config, place)
+    moments = [record["time"] for record in read(place.folder / "journal.jsonl")]
+    assert moments != sorted(moments), "the clock did not jump"
+    assert resumed.digest == whole.digest
+    assert metrics_of(place) == metrics_of(workspace("whole", parents, domains))
+    assert 0 < resumed.manifest["seconds"] < DAY_SECONDS
 
 
 def cut_after(end_step: Callable[..., None], last: int) -> Callable[..., None]:
