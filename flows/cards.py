@@ -9,6 +9,7 @@ from stages.core.checkpoint import Artifact
 
 DIGEST_LENGTH = 16
 TEACHER_DIGEST_LENGTH = 12
+DATA_FILE = "data.json"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -71,15 +72,24 @@ def lesson(entry: Mapping[str, Any]) -> str:
     return ", ".join(facts)
 
 
-def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
-    """A checkpoint's description: what it is, and links to the checkpoints it was made from.
+def model_note(
+    artifact: Artifact, pages: Mapping[str, str], scores: Mapping[tuple[str, str], float] | None = None
+) -> str:
+    """A checkpoint's description: what it is, what it scores, and links to the checkpoints it was made from.
 
     Args:
         artifact: The checkpoint.
         pages: role -> address of the parent's page; a parent unknown to the tracking store has none.
+        scores: (domain, split) -> greedy score; empty until it is evaluated.
     """
     manifest = artifact.manifest
     lines = [f"**{artifact.name}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
+    if scores:
+        lines += ["| domain | split | greedy score, % |", "|---|---|---:|"]
+        lines += [
+            f"| {domain} | {split} | {score:.1%} |".replace("% |", " |") for (domain, split), score in scores.items()
+        ]
+        lines.append("")
     if parents := manifest.get("parents", {}):
         lines.append("Made from:")
         for role, parent in parents.items():
@@ -93,9 +103,19 @@ def model_note(artifact: Artifact, pages: Mapping[str, str]) -> str:
     if data := manifest.get("data", {}):
         lines.append("Data by domain:")
         lines += [f"- {domain}: fingerprint `{dataset_digest(fingerprint)}`" for domain, fingerprint in data.items()]
+        if manifest.get("examples"):
+            lines.append(f"\nSome of it: `{DATA_FILE}` among the artifacts of its run.")
         lines.append("")
+    if cost := _cost(manifest):
+        lines += [f"Cost: {cost}; code `{str(manifest.get('code', '?'))[:DIGEST_LENGTH]}`", ""]
     lines.append(f"Weights: `{artifact.uri}`, digest `{artifact.digest[:DIGEST_LENGTH]}`, content key `{artifact.key}`")
     return "\n".join(lines)
+
+
+def _cost(manifest: Mapping[str, Any]) -> str:
+    """Time, tokens and energy, as far as they are recorded."""
+    units = {"seconds": "s", "device_seconds": "device-seconds", "tokens": "tokens", "joules": "J"}
+    return ", ".join(f"{manifest[name]:,.0f} {unit}" for name, unit in units.items() if manifest.get(name) is not None)
 
 
 def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "") -> str:
@@ -118,6 +138,13 @@ def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """A journal's sample records as MLflow's table: `columns` and rows of `data`, every row as long as the others."""
     columns = list(dict.fromkeys(name for sample in samples for name in sample if name not in ("kind", "time")))
     return {"columns": columns, "data": [[_cell(sample.get(name)) for name in columns] for sample in samples]}
+
+
+def data_table(artifact: Artifact) -> dict[str, list[Any]]:
+    """Some of the data a checkpoint was trained on as MLflow's table; no rows where its manifest shows none."""
+    drawn = artifact.manifest.get("examples", {})
+    rows = [[domain, each["prompt"], each["answer"]] for domain, shown in drawn.items() for each in shown]
+    return {"columns": ["domain", "prompt", "answer"], "data": rows}
 
 
 def _cell(value: Any) -> str | int | float | bool | None:

@@ -6,7 +6,7 @@ key, so a checkpoint has one however many runs use it.
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows import cards
 from flows.outbox import Rejected
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 NOTE = "mlflow.note.content"
 VERSIONS = "mlflow.modelVersions"
+TABLES = "mlflow.loggedArtifacts"
+REGISTERED = (
+    "The students of one run file, a version each. `candidate` is the merge the gate judged last, `champion` the one "
+    "that passed it or that a person promoted. Open a version: its description has scores, teachers, data and cost, "
+    "and links to what it was made from, down to the base."
+)
 SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
 
 
@@ -90,21 +96,48 @@ class LoggedCheckpoints:
         ]
         if metrics:
             self.client.log_batch(run_id, metrics=metrics)
+        if (table := cards.data_table(artifact))["data"]:
+            self.log_table(run_id, cards.DATA_FILE, table)
         self.client.set_tag(run_id, NOTE, str(model.tags.get(NOTE, "")))
         self._models[artifact.key] = model.model_id
         return model
+
+    def log_table(self, run_id: str, file: str, table: Mapping[str, Any]) -> None:
+        """Keep a table among a run's artifacts, and list it where MLflow's pages look for tables."""
+        self.client.log_text(run_id, json.dumps(table), file)
+        listed = json.loads(self.client.get_run(run_id).data.tags.get(TABLES, "[]"))
+        entry = {"path": file, "type": "table"}
+        self.client.set_tag(run_id, TABLES, json.dumps([*(other for other in listed if other != entry), entry]))
+
+    def describe(self, artifact: Artifact) -> None:
+        """Write a checkpoint's description anew, with the scores it has by now: on its model, versions and run."""
+        model_id = self.model(artifact.key)
+        if model_id is None:
+            return
+        model = self.client.get_logged_model(model_id)
+        parents = {role: self.model(parent["key"]) for role, parent in artifact.manifest.get("parents", {}).items()}
+        note = cards.model_note(artifact, self._pages(parents), _scores(model))
+        if note == model.tags.get(NOTE):
+            return
+        self.client.set_logged_model_tags(model_id, {NOTE: note})
+        for version in json.loads(model.tags.get(VERSIONS, "[]")):
+            self.client.update_model_version(version["name"], version["version"], note)
+        if maker := self.maker(model):
+            self.client.set_tag(maker, NOTE, note)
+
+    def _pages(self, parents: Mapping[str, str | None]) -> dict[str, str]:
+        return {role: mlflow_model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
 
     def _create(self, artifact: Artifact, run_id: str, parents: Mapping[str, str | None]) -> "LoggedModel":
         import mlflow
 
         manifest = artifact.manifest
-        pages = {role: mlflow_model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
         tags = {"key": artifact.key, "digest": artifact.digest, "stage": str(manifest.get("stage"))}
         tags |= {f"parent.{role}": parent for role, parent in parents.items() if parent}
         return mlflow.create_external_model(
             name=cards.model_name(artifact),
             source_run_id=run_id,
-            tags={**tags, "seed": str(manifest.get("seed", 0)), NOTE: cards.model_note(artifact, pages)},
+            tags={**tags, "seed": str(manifest.get("seed", 0)), NOTE: cards.model_note(artifact, self._pages(parents))},
             params=cards.model_params(artifact),
             model_type=str(manifest.get("stage", "checkpoint")),
             experiment_id=self.experiment,
@@ -129,7 +162,7 @@ class LoggedCheckpoints:
         if model_id is None:
             raise Rejected(f"checkpoint {key} is no longer in the store")
         try:
-            self.client.create_registered_model(name)
+            self.client.create_registered_model(name, description=REGISTERED)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -151,3 +184,15 @@ class LoggedCheckpoints:
         """The version of a registered model that is the checkpoint with this content key."""
         versions = self.client.search_model_versions(f"name = '{name}'")
         return next((version for version in versions if version.tags.get("key") == key), None)
+
+
+def _scores(model: "LoggedModel") -> dict[tuple[str, str], float]:
+    """(domain, split) -> the latest greedy score that MLflow holds of a checkpoint."""
+    latest: dict[tuple[str, str], float] = {}
+    for metric in sorted(model.metrics or (), key=lambda metric: metric.timestamp):
+        kind, _, name = metric.key.partition("/")
+        place, _, measure = name.rpartition("/")
+        if kind == "eval" and measure == "greedy":
+            domain, _, split = place.rpartition("/")
+            latest[domain, split] = metric.value
+    return dict(sorted(latest.items()))

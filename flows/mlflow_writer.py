@@ -5,7 +5,6 @@ be long after it was submitted. Saying an operation twice does no harm: checkpoi
 and versions by a tag.
 """
 
-import json
 import logging
 import os
 import tempfile
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "mopd"
 KIND = "mlflow.experimentKind"
-TABLES = "mlflow.loggedArtifacts"
 TAG_LENGTH = 5000
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -170,9 +168,7 @@ class Writer:
         self.client.log_text(_run_id(operation["ref"], ids), operation["text"], operation["file"])
 
     def _table(self, operation: Operation, ids: dict[str, str]) -> None:
-        run_id, file = _run_id(operation["ref"], ids), operation["file"]
-        self.client.log_text(run_id, json.dumps(operation["table"]), file)
-        self.client.set_tag(run_id, TABLES, json.dumps([{"path": file, "type": "table"}]))
+        self.checkpoints.log_table(_run_id(operation["ref"], ids), operation["file"], operation["table"])
 
     def _made(self, operation: Operation, ids: dict[str, str]) -> None:
         artifact = self.store.find(operation["key"])
@@ -245,6 +241,7 @@ class Writer:
         for key in operation["keys"]:
             artifact, model = self.store.find(key), self.checkpoints.model(key)
             if artifact and model:
+                self.checkpoints.describe(artifact)
                 rows.append((artifact, mlflow_model_page("", self.experiment, model)))
         self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows, operation.get("page", "")))
 

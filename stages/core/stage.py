@@ -11,6 +11,9 @@ from stages.core.journal import Journal
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 
+# Of each domain's examples, how many the manifest holds for people, and how much of their text.
+SHOWN, SHOWN_CHARACTERS = 3, 500
+
 
 def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[Example]]:
     """Training examples of each of the stage's domains, decided by its seed.
@@ -64,6 +67,7 @@ def finish(
             tokens=learner.tokens,
             adapter_base=learner.policy.adapter_base,
             parameters=learner.policy.size,
+            examples={domain: [_shown(example) for example in drawn[:SHOWN]] for domain, drawn in examples.items()},
             **(facts or {}),
         )
     learner.accelerator.wait_for_everyone()
@@ -71,3 +75,9 @@ def finish(
     if artifact is None:
         raise RuntimeError(f"{workspace.name}: the leading process did not commit {workspace.key}")
     return artifact
+
+
+def _shown(example: Example) -> dict[str, str]:
+    """A prompt and its gold answer, for a person to read."""
+    prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+    return {"prompt": str(prompt)[:SHOWN_CHARACTERS], "answer": example.answer[:SHOWN_CHARACTERS]}

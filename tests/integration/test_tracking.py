@@ -1,5 +1,6 @@
 """What a run leaves in MLflow, on a real SQLite store and against a server that does not answer."""
 
+import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from evals.gate import Criterion, Verdict
 from flows.champion import promote_by_gate
 from flows.lock import write_lock
+from flows.mlflow_models import NOTE
 from flows.plan import Node, StageGraph
 from flows.tracking import Tracker
 from stages.core.checkpoint import Artifact, Store
@@ -55,7 +57,8 @@ def play(tracker: Tracker, store: Store, graph: StageGraph, node: Node) -> Artif
     run.forward([*records[7:], sample, {"time": 1.0, "step": 1200, "kind": "progress", "total": total}])
     if total > 1200:
         run.forward([{"time": 1.0, "step": 1200, "kind": "note", "text": "stopped early: no domain improved"}])
-    artifact = commit(store, graph, node)
+    shown = {"sort": [{"prompt": "sort cab:", "answer": "abc"}]}
+    artifact = commit(store, graph, node, examples=shown)
     run.finish("FINISHED", artifact)
     return artifact
 
@@ -104,6 +107,23 @@ def test_a_checkpoint_names_its_parents_data_and_files(tracked):
     assert model.params["digest"] == artifact.digest
     for key in parents:
         assert f"/#/experiments/{model.experiment_id}/models/{known[key].model_id}" in model.tags["mlflow.note.content"]
+
+
+def test_descriptions_end_with_the_scores_of_the_checkpoint(tracked):
+    graph, known, runs = tracked["graph"], models(tracked), children(tracked)
+    model = known[graph.node("student@0").key]
+    (version,) = tracked["client"].search_model_versions("name = 'lab-student'")
+    for note in (model.tags[NOTE], version.description, runs["student@0"].data.tags[NOTE]):
+        assert "| sort | held_out | 75.0 |" in note and "Made from:" in note
+    assert "champion" in tracked["client"].get_registered_model("lab-student").description
+
+
+def test_some_of_the_data_is_a_table_beside_the_samples(tracked):
+    run = children(tracked)["experts/sort@0"]
+    tables = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert [table["path"] for table in tables] == ["samples.json", "data.json"]
+    path = tracked["client"].download_artifacts(run.info.run_id, "data.json")
+    assert json.loads(Path(path).read_text())["data"] == [["sort", "sort cab:", "abc"]]
 
 
 def test_an_early_stop_and_its_reason_are_tags_of_a_finished_run(tracked):

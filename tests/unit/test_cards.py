@@ -39,6 +39,22 @@ def test_an_older_student_has_no_lessons(tmp_path: Path) -> None:
     assert "Taught" not in cards.model_note(made, {})
 
 
+def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Path) -> None:
+    graph, store = shared_graph(), Store(tmp_path)
+    node = graph.checkpoints[0]
+    spent = {"seconds": 61.4, "device_seconds": 122.8, "tokens": 12345, "code": "c0de" * 16}
+    shown = {"sort": [{"prompt": "sort cab:", "answer": "abc"}]}
+    made = commit(store, graph, node, **spent, examples=shown, data={"sort": "f" * 64})
+    lines = cards.model_note(made, {}, {("sort", "held_out"): 0.875, ("caesar", "held_out"): 0.0}).splitlines()
+    assert "| sort | held_out | 87.5 |" in lines and "| caesar | held_out | 0.0 |" in lines
+    assert "Cost: 61 s, 123 device-seconds, 12,345 tokens; code `c0dec0dec0dec0de`" in lines
+    assert "Some of it: `data.json` among the artifacts of its run." in lines
+    assert cards.data_table(made) == {
+        "columns": ["domain", "prompt", "answer"],
+        "data": [["sort", "sort cab:", "abc"]],
+    }
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
