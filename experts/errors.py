@@ -3,12 +3,27 @@
 import difflib
 from collections.abc import Iterable
 
+_UNREACHABLE = {
+    "builtins.ConnectionError",
+    "builtins.TimeoutError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+}
+
 
 class UserError(Exception):
     """A mistake the user can mend: the message names the file, key or domain and what would be valid.
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether the network, or whoever should answer, is not there; by whichever of the HTTP libraries it was asked."""
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    return not kinds.isdisjoint(_UNREACHABLE)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

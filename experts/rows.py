@@ -136,6 +136,10 @@ class RowDomain(Domain):
                     raise UserError(f"domains.{self.name}: '{self.source.path}' is empty")
                 kind = FILE_FORMATS[self._file.suffix]
                 return datasets.load_dataset(kind, data_files={split: str(self._file)}, split=split)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{place}: {error}; without a network only what is in the Hub's cache is read"
+            ) from error
         except (DatasetsError, ValueError) as error:
             raise UserError(f"{place}: {error.__cause__ or error}") from error
 

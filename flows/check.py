@@ -20,6 +20,7 @@ from flows.rounds import without_round
 from flows.shifts import SHIFT
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
+from stages.core.remote_code import options, remote_code
 from stages.on_policy.shares import without_prompts
 from stages.on_policy.vllm_settings import is_local
 
@@ -45,7 +46,8 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
             too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
-    problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
+    with remote_code(graph.config.remote_code):
+        problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
     problems += [
         *_scorer_problems(graph, missing),
         *_sampling_problems(graph, missing),
@@ -83,7 +85,7 @@ def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         entry = graph.config.domains[domain]
         try:
             drawn = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
-        except UserError as error:
+        except (UserError, ConnectionError) as error:
             yield f"{node_id}: {error}"
             continue
         if not drawn:
@@ -124,6 +126,8 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
     taught = [node for node in missing if node.config.get("teacher_backend") == "vllm_server"]
     samplers = inside if resources.rollout_servers.urls else [*inside, *rollouts]
+    if graph.config.remote_code and (asking := [*inside, *rollouts, *taught]):
+        yield f"remote_code: {_config_key(asking[0])} asks for vLLM, which is not given the code of checkpoints here"
     started = {f"{_config_key(node)}.sampler.backend": node for node in samplers}
     if not resources.teacher_servers.urls:
         started |= {f"{_config_key(node)}.teacher_backend": node for node in taught}
@@ -254,8 +258,8 @@ def _tokenizer(node: Node, store: Store) -> Any:
     from transformers import AutoTokenizer
 
     if artifact is not None:
-        return AutoTokenizer.from_pretrained(artifact.uri)
-    return AutoTokenizer.from_pretrained(node.config["location"], revision=node.config["revision"])
+        return AutoTokenizer.from_pretrained(artifact.uri, **options())
+    return AutoTokenizer.from_pretrained(node.config["location"], revision=node.config["revision"], **options())
 
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:

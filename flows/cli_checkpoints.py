@@ -10,6 +10,7 @@ from experts.errors import UserError, nearest
 from flows import store_commands
 from flows.cli_options import DEFAULT_HOME, Home, errors_as_messages
 from stages.core.checkpoint import Store
+from stages.core.remote_code import remote_code
 
 FORMATS = ("text", "mermaid", "json", "html")
 Reference = Annotated[
@@ -62,13 +63,15 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     push: Annotated[str | None, typer.Option("--push", help="Also to this Hub repository, OWNER/NAME.")] = None,
     public: Annotated[bool, typer.Option("--public", help="A repository that is made is public.")] = False,
+    code: Annotated[bool, typer.Option("--remote-code", help="Let it run the Python code it brings.")] = False,
 ) -> None:
     """Write a checkpoint for other programs: adapters merged, safetensors, tokenizer, a model card with its lineage."""
     with errors_as_messages():
         from flows.export import export as work
 
-        for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public):
-            sys.stdout.write(f"{line}\n")
+        with remote_code(code):
+            for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public):
+                sys.stdout.write(f"{line}\n")
 
 
 def gc(

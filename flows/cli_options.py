@@ -27,6 +27,8 @@ def errors_as_messages() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error), 2)
+    except ConnectionError as error:
+        _fail(str(error), 1)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

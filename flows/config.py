@@ -286,6 +286,9 @@ class RunConfig(StrictModel):
         default_factory=dict, description="What the run is to show, fixed before it is measured."
     )
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
+    remote_code: bool = Field(
+        False, description="Run the Python code that imported checkpoints bring. Read it first: it may do anything."
+    )
     notify: NotifyConfig | None = Field(None, description="A webhook that hears of failures and promotions.")
 
     def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.domain import HELD_OUT
-from experts.errors import UserError
+from experts.errors import UserError, is_unreachable
 from flows import cards
 from flows.config import BASE, COLD_START
 from flows.lineage import SHORT, Row, resolve_one, rows
@@ -197,7 +197,9 @@ def _push(folder: Path, repository: str, public: bool) -> str:
     try:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"mopd export {folder.name}")
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError)) and not is_unreachable(error):
+            raise
         raise UserError(
             f"--push {repository}: {error}; {folder} is written: `hf upload {repository} {folder} .` sends it later"
         ) from error

@@ -34,7 +34,13 @@ class Job:
         kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
         if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage not in EVALUATIONS):
             raise ValueError("one process makes one training node or evaluations of one checkpoint")
-        spec = {"home": str(home), "threads": threads, "nodes": [_node_spec(graph, node) for node in nodes]}
+        spec: dict[str, Any] = {
+            "home": str(home),
+            "threads": threads,
+            "nodes": [_node_spec(graph, node) for node in nodes],
+        }
+        if graph.config.remote_code:
+            spec["remote_code"] = True
         return cls(tuple(nodes), spec)
 
     @property

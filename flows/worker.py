@@ -23,10 +23,11 @@ from filelock import Timeout
 
 from evals.harness_config import HarnessTaskConfig
 from experts.domain import load_domain
-from experts.errors import UserError
+from experts.errors import UserError, is_unreachable
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig
 from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.journal import JOURNAL_FILE
+from stages.core.remote_code import remote_code
 from stages.core.source import Source
 from stages.core.workspace import Workspace
 from stages.merge_config import WeightMergeConfig
@@ -47,11 +48,6 @@ _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 # What the Rust and C++ writers of weights say in place of an errno.
 _DISK_TEXTS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 _INFRASTRUCTURE_TYPES = {
-    "builtins.ConnectionError",
-    "builtins.TimeoutError",
-    "httpx.TransportError",
-    "requests.exceptions.ConnectionError",
-    "requests.exceptions.Timeout",
     "torch.distributed.DistBackendError",
     "torch.distributed.DistNetworkError",
     "torch.distributed.DistStoreError",
@@ -179,7 +175,8 @@ def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
     store = Store(Path(spec["home"]))
     nodes: list[NodeSpec] = spec["nodes"]
     try:
-        _run(nodes, store, int(spec["threads"]), runners, spec.get("servers", {}))
+        with remote_code(bool(spec.get("remote_code"))):
+            _run(nodes, store, int(spec["threads"]), runners, spec.get("servers", {}))
     except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
         code = exit_code_of(error)
         if code == USER_ERROR:
@@ -315,7 +312,7 @@ def _is_disk_fault(error: BaseException) -> bool:
 
 def _is_infrastructure_fault(error: BaseException) -> bool:
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
-    return not kinds.isdisjoint(_INFRASTRUCTURE_TYPES) or "NCCL error" in str(error)
+    return is_unreachable(error) or not kinds.isdisjoint(_INFRASTRUCTURE_TYPES) or "NCCL error" in str(error)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from experts.errors import UserError, nearest
 from stages.core.checkpoint import Artifact, Store
+from stages.core.remote_code import options
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(DType)
@@ -39,8 +40,8 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     disable_progress_bar()
     base = checkpoint.manifest.get("adapter_base")
     root = store.get(base) if base else checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri)
-    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, **options())
+    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype="auto", **options())
     kept = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if base:
         model = PeftModel.from_pretrained(model.float(), checkpoint.uri).merge_and_unload(safe_merge=True)
@@ -56,8 +57,8 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
 
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """See that what was written is read as the model that was meant."""
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
-    read = AutoTokenizer.from_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **options()).eval()
+    read = AutoTokenizer.from_pretrained(folder, **options())
     if read.get_vocab() != tokenizer.get_vocab() or read.chat_template != tokenizer.chat_template:
         raise UserError(f"{folder}: the tokenizer that was written is not read as the checkpoint's own")
     tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.vocab_size))[None]

@@ -1,7 +1,8 @@
 """Base stage: bring a checkpoint made elsewhere (Hugging Face id, local directory, GGUF file) into the store.
 
 It may come from anybody, so nothing in it is run: weights are read from safetensors or GGUF, never from a pickle, and a
-model that brings its own code is refused.
+model that brings its own code is refused, unless the run file says `remote_code: true`; then that code goes into the
+store with it.
 
 Weights are kept in the type they come in (a GGUF file's are de-quantized to float32); later stages train in float32.
 """
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact
+from stages.core.remote_code import options
 from stages.core.source import Source
 from stages.core.workspace import Workspace
 
@@ -23,14 +25,17 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     Raises:
         UserError: the files are no causal language model with a tokenizer, or only a pickle of one, or bring code.
     """
-    location, options = _arguments(source)
+    location, arguments = _arguments(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **arguments)
     except (OSError, ValueError, KeyError) as error:
         name = workspace.name
         if "trust_remote_code" in str(error):
-            raise UserError(f"{name}: {source.location}: it brings code of its own, and that is not run here") from None
+            raise UserError(
+                f"{name}: {source.location}: it brings code of its own; read it, and if you trust it say "
+                f"`remote_code: true` in the run file"
+            ) from None
         raise UserError(f"{name}: {source.location}: not a causal language model with a tokenizer: {error}") from error
     if source.kind == "gguf":
         model = _plain(model)
@@ -55,5 +60,5 @@ def _arguments(source: Source) -> tuple[str, dict[str, Any]]:
     if source.kind == "gguf":
         path = Path(source.location)
         return str(path.parent), {"gguf_file": path.name}
-    options = {"revision": source.revision} if source.revision else {}
-    return source.location, options | {"use_safetensors": True, "trust_remote_code": False}
+    revision = {"revision": source.revision} if source.revision else {}
+    return source.location, revision | {"use_safetensors": True} | options()

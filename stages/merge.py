@@ -24,6 +24,7 @@ from experts.domain import stable_hash
 from experts.errors import UserError, nearest
 from stages.core.checkpoint import Artifact
 from stages.core.policy import Policy, load_policy, tokenizer_difference
+from stages.core.remote_code import options
 from stages.core.weights import StoredWeights
 from stages.core.workspace import Workspace
 from stages.merge_config import WeightMergeConfig
@@ -230,7 +231,7 @@ def _check(expert: Expert, weights: StoredWeights, policy: Policy, tensors: Mapp
             raise UserError(f"{who}: its {names[0]} is {shapes[0]}, the start's {tuple(tensor.shape)}")
     if strange := sorted(weights.shapes.keys() - policy.model.state_dict().keys()):
         raise UserError(f"{who}: it has {strange[0]}, which the start does not have")
-    tokenizer = AutoTokenizer.from_pretrained(expert.checkpoint.uri)
+    tokenizer = AutoTokenizer.from_pretrained(expert.checkpoint.uri, **options())
     if difference := tokenizer_difference(policy.tokenizer, tokenizer):
         raise UserError(f"{who}: its tokenizer differs from the start's: {difference}")
 

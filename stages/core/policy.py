@@ -22,6 +22,7 @@ from experts.errors import UserError
 from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
+from stages.core.remote_code import options
 
 
 @dataclass
@@ -132,7 +133,8 @@ def load_policy(
     an adapter without `lora` is merged into its base when it is to be trained in full.
 
     Raises:
-        UserError: see `check_head`; or nothing in the model is called as `lora.target_modules` says.
+        UserError: see `check_head`; or nothing in the model is called as `lora.target_modules` says; or it brings
+            code that may not be run.
 
     Args:
         checkpoint: A stored checkpoint, full or adapter.
@@ -143,9 +145,16 @@ def load_policy(
     """
     base = checkpoint.manifest.get("adapter_base")
     root = store.get(base) if base else checkpoint
-    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32, **options())
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, **options())
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{checkpoint.name}: it brings code of its own, which this run file does not let run (`remote_code: true`)"
+        ) from None
     use_onednn(model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri)
     if base:
         model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
         if trainable and lora is None:

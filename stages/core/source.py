@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from experts.domain import stable_hash
-from experts.errors import UserError, nearest
+from experts.errors import UserError, is_unreachable, nearest
 from stages.core.checkpoint import hash_file
 
 PACKAGE_SCHEME = "package://"
@@ -102,8 +102,10 @@ def _hub_commit(key: str, repository: str, revision: str | None) -> str:
             return commit
     except RepositoryNotFoundError:
         raise UserError(f"{key}: '{repository}' is neither a local directory nor a Hugging Face id") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        pass  # Offline: a copy in the local Hub cache serves as well, and is named by its commit.
+    except Exception as error:
+        # Offline: a copy in the local Hub cache serves as well, and is named by its commit.
+        if not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError)) and not is_unreachable(error):
+            raise
     cached = try_to_load_from_cache(repository, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise UserError(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact, Store
+from stages.core.remote_code import options
 
 # What a file of adapters calls a layer's factors; in a model the adapter's name stands before the suffix.
 _FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
@@ -39,7 +40,7 @@ class StoredWeights:
     def __init__(self, checkpoint: Artifact, store: Store) -> None:
         base = checkpoint.manifest.get("adapter_base")
         root = store.get(base) if base else checkpoint
-        config = AutoConfig.from_pretrained(root.uri)
+        config = AutoConfig.from_pretrained(root.uri, **options())
         self.config: Mapping[str, Any] = config.to_dict()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
@@ -70,7 +71,7 @@ def _adapters(checkpoint: Artifact, config: PreTrainedConfig) -> dict[str, LoraL
     if strange := [name for name in weights if not _FACTOR.search(name)]:
         raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, which is not a low-rank factor")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **options())
     wrapped = PeftModel(model, PeftConfig.from_pretrained(checkpoint.uri), low_cpu_mem_usage=True)
     # peft's own loading would send them to where the base is: nowhere.
     named = {_FACTOR.sub(r"\1.default\2", name): tensor for name, tensor in weights.items()}

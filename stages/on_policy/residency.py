@@ -16,11 +16,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.policy import Policy, check_head
+from stages.core.remote_code import options
 
 Weights = dict[str, Tensor]
 
@@ -136,6 +144,17 @@ def _read(base: Artifact) -> Weights:
     }
 
 
+def _model_class(config: PreTrainedConfig, base: Artifact) -> type[PreTrainedModel]:
+    """The class of a base's model: transformers' own, or the one it brings where that may be run."""
+    own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    found: type[PreTrainedModel] = (
+        get_class_from_dynamic_module(own, base.uri)
+        if own and options()["trust_remote_code"]
+        else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    )
+    return found
+
+
 class _Base:
     """A base with the adapters it has worn so far."""
 
@@ -148,8 +167,8 @@ class _Base:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.key = base.key
-        config = AutoConfig.from_pretrained(base.uri)
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        config = AutoConfig.from_pretrained(base.uri, **options())
+        kind = _model_class(config, base)
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
         check_head(Policy(model, tokenizer), base)
         use_onednn(model)

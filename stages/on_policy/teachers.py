@@ -24,6 +24,7 @@ from stages.core.linear import product
 from stages.core.loss import chunk_length
 from stages.core.packing import micro_batches, pack
 from stages.core.policy import HiddenStates, Policy, head_weight, tokenizer_difference
+from stages.core.remote_code import options
 from stages.core.update import Row
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.remote_teachers import RemoteTeachers
@@ -293,7 +294,9 @@ class TeacherPool:
         for domain, taught in self.routes.items():
             for teacher in (routed.teacher for routed in taught if routed.teacher.key not in known):
                 known.add(teacher.key)
-                difference = tokenizer_difference(self.student.tokenizer, AutoTokenizer.from_pretrained(teacher.uri))
+                difference = tokenizer_difference(
+                    self.student.tokenizer, AutoTokenizer.from_pretrained(teacher.uri, **options())
+                )
                 if difference:
                     raise UserError(
                         f"merge.teachers.{domain}: the tokenizer of teacher {teacher.name} differs from the student's: "

@@ -59,6 +59,13 @@ def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path
     assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
+def test_code_of_checkpoints_and_vllm_exclude_each_other(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert said(tmp_path, SORT_ALONE, "remote_code=true") == ""
+    message = said(tmp_path, SORT_ALONE, "remote_code=true", "merge.sampler.backend=vllm")
+    assert message == "remote_code: merge asks for vLLM, which is not given the code of checkpoints here"
+
+
 def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     narrow = "base.pretrain.model={hidden_size: 64, heads: 4}"

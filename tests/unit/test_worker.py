@@ -11,6 +11,7 @@ import pytest
 from experts.errors import UserError
 from flows import worker
 from stages.core.checkpoint import CorruptedArtifactError, Store
+from stages.core.remote_code import options
 from stages.core.workspace import Workspace
 from stages.on_policy.config import MonitorConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
@@ -95,6 +96,20 @@ def test_user_error_prints_its_message_and_a_crash_its_traceback(tmp_path, capfd
     worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(ValueError("bad shape"))})
     assert "Traceback" in (said := capfd.readouterr().err)
     assert "ValueError: bad shape" in said
+
+
+def test_code_of_checkpoints_runs_only_where_the_spec_says_so(tmp_path):
+    seen = []
+
+    def looking(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> None:
+        seen.append(options()["trust_remote_code"])
+
+    path = write_spec(tmp_path, "k")
+    assert worker.run_spec(path, {"make": looking}) == 0
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"remote_code": True}))
+    assert worker.run_spec(path, {"make": looking}) == 0
+    assert worker.run_spec(write_spec(tmp_path, "k"), {"make": looking}) == 0
+    assert seen == [False, True, False]
 
 
 def test_full_disk_still_tells_when_the_error_file_cannot_be_written(tmp_path, capfd):
