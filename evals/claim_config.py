@@ -9,8 +9,7 @@ from stages.config import StrictModel
 
 # By example, so that comparisons are paired by it.
 EXAMPLE_MEASURES = ("score", "sampled", "passes", "drop")
-# One value a checkpoint and seed.
-SHIFT_MEASURES = ("kl_start", "kl_policy", "entropy", "length", "repetition", "changed_bfloat16", "changed_float32")
+# One value a checkpoint and seed; so has a shift.
 COST_MEASURES = ("seconds", "tokens")
 
 Measure = Literal[
@@ -25,6 +24,7 @@ Measure = Literal[
     "repetition",
     "changed_bfloat16",
     "changed_float32",
+    "rounded_away",
     "seconds",
     "tokens",
 ]

@@ -1,18 +1,21 @@
-"""Figures of the page of claims: a fit as points with its curve, a slope as a line, all else as intervals.
+"""Figures of the page of claims: fits as points with their curves, slopes as lines, contrasts of scores as intervals,
+and of what has one value a seed these values.
 
 On white, for a Markdown page has no colours of its own to take.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from evals.claim_config import EXAMPLE_MEASURES
-from evals.claims import Finding, checkpoint_mean
+from evals.claims import Finding
+from evals.claims_page import UNITS, short
 from evals.compare import Interval
-from evals.results import Results
 
 COLOURS = {"shown": "#2aa876", "contradicted": "#d9605a", "not shown": "#8a939b"}
 # Points a slope's axis spans at the least, so that a line of noise does not look steep.
@@ -20,43 +23,51 @@ LEAST_SPAN = 10.0
 LINES = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9")
 
 
-def claim_figure(results: Results, own: Sequence[Finding]) -> str | None:
-    """The figure of one hypothesis as an SVG document; None where nothing of it can be drawn."""
+def claim_figure(own: Sequence[Finding]) -> str | None:
+    """The figure of one hypothesis as an SVG document, a panel for each kind of test; None where there is nothing."""
     measured = [one for one in own if one.interval is not None]
-    fits = [one for one in measured if one.config.fit]
+    fits = [one for one in measured if one.curve]
     slopes = [one for one in measured if one.config.slope]
+    plain = [one for one in measured if not one.curve and not one.config.slope]
+    contrasts = [one for one in plain if one.config.measure in EXAMPLE_MEASURES]
+    panels: list[tuple[float, Callable[[Any], None]]] = []
     if fits:
-        return _fit(results, fits[0])
+        panels.append((4.0, partial(_fits, fits)))
     if slopes:
-        return _slopes(slopes)
-    return _intervals([one for one in measured if one.config.measure in EXAMPLE_MEASURES])
+        panels.append((3.4, partial(_slopes, slopes)))
+    if contrasts:
+        panels.append((0.9 + 0.42 * len(contrasts), partial(_intervals, contrasts)))
+    for unit, rows in _seed_rows([one for one in plain if one.config.measure not in EXAMPLE_MEASURES]).items():
+        panels.append((0.9 + 0.42 * len(rows), partial(_seed_values, unit, rows)))
+    return _drawn(panels) if panels else None
 
 
-def _fit(results: Results, one: Finding) -> str:
-    """Every checkpoint by its two measures, and the least-squares parabola."""
-    assert one.config.fit is not None
-    fit = one.config.fit
-    across = one.config.model_copy(update={"measure": fit.x, "domains": fit.x_domains})
-    x = [checkpoint_mean(results, name, across) or 0.0 for name in one.values]
-    y = [100 * value for value in one.values.values()]
-    figure, axes = _axes(6.4, 4.0)
-    axes.scatter(x, y, color=LINES[0], zorder=3)
-    for rank, (place, height, name) in enumerate(sorted(zip(x, y, one.values, strict=True))):
-        label = name.rpartition("/")[2].replace("_", " ")
+def _fits(fits: Sequence[Finding], axes: Any) -> None:
+    """Every checkpoint by its two measures, and the least-squares parabola of each fit."""
+    first = fits[0].config
+    assert first.fit is not None
+    points = {name: point for one in fits if one.curve for name, point in one.curve.points.items()}
+    axes.scatter([x for x, _ in points.values()], [100 * y for _, y in points.values()], color=LINES[0], zorder=3)
+    for rank, (x, y, name) in enumerate(sorted((x, y, name) for name, (x, y) in points.items())):
         # Neighbours' labels go to different sides.
         offset, side = (((6, 3), "left"), ((-6, 3), "right"), ((6, -9), "left"))[rank % 3]
-        axes.annotate(label, (place, height), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
-    grid = np.linspace(min(x), max(x), 100)
-    axes.plot(grid, np.polyval(np.polyfit(x, y, 2), grid), color=LINES[1], linewidth=1.2)
-    axes.set_xlabel(f"{fit.x.replace('_', ' ')} on {', '.join(fit.x_domains)}")
-    axes.set_ylabel(f"{one.config.measure}, points")
-    return _svg(figure)
+        label = name.rpartition("/")[2].replace("_", " ")
+        axes.annotate(label, (x, 100 * y), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
+    for one, colour in zip(fits, cycle(LINES[1:]), strict=False):
+        assert one.curve is not None and one.interval is not None
+        own = [x for x, _ in one.curve.points.values()]
+        grid = np.linspace(min(own), max(own), 100)
+        label = f"{one.test.replace('_', ' ')}: R² {one.interval.mean:.2f}"
+        axes.plot(grid, 100 * np.polyval(one.curve.coefficients, grid), color=colour, linewidth=1.2, label=label)
+    axes.set_xlabel(f"{first.fit.x.replace('_', ' ')} on {', '.join(first.fit.x_domains)}")
+    axes.set_ylabel(f"{first.measure}, points")
+    # Above the axes, where no point can be.
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _slopes(slopes: Sequence[Finding]) -> str:
+def _slopes(slopes: Sequence[Finding], axes: Any) -> None:
     """Each checkpoint's mean over its setting, a line a test."""
-    figure, axes = _axes(6.4, 3.4)
-    for one, colour in zip(slopes, LINES, strict=False):
+    for one, colour in zip(slopes, cycle(LINES), strict=False):
         assert one.config.slope is not None
         points = sorted((setting, 100 * one.values[name]) for name, setting in one.config.slope.items())
         assert one.interval is not None
@@ -68,15 +79,12 @@ def _slopes(slopes: Sequence[Finding]) -> str:
     axes.set_ylim(bottom - missing, top + missing)
     axes.set_xlabel("setting")
     axes.set_ylabel("%, or points")
-    axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    # Above the axes, where no point can be.
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _intervals(found: Sequence[Finding]) -> str | None:
+def _intervals(found: Sequence[Finding], axes: Any) -> None:
     """A forest plot: each test's contrast with its interval and its margin."""
-    if not found:
-        return None
-    figure, axes = _axes(6.4, 0.9 + 0.42 * len(found))
     for place, one in enumerate(reversed(found)):
         assert one.interval is not None
         value = Interval(*(100 * bound for bound in (one.interval.mean, one.interval.low, one.interval.high)))
@@ -88,18 +96,41 @@ def _intervals(found: Sequence[Finding]) -> str | None:
     names = [f"{one.test.replace('_', ' ')}\n({one.verdict})" for one in reversed(found)]
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.set_xlabel("difference, points; dotted: the margin")
-    return _svg(figure)
+    dotted = "; dotted: the margin" if any(one.config.margin for one in found) else ""
+    axes.set_xlabel(f"difference, points{dotted}")
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _seed_rows(found: Sequence[Finding]) -> dict[str, dict[str, list[float]]]:
+    """Unit -> row's label -> a value a seed; tests that share a checkpoint's measure share its row."""
+    panels: dict[str, dict[str, list[float]]] = {}
+    for one in found:
+        title, unit, scale, _ = UNITS[one.config.measure]
+        for name, values in one.by_seed.items():
+            panels.setdefault(unit, {})[f"{short(name)}\n{title}"] = [scale * value for value in values.values()]
+    return panels
+
+
+def _seed_values(unit: str, rows: dict[str, list[float]], axes: Any) -> None:
+    """A row a checkpoint and measure: a dot a seed, and the mean as a line."""
+    for place, values in enumerate(reversed(rows.values())):
+        axes.plot(values, [place] * len(values), "o", color=LINES[0], alpha=0.6, markersize=5)
+        axes.plot([float(np.mean(values))] * 2, [place - 0.3, place + 0.3], color=LINES[1], linewidth=1.6)
+    axes.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(f"{unit}; a dot a seed, a line their mean")
+
+
+def _drawn(panels: Sequence[tuple[float, Callable[[Any], None]]]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
+    heights = [height for height, _ in panels]
+    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for (_, draw), (axes,) in zip(panels, grid, strict=True):
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        draw(axes)
+    return _svg(figure)
 
 
 def _svg(figure: Any) -> str:

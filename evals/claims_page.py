@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.claim_config import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
-from evals.claims import Finding, domains_of, findings
+from evals.claim_measures import domains_of
+from evals.claims import Finding, findings
 from evals.grid import ABSENT, Grid
 from evals.results import BASELINES, STUDENT, VARIANTS, Results
 
@@ -18,6 +19,7 @@ UNITS = {
     "repetition": ("repetition", "compression", 1.0, 2),
     "changed_bfloat16": ("weights changed at bfloat16", "%", 100.0, 1),
     "changed_float32": ("weights changed at float32", "%", 100.0, 1),
+    "rounded_away": ("weights changed at float32 less those at bfloat16", "%", 100.0, 1),
     "seconds": ("seconds", "s", 1.0, 1),
     "tokens": ("tokens trained on", "k", 1e-3, 0),
     "score": ("greedy score", "points", 100.0, 1),
@@ -60,7 +62,7 @@ def hypotheses_grid(results: Results) -> Grid | None:
         for one in findings(results, results.hypotheses)
     ]
     head = ("hypothesis", "compared", "expected", "measured", "p", "verdict")
-    return Grid("Hypotheses fixed in the run file (p after Holm's correction)", head, tuple(rows))
+    return Grid("Hypotheses in the run file (p after Holm's correction)", head, tuple(rows))
 
 
 def what(results: Results, test: ComparisonConfig) -> str:
@@ -70,12 +72,12 @@ def what(results: Results, test: ComparisonConfig) -> str:
         split = ", unseen kind" if test.split != "held_out" else ""
         title = f"{title} on {', '.join(domains_of(results, test))}{split}"
     if test.compare:
-        return f"{_short(test.compare[0])} − {_short(test.compare[1])}: {title}"
+        return f"{short(test.compare[0])} − {short(test.compare[1])}: {title}"
     if test.slope:
-        settings = ", ".join(f"{_short(name)} at {setting:g}" for name, setting in test.slope.items())
+        settings = ", ".join(f"{short(name)} at {setting:g}" for name, setting in test.slope.items())
         return f"slope of {title} over {settings}"
     if test.contrast:
-        return f"{' '.join(f'{weight:+g} {_short(name)}' for name, weight in test.contrast.items())}: {title}"
+        return f"{' '.join(f'{weight:+g} {short(name)}' for name, weight in test.contrast.items())}: {title}"
     assert test.fit is not None
     return (
         f"R² of {title} as a quadratic of {UNITS[test.fit.x][0]} on {', '.join(test.fit.x_domains)}, "
@@ -173,12 +175,20 @@ def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
 
 
 def _values(own: Sequence[Finding]) -> str:
+    """Each checkpoint's own value, and the start's score: a start near 0 or 100 % leaves little to see."""
     lines = []
     for one in own:
-        if one.values and not one.config.fit:
-            unit = UNITS[one.config.measure][1].replace("points", "%")
-            said = ", ".join(f"{_short(name)} {_number(value, one.config)}" for name, value in one.values.items())
-            lines.append(f"- {one.test.replace('_', ' ')}: {said} ({unit}; {UNITS[one.config.measure][0]})")
+        if not one.values:
+            continue
+        start = "" if one.start is None else f"; the start scores {100 * one.start:.1f} %"
+        if one.curve:
+            squared, linear, constant = one.curve.coefficients
+            said = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
+            lines.append(f"- {one.test.replace('_', ' ')}: {said}{start}")
+            continue
+        unit = UNITS[one.config.measure][1].replace("points", "%")
+        said = ", ".join(f"{short(name)} {_number(value, one.config)}" for name, value in one.values.items())
+        lines.append(f"- {one.test.replace('_', ' ')}: {said} ({unit}; {UNITS[one.config.measure][0]}){start}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -187,7 +197,7 @@ def _number(value: float, test: ComparisonConfig, signed: bool = False) -> str:
     return f"{value * scale:{'+' if signed else ''}.{digits}f}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A checkpoint as a reader calls it: `expert sort`, `student half`, `baseline ties`."""
     for prefix, role in (("experts/", "expert"), (VARIANTS, STUDENT), (BASELINES, "baseline")):
         if name.startswith(prefix):

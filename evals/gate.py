@@ -1,13 +1,20 @@
-"""The gate: which merge of a run is its candidate, and what it must show to become champion, one line a criterion."""
+"""The gate: which merge of a run is its candidate, and what it must show to become champion, one line a criterion.
+
+Merges are compared as recipes, over all seeds; what is promoted is one checkpoint, the first seed's, and it is judged
+by its own scores against its own seed's teachers. What the recipe does over all seeds is said beside that and decides
+nothing.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evals.candidates import Rival, rivals
 from evals.compare import Interval, mean_over
+from evals.crossed import over_examples
 from evals.forgetting import mean_drop
+from evals.hypotheses import differences, intersection_union, non_inferiority
 from evals.results import STUDENT, Results
 from evals.scores import Scores
 from experts.domain import HELD_OUT
@@ -74,21 +81,25 @@ def judge(
     chose it, so its differences lean upwards by a little.
 
     A criterion whose scores are missing fails: nothing is promoted unmeasured. Non-inferiority to every teacher is an
-    intersection-union test (Berger 1982): all must pass, so each is held to the full level without correction.
+    intersection-union test (Berger 1982): all must pass, so each is held to the full level without correction, and the
+    largest p-value is that of all. The level is one tail of the intervals, (1 - confidence) / 2, so a domain passes
+    exactly where the lower bound of its interval lies above the margin.
+
+    Forgetting is judged by the estimate and not by its upper bound, as the design has it: a candidate forgets no more
+    than allowed. `max_forgetting` is a limit on what is measured and not, as the margin, one for which the plan finds a
+    number of examples; on the few domains that no expert trains the bound could refuse a checkpoint that lost nothing.
+    The interval is told beside it, and where it reaches past the limit.
 
     Args:
         results: The run's scores.
-        margin: Allowed deficit to each domain's teacher (`Results.teacher`): the lower bound of the paired difference
-            must lie above `-margin`.
-        max_forgetting: Allowed mean drop (the estimate, not its bound) on domains no expert trains.
+        margin: Allowed deficit to each domain's teacher (`Results.teacher`).
+        max_forgetting: Allowed mean drop on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
     """
     others = rivals(results)
     judged: dict[str, Verdict] = {}
     for name in (*(rival.name for rival in others if rival.shown), STUDENT):
-        criteria = [_teacher(results, name, domain, margin) for domain in results.teachers]
-        if not criteria:
-            criteria = [Criterion("teachers", False, "no teacher to compare with")]
+        criteria = _teachers(results, name, margin)
         criteria += [_forgetting(results, name, max_forgetting), _champion(results, name, champion)]
         judged[name] = Verdict(name, "", tuple(criteria))
         if judged[name].passed:
@@ -116,30 +127,67 @@ def _lead(rival: Rival) -> str:
     return f"{rival.name} {100 * rival.gain:+.1f} points (p = {rival.p_value:.2g}, Holm-corrected)"
 
 
-def _teacher(results: Results, candidate: str, domain: str, margin: float) -> Criterion:
-    name = f"non-inferior to {results.teacher(domain)} on {domain}"
-    difference = results.difference(candidate, "teacher", domain)
-    own, teachers = results.score(candidate, domain), results.score("teacher", domain)
-    if difference is None or own is None or teachers is None:
-        return Criterion(name, False, f"{domain}: not scored, so not shown non-inferior.")
-    passed = difference.low > -margin
-    every = " (every teacher must pass, so no correction)" if len(results.teachers) > 1 else ""
-    text = (
-        f"{domain}: {100 * own.mean:.1f} % against its teacher's {100 * teachers.mean:.1f} %: difference "
-        f"{_points(difference)}, {'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
-        f"so {'' if passed else 'not shown '}non-inferior{every}."
-    )
-    return Criterion(name, passed, text)
+def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion]:
+    """A criterion for each domain: the candidate is non-inferior to its teacher there."""
+    if not results.teachers:
+        return [Criterion("teachers", False, "no teacher to compare with")]
+    one = _promotable(results)
+    pairs = {domain: one.aligned([candidate, one.teacher(domain)], domain) for domain in one.teachers}
+    # What was not scored is not shown, and of a single example nothing is.
+    p_values = {
+        domain: non_inferiority(pair[0], pair[1], margin) if pair and pair[0].shape[1] > 1 else 1.0
+        for domain, pair in pairs.items()
+    }
+    worst = intersection_union(p_values)
+    together = f" (every teacher must pass, so no correction; all of them: p = {worst:.2g})" if len(pairs) > 1 else ""
+    criteria = []
+    for domain, pair in pairs.items():
+        name = f"non-inferior to {results.teacher(domain)} on {domain}"
+        if pair is None or pair[0].shape[1] < 2:
+            few = "not scored" if pair is None else "a single example"
+            criteria.append(Criterion(name, False, f"{domain}: {few}, so not shown non-inferior."))
+            continue
+        passed = p_values[domain] < (1 - results.confidence) / 2
+        difference = over_examples({domain: differences(*pair)}).interval(results.confidence)
+        text = (
+            f"{domain}: {100 * pair[0].mean():.1f} % against its teacher's {100 * pair[1].mean():.1f} %"
+            f"{_seed(results)}: difference {_points(difference)}, p = {p_values[domain]:.2g}, "
+            f"{'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
+            f"so {'' if passed else 'not shown '}non-inferior{together}."
+        )
+        criteria.append(
+            Criterion(name, passed, text + _over_all(results, results.difference(candidate, "teacher", domain)))
+        )
+    return criteria
+
+
+def _promotable(results: Results) -> Results:
+    """The results of the seed whose checkpoint can become champion: the first."""
+    return replace(results, seeds=results.seeds[:1])
+
+
+def _seed(results: Results) -> str:
+    return f" (seed {results.seeds[0]}, the one to be promoted)" if len(results.seeds) > 1 else ""
+
+
+def _over_all(results: Results, value: Interval | None) -> str:
+    """What the recipe does over all seeds, for information."""
+    return f" Over all {len(results.seeds)} seeds: {_points(value)}." if value and len(results.seeds) > 1 else ""
 
 
 def _forgetting(results: Results, candidate: str, allowed: float) -> Criterion:
     if not results.untrained:
         return Criterion("forgetting", None, "not measured: every domain has an expert")
-    lost = mean_drop(results, candidate)
+    lost = mean_drop(_promotable(results), candidate)
     if lost is None:
         return Criterion("forgetting", False, "not scored")
-    text = f"mean drop {_points(lost)} on {', '.join(results.untrained)}; at most {100 * allowed:.1f}"
-    return Criterion("forgetting", lost.mean <= allowed, text)
+    passed = lost.mean <= allowed
+    unsure = ", past which the interval reaches" if passed and lost.high > allowed else ""
+    text = (
+        f"mean drop {_points(lost)} on {', '.join(results.untrained)}{_seed(results)}; the estimate may be at most "
+        f"{100 * allowed:.1f}{unsure}."
+    )
+    return Criterion("forgetting", passed, text + _over_all(results, mean_drop(results, candidate)))
 
 
 def _champion(results: Results, candidate: str, champion: Mapping[str, Scores] | None) -> Criterion:

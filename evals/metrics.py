@@ -1,12 +1,13 @@
 """Recovery, pass@k and the shape of completions. `S` seeds, `N` examples, `K` samples, `R` resamples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
 
-from evals.compare import Interval, Levels, percentile, resampled_means
+from evals.compare import Interval, percentile, resampled_means
+from evals.crossed import over_both
 from evals.scores import Scores
 
 
@@ -19,11 +20,10 @@ class Triple:
     student_SN: np.ndarray
 
 
-def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, levels: Levels = "examples") -> Interval | None:
+def recovery(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interval | None:
     """Share of the teachers' gain that the student has: mean(student - start) / mean(teacher - start).
 
-    A ratio of means over domains, seeds pooled; the bootstrap takes the ratio in every resample. `levels` says whether
-    seeds are resampled too; then all domains need the same seeds.
+    A ratio of means over domains, seeds pooled; the bootstrap takes the ratio in every resample of examples.
 
     Returns:
         None where the ratio says nothing: the teachers' gain is not positive, or it may be 0 within the interval's
@@ -34,20 +34,42 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, levels: Le
     gained, possible = 0.0, 0.0
     gained_R, possible_R = np.zeros(1), np.zeros(1)
     for name, triple in domains.items():
-        start_SN, teacher_SN, student_SN = (
-            np.atleast_2d(scores_SN) if levels == "seeds" else np.atleast_2d(scores_SN).mean(axis=0, keepdims=True)
+        start_N, teacher_N, student_N = (
+            np.atleast_2d(scores_SN).mean(axis=0)
             for scores_SN in (triple.start_SN, triple.teacher_SN, triple.student_SN)
         )
-        gained += float(np.mean(student_SN - start_SN))
-        possible += float(np.mean(teacher_SN - start_SN))
-        gained_R = gained_R + resampled_means(student_SN - start_SN, name, levels)
-        possible_R = possible_R + resampled_means(teacher_SN - start_SN, name, levels)
+        gained += float(np.mean(student_N - start_N))
+        possible += float(np.mean(teacher_N - start_N))
+        gained_R = gained_R + resampled_means(student_N - start_N, name)
+        possible_R = possible_R + resampled_means(teacher_N - start_N, name)
     if possible <= 0 or np.quantile(possible_R, (1 - confidence) / 2) <= 0:
         return None
     # Where a resample beyond the level has no gain its ratio counts as unbounded, on the side of the numerator.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_R = np.where(possible_R > 0, gained_R / possible_R, np.sign(gained_R) * np.finfo(float).max)
     return percentile(gained / possible, ratio_R, confidence)
+
+
+def recovery_over_seeds(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interval | None:
+    """The same ratio with an interval for new seeds and examples.
+
+    By the delta method: with the ratio r = gained / possible, its variance is that of the mean of
+    (gained - r possible) / mean(possible), by `evals.crossed.over_both`.
+
+    Returns:
+        None as for `recovery`.
+
+    Raises:
+        ValueError: as for `over_both`.
+    """
+    possible = {name: triple.teacher_SN - triple.start_SN for name, triple in domains.items()}
+    gained = {name: triple.student_SN - triple.start_SN for name, triple in domains.items()}
+    whole = over_both(possible)
+    if whole.interval(confidence).low <= 0:
+        return None
+    ratio = over_both(gained).mean / whole.mean
+    around = over_both({name: (gained[name] - ratio * possible[name]) / whole.mean for name in domains})
+    return replace(around, mean=ratio).interval(confidence)
 
 
 def pass_at_k(samples_NK: np.ndarray, k: int) -> float:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evals.claim_config import HypothesisConfig
-from evals.compare import MIN_SEEDS, Interval, Levels, mean_interval, mean_over, paired_difference
-from evals.metrics import Triple, pass_at_k, recovery
+from evals.compare import Interval, mean_interval, mean_over, paired_difference
+from evals.crossed import over_both
+from evals.metrics import Triple, pass_at_k, recovery, recovery_over_seeds
 from evals.scores import Scores
 from evals.shifts import shift_metrics
 from experts.domain import HELD_OUT
@@ -18,6 +19,8 @@ from experts.errors import UserError
 
 ROLES = ("base", "cold_start", "teacher", "student")
 STUDENT, BASELINES, VARIANTS = "student", "baselines/", "variants/"
+# With fewer an interval for new seeds is too wide to say anything.
+MIN_SEEDS = 3
 Cell = Mapping[int, Scores]
 
 
@@ -118,7 +121,12 @@ class Results:
         return self.teacher(domain) if role == "teacher" else role
 
     def aligned(
-        self, names: Sequence[str | None], domain: str, split: str = HELD_OUT, sampled: bool = False
+        self,
+        names: Sequence[str | None],
+        domain: str,
+        split: str = HELD_OUT,
+        sampled: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> list[np.ndarray] | None:
         """Scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none.
 
@@ -127,14 +135,15 @@ class Results:
             domain: The domain.
             split: Which examples.
             sampled: The mean of an example's sampled completions in place of the greedy one's score.
+            seeds: Only of these; the run's by default.
         """
         cells = [self.cells.get((name or "", domain, split), {}) for name in names]
-        seeds = [seed for seed in self.seeds if all(seed in cell for cell in cells)]
-        if not seeds:
+        shared = [seed for seed in seeds or self.seeds if all(seed in cell for cell in cells)]
+        if not shared:
             return None
-        rows = [[cell[seed].sampled_N if sampled else cell[seed].greedy_N for seed in seeds] for cell in cells]
+        rows = [[cell[seed].sampled_N if sampled else cell[seed].greedy_N for seed in shared] for cell in cells]
         whole = [[row_N for row_N in own if row_N is not None] for own in rows]
-        return [np.stack(own) for own in whole] if all(len(own) == len(seeds) for own in whole) else None
+        return [np.stack(own) for own in whole] if all(len(own) == len(shared) for own in whole) else None
 
     def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Mean greedy score of a role or checkpoint on a domain."""
@@ -172,37 +181,47 @@ class Results:
         return paired_difference(found[0], found[1], self.confidence, f"{domain}/{split}") if found else None
 
     def mean_difference(
-        self, role: str, other: str, domains: Sequence[str], levels: Levels = "examples"
+        self, role: str, other: str, domains: Sequence[str], new_seeds: bool = False
     ) -> Interval | None:
         """Paired difference, mean over domains; None unless both were scored on every one.
 
-        At the level `seeds` also None unless every seed was scored and there are `MIN_SEEDS` of them.
+        Args:
+            role: A role or checkpoint.
+            other: Another.
+            domains: The domains.
+            new_seeds: An interval for new seeds as well; None unless every seed was scored and there are `MIN_SEEDS`.
         """
         differences = {}
         for domain in domains:
             found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain)
-            if found is None or not self._whole(found, levels):
+            if found is None or (new_seeds and not self.speaks_of_seeds(found[0])):
                 return None
             differences[f"{domain}/{HELD_OUT}"] = found[0] - found[1]
-        return mean_over(differences, self.confidence, levels) if differences else None
+        if not differences:
+            return None
+        return (
+            over_both(differences).interval(self.confidence) if new_seeds else mean_over(differences, self.confidence)
+        )
 
     def expert_gain(self, expert: str) -> Interval | None:
         """An expert's gain over the start on its own domain."""
         return self.difference(expert, self.start, self.experts[expert].domain)
 
-    def recovery(self, domains: Sequence[str] | None = None, levels: Levels = "examples") -> Interval | None:
+    def recovery(self, domains: Sequence[str] | None = None, new_seeds: bool = False) -> Interval | None:
         """Recovery over the expert domains, or over some of them; None as for `mean_difference`."""
         triples = {}
         for domain in self.expert_domains if domains is None else domains:
             found = self.aligned([self.start, self.checkpoint("teacher", domain), "student"], domain)
-            if found is None or not self._whole(found, levels):
+            if found is None or (new_seeds and not self.speaks_of_seeds(found[0])):
                 return None
             triples[f"{domain}/{HELD_OUT}"] = Triple(*found)
-        return recovery(triples, self.confidence, levels)
+        if not triples:
+            return None
+        return (recovery_over_seeds if new_seeds else recovery)(triples, self.confidence)
 
-    def _whole(self, scores: Sequence[np.ndarray], levels: Levels) -> bool:
-        """Whether the seeds can be resampled, where that is asked for."""
-        return levels == "examples" or (len(scores[0]) == len(self.seeds) >= MIN_SEEDS)
+    def speaks_of_seeds(self, scores_SN: np.ndarray) -> bool:
+        """Whether scores are of every seed and of enough, and of enough examples, for an interval for new seeds."""
+        return len(scores_SN) == len(self.seeds) >= MIN_SEEDS and scores_SN.shape[1] > 1
 
 
 def metrics(results: Results) -> dict[str, float]:

@@ -16,7 +16,7 @@ SHIFT_FILE = "shift.json"
 COSINES_FILE = "cosines.json"
 # Of a domain, and of the weights.
 DOMAIN_MEASURES = ("kl_start", "kl_policy", "entropy", "length", "repetition")
-WEIGHT_MEASURES = ("changed_bfloat16", "changed_float32", "relative_norm")
+WEIGHT_MEASURES = ("changed_bfloat16", "changed_float32", "rounded_away", "relative_norm")
 
 Sheet = TypeVar("Sheet", bound=StrictModel)
 
@@ -44,7 +44,7 @@ class DomainShift(StrictModel):
 
     @property
     def kl_start_N(self) -> np.ndarray:
-        """Values by example whose mean is `kl_start`, for the bootstrap.
+        """Values by example whose mean is `kl_start`, for its interval.
 
         A mean over tokens is a ratio r = Σ kl·n / Σ n of sums over examples; these are its linearisation,
         r + (kl - r)·n / mean(n), whose variance is the delta method's.
@@ -63,6 +63,11 @@ class WeightChange(StrictModel):
     changed_bfloat16: Share = Field(description="Share that differs by more than 1e-5, both rounded to bfloat16.")
     changed_float32: Share = Field(description="Share that differs by more than 1e-5 in float32.")
     relative_norm: float = Field(ge=0, description="Norm of the difference, relative to that of the start's weights.")
+
+    @property
+    def rounded_away(self) -> float:
+        """Share that differs in float32 less the share that does at bfloat16."""
+        return self.changed_float32 - self.changed_bfloat16
 
 
 class WeightShift(WeightChange):

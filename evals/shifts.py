@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evals.compare import Interval, mean_over
+from evals.compare import Interval
+from evals.crossed import over_both
 from evals.grid import ABSENT, Grid
-from experts.domain import HELD_OUT
 
 if TYPE_CHECKING:
     from evals.results import Results
@@ -73,17 +73,17 @@ def _move(results: "Results", name: str) -> Move:
 
 
 def kl_interval(results: "Results", name: str, domains: tuple[str, ...]) -> Interval | None:
-    """KL(start || checkpoint), mean over domains; examples and seeds are resampled.
+    """KL(start || checkpoint), mean over domains, with an interval for new seeds and examples.
 
     Returns:
-        None where fewer than two seeds have all domains.
+        None unless every seed was measured on all domains and there are enough of them.
     """
     parts = {domain: results.kl_examples.get((name, domain), {}) for domain in domains}
     seeds = [seed for seed in results.seeds if parts and all(seed in part for part in parts.values())]
-    if len(seeds) < 2:
+    tables = {domain: np.stack([part[seed] for seed in seeds]) for domain, part in parts.items() if seeds}
+    if not tables or not all(results.speaks_of_seeds(table_SN) for table_SN in tables.values()):
         return None
-    strata = {f"{domain}/{HELD_OUT}": np.stack([part[seed] for seed in seeds]) for domain, part in parts.items()}
-    return mean_over(strata, results.confidence, "seeds")
+    return over_both(tables).interval(results.confidence)
 
 
 def shift_grid(results: "Results", narrow: bool = False) -> Grid | None:

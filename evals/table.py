@@ -36,7 +36,7 @@ def roles_grid(results: Results, cell: Callable[[Interval | None], str] | None =
                 rows.append((_label(results, domain, split), *cells, last))
     means = [write(results.mean_score(role)) for role in ROLES]
     rows.append(("mean of experts' domains", *means, write(results.recovery())))
-    title = f"Greedy score, % [{100 * results.confidence:g}% interval]"
+    title = f"Greedy score, % [{100 * results.confidence:g}% interval over examples, seeds fixed]"
     return Grid(title, ("domain", *(ROLE_TITLES[role] for role in ROLES), "recovery"), tuple(rows))
 
 
@@ -85,7 +85,11 @@ def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None 
         cells.append(f"{cost.memory / 2**30:.1f}" if cost and cost.memory else ABSENT)
         rows.append((merge_title(merge.name), *domains, *cells))
     head = ("merge", *results.expert_domains, "mean", "over MOPD", "forgotten", "Mtokens", "seconds", "GiB")
-    return Grid("Merges of the same experts: greedy score, %, held out; cost of the merge alone", head, tuple(rows))
+    title = (
+        "Merges of the same experts: greedy score, %, held out [intervals over examples, seeds fixed]; "
+        "cost of the merge alone"
+    )
+    return Grid(title, head, tuple(rows))
 
 
 def merge_title(name: str) -> str:
@@ -109,13 +113,13 @@ def statements(results: Results) -> list[str]:
         gain = results.expert_gain(name)
         lines.append(f"{name} ({expert.method}) over {results.start} on {expert.domain}: {difference(gain)}.")
     over = results.mean_difference("student", results.start, results.expert_domains)
-    over_seeds = results.mean_difference("student", results.start, results.expert_domains, "seeds")
-    also = f"; seeds resampled too: {difference(over_seeds)}" if over_seeds else ""
+    over_seeds = results.mean_difference("student", results.start, results.expert_domains, new_seeds=True)
+    also = f"; for new seeds too: {difference(over_seeds)}" if over_seeds else ""
     lines.append(f"Student over {results.start}, mean of expert domains: {difference(over)}{also}.")
     recovered = results.recovery()
     unsure = "not measured, or the teachers' mean gain is not shown to be above 0"
-    recovered_seeds = results.recovery(levels="seeds")
-    also = f"; seeds resampled too: {percent(recovered_seeds)} %" if recovered_seeds else ""
+    recovered_seeds = results.recovery(new_seeds=True)
+    also = f"; for new seeds too: {percent(recovered_seeds)} %" if recovered_seeds else ""
     lines.append(f"Recovery of the teachers' gain: {percent(recovered) + ' %' if recovered else unsure}{also}.")
     lines.append(
         f"Student's forgetting on domains no expert trains (mean drop): {difference(mean_drop(results, 'student'))}."
@@ -145,8 +149,11 @@ def statements(results: Results) -> list[str]:
         else "none"
     )
     lines.append(f"Contaminated examples (source seen in training): {seen}.")
-    kept = "seeds are kept fixed unless said" if over_seeds else "seeds are kept fixed"
-    lines.append(f"Seeds {', '.join(map(str, results.seeds))}; intervals resample examples, {kept}.")
+    lines.append(
+        f"Seeds {', '.join(map(str, results.seeds))}. The scores' intervals are bootstraps over examples with these "
+        "seeds kept fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, are "
+        "t intervals of seeds and examples as crossed random effects."
+    )
     return lines
 
 

@@ -12,6 +12,7 @@ from evals.claim_config import ComparisonConfig, HypothesisConfig
 from evals.claims import findings
 from evals.claims_figures import claim_figure
 from evals.claims_page import Judged, claims_page, hypotheses_grid
+from evals.crossed import over_both
 from evals.results import Cost, Results
 from evals.scores import Scores
 from tests.scored import row, sheet
@@ -43,6 +44,11 @@ def run(**tests: dict) -> Results:
         spent={
             "experts/rl": {seed: Cost(100, 60 + seed, 0) for seed in SEEDS},
             "student": {seed: Cost(100, 20 + 2 * seed, 0) for seed in SEEDS},
+        },
+        shift={
+            ("experts/rl", "rounded_away", ""): {seed: 0.5 + 0.01 * seed for seed in SEEDS},
+            ("experts/sft", "rounded_away", ""): dict.fromkeys(SEEDS, 0.1),
+            **{(name, "kl_start", "new"): dict.fromkeys(SEEDS, 1 - share) for name, share in OLD.items()},
         },
         hypotheses={"C1": HypothesisConfig.model_validate({"claim": "It holds.", "tests": tests})},
     )
@@ -127,11 +133,81 @@ def test_costs_have_scipys_t_interval_over_seeds():
     assert (missing.verdict, missing.interval) == ("not measured", None)
 
 
+def test_what_is_rounded_away_at_bfloat16_is_compared_by_seed():
+    one = found(a={"compare": ["experts/rl", "experts/sft"], "measure": "rounded_away", "expect": "above"})["a"]
+    assert (one.interval.mean, one.verdict) == (pytest.approx(0.415), "shown")
+    assert one.by_seed["experts/rl"] == pytest.approx({0: 0.5, 1: 0.51, 2: 0.52, 3: 0.53})
+    assert one.contrast == pytest.approx({0: 0.4, 1: 0.41, 2: 0.42, 3: 0.43}) and one.start is None
+
+
+def scattered(*shares: float) -> Results:
+    """The usual run where the student's share on the new domain is another in each seed."""
+    results = run(a={"compare": ["student", "cold_start"], "domains": ["new"], "expect": "above"})
+    cell = {seed: sheet("new", share) for seed, share in enumerate(shares)}
+    return dataclasses.replace(
+        results, seeds=tuple(cell), cells={**results.cells, ("student", "new", "held_out"): cell}
+    )
+
+
+def test_seeds_that_scatter_widen_the_interval_and_stand_in_the_finding():
+    results = scattered(0.9, 0.45, 0.85, 0.6)
+    (one,) = findings(results, results.hypotheses)
+    student_SN, start_SN = results.aligned(["student", "cold_start"], "new")
+    expected = over_both({"new": student_SN - start_SN})
+    assert one.interval == expected.interval(0.95) and one.freedom == expected.freedom < 10
+    assert (one.raw_p, one.p, one.verdict) == (expected.p, expected.p, "not shown")
+    assert one.contrast == pytest.approx({0: 0.4, 1: -0.05, 2: 0.35, 3: 0.1})
+    assert one.by_seed["student"] == pytest.approx({0: 0.9, 1: 0.45, 2: 0.85, 3: 0.6})
+    assert one.start == pytest.approx(0.5)
+
+
+def test_with_two_seeds_the_interval_is_of_new_examples_alone():
+    results = scattered(0.9, 0.6)
+    (one,) = findings(results, results.hypotheses)
+    student_SN, start_SN = results.aligned(["student", "cold_start"], "new")
+    expected = stats.ttest_1samp((student_SN - start_SN).mean(axis=0), 0)
+    assert (one.interval.low, one.interval.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert (one.raw_p, one.seeds, one.freedom) == (pytest.approx(expected.pvalue), 2, pytest.approx(99))
+
+
+def test_only_seeds_that_all_domains_have_count():
+    results = scattered(0.9, 0.45, 0.85, 0.6)
+    cells = {
+        key: {seed: one for seed, one in cell.items() if (key[1], seed) != ("old", 3)}
+        for key, cell in results.cells.items()
+    }
+    both = {
+        "claim": "x",
+        "tests": {"a": {"compare": ["student", "cold_start"], "expect": "above", "domains": ["new", "old"]}},
+    }
+    partial = dataclasses.replace(results, cells=cells)
+    (one,) = findings(partial, {"C1": HypothesisConfig.model_validate(both)})
+    assert one.seeds == 3 and list(one.contrast) == [0, 1, 2]
+    assert one.contrast[0] == pytest.approx((0.4 - 0.02) / 2)
+
+
+def test_a_fit_tells_its_points_and_its_curve():
+    names = ["cold_start", "experts/rl", "experts/sft", "student", "variants/half"]
+    fit = {"x": "kl_start", "x_domains": ["new"], "checkpoints": names}
+    test = {"fit": fit, "measure": "drop", "domains": ["old"], "expect": "above", "margin": 0.5}
+    results = run(a=test)
+    shifted = {("student", "kl_start", "new"): dict.fromkeys(SEEDS, 0.15)}
+    (one,) = findings(dataclasses.replace(results, shift={**results.shift, **shifted}), results.hypotheses)
+    # The drop is KL less the start's 0.1, but for the student.
+    x, y = [0.1, 0.12, 0.7, 0.15, 0.4], [0.0, 0.02, 0.6, 0.02, 0.3]
+    assert list(one.curve.points) == names
+    assert list(one.curve.points.values()) == [pytest.approx(point) for point in zip(x, y, strict=True)]
+    assert one.curve.coefficients == pytest.approx(tuple(np.polyfit(x, y, 2)))
+    assert (one.start, one.seeds) == (pytest.approx(0.9), 4)
+    figure = claim_figure([one, dataclasses.replace(one, test="again")])
+    assert "a: R² " in figure and "again: R² " in figure and "half" in figure
+
+
 def test_holm_counts_every_test_of_superiority():
     sure = {"compare": ["experts/rl", "experts/sft"], "expect": "above"}
     alone = found(a=sure)["a"].p
     together = found(a=sure, b=sure, c={**sure, "expect": "not_below", "margin": 0.01})
-    assert together["a"].p == pytest.approx(2 * alone)
+    assert together["a"].p == pytest.approx(2 * alone) and together["a"].raw_p == alone
     assert together["c"].p is None
 
 
@@ -146,15 +222,30 @@ def test_grid_page_and_figures_tell_the_same():
     assert grid.rows[0][1] == "expert rl − expert sft: greedy score on new"
     assert grid.rows[0][3].startswith("+20.0 [")
     own = findings(results, results.hypotheses)
-    figure = claim_figure(results, own)
-    assert figure.count("<svg") == 1 and "trend: +15.0 [" in figure
-    assert "plain" in claim_figure(results, own[:1])
-    assert claim_figure(results, own[1:2]) is None
+    figure = claim_figure(own)
+    assert figure.count("<svg") == 1 and "trend: +15.0 [" in figure and "plain" in figure
+    assert "plain" in claim_figure(own[:1])
+    assert claim_figure(own[1:2]) is None
     page = claims_page([Judged(Path("code.yaml"), results, own, {"C1": Path("claims/C1.svg")})], "Made so.")
     assert "## C1: It holds." in page
     assert "**shown** (code: plain)<br>not measured (code: lost)" in page
     assert "![C1: It holds.](claims/C1.svg)" in page
+    assert "- plain: expert rl 80.0, expert sft 60.0 (%; greedy score); the start scores 50.0 %" in page
     assert hypotheses_grid(dataclasses.replace(results, hypotheses={})) is None
+
+
+def test_what_has_one_value_a_seed_is_drawn_by_seed():
+    """A dot for every seed: 4 of each of two checkpoints, with seconds and shares on axes of their own."""
+    asked = {"compare": ["experts/rl", "experts/sft"], "measure": "rounded_away", "expect": "above"}
+    costs = {"compare": ["student", "experts/rl"], "measure": "seconds", "expect": "below"}
+    results = run(away=asked, cost=costs, score={**asked, "measure": "score", "domains": ["new"]})
+    own = findings(results, results.hypotheses)
+    alone = claim_figure(own[:1])
+    assert alone.count("weights changed at float32 less those at bfloat16") == 2 and "a dot a seed" in alone
+    # The dots and the marker's own definition.
+    assert alone.count("stroke-opacity: 0.6") >= 8
+    figure = claim_figure(own)
+    assert figure.count(">seconds<") == 2 and figure.count("a dot a seed") == 2 and "difference, points" in figure
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
+from scipy import stats
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
@@ -64,10 +66,40 @@ def test_the_page_tells_every_claim_with_figure_and_data(tmp_path: Path) -> None
     for figure in ("C1", "C2"):
         assert f"(claims/{figure}.svg)" in text
         assert (page.parent / "claims" / f"{figure}.svg").read_text().count("<svg") == 1
-    data = json.loads(page.with_suffix(".json").read_text())
-    (first, second) = data["tests.yaml"]
-    assert (first["verdict"], round(first["interval"]["mean"], 6)) == ("shown", -0.15)
-    assert second["values"] == {"experts/sort": 0.9, "cold_start": 0.5}
+    assert "was fixed before" not in text and "their git history tells when they were fixed" in text
+    assert "(%; drop from the start); the start scores 50.0 %" in text
+
+
+def test_a_reader_can_compute_it_again_from_the_data(tmp_path: Path) -> None:
+    folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
+    score(folder, home)
+    graph, store = build_graph(load_run_file(folder / "tests.yaml"), home), Store(home)
+    node = graph.node("student@1")
+    weights = store.staging(node.key)
+    (weights / "model.txt").write_text("weights")
+    made = store.commit(weights, node.key, {"name": node.name, "code": "fingerprint"})
+    assert report(folder, home, page).exit_code == 0
+    data = json.loads(page.with_suffix(".json").read_text())["tests.yaml"]
+    assert (data["seeds"], data["confidence"]) == ([0, 1, 2], 0.95)
+    assert data["checkpoints"] == {"student@1": {"key": node.key, "digest": made.digest, "code": "fingerprint"}}
+    (first, second) = data["findings"]
+    assert (first["verdict"], first["interval"]["mean"]) == ("shown", pytest.approx(-0.15))
+    assert first["contrast"] == {seed: pytest.approx(-0.15) for seed in "012"}
+    # Seeds are equal here, so it is the t-test of 100 examples; two tests share Holm's correction.
+    expected = stats.ttest_1samp([-1.0] * 15 + [0.0] * 85, 0).pvalue
+    assert (first["freedom"], first["raw_p"], first["start"]) == pytest.approx((99, expected, 0.5))
+    assert first["p"] == pytest.approx(max(expected, 2 * second["raw_p"]))
+    assert second["values"] == pytest.approx({"experts/sort": 0.9, "cold_start": 0.5})
+    assert second["by_seed"]["experts/sort"] == pytest.approx({"0": 0.9, "1": 0.9, "2": 0.9})
+
+
+def test_a_folders_notes_follow_the_introduction(tmp_path: Path) -> None:
+    folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
+    score(folder, home)
+    (folder / "NOTES.md").write_text("First run on a Monday.\n")
+    assert report(folder, home, page).exit_code == 0
+    text = page.read_text()
+    assert text.index("decide nothing about large models.") < text.index("First run on a Monday.\n\n## Overview")
 
 
 def test_what_cannot_be_told_is_an_error_or_a_warning(tmp_path: Path) -> None:
@@ -88,6 +120,12 @@ def test_what_cannot_be_told_is_an_error_or_a_warning(tmp_path: Path) -> None:
     assert unmeasured.exit_code == 0
     assert "hypotheses.C3.tests.s: not measured" in unmeasured.output
     assert "| C3 | Costs. | not measured (tests: s) |" in page.read_text()
+    other = {**MINIMAL, "name": "other", "hypotheses": HYPOTHESES, "seeds": [7]}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
+    unfinished = report(folder, home, page)
+    assert unfinished.exit_code == 0 and "other.yaml: hypotheses.C1.tests.general: not measured" in unfinished.output
+    assert "not measured (other: general)" in page.read_text()
+    (folder / "other.yaml").unlink()
     (folder / "tests.yaml").unlink()
     none = report(folder, home, page)
     assert none.exit_code == 2

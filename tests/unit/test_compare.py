@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evals.compare import mean_interval, mean_over, paired_difference, resampled_means
+from evals.compare import mean_interval, mean_over, paired_difference
 
 
 def test_interval_of_a_proportion_has_the_normal_width():
@@ -47,40 +47,3 @@ def test_unequal_examples_are_refused():
 def test_mean_over_strata_weighs_domains_equally():
     found = mean_over({"a": np.ones((1, 10)), "b": np.zeros((1, 90))})
     assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
-
-
-def test_resampled_seeds_have_the_pigeonhole_variance_by_hand():
-    # Scores that depend on the seed alone: 0, 1, 2 have variance 2/3, their mean over three draws 2/9.
-    draws_R = resampled_means(np.arange(3.0)[:, None].repeat(20, axis=1), "", "seeds")
-    assert draws_R.mean() == pytest.approx(1, abs=0.02) and draws_R.var() == pytest.approx(2 / 9, rel=0.04)
-
-
-def test_equal_seeds_give_the_interval_of_examples():
-    scores_SN = np.repeat((np.arange(60) < 20).astype(float)[None], 3, axis=0)
-    fixed, seeds = mean_interval(scores_SN), mean_interval(scores_SN, levels="seeds")
-    assert (seeds.low, seeds.high) == pytest.approx((fixed.low, fixed.high))
-
-
-def test_domains_share_the_seeds_of_a_resample():
-    scores_SN = np.arange(3.0)[:, None].repeat(20, axis=1)
-    opposed = mean_over({"a": scores_SN, "b": 2 - scores_SN}, levels="seeds")
-    assert (opposed.low, opposed.high) == pytest.approx((1, 1))
-
-
-def test_two_levels_cover_where_fixed_seeds_do_not():
-    rng = np.random.default_rng(0)
-    covered = {"examples": 0, "seeds": 0}
-    for _ in range(100):
-        skill_S1, ease_1N = rng.normal(0, 0.1, (6, 1)), rng.normal(0, 0.3, (1, 60))
-        scores_SN = skill_S1 + ease_1N + rng.normal(0, 0.2, (6, 60))
-        for levels in ("examples", "seeds"):
-            found = mean_interval(scores_SN, levels=levels)
-            covered[levels] += found.low <= 0 <= found.high
-    assert 85 <= covered["seeds"] <= 99 and covered["examples"] < covered["seeds"]
-
-
-def test_seeds_that_cannot_be_resampled_are_refused():
-    with pytest.raises(ValueError, match="one seed"):
-        mean_interval(np.zeros((1, 5)), levels="seeds")
-    with pytest.raises(ValueError, match="seeds not paired"):
-        paired_difference(np.zeros((2, 5)), np.zeros((3, 5)), levels="seeds")

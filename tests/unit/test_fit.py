@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import linregress
+from scipy.stats import bootstrap, linregress
 
 from evals.fit import quadratic_fit
 
@@ -23,7 +23,23 @@ def test_r_squared_by_hand():
     line = linregress(squares, y)
     assert found.coefficients == pytest.approx((line.slope, 0, line.intercept), abs=1e-9)
     assert found.r_squared.mean == pytest.approx(line.rvalue**2)
-    assert 0 <= found.r_squared.low <= found.r_squared.high <= 1
+
+
+def test_the_interval_of_r_squared_is_scipys_bootstrap_over_points():
+    rng = np.random.default_rng(1)
+    x = rng.random(40)
+    y = x**2 + rng.normal(0, 0.15, 40)
+
+    def r_squared(x_P, y_P):
+        # Of a least-squares fit with a constant: the squared correlation of fitted and observed.
+        return np.corrcoef(np.polyval(np.polyfit(x_P, y_P, 2), x_P), y_P)[0, 1] ** 2
+
+    expected = bootstrap(
+        (x, y), r_squared, paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=2
+    ).confidence_interval
+    found = quadratic_fit(x, y).r_squared
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert found.high - found.low > 0.1
 
 
 def test_noise_is_not_predicted():

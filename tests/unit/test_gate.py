@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import pytest
+from scipy import stats
 
 from evals.candidates import rivals
 from evals.gate import Verdict, judge
@@ -53,7 +54,9 @@ def test_another_merge_is_the_candidate_where_it_is_shown_better():
     assert verdict.why.startswith(
         "1 of 2 other merges shown better than student on the mean of the experts' domains: baselines/ties +8.0 points"
     )
-    assert verdict.criteria[0].text.startswith("a: 98.0 % against its teacher's 90.0 %: difference +8.0 [")
+    assert verdict.criteria[0].text.startswith(
+        "a: 98.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference +8.0 ["
+    )
     assert verdict.conclusion == "Promoted to champion: baselines/ties passed"
 
 
@@ -107,11 +110,70 @@ def test_a_merge_that_was_not_scored_everywhere_is_no_rival():
 def test_a_sentence_a_domain_says_why():
     fine, bad = (judge(results(GOOD | {("student", "a"): share}), 0.08, 0.05).criteria[0].text for share in (0.9, 0.8))
     assert fine.startswith(
-        "a: 90.0 % against its teacher's 90.0 %: difference +0.0 [+0.0, +0.0] points, all of it above the allowed "
-        "-8.0, so non-inferior"
+        "a: 90.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference +0.0 [+0.0, +0.0] points, "
+        "p = 0, all of it above the allowed -8.0, so non-inferior"
     )
-    assert bad.startswith("a: 80.0 % against its teacher's 90.0 %: difference -10.0 [-16.0, ")
+    assert bad.startswith(
+        "a: 80.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference -10.0 [-16.0, "
+    )
     assert "not all of it above the allowed -8.0, so not shown non-inferior" in bad
+
+
+def test_the_decision_is_scipys_paired_t_and_its_p_stands_beside_the_interval():
+    whole = dataclasses.replace(results(GOOD | {("student", "a"): 0.87}), seeds=(0,))
+    own_N, teachers_N = (whole.aligned([name], "a")[0][0] for name in ("student", "experts/a"))
+    expected = stats.ttest_rel(own_N + 0.08, teachers_N, alternative="greater").pvalue
+    low, high = stats.ttest_rel(own_N, teachers_N).confidence_interval(0.95)
+    first, other = judge(whole, 0.08, 0.05).criteria[:2]
+    assert first.passed == (expected < 0.025) == (low > -0.08)
+    assert f"difference -3.0 [{100 * low:+.1f}, {100 * high:+.1f}] points, p = {expected:.2g}, all of it" in first.text
+    # Of all teachers together the largest p, on every line.
+    assert f"all of them: p = {expected:.2g})" in other.text and "p = 0, all of it" in other.text
+    assert judge(whole, 0.06, 0.05).criteria[0].passed == (low > -0.06)
+
+
+def of_seeds(shares: Mapping[tuple[str, str], tuple[float, float]]) -> Results:
+    """MOPD as good as its teachers, with other shares in some cells, one a seed."""
+    whole = results(GOOD)
+    cells = {key: dict(cell) for key, cell in whole.cells.items()}
+    for (name, domain), each in shares.items():
+        cells[name, domain, "held_out"] = {seed: sheet(domain, share) for seed, share in enumerate(each)}
+    return dataclasses.replace(whole, cells=cells)
+
+
+def test_the_checkpoint_that_is_promoted_is_judged_and_not_the_mean_over_seeds():
+    """A mean of 90 % over seeds, as its teacher has, hides a first seed at 80 %, and the other way round."""
+    bad = judge(of_seeds({("student", "a"): (0.8, 1.0)}), 0.08, 0.05)
+    assert bad.failed == ["non-inferior to experts/a on a"]
+    assert " Over all 2 seeds: +0.0 [-4." in bad.criteria[0].text
+    assert judge(of_seeds({("student", "a"): (0.9, 0.5)}), 0.08, 0.05).promoted
+    # Its own seed's teacher: the other seed's is worse and says nothing of it.
+    assert not judge(of_seeds({("student", "a"): (0.8, 0.8), ("experts/a", "a"): (1.0, 0.6)}), 0.08, 0.05).promoted
+
+
+def test_forgetting_of_the_checkpoint_that_is_promoted_decides():
+    assert judge(of_seeds({("student", "g"): (0.4, 0.6)}), 0.08, 0.05).failed == ["forgetting"]
+    fine = judge(of_seeds({("student", "g"): (0.5, 0.1)}), 0.08, 0.05)
+    assert fine.promoted and "Over all 2 seeds: +20.0 [" in fine.criteria[2].text
+
+
+def test_the_estimate_of_forgetting_decides_and_its_interval_is_told():
+    lines = {
+        share: judge(of_seeds({("student", "g"): (share, share)}), 0.08, 0.05).criteria[2] for share in (0.5, 0.46)
+    }
+    assert lines[0.46].passed and "at most 5.0, past which the interval reaches." in lines[0.46].text
+    assert lines[0.5].passed and "reaches" not in lines[0.5].text
+
+
+def test_a_first_seed_that_was_not_scored_and_a_single_example_show_nothing():
+    whole = results(GOOD)
+    cells = {key: dict(cell) for key, cell in whole.cells.items()}
+    del cells["student", "a", "held_out"][0]
+    line = judge(dataclasses.replace(whole, cells=cells), 0.08, 0.05).criteria[0]
+    assert not line.passed and line.text == "a: not scored, so not shown non-inferior."
+    few = {key: {seed: sheet(key[1], 1.0, 1) for seed in cell} for key, cell in whole.cells.items()}
+    line = judge(dataclasses.replace(whole, cells=few), 0.08, 0.05).criteria[0]
+    assert not line.passed and line.text == "a: a single example, so not shown non-inferior."
 
 
 def test_a_better_champion_stays():

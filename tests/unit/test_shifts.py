@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evals.crossed import over_both
 from evals.results import Results, metrics
 from evals.shift_sheet import (
     COSINES_FILE,
@@ -61,17 +62,17 @@ def sheet(*kl: float) -> ShiftSheet:
     return ShiftSheet(domains={"sort": own}, weights=WEIGHTS)
 
 
-def moved(seeds: tuple[int, ...] = (0, 1)) -> Results:
-    """Expert a moved by 0.2 and 0.4 on its own domain, by 0.01 elsewhere; the student by a tenth of that."""
+def moved(seeds: tuple[int, ...] = (0, 1, 2)) -> Results:
+    """Expert a moved by 0.2, 0.4 and 0.3 on its own domain, by 0.01 elsewhere; the student by a tenth of that."""
     shift, kl_examples = {}, {}
     for name, scale in (("experts/a", 1.0), ("student", 0.1)):
         for domain in ("a", "b", "g"):
-            by_seed = {seed: scale * ((0.2, 0.4)[seed] if domain == "a" else 0.01) for seed in seeds}
+            by_seed = {seed: scale * ((0.2, 0.4, 0.3)[seed] if domain == "a" else 0.01) for seed in seeds}
             shift[name, "kl_start", domain] = by_seed
             kl_examples[name, domain] = {seed: value * np.array([0.5, 1, 1.5]) for seed, value in by_seed.items()}
             shift[name, "entropy", domain] = dict.fromkeys(seeds, 0.25)
         shift[name, "changed_bfloat16", ""] = dict.fromkeys(seeds, 0.125)
-    pairs = {("a", "b"): {seed: 0.1 * (seed + 1) for seed in seeds}}
+    pairs = {("a", "b"): {seed: 0.1 * (seed + 0.5) for seed in seeds}}
     return dataclasses.replace(results(seeds=seeds), shift=shift, kl_examples=kl_examples, cosines=pairs)
 
 
@@ -157,6 +158,7 @@ def test_finished_sheets_reach_the_results(tmp_path: Path) -> None:
     found = collect(graph, store)
     assert found.shift["student", "kl_start", "sort"] == {1: pytest.approx(0.2)}
     assert found.shift["student", "changed_bfloat16", ""] == {1: 0.2}
+    assert found.shift["student", "rounded_away", ""] == {1: pytest.approx(0.9 - 0.2)}
     assert ("student", "repetition", "sort") not in found.shift
     assert found.kl_examples["student", "sort"][1] == pytest.approx([0.1, 0.3])
     assert found.cosines == {("sort", "reverse"): {1: 0.5}}
@@ -182,13 +184,15 @@ def test_the_tables_tell_own_domains_from_the_others() -> None:
     grid = shift_grid(moved())
     assert grid is not None
     expert, student = grid.rows
-    # Three examples and two seeds are few, so both bounds are far from the mean.
-    assert expert[0] == "a" and expert[1].startswith("0.300 [0.") and expert[2].startswith("0.0100 [")
+    own = over_both({"a": np.outer([0.2, 0.4, 0.3], [0.5, 1, 1.5])}).interval(0.95)
+    assert expert[0] == "a" and expert[1] == f"0.300 [{own.low:#.3g}, {own.high:#.3g}]"
+    assert expert[2].startswith("0.0100 [")
     assert expert[3:] == ("0.250", "–", "–", "12.5", "–")
     # The student's own domains are a and b.
     assert student[0] == "student" and student[1].startswith("0.0155 [") and student[2].startswith("0.00100 [")
     assert shift_grid(moved(), narrow=True).rows[0][1].startswith("0.300 ±0.")
-    assert shift_grid(moved(seeds=(0,))).rows[0][1] == "0.200"
+    # Two seeds say too little of others.
+    assert shift_grid(moved(seeds=(0, 1))).rows[0][1] == "0.300"
     assert cosines_grid(moved()).rows == (("a", "–", "0.150"), ("b", "0.150", "–"))
     assert "Shift from the start" in render_markdown(moved())
     assert shift_grid(results()) is None and cosines_grid(results()) is None

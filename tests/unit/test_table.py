@@ -5,6 +5,7 @@ import io
 
 from rich.console import Console
 
+from evals.crossed import over_both
 from evals.table import render, render_markdown, roles_grid, statements
 from tests.scored import results, sheet
 
@@ -58,6 +59,25 @@ def test_out_of_distribution_and_untouched_rows():
 
 
 def test_from_three_seeds_on_both_intervals_are_stated():
-    found = [line for line in statements(results(seeds=(0, 1, 2))) if "seeds resampled too" in line]
+    found = [line for line in statements(results(seeds=(0, 1, 2))) if "for new seeds too" in line]
     assert [line.split(",")[0].split(" of")[0] for line in found] == ["Student over cold_start", "Recovery"]
-    assert not any("resampled too" in line for line in statements(results()))
+    assert not any("for new seeds too" in line for line in statements(results()))
+
+
+def test_what_is_said_for_new_seeds_is_the_t_interval_of_seeds_and_examples():
+    whole = results(seeds=(0, 1, 2))
+    cells = {key: dict(cell) for key, cell in whole.cells.items()}
+    for seed, share in ((0, 0.6), (1, 0.8), (2, 1.0)):
+        cells["student", "a", "held_out"][seed] = sheet("a", share)
+    moved = dataclasses.replace(whole, cells=cells)
+    student_SN, start_SN = moved.aligned(["student", "cold_start"], "a")
+    expected = over_both({"a": student_SN - start_SN}).interval(0.95)
+    assert moved.mean_difference("student", "cold_start", ["a"], new_seeds=True) == expected
+    # Seeds at 0.1, 0.3 and 0.5: sure of new examples, not of new seeds.
+    assert expected.low < 0 < moved.mean_difference("student", "cold_start", ["a"]).low
+
+
+def test_the_tables_say_whose_intervals_they_have():
+    text = render_markdown(results())
+    assert "interval over examples, seeds fixed]" in text
+    assert "Seeds 0, 1. The scores' intervals are bootstraps over examples with these seeds kept fixed" in text
