@@ -17,15 +17,19 @@ class Estimate:
 
     Attributes:
         node: Its id.
-        seconds: Of one process on devices as those before; None where nothing like it was made.
+        seconds: Of the clock, on as many devices as before; None where nothing like it was made.
         tokens: Trained on; 0 for measurements.
         like: Key of the artifact the estimate is from; empty where there is none.
+        device_seconds: Of all its devices together, of its process on a CPU.
+        joules: Energy of its devices; None where the earlier stage could not tell.
     """
 
     node: str
     seconds: float | None
     tokens: int = 0
     like: str = ""
+    device_seconds: float = 0.0
+    joules: float | None = None
 
 
 def estimate(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Estimate]:
@@ -46,8 +50,7 @@ def estimate(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[E
             found.append(Estimate(node.id, None))
             continue
         scale = work(node.config) / (work(like.manifest["config"]) or 1.0)
-        seconds, tokens = scale * _seconds(like, made[node.stage]), int(scale * int(like.manifest.get("tokens", 0)))
-        found.append(Estimate(node.id, seconds, tokens, like.key))
+        found.append(_scaled(node.id, like, scale, _share(like, made[node.stage])))
     return found
 
 
@@ -69,21 +72,42 @@ def summary(estimates: Sequence[Estimate]) -> list[str]:
     unknown = [each.node for each in estimates if each.seconds is None]
     if not known:
         return [f"cost: nothing like these {len(unknown)} nodes was made before, so nothing is known of it"]
-    seconds, tokens = sum(each.seconds or 0.0 for each in known), sum(each.tokens for each in known)
-    line = f"cost: about {duration(seconds)} of device time and {tokens:,} tokens, from earlier stages of their kind"
+    seconds, tokens = sum(each.device_seconds for each in known), sum(each.tokens for each in known)
+    told = [each.joules for each in known if each.joules is not None]
+    energy = f", {sum(told):,.0f} J" if told else ""
+    if told and len(told) < len(known):
+        energy += f" (of {len(told)} of {len(known)} nodes)"
+    line = f"cost: about {duration(seconds)} of device time{energy} and {tokens:,} tokens, from earlier stages of "
+    line += "their kind"
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         line += f"; nothing like {', '.join(unknown[:3])}{more} was made before"
     return [line]
 
 
-def _seconds(artifact: Artifact, made: Sequence[Artifact]) -> float:
-    """What it took; measurements of one checkpoint share a process, so each takes its share of that."""
-    parents = artifact.manifest.get("parents", {})
-    if "checkpoint" not in parents:
-        return float(artifact.manifest["seconds"])
+def _scaled(node: str, like: Artifact, scale: float, share: float) -> Estimate:
+    """What an earlier stage took, by the work that is asked for."""
+    manifest, factor = like.manifest, scale * share
+    seconds, joules = float(manifest["seconds"]), manifest.get("joules")
+    return Estimate(
+        node,
+        seconds=factor * seconds,
+        tokens=int(scale * int(manifest.get("tokens", 0))),
+        like=like.key,
+        # Older manifests have seconds alone.
+        device_seconds=factor * float(manifest.get("device_seconds", seconds)),
+        joules=None if joules is None else factor * float(joules),
+    )
+
+
+def _share(artifact: Artifact, made: Sequence[Artifact]) -> float:
+    """How much of what its manifest counts is its own: measurements of one checkpoint share a process, and each counts
+    from the start of that."""
+    parents, seconds = artifact.manifest.get("parents", {}), float(artifact.manifest["seconds"])
+    if "checkpoint" not in parents or not seconds:
+        return 1.0
     together = [each for each in made if each.manifest["parents"].get("checkpoint") == parents["checkpoint"]]
-    return busy_seconds(together) / len(together)
+    return busy_seconds(together) / len(together) / seconds
 
 
 def _most_similar(node: Node, size: int, made: Sequence[Artifact], sizes: Mapping[str, int]) -> Artifact | None:

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from experts.domain import stable_hash
 from experts.errors import UserError
-from stages.core.mirror import MANIFEST, mirror_of_environment
+from stages.core.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
 
 FORMAT_VERSION = 1
 # Stages whose artifacts are small, and whose files the plan's readers read.
@@ -167,10 +167,13 @@ class Store:
         What stands in the mirror alone is verified when it is brought.
 
         Raises:
-            CorruptedArtifactError: names the file, what was expected and how to mend it.
+            CorruptedArtifactError: names the file, what was expected and how to mend it; or a name leads elsewhere.
         """
         if not self.is_here(artifact) and self.mirror is not None and self.mirror.holds(artifact.key):
             return
+        if stray := stray_name(artifact.manifest["files"]):
+            said = f"{stray_message(str(artifact.path / MANIFEST), stray)}; {_mend(artifact.key)}"
+            raise CorruptedArtifactError(said, artifact.key)
         seal = self.root / ".verified" / artifact.key
         state = {name: _stamp(artifact.path / name) for name in artifact.manifest["files"]}
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):

@@ -9,9 +9,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -106,6 +106,8 @@ class Mirror:
             UserError: it was not taken; nothing of it is to be seen there.
         """
         key, digest = manifest["key"], manifest["digest"]
+        if stray := stray_name(manifest["files"]):
+            raise UserError(stray_message(str(folder / MANIFEST), stray))
         try:
             for name in manifest["files"]:
                 target = f"{self._root}/{key}/{digest}/{name}"
@@ -121,16 +123,19 @@ class Mirror:
         """Download an artifact into an empty folder, its manifest last.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or its manifest names a file that would lie outside of the folder; the folder
+                is gone then.
         """
-        manifest = self.manifest(key)
         try:
+            manifest = self.manifest(key)
+            if stray := stray_name(manifest["files"]):
+                raise UserError(stray_message(f"{VARIABLE}: {self.name}/{key}/{MANIFEST}", stray))
             for name in manifest["files"]:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 self._fs.get_file(f"{self._root}/{key}/{manifest['digest']}/{name}", str(folder / name))
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise self._fault(f"{key} cannot be read", error) from error
+            raise error if isinstance(error, UserError) else self._fault(f"{key} cannot be read", error) from error
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
     def set_aside(self, key: str) -> None:
@@ -168,3 +173,20 @@ class Mirror:
     def _fault(self, what: str, error: Exception) -> UserError:
         told = f"{type(error).__name__}: {error}".splitlines()[0]
         return UserError(f"{VARIABLE}: {self.name}: {what} ({told})")
+
+
+def stray_name(names: Iterable[str]) -> str | None:
+    """The first of a manifest's file names that does not stay in the artifact's own folder; None where all do.
+
+    Whoever can write to a shared store writes its manifests: a name such as `../x` would reach any file.
+    """
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            return name
+    return None
+
+
+def stray_message(manifest: str, name: str) -> str:
+    """What is said of a manifest that names such a file."""
+    return f"{manifest}: names the file {name!r}, which lies outside of its artifact's folder; it is refused"

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 
 from experts.domain import Domain
 from stages.core.checkpoint import Artifact, Store
-from stages.core.energy import device_names, joules_so_far
+from stages.core.energy import Meter
 from stages.core.journal import JOURNAL_FILE, Journal
 
+SPENT_FILE = "spent.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -39,8 +39,9 @@ class Workspace:
     domains: Mapping[str, Domain]
     provenance: Mapping[str, Any]
     servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-    joules: float | None = field(default_factory=joules_so_far)
+
+    def __post_init__(self) -> None:
+        self._meter = Meter(self.folder / SPENT_FILE)
 
     @property
     def folder(self) -> Path:
@@ -58,7 +59,9 @@ class Workspace:
         Under torchrun every rank but the first has a file of its own: opening a journal rewrites it.
         """
         rank = int(os.environ.get("RANK", "0"))
-        return Journal(self.folder / (f"journal-{rank}.jsonl" if rank else JOURNAL_FILE), resume_step)
+        if rank:
+            return Journal(self.folder / f"journal-{rank}.jsonl", resume_step)
+        return MeteredJournal(self.folder / JOURNAL_FILE, resume_step, self._meter)
 
     def commit(
         self, folder: Path, *, sources: Mapping[str, list[str]] | None, metrics: Mapping[str, float], **facts: Any
@@ -78,7 +81,7 @@ class Workspace:
             "parents": {role: {"name": p.name, "key": p.key, "digest": p.digest} for role, p in self.parents.items()},
             "data": {name: domain.identity() for name, domain in self.domains.items()},
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
-            **self._spent(),
+            **self._meter.used(),
             "peak_memory": peak_memory(),
             "metrics": dict(metrics),
             **({} if sources is None else {"sources": self._all_sources(sources)}),
@@ -86,14 +89,8 @@ class Workspace:
         }
         artifact = self.store.commit(folder, self.key, manifest)
         shutil.rmtree(self.progress, ignore_errors=True)
+        self._meter.close()
         return artifact
-
-    def _spent(self) -> dict[str, float]:
-        """Time, time of all devices together (of the process, on a CPU), and energy where it can be told."""
-        seconds = time.monotonic() - self.started
-        spent = {"seconds": round(seconds, 3), "device_seconds": round(seconds * max(1, len(device_names())), 3)}
-        now = joules_so_far()
-        return spent if now is None or self.joules is None else spent | {"joules": round(now - self.joules, 1)}
 
     def _all_sources(self, own: Mapping[str, list[str]]) -> dict[str, list[str]]:
         seen = {domain: set(units) for domain, units in own.items()}
@@ -101,6 +98,19 @@ class Workspace:
             for domain, units in parent.manifest.get("sources", {}).items():
                 seen.setdefault(domain, set()).update(units)
         return {domain: sorted(units) for domain, units in seen.items()}
+
+
+class MeteredJournal(Journal):
+    """A journal that keeps what was spent with every record: a kill comes between two of them."""
+
+    def __init__(self, path: Path, resume_step: int, meter: Meter) -> None:
+        super().__init__(path, resume_step)
+        self._meter = meter
+        meter.keep()
+
+    def _write(self, kind: str, step: int, **fields: Any) -> None:
+        super()._write(kind, step, **fields)
+        self._meter.keep()
 
 
 def peak_memory() -> int:

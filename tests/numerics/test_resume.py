@@ -1,6 +1,7 @@
 """A stage that was cut off and resumed makes the same checkpoint as one that was not, bit for bit."""
 
 import itertools
+import json
 import time
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from experts.domain import Domain
 from stages.config import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
 from stages.core.checkpoint import Artifact
 from stages.core.journal import read
-from stages.core.workspace import Workspace
+from stages.core.workspace import SPENT_FILE, Workspace
 from stages.on_policy.config import RLConfig
 from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 
@@ -84,10 +85,13 @@ def test_resumed_equals_uninterrupted(
             patch.setattr(module, "end_step", cut_after(module.end_step, 5))
         train(config, workspace("cut", parents, domains))
     place = workspace("cut", parents, domains)
+    spent = json.loads((place.folder / SPENT_FILE).read_text())["seconds"]
     assert [path.name for path in place.progress.glob("step-*")] == ["step-4"]
     resumed = train(config, place)
     assert resumed.manifest["files"]["model.safetensors" if "lora" not in name else "adapter_model.safetensors"]
     assert resumed.digest == whole.digest
+    # Five steps before the cut and two after it.
+    assert resumed.manifest["seconds"] > spent > 0
     assert resumed.manifest["tokens"] == whole.manifest["tokens"]
     assert metrics_of(place) == metrics_of(workspace("whole", parents, domains))
     # The stage must have learned something, or equality shows nothing.

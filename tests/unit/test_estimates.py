@@ -108,6 +108,41 @@ def test_costs_are_those_of_the_most_similar_stage_scaled_by_the_work(file: Path
     assert summary(estimate(longer, store, [])) == []
 
 
+def spent(store: Store, graph: StageGraph, node_id: str, **facts: float) -> None:
+    """Let a node's manifest say what it took."""
+    path = store.root / graph.node(node_id).key / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def test_device_time_is_that_of_all_devices_and_energy_is_shown_where_it_was_told(file: Path, home: Path) -> None:
+    graph = graph_of(file, home)
+    store = finish(graph, home)
+    spent(store, graph, "experts/sort@0", seconds=60.0, device_seconds=240.0, joules=5000.0)
+    longer = graph_of(file, home, "experts.sort.train.rl.max_steps=10")
+    (expert,) = estimate(longer, store, [longer.node("experts/sort@0")])
+    assert (expert.seconds, expert.device_seconds, expert.joules) == (120.0, 480.0, 10000.0)
+    assert "about 8m00s of device time, 10,000 J and " in summary([expert])[0]
+    # One that says seconds alone had one device; its energy is unknown, and the line says of how many it is known.
+    found = estimate(longer, store, [longer.node("experts/sort@0"), longer.node("experts/reverse@0")])
+    assert found[1].device_seconds == found[1].seconds and found[1].joules is None
+    assert "10,000 J (of 1 of 2 nodes) and " in summary(found)[0]
+
+
+def test_measurements_share_their_process_in_device_time_and_energy_too(file: Path, home: Path) -> None:
+    graph = graph_of(file, home)
+    store = finish(graph, home)
+    sheets = graph.evaluations("base@0")
+    for number, sheet in enumerate(sheets, 1):
+        # Made one after another in one process that started at 1000: each counts from there.
+        taken = {"created": 1000.0 + 10 * number, "seconds": 10.0 * number, "device_seconds": 20.0 * number}
+        spent(store, graph, sheet.id, **taken, joules=100.0 * number)
+    found = estimate(graph, store, sheets)
+    assert len(found) > 1 and {each.like for each in found} <= {sheet.key for sheet in sheets}
+    for each in found:
+        assert each.seconds == pytest.approx(10.0)
+        assert each.device_seconds == pytest.approx(20.0) and each.joules == pytest.approx(100.0)
+
+
 def test_what_was_never_made_is_said_to_be_unknown(file: Path, home: Path) -> None:
     graph = graph_of(file, home)
     (line,) = summary(estimate(graph, Store(home), graph.nodes))
