@@ -1,11 +1,14 @@
 """Garbage collection: what no run plans and no registered student descends from. Shown first, then removed.
 
 Kept are: every node of every run's lock file; every champion there was, every version in MLflow's registry and every
-one still on its way there; what stages make at this moment; and of all these the ancestors, with their measurements.
-Only this machine's copies are removed; what stands in a mirror (`MOPD_STORE`) stays there.
+one still on its way there; what has yet to be sent to the mirror (`MOPD_STORE`); what stages make at this moment; and
+of all these the ancestors, with their measurements. Ancestors are followed through the mirror too; where one's manifest
+is nowhere, what it was made from is unknown, and every artifact is kept. Only this machine's copies are removed; what
+stands in a mirror stays there.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,16 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import Timeout
 
 from experts.errors import UserError
 from flows.champion import CHAMPION_FILE, read_history
 from flows.lock import read_json
 from stages.core.checkpoint import MEASUREMENTS, Artifact, Store
+from stages.core.checkpoint import UNSENT as UNSENT_TO_STORE
+from stages.core.mirror import VARIABLE
 
 LOCK = "gc"
 DAY_SECONDS = 86400.0
 UNSENT = "unsent"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def find_garbage(
         ):
             found.append(_garbage("work", f"work of {folder.name}", folder.name, folder))
     for folder in _folders(store.root / ".staging"):
-        if folder.name.partition(".")[0] not in busy:
+        if folder.name.partition(".")[0] not in busy and not _is_being_brought(folder):
             found.append(_garbage("leftover", folder.name, "", folder))
     if corrupted:
         found += [_garbage("corrupted", folder.name, "", folder) for folder in _folders(store.home / "corrupted")]
@@ -95,15 +102,35 @@ def find_garbage(
 
 
 def keep(store: Store, here: Iterable[Artifact], registered: Iterable[str]) -> set[str]:
-    """Content keys that stay: what is referred to, its ancestors, and their measurements."""
+    """Content keys that stay: what is referred to, its ancestors, and their measurements.
+
+    Where an ancestor's manifest is neither here nor in the mirror, all that is here stays, and a warning says so.
+    """
     manifests = {artifact.key: artifact.manifest for artifact in here}
-    kept: set[str] = set()
-    waiting = [*registered, *_planned(store), *_champions(store), *_unsent(store), *_busy(store)]
+    planned, kept, unknown = set(_planned(store)), set[str](), set[str]()
+    made_from: dict[str, str] = {}
+    waiting = [*registered, *planned, *_pinned(store), *_champions(store), *_unsent(store), *_unsent_to_store(store)]
+    waiting += _busy(store)
     while waiting:
         key = waiting.pop()
-        if key not in kept:
-            kept.add(key)
-            waiting += _parents(manifests.get(key, {}))
+        if key in kept:
+            continue
+        kept.add(key)
+        manifest = manifests.get(key) or _manifest_in_mirror(store, key)
+        if manifest is None:
+            unknown.add(key)
+            continue
+        parents = _parents(manifest)
+        made_from |= {parent: f"{manifest['name']} ({key})" for parent in parents}
+        waiting += parents
+    # A lock file has a planned node's ancestors too.
+    for key in sorted(unknown & made_from.keys() - planned):
+        logger.warning(
+            "%s was made from %s, whose manifest is neither in %s nor in a mirror, so nothing is known of what it was "
+            "made from: all artifacts are kept; %s may name the mirror that has it",
+            *(made_from[key], key, store.root, VARIABLE),
+        )
+        kept |= manifests.keys()
     measured = {
         key
         for key, manifest in manifests.items()
@@ -153,9 +180,13 @@ def registered_keys(store: Store) -> set[str]:
 
 def _planned(store: Store) -> Iterator[str]:
     for path in (store.home / "runs").glob("*/lock.json"):
-        lock = read_json(path)
-        yield from (str(node["key"]) for node in lock.get("nodes", {}).values())
-        yield from (str(pin) for pin in lock.get("pins", {}).values())
+        yield from (str(node["key"]) for node in read_json(path).get("nodes", {}).values())
+
+
+def _pinned(store: Store) -> Iterator[str]:
+    """Keys that mutable names, such as a champion's, were resolved to."""
+    for path in (store.home / "runs").glob("*/lock.json"):
+        yield from (str(pin) for pin in read_json(path).get("pins", {}).values())
 
 
 def _champions(store: Store) -> Iterator[str]:
@@ -172,6 +203,21 @@ def _unsent(store: Store) -> Iterator[str]:
                 yield from _keys_in(json.loads(line))
             except json.JSONDecodeError:
                 continue  # the last line of a run that was killed while it wrote
+
+
+def _unsent_to_store(store: Store) -> list[str]:
+    """Keys of which the mirror has nothing yet: this machine's copy is the only one."""
+    return [path.name for path in (store.home / UNSENT_TO_STORE).glob("*")] if store.mirror is not None else []
+
+
+def _manifest_in_mirror(store: Store, key: str) -> Mapping[str, Any] | None:
+    return store.mirror.manifest(key) if store.mirror is not None and store.mirror.holds(key) else None
+
+
+def _is_being_brought(folder: Path) -> bool:
+    """Whether a folder is a download from the mirror, `KEY.PID.mirror`, whose process still runs."""
+    _, _, process = folder.name.removesuffix(".mirror").rpartition(".")
+    return folder.name.endswith(".mirror") and process.isdigit() and psutil.pid_exists(int(process))
 
 
 def _keys_in(operation: Mapping[str, Any]) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """Garbage: what nobody refers to any more; nothing that a registered student descends from, and nothing in use."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from flows.cli import app
 from flows.gc import find_garbage, plan_lock, registered_keys, remove
 from flows.lock import status
 from flows.plan import StageGraph
+from stages.core import mirror
 from stages.core.checkpoint import Store
 from tests.scored_home import SHARES, finish, graph_of, run_file
 from tests.unit.test_champion_start import crown
@@ -97,6 +101,69 @@ def test_what_somebody_took_meanwhile_stays(home: Path, former: StageGraph) -> N
         freed, stayed = remove(store, garbage[:2])
     assert stayed == [f"{garbage[0].name}: in use"] and garbage[0].path.exists() and not garbage[1].path.exists()
     assert freed == garbage[1].size
+
+
+@pytest.fixture
+def mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path, former: StageGraph) -> Store:
+    """The home with a mirror that has all of it."""
+    monkeypatch.setenv("MOPD_STORE", f"file://{tmp_path / 'shared'}")
+    monkeypatch.setattr(mirror, "FRESH_SECONDS", 0.0)
+    mirror.mirror_of.cache_clear()
+    store = Store(home)
+    for artifact in list(store.artifacts()):
+        store.mirror.send(artifact.path, artifact.manifest)
+    return store
+
+
+def test_ancestors_are_followed_through_what_stands_in_the_mirror_alone(mirrored: Store, former: StageGraph) -> None:
+    student, expert, start = (former.node(name).key for name in ("student@0", "experts/sort@0", "cold_start@0"))
+    assert start in keys(find_garbage(mirrored, []))
+    for key in (student, *(former.node(f"experts/{name}@0").key for name in ("sort", "reverse"))):
+        shutil.rmtree(mirrored.root / key)
+    garbage = keys(find_garbage(mirrored, [student]))
+    assert start not in garbage and former.node("baselines/ties@0").key in garbage
+    assert not mirrored.is_here(mirrored.find(expert)), "a checkpoint was brought to be looked at"
+
+
+def test_where_a_link_is_missing_every_artifact_stays_and_a_warning_says_so(
+    home: Path, former: StageGraph, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, student, expert = Store(home), crown(former, Store(home), "student"), former.node("experts/sort@0").key
+    assert keys(find_garbage(store, [])) and caplog.text == ""
+    shutil.rmtree(store.root / expert)
+    (store.root / ".staging" / "left-by-a-kill").mkdir()
+    assert [each.kind for each in find_garbage(store, [])] == ["leftover"]
+    assert f"student ({student}) was made from {expert}" in caplog.text and "all artifacts are kept" in caplog.text
+
+
+def test_a_planned_node_that_is_not_made_is_no_missing_link(file: Path, home: Path, former: StageGraph) -> None:
+    store, today = Store(home), graph_of(file, home, OTHER)
+    before = keys(find_garbage(store, []))
+    shutil.rmtree(store.root / today.node("experts/sort@0").key)
+    assert keys(find_garbage(store, [])) == before
+
+
+def test_what_the_mirror_has_not_taken_stays_until_it_has(mirrored: Store, former: StageGraph) -> None:
+    ties = former.node("baselines/ties@0").key
+    assert ties in keys(find_garbage(mirrored, []))
+    (unsent := mirrored.home / "unsent_to_store").mkdir(exist_ok=True)
+    (unsent / ties).touch()
+    assert ties not in keys(find_garbage(mirrored, []))
+    assert mirrored.send_left_over() == [] and ties in keys(find_garbage(mirrored, []))
+    # Without a mirror nobody will ever take it.
+    (unsent / ties).touch()
+    mirrored.mirror = None
+    assert ties in keys(find_garbage(mirrored, []))
+
+
+def test_a_download_is_left_over_once_its_process_is_gone(home: Path, former: StageGraph) -> None:
+    store = Store(home)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for process in (os.getpid(), gone.pid):
+        (store.root / ".staging" / f"somekey.{process}.mirror").mkdir(parents=True)
+    left = [each.name for each in find_garbage(store, []) if each.kind == "leftover"]
+    assert left == [f"somekey.{gone.pid}.mirror"]
 
 
 def test_what_is_young_or_set_aside_stays_unless_asked_for(home: Path, former: StageGraph) -> None:

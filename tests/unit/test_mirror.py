@@ -127,3 +127,44 @@ def test_removing_takes_the_manifest_first(remote: Path, tmp_path: Path) -> None
     assert json.loads((remote / "checkpoint" / "manifest.json").read_text())["key"] == "checkpoint"
     store.mirror.remove("checkpoint")
     assert not store.mirror.holds("checkpoint") and list(remote.iterdir()) == []
+
+
+def rename_in_manifest(manifest: Path, name: str) -> None:
+    """Let a manifest call its `model.txt` something else."""
+    told = json.loads(manifest.read_text())
+    told["files"][name] = told["files"].pop("model.txt")
+    manifest.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("name", ["../../escaped.txt", "deeper/../../../escaped.txt", "ABSOLUTE", ".", ".."])
+def test_a_manifest_that_names_files_outside_of_its_folder_is_refused_and_writes_nothing(
+    remote: Path, tmp_path: Path, name: str
+) -> None:
+    """Whoever may write to the bucket must not write to the machines that read it."""
+    name = str(tmp_path / "escaped.txt") if name == "ABSOLUTE" else name
+    made = make(Store(tmp_path / HERE), "checkpoint")
+    rename_in_manifest(remote / "checkpoint" / "manifest.json", name)
+    # The file is there to be copied, where the name leads to in the shared folder.
+    source = remote / "checkpoint" / made.digest / name
+    if not source.exists():
+        source.write_text("evil")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    there = Store(tmp_path / THERE)
+    with pytest.raises(UserError, match=r"checkpoint/manifest\.json: names the file") as caught:
+        there.get("checkpoint")
+    assert repr(name) in str(caught.value)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list((there.root / ".staging").iterdir()) == []
+
+
+def test_so_is_one_that_stands_here(tmp_path: Path, remote: Path) -> None:
+    store = Store(tmp_path / HERE)
+    made = make(store, "checkpoint")
+    (tmp_path / "other.txt").write_text("weights")
+    rename_in_manifest(made.path / "manifest.json", "../../../other.txt")
+    with pytest.raises(
+        CorruptedArtifactError, match=r"manifest\.json: names the file '../../../other\.txt'.*--discard"
+    ):
+        store.get("checkpoint")
+    with pytest.raises(UserError, match=r"names the file '../../../other\.txt'"):
+        store.mirror.send(made.path, store.find("checkpoint").manifest)
