@@ -1,23 +1,30 @@
 """Devices of one host: each is a file lock whose descriptor the child inherits. Free of torch.
 
 A stage leases its whole allocation at once, so two stages cannot each hold half of what both need. A device is free
-the moment the last process that holds its lock is gone, however it died.
+the moment the last process that holds its lock is gone, however it died. Locks are those of the host and the user, not
+of a home, and are named by the devices' UUIDs: two runs over two homes, one that was given indices and one that was
+given UUIDs, never lease the same device.
 """
 
 import contextlib
 import fcntl
 import itertools
 import os
+import re
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experts.errors import UserError
 
 POLL_SECONDS = 0.5
+# Where the locks lie, in place of the user's own folder under the host's temporary one.
+FOLDER_VARIABLE = "MOPD_DEVICE_LOCKS"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LISTED = re.compile(r"^\s*(?:GPU (?P<index>\d+):|MIG ).*\(UUID: (?P<uuid>[^)]+)\)")
 
 
 class WaitCancelledError(Exception):
@@ -53,10 +60,11 @@ class Lease:
 
 
 class DeviceLeases:
-    """Leases of the host's devices, by locks under `home/devices`."""
+    """Leases of the host's devices, by locks that all homes of a user share."""
 
-    def __init__(self, home: Path) -> None:
-        self._folder = home / "devices"
+    def __init__(self) -> None:
+        """Nothing is locked before `acquire`."""
+        self._folder = lock_folder()
 
     def acquire(self, count: int, cancelled: Callable[[], bool] = lambda: False) -> Lease:
         """Lease `count` devices; waits while fewer are free.
@@ -71,7 +79,7 @@ class DeviceLeases:
         """
         if count == 0:
             return Lease()
-        devices = host_devices()
+        devices = _distinct(host_devices(), _listed())
         if len(devices) < count:
             raise UserError(
                 f"resources: {count} devices asked for, this machine shows {len(devices)}; a stage holds its own and "
@@ -84,12 +92,12 @@ class DeviceLeases:
             time.sleep(POLL_SECONDS)
         return lease
 
-    def _try(self, devices: Sequence[str], count: int) -> Lease | None:
-        """Lock the first `count` free devices, or none at all."""
+    def _try(self, devices: Mapping[str, str], count: int) -> Lease | None:
+        """Lock the first `count` free devices, or none at all; `devices` is identity -> name."""
         with contextlib.ExitStack() as undo:
             held: dict[str, int] = {}
-            for device in devices:
-                descriptor = os.open(self._folder / f"gpu-{device}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            for identity, device in devices.items():
+                descriptor = os.open(self._folder / f"gpu-{identity}.lock", os.O_RDWR | os.O_CREAT, 0o644)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -108,8 +116,39 @@ def host_devices() -> list[str]:
     visible = os.environ.get(_VISIBLE)
     if visible is not None:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+    return [index for index in _listed() if index.isdigit()]
+
+
+def lock_folder() -> Path:
+    """Where the locks of this user's devices on this host lie."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named) if named else Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}" / "devices"
+
+
+def _listed() -> dict[str, str]:
+    """What `nvidia-smi -L` lists: index -> UUID of every device, UUID -> UUID of those and of their MIG slices.
+
+    Empty where there is no driver to tell.
+    """
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:
-        return []
-    return [str(index) for index, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+        return {}
+    found = {}
+    for match in filter(None, map(_LISTED.match, said.splitlines())):
+        found[match["uuid"]] = match["uuid"]
+        if match["index"]:
+            found[match["index"]] = match["uuid"]
+    return found
+
+
+def _distinct(names: Sequence[str], listed: Mapping[str, str]) -> dict[str, str]:
+    """Identity -> name of each device once; one of which nothing is told is known by its name.
+
+    Like CUDA, this takes the start of a UUID for the whole.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        uuid = listed.get(name) or next((uuid for uuid in listed.values() if uuid.startswith(name)), name)
+        found.setdefault(uuid, name)
+    return found

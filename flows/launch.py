@@ -84,7 +84,7 @@ class Launcher:
         self.home = home.resolve()
         self.store = Store(self.home)
         self.resources = resources
-        self._devices = DeviceLeases(self.home)
+        self._devices = DeviceLeases()
         self._server: ForkServer | None = None
         self._starting = threading.Lock()
         self._live: dict[int, Child] = {}

@@ -134,7 +134,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
     ports = place.ports(len(commands))
     with _signals_as_interrupt(), contextlib.ExitStack() as held:
         try:
-            lease = DeviceLeases(home).acquire(sum(command.gpus for command in commands))
+            lease = DeviceLeases().acquire(sum(command.gpus for command in commands))
             held.callback(lease.close)
             log = home / "servers" / LOG_FILE
             fork_server = ForkServer(log, child_environment(config.resources.threads), preload=())

@@ -1,16 +1,19 @@
 """The fork server: groups, graces and ends of its children; device locks that children hold."""
 
+import contextlib
 import fcntl
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from experts.errors import UserError
 from flows.children import Child, ForkServer, ServerDiedError, child_environment
-from flows.devices import DeviceLeases, WaitCancelledError
+from flows.devices import DeviceLeases, WaitCancelledError, host_devices, lock_folder
 from tests.processes import ended, eventually
 
 
@@ -67,22 +70,85 @@ def test_jobs_of_a_killed_server_die_and_are_reported(tmp_path):
     server.close()
 
 
-def test_devices_are_leased_whole_and_free_when_their_holder_is_gone(server, tmp_path, monkeypatch):
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host of one's own, whose driver tells nothing."""
+    monkeypatch.setenv("MOPD_DEVICE_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    return tmp_path / "locks"
+
+
+def driver_of(folder: Path, monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
+    """Let `nvidia-smi -L` list these devices."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n/bin/cat <<'END'\n{listed}\nEND\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def given_up() -> bool:
+    return True
+
+
+def test_devices_are_leased_whole_and_free_when_their_holder_is_gone(server, tmp_path, locks, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    leases = DeviceLeases(tmp_path)
+    leases = DeviceLeases()
     with pytest.raises(UserError, match="4 devices asked for, this machine shows 3"):
         leases.acquire(4)
     first = leases.acquire(2)
     assert first.environment == {"CUDA_VISIBLE_DEVICES": "2,5"}
-    child = server.start(tmp_path / "log", command=["sleep", "60"], descriptors=first.descriptors)
-    eventually(lambda: child.wait(0.1) or child.pid)
+    asked = {"environment": first.environment, "descriptors": first.descriptors}
+    child = server.start(tmp_path / "log", command=["/bin/sleep", "60"], **asked)
+    # The kernel's own word on what the job was given.
+    job = psutil.Process(eventually(lambda: child.wait(0.1) or child.pid))
+    eventually(lambda: job.cmdline() == ["/bin/sleep", "60"])
+    assert job.environ()["CUDA_VISIBLE_DEVICES"] == "2,5"
     first.close()
     with pytest.raises(WaitCancelledError):
-        leases.acquire(2, cancelled=lambda: True)
+        leases.acquire(2, cancelled=given_up)
     # The attempt for two let go of the one that was free.
-    with (tmp_path / "devices" / "gpu-7.lock").open() as lock:
+    with (locks / "gpu-7.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.kill(child.pid, signal.SIGKILL)
     second = leases.acquire(3)
     assert second.devices == ("2", "5", "7")
     second.close()
+
+
+def test_two_runs_never_lease_the_same_device(locks, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    one, other = DeviceLeases(), DeviceLeases()
+    with contextlib.closing(one.acquire(2)) as lease:
+        with contextlib.closing(other.acquire(1)) as rest:
+            assert set(lease.devices) | set(rest.devices) == {"0", "1", "2"}
+        with pytest.raises(WaitCancelledError):
+            other.acquire(2, cancelled=given_up)
+
+
+LISTED = """GPU 0: NVIDIA A100 (UUID: GPU-aaaa-0000)
+  MIG 1g.10gb     Device  0: (UUID: MIG-cccc-0000)
+GPU 1: NVIDIA A100 (UUID: GPU-bbbb-1111)"""
+
+
+@pytest.mark.parametrize("other", ["GPU-bbbb-1111", "GPU-bb", "1"])
+def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monkeypatch, other):
+    driver_of(tmp_path / "driver", monkeypatch, LISTED)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    leases = DeviceLeases()
+    with contextlib.closing(leases.acquire(1)) as lease:
+        # The child is given the name this process was given.
+        assert lease.devices == ("1",)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", other)
+        with pytest.raises(WaitCancelledError):
+            leases.acquire(1, cancelled=given_up)
+    leases.acquire(1).close()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"1,{other}")
+    with pytest.raises(UserError, match="2 devices asked for, this machine shows 1"):
+        leases.acquire(2, cancelled=given_up)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert host_devices() == ["0", "1"]
+
+
+def test_locks_are_the_hosts_and_the_users_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("MOPD_DEVICE_LOCKS", raising=False)
+    assert lock_folder() == Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}" / "devices"

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from flows.config import ResourcesConfig, RunConfig
+from flows.devices import FOLDER_VARIABLE
 from flows.launch import Launcher, NodeFailedError
 from flows.plan import Node, StageGraph, build_graph
 from stages.core.checkpoint import Store
@@ -235,6 +236,7 @@ def test_the_server_that_forked_was_fit_to_fork(launcher, graph, home):
 
 def test_several_devices_run_under_torchrun(graph, home, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(home / "device-locks"))
     node = unmade(graph.node("base@0"), "two ranks")
     with Launcher(home, ResourcesConfig(gpus=2)) as launcher:
         run = Run(launcher, graph, node)
