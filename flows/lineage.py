@@ -15,6 +15,7 @@ from flows.config import CHAMPION, STUDENT
 from flows.lock import lock_path
 from flows.plan import EVALUATIONS
 from stages.core.checkpoint import Artifact, Store
+from stages.core.mirror import MANIFEST
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -42,7 +43,10 @@ class Row:
         highlights: The settings that matter most.
         tokens: Tokens trained on; 0 when not recorded.
         seconds: Time it took.
+        device_seconds: Time of all its devices together; 0 where it is not recorded.
         joules: Energy its devices used; 0 where nothing told.
+        code: Fingerprint of the code that made it.
+        sample: Where some of its data can be read: a file of the store, or of its mirror, and the key in it.
         data: domain -> fingerprint.
         metrics: Final metrics of the stage.
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
@@ -61,7 +65,10 @@ class Row:
     highlights: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    device_seconds: float = 0.0
     joules: float = 0.0
+    code: str = ""
+    sample: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -199,7 +206,9 @@ def details(row: Row) -> list[str]:
     facts = [f"{name.rpartition('.')[2]} {value}" for name, value in row.highlights.items()]
     facts += [f"{row.tokens:,} tokens"] if row.tokens else []
     facts += [f"{row.seconds:,.0f} s"] if row.seconds else []
+    facts += [f"{row.device_seconds:,.0f} device-seconds"] if row.device_seconds else []
     facts += [f"{row.joules:,.0f} J"] if row.joules else []
+    facts += [f"code {row.code[:SHORT]}"] if row.code else []
     lines = [", ".join(facts)] if facts else []
     lines += [f"taught {entry['domain']}: {cards.lesson(entry)}" for entry in row.teachers]
     telling = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in TELLING}
@@ -207,7 +216,7 @@ def details(row: Row) -> list[str]:
         if values:
             shown = (v[:SHORT] if isinstance(v, str) else f"{v:.4g}" for v in values.values())
             lines.append(f"{title}: " + ", ".join(f"{name} {text}" for name, text in zip(values, shown, strict=True)))
-    return lines
+    return [*lines, f"some of the data: {row.sample}"] if row.sample else lines
 
 
 def draw_html(store: Store, keys: Sequence[str], title: str) -> str:
@@ -250,7 +259,10 @@ def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapp
         highlights=_highlights(manifest.get("config", {})),
         tokens=int(manifest.get("tokens", 0)),
         seconds=float(manifest.get("seconds", 0.0)),
+        device_seconds=float(manifest.get("device_seconds", 0.0)),
         joules=float(manifest.get("joules", 0.0)),
+        code=str(manifest.get("code", "")),
+        sample=f"{key}/{MANIFEST}: examples" if manifest.get("examples") else "",
         data=manifest.get("data", {}),
         metrics=manifest.get("metrics", {}),
         scores=scores,

@@ -1,5 +1,6 @@
 """What differs between two checkpoints, and the lineage as a Mermaid flowchart."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flows.differences import as_lines, differences, score_differences
 from flows.lineage import resolve, resolve_one, rows
 from flows.mermaid import mermaid
 from stages.core.checkpoint import Store
+from tests.lineage_home import commit, lab_graph
 from tests.scored_home import SHARES, finish, graph_of, run_file
 from tests.unit.test_champion_start import crown
 
@@ -50,6 +52,46 @@ def test_a_difference_is_followed_to_where_it_began(home: Path, students: tuple[
     assert differences(store, one, one) == []
     lines = as_lines(one, other, store)
     assert lines[2] == "the checkpoints themselves:" and "  config.max_steps: 5 → 9" in lines
+
+
+def test_data_that_changed_is_named_where_it_was_drawn(tmp_path: Path) -> None:
+    file, home = run_file(tmp_path), tmp_path / "home"
+    other = ["domains.sort.options.max_length=5"]
+    finish(graph_of(file, home), home)
+    store = finish(graph_of(file, home, *other), home)
+    one, two = (store.get(graph_of(file, home, *more).node("experts/sort@0").key) for more in ([], other))
+    found = {(each.where, each.what): (each.a, each.b) for each in differences(store, one, two)}
+    drawn = found["", "data.sort"]
+    assert drawn == (one.manifest["data"]["sort"], two.manifest["data"]["sort"]) and drawn[0] != drawn[1]
+    # The cold start and the base saw the changed domain too; the others are what they were.
+    assert ("start", "data.sort") in found and ("start > start", "data.sort") in found
+    assert not any(what in ("data.reverse", "data.general") or what.startswith("config") for _, what in found)
+    shown = CliRunner().invoke(app, ["diff", one.key, two.key, "--home", str(home)]).output
+    assert f"data.sort: {shortened(drawn[0])} → {shortened(drawn[1])}" in shown
+
+
+def test_so_is_code(tmp_path: Path) -> None:
+    """The same node under two keys, made before and after the code changed, over the same cold start."""
+    graph = lab_graph()
+    store = Store(tmp_path)
+    for node in graph.nodes:
+        if node.stage != "evaluate":
+            commit(store, graph, node)
+    expert = graph.node("experts/sort@0")
+    again = commit(store, graph, dataclasses.replace(expert, key="made again"), code="f" * 64, version=2)
+    one = store.get(expert.key)
+    assert [(each.where, each.what, each.a, each.b) for each in differences(store, one, again)] == [
+        ("", "code", "c0de", "f" * 64),
+        ("", "version", None, 2),
+    ]
+    lines = as_lines(one, again, store)
+    assert f"  code: c0de → {'f' * 12}…" in lines and "  version: – → 2" in lines
+
+
+def shortened(value: object) -> str:
+    """A fingerprint as the command prints it."""
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text
 
 
 def test_scores_are_paired_on_the_same_examples(home: Path, students: tuple[str, str]) -> None:

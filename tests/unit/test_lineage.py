@@ -94,6 +94,29 @@ def test_the_command_writes_json_and_a_page(shared, tmp_path):
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_code_cost_and_a_sample_of_the_data_are_told_in_text_page_and_json(tmp_path, graph):
+    write_lock(graph, tmp_path)
+    store, shown = Store(tmp_path), {"sort": [{"prompt": "ba", "answer": "ab"}]}
+    for node in graph.nodes:
+        more = {"device_seconds": 332.0, "joules": 5120.0, "code": "0123456789abcdef", "examples": shown}
+        commit(store, graph, node, **(more if node.stage == "distill" else {}))
+    key = graph.node("student@0").key
+    printed, page = text(store, "lab"), lineage.draw_html(store, [key], "lab")
+    for said in (
+        "120,000 tokens, 83 s, 332 device-seconds, 5,120 J, code 0123456789ab",
+        f"some of the data: {key}/manifest.json: examples",
+    ):
+        assert said in printed and said in page
+    # The others' manifests are older: they say no device time and show no data.
+    assert printed.count("device-seconds") == printed.count("some of the data") == 1
+    told = json.loads(CliRunner().invoke(app, ["lineage", "lab", "--json", "--home", str(tmp_path)]).stdout)
+    student, base = told[-1], told[0]
+    assert (student["code"], student["device_seconds"], student["joules"]) == ("0123456789abcdef", 332.0, 5120.0)
+    file, _, field = student["sample"].partition(": ")
+    assert json.loads((store.root / file).read_text())[field] == shown
+    assert (base["code"], base["device_seconds"], base["sample"]) == ("c0de", 0.0, "")
+
+
 def test_a_shared_ancestor_is_printed_once(store):
     printed = text(store, "lab")
     assert printed.count("cold_start (sft, seed 0)") == 1
