@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,8 +30,10 @@ from flows.vllm_commands import ServerCommand
 HOST = "127.0.0.1"
 # Below the ports that the kernel gives to outgoing connections, and apart from those that people choose.
 PORTS = range(20000, 32000)
-MOST_RESTARTS = 5
+# In so many seconds: one that ends now and then is started again for ever.
+MOST_RESTARTS, RESTARTS_SECONDS = 5, 3600.0
 HEALTH_SECONDS = 2.0
+LOOK_SECONDS, HUNG_SECONDS = 10.0, 120.0
 LAST_LINES = 15
 # No proxy stands between us and a server of our own.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -64,7 +66,10 @@ class RunningServer:
         url: Where it listens, whether it answers or not.
         log: File with its output, of all its starts.
         answered: Whether it has been healthy since it was started last.
+        seen: When it was healthy last, by the monotonic clock.
+        looked: When it was asked last.
         restarts: How often it was started anew.
+        recent: When, of late.
     """
 
     command: ServerCommand
@@ -74,7 +79,10 @@ class RunningServer:
     lease: Lease
     child: Child | None = None
     answered: bool = False
+    seen: float = 0.0
+    looked: float = 0.0
     restarts: int = 0
+    recent: list[float] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -152,7 +160,7 @@ class VllmServers:
             self._start(server)
 
     def tend(self) -> None:
-        """See how they are; one that ended is started again on its port. To be called every second or so.
+        """See how they are; one that ended or hangs is started again on its port. To be called every second or so.
 
         Raises:
             VllmServerError: a server ended before it ever answered, or more often than it is started anew.
@@ -164,9 +172,8 @@ class VllmServers:
             code = _wait(server.child, _MOMENT)
             if code is not None and not self._stopped:
                 self._restart(server, code)
-            elif code is None and not server.answered and healthy(server.url):
-                server.answered = True
-                self._say(f"{server.label} answers")
+            elif code is None:
+                self._look(server)
 
     def ready(self) -> bool:
         """Whether all have answered since they were started last, as far as `tend` has seen."""
@@ -213,6 +220,22 @@ class VllmServers:
         if self._stopped:
             server.child.end(0)
 
+    def _look(self, server: RunningServer) -> None:
+        """Ask whether it is well, until it answers for the first time and then now and then; end one that hangs."""
+        now = time.monotonic()
+        if server.answered and now < server.looked + LOOK_SECONDS:
+            return
+        server.looked = now
+        if healthy(server.url):
+            if not server.answered:
+                self._say(f"{server.label} answers")
+            server.answered, server.seen = True, now
+        elif server.answered and now > server.seen + HUNG_SECONDS:
+            assert server.child is not None
+            self._say(f"{server.label} has not answered for {now - server.seen:.0f} s; it is ended")
+            server.child.end(0)
+            server.seen = now
+
     def _restart(self, server: RunningServer, code: int) -> None:
         assert server.child is not None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -221,12 +244,15 @@ class VllmServers:
             raise VllmServerError(
                 f"{server.label} {how} before it answered:\n{told}", server.log, passing=PORT_TAKEN in told.lower()
             )
-        if server.restarts == MOST_RESTARTS:
+        now = time.monotonic()
+        server.recent = [moment for moment in server.recent if moment > now - RESTARTS_SECONDS]
+        if len(server.recent) == MOST_RESTARTS:
             message = f"{server.label} {how}, after {MOST_RESTARTS} restarts; its log ends with\n{tail(server.log)}"
             raise VllmServerError(message, server.log, passing=True)
+        server.recent.append(now)
         server.restarts += 1
         server.answered = False
-        self._say(f"{server.label} {how}; it is started again ({server.restarts} of {MOST_RESTARTS} times)")
+        self._say(f"{server.label} {how}; it is started again ({len(server.recent)} of {MOST_RESTARTS} times)")
         server.child.close()
         self._start(server)
 

@@ -85,7 +85,12 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
             # More to read in all than one forward pass takes.
             "long_gap": gap(policy, engine.sample(LONG, 8, Sampling(8, 0.7), 2), 0.7),
             "distinct": len({tuple(one.completion_ids) for one in drawn[0]}),
-            "ended": all(one.finished == (one.completion_ids[-1] == policy.eos_id) for g in drawn for one in g),
+            "ended": all(
+                one.finished == (len(one.completion_ids) < 16 or one.completion_ids[-1] == policy.eos_id)
+                and policy.eos_id not in one.completion_ids[:-1]
+                for g in drawn
+                for one in g
+            ),
         }
         move(policy)
         yield facts | {"stale_gap": gap(policy, drawn, 0.7)}

@@ -36,9 +36,9 @@ def make_sampler(
         from stages.on_policy.remote_sampler import RemoteSampler
 
         servers = RemoteSampler(learner, config, workspace)
-        return (
-            AheadSampler(servers, upcoming, learner.accelerator.wait_for_everyone) if config.sampler.ahead else servers
-        )
+        if not config.sampler.ahead:
+            return servers
+        return AheadSampler(servers, upcoming, learner.accelerator.wait_for_everyone, servers.measure)
     if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)
     if learner.world_size > 1:

@@ -1,8 +1,9 @@
 """Watches an on-policy stage: ends it on a plateau, raises alarms of collapse. Pure and free of torch.
 
 Every quantity is averaged over the last `window` steps that measured it, domain by domain; nothing is judged before a
-domain's first window is full. The collapses watched for are the known ones of on-policy distillation: entropy falls,
-completions grow, completions repeat themselves (compression ratio).
+domain's first window is full. Only the gap between sampler and trainer is judged by each step alone: it is a mean over
+many tokens and does not come and go. The collapses watched for are the known ones of on-policy distillation: entropy
+falls, completions grow, completions repeat themselves (compression ratio).
 """
 
 import math
@@ -31,7 +32,8 @@ class Vitals:
         entropy: Mean entropy of the policy in nats a token.
         length: Mean tokens of a completion.
         compression: Compression ratio of the completions, as `compression` gives it.
-        mismatch: Mean |log-probability of a sampled token by the trainer − by the sampler| in nats.
+        mismatch: Mean |log-probability of a sampled token by the trainer − by the sampler| in nats, both with the same
+            weights; under one name where it was not measured by domain.
     """
 
     signal: Mapping[str, float]
@@ -164,11 +166,11 @@ class Health:
                     f"{domain}: compression {mean:.3g} is above {config.max_compression:g}: "
                     f"completions repeat themselves"
                 )
-
-        for domain, mean in self._smoothed("mismatch", vitals.mismatch):
-            if self._begins(f"mismatch/{domain}", mean > config.max_mismatch):
+        for domain, gap in vitals.mismatch.items():
+            # What is no number is not below the limit either.
+            if self._begins(f"mismatch/{domain}", not gap <= config.max_mismatch):
                 yield (
-                    f"{domain}: sampler and trainer differ by {mean:.3g} nats a token, above {config.max_mismatch:g}: "
+                    f"{domain}: sampler and trainer differ by {gap:.3g} nats a token, above {config.max_mismatch:g}: "
                     f"the sampler's weights or precision are not the trainer's"
                 )
 

@@ -174,6 +174,11 @@ def take_step(
     clock.lap("update")
     if may_differ(config) and (most := learner.largest(largest(values.get("mismatch", {})))) >= 0:
         metrics["mismatch_max"] = most
+    # Ahead, what was drawn tells of older weights: the sampler measures the gap itself.
+    if practice.sampler is not None and (gap := practice.sampler.gap()) is not None:
+        metrics |= learner.averages({"mismatch": (gap.total, gap.tokens)})
+        if (most := learner.largest(gap.most)) >= 0:
+            metrics["mismatch_max"] = most
     metrics |= learner.averages(_sums(rollout, judgement, values, golden, practice.on_policy_fraction > 0))
     metrics |= {f"loss_share/{domain}": share for domain, share in shares.items() if len(shares) > 1}
     metrics["informative"] = learner.global_sum(len(kept)) / max(1.0, learner.global_sum(len(rows)))
@@ -245,12 +250,13 @@ def _vitals(practice: Practice, metrics: Mapping[str, float]) -> Vitals:
         found = {domain: metrics.get(f"{practice.stage}/{name}/{domain}") for domain in practice.mixture.examples}
         return {domain: value for domain, value in found.items() if value is not None}
 
+    whole = metrics.get(f"{practice.stage}/mismatch")
     return Vitals(
         signal=by_domain(practice.progress[0]),
         entropy=by_domain("entropy"),
         length=by_domain("length"),
         compression=by_domain("compression"),
-        mismatch=by_domain("mismatch"),
+        mismatch=by_domain("mismatch") or ({} if whole is None else {"all domains": whole}),
     )
 
 

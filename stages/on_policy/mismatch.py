@@ -2,18 +2,23 @@
 
 Measured on the student's own tokens in the forward pass of a rollout's first update, which every step makes anyway.
 
-Shape suffixes: N completion tokens of some rows laid end to end, C those of one chunk, V vocabulary.
+Shape suffixes: B rows, T tokens, N completion tokens of some rows laid end to end, C those of one chunk, H hidden,
+V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.core.loss import TokenLoss
+from stages.core.policy import HiddenStates, head_weight
 from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.rollout import Rollout
+from stages.on_policy.sampler import Sample
 
 
 def may_differ(config: OnPolicyConfig) -> bool:
@@ -50,6 +55,16 @@ def with_mismatch(
             return losses_C, {**metrics, **gaps}
 
     return token_loss
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel | PeftModel, drawn: Sample, dtype: str) -> Tensor:
+    """Logits [N, V] of a completion by the model's own forward of that row alone, in the trainer's precision."""
+    head_VH = head_weight(model)
+    tokens_BT = torch.tensor([drawn.tokens], device=head_VH.device)
+    with torch.autocast(head_VH.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        hidden_TH = HiddenStates(model)(tokens_BT)[0, len(drawn.prompt_ids) - 1 : -1]
+    return (hidden_TH.float() @ head_VH.float().T).cpu()
 
 
 def _by_token(rollout: Rollout, rows: Sequence[int], which: Sequence[bool]) -> Tensor:

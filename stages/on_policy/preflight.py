@@ -11,16 +11,15 @@ disagreement is found elsewhere.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from experts.domain import Example
 from experts.errors import UserError
-from stages.core.policy import HiddenStates, Policy, encode_prompt, head_weight
+from stages.core.policy import Policy, encode_prompt
 from stages.core.update import Row
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.losses import token_logprobs
+from stages.on_policy.mismatch import plain_logits
 from stages.on_policy.sampler import Sample, Sampler, Sampling
 from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
 
@@ -59,7 +58,7 @@ def preflight(
     samples = [group[0] for group in sampler.sample(prompts, 1, sampling, 0)]
     gaps = {"sampler and trainer": 0.0, "teachers": 0.0}
     for example, drawn in zip(chosen, samples, strict=True):
-        own_N = token_logprobs(_logits(policy.model, drawn, config) / config.temperature, _targets(drawn))
+        own_N = token_logprobs(plain_logits(policy.model, drawn, config.dtype) / config.temperature, _targets(drawn))
         gap = _compare(policy, example.domain, drawn, ("the sampler", drawn.logprobs_N), own_N, tolerance)
         gaps["sampler and trainer"] = max(gaps["sampler and trainer"], gap)
     rows = [Row(drawn.tokens, len(drawn.prompt_ids), torch.ones(len(drawn.completion_ids))) for drawn in samples]
@@ -92,16 +91,7 @@ def _pooled(pool: TeacherPool, domain: str, drawn: Sample, config: DistillConfig
 
 def _taught(pool: TeacherPool, routed: Routed, drawn: Sample, config: DistillConfig) -> Tensor:
     with pool.residents.wearing(routed.teacher) as model:
-        return _logits(model, drawn, config)
-
-
-def _logits(model: PreTrainedModel | PeftModel, drawn: Sample, config: DistillConfig) -> Tensor:
-    """Logits [N, V] of a completion by the model's own forward of that row alone, in the trainer's precision."""
-    head_VH = head_weight(model)
-    tokens_BT = torch.tensor([drawn.tokens], device=head_VH.device)
-    with torch.autocast(head_VH.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        hidden_TH = HiddenStates(model)(tokens_BT)[0, len(drawn.prompt_ids) - 1 : -1]
-    return (hidden_TH.float() @ head_VH.float().T).cpu()
+        return plain_logits(model, drawn, config.dtype)
 
 
 def _targets(drawn: Sample) -> Tensor:

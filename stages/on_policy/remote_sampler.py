@@ -8,6 +8,7 @@ One stage samples with a server at a time, for its weights are that stage's stud
 """
 
 import contextlib
+import itertools
 import json
 import queue
 import shutil
@@ -27,7 +28,9 @@ from stages.core.policy import Policy
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.config import OnPolicyConfig
-from stages.on_policy.sampler import Sample, Sampling
+from stages.on_policy.losses import token_logprobs
+from stages.on_policy.mismatch import plain_logits
+from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.on_policy.spread import spread
 from stages.on_policy.vllm_engine import check_context, full_weights, prompt_seed
 from stages.on_policy.vllm_server import UNTOLD, Completion, ServerLostError, VllmServer, wait_for_any
@@ -36,6 +39,8 @@ from stages.on_policy.weight_transfer import NcclTransfer, takes_transfers
 
 CURRENT = "current.json"
 WEIGHTS = "model.safetensors"
+# Completions a server is asked about when its gap to the trainer is measured.
+MEASURED_ROWS = 4
 
 
 class RemoteSampler:
@@ -93,8 +98,11 @@ class RemoteSampler:
             if before is not None and before["folder"] != folder.name:
                 shutil.rmtree(self.folder / before["folder"])
             for server in self.servers:
-                with contextlib.suppress(ServerLostError):
+                try:
                     self._bring_up_to_date(server, policy)
+                except ServerLostError as error:
+                    # It is handed the files when it answers again.
+                    self._lost(error)
         self.version = version
         self.learner.accelerator.wait_for_everyone()
 
@@ -115,7 +123,7 @@ class RemoteSampler:
         at_once = max(1, rows_at_a_time(self.config) // group_size)
         # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
         drawn = group_size if sampling.temperature > 0 else 1
-        name = self.model if self.config.lora is None else str(self._current()["name"])
+        name = self._served_name()
 
         def ask(server: VllmServer, index: int) -> list[Completion]:
             own = prompt_seed(seed, index)
@@ -137,6 +145,37 @@ class RemoteSampler:
                 f"{self.config.sampler.retries + 1} attempts at {', '.join(server.url for server in self.servers)}"
             )
         return [found[index] for index in range(len(prompts))]
+
+    def measure(self, policy: Policy, samples: Sequence[Sample]) -> Gap:
+        """How far the servers are from the trainer, at temperature 1, on completions whoever drew them.
+
+        Args:
+            policy: Whose weights the servers were given last.
+            samples: A few are asked about, of every server that answers.
+
+        Raises:
+            FloatingPointError: a log-probability is no number.
+        """
+        total, tokens, most, name = 0.0, 0, -1.0, self._served_name()
+        asked = samples[: MEASURED_ROWS * len(self.servers)]
+        for drawn, server in zip(asked, itertools.cycle(self.servers), strict=False):
+            try:
+                if server.weight_version() != self._current()["name"]:
+                    continue
+                told = server.score(name, drawn.tokens, len(drawn.prompt_ids), 0)
+            except ServerLostError as error:
+                self._lost(error)
+                continue
+            by_id = zip(told, drawn.completion_ids, strict=True)
+            theirs_N = told_logprobs([known[token] for known, token in by_id], f"the vLLM server {server.url}")
+            own_NV = plain_logits(policy.model, drawn, self.config.dtype)
+            gap_N = (token_logprobs(own_NV, torch.tensor(drawn.completion_ids)) - theirs_N).abs()
+            total, tokens, most = total + float(gap_N.sum()), tokens + len(gap_N), max(most, float(gap_N.max()))
+        return Gap(total, tokens, most)
+
+    def gap(self) -> Gap | None:
+        """None: the loop sees it in what is drawn."""
+        return None
 
     def news(self) -> list[str]:
         """Servers lost, found again, and what was asked anew."""
@@ -195,6 +234,10 @@ class RemoteSampler:
         assert isinstance(policy.model, PeftModel)
         policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
 
+    def _served_name(self) -> str:
+        """What requests call the student."""
+        return self.model if self.config.lora is None else str(self._current()["name"])
+
     def _current(self) -> Mapping[str, str]:
         told: dict[str, str] = json.loads((self.folder / CURRENT).read_text())
         return told
@@ -204,7 +247,7 @@ class RemoteSampler:
             Sample(
                 prompt,
                 drawn.token_ids,
-                torch.tensor(drawn.logprobs),
+                told_logprobs(drawn.logprobs, "a vLLM server"),
                 finished=drawn.token_ids[-1] == self.eos_id,
                 version=self.version,
             )
@@ -280,7 +323,11 @@ class RemoteSampler:
             server.load_weights(folder)
             return
         known = known or NcclTransfer(server, policy)
-        known.send()
+        try:
+            known.send()
+        except BaseException:
+            known.close()
+            raise
         self._transfers[server.url] = known
 
 

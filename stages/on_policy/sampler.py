@@ -69,6 +69,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """How far a sampler is from the trainer on some tokens, both with the same weights.
+
+    Attributes:
+        total: Sum over the tokens of |log-probability by the trainer − by the sampler|, in nats.
+        tokens: How many; 0 where none could be asked about.
+        most: The largest; −1 of none.
+    """
+
+    total: float
+    tokens: int
+    most: float
+
+
+@dataclass(frozen=True)
 class Request:
     """What a sampler is asked for in a step: the arguments of `Sampler.sample`."""
 
@@ -92,8 +107,27 @@ class Sampler(Protocol):
     def news(self) -> list[str]:
         """What a reader of the log should know of since this was asked last."""
 
+    def gap(self) -> Gap | None:
+        """How far it was from the trainer when it last took weights; None where what it draws tells that."""
+
     def close(self) -> None:
         """Free what it holds; nothing is left running."""
+
+
+def told_logprobs(values: Sequence[float], who: str) -> Tensor:
+    """The log-probabilities that somebody else gave of the tokens it drew.
+
+    Args:
+        values: One for each token.
+        who: Gave them; for the message.
+
+    Raises:
+        FloatingPointError: one is not finite: weights or precision of the engine are broken.
+    """
+    told_N = torch.tensor(values)
+    if not bool(told_N.isfinite().all()):
+        raise FloatingPointError(f"{who} gave {values[int(told_N.isfinite().int().argmin())]} as a log-probability")
+    return told_N
 
 
 class TransformersSampler:
@@ -117,6 +151,10 @@ class TransformersSampler:
     def news(self) -> list[str]:
         """Nothing happens here that the caller does not see."""
         return []
+
+    def gap(self) -> Gap | None:
+        """None: trainer and sampler are one model."""
+        return None
 
     def close(self) -> None:
         """Nothing to free."""

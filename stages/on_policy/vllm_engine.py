@@ -21,7 +21,7 @@ from experts.errors import UserError
 from stages.core.extras import require_vllm
 from stages.core.policy import Policy, causal_lm
 from stages.on_policy.config import OnPolicyConfig
-from stages.on_policy.sampler import Sample, Sampling
+from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
@@ -172,11 +172,15 @@ class VllmEngine:
         # A token's own log-probability comes first, the likeliest's may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
         ended = bool(ids) and ids[-1] == self.eos_id
-        return Sample(prompt, ids, torch.tensor(logprobs[: len(ids)]), ended, self._version)
+        return Sample(prompt, ids, told_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
 
     def news(self) -> list[str]:
         """Nothing happens here that the caller does not see."""
         return []
+
+    def gap(self) -> Gap | None:
+        """None: the loop sees it in what is drawn, which always has the trainer's weights."""
+        return None
 
     def close(self) -> None:
         """End the engine; its memory is free afterwards."""

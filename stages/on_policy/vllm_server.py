@@ -28,6 +28,10 @@ NEUTRAL = {
     "min_tokens": 0,
 }
 CONNECTIONS = 512
+COMPLETIONS = "/v1/completions"
+# Of the client's errors those that pass with time. A model that is not there passes too: a server that was started anew
+# has not been told of the adapter yet.
+PASSING = {408, 425, 429}
 FORGET_ATTEMPTS, FORGET_SECONDS = 20, 0.5
 # The weight version of a server nobody has told of one.
 UNTOLD = "default"
@@ -161,7 +165,7 @@ class VllmServer:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        choices = _json(self._post("/v1/completions", body))["choices"]
+        choices = _json(self._post(COMPLETIONS, body))["choices"]
         ordered = sorted(choices, key=lambda choice: int(choice["index"]))
         return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
 
@@ -182,7 +186,7 @@ class VllmServer:
             UserError: it refuses the request.
         """
         body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        (choice,) = _json(self._post("/v1/completions", body))["choices"]
+        (choice,) = _json(self._post(COMPLETIONS, body))["choices"]
         told = choice["prompt_logprobs"][start:]
         return [{int(token): float(entry["logprob"]) for token, entry in known.items()} for known in told]
 
@@ -200,7 +204,8 @@ class VllmServer:
             answer = self._client.request(method, path, json=body, timeout=timeout)
         except httpx.TransportError as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
-        if answer.is_server_error:
+        gone = answer.status_code == httpx.codes.NOT_FOUND and path == COMPLETIONS
+        if answer.is_server_error or answer.status_code in PASSING or gone:
             raise ServerLostError(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
         if answer.status_code == httpx.codes.NOT_FOUND and not path.startswith("/v1/"):
             raise UserError(

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from flows import vllm_servers
 from flows.children import ForkServer, ServerDiedError, child_environment
 from flows.vllm_commands import ServerCommand
 from flows.vllm_servers import MOST_RESTARTS, VllmServerError, VllmServers, healthy
@@ -70,6 +72,33 @@ def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_serv
         os.kill(group(servers)[0], signal.SIGKILL)
         with pytest.raises(VllmServerError, match=f"after {MOST_RESTARTS} restarts"):
             eventually(servers.tend)
+
+
+def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_servers, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(vllm_servers, "HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr(vllm_servers, "HUNG_SECONDS", 1.0)
+    said: list[str] = []
+    with VllmServers([ONE], tmp_path, say=said.append) as servers:
+        servers.start(fork_server)
+        eventually(lambda: up(servers))
+        before = group(servers)
+        os.kill(before[0], signal.SIGSTOP)
+        eventually(lambda: (servers.tend(), any("it is started again" in line for line in said))[1])
+        assert any("has not answered for" in line for line in said)
+        assert all(ended(pid) for pid in before)
+        eventually(lambda: up(servers))
+
+
+def test_restarts_of_long_ago_are_forgiven(fork_server, tmp_path):
+    with VllmServers([ONE], tmp_path) as servers:
+        servers.start(fork_server)
+        eventually(lambda: up(servers))
+        (server,) = servers.servers
+        server.recent = [time.monotonic() - vllm_servers.RESTARTS_SECONDS - 1] * MOST_RESTARTS
+        os.kill(group(servers)[0], signal.SIGKILL)
+        eventually(lambda: (servers.tend(), server.restarts == 1)[1])
+        eventually(lambda: up(servers))
 
 
 def test_a_server_that_never_answered_is_not_started_again(fork_server, tmp_path):

@@ -1,4 +1,4 @@
-"""Real vLLM servers that a stage samples with and is taught by: one of each, started as the pipeline starts them."""
+"""Real vLLM servers, two that a stage samples with and one it is taught by, started as the pipeline starts them."""
 
 import os
 import signal
@@ -30,8 +30,9 @@ from stages.on_policy.config import SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.remote_teachers import RemoteTeachers
-from stages.on_policy.sampler import Sampling, sample
+from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.teachers import Routed, TeacherPool
+from tests.processes import eventually
 from tests.vllm_scenario import LONG, PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
 
 TOLERANCE = 1e-4
@@ -51,11 +52,12 @@ class Served:
     start: Artifact
     teachers: list[Artifact]
 
-    def workspace(self, key: str, parents: dict[str, Artifact] | None = None) -> Workspace:
-        return Workspace(self.store, key, key, 0, parents or {}, SORT, {}, self.group.urls)
+    def workspace(self, key: str, parents: dict[str, Artifact] | None = None, rollout: int = 2) -> Workspace:
+        urls = {**self.group.urls, "rollout": self.group.urls["rollout"][:rollout]}
+        return Workspace(self.store, key, key, 0, parents or {}, SORT, {}, urls)
 
-    def student(self, key: str, config: DistillConfig) -> tuple[Learner, RemoteSampler]:
-        place = self.workspace(key)
+    def student(self, key: str, config: DistillConfig, rollout: int = 2) -> tuple[Learner, RemoteSampler]:
+        place = self.workspace(key, rollout=rollout)
         learner = Learner(make_policy(config.lora), config, 10, place.progress, 0)
         return learner, RemoteSampler(learner, config, place)
 
@@ -77,9 +79,9 @@ def adapter(store: Store, base: Artifact, name: str, seed: int) -> Artifact:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One rollout server and one with three teachers; restarted when they end, as a run does."""
+    """Two rollout servers and one with three teachers; restarted when they end, as a run does."""
     home = tmp_path_factory.mktemp("home")
-    store, resources = Store(home), ResourcesConfig()
+    store, resources = Store(home), ResourcesConfig(rollout_servers={"count": 2})
     start = random_checkpoint(store, "start", 0)
     teachers = [start, adapter(store, start, "sorter", 1), adapter(store, start, "other", 2)]
     rollout = rollout_servers(DistillConfig(lora=LORA), start, store, resources)
@@ -103,6 +105,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     fork_server.close()
 
 
+def ends_as_it_should(one: Sample, eos_id: int, limit: int) -> bool:
+    """With EOS and nothing after it, or as long as allowed."""
+    ended = eos_id in one.completion_ids
+    return one.finished == ended and (one.completion_ids.index(eos_id) + 1 if ended else limit) == len(
+        one.completion_ids
+    )
+
+
 def config_of(**changes: object) -> DistillConfig:
     return DistillConfig(**{"sampler": SamplerConfig(backend="vllm_server", timeout_seconds=240), **changes})
 
@@ -123,7 +133,7 @@ def test_servers_follow_the_weights(served, lora):
         assert tokens(drawn) == tokens(servers.sample(PROMPTS, 4, Sampling(16, 1.0), 1))
         assert len({tuple(one.completion_ids) for one in drawn[0]}) > 1
         assert {one.version for group in drawn for one in group} == {update}
-        assert all(one.finished == (one.completion_ids[-1] == policy.eos_id) for group in drawn for one in group)
+        assert all(ends_as_it_should(one, policy.eos_id, 16) for group in drawn for one in group)
         move(policy)
         assert gap(policy, drawn, 1.0) > 0.1
     assert servers.news() == []
@@ -197,11 +207,12 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
     assert [values["distill/staleness"] for values in metrics] == [0.0] + [float(ahead)] * 5
     assert {values["distill/stale"] for values in metrics} == {0.0}
     in_step = metrics[:1] if ahead else metrics
-    assert max(values["distill/mismatch_max"] for values in in_step) < TOLERANCE
+    # In every step, also where what was drawn tells of older weights.
+    assert 0 < max(values["distill/mismatch_max"] for values in metrics) < TOLERANCE
+    assert all(0 < values["distill/mismatch"] <= values["distill/mismatch_max"] for values in metrics)
     # Ahead, the trainer is a batch of updates further from the second step on.
     drift = [values["distill/drift"] for values in metrics if "distill/drift" in values]
     assert len(drift) == len(metrics) - len(in_step)
-    assert all("distill/mismatch" not in values for values in metrics if "distill/drift" in values)
     assert not drift or max(drift) > TOLERANCE
     assert {record["weights"] for record in records if record["kind"] == "sample"} == {0}
     (line,) = [record["text"] for record in records if record["kind"] == "note"]
@@ -209,11 +220,87 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
     assert not (place.folder / "rollout-weights").exists()
 
 
+def test_two_servers_share_the_prompts_and_one_that_is_lost_leaves_them_to_the_other(served):
+    learner, servers = served.student("shared", config_of(lora=LORA))
+    prompts = [[5 + i % 90, 6 + i % 80, 7] for i in range(400)]
+    servers.follow(learner.policy, 1)
+    asked: dict[str, int] = {}
+    under_way = threading.Event()
+
+    def counting(server):
+        drew = server.complete
+
+        def complete(*arguments):
+            answer = drew(*arguments)
+            asked[server.url] = asked.get(server.url, 0) + 1
+            under_way.set()
+            return answer
+
+        server.complete = complete
+
+    for server in servers.servers:
+        counting(server)
+    expected = tokens(sample(learner.policy, prompts, 1, Sampling(60, 0.0), 0))
+    assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == expected
+    assert set(asked) == set(served.group.urls["rollout"]) and min(asked.values()) > 50
+    assert servers.news() == []
+
+    asked.clear()
+    under_way.clear()
+    lost = served.group.servers[0]
+    before = lost.restarts
+    killer = threading.Thread(target=lambda: (under_way.wait(), os.kill(lost.child.pid, signal.SIGKILL)))
+    killer.start()
+    assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == expected
+    killer.join()
+    assert any(line.startswith(f"lost: {lost.url}") for line in servers.news())
+    # It comes back without weights and is handed an adapter's base and the adapter before it is asked again.
+    eventually(lambda: lost.restarts == before + 1 and lost.answered, within=240)
+    move(learner.policy)
+    asked.clear()
+    servers.follow(learner.policy, 2)
+    assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == tokens(
+        sample(learner.policy, prompts, 1, Sampling(60, 0.0), 0)
+    )
+    assert set(asked) == set(served.group.urls["rollout"])
+    servers.close()
+
+
+def test_a_server_killed_in_the_midst_of_a_merge_costs_no_step(served):
+    config = config_of(
+        max_steps=8,
+        examples=40,
+        prompts_per_step=8,
+        max_new_tokens=8,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        sampler=SamplerConfig(backend="vllm_server", timeout_seconds=240, ahead=True),
+    )
+    place = served.workspace("merge-killed", {"start": served.start, "teacher/sort": served.teachers[1]}, rollout=1)
+    server, journal = served.group.servers[0], place.folder / "journal.jsonl"
+    before = server.restarts
+
+    def steps() -> list[dict]:
+        return [r["values"] for r in read(journal) if r["kind"] == "metrics"] if journal.exists() else []
+
+    killer = threading.Thread(target=lambda: (eventually(lambda: len(steps()) >= 2, 240), os.kill(server.child.pid, 9)))
+    killer.start()
+    stages.distill.train(config, place)
+    killer.join()
+    assert server.restarts == before + 1
+    metrics = steps()
+    assert len(metrics) == 8 and {values["distill/stale"] for values in metrics} == {0.0}
+    assert any(r["text"].startswith("lost: ") for r in read(journal) if r["kind"] == "note")
+    # Also after it was handed the weights anew it draws with the student's.
+    assert max(values["distill/mismatch_max"] for values in metrics if "distill/mismatch_max" in values) < TOLERANCE
+    assert metrics[-1]["distill/reverse_kl"] < metrics[0]["distill/reverse_kl"]
+
+
 def test_a_server_killed_in_the_middle_of_a_step_costs_what_it_had_not_answered(served):
-    learner, servers = served.student("killed", config_of())
+    learner, servers = served.student("killed", config_of(), rollout=1)
     prompts = [[5 + i % 90, 6 + i % 80, 7] for i in range(600)]
     servers.follow(learner.policy, 1)
-    (rollout, _) = served.group.servers
+    rollout = served.group.servers[0]
+    restarts = rollout.restarts
     answered = threading.Event()
     drew = servers.servers[0].complete
 
@@ -234,7 +321,7 @@ def test_a_server_killed_in_the_middle_of_a_step_costs_what_it_had_not_answered(
     thread.start()
     drawn = servers.sample(prompts, 1, Sampling(100, 0.0), 0)
     thread.join()
-    assert rollout.restarts == 1
+    assert rollout.restarts == restarts + 1
     assert tokens(drawn) == tokens(sample(learner.policy, prompts, 1, Sampling(100, 0.0), 0))
     assert {one.version for (one,) in drawn} == {1}
     news = servers.news()

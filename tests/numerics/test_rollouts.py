@@ -15,7 +15,7 @@ from stages.on_policy.loop import Practice, take_step
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.mismatch import largest, with_mismatch
 from stages.on_policy.rollout import PromptMixture, request
-from stages.on_policy.sampler import Sampler, TransformersSampler
+from stages.on_policy.sampler import Gap, Sampler, TransformersSampler, told_logprobs
 from stages.on_policy.signals import RewardSignal
 from tests.numerics.test_objectives import make_rollout, random_logits
 from tests.vllm_scenario import make_policy
@@ -40,6 +40,10 @@ class Remote(TransformersSampler):
     def sample(self, prompts, group_size, sampling, seed):
         self.calls.append(("sample", seed, threading.current_thread().name.startswith("rollout")))
         return super().sample(prompts, group_size, sampling, seed)
+
+
+def no_gap(policy, samples):
+    return Gap(0.0, 0, -1.0)
 
 
 @pytest.fixture
@@ -71,14 +75,24 @@ def test_the_next_batch_is_drawn_with_the_weights_of_before_the_update(learner):
     def request_of(step):
         return request(learner, practice.mixture.step(step), learner.config, step) if step <= 3 else None
 
-    practice = replace(practice, sampler=AheadSampler(remote, request_of, settle=lambda: None))
-    ages, before = [], learner.policy.head_VH.clone()
+    asked = []
+
+    def measure(policy, samples):
+        asked.append((policy is learner.policy, [one.version for one in samples]))
+        return Gap(0.5 * len(asked), 2, 0.4 * len(asked))
+
+    practice = replace(practice, sampler=AheadSampler(remote, request_of, settle=lambda: None, measure=measure))
+    ages, gaps, before = [], [], learner.policy.head_VH.clone()
     for step in (1, 2, 3):
         rollout, _, metrics = take_step(practice, learner, learner.config, step)
         ages.append({rollout.staleness(row) for row in range(len(rollout.samples))})
         assert metrics["rl/staleness"] == max(ages[-1])
         assert metrics["rl/stale"] == 0
+        gaps.append((metrics["rl/mismatch"], metrics["rl/mismatch_max"], "rl/drift" in metrics))
     practice.sampler.close()
+    # What is drawn ahead tells of older weights; the gap is measured on the batch before, with the new ones.
+    assert gaps[0][2] is False and gaps[1:] == [(0.25, 0.4, True), (0.5, 0.8, True)]
+    assert asked == [(True, [0] * 4), (True, [0] * 4)]
     assert not torch.equal(before, learner.policy.head_VH)
     # The first step had nothing to draw it ahead.
     assert ages == [{0}, {1}, {1}]
@@ -100,7 +114,7 @@ def test_what_was_drawn_ahead_is_what_the_old_weights_draw(learner):
     def request_of(step):
         return request(learner, practice.mixture.step(step), learner.config, step)
 
-    ahead = AheadSampler(remote, request_of, settle=lambda: None)
+    ahead = AheadSampler(remote, request_of, settle=lambda: None, measure=no_gap)
     first, second = request_of(1), request_of(2)
     ahead.follow(learner.policy, 0)
     ahead.sample(first.prompts, first.group_size, first.sampling, first.seed)
@@ -121,7 +135,10 @@ def test_a_request_out_of_turn_is_drawn_at_once_and_starts_nothing(learner):
     remote = Remote(learner)
     practice = practise(learner, remote)
     ahead = AheadSampler(
-        remote, lambda step: request(learner, practice.mixture.step(step), learner.config, step), settle=lambda: None
+        remote,
+        lambda step: request(learner, practice.mixture.step(step), learner.config, step),
+        settle=lambda: None,
+        measure=no_gap,
     )
     ahead.follow(learner.policy, 0)
     ahead.sample([[5, 6]], 1, request(learner, [], learner.config, 1).sampling, 77)
@@ -136,7 +153,7 @@ def test_a_failure_ahead_is_told_by_the_step_it_was_for(learner):
     def request_of(step):
         return request(learner, practice.mixture.step(step), learner.config, step)
 
-    ahead = AheadSampler(remote, request_of, settle=lambda: None)
+    ahead = AheadSampler(remote, request_of, settle=lambda: None, measure=no_gap)
     ahead.follow(learner.policy, 0)
     first, second = request_of(1), request_of(2)
     whole, remote.sample = remote.sample, None
@@ -212,3 +229,10 @@ def test_the_gap_to_the_sampler_is_told_apart_from_what_updates_moved(learner):
     assert set(metrics) == {"other", "mismatch"}
     assert largest({0: metrics["mismatch"]}) == float(gap_N[:3].max())
     assert largest({0: torch.full((2,), torch.nan)}) == -1.0
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -float("inf"), float("inf")])
+def test_a_log_probability_that_is_no_number_ends_the_stage(wrong):
+    with pytest.raises(FloatingPointError, match="vLLM gave "):
+        told_logprobs([-0.5, wrong, -1.0], "vLLM")
+    assert told_logprobs([-0.5, 0.0], "vLLM").tolist() == [-0.5, 0.0]

@@ -15,8 +15,9 @@ def vitals(
     entropy: dict[str, float] | None = None,
     length: dict[str, float] | None = None,
     compression: dict[str, float] | None = None,
+    mismatch: dict[str, float] | None = None,
 ) -> Vitals:
-    return Vitals(signal or {}, entropy or {}, length or {}, compression or {})
+    return Vitals(signal or {}, entropy or {}, length or {}, compression or {}, mismatch or {})
 
 
 def watch(health: Health, series: list[Vitals], first: int = 1) -> list[Verdict]:
@@ -150,6 +151,12 @@ def test_lengths_of_nothing_do_not_alarm_at_the_first_token() -> None:
 def test_repetition() -> None:
     said = alarms(HealthConfig(window=2, max_compression=5.0), "compression", [4.0, 4.0, 5.0, 9.0])
     assert said == {4: "sort: compression 7 is above 5: completions repeat themselves"}
+
+
+def test_a_sampler_that_leaves_the_trainer_alarms_at_once_whatever_the_window() -> None:
+    said = alarms(HealthConfig(window=10, max_mismatch=0.1), "mismatch", [0.1, 5.0, 5.0, 0.01, math.nan])
+    assert list(said) == [2, 5]
+    assert said[2].startswith("sort: sampler and trainer differ by 5 nats a token, above 0.1")
 
 
 def test_domains_and_quantities_alarm_apart() -> None:
