@@ -16,6 +16,12 @@ FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 # Of the client's errors only these pass with time.
 _PASSING = {408, 409, 425, 429}
+# And these speak of what was asked, not of who asks: too long for the model, or not to its liking.
+_OF_THE_CONTENT = {400, 413, 422}
+
+
+class ContentRefusedError(UserError):
+    """The endpoint refuses one request for what stands in it; others may be answered."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Endpoint:
             The answer's JSON.
 
         Raises:
-            UserError: the request is refused, or the answer is no JSON.
+            ContentRefusedError: the request is refused for what stands in it.
+            UserError: it is refused for another reason, or the answer is no JSON.
             ConnectionError: every attempt found nobody, timed out or met a failing server.
         """
         import httpx
@@ -109,5 +116,6 @@ class Endpoint:
                     raise UserError(f"{self.key}.url: {self.base}{path} gives no JSON: {answer.text[:300]!r}") from None
             failure = f"HTTP {answer.status_code}: {answer.text[:300]}"
             if answer.status_code < 500 and answer.status_code not in _PASSING:
-                raise UserError(f"{self.key}.url: {self.base}{path} refuses the request with {failure}")
+                refused = ContentRefusedError if answer.status_code in _OF_THE_CONTENT else UserError
+                raise refused(f"{self.key}.url: {self.base}{path} refuses the request with {failure}")
         raise ConnectionError(f"{self.key}.url: no answer from {self.base}{path} in {attempts} attempt(s): {failure}")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from experts.domain import Example, Message, Prompt, stable_hash
-from experts.endpoint import Endpoint
+from experts.endpoint import ContentRefusedError, Endpoint
 from experts.errors import UserError, nearest
 from experts.rows import Row, RowDomain, RowOptions, prompt_source
 
@@ -41,7 +41,9 @@ REMINDER = "Your reply must be one integer from 0 to {scale} and nothing else."
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _KEPT = re.compile(r"^([0-9a-f]{64}) (\d+)$", re.MULTILINE)
 # What decides how a judge is asked, but not what it thinks.
-_IMMATERIAL = {"api_key_env", "parallel", "timeout_seconds", "retries", "noise_sample"}
+_IMMATERIAL = {"api_key_env", "parallel", "timeout_seconds", "retries", "noise_sample", "max_unmarked"}
+# Completions without a mark that are no sign of a judge that does not work.
+FEW_UNMARKED = 3
 
 
 class Options(RowOptions):
@@ -63,6 +65,13 @@ class Options(RowOptions):
     parallel: int = Field(8, ge=1, description="Requests under way at a time.")
     timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for a reply.")
     retries: int = Field(4, ge=0, description="New attempts after a failure, or a reply without a mark.")
+    max_unmarked: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="Share of completions the judge may give no mark, because it refuses them (too long, say) or says "
+        "anything else: they score 0 and are counted. More are an error, and so is the first one at 0.",
+    )
     noise_sample: float = Field(
         0.0, ge=0, le=1, description="Share of completions marked a second time to measure the judge's noise."
     )
@@ -86,6 +95,8 @@ class JudgeDomain(RowDomain):
             f"domains.{name}.options", options.url, options.api_key_env, options.timeout_seconds, options.retries
         )
         self._differences: dict[str, float] = {}
+        # Completions marked for the first time, those the judge gave no mark, and why it gave the last of them none.
+        self._asked, self._unmarked, self._fault = 0, 0, ""
 
     def score(self, example: Example, completion: str) -> float:
         """The judge's mark divided by the scale; see `score_all` for what raises."""
@@ -95,7 +106,7 @@ class JudgeDomain(RowDomain):
         """Marks divided by the scale, `parallel` requests at a time; an empty completion gets 0 without one.
 
         Raises:
-            UserError: the endpoint refuses the request, or no reply of the judge holds a mark.
+            UserError: the endpoint refuses to be asked, or more than `max_unmarked` of all completions got no mark.
             ConnectionError: the endpoint cannot be reached or fails.
         """
         keys = [self._key(example, completion) if completion.strip() else "" for example, completion in pairs]
@@ -108,11 +119,24 @@ class JudgeDomain(RowDomain):
         if jobs:
             with self._endpoint.client() as client, ThreadPoolExecutor(self.options.parallel) as pool:
                 found = list(pool.map(lambda job: self._mark(client, *asked[job[0]], *job), jobs))
-            seconds = {key: mark for (key, again), mark in zip(jobs, found, strict=True) if again}
-            marks |= {key: mark for (key, again), mark in zip(jobs, found, strict=True) if not again}
+            told = {job: mark for job, mark in zip(jobs, found, strict=True) if mark is not None}
+            marks |= {key: mark for (key, again), mark in told.items() if not again}
+            self._count(sum(not again for _, again in jobs), sum(key not in marks for key in asked))
+            seconds = {key: mark for (key, again), mark in told.items() if again and key in marks}
             scale = self.options.scale
             self._differences |= {key: abs(mark - marks[key]) / scale for key, mark in seconds.items()}
-        return [marks[key] / self.options.scale if key else 0.0 for key in keys]
+        # An empty completion has no key, one without a mark is not among them.
+        return [marks.get(key, 0) / self.options.scale for key in keys]
+
+    def _count(self, asked: int, unmarked: int) -> None:
+        """Count completions marked and not; too many without a mark are an error."""
+        limit = self.options.max_unmarked
+        self._asked, self._unmarked = self._asked + asked, self._unmarked + unmarked
+        if unmarked and self._unmarked > limit * self._asked and (limit == 0 or self._unmarked >= FEW_UNMARKED):
+            raise UserError(
+                f"{self._fault} ({self._unmarked} of {self._asked} completions got no mark; "
+                f"domains.{self.name}.options.max_unmarked allows {limit:g} of them)"
+            )
 
     def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
         """The reference answer.
@@ -131,11 +155,12 @@ class JudgeDomain(RowDomain):
         return stable_hash(["judge", PROMPT_VERSION, described])
 
     def facts(self) -> dict[str, float]:
-        """The judge's noise: mean absolute difference of the scores given twice, and how many; empty without any."""
-        if not self._differences:
-            return {}
-        found = self._differences.values()
-        return {"judge_noise": statistics.fmean(found), "judged_twice": float(len(found))}
+        """The judge's noise: mean absolute difference of the scores given twice, and how many; how many completions it
+        gave no mark. Each where there is one."""
+        facts = {"judge_unmarked": float(self._unmarked)} if self._unmarked else {}
+        if found := self._differences.values():
+            facts |= {"judge_noise": statistics.fmean(found), "judged_twice": float(len(found))}
+        return facts
 
     def preflight(self) -> None:
         """See that the endpoint answers and serves the model, by one request.
@@ -184,8 +209,9 @@ class JudgeDomain(RowDomain):
         answer = "" if self.options.answer_field is None else str(self._answer(row, where))
         return Example(prompt, answer, self.name, prompt_source(prompt))
 
-    def _mark(self, client: "httpx.Client", example: Example, completion: str, key: str, again: int) -> int:
-        """Ask for one mark; `again` asks in another order and with another seed, and keeps nothing."""
+    def _mark(self, client: "httpx.Client", example: Example, completion: str, key: str, again: int) -> int | None:
+        """Ask for one mark; `again` asks in another order and with another seed, and keeps nothing. None where the
+        judge gives none."""
         scale, replies = self.options.scale, []
         messages = chat(self.options.rubric, scale, example, completion, tag=key[:16], rubric_last=bool(again))
         body: dict[str, Any] = {"model": self._model, "temperature": 0, "seed": again}
@@ -193,7 +219,11 @@ class JudgeDomain(RowDomain):
         if self.options.constrained:
             body["structured_outputs"] = {"choice": [str(mark) for mark in range(scale + 1)]}
         for _ in range(self.options.retries + 1):
-            answer = self._endpoint.request(client, "POST", "/chat/completions", body | {"messages": messages})
+            try:
+                answer = self._endpoint.request(client, "POST", "/chat/completions", body | {"messages": messages})
+            except ContentRefusedError as error:
+                self._fault = str(error)
+                return None
             replies.append(_reply(answer))
             mark = read_mark(replies[-1], scale)
             if mark is not None:
@@ -203,10 +233,11 @@ class JudgeDomain(RowDomain):
             # The same question at temperature 0 would get the same reply.
             reminder = {"role": "user", "content": REMINDER.format(scale=scale)}
             messages = [*messages[:2], {"role": "assistant", "content": replies[-1]}, reminder]
-        raise UserError(
+        self._fault = (
             f"domains.{self.name}: the judge '{self._model}' at {self._endpoint.base} gave no integer from 0 to "
             f"{scale} in {len(replies)} attempts; its last answer: {replies[-1][:500]!r}"
         )
+        return None
 
 
 class _Marks:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -109,10 +110,31 @@ def test_a_refused_request_is_not_repeated(judge, make):
     assert len(judge.requests) == 1
 
 
-def test_a_judge_without_a_mark_is_an_error_and_never_0(judge, make):
+def test_a_few_completions_without_a_mark_score_0_and_are_counted_more_are_an_error(judge, make):
+    # One completion the judge has no room for, one it has no mark for.
+    odd = {"long": 400, "odd": "I like it."}
+    judge.reply = lambda request, number: next((v for k, v in odd.items() if k in said(request)), "7")
+    domain = make(retries=1)
+    marked = [(example(), f"fine {number}") for number in range(20)]
+    assert domain.score_all([*marked, (example(), "long"), (example(), "odd")]) == [0.7] * 20 + [0.0] * 2
+    assert domain.facts() == {"judge_unmarked": 2.0}
+    with pytest.raises(
+        UserError, match=r"HTTP 400.* \(3 of 23 completions got no mark; .*max_unmarked allows 0\.02 of"
+    ):
+        domain.score(example(), "a long one")
+    odd["long"] = "9"
+    assert domain.score(example(), "long") == 0.9
+
+
+def said(request: Any) -> str:
+    """What is judged."""
+    return re.findall(r"<completion-\w+>\n(.*)\n</completion", request["messages"][1]["content"])[0]
+
+
+def test_a_judge_without_a_mark_is_an_error_where_none_is_allowed(judge, make):
     judge.reply = lambda request, number: "I like it." if number < 3 else "It deserves 11"
     with pytest.raises(UserError, match=r"domains\.manners: .*tiny.*" + judge.url + r".*'It deserves 11'"):
-        make(retries=2).score(example(), "Hi")
+        make(retries=2, max_unmarked=0).score(example(), "Hi")
     assert judge.requests[1]["messages"][2] == {"role": "assistant", "content": "I like it."}
     judge.reply = lambda request, number: "8"
     assert make().score(example(), "Hi") == 0.8
@@ -181,7 +203,7 @@ def test_marks_are_remembered_across_processes(judge, make, tmp_path):
         file.write("torn")
     assert make(model="tiny").score(example(), "two") == 0.2
     with pytest.raises(UserError, match="HTTP 400"):
-        make(model="tiny", rubric="Brevity.").score(example(), "one")
+        make(model="tiny", rubric="Brevity.", max_unmarked=0).score(example(), "one")
 
 
 def test_noise_is_the_difference_of_two_markings(judge, make):
