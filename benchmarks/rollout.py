@@ -38,7 +38,7 @@ from stages.core.checkpoint import Store
 from stages.core.policy import Policy, encode_prompt
 from stages.on_policy.config import SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.sampler import Sampling, sample
+from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.vllm_engine import VllmEngine
 
 # Float32 on both sides; another model, position or tokenizer is off by far more.
@@ -51,10 +51,12 @@ class Work:
 
     Attributes:
         tokens: Completion tokens, EOS included.
+        rollouts: Completions.
         seconds: The time it took.
     """
 
     tokens: int
+    rollouts: int
     seconds: float
 
     @property
@@ -71,8 +73,13 @@ def ours(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: i
     """Sample with the project's sampler."""
     started = time.perf_counter()
     groups = sample(policy, prompts, group_size, Sampling(length), seed)
-    seconds = time.perf_counter() - started
-    return Work(sum(len(row.completion_ids) for group in groups for row in group), seconds)
+    return drawn(groups, time.perf_counter() - started)
+
+
+def drawn(groups: list[list[Sample]], seconds: float) -> Work:
+    """What a sampler's answer amounts to."""
+    rows = [row for group in groups for row in group]
+    return Work(sum(len(row.completion_ids) for row in rows), len(rows), seconds)
 
 
 def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
@@ -80,8 +87,9 @@ def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, see
     torch.manual_seed(seed)
     started = time.perf_counter()
     width = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    device = policy.device
+    tokens = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     output = policy.model.generate(
         input_ids=tokens,
         attention_mask=mask,
@@ -100,15 +108,15 @@ def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, see
     seconds = time.perf_counter() - started
     ended = output.sequences[:, width:] == policy.eos_id
     after = ended.cumsum(1) - ended.long()
-    return Work(int((after == 0).sum()), seconds)
+    return Work(int((after == 0).sum()), len(output.sequences), seconds)
 
 
-def with_vllm(engine: VllmEngine, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
-    """Sample with vLLM as a stage does, weights not handed over anew."""
+def with_vllm(engine: VllmEngine, policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
+    """Sample with vLLM as a stage does; the time in which it wakes and takes the weights does not count."""
+    engine.follow(policy, seed)
     started = time.perf_counter()
     groups = engine.sample(prompts, group_size, Sampling(length), seed)
-    seconds = time.perf_counter() - started
-    return Work(sum(len(row.completion_ids) for group in groups for row in group), seconds)
+    return drawn(groups, time.perf_counter() - started)
 
 
 @torch.inference_mode()
@@ -120,7 +128,7 @@ def disagreement(policy: Policy, engine: VllmEngine, prompts: Prompts, length: i
     """
     worst = 0.0
     for [row] in engine.sample(prompts, 1, Sampling(length), 0):
-        logits_1TV = policy.model(torch.tensor([row.tokens])).logits
+        logits_1TV = policy.model(torch.tensor([row.tokens], device=policy.device)).logits.cpu()
         logprobs_NV = logits_1TV[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
         own_N = logprobs_NV.gather(1, torch.tensor(row.completion_ids)[:, None]).squeeze(1)
         worst = max(worst, float((own_N - row.logprobs_N).abs().max()))
@@ -141,13 +149,19 @@ def measure(sides: dict[str, Side], prompts: Prompts, group_size: int, length: i
     others = [name for name in sides if name != "ours"]
     ratios = {name: summary([turn["ours"].rate / turn[name].rate for turn in turns]) for name in others}
     rates = {name: summary([turn[name].rate for turn in turns])["median"] for name in sides}
+    rollouts = {name: summary([turn[name].rollouts / turn[name].seconds for turn in turns])["median"] for name in sides}
     parts = [
-        f"{ratio['median']:.2f}x {name} ({ratio['low']:.2f}-{ratio['high']:.2f}; {rates[name]:,.0f} tokens/s)"
+        f"{ratio['median']:.2f}x {name} ({ratio['low']:.2f}-{ratio['high']:.2f}; {rates[name]:,.0f} tokens/s, "
+        f"{rollouts[name]:,.1f} rollouts/s)"
         for name, ratio in ratios.items()
     ]
-    print(f"{len(prompts):4d} prompts x {group_size}: {rates['ours']:,.0f} tokens/s, {', '.join(parts)}", flush=True)
+    print(
+        f"{len(prompts):4d} prompts x {group_size}: {rates['ours']:,.0f} tokens/s, {rollouts['ours']:,.1f} rollouts/s; "
+        f"{', '.join(parts)}",
+        flush=True,
+    )
     recorded = [{name: asdict(work) for name, work in turn.items()} for turn in turns]
-    return {"prompts": len(prompts), "ratios": ratios, "rates": rates, "turns": recorded}
+    return {"prompts": len(prompts), "ratios": ratios, "rates": rates, "rollouts": rollouts, "turns": recorded}
 
 
 def draw_prompts(policy: Policy, domains: list[Domain], count: int) -> Prompts:
@@ -179,7 +193,8 @@ def run(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
         folder: The checkpoint.
         scratch: For vLLM's files.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     policy = Policy(model, AutoTokenizer.from_pretrained(folder))
     config = load_run_file(arguments.run_file)
     length = arguments.length or config.evaluate.max_new_tokens
@@ -199,7 +214,7 @@ def run(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
         start_seconds = time.perf_counter() - started
         off = disagreement(policy, engine, batches[0], length)
         print(f"vLLM: log-probabilities within {off:.1e} nats of the model's own", flush=True)
-        sides["vllm"] = partial(with_vllm, engine)
+        sides["vllm"] = partial(with_vllm, engine, policy)
     cases = [measure(sides, prompts, arguments.group_size, length, arguments.rounds) for prompts in batches]
     if arguments.json:
         settings = {"group_size": arguments.group_size, "length": length, "disagreement": off}
