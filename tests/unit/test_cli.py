@@ -1,6 +1,7 @@
 """The command line: exit codes, messages without tracebacks, and what it may not import to answer at once."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ def test_plan_lists_every_checkpoint_with_its_evaluations_in_one_line(run_file: 
     assert "experts/sort@0" in result.stdout
     assert "3 of 3 to run" in result.stdout
     assert "0 of 20 nodes are cached, 20 to run." in result.stdout
+
+
+def test_the_shell_completes_commands() -> None:
+    asked = {"COMP_WORDS": "mopd re", "COMP_CWORD": "1", "_MOPD_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mopd")], env=os.environ | asked, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["report", "remove-expert", "repin"]
 
 
 def test_plan_as_json_has_every_node(run_file: Path, tmp_path: Path) -> None:
