@@ -1,41 +1,32 @@
 """Comparing free text with a gold answer: as a value (math-verify), or as the letter of a choice."""
 
+import logging
 import re
 import string
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-# math-verify's limit for one parse or one comparison; a tower of powers would otherwise run for hours.
-SECONDS = 5
+from experts.untrusted import VALUES, VerifierError
 
 _STATED_LETTER = re.compile(r"\b(?i:answer)(?:\s+is)?\s*:?\s*[*$({\[]*([A-Z])\b")
 _BOXED_LETTER = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([A-Za-z])\s*\}")
 _LEADING_LETTER = re.compile(r"[*(\[]*([A-Za-z])[*)\]]*(?:[.:,]|\s*$|\s*\n)|\(([A-Za-z])\)")
 
+logger = logging.getLogger(__name__)
+
 
 def same_value(completion: str, gold: str) -> bool:
     """Whether a completion states the gold number or formula (math-verify: the last one it finds counts).
 
-    Text in which math-verify finds nothing is wrong, as is a comparison that exceeds its time limit. The limit uses a
-    signal, which Python delivers to the main thread only, so in another thread there is none.
+    Text in which math-verify finds nothing is wrong, as is text that takes it longer than `untrusted.SECONDS`: it
+    computes what it reads, a tower of powers for hours, and therefore runs in a process that can be ended.
     """
-    from math_verify import parse, verify
-
-    seconds = _time_limit()
-    stated = parse(completion, parsing_timeout=seconds)
-    if not stated:
-        return False
-    return bool(verify(parse(gold, parsing_timeout=seconds), stated, timeout_seconds=seconds))
+    return _told("same_value", {"completion": completion, "gold": gold})
 
 
 def has_value(gold: str) -> bool:
     """Whether math-verify finds a number or formula in a gold answer."""
-    if re.fullmatch(r"\s*-?\d[\d,]*(\.\d+)?\s*", gold):
-        return True
-    from math_verify import parse
-
-    return bool(parse(gold, parsing_timeout=_time_limit()))
+    return bool(re.fullmatch(r"\s*-?\d[\d,]*(\.\d+)?\s*", gold)) or _told("has_value", {"text": gold})
 
 
 def lettered(choices: Sequence[str]) -> str:
@@ -75,5 +66,9 @@ def chosen_letter(completion: str, choices: Sequence[str]) -> str | None:
     return gold_letter(text, choices) if text in choices else None
 
 
-def _time_limit() -> int | None:
-    return SECONDS if threading.current_thread() is threading.main_thread() else None
+def _told(verifier: str, arguments: dict[str, str]) -> bool:
+    try:
+        return bool(VALUES.ask(verifier, arguments))
+    except VerifierError as error:
+        logger.debug("math-verify refused a text: %s", error)
+        return False

@@ -2,6 +2,9 @@
 
 Several tasks are mixed evenly. reasoning-gym costs seconds to import, so it is imported by the first draw or score;
 unknown tasks and parameters are therefore found there, and not when the options are checked.
+
+A verifier of a task's own may evaluate the model's text, compute without end or be led anywhere, so it runs in a child
+process (`experts.untrusted`); only reasoning-gym's default one, which compares strings, runs here.
 """
 
 import json
@@ -18,6 +21,7 @@ from pydantic import Field, field_validator
 from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
+from experts.untrusted import REASONING, VerifierError
 
 VERSION = 1
 # Some generators prepare all their items at once, so a stream is made of short data sets with seeds of their own.
@@ -105,12 +109,10 @@ class ReasoningDomain(Domain):
         if not is_safe_to_verify(task, answer):
             return 0.0
         entry = {"question": example.source, "answer": example.meta["answer"], "metadata": example.meta["metadata"]}
-        verifier = self._verifier(task)
         try:
-            value = float(verifier.score_answer(answer, entry))
-        except Exception:
-            # A hundred verifiers parse the model's text in their own ways and raise whatever their parsers raise.
-            logger.debug("domains.%s: the verifier of %s refused an answer", self.name, task, exc_info=True)
+            value = self._verify(task, answer, entry)
+        except VerifierError as error:
+            logger.debug("domains.%s: the verifier of %s refused an answer: %s", self.name, task, error)
             return 0.0
         return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
 
@@ -179,27 +181,38 @@ class ReasoningDomain(Domain):
                 f"{score:.2f} once the example is stored as JSON, so this task is not usable here"
             )
 
-    def _verifier(self, task: str) -> Any:
-        if task not in self._verifiers:
-            self._verifiers[task] = self._dataset(task, seed=0)
-        return self._verifiers[task]
+    def _verify(self, task: str, answer: str, entry: dict[str, Any]) -> float:
+        self._check_task(task)
+        if only_compares(task):
+            if task not in self._verifiers:
+                self._verifiers[task] = self._dataset(task, seed=0)
+            return float(self._verifiers[task].score_answer(answer, entry))
+        parameters = self.options.tasks[task]
+        key = f"{task} {json.dumps(parameters, sort_keys=True)}"
+        dataset = {"key": key, "task": task, "parameters": parameters, "size": CHUNK}
+        return float(REASONING.ask("score", {"key": key, "answer": answer, "entry": entry}, dataset))
 
     def _dataset(self, task: str, seed: int) -> Any:
+        self._check_task(task)
         import reasoning_gym
+
+        try:
+            return reasoning_gym.create_dataset(task, seed=seed, size=CHUNK, **self.options.tasks[task])
+        except (AssertionError, ValueError, TypeError) as error:
+            where = f"domains.{self.name}.options.tasks.{task}"
+            raise UserError(f"{where}: {error or 'these parameters are not valid'}") from None
+
+    def _check_task(self, task: str) -> None:
+        """Raises UserError for a task or parameter that reasoning-gym does not know."""
         from reasoning_gym.factory import DATASETS
 
         where = f"domains.{self.name}.options.tasks"
         if task not in DATASETS:
             raise UserError(f"{where}: reasoning-gym has no task '{task}'{nearest(task, DATASETS)}")
-        parameters = self.options.tasks[task]
         known = [field.name for field in fields(DATASETS[task][1]) if field.name not in ("seed", "size")]
-        for parameter in parameters:
+        for parameter in self.options.tasks[task]:
             if parameter not in known:
                 raise UserError(f"{where}.{task}.{parameter}: unknown parameter{nearest(parameter, known)}")
-        try:
-            return reasoning_gym.create_dataset(task, seed=seed, size=CHUNK, **parameters)
-        except (AssertionError, ValueError, TypeError) as error:
-            raise UserError(f"{where}.{task}: {error or 'these parameters are not valid'}") from None
 
 
 def load(name: str, options: Options) -> ReasoningDomain:
@@ -213,11 +226,20 @@ def extract_answer(completion: str) -> str:
     return (tagged[-1] if tagged else completion).strip()
 
 
+def only_compares(task: str) -> bool:
+    """Whether a known task's verifier is reasoning-gym's default, which compares strings and does nothing else."""
+    from reasoning_gym.dataset import ProceduralDataset
+    from reasoning_gym.factory import DATASETS
+
+    return DATASETS[task][0].score_answer is ProceduralDataset.score_answer
+
+
 def is_safe_to_verify(task: str, answer: str) -> bool:
     """Whether an answer may reach the task's verifier.
 
     Verifiers that evaluate text only get literals or plain formulas: no attribute, keyword, string or unknown function,
-    and no power whose value could fill the memory.
+    and no power whose value could fill the memory. Their process holds what this lets through (see
+    `experts.untrusted_worker`), but only this keeps a text from telling that process what to answer.
     """
     if len(answer) > LONGEST_ANSWER:
         return False

@@ -1,8 +1,8 @@
 """Model-written code cannot cheat, hang, crash or outlive the process that scores it."""
 
-import contextlib
+import ast
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experts.domain import TRAIN, Example, load_domain
 from experts.sandbox import Failure, Limits, passes, run_calls, same_value
-from tests.hostile import HOSTILE, SCORED_ONE
+from tests.hostile import ENDS, GROUPS, HOSTILE, SCORED_ONE, VALUES
 
 QUICK = Limits(seconds=0.2)
 
@@ -22,34 +23,36 @@ SECRET = "MOPD_TEST_SECRET"
 MEMORY_BYTES = 400 * 1024 * 1024
 
 
+def takes_one_integer(example: Example) -> bool:
+    """Whether the example's function is called as the programs are; some give their argument back."""
+    arguments, _ = ast.literal_eval(example.meta["tests"])
+    return all([type(value) for value in call] == [int] for call in arguments)
+
+
 class Host:
-    """A file, a port and the processes of the host, as they were."""
+    """A file and the processes of the host, as they were, and a task whose reward runs what a model writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "file").write_text("as it was")
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.settimeout(0)
-        passes(SCORED_ONE, "f", [[1]], [1])
+        self.domain = load_domain("code", "code_edit", {"timeout_seconds": QUICK.seconds})
+        self.example = next(example for example in self.domain.draw(TRAIN, 50, seed=0) if takes_one_integer(example))
         self.processes = self._processes()
         self.memory = psutil.Process().memory_info().rss
 
     def program(self, name: str) -> str:
         """A hostile program, aimed at this host."""
-        aims = {"{file}": str(self.folder / "file"), "{port}": str(self.listener.getsockname()[1]), "{secret}": SECRET}
-        text = HOSTILE[name]
-        for mark, aim in aims.items():
-            text = text.replace(mark, aim)
-        return text
+        return HOSTILE[name].replace("{file}", str(self.folder / "file")).replace("{secret}", SECRET)
+
+    def completion(self, name: str) -> str:
+        """The same program as an answer to the example: its function has the name that is called."""
+        return re.sub(r"\bf\b(?!')", self.example.meta["entry"], self.program(name))
 
     def harm(self) -> list[str]:
         """What is not as it was."""
         found = []
         if {path.name: path.read_text() for path in self.folder.iterdir()} != {"file": "as it was"}:
             found.append("files")
-        with contextlib.suppress(BlockingIOError):
-            self.listener.accept()
-            found.append("network")
         if self._processes() > self.processes + 1:
             found.append("processes")
         if psutil.Process().memory_info().rss > self.memory + MEMORY_BYTES:
@@ -67,11 +70,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     os.environ[SECRET] = "a secret of the host"
     yield host
     del os.environ[SECRET]
-    host.listener.close()
 
 
 def test_the_suite_is_as_large_as_it_says():
-    assert len(HOSTILE) >= 40
+    assert len(HOSTILE) - len(GROUPS["absent"]) >= 40
+    assert {group: len(programs) for group, programs in GROUPS.items()} == {
+        "files": 20, "bombs": 35, "escapes": 12, "absent": 27, "sources": 3, "forgeries": 23, "tampering": 10,
+    }  # fmt: skip
     assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], QUICK)
 
 
@@ -85,8 +90,17 @@ def test_a_hostile_program_scores_0_and_the_host_is_unharmed(name, host):
     told = repr(outputs)
     sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
     assert "a secret of the host" not in told and "as it was" not in told
+    ended = outputs.reason if isinstance(outputs, Failure) else VALUES
+    assert re.search(ENDS[name.split(":")[0]], ended), f"it does not try what it says: {ended}"
     assert host.harm() == []
     assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], QUICK)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_completion_is_not_rewarded(name, host):
+    assert host.domain.score(host.example, host.completion(name)) == 0.0
+    assert host.harm() == []
+    assert host.domain.score(host.example, host.example.answer) == 1.0
 
 
 def test_a_killed_worker_is_a_failure_and_is_replaced():

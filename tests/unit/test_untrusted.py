@@ -1,0 +1,281 @@
+"""What a model writes cannot harm the host, hang it or go unscored through the verifiers of others that evaluate it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experts import answers, untrusted
+from experts.domain import TRAIN, load_domain
+from experts.reasoning import is_safe_to_verify, only_compares
+from experts.untrusted import REASONING, VerifierError
+
+SECRET = "MOPD_TEST_SECRET"
+# A worker may have to be started first, on a busy machine.
+SLACK_SECONDS = 30
+PARTIAL_CREDIT = 0.05
+
+TIME_BOMBS = {
+    "a simplification without end": "(x+sin(x)+cos(x)+tan(x)+exp(x))**99*(1+x)**99",
+    "a tower of powers": "9**9**9**9",
+    "a tower in brackets": "(((9**99)**99)**99)**99",
+    "a fraction of a huge exponent": "1e999999999",
+}
+HOSTILE = TIME_BOMBS | {
+    "an attribute escape": "().__class__.__base__.__subclasses__()",
+    "a call of the system": "__import__('os').system('touch {folder}/made')",
+    "a file opened for writing": "open('{folder}/made', 'w')",
+    "a file emptied": "open('{folder}/file', 'w').close()",
+    "a file removed": "__import__('os').remove('{folder}/file')",
+    "a file read": "open('{folder}/file').read()",
+    "the environment": "__import__('os').environ['" + SECRET + "']",
+    "the parent's environment": "open(f'/proc/{__import__(\"os\").getppid()}/environ').read()",
+    "a signal to the parent": "__import__('os').kill(__import__('os').getppid(), 9)",
+    "a fork": "__import__('os').fork()",
+    "a socket": "__import__('socket').create_connection(('127.0.0.1', 1))",
+    "a foreign function": "__import__('ctypes').string_at(0)",
+    "the end of the process": "__import__('os')._exit(0)",
+    "a list that fills the memory": "[0]*10**11",
+    "a string that fills the memory": "'x'*10**11",
+    "deep nesting": "(" * 5000 + "1" + ")" * 5000,
+    "deep lists": "[" * 5000 + "]" * 5000,
+    "a huge number": "9" * 19_000,
+    "not a number": "nan",
+    "infinity": "1e400",
+    "an object equal to everything": "type('A', (), {'__eq__': lambda s, o: True, '__float__': lambda s: 24.0})()",
+    "a list equal to everything": "type('A', (list,), {'__eq__': lambda s, o: True})()",
+    "a null byte": "1\0",
+    "a lone surrogate": "\ud800",
+}
+# Each evaluates or computes what it is given in its own way.
+TASKS = ("simple_integration", "countdown", "string_insertion", "coin_flip")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "file").write_text("as it was")
+    os.environ[SECRET] = "a secret of the host"
+    yield folder
+    del os.environ[SECRET]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    domains = {task: load_domain("logic", "reasoning", {"tasks": {task: {}}}) for task in TASKS}
+    return {task: (domain, domain.draw(TRAIN, 1, seed=0)[0]) for task, domain in domains.items()}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def children() -> int:
+    return len(psutil.Process().children(recursive=True))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_hostile_answer_scores_nothing_and_the_host_is_unharmed(task, name, folder, examples, monkeypatch):
+    monkeypatch.setattr(untrusted, "SECONDS", 1.0)
+    domain, example = examples[task]
+    started = time.monotonic()
+    assert domain.score(example, HOSTILE[name].replace("{folder}", str(folder))) <= PARTIAL_CREDIT
+    assert time.monotonic() - started < SLACK_SECONDS
+    assert contents(folder) == {"file": "as it was"}
+    assert children() <= untrusted.WORKERS + 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_right_answer_still_scores_1_after_them(task, examples):
+    domain, example = examples[task]
+    assert domain.score(example, example.answer) == 1.0
+
+
+# countdown's own task evaluates its answer as Python; asked here without the guard that stands before it.
+DATASET = {"key": "bare", "task": "countdown", "parameters": {}, "size": 1}
+ENTRY = {"answer": "1+2", "metadata": {"numbers": [1, 2], "target": 3}}
+
+
+def bare_score(answer):
+    return REASONING.ask("score", {"key": "bare", "answer": answer, "entry": ENTRY}, DATASET)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_process_alone_holds_what_the_guard_would_let_through(name, folder, monkeypatch):
+    monkeypatch.setattr(untrusted, "SECONDS", 1.0)
+    text = HOSTILE[name].replace("{folder}", str(folder))
+    try:
+        assert bare_score(text) <= PARTIAL_CREDIT
+    except VerifierError as error:
+        assert "secret of the host" not in str(error) and "as it was" not in str(error)
+    assert contents(folder) == {"file": "as it was"}
+    monkeypatch.undo()
+    assert bare_score("1+2") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("open('/tmp/made', 'w')", "did open"),
+        ("__import__('os').system('true')", "did os.system"),
+        ("__import__('os').fork()", "did os.fork"),
+        ("__import__('socket').socket()", "did socket"),
+        ("__import__('os').kill(1, 0)", "did os.kill"),
+        ("open('/etc/hostname').read()", "did open"),
+        ("__import__('os').write(3, b'{\"value\": 1.0}\\n')", "Extra data|did answer with another token"),
+        ("__import__('os')._exit(0)", r"its process ended \(0\)"),
+    ],
+)
+def test_what_a_worker_may_not_do_ends_it_and_is_named(text, reason):
+    with pytest.raises(VerifierError, match=reason):
+        bare_score(text)
+
+
+def test_a_worker_has_neither_secrets_nor_room(folder):
+    assert bare_score("1+2") == 1.0
+    (worker,) = [child for child in psutil.Process().children() if "experts.untrusted_worker" in child.cmdline()][-1:]
+    assert SECRET in os.environ and SECRET not in worker.environ()
+    assert set(worker.environ()) <= {
+        "PYTHONPATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS",
+        "LC_CTYPE", *untrusted._KEPT_VARIABLES,
+    }  # fmt: skip
+    assert worker.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+    assert worker.rlimit(psutil.RLIMIT_NPROC) == (0, 0)
+    assert worker.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+    assert worker.rlimit(psutil.RLIMIT_NOFILE)[1] <= 64
+    assert worker.rlimit(psutil.RLIMIT_AS)[1] <= 2 * 1024**3
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_tower_of_powers_ends_math_verify_in_any_thread(threaded, monkeypatch):
+    monkeypatch.setattr(untrusted, "SECONDS", 1.0)
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        ask = pool.submit if threaded else lambda function, *given: function(*given)
+        told = ask(answers.same_value, "$9^{9^{9^{9^{9}}}}+1$", "3")
+        assert (told.result() if threaded else told) is False
+    assert time.monotonic() - started < SLACK_SECONDS
+    monkeypatch.undo()
+    assert answers.same_value("$3$", "3")
+
+
+def test_threads_share_the_workers():
+    def score(number):
+        return bare_score("1+2" if number % 2 else "1-2")
+
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(score, range(64)))
+    assert scores == [PARTIAL_CREDIT, 1.0] * 32
+    workers = [child for child in psutil.Process().children() if "reasoning" in child.cmdline()]
+    assert len(workers) <= untrusted.WORKERS
+
+
+def test_a_worker_outlives_the_thread_that_needed_it_first():
+    def pids():
+        bare_score("1+2")
+        return {child.pid for child in psutil.Process().children() if "reasoning" in child.cmdline()}
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(pids).result()
+    time.sleep(0.2)
+    assert pids() == first
+
+
+def test_a_worker_that_was_killed_is_replaced_unnoticed():
+    bare_score("1+2")
+    for child in psutil.Process().children():
+        if "reasoning" in child.cmdline():
+            child.send_signal(signal.SIGKILL)
+            child.wait(10)
+    assert bare_score("1+2") == 1.0
+
+
+CHILDREN = """
+import os, sys, threading, time, psutil
+from experts import untrusted
+from experts.answers import same_value
+def workers():
+    return {child.pid for child in psutil.Process().children() if "values" in child.cmdline()}
+assert same_value("$3$", "3")
+first = workers()
+child = os.fork()
+if child == 0:
+    ok = same_value("$3$", "3") and not same_value("$4$", "3")
+    print(*workers(), flush=True)
+    os._exit(0 if ok and workers().isdisjoint(first) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert same_value("$3$", "3") and workers() == first
+print(*first, flush=True)
+untrusted.SECONDS = 600
+threading.Thread(target=same_value, args=("$9^{9^{9^{9^{9}}}}+1$", "3"), daemon=True).start()
+used = psutil.Process(*first).cpu_times().user
+while psutil.Process(*first).cpu_times().user < used + 0.5:
+    time.sleep(0.05)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_fork_has_workers_of_its_own_and_even_busy_ones_die_with_their_process():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILDREN], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_only_the_verifier_that_compares_strings_runs_in_this_process():
+    from reasoning_gym.factory import DATASETS
+
+    here = {task for task in DATASETS if only_compares(task)}
+    assert {"basic_arithmetic", "gcd", "letter_counting"} <= here
+    assert here.isdisjoint({*TASKS, "chain_sum", "spiral_matrix", "composite", "polynomial_multiplication"})
+    assert len(here) < len(DATASETS) / 2
+
+
+def test_the_guard_knows_every_verifier_that_evaluates_text():
+    """A new reasoning-gym whose verifiers evaluate more text fails here: its task then wants a guard of its own."""
+    import inspect
+
+    from reasoning_gym.factory import DATASETS
+
+    from experts.reasoning import EXPRESSION_VERIFIERS, LITERAL_VERIFIERS, UNREPEATABLE
+
+    evaluating = {
+        task
+        for task, (kind, _) in DATASETS.items()
+        if any(call in inspect.getsource(kind.score_answer) for call in ("eval(", "exec(", "parse_expr(", "sympify("))
+    }
+    # number_sorting evaluates the gold answer alone.
+    assert evaluating - UNREPEATABLE - {"number_sorting"} == LITERAL_VERIFIERS | EXPRESSION_VERIFIERS
+    assert not any(is_safe_to_verify(task, "().__class__") for task in LITERAL_VERIFIERS | EXPRESSION_VERIFIERS)
+
+
+def test_a_task_that_cannot_be_prepared_is_the_host_s_trouble():
+    with pytest.raises(RuntimeError, match=r"cannot prepare wrong: .*'no_such_task' not registered"):
+        REASONING.ask("score", {}, {"key": "wrong", "task": "no_such_task", "parameters": {}, "size": 1})
+
+
+def test_the_child_gives_what_the_verifier_gives_here(examples):
+    import reasoning_gym
+
+    for task, (domain, example) in examples.items():
+        stored = replace(example, meta=json.loads(json.dumps(example.meta)))
+        entry = {"question": "", "answer": stored.meta["answer"], "metadata": stored.meta["metadata"]}
+        for answer in (stored.answer, "1/2", "2 + 3", "1"):
+            here = float(reasoning_gym.create_dataset(task, seed=0, size=1).score_answer(answer, entry))
+            assert domain.score(stored, answer) == here
