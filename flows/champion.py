@@ -225,6 +225,7 @@ def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
     """Move the aliases of the registered model; what MLflow does not take now, the run's next start sends."""
     from flows.mlflow_writer import Writer, unsent_folder
     from flows.outbox import Outbox, send_left_over
+    from flows.servers import without_secrets
 
     writer, folder = Writer(store), unsent_folder(store.home, run)
     unsent = send_left_over(folder, writer)
@@ -233,9 +234,23 @@ def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
         outbox.submit(operation)
     if unsent + outbox.close():
         sys.stderr.write(
-            f"warning: MLflow at {writer.uri} was not reached; its aliases are as before. What to tell it is kept in "
-            f"{folder}: the next run of {run} that starts a stage sends it, or this command again\n"
+            f"warning: MLflow at {without_secrets(writer.uri)} was not reached; its aliases are as before. What to "
+            f"tell it is kept in {folder}: the next run of {run} sends it, or this command again\n"
         )
+
+
+def send_kept(store: Store, run: str) -> None:
+    """Send what MLflow has not taken from earlier runs of this name; where that is nothing, it is not even loaded."""
+    from flows.mlflow_writer import Writer, unsent_folder
+    from flows.outbox import send_left_over
+    from flows.servers import without_secrets
+
+    folder = unsent_folder(store.home, run)
+    if not any(folder.glob("*.jsonl")):
+        return
+    writer = Writer(store)
+    if send_left_over(folder, writer):
+        sys.stderr.write(f"warning: MLflow at {without_secrets(writer.uri)} was not reached; {folder} keeps the rest\n")
 
 
 def _candidate(graph: StageGraph, store: Store) -> Node:

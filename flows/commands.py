@@ -76,21 +76,43 @@ def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) ->
     graph, store = asked.graph(), Store(asked.home)
     verify(graph, store, discard_corrupted)
     if all(entry.cached for entry in node_status(graph, store)):
-        from flows.champion import tell_mlflow
-        from flows.closing import conclude
-
         console.print("Everything is in the store already; nothing was started.")
-        outcome = conclude(graph, store, promote=True, rewrite=False)
-        if outcome.changed:
-            # The gate of today lets pass what that of the last run did not.
-            tell_mlflow(store, graph.config.name, outcome.candidate)
-        show_outcome(graph, outcome, asked.home, console)
+        show_outcome(graph, _conclude_cached(graph, store), asked.home, console)
         return DONE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run_pipeline(asked, graph, console, plain=plain, verbose=verbose)
     except KeyboardInterrupt:
         return _stopped(asked)
+
+
+def _conclude_cached(graph: StageGraph, store: Store) -> "Outcome":
+    """What a run comes to that makes nothing; it sends what earlier ones could not, or did not live to send."""
+    from filelock import Timeout
+
+    from flows.champion import send_kept, tell_mlflow
+    from flows.closing import conclude
+    from flows.notify import owe_promotions, tell_promotions
+
+    config = graph.config
+    owe_promotions(store, config, {})
+    outcome = conclude(graph, store, promote=True, rewrite=False)
+    if outcome.changed:
+        # The gate of today lets pass what that of the last run did not.
+        tell_mlflow(store, config.name, outcome.candidate)
+    else:
+        send_kept(store, config.name)
+    lock = store.lock(f"run-{config.name}")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        # A run of this name is under way, and tells what is owed at its end.
+        return outcome
+    try:
+        tell_promotions(store, config)
+    finally:
+        lock.release()
+    return outcome
 
 
 def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
@@ -122,7 +144,8 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
         from prefect import tags
         from prefect.exceptions import CancelledRun, PrefectHTTPStatusError
 
-        from flows.pipeline import PipelineFailedError, pipeline, run_tags
+        from flows.orphans import run_tags
+        from flows.pipeline import PipelineFailedError, pipeline
 
         sys.stderr.write(f"Prefect: {pages}\n")
         try:
@@ -165,10 +188,12 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
 
 def _report_silence(error: Exception, asked: Asked) -> int:
     """Say why Prefect's server does not answer: its database lies in the home, so a full disk ends it first."""
+    from flows.servers import without_secrets
+
     if shutil.disk_usage(asked.home).free < NOTHING_FREE_BYTES:
         cause = f"the disk of {asked.home} is full; free some space"
     else:
-        said = str(error).partition(" - Response")[0] or type(error).__name__
+        said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
         cause = f"Prefect's server no longer answers as it should ({said}); its log is in {asked.home}/servers"
     sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{asked.command}` resumes where it was\n")
     return FAILED
@@ -188,14 +213,14 @@ def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Con
 
 def pages(home: Path) -> list[str]:
     """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
-    from flows.servers import MLFLOW_PORT, PREFECT_PORT, local_url
+    from flows.servers import MLFLOW_PORT, PREFECT_PORT, local_url, without_secrets
 
     tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL")
     # A database is no page: only a server's address is one.
     served = tracking.startswith("http")
     lines = [
-        f"MLflow:  {tracking if served else local_url(MLFLOW_PORT)}",
-        f"Prefect: {api.removesuffix('/api') if api else local_url(PREFECT_PORT)}",
+        f"MLflow:  {without_secrets(tracking) if served else local_url(MLFLOW_PORT)}",
+        f"Prefect: {without_secrets(api.removesuffix('/api')) if api else local_url(PREFECT_PORT)}",
     ]
     return lines if served and api else [*lines, f"Open them with: mopd ui --home {home}"]
 

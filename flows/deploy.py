@@ -4,11 +4,14 @@ The servers and the worker are standing ones: `mopd ui` and `mopd worker`, or th
 """
 
 import json
+import logging
 import os
 import signal
+import subprocess
 import sys
+import time
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +20,30 @@ from typing import TYPE_CHECKING, Any
 from experts.errors import UserError, nearest
 from flows.commands import Asked
 from flows.config import RunConfig
-from flows.servers import mlflow_environment, mlflow_uri, prefect_environment, standing_prefect
+from flows.servers import (
+    as_interrupt,
+    end_with_parent,
+    mlflow_environment,
+    mlflow_uri,
+    prefect_environment,
+    standing_prefect,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+
+    from flows.orphans import Lookout
 
 POOL = "mopd"
 POOL_TYPE = "process"
 ENTRYPOINT = "flows.pipeline.pipeline"
 NEXT_RUNS = 3
+LOOK_SECONDS = 10.0
+# A worker that ends sooner than this, the first time, cannot work at all.
+SHORT_LIFE_SECONDS = 10.0
+RESTART_SECONDS = 2.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,19 +135,73 @@ def retire(config: RunConfig, home: Path) -> list[str]:
 
 
 def work(home: Path, pool: str, limit: int | None) -> None:
-    """Become a worker of a pool; does not return.
+    """Be a worker of a pool until Ctrl-C or TERM: Prefect's own in a process of its own, started again when it ends.
+
+    It ends itself when its server is away for long. Between two looks at it, runs of this host are looked at that no
+    worker of Prefect sees to any more, for they would keep the later ones waiting (`flows.orphans`).
 
     Raises:
-        UserError: no Prefect server answers.
+        UserError: no Prefect server answers, or the worker does not start.
     """
-    environment = os.environ | _settings(home)
+    os.environ.update(_settings(home))
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", POOL_TYPE]
     command += ["--install-policy", "never"]
     command += ["--limit", str(limit)] if limit else []
-    sys.stdout.flush()
+    from flows.orphans import Lookout, worker_name
+
     # One started in the background inherits an ignored SIGINT, by which Prefect's worker ends itself on TERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, as_interrupt)
+    first, lookout = True, Lookout()
+    while True:
+        started, process = time.monotonic(), _start_worker([*command, "--name", worker_name()])
+        try:
+            while _lives(process):
+                _look(lookout)
+            if first and time.monotonic() - started < SHORT_LIFE_SECONDS:
+                raise UserError(f"Prefect's worker ended with code {process.returncode}; what it said stands above")
+            first = False
+            sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is started again\n")
+            time.sleep(RESTART_SECONDS)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            return
+
+
+def _lives(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether a process is still there a while from now; says so at once when it ends."""
+    try:
+        process.wait(LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _start_worker(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        # A Ctrl-C is for this process alone, which passes it on.
+        start_new_session=True,
+        preexec_fn=_killed_with_parent,  # noqa: PLW1509 - nothing but a system call
+    )
+
+
+def _killed_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.execve(sys.executable, command, environment)
+    end_with_parent(signal.SIGKILL)
+
+
+def _look(lookout: "Lookout") -> None:
+    """Look at the runs of this host, if the server answers just now."""
+    from httpx import HTTPError
+
+    try:
+        for line in lookout.look():
+            sys.stderr.write(line + "\n")
+    except HTTPError as error:
+        logger.debug("Prefect's server did not answer: %s", error)
 
 
 def _settings(home: Path) -> dict[str, str]:
@@ -140,7 +212,7 @@ def _settings(home: Path) -> dict[str, str]:
 
 @contextmanager
 def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
-    """A client of the standing server, and the address of its pages."""
+    """A client of the standing server, and the address of its pages, to be shown."""
     settings = _settings(home)
     # Prefect reads its settings once, at its import.
     os.environ.update(settings)
@@ -149,8 +221,9 @@ def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
     with get_client(sync_client=True) as client:
         fault = client.api_healthcheck()
         if fault is not None:
-            raise UserError(f"PREFECT_API_URL: {settings['PREFECT_API_URL']} does not answer ({fault})")
-        yield client, settings["PREFECT_API_URL"].removesuffix("/api")
+            shown = without_secrets(f"{settings['PREFECT_API_URL']} does not answer ({fault})")
+            raise UserError(f"PREFECT_API_URL: {shown}")
+        yield client, without_secrets(settings["PREFECT_API_URL"].removesuffix("/api"))
 
 
 def _schedule(plan: Plan) -> Any:

@@ -120,6 +120,7 @@ def _home(home: Path) -> Finding:
 
 def _store(home: Path) -> Finding:
     """The store's mirror."""
+    from flows.servers import without_secrets
     from stages.core.mirror import VARIABLE, mirror_of_environment
 
     if not os.environ.get(VARIABLE):
@@ -127,17 +128,17 @@ def _store(home: Path) -> Finding:
     try:
         mirror = mirror_of_environment()
         assert mirror is not None
-        return Finding("store", f"{mirror.name}: {len(mirror.keys())} artifacts")
+        return Finding("store", f"{without_secrets(mirror.name)}: {len(mirror.keys())} artifacts")
     except UserError as error:
         mend = (
             "pip install 'mopd[s3]'" if "s3" in os.environ[VARIABLE] and not _optional("s3fs") else f"mend {VARIABLE}"
         )
-        return Finding("store", str(error), False, mend)
+        return Finding("store", without_secrets(str(error)), False, mend)
 
 
 def _prefect(home: Path) -> Finding:
     """Prefect's standing server, if there is to be one."""
-    from flows.servers import answers, standing_prefect
+    from flows.servers import answers, standing_prefect, without_secrets
 
     if not os.environ.get("PREFECT_API_URL"):
         try:
@@ -145,23 +146,25 @@ def _prefect(home: Path) -> Finding:
         except UserError:
             return Finding("Prefect", "no standing server; a run starts its own, schedules need `mopd ui`")
     url = standing_prefect(home)
+    shown = without_secrets(url)
     if answers(f"{url}/api/health"):
-        return Finding("Prefect", f"{url} answers")
+        return Finding("Prefect", f"{shown} answers")
     return Finding(
-        "Prefect", f"PREFECT_API_URL: {url} does not answer", False, "start that server or unset the variable"
+        "Prefect", f"PREFECT_API_URL: {shown} does not answer", False, "start that server or unset the variable"
     )
 
 
 def _mlflow(home: Path) -> Finding:
     """Where runs are tracked."""
-    from flows.servers import answers, mlflow_uri
+    from flows.servers import answers, mlflow_uri, without_secrets
 
     uri = mlflow_uri(home)
+    shown = without_secrets(uri)
     if not uri.startswith("http"):
         return Finding("MLflow", f"{uri.partition('://')[0]} database")
     if answers(f"{uri.rstrip('/')}/health"):
-        return Finding("MLflow", f"{uri} answers")
-    return Finding("MLflow", f"MLFLOW_TRACKING_URI: {uri} does not answer; runs keep what they say until it does")
+        return Finding("MLflow", f"{shown} answers")
+    return Finding("MLflow", f"MLFLOW_TRACKING_URI: {shown} does not answer; runs keep what they say until it does")
 
 
 def _devices() -> str:

@@ -20,8 +20,8 @@ from experts.errors import UserError
 from flows import cards
 from flows.champion import CHAMPION_ALIAS, read_history, registered_name
 from flows.mlflow_models import NOTE, SOURCE, LoggedCheckpoints
-from flows.outbox import Operation, Rejected, Unreachable
-from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_model_page, mlflow_uri
+from flows.outbox import Doubtful, Operation, Rejected, Unreachable
+from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_model_page, mlflow_uri, without_secrets
 from stages.core.checkpoint import Store
 
 if TYPE_CHECKING:
@@ -31,6 +31,19 @@ EXPERIMENT = "mopd"
 KIND = "mlflow.experimentKind"
 TAG_LENGTH = 5000
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
+# The server has too much to do, or wants another password: that passes, with patience or with a person's help.
+PASSING = (
+    "TEMPORARILY_UNAVAILABLE",
+    "REQUEST_LIMIT_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "DEADLINE_EXCEEDED",
+    "CANCELLED",
+    "ABORTED",
+    "RESOURCE_CONFLICT",
+    "PERMISSION_DENIED",
+    "CUSTOMER_UNAUTHORIZED",
+    "UNAUTHENTICATED",
+)
 
 
 @contextmanager
@@ -93,19 +106,35 @@ class Writer:
 
         Raises:
             Unreachable: the server may take it later.
+            Doubtful: the server answers, but does not take it, and does not say that it never will.
             Rejected: the server will never take it.
         """
-        from mlflow.exceptions import MlflowException
-
         try:
             with _tracking_store(self.uri):
                 self._say[operation["op"]](operation, ids)
-        except MlflowException as error:
-            kind = Rejected if error.error_code in HOPELESS else Unreachable
-            raise kind(str(error)) from error
-        except OSError as error:
-            # A connection that failed, or a disk that has no room for an artifact.
-            raise Unreachable(str(error)) from error
+        except Rejected:
+            raise
+        except Exception as error:
+            # Any: the clients of artifact stores have errors of their own, and what is kept may be of another version.
+            raise self._fault(error)(without_secrets(f"{type(error).__name__}: {error}")) from error
+
+    def _fault(self, error: Exception) -> type[Unreachable] | type[Rejected]:
+        """What an operation's error means for it."""
+        from mlflow.exceptions import MlflowException
+
+        # A server that was never reached may be any server; an OSError is a connection that failed, or a full disk.
+        if self._client is None or isinstance(error, OSError):
+            return Unreachable
+        if isinstance(error, MlflowException):
+            if error.error_code in HOPELESS:
+                return Rejected
+            if error.error_code in PASSING:
+                return Unreachable
+        try:
+            self._client.get_experiment(self.experiment)
+        except (MlflowException, OSError):
+            return Unreachable
+        return Doubtful
 
     @property
     def client(self) -> "MlflowClient":
@@ -252,9 +281,10 @@ class Writer:
         self.client.set_terminated(_run_id(operation["ref"], ids), operation["status"], operation["time"])
 
     def _mark_killed(self, client: "MlflowClient") -> None:
-        """Close the runs whose process died without a word: their outbox is nobody's any more."""
-        home = str(self.store.home.resolve())
-        running = f"attributes.status = 'RUNNING' and tags.home = '{home}'"
+        """Close this host's runs whose process died without a word: their outbox is nobody's any more. Another host's
+        home may have the same path; what locks it has is not to be seen from here."""
+        home, host = str(self.store.home.resolve()), os.uname().nodename
+        running = f"attributes.status = 'RUNNING' and tags.home = '{home}' and tags.host = '{host}'"
         for run in client.search_runs([self.experiment], running):
             folder = unsent_folder(self.store.home, run.data.tags["name"])
             lock = FileLock(folder / f"{run.data.tags['token']}.lock")
@@ -291,7 +321,7 @@ def registered_keys(store: Store) -> set[str]:
                     return keys
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {error}"
+            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {without_secrets(str(error))}"
         ) from error
 
 

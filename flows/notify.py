@@ -1,21 +1,29 @@
 """A word to the outside when a run fails or its champion changes: JSON to a webhook. Free of prefect and mlflow.
 
-The address is a secret more often than not, so the run file names the environment variable that holds it.
+The address is a secret more often than not, so the run file names the environment variable that holds it. A champion is
+told of once, though a run may be killed before it comes to that: what is owed stands in a file.
 """
 
+import json
 import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from stages.config import StrictModel
+from stages.core.checkpoint import Store, write_whole
+
+if TYPE_CHECKING:
+    from flows.config import RunConfig
 
 Event = Literal["failure", "promotion", "cancellation", "success"]
 TRIES, TIMEOUT_SECONDS, WAIT_SECONDS = 3, 10.0, 2.0
+OWED_FILE = "untold.json"
 logger = logging.getLogger(__name__)
 
 
@@ -69,3 +77,45 @@ def notify(config: NotifyConfig | None, event: Event, run: str, text: str, facts
             time.sleep(WAIT_SECONDS * 2**attempt)
     logger.warning("the webhook at %s did not take '%s' of %s: %s", host, event, run, fault)
     return False
+
+
+def owe_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any]) -> None:
+    """Note, before the gate speaks, how many champions there were: who comes after them is to be told of.
+
+    Args:
+        facts: For programs; told where the run does not live to tell more.
+    """
+    from flows.champion import read_history
+
+    path = _owed_path(store, config.name)
+    if config.notify and "promotion" in config.notify.events and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"champions": len(read_history(store, config.name)), "facts": facts}))
+
+
+def tell_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any] | None = None) -> None:
+    """Tell the webhook of the champions by the gate that are owed to it; those it does not take stay owed.
+
+    Args:
+        facts: For programs; those of the run that owes it where None.
+    """
+    from flows.champion import read_history
+
+    path = _owed_path(store, config.name)
+    if not path.exists():
+        return
+    owed = json.loads(path.read_text())
+    for champion in read_history(store, config.name)[owed["champions"] :]:
+        told = {**(owed["facts"] if facts is None else facts), "champion": champion.student, "when": champion.when}
+        text = f"{config.name}: {champion} is champion"
+        if champion.by == "gate" and not notify(config.notify, "promotion", config.name, text, told):
+            return
+        owed["champions"] += 1
+        write_whole(path, json.dumps(owed))
+    path.unlink()
+
+
+def _owed_path(store: Store, run: str) -> Path:
+    from flows.champion import champion_path
+
+    return champion_path(store, run).with_name(OWED_FILE)

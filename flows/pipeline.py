@@ -4,7 +4,6 @@ Import this module only after `flows.session.open_session` has set Prefect's env
 """
 
 import contextlib
-import os
 import queue
 import signal
 import sys
@@ -12,19 +11,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
-from uuid import UUID
 
-import psutil
+import httpx
 from filelock import Timeout
-from prefect import flow, get_client, get_run_logger
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterStateType, FlowRunFilterTags
-from prefect.client.schemas.filters import FlowRunFilterState as StateFilter
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
-from prefect.states import Cancelled, Crashed, State
+from prefect.states import Cancelled, State
 from rich.console import Console
 
 from flows.check import deep_check
@@ -33,17 +29,19 @@ from flows.config import RunConfig
 from flows.gc import plan_lock
 from flows.launch import Launcher
 from flows.lock import write_lock
-from flows.notify import notify
+from flows.notify import notify, owe_promotions, tell_promotions
+from flows.orphans import FLOW, claim_flow_run, mark_crashed_runs, outlive_worker
 from flows.parameters import Changes, as_overrides
 from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
 from flows.run_file import load_run_file
-from flows.servers import prefect_run_page
+from flows.servers import prefect_run_page, without_secrets
 from flows.shifts import COSINES, SHIFT
 from flows.tasks import Job, Supervisor, artifact_key, task_of
 from flows.tracking import Tracker
 from stages.core.checkpoint import Store
 
+OUTPUT_FILE = "output.log"
 Future = PrefectFuture[Any]
 
 
@@ -64,7 +62,7 @@ class PipelineFailedError(Exception):
         self.not_started = not_started
 
 
-@flow(name="mopd", flow_run_name="{run_file}", persist_result=False, validate_parameters=False)
+@flow(name=FLOW, flow_run_name="{run_file}", persist_result=False, validate_parameters=False)
 def pipeline(
     run_file: str,
     overrides: list[str] | None = None,
@@ -93,9 +91,11 @@ def pipeline(
     """
     path, root = Path(run_file), Path(home)
     config = load_run_file(path, [*(overrides or []), *as_overrides(changes or {})], max_steps)
+    claim_flow_run(config.name)
+    outlive_worker(root / "runs" / config.name / OUTPUT_FILE)
     with interruptible(), told(config), one_at_a_time(Store(root), config.name):
         mark_crashed_runs(config.name)
-        claim_flow_run(config.name)
+        tell_promotions(Store(root), config)
         # Planned only now: a run of this name that was waited for may have moved what it starts from.
         graph = build_graph(config, root)
         store = Store(root)
@@ -142,10 +142,11 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     if failures:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
+    owe_promotions(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
     outcome = conclude(graph, supervisor.store, promote=True)
     tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate)
-    _publish(graph, outcome, tracker)
-    _tell_end(graph, outcome, tracker)
+    _publish(graph, outcome, tracker.url)
+    _tell_end(supervisor, outcome)
     return outcome
 
 
@@ -212,25 +213,6 @@ def _failure(state: State[Any]) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
 
 
-def mark_crashed_runs(name: str) -> None:
-    """Flow runs of this name that a killed process left `Running` are marked as crashed."""
-    live = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=[_name_tag(name)]),
-        state=StateFilter(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
-    )
-    with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=live):
-            if _is_orphan(run):
-                state: State[Any] = Crashed(message="its process is gone")
-                client.set_flow_run_state(run.id, state, force=True)
-
-
-def run_tags(name: str) -> list[str]:
-    """Tags by which a later run finds this one and sees whether its process still lives."""
-    process = psutil.Process()
-    return [_name_tag(name), f"host:{os.uname().nodename}", f"pid:{process.pid}:{process.create_time():.0f}"]
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Turn SIGTERM into the KeyboardInterrupt that Ctrl-C raises, in place of Prefect's own handler."""
@@ -254,47 +236,30 @@ def _ways_to_the_end(jobs: Sequence[Job]) -> dict[str, int]:
     return ahead
 
 
-def _name_tag(name: str) -> str:
-    return f"mopd:{name}"
-
-
-def _is_orphan(run: FlowRun) -> bool:
-    """Whether a run's process was on this host and is gone."""
-    tags = dict(tag.split(":", 1) for tag in run.tags if ":" in tag)
-    if tags.get("host") != os.uname().nodename or "pid" not in tags:
-        return False
-    pid, started = (int(part) for part in tags["pid"].split(":"))
-    try:
-        return abs(psutil.Process(pid).create_time() - started) > 1
-    except psutil.NoSuchProcess:
-        return True
-
-
 @contextlib.contextmanager
 def told(config: RunConfig) -> Iterator[None]:
     """Tell the webhook of the run file how a run ended badly."""
     try:
         yield
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        facts = {"error": str(error), "flow_run": flow_run_page()}
+        said = without_secrets(str(error))
+        first = said.splitlines()[0] if said else type(error).__name__
+        facts = {"error": said, "flow_run": flow_run_page()}
         notify(config.notify, "failure", config.name, f"{config.name} failed: {first}", facts)
         raise
 
 
-def _tell_end(graph: StageGraph, outcome: Outcome, tracker: Tracker) -> None:
+def _tell_end(supervisor: Supervisor, outcome: Outcome) -> None:
     """Tell the webhook of the run file that a run is finished, and of a promotion."""
-    config, text = graph.config, "\n".join(outcome.verdict_lines())
+    config, text = supervisor.graph.config, "\n".join(outcome.verdict_lines())
     facts = {
         "flow_run": flow_run_page(),
-        "mlflow": tracker.url,
+        "mlflow": supervisor.tracker.url,
         "report": str(outcome.report),
         "scores": outcome.rows(),
     }
     notify(config.notify, "success", config.name, f"{config.name} is finished\n{text}", facts)
-    if outcome.changed:
-        about = {"champion": outcome.champion.student if outcome.champion else None}
-        notify(config.notify, "promotion", config.name, f"{config.name}: {outcome.champion} is champion", facts | about)
+    tell_promotions(supervisor.store, config, facts)
 
 
 @contextlib.contextmanager
@@ -315,23 +280,20 @@ def one_at_a_time(store: Store, name: str) -> Iterator[None]:
 
 def flow_run_page() -> str:
     """Address of this flow run in Prefect's pages."""
-    base = str(PREFECT_UI_URL.value() or PREFECT_API_URL.value() or "").removesuffix("/api")
+    base = without_secrets(str(PREFECT_UI_URL.value() or PREFECT_API_URL.value() or "").removesuffix("/api"))
     return prefect_run_page(base, str(flow_run.id)) if base and flow_run.id else ""
 
 
-def claim_flow_run(name: str) -> None:
-    """Tag this flow run with its name and process, as a scheduled one is not yet."""
-    present = list(flow_run.tags)
-    missing = [tag for tag in run_tags(name) if tag not in present]
-    if missing and flow_run.id:
-        with get_client(sync_client=True) as client:
-            client.update_flow_run(UUID(str(flow_run.id)), tags=[*present, *missing])
-
-
-def _publish(graph: StageGraph, outcome: Outcome, tracker: Tracker) -> None:
-    """Put the scores, the report's place and the way to MLflow onto the flow run's page."""
-    name = graph.config.name
-    if tracker.url:
-        create_link_artifact(tracker.url.split()[0], "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
-    create_table_artifact(outcome.rows(), key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
-    create_markdown_artifact(outcome.markdown(), key=artifact_key(f"report-{name}"), description=f"Report of {name}")
+def _publish(graph: StageGraph, outcome: Outcome, tracked: str) -> None:
+    """Put the scores, the report's place and the way to MLflow onto the flow run's page; a server that is away costs
+    the page, not the run, for that is finished and its champion chosen."""
+    name, rows = graph.config.name, outcome.rows()
+    try:
+        if tracked:
+            create_link_artifact(tracked.split(maxsplit=1)[0], "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
+        create_table_artifact(rows, key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
+        report = outcome.markdown()
+        create_markdown_artifact(report, key=artifact_key(f"report-{name}"), description=f"Report of {name}")
+    except (httpx.HTTPError, PrefectException) as error:
+        said = without_secrets(str(error))
+        sys.stderr.write(f"warning: scores and report of {name} are not on Prefect's page: {said}\n")

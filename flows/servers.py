@@ -4,11 +4,13 @@ Torch-free and free of both libraries: the servers are started as processes, in 
 whoever started them.
 """
 
+import base64
 import contextlib
 import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +35,7 @@ STOP_SECONDS = 5.0
 PORTS_TRIED = 50
 LAST_PORT = 65535
 PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 logger = logging.getLogger(__name__)
 
 QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
@@ -42,7 +45,10 @@ MLFLOW_CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # It shows the server's address as it is, with a password in it, at the end of every run.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+CREDENTIALS, QUERY = re.compile(r"(?<=://)[^\s'\"<>]*@"), re.compile(r"(://[^\s'\"<>?]*)\?[^\s'\"<>]*")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class Server:
 def mlflow_uri(home: Path) -> str:
     """The tracking store: `MLFLOW_TRACKING_URI` where it is set, else SQLite in the home."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs in it, as it may be shown: without users, passwords and queries."""
+    return QUERY.sub(r"\1?…", CREDENTIALS.sub("", text))
 
 
 def mlflow_artifacts(home: Path) -> Path:
@@ -134,10 +145,12 @@ def start_mlflow(home: Path, host: str, port: int) -> Server:
     """Start MLflow's server over the home's tracking store; `wait_until_ready` says when it answers."""
     uri = mlflow_uri(home)
     if "://" in uri and uri.split("://", 1)[0] in ("http", "https"):
-        raise UserError(f"MLFLOW_TRACKING_URI={uri}: that server has pages of its own; open it in a browser")
-    command = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1", "--host", host, "--port", str(port)]
+        shown = without_secrets(uri)
+        raise UserError(f"MLFLOW_TRACKING_URI={shown}: that server has pages of its own; open it in a browser")
+    command = ["mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
     command += ["--artifacts-destination", str(mlflow_artifacts(home))]
-    environment = os.environ | QUIET
+    # Not on the command line, which every user of the machine can read.
+    environment = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}
     return _start("MLflow", command, environment, home, local_url(port, host), "/health")
 
 
@@ -207,7 +220,7 @@ def ui(
     home.mkdir(parents=True, exist_ok=True)
     servers: list[Server] = []
     # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
-    before = {number: signal.signal(number, _as_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, as_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with one_start_at_a_time(home):
             mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
@@ -271,16 +284,18 @@ def _start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - only the main thread, alone, starts servers
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - only the main thread, alone, starts servers
         )
     return Server(name, process, url, url + health, log)
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Let the kernel send this process a signal when its parent is gone; for a child that is about to start."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
-def _as_interrupt(number: int, frame: object) -> None:
+def as_interrupt(number: int, frame: object) -> None:
+    """A signal handler: the signal is what Ctrl-C is."""
     raise KeyboardInterrupt
 
 
@@ -296,9 +311,15 @@ def _is_free(host: str, port: int, alone: bool) -> bool:
 
 
 def answers(address: str) -> bool:
-    """Whether an address answers a GET with 200 within seconds."""
+    """Whether an address answers a GET with 200 within seconds; a user and password in it are sent as such."""
+    scheme, _, rest = address.partition("://")
+    credentials, at, place = rest.rpartition("@")
+    request = urllib.request.Request(f"{scheme}://{place}")
+    if at:
+        told = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
+        request.add_header("Authorization", f"Basic {told}")
     try:
-        with urllib.request.urlopen(address, timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
@@ -312,7 +333,7 @@ def _signal(server: Server, number: signal.Signals) -> None:
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return without_secrets("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))
 
 
 def _say(text: str) -> None:

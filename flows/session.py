@@ -1,6 +1,7 @@
 """The servers a run talks to: a Prefect server of its own over the home, unless the user has a standing one."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -17,15 +18,17 @@ from flows.servers import (
     start_prefect,
     stop,
     wait_until_ready,
+    without_secrets,
 )
 
 HOST = "127.0.0.1"
+CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 DRAIN_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
-    """Make Prefect ready to be used in this process; yields the address of its pages.
+    """Make Prefect ready to be used in this process; yields the address of its pages, to be shown.
 
     A server is started in a process group of its own, so that Ctrl-C reaches only this process and the end of the run
     can still be recorded. With `PREFECT_API_URL` set by the user nothing is started.
@@ -42,11 +45,17 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
     os.environ.setdefault("PREFECT_RESULTS_LOCAL_STORAGE_PATH", str(home.resolve() / "prefect" / "storage"))
     # Errors reach the terminal as one message of ours; Prefect's pages keep the tracebacks.
     level = "INFO" if verbose else "CRITICAL"
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
+    os.environ.setdefault(CONSOLE_LEVEL, level)
+    with _warnings_shown(), _server(home) as pages:
+        yield pages
+
+
+@contextlib.contextmanager
+def _server(home: Path) -> Iterator[str]:
     standing = os.environ.get("PREFECT_API_URL")
     if standing:
         _expect_answer(standing)
-        yield standing.removesuffix("/api")
+        yield without_secrets(standing.removesuffix("/api"))
         return
     with one_start_at_a_time(home) as starting:
         server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
@@ -62,6 +71,23 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
             _end(server)
 
 
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Our own warnings still reach the terminal, which Prefect takes from every logger, at a level of its own."""
+    shown = logging.lastResort
+    if shown is None or os.environ[CONSOLE_LEVEL] != "CRITICAL":
+        yield
+        return
+    ours = [logging.getLogger(package) for package in ("flows", "evals", "stages", "experts")]
+    for logger in ours:
+        logger.addHandler(shown)
+    try:
+        yield
+    finally:
+        for logger in ours:
+            logger.removeHandler(shown)
+
+
 def _expect_answer(api: str) -> None:
     """Ask the user's own server for a sign of life, with the user's own settings of Prefect."""
     from prefect import get_client
@@ -70,8 +96,8 @@ def _expect_answer(api: str) -> None:
         fault = client.api_healthcheck()
     if fault is not None:
         raise UserError(
-            f"PREFECT_API_URL: {api} does not answer ({fault}); start that server, "
-            f"or unset the variable and a server is started for the run"
+            f"PREFECT_API_URL: {without_secrets(api)} does not answer ({without_secrets(str(fault))}); start that "
+            f"server, or unset the variable and a server is started for the run"
         )
 
 

@@ -8,6 +8,7 @@ says to MLflow: threads may speak at will, and a server that cannot be reached n
 
 import getpass
 import json
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from flows.lock import code_fingerprint, lock_path
 from flows.mlflow_writer import TAG_LENGTH, Writer, unsent_folder
 from flows.outbox import Outbox, send_left_over
 from flows.plan import EVALUATIONS, Node, StageGraph
-from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page
+from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page, without_secrets
 from flows.shifts import SHIFT
 from stages.core.checkpoint import Artifact, Store
 
@@ -89,7 +90,7 @@ class Tracker:
         if not self.run_id:
             return ""
         if self.writer.uri.startswith("http"):
-            return mlflow_run_page(self.writer.uri.rstrip("/"), self.writer.experiment, self.run_id)
+            return mlflow_run_page(without_secrets(self.writer.uri).rstrip("/"), self.writer.experiment, self.run_id)
         return f"{mlflow_run_page(local_url(MLFLOW_PORT), self.writer.experiment, self.run_id)} (after `mopd ui`)"
 
     @property
@@ -161,7 +162,7 @@ class Tracker:
     ) -> None:
         """Open a run known here as `ref` and log its parameters."""
         everywhere = {"home": str(self.store.home.resolve()), "token": self.token, "name": self.name}
-        everywhere["mlflow.user"] = _user()
+        everywhere |= {"host": os.uname().nodename, "mlflow.user": _user()}
         self.submit("run", ref=ref, name=name, parent=parent, tags={**everywhere, **tags}, time=now())
         flat = list(cards.flatten(params).items())
         for first in range(0, len(flat), BATCH_PARAMS):

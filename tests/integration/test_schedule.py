@@ -18,11 +18,9 @@ import yaml
 
 from stages.core.journal import read
 from tests.integration.test_pipeline import RUN
-from tests.processes import eventually
+from tests.processes import ended, eventually
 
 ROOT = Path(__file__).parents[2]
-PORTS = ("--mlflow-port", "5871", "--prefect-port", "4871")
-API = "http://127.0.0.1:4871/api"
 LONG = {"base": {"pretrain": {"max_steps": 4000, "save_every": 20}}}
 CANCEL_SECONDS = 10
 
@@ -53,6 +51,17 @@ class Site:
         self.environment = clean | {"MOPD_WEBHOOK": webhook}
         self.log = (folder / "log").open("wb")
         self.folder = folder
+        self.worker: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pages(self) -> str:
+        """Where Prefect's pages are; `mopd ui` chose the port."""
+        return json.loads((self.home / "servers" / "prefect.json").read_text())["url"]
+
+    @property
+    def client(self) -> dict[str, str]:
+        """The environment of a client of Prefect's."""
+        return self.environment | {"PREFECT_API_URL": f"{self.pages}/api", "PREFECT_HOME": str(self.home / "prefect")}
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command of `mopd` over the home, in a group of its own."""
@@ -78,7 +87,7 @@ class Site:
         body = "".join(f"    {line}\n" for line in script.splitlines())
         done = subprocess.run(
             [sys.executable, "-c", head + body],
-            env=self.environment | {"PREFECT_API_URL": API, "PREFECT_HOME": str(self.home / "prefect")},
+            env=self.client,
             capture_output=True,
             text=True,
             check=False,
@@ -101,8 +110,26 @@ class Site:
         return max((int(p.name.partition("-")[2]) for p in (self.home / "work").glob("*/progress/step-*")), default=0)
 
     def workers_of_stages(self) -> list[psutil.Process]:
-        """The stages' processes that work for this home."""
-        return [p for p in psutil.process_iter(["cmdline"]) if "flows.forkserver" in " ".join(p.info["cmdline"] or ())]
+        """The stages' processes that work for this home, not those of another test or person."""
+        return [
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if "flows.forkserver" in " ".join(process.info["cmdline"] or ())
+            and (process.info["environ"] or {}).get("MOPD_HOME") == str(self.home)
+        ]
+
+    def flow(self, run: str) -> psutil.Process:
+        """The process of a run, which Prefect's worker started."""
+        return next(
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if "prefect.engine" in (process.info["cmdline"] or ())
+            and (process.info["environ"] or {}).get("PREFECT__FLOW_RUN_ID") == run
+        )
+
+    def cancel(self, run: str) -> None:
+        """What Cancel on its page does."""
+        self.ask(f"client.set_flow_run_state({run!r}, Cancelling())\nprint('null')")
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +137,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     hook = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=hook.serve_forever, daemon=True).start()
     site = Site(tmp_path_factory.mktemp("site"), f"http://127.0.0.1:{hook.server_address[1]}/secret-token")
-    servers = site.start("ui", *PORTS)
-    worker = None
+    servers = site.servers = site.start("ui")
     try:
         eventually((site.home / "servers" / "prefect.json").exists, within=240)
         site.deployed = site.mopd("deploy", str(site.file), "--cron", "0 2 * * 1", "--timezone", "Europe/Berlin")
-        worker = site.start("worker")
+        site.worker = site.start("worker")
         yield site
     finally:
-        for process in (worker, servers):
+        for process in (site.worker, servers):
             if process is not None:
                 process.send_signal(signal.SIGINT)
                 process.wait(timeout=60)
@@ -127,13 +153,34 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def test_a_deployment_says_when_it_runs_and_where_to_look(site: Site) -> None:
     assert site.deployed.returncode == 0, site.deployed.stderr
-    assert "deployment mopd/tiny: http://127.0.0.1:4871/deployments/deployment/" in site.deployed.stdout
+    assert f"deployment mopd/tiny: {site.pages}/deployments/deployment/" in site.deployed.stdout
     assert site.deployed.stdout.count("  next: Monday ") == 3
     facts = site.ask(
         "print(json.dumps([deployment.global_concurrency_limit.limit, deployment.enforce_parameter_schema,"
         " deployment.schedules[0].active, deployment.schedules[0].schedule.cron]))"
     )
     assert facts == [1, True, True, "0 2 * * 1"]
+
+
+def test_nobody_else_on_the_network_reaches_the_pages(site: Site) -> None:
+    below = psutil.Process(site.servers.pid).children(recursive=True)
+    listening = {c.laddr.ip for p in below for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_paused_schedule_waits_for_somebody_and_is_kept(site: Site) -> None:
+    done = site.mopd("deploy", str(site.file), "name=resting", "--cron", "30 4 * * 2", "--paused")
+    assert done.returncode == 0 and "schedule: 30 4 * * 2 (UTC), paused" in done.stdout
+    look = (
+        "found = client.read_deployment_by_name('mopd/resting')\n"
+        "(each,) = found.schedules\n{}"
+        "(now,) = client.read_deployment(found.id).schedules\n"
+        "print(json.dumps([now.active, now.schedule.cron, now.schedule.timezone]))"
+    )
+    assert site.ask(look.format("")) == [False, "30 4 * * 2", "UTC"]
+    resume = "client.update_deployment_schedule(found.id, each.id, active=True)\n"
+    assert site.ask(look.format(resume)) == [True, "30 4 * * 2", "UTC"]
+    assert site.mopd("deploy", str(site.file), "name=resting", "--remove").returncode == 0
 
 
 def test_what_cannot_be_scheduled_is_said_without_a_traceback(site: Site) -> None:
@@ -162,7 +209,7 @@ def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoin
     first = site.begin(LONG)
     eventually(lambda: site.steps_saved() > 100, within=240)
     assert site.workers_of_stages()
-    site.ask(f"client.set_flow_run_state({first!r}, Cancelling())\nprint('null')")
+    site.cancel(first)
     started = time.monotonic()
     eventually(lambda: not site.workers_of_stages(), within=60)
     assert time.monotonic() - started < CANCEL_SECONDS
@@ -172,12 +219,46 @@ def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoin
 
     second = site.begin(LONG)
     eventually(lambda: site.steps_saved() > kept, within=240)
-    site.ask(f"client.set_flow_run_state({second!r}, Cancelling())\nprint('null')")
+    site.cancel(second)
     eventually(lambda: site.state(second) == "Cancelled", within=60)
     (journal,) = (site.home / "work").glob("*/journal.jsonl")
     steps = [record["step"] for record in read(journal) if record["kind"] == "progress"]
     # It went on where it had been: no step stands twice.
     assert len(steps) == len(set(steps)) and max(steps) > kept
+
+
+def test_a_run_that_outlived_its_worker_can_still_be_cancelled(site: Site) -> None:
+    run = site.begin(LONG)
+    eventually(site.workers_of_stages, within=240)
+    flow = site.flow(run)
+    assert site.worker is not None
+    (prefect,) = psutil.Process(site.worker.pid).children()
+    prefect.kill()
+    # Prefect's worker is started again, and knows nothing of the run.
+    eventually(lambda: [p for p in psutil.Process(site.worker.pid).children() if p.pid != prefect.pid], within=60)
+    assert site.state(run) == "Running" and flow.is_running()
+    site.cancel(run)
+    eventually(lambda: site.state(run) == "Cancelled", within=90)
+    eventually(lambda: ended(flow.pid) and not site.workers_of_stages())
+    assert site.worker.poll() is None
+
+
+def test_a_run_that_died_with_its_worker_does_not_keep_the_next_waiting(site: Site) -> None:
+    lost = site.begin(LONG)
+    eventually(site.workers_of_stages, within=240)
+    flow = site.flow(lost)
+    assert site.worker is not None
+    site.worker.kill()
+    site.worker.wait()
+    flow.kill()
+    eventually(lambda: ended(flow.pid) and not site.workers_of_stages())
+    assert site.state(lost) == "Running"
+    site.worker = site.start("worker")
+    following = site.begin(LONG)
+    eventually(lambda: site.state(lost) == "Crashed", within=120)
+    eventually(lambda: site.state(following) == "Running", within=120)
+    site.cancel(following)
+    eventually(lambda: site.state(following) == "Cancelled", within=60)
 
 
 def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(site: Site) -> None:
@@ -187,13 +268,20 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
     assert site.state(run) == "Completed"
     assert (site.home / "runs" / "tiny" / "champion.json").exists()
     (told,) = [each for each in Hook.heard if each["event"] == "promotion"]
-    assert told["run"] == "tiny" and "is champion" in told["text"] and run in told["flow_run"] and told["mlflow"]
+    # Which of the two came first is the worker's choice.
+    first = next(each for each in (run, other) if each in told["flow_run"])
+    assert told["run"] == "tiny" and f"/flow-run/{first}" in told["flow_run"]
+    assert "is champion" in told["text"] and told["mlflow"]
     page = site.ask(
         "from prefect.client.schemas.filters import ArtifactFilter\n"
         "print(json.dumps([a.data for a in client.read_artifacts() if 'in MLflow' in str(a.data)]))"
     )
     assert page and told["mlflow"].split()[0] in page[0]
-    # The second waited for the first, and found everything made.
+    from mlflow import MlflowClient
+
+    tracked = MlflowClient(f"sqlite:///{site.home / 'mlflow.db'}").search_runs(["1"], "attributes.status = 'FINISHED'")
+    assert told["flow_run"] in [each.data.tags.get("prefect") for each in tracked], "from MLflow to Prefect"
+    # One waited for the other, and found everything made.
     eventually(lambda: site.state(other) in ("Completed", "Failed", "Crashed"), within=240)
     assert site.state(other) == "Completed"
     ends = site.ask(
@@ -218,7 +306,7 @@ def test_the_deployments_of_a_team_are_declared_in_one_file(site: Site) -> None:
     folders = {"MOPD_HOME": str(site.home), "MOPD_CHECKOUT": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deploy/prefect.yaml"],
-        env=site.environment | folders | {"PREFECT_API_URL": API, "PREFECT_HOME": str(site.home / "prefect")},
+        env=site.client | folders,
         capture_output=True,
         text=True,
         cwd=ROOT,

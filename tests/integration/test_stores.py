@@ -5,6 +5,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,17 @@ from stages.core.mirror import mirror_of
 from tests.integration.test_pipeline import RUN
 from tests.processes import eventually
 
-S3_PORT, POSTGRES_PORT, MLFLOW_PORT, PREFECT_PORT = 5921, 5922, 5923, 5924
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody uses, all different."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+S3_PORT, POSTGRES_PORT, MLFLOW_PORT, PREFECT_PORT = _free_ports(4)
 BUCKET = "checkpoints"
 STORE = f"s3://{BUCKET}/team"
 S3 = {

@@ -1,6 +1,7 @@
 """What a run leaves in MLflow, on a real SQLite store and against a server that does not answer."""
 
 import json
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ from evals.gate import Criterion, Verdict
 from flows.champion import promote_by_gate
 from flows.lock import write_lock
 from flows.mlflow_models import NOTE
+from flows.mlflow_writer import Writer
+from flows.outbox import Doubtful, Rejected, Unreachable
 from flows.plan import Node, StageGraph
 from flows.tracking import Tracker
 from stages.core.checkpoint import Artifact, Store
@@ -220,6 +223,47 @@ def test_a_run_whose_process_died_is_marked_killed_at_the_next_start(tracked):
     after = Tracker.start(graph, home, "name: lab\n")
     after.finish("FINISHED", None, None)
     assert tracked["client"].get_run(dead.run_id).info.status == "KILLED"
+
+
+def test_a_run_of_another_host_whose_home_has_the_same_path_is_let_be(tracked, monkeypatch):
+    home, graph = tracked["home"], tracked["graph"]
+    here = os.uname()
+    elsewhere = os.uname_result((here.sysname, "elsewhere", here.release, here.version, here.machine))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "uname", lambda: elsewhere)
+        distant = Tracker.start(graph, home, "name: lab\n")
+    # Its locks are on the other host's disk.
+    distant.outbox._owned.release()
+    Tracker.start(graph, home, "name: lab\n").finish("FINISHED", None, None)
+    assert tracked["client"].get_run(distant.run_id).info.status == "RUNNING"
+
+
+def test_what_an_error_of_the_server_means_for_an_operation(tracked):
+    writer: Writer = tracked["tracker"].writer
+    ids = dict(tracked["tracker"].outbox.ids)
+    for operation, kind in (
+        ({"op": "tag", "ref": "run", "name": "", "value": "x"}, Rejected),
+        ({"op": "tag", "ref": "gone", "name": "a", "value": "x"}, Rejected),
+        # Of a later version of this program, or an artifact store's own error.
+        ({"op": "unheard_of"}, Doubtful),
+        ({"op": "text", "ref": "run", "file": "a/../../b", "text": 3}, Doubtful),
+    ):
+        with pytest.raises((Rejected, Unreachable)) as caught:
+            writer(operation, ids)
+        assert caught.type is kind, operation
+
+
+def test_what_never_was_a_tracking_server_is_waited_for(tracked, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://nowhere")
+    with pytest.raises(Unreachable) as caught:
+        Writer(Store(tmp_path))({"op": "tag", "ref": "run", "name": "a", "value": "x"}, {"run": "1"})
+    assert caught.type is Unreachable
+
+
+def test_the_run_in_mlflow_leads_to_the_flow_run(tracked):
+    tracker = Tracker.start(tracked["graph"], tracked["home"], "name: lab\n", "http://prefect/runs/flow-run/7")
+    tracker.finish("FINISHED", None, None)
+    assert tracked["client"].get_run(tracker.run_id).data.tags["prefect"] == "http://prefect/runs/flow-run/7"
 
 
 def test_stages_may_speak_from_several_threads(tracked):
