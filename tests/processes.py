@@ -1,10 +1,27 @@
-"""Looking at processes from a test."""
+"""Looking at processes from a test, and servers that stand while it looks."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+from flows import servers
+
+HOST = "127.0.0.1"
+
+
+@contextlib.contextmanager
+def standing(start: Callable[[Path, str, int], servers.Server], home: Path, port: int) -> Iterator[servers.Server]:
+    """MLflow's or Prefect's server over a home, at the first free port from this one on; gone afterwards."""
+    with contextlib.ExitStack() as held:
+        with servers.one_start_at_a_time(home):
+            server = start(home, HOST, servers.choose_port(HOST, port, "a test's server"))
+            held.callback(servers.stop, [server])
+            servers.wait_until_ready(server)
+        yield server
 
 
 def eventually(condition: Callable[[], Any], within: float = 60.0) -> Any:

@@ -19,7 +19,7 @@ from prefect.states import Cancelling, Completed, Pending, Running, State
 from flows import orphans, servers
 from flows.deploy import _look
 from flows.orphans import Lookout, Processes, mark_crashed_runs, run_tags, start_of, worker_name
-from tests.processes import eventually
+from tests.processes import eventually, standing
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
 
@@ -32,18 +32,11 @@ def nothing() -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
     home = tmp_path_factory.mktemp("home")
-    with servers.one_start_at_a_time(home):
-        server = servers.start_prefect(home, "127.0.0.1", servers.choose_port("127.0.0.1", 23700, "Prefect"))
-        try:
-            servers.wait_until_ready(server)
-        except BaseException:
-            servers.stop([server])
-            raise
-    try:
-        with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}):
-            yield server
-    finally:
-        servers.stop([server])
+    with (
+        standing(servers.start_prefect, home, 23700) as server,
+        temporary_settings({PREFECT_API_URL: f"{server.url}/api"}),
+    ):
+        yield server
 
 
 @pytest.fixture

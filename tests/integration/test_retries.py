@@ -16,6 +16,7 @@ from flows.plan import Node, build_graph
 from flows.tasks import Job, task_of
 from flows.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR
 from tests.integration.test_launch import RUN
+from tests.processes import standing
 
 RETRIES = 2
 
@@ -36,18 +37,12 @@ class Making:
 @pytest.fixture(scope="module")
 def making(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Making]:
     home = tmp_path_factory.mktemp("home")
-    with servers.one_start_at_a_time(home):
-        server = servers.start_prefect(home, "127.0.0.1", servers.choose_port("127.0.0.1", 23900, "Prefect"))
-        try:
-            servers.wait_until_ready(server)
-        except BaseException:
-            servers.stop([server])
-            raise
-    try:
-        with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}), Launcher(home, ResourcesConfig()) as launcher:
-            yield Making(home, launcher)
-    finally:
-        servers.stop([server])
+    with (
+        standing(servers.start_prefect, home, 23900) as server,
+        temporary_settings({PREFECT_API_URL: f"{server.url}/api"}),
+        Launcher(home, ResourcesConfig()) as launcher,
+    ):
+        yield Making(home, launcher)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from flows.notify import NotifyConfig
 from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
 from tests.lineage_home import lab_graph
+from tests.processes import standing
 from tests.scored_home import run_file
 
 SECRET = "nobody-may-see-this"
@@ -118,28 +119,18 @@ def test_the_database_of_mlflows_server_is_not_on_its_command_line(clean, tmp_pa
     """And what a run leaves in MLflow, when the server's address has a password in it."""
     database = tmp_path / f"{SECRET}.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    with servers.one_start_at_a_time(tmp_path):
-        port = servers.choose_port("127.0.0.1", 23800, "MLflow")
-        server = servers.start_mlflow(tmp_path, "127.0.0.1", port)
-        try:
-            servers.wait_until_ready(server)
-        except BaseException:
-            servers.stop([server])
-            raise
-    try:
+    with standing(servers.start_mlflow, tmp_path, 23800) as server:
         assert database.exists()
         leader = psutil.Process(server.process.pid)
         lines = [" ".join(process.cmdline()) for process in [leader, *leader.children(recursive=True)]]
         assert len(lines) > 1 and not any(SECRET in line for line in lines)
 
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("://", f"://me:{SECRET}@"))
         tracker = tracking.Tracker.start(lab_graph(), tmp_path / "home", "name: lab\n")
         tracker.finish("FINISHED", None, None)
-        assert tracker.url.startswith(f"http://127.0.0.1:{port}/#/experiments/")
+        assert tracker.url.startswith(f"{server.url}/#/experiments/")
         run = tracker.writer.client.get_run(tracker.run_id)
         assert run.info.status == "FINISHED" and SECRET not in str(run.to_dictionary())
-    finally:
-        servers.stop([server])
     late = tracking.Tracker.start(lab_graph(), tmp_path / "home", "name: lab\n")
     assert late.outbox.close() > 0 and "does not answer" in caplog.text
     said = capfd.readouterr()
