@@ -99,6 +99,7 @@ def test_restarts_of_long_ago_are_forgiven(fork_server, tmp_path):
         os.kill(group(servers)[0], signal.SIGKILL)
         eventually(lambda: (servers.tend(), server.restarts == 1)[1])
         eventually(lambda: up(servers))
+        assert len(server.recent) == 1
 
 
 def test_a_server_that_never_answered_is_not_started_again(fork_server, tmp_path):
