@@ -23,6 +23,8 @@ from stages.core.checkpoint import Store
 BYTES = 4
 # A process with torch and transformers in it.
 PROCESS_BYTES = 450 * 2**20
+# API server, engine and worker of a vLLM server, before any weights.
+SERVER_BYTES = 2 * 2**30
 ACTIVATIONS_PER_HIDDEN = 17
 # Logits of a chunk, their log-probabilities and gradient.
 LOGIT_COPIES, CHUNK_TOKENS = 3, 1024
@@ -128,12 +130,40 @@ def _parts(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
         "logits": LOGIT_COPIES * CHUNK_TOKENS * shape.vocabulary * BYTES,
     }
     if node.stage == "distill" and config.get("teacher_backend", "local") == "local":
-        full = {graph.node(parent).key for role, parent in node.parents.items() if role.startswith("teacher/")}
-        parts["teachers"] = min(len(full), int(config.get("max_resident", 1))) * shape.parameters * BYTES
+        teachers = min(len(_teachers(graph, node)), int(config.get("max_resident", 1)))
+        parts["teachers"] = teachers * shape.parameters * BYTES
     if "prompts_per_step" in config:
-        rows = int(config["prompts_per_step"]) * int(config["group_size"])
-        parts["sampler's cache"] = 2 * rows * int(config["max_new_tokens"]) * shape.layers * shape.hidden * BYTES
+        parts |= _sampling(graph, node, shape)
     return parts
+
+
+def _sampling(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
+    """Of whoever draws completions, and of servers that share this machine's memory with the stage."""
+    config, resources = node.config, graph.config.resources
+    rows = int(config["prompts_per_step"]) * int(config["group_size"])
+    cache = 2 * rows * int(config["max_new_tokens"]) * shape.layers * shape.hidden * BYTES
+    backend = config.get("sampler", {}).get("backend")
+    if backend not in ("vllm", "vllm_server"):
+        parts = {"sampler's cache": cache}
+    elif backend == "vllm":
+        # Its own copy of the weights, also of those that it sleeps without.
+        parts = {"vLLM's weights and cache": shape.parameters * BYTES + cache}
+    else:
+        parts = {}
+    if resources.gpus:
+        return parts
+    server = SERVER_BYTES + shape.parameters * BYTES
+    if backend == "vllm_server" and not resources.rollout_servers.urls:
+        parts["rollout servers"] = resources.rollout_servers.count * (server + cache)
+    if config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
+        # One for each full teacher; adapters of one base share theirs, so there may be fewer.
+        parts["teacher servers"] = len(_teachers(graph, node)) * server
+    return parts
+
+
+def _teachers(graph: StageGraph, node: Node) -> set[str]:
+    """Content keys of a merge's teachers."""
+    return {graph.node(parent).key for role, parent in node.parents.items() if role.startswith("teacher/")}
 
 
 def _step_tokens(config: Mapping[str, Any]) -> int:

@@ -53,6 +53,27 @@ def test_a_model_of_eight_billion_needs_what_it_needs(file: Path, home: Path) ->
     assert found["student@0"].total > found["experts/sort@0"].total
 
 
+def test_vllm_needs_weights_of_its_own_and_servers_share_the_machine(file: Path, home: Path) -> None:
+    store = Store(home)
+    large(graph_of(file, home), 8_000_000_000, store)
+
+    def parts(node: str, *overrides: str) -> dict[str, int]:
+        graph = graph_of(file, home, *overrides)
+        return dict(next(n for n in needs(graph, store, [graph.node(node)])).parts)
+
+    weights, cache = 32_000_000_000, parts("student@0")["sampler's cache"]
+    assert parts("student@0", "resources.sampler=vllm")["vLLM's weights and cache"] == weights + cache
+    servers = ("resources.sampler=vllm_server", "resources.rollout_servers.count=2")
+    asked = ("merge.teacher_backend=vllm_server", "merge.objective={top_k: {k: 5}}")
+    served = parts("student@0", *servers, *asked)
+    assert served["rollout servers"] == 2 * (memory.SERVER_BYTES + weights + cache)
+    assert served["teacher servers"] == 3 * (memory.SERVER_BYTES + weights)
+    assert not {"sampler's cache", "teachers"} & served.keys()
+    # Given by their address they take nothing of this machine, as far as it can know.
+    url = "resources.rollout_servers.urls=['http://127.0.0.1:9']"
+    assert "rollout servers" not in parts("student@0", *servers, url)
+
+
 def test_adapters_shards_and_few_resident_teachers_need_less(file: Path, home: Path) -> None:
     store = Store(home)
     for gpus in (0, 4):
