@@ -123,14 +123,25 @@ def remove_expert(path: Path, name: str, home: Path, *, with_domain: bool) -> li
         raise UserError(f"{path}: experts.{name} stands in {document.get('extends')}, which this file extends")
     domain = config.experts[name].domain
     del document["experts"][name]
-    said = [f"experts.{name}: removed; its checkpoint stays in the store: mopd lineage shows it by its key"]
+    said = [f"experts.{name}: removed; its checkpoint stays in the store, {_where(config, name, home)}"]
     said += _unroute(document, name, domain, any(e.domain == domain for n, e in config.experts.items() if n != name))
     if with_domain:
         if domain not in (document.get("domains") or {}):
             raise UserError(f"{path}: domains.{domain} stands in {document.get('extends')}, which this file extends")
         del document["domains"][domain]
         said.append(f"domains.{domain}: removed")
+    elif domain in (document.get("domains") or {}):
+        said.append(f"domains.{domain}: stays, and is measured; --with-domain takes it out too")
     return [*said, *_replace(path, document, home)]
+
+
+def _where(config: RunConfig, name: str, home: Path) -> str:
+    """The commands that show a former expert's lineage, one for each seed."""
+    from flows.plan import build_graph
+
+    graph = build_graph(config, home)
+    keys = [node.key for node in graph.checkpoints if node.name == f"experts/{name}"]
+    return "and its lineage is shown by " + ", ".join(f"`mopd lineage {key}`" for key in keys)
 
 
 def _domain(path: Path, config: RunConfig, asked: NewExpert) -> tuple[str, dict[str, Any] | None]:

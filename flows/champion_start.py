@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.errors import UserError
-from flows.config import CHAMPION, RunConfig
+from flows.config import CHAMPION, STUDENT, RunConfig
 from flows.lock import lock_path, read_json
 from stages.core.checkpoint import Artifact, Store, write_whole
 
@@ -147,11 +147,11 @@ def pin_note(graph: "StageGraph", store: Store) -> list[str]:
 
 
 def savings(graph: "StageGraph", store: Store) -> list[str]:
-    """What an incremental merge cost beside the full one at the head of its champion's chain; empty for other runs."""
+    """What an incremental merge cost beside the newest full one from the same start; empty for other runs."""
     merge = graph.config.merge
     if merge is None or merge.start_from != CHAMPION:
         return []
-    student = next((store.find(node.key) for node in graph.checkpoints if node.name == "student"), None)
+    student = next((store.find(node.key) for node in graph.checkpoints if node.name == STUDENT), None)
     full = _full_merge(store.find(graph.node(CHAMPION).key), store)
     if student is None or full is None:
         return []
@@ -159,19 +159,32 @@ def savings(graph: "StageGraph", store: Store) -> list[str]:
     reused = [node for node in graph.checkpoints if node.name.startswith("experts/") and not _new(node, student, store)]
     kept = sum(float(artifact.manifest["seconds"]) for node in reused if (artifact := store.find(node.key)))
     return [
-        f"merged from the champion: {told[0]}; the last merge that did not start from a champion took {told[1]}; "
-        f"{len(reused)} experts older than it were reused ({kept:,.0f} s)"
+        f"merged from the champion: {told[0]}; the last full merge, of {_teachers(full)} teachers, took {told[1]}; "
+        f"{len(reused)} experts made before that champion were reused ({kept:,.0f} s)"
     ]
 
 
 def _full_merge(artifact: Artifact | None, store: Store) -> Artifact | None:
-    """The merge at the head of a chain of merges that start from one another."""
-    full = None
+    """The newest student made from the start that a champion's chain of merges began with."""
+    head = None
     while artifact is not None and artifact.manifest.get("stage") == "distill":
-        full = artifact
-        start = artifact.manifest.get("parents", {}).get("start")
-        artifact = store.find(start["key"]) if start else None
-    return full
+        head = artifact
+        artifact = store.find(_start(artifact))
+    if head is None:
+        return None
+    alike = [each for each in store.artifacts() if each.name == head.name and _start(each) == _start(head)]
+    return max(alike, key=lambda each: float(each.manifest["created"]), default=head)
+
+
+def _start(artifact: Artifact) -> str:
+    """Content key of what a checkpoint started from; empty where it started from nothing."""
+    return str(artifact.manifest.get("parents", {}).get("start", {}).get("key", ""))
+
+
+def _teachers(artifact: Artifact) -> int:
+    """How many checkpoints taught it."""
+    parents = artifact.manifest.get("parents", {})
+    return len({parent["key"] for role, parent in parents.items() if role.startswith("teacher/")})
 
 
 def _new(node: "Node", student: Artifact, store: Store) -> bool:

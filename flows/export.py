@@ -60,7 +60,7 @@ def export(
         parameters = export_weights(artifact, store, temporary, dtype)
         found = rows(store, [artifact.key])
         (temporary / LINEAGE).write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
-        (temporary / CARD).write_text(model_card(artifact, found, folder.name), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(artifact, found, _title(artifact, reference)), encoding="utf-8")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,6 +68,13 @@ def export(
     if push is not None:
         said.append(f"pushed to {_push(folder, push, public)}")
     return said
+
+
+def _title(artifact: Artifact, reference: str) -> str:
+    """A name for the model: what it was asked for by, or its own and its digest where that was a content key."""
+    if ":" in reference or not artifact.key.startswith(reference):
+        return reference.replace(":", "-").replace("/", "-").replace("@", "-")
+    return f"{artifact.name.replace('/', '-')}-{artifact.digest[:SHORT]}"
 
 
 def model_card(artifact: Artifact, lineage: Sequence[Row], name: str) -> str:
@@ -119,10 +126,18 @@ def _use(artifact: Artifact) -> str:
     prompt = (
         "chat messages, rendered by the tokenizer's chat template" if chat else "plain text; there is no chat template"
     )
+    encoded = (
+        'tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, '
+        'return_tensors="pt", return_dict=True)'
+        if chat
+        else 'tokenizer(prompt, return_tensors="pt")'
+    )
     return (
         f"## Use\n\nPrompts are {prompt}.\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
+        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f'prompt = "…"\ninputs = {encoded}\noutput = model.generate(**inputs, max_new_tokens=64, do_sample=False)\n'
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n\n'
         "```sh\nvllm serve .\n```"
     )
 

@@ -118,21 +118,20 @@ def resolve(store: Store, reference: str) -> list[str]:
 
 
 def resolve_one(store: Store, reference: str) -> Artifact:
-    """Find the one checkpoint a person means; a run's name stands for its champion, where it has one.
+    """Find the one checkpoint a person means.
 
     Raises:
         UserError: as `resolve`; or several checkpoints are meant, or the one is not made yet.
     """
-    from flows.champion import read_history
-
     keys = resolve(store, reference)
-    if ":" not in reference and read_history(store, reference):
-        keys = resolve(store, f"{reference}:{CHAMPION}")
     if len(keys) > 1:
         found = ", ".join(
             f"{key} (seed {artifact.manifest.get('seed')})" for key in keys if (artifact := store.find(key))
         )
-        raise UserError(f"{reference}: stands for {len(keys)} checkpoints; name one of {found or ', '.join(keys)}")
+        crown = "" if ":" in reference else f", or {reference}:{CHAMPION}"
+        raise UserError(
+            f"{reference}: stands for {len(keys)} checkpoints; name one of {found or ', '.join(keys)}{crown}"
+        )
     artifact = store.find(keys[0])
     if artifact is None:
         raise UserError(f"{reference}: not made yet; `mopd run` makes it")

@@ -4,6 +4,7 @@ Import this module only after `flows.session.open_session` has set Prefect's env
 """
 
 import contextlib
+import os
 import queue
 import signal
 import sys
@@ -20,9 +21,10 @@ from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled, Failed, State
 from rich.console import Console
 
+from experts.errors import UserError
 from flows.check import deep_check
 from flows.closing import Outcome, conclude
 from flows.config import RunConfig
@@ -30,7 +32,7 @@ from flows.gc import plan_lock
 from flows.launch import Launcher
 from flows.lock import write_lock
 from flows.notify import notify, owe_promotions, tell_promotions
-from flows.orphans import FLOW, claim_flow_run, mark_crashed_runs, outlive_worker
+from flows.orphans import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, outlive_worker
 from flows.parameters import Changes, as_overrides
 from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
@@ -86,11 +88,22 @@ def pipeline(
 
     Raises:
         CancelledRun: the run was stopped from outside.
-        UserError: a mistake in the run file, or data that does not suffice.
+        UserError: a mistake in the run file, or data that does not suffice. Of a run that a worker began this is, as
+            the next, no exception but its state, which Prefect's page shows without a traceback.
         PipelineFailedError: one or more nodes failed.
     """
-    path, root = Path(run_file), Path(home)
-    config = load_run_file(path, [*(overrides or []), *as_overrides(changes or {})], max_steps)
+    try:
+        return _run(Path(run_file), Path(home), [*(overrides or []), *as_overrides(changes or {})], max_steps, plain)
+    except (UserError, PipelineFailedError) as error:
+        if RUN_VARIABLE not in os.environ:
+            raise
+        said = without_secrets(str(error))
+        get_run_logger().error("%s", said)
+        return cast(Outcome, Failed(message=said))
+
+
+def _run(path: Path, root: Path, overrides: list[str], max_steps: int | None, plain: bool) -> Outcome:
+    config = load_run_file(path, overrides, max_steps)
     claim_flow_run(config.name)
     outlive_worker(root / "runs" / config.name / OUTPUT_FILE)
     with interruptible(), told(config), one_at_a_time(Store(root), config.name):

@@ -52,7 +52,7 @@ def test_an_added_expert_costs_itself_the_merge_and_the_evaluations(tmp_path: Pa
     # What was there is scored on the new domain, which nobody has seen of it yet.
     assert {"eval/base@0", "eval/experts/sort@0", "eval/experts/double@0", "eval/student@0"} <= jobs
     assert {path: (hash_file(path), path.stat().st_mtime_ns) for path in files} == before
-    assert "merged from the champion:" in run.stdout and "2 experts older than it were reused" in run.stdout
+    assert "merged from the champion:" in run.stdout and "2 experts made before that champion were reused" in run.stdout
 
     student = store.get(bench.key("student@0", FROM_CHAMPION))
     assert student.manifest["parents"]["start"]["key"] == champion

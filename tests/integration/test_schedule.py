@@ -321,3 +321,20 @@ def test_the_deployments_of_a_team_are_declared_in_one_file(site: Site) -> None:
     )
     parameters = {"run_file": "flows/runs/lab.yaml", "home": str(site.home), "plain": True}
     assert facts == ["0 2 * * 1", parameters, True, 1, True]
+
+
+def test_a_schedule_begins_runs_by_itself(site: Site) -> None:
+    done = site.mopd("deploy", str(site.file), "name=ticking", "--cron", "* * * * *")
+    assert done.returncode == 0, done.stderr
+    look = (
+        "from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId\n"
+        "found = client.read_deployment_by_name('mopd/ticking')\n"
+        "mine = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[found.id]))\n"
+        "runs = client.read_flow_runs(flow_run_filter=mine)\n"
+        "print(json.dumps([[str(run.id), run.auto_scheduled, run.state.name] for run in runs]))"
+    )
+    begun = eventually(lambda: [run for run in site.ask(look) if run[2] not in ("Scheduled", "Late")], within=180)
+    assert [run[1] for run in begun] == [True]
+    eventually(lambda: site.state(begun[0][0]) in ("Completed", "Failed", "Crashed"), within=240)
+    assert site.state(begun[0][0]) == "Completed"
+    assert site.mopd("deploy", str(site.file), "name=ticking", "--remove").returncode == 0

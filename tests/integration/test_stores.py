@@ -104,7 +104,7 @@ def postgres(clean: dict[str, str]) -> Iterator[None]:
 def servers(postgres: None, clean: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """MLflow's and Prefect's servers over PostgreSQL, as `deploy/README.md` starts them."""
     folder = tmp_path_factory.mktemp("servers")
-    mlflow = ["mlflow", "server", "--backend-store-uri", f"postgresql:{DATABASE}/mlflow", "--workers", "1"]
+    mlflow = ["mlflow", "server", "--backend-store-uri", f"postgresql+psycopg:{DATABASE}/mlflow", "--workers", "1"]
     mlflow += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(MLFLOW_PORT)]
     prefect = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(PREFECT_PORT)]
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}

@@ -97,7 +97,12 @@ def test_what_the_incremental_merge_saved_is_said(file: Path, home: Path, first:
     graph = graph_of(file, home, FROM_CHAMPION)
     store = finish(graph, home, SHARES | {"champion": 0.8})
     (line,) = savings(graph, store)
-    assert "merged from the champion: 1 s and 100 tokens" in line and "2 experts older than it were reused" in line
+    assert "merged from the champion: 1 s and 100 tokens; the last full merge, of 3 teachers, took 1 s" in line
+    assert "2 experts made before that champion were reused" in line
+    # A full merge that was made since is the one to compare with.
+    with_one = graph_of(file, home, "merge.anchor={domains: []}")
+    finish(with_one, home)
+    assert "the last full merge, of 2 teachers, took" in savings(graph, store)[0]
     assert savings(graph_of(file, home), store) == []
 
 

@@ -128,8 +128,10 @@ def test_a_name_stands_for_one_checkpoint_or_is_refused(tmp_path: Path) -> None:
         resolve_one(store, "tiny")
     with pytest.raises(UserError, match="tiny:champion: run 'tiny' has no champion yet"):
         resolve_one(store, "tiny:champion")
-    assert crown(graph, store, "baselines/ties") == resolve_one(store, "tiny").key
+    assert crown(graph, store, "baselines/ties") == resolve_one(store, "tiny:champion").key
     assert resolve(store, "tiny:champion") == [graph.node("baselines/ties@0").key]
+    # The run's own name is its student to every command, whoever is champion.
+    assert resolve_one(store, "tiny:student@0").key in resolve(store, "tiny")
 
 
 def test_the_flowchart_has_every_checkpoint_and_every_role(home: Path, students: tuple[str, str]) -> None:
