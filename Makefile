@@ -58,8 +58,9 @@ setup-browser:
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
+# Two at a time, for much of them waits for servers; a file's tests stay together, for they share those.
 test: setup setup-vllm setup-harness setup-stores setup-browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Fifty kills at random moments; docs/reliability.md has the figures.
 chaos: setup
