@@ -28,6 +28,8 @@ SERVER_BYTES = 2 * 2**30
 ACTIVATIONS_PER_HIDDEN = 17
 # Logits of a chunk, their log-probabilities and gradient.
 LOGIT_COPIES, CHUNK_TOKENS = 3, 1024
+# Taken for a row of SFT and a prompt, for a stage whose batch is smaller than a micro-batch.
+ROW_TOKENS, PROMPT_TOKENS = 1024, 512
 ROOM = 0.9
 SHOWN_BYTES = 2**24
 NARROW_SHARE = 0.6
@@ -91,7 +93,7 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     """
     found = needs(graph, store, missing)
     resources = graph.config.resources
-    have, place = _memory(resources.gpus)
+    have, free, place = _memory(resources.gpus)
     if not found or not have:
         return [], []
     problems = [
@@ -107,6 +109,8 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
         )
     elif not problems and found[0].total > ROOM * have:
         warnings.append(f"{found[0]}: nearly all of {place}'s {have / 2**30:.1f} GiB")
+    elif not problems and found[0].total > free:
+        warnings.append(f"{found[0]}: more than the {free / 2**30:.1f} GiB that others leave of {place}'s just now")
     return problems, warnings
 
 
@@ -167,10 +171,13 @@ def _teachers(graph: StageGraph, node: Node) -> set[str]:
 
 
 def _step_tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of one step at most, as far as the settings say."""
+    """Tokens of one step, as far as the settings say; how long prompts are they do not."""
     if "batch_tokens" in config:
         return int(config["batch_tokens"])
-    return int(config.get("micro_batch_tokens", 0))
+    if "batch_size" in config:
+        return int(config["batch_size"]) * ROW_TOKENS
+    rows = int(config.get("prompts_per_step", 0)) * int(config.get("group_size", 1))
+    return rows * (PROMPT_TOKENS + int(config.get("max_new_tokens", 0)))
 
 
 def _adapter_parameters(shape: Shape, rank: int) -> int:
@@ -245,17 +252,21 @@ def _peaks(store: Store) -> dict[tuple[str, int], int]:
     return peaks
 
 
-def _memory(gpus: int) -> tuple[int, str]:
-    """Memory one stage may have, and whose it is; 0 where nothing tells."""
+def _memory(gpus: int) -> tuple[int, int, str]:
+    """Memory one stage may have, what of it is free just now, and whose it is; 0 where nothing tells.
+
+    A device is leased to one stage at a time, so what lies on it now says nothing of then.
+    """
     if not gpus:
-        return psutil.virtual_memory().available, "this machine"
+        memory = psutil.virtual_memory()
+        return memory.total, memory.available, "this machine"
     asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        return 0, ""
+        return 0, 0, ""
     sizes = [int(size) * 2**20 for size in told if size.isdigit()]
-    return (min(sizes), "a GPU") if sizes and host_devices() else (0, "")
+    return (min(sizes), min(sizes), "a GPU") if sizes and host_devices() else (0, 0, "")
 
 
 def _advice(graph: StageGraph, need: Need) -> str:

@@ -96,20 +96,24 @@ def test_what_does_not_fit_is_named_with_what_would_help(
     graph, store = graph_of(file, home), Store(home)
     large(graph, 8_000_000_000, store)
     missing = [node for node in graph.checkpoints if node.id != "base@0"]
-    monkeypatch.setattr(memory, "_memory", lambda gpus: (24 * GIB, "this machine"))
+    monkeypatch.setattr(memory, "_memory", lambda gpus: (24 * GIB, 24 * GIB, "this machine"))
     problems, _ = fit(graph, store, missing)
     assert any(line.startswith("student@0: about ") and "this machine has 24.0 GiB: " in line for line in problems)
     assert "lower max_resident" in problems[0] and "train adapters (lora)" in problems[0]
-    monkeypatch.setattr(memory, "_memory", lambda gpus: (10_000 * GIB, "this machine"))
+    monkeypatch.setattr(memory, "_memory", lambda gpus: (10_000 * GIB, 10_000 * GIB, "this machine"))
     assert fit(graph, store, missing) == ([], [])
     largest = needs(graph, store, missing)[0].total
-    monkeypatch.setattr(memory, "_memory", lambda gpus: (largest + GIB, "this machine"))
+    # Enough in all, and others hold it just now: a warning, for they may be gone by then.
+    monkeypatch.setattr(memory, "_memory", lambda gpus: (10_000 * GIB, GIB, "this machine"))
+    problems, (warning,) = fit(graph_of(file, home, "resources.parallel_experts=1"), store, missing)
+    assert problems == [] and "more than the 1.0 GiB that others leave of this machine's just now" in warning
+    monkeypatch.setattr(memory, "_memory", lambda gpus: (largest + GIB, largest + GIB, "this machine"))
     problems, warnings = fit(graph_of(file, home, "resources.parallel_experts=3"), store, missing)
     assert problems == [] and "lower resources.parallel_experts" in warnings[0]
 
 
 def test_a_check_refuses_a_run_that_cannot_fit(file: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_memory", lambda gpus: (GIB // 8, "this machine"))
+    monkeypatch.setattr(memory, "_memory", lambda gpus: (GIB // 8, GIB // 8, "this machine"))
     done = CliRunner().invoke(app, ["plan", str(file), "--home", str(home), "--check"])
     assert done.exit_code == 2 and "GiB: set gradient_checkpointing" in done.output
 
