@@ -96,8 +96,7 @@ def champion_facts(artifact: Artifact, store: Store, start: tuple[str, str]) -> 
 def _descends(artifact: Artifact | None, store: Store, start: str) -> bool:
     """Whether a checkpoint's chain of starts leads to another."""
     while artifact is not None and artifact.key != start:
-        parents: Mapping[str, Any] = artifact.manifest.get("parents", {})
-        artifact = store.find(parents["start"]["key"]) if "start" in parents else None
+        artifact = _started_from(artifact, store)
     return artifact is not None
 
 
@@ -169,16 +168,23 @@ def _full_merge(artifact: Artifact | None, store: Store) -> Artifact | None:
     head = None
     while artifact is not None and artifact.manifest.get("stage") == "distill":
         head = artifact
-        artifact = store.find(_start(artifact))
+        artifact = _started_from(artifact, store)
     if head is None:
         return None
-    alike = [each for each in store.artifacts() if each.name == head.name and _start(each) == _start(head)]
+    alike = [each for each in store.artifacts() if each.name == head.name and _start_key(each) == _start_key(head)]
     return max(alike, key=lambda each: float(each.manifest["created"]), default=head)
 
 
-def _start(artifact: Artifact) -> str:
-    """Content key of what a checkpoint started from; empty where it started from nothing."""
-    return str(artifact.manifest.get("parents", {}).get("start", {}).get("key", ""))
+def _start_key(artifact: Artifact) -> str | None:
+    """Content key of what a checkpoint started from; None where it started from nothing."""
+    key: str | None = artifact.manifest.get("parents", {}).get("start", {}).get("key")
+    return key
+
+
+def _started_from(artifact: Artifact, store: Store) -> Artifact | None:
+    """What a checkpoint started from; None where it started from nothing, or that is no longer in the store."""
+    key = _start_key(artifact)
+    return store.find(key) if key else None
 
 
 def _teachers(artifact: Artifact) -> int:
@@ -189,6 +195,6 @@ def _teachers(artifact: Artifact) -> int:
 
 def _new(node: "Node", student: Artifact, store: Store) -> bool:
     """Whether an expert was made after the champion that the student starts from."""
-    champion = store.find(student.manifest["parents"]["start"]["key"])
+    champion = _started_from(student, store)
     expert = store.find(node.key)
     return bool(champion and expert and expert.manifest["created"] > champion.manifest["created"])

@@ -155,8 +155,8 @@ class Site:
         return True
 
     def supervise(self) -> None:
-        """Start a worker again that ended by itself, as `Restart=always` does: Prefect's gives up when its server was
-        away for long."""
+        """Start a worker again that ended by itself, as `Restart=always` does: one that starts while its server is away
+        says so and ends."""
         if self.worker is not None and self.worker.poll() is not None:
             self.start("worker")
 

@@ -157,11 +157,10 @@ class RemoteSampler:
             FloatingPointError: a log-probability is no number.
         """
         total, tokens, most, name = 0.0, 0, -1.0, self._served_name()
-        asked = samples[: MEASURED_ROWS * len(self.servers)]
-        for drawn, server in zip(asked, itertools.cycle(self.servers), strict=False):
+        servers = [server for server in self.servers if self._is_current(server)]
+        asked = samples[: MEASURED_ROWS * len(servers)]
+        for drawn, server in zip(asked, itertools.cycle(servers), strict=False):
             try:
-                if server.weight_version() != self._current()["name"]:
-                    continue
                 told = server.score(name, drawn.tokens, len(drawn.prompt_ids), 0)
             except ServerLostError as error:
                 self._lost(error)
