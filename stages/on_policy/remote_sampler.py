@@ -263,7 +263,7 @@ class RemoteSampler:
         deadline = time.monotonic() + self.config.sampler.timeout_seconds
         while True:
             ready = []
-            for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds):
+            for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds, self._lost):
                 try:
                     self._bring_up_to_date(server)
                     ready.append(server)

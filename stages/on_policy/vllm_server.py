@@ -5,7 +5,7 @@ adapters are folders that the server reads itself: both need one file system.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,18 +217,30 @@ class VllmServer:
         return answer
 
 
-def wait_for_any(servers: Sequence[VllmServer], seconds: float) -> list[VllmServer]:
+def wait_for_any(
+    servers: Sequence[VllmServer], seconds: float, lost: Callable[[ServerLostError], None] = lambda error: None
+) -> list[VllmServer]:
     """Those that answer, as soon as one does.
+
+    Args:
+        servers: Who may answer.
+        seconds: How long one is waited for.
+        lost: Told of each that does not answer when it is asked first.
 
     Raises:
         ServerLostError: none does in so many seconds.
     """
     deadline = time.monotonic() + seconds
-    while not (up := [server for server in servers if server.healthy()]):
+    up = [server for server in servers if server.healthy()]
+    for server in servers:
+        if server not in up:
+            lost(ServerLostError(f"{server.url} does not answer"))
+    while not up:
         if time.monotonic() > deadline:
             names = ", ".join(server.url for server in servers)
             raise ServerLostError(f"no vLLM server answers in {seconds:g} s: {names}")
         time.sleep(0.5)
+        up = [server for server in servers if server.healthy()]
     return up
 
 
