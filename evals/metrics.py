@@ -72,12 +72,15 @@ def recovery_over_seeds(domains: Mapping[str, Triple], confidence: float = 0.95)
     return replace(around, mean=ratio).interval(confidence)
 
 
-def pass_at_k(samples_NK: np.ndarray, k: int) -> float:
-    """Unbiased pass@k: mean of 1 - C(n - c, k) / C(n, k) over examples (Chen et al. 2021, arXiv:2107.03374).
+def pass_at_k(samples_NK: np.ndarray, k: int) -> np.ndarray:
+    """Unbiased pass@k of each example: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374).
 
     Args:
         samples_NK: Scores of n = K samples of each example; a score of 1 is a pass.
         k: Samples one may try, at most K.
+
+    Returns:
+        `[N]`, whose mean is the pass@k of the examples.
 
     Raises:
         ValueError: `k` is not in 1..K.
@@ -86,7 +89,7 @@ def pass_at_k(samples_NK: np.ndarray, k: int) -> float:
     if not 1 <= k <= drawn:
         raise ValueError(f"pass@{k} needs at least {k} samples and k of at least 1; there are {drawn}")
     passed_N = (samples_NK >= 1).sum(axis=1)
-    return float(np.mean([1 - comb(drawn - int(passed), k) / comb(drawn, k) for passed in passed_N]))
+    return np.array([1 - comb(drawn - int(passed), k) / comb(drawn, k) for passed in passed_N])
 
 
 def truncation_rate(scores: Scores) -> float:

@@ -150,7 +150,7 @@ class Results:
         found = self.aligned([self.checkpoint(role, domain)], domain, split)
         return mean_interval(found[0], self.confidence, f"{domain}/{split}") if found else None
 
-    def sampled(self, role: str, domain: str) -> tuple[float, float, int] | None:
+    def sampled(self, role: str, domain: str) -> tuple[Interval, Interval, int] | None:
         """Mean score of the sampled completions, pass@k and k, held out; None where nothing was sampled."""
         cell = self.cells.get((self.checkpoint(role, domain) or "", domain, HELD_OUT), {})
         drawn = [sheet.samples_NK for sheet in cell.values()]
@@ -158,8 +158,11 @@ class Results:
         if not whole or len(whole) < len(drawn):
             return None
         tries = min(samples_NK.shape[1] for samples_NK in whole)
-        reached = np.mean([pass_at_k(samples_NK, tries) for samples_NK in whole])
-        return float(np.mean([samples_NK.mean() for samples_NK in whole])), float(reached), tries
+        scores_SN = np.stack([samples_NK.mean(axis=1) for samples_NK in whole])
+        reached_SN = np.stack([pass_at_k(samples_NK, tries) for samples_NK in whole])
+        stratum = f"{domain}/{HELD_OUT}"
+        mean, reached = (mean_interval(table_SN, self.confidence, stratum) for table_SN in (scores_SN, reached_SN))
+        return mean, reached, tries
 
     def shifted(self, name: str, measure: str, domains: Sequence[str]) -> dict[int, float]:
         """seed -> a shift of a checkpoint: of its weights, or the mean over domains where every one was measured."""
@@ -240,11 +243,11 @@ def metrics(results: Results) -> dict[str, float]:
     values["eval/recovery"] = results.recovery()
     for domain in results.untrained:
         values[f"eval/forgetting/{domain}"] = results.difference(results.start, "student", domain)
-    flat = shift_metrics(results)
     for domain in results.domains:
         for role in ROLES:
             if drawn := results.sampled(role, domain):
-                flat[f"eval/{domain}/{role}_sampled"] = drawn[0]
+                values[f"eval/{domain}/{role}_sampled"], values[f"eval/{domain}/{role}_pass_at_{drawn[2]}"] = drawn[:2]
+    flat = shift_metrics(results)
     for key, value in values.items():
         if value is not None:
             flat |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}

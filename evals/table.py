@@ -50,19 +50,26 @@ def checkpoints_grid(results: Results) -> Grid:
     return Grid(title, ("checkpoint", *results.domains, "mean"), tuple(rows))
 
 
-def sampled_grid(results: Results) -> Grid | None:
-    """Sampled completions: mean score and pass@k of every role; without domains, or None, where nothing was sampled."""
-    rows, tries = [], 0
+def sampled_grid(results: Results, cell: Callable[[Interval | None], str] | None = None) -> Grid | None:
+    """Sampled completions: mean score and pass@k of every role; without domains, or None, where nothing was sampled.
+
+    Args:
+        results: The run's scores.
+        cell: How an interval is written; `percent` by default.
+    """
+    write = cell or percent
+    rows: list[tuple[str, ...]] = []
     for domain in results.domains:
-        cells = []
-        for role in ROLES:
-            drawn = results.sampled(role, domain)
-            tries = drawn[2] if drawn else tries
-            cells.append(f"{100 * drawn[0]:.1f} / {100 * drawn[1]:.1f}" if drawn else ABSENT)
-        if any(cell != ABSENT for cell in cells):
-            rows.append((domain, *cells))
-    head = ("domain", *(ROLE_TITLES[role] for role in ROLES))
-    return Grid(f"Sampled: mean score / pass@{tries}, %, held out", head, tuple(rows)) if tries else None
+        drawn = [results.sampled(role, domain) for role in ROLES]
+        tries = max((found[2] for found in drawn if found), default=0)
+        if tries:
+            rows.append((domain, "mean score", *(write(found[0] if found else None) for found in drawn)))
+        # With one sample each there is no more to say.
+        if tries > 1:
+            rows.append((domain, f"pass@{tries}", *(write(found[1] if found else None) for found in drawn)))
+    head = ("domain", "of samples", *(ROLE_TITLES[role] for role in ROLES))
+    title = f"Sampled completions, %, held out [{100 * results.confidence:g}% interval over examples, seeds fixed]"
+    return Grid(title, head, tuple(rows)) if rows else None
 
 
 def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None = None) -> Grid | None:
@@ -101,7 +108,7 @@ def merge_title(name: str) -> str:
 
 def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
     """All tables of a run; `cell` as for `roles_grid`."""
-    between = [g for g in (merges_grid(results, cell), hypotheses_grid(results), sampled_grid(results)) if g]
+    between = [g for g in (merges_grid(results, cell), hypotheses_grid(results), sampled_grid(results, cell)) if g]
     after = [grid for grid in (shift_grid(results, narrow=cell is compact), cosines_grid(results)) if grid]
     return [roles_grid(results, cell), *between, checkpoints_grid(results), *after]
 

@@ -120,9 +120,16 @@ def test_sampled_scores_and_pass_at_k():
     drawn = Scores("a", "held_out", [row(0, 1.0, (1.0, 0.0)), row(1, 0.0, (0.0, 0.0)), row(2, 0.0, (1.0, 1.0))])
     whole = dataclasses.replace(results(), cells={("student", "a", "held_out"): {0: drawn}})
     mean, reached, tries = whole.sampled("student", "a")
-    assert (mean, tries) == (0.5, 2)
-    assert reached == pytest.approx(2 / 3)
-    assert metrics(whole)["eval/a/student_sampled"] == 0.5
+    assert (mean.mean, tries) == (0.5, 2)
+    assert reached.mean == pytest.approx(2 / 3)
+    # Three examples that pass or do not, resampled: none, or all of them.
+    assert (reached.low, reached.high) == (0.0, 1.0)
+    found = metrics(whole)
+    assert (found["eval/a/student_sampled"], found["eval/a/student_sampled_low"]) == (0.5, 0.0)
+    assert found["eval/a/student_pass_at_2"] == pytest.approx(2 / 3)
     assert whole.sampled("base", "a") is None
     assert sampled_grid(results()) is None
-    assert [(cells[0], cells[-1]) for cells in sampled_grid(whole).rows] == [("a", "50.0 / 66.7")]
+    assert [(*cells[:2], cells[-1]) for cells in sampled_grid(whole).rows] == [
+        ("a", "mean score", "50.0 [0.0, 100.0]"),
+        ("a", "pass@2", "66.7 [0.0, 100.0]"),
+    ]
