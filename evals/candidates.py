@@ -16,13 +16,18 @@ class Rival:
         name: `baselines/NAME` or `variants/NAME`.
         gain: Its mean score over the experts' domains less MOPD's, on the same examples; a share.
         p_value: One-sided, that the gain is above 0; after Holm's correction over all rivals that were scored.
-        shown: Whether the p-value is below the level.
+        level: What the p-value must be below.
     """
 
     name: str
     gain: float
     p_value: float
-    shown: bool
+    level: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is the better merge for new examples, beyond chance."""
+        return self.p_value < self.level
 
 
 def rivals(results: Results) -> list[Rival]:
@@ -34,7 +39,7 @@ def rivals(results: Results) -> list[Rival]:
     pairs = {name: whole for name in results.checkpoints if (whole := _pairs(results, name))}
     p_values = holm({name: mean_superiority(pairs[name]) for name in pairs})
     level = (1 - results.confidence) / 2
-    found = [Rival(name, _gain(pairs[name]), p_value, p_value < level) for name, p_value in p_values.items()]
+    found = [Rival(name, _gain(pairs[name]), p_value, level) for name, p_value in p_values.items()]
     return sorted(found, key=lambda rival: -rival.gain)
 
 
