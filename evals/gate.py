@@ -124,7 +124,8 @@ def _why(judged: Mapping[str, Verdict], others: Sequence[Rival]) -> str:
 
 
 def _lead(rival: Rival) -> str:
-    return f"{rival.name} {100 * rival.gain:+.1f} points (p = {rival.p_value:.2g}, Holm-corrected, level {rival.level:.2g})"
+    level = f"Holm-corrected, level {rival.level:.2g}"
+    return f"{rival.name} {100 * rival.gain:+.1f} points (p = {rival.p_value:.2g}, {level})"
 
 
 def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion]:
