@@ -64,6 +64,8 @@ def start_score(results: Results, test: ComparisonConfig) -> float | None:
     """The start's mean score on what a test of scores or of drops is about; None for other measures."""
     if test.measure not in EXAMPLE_MEASURES:
         return None
-    plain = test.model_copy(update={"measure": "score"}) if test.measure == "drop" else test
+    plain = test
+    if test.measure == "drop":
+        plain = test.model_copy(update={"measure": "score", "domains": list(domains_of(results, test))})
     values = by_seed(results, results.start, plain)
     return float(np.mean(list(values.values()))) if values else None

@@ -13,7 +13,7 @@ from evals.claims import findings
 from evals.claims_figures import claim_figure
 from evals.claims_page import Judged, claims_page, hypotheses_grid
 from evals.crossed import over_both
-from evals.results import Cost, Results
+from evals.results import Cost, Expert, Results
 from evals.scores import Scores
 from tests.scored import row, sheet
 from tests.unit.test_config import load, message
@@ -74,7 +74,14 @@ def test_a_drop_is_measured_from_the_start_on_domains_without_expert():
     (one,) = findings(results, results.hypotheses)
     assert one.values == {"student": pytest.approx(0.02), "experts/sft": pytest.approx(0.6)}
     assert one.interval.mean == pytest.approx(-0.58)
-    assert one.verdict == "shown"
+    assert (one.verdict, one.start) == ("shown", pytest.approx(0.9))
+
+
+def test_without_domains_a_drop_is_of_those_no_expert_trains():
+    results = run(a={"compare": ["student", "experts/sft"], "measure": "drop", "expect": "below"})
+    (one,) = findings(dataclasses.replace(results, experts={"experts/rl": Expert("new", "rl")}), results.hypotheses)
+    assert one.values == {"student": pytest.approx(0.02), "experts/sft": pytest.approx(0.6)}
+    assert one.start == pytest.approx(0.9)
 
 
 def test_sampled_scores_are_compared_where_both_were_sampled():
