@@ -77,7 +77,7 @@ def what(results: Results, test: ComparisonConfig) -> str:
         settings = ", ".join(f"{short(name)} at {setting:g}" for name, setting in test.slope.items())
         return f"slope of {title} over {settings}"
     if test.contrast:
-        return f"{' '.join(f'{weight:+g} {short(name)}' for name, weight in test.contrast.items())}: {title}"
+        return f"{' '.join(f'{weight:+.3g} {short(name)}' for name, weight in test.contrast.items())}: {title}"
     assert test.fit is not None
     return (
         f"R² of {title} as a quadratic of {UNITS[test.fit.x][0]} on {', '.join(test.fit.x_domains)}, "
