@@ -48,11 +48,15 @@ def _fits(fits: Sequence[Finding], axes: Any) -> None:
     assert first.fit is not None
     points = {name: point for one in fits if one.curve for name, point in one.curve.points.items()}
     axes.scatter([x for x, _ in points.values()], [100 * y for _, y in points.values()], color=LINES[0], zorder=3)
-    for rank, (x, y, name) in enumerate(sorted((x, y, name) for name, (x, y) in points.items())):
-        # Neighbours' labels go to different sides.
-        offset, side = (((6, 3), "left"), ((-6, 3), "right"), ((6, -9), "left"))[rank % 3]
-        label = name.rpartition("/")[2].replace("_", " ")
-        axes.annotate(label, (x, 100 * y), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
+    ordered = sorted(points, key=lambda name: points[name])
+    for number, name in enumerate(ordered, 1):
+        # Neighbours' numbers go to different sides; their names would lie on each other.
+        offset, side = (((6, 3), "left"), ((-6, 3), "right"), ((6, -9), "left"))[number % 3]
+        x, y = points[name]
+        axes.annotate(str(number), (x, 100 * y), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
+    names = (name.rpartition("/")[2].replace("_", " ") for name in ordered)
+    legend = "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
+    axes.text(1.03, 1, legend, transform=axes.transAxes, va="top", fontsize=8)
     for one, colour in zip(fits, cycle(LINES[1:]), strict=False):
         assert one.curve is not None and one.interval is not None
         own = [x for x, _ in one.curve.points.values()]
