@@ -68,7 +68,7 @@ def sampled_grid(results: Results, cell: Callable[[Interval | None], str] | None
         if tries > 1:
             rows.append((domain, f"pass@{tries}", *(write(found[1] if found else None) for found in drawn)))
     head = ("domain", "of samples", *(ROLE_TITLES[role] for role in ROLES))
-    title = f"Sampled completions, %, held out [{100 * results.confidence:g}% interval over examples, seeds fixed]"
+    title = f"Sampled completions: %, held out [{100 * results.confidence:g}% interval over examples, seeds fixed]"
     return Grid(title, head, tuple(rows)) if rows else None
 
 
