@@ -152,16 +152,16 @@ class Results:
 
     def sampled(self, role: str, domain: str) -> tuple[Interval, Interval, int] | None:
         """Mean score of the sampled completions, pass@k and k, held out; None where nothing was sampled."""
-        cell = self.cells.get((self.checkpoint(role, domain) or "", domain, HELD_OUT), {})
-        drawn = [sheet.samples_NK for sheet in cell.values()]
-        whole = [samples_NK for samples_NK in drawn if samples_NK is not None]
-        if not whole or len(whole) < len(drawn):
+        name = self.checkpoint(role, domain)
+        found = self.aligned([name], domain, sampled=True)
+        if found is None:
             return None
-        tries = min(samples_NK.shape[1] for samples_NK in whole)
-        scores_SN = np.stack([samples_NK.mean(axis=1) for samples_NK in whole])
-        reached_SN = np.stack([pass_at_k(samples_NK, tries) for samples_NK in whole])
+        sheets = self.cells[name or "", domain, HELD_OUT].values()
+        drawn = [samples_NK for sheet in sheets if (samples_NK := sheet.samples_NK) is not None]
+        tries = min(samples_NK.shape[1] for samples_NK in drawn)
+        reached_SN = np.stack([pass_at_k(samples_NK, tries) for samples_NK in drawn])
         stratum = f"{domain}/{HELD_OUT}"
-        mean, reached = (mean_interval(table_SN, self.confidence, stratum) for table_SN in (scores_SN, reached_SN))
+        mean, reached = (mean_interval(table_SN, self.confidence, stratum) for table_SN in (found[0], reached_SN))
         return mean, reached, tries
 
     def shifted(self, name: str, measure: str, domains: Sequence[str]) -> dict[int, float]:
