@@ -18,7 +18,9 @@ def spread(
     at_once: int,
     lost: Callable[[ServerLostError], None],
 ) -> list[tuple[VllmServer, dict[int, Answer], bool]]:
-    """Let every server take items from one queue, `at_once` at a time; the quicker takes more.
+    """Deal every server a first share in turn, at most `at_once`, and let it take the rest as it answers.
+
+    So a batch that one server could take whole is still everybody's, and of a longer one the quicker take more.
 
     Args:
         items: What is to be answered.
@@ -33,28 +35,30 @@ def spread(
     Raises:
         UserError: what `ask` raises besides losing a server.
     """
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for item in items:
-        waiting.put(item)
     asked: list[tuple[VllmServer, dict[int, Answer], threading.Event]] = []
     asked += [(server, {}, threading.Event()) for server in servers]
+    workers = [entry for _ in range(max(1, at_once)) for entry in asked][: len(items)]
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for item in items[len(workers) :]:
+        waiting.put(item)
 
-    def work(server: VllmServer, answers: dict[int, Answer], failed: threading.Event) -> None:
+    def work(server: VllmServer, answers: dict[int, Answer], failed: threading.Event, item: int) -> None:
         while not failed.is_set():
+            try:
+                answers[item] = ask(server, item)
+            except ServerLostError as error:
+                if not failed.is_set():
+                    failed.set()
+                    lost(error)
+                break
             try:
                 item = waiting.get_nowait()
             except queue.Empty:
                 return
-            try:
-                answers[item] = ask(server, item)
-            except ServerLostError as error:
-                waiting.put(item)
-                if not failed.is_set():
-                    failed.set()
-                    lost(error)
+        waiting.put(item)
 
-    workers = [entry for entry in asked for _ in range(max(1, min(at_once, len(items))))]
-    with ThreadPoolExecutor(len(workers)) as pool:
-        for future in [pool.submit(work, *entry) for entry in workers]:
+    with ThreadPoolExecutor(max(1, len(workers))) as pool:
+        dealt = [pool.submit(work, *entry, item) for entry, item in zip(workers, items, strict=False)]
+        for future in dealt:
             future.result()
     return [(server, answers, failed.is_set()) for server, answers, failed in asked]

@@ -28,6 +28,8 @@ NEUTRAL = {
     "min_tokens": 0,
 }
 CONNECTIONS = 512
+# vLLM closes a connection nobody has used for 5 s; a request sent in that moment gets no answer.
+IDLE_SECONDS = 2.0
 COMPLETIONS = "/v1/completions"
 # Of the client's errors those that pass with time. A model that is not there passes too: a server that was started anew
 # has not been told of the adapter yet.
@@ -60,7 +62,9 @@ class VllmServer:
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url
         self.timeout = timeout
-        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        limits = httpx.Limits(
+            max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_SECONDS
+        )
         # A proxy is for other machines.
         self._client = httpx.Client(base_url=url, timeout=timeout, limits=limits, trust_env=not is_local(url))
 

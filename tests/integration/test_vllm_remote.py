@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.teachers import Routed, TeacherPool
+from stages.on_policy.vllm_settings import rows_at_a_time
 from tests.processes import eventually
 from tests.vllm_scenario import LONG, PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
 
@@ -51,6 +52,7 @@ class Served:
     group: VllmServers
     start: Artifact
     teachers: list[Artifact]
+    samplers: list[RemoteSampler] = field(default_factory=list)
 
     def workspace(self, key: str, parents: dict[str, Artifact] | None = None, rollout: int = 2) -> Workspace:
         urls = {**self.group.urls, "rollout": self.group.urls["rollout"][:rollout]}
@@ -59,7 +61,8 @@ class Served:
     def student(self, key: str, config: DistillConfig, rollout: int = 2) -> tuple[Learner, RemoteSampler]:
         place = self.workspace(key, rollout=rollout)
         learner = Learner(make_policy(config.lora), config, 10, place.progress, 0)
-        return learner, RemoteSampler(learner, config, place)
+        self.samplers.append(RemoteSampler(learner, config, place))
+        return learner, self.samplers[-1]
 
 
 def adapter(store: Store, base: Artifact, name: str, seed: int) -> Artifact:
@@ -103,6 +106,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         over.set()
         thread.join()
     fork_server.close()
+
+
+@pytest.fixture(autouse=True)
+def let_go(served: Served) -> Iterator[None]:
+    """A test that fails keeps no other from the servers."""
+    yield
+    while served.samplers:
+        served.samplers.pop().close()
 
 
 def ends_as_it_should(one: Sample, eos_id: int, limit: int) -> bool:
@@ -242,8 +253,9 @@ def test_two_servers_share_the_prompts_and_one_that_is_lost_leaves_them_to_the_o
         counting(server)
     expected = tokens(sample(learner.policy, prompts, 1, Sampling(60, 0.0), 0))
     assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == expected
-    assert set(asked) == set(served.group.urls["rollout"]) and min(asked.values()) > 50
     assert servers.news() == []
+    # Each was dealt its share, however slow; the rest went to whoever was quicker.
+    assert set(asked) == set(served.group.urls["rollout"]) and min(asked.values()) >= rows_at_a_time(servers.config)
 
     asked.clear()
     under_way.clear()
