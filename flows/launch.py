@@ -259,7 +259,8 @@ def _program(spec: Path, devices: int) -> dict[str, Any]:
 
 
 def _runs(child: Child) -> bool:
-    return child.exit_code is None and child.pid is not None and psutil.pid_exists(child.pid)
+    # Whoever has not read yet which process it is will read of its end too.
+    return child.exit_code is None and (child.pid is None or psutil.pid_exists(child.pid))
 
 
 def _read_error(path: Path) -> dict[str, Any] | None:

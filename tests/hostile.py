@@ -143,7 +143,7 @@ FORGERIES = {
     "text in place of an integer": "def f(a): return str(a)",
     "not a number": "def f(a): return float('nan')",
     "huge integer": "def f(a): return 10**5000",
-    "deep value": "def f(a):\n x = []\n for i in range(100000): x = [x]\n return x",
+    "deep value": "def f(a):\n x = []\n for i in range(10000): x = [x]\n return x",
     "value in itself": "def f(a):\n x = []\n x.append(x)\n return x",
     "replaces the calls": "calls = []\ndef f(a): return None",
     "replaces the calls from within": "def f(a):\n global calls\n calls = []\n return None",

@@ -11,7 +11,7 @@ from typing import Any
 class Judge(ThreadingHTTPServer):
     """An endpoint with one model, `tiny`, that replies as `reply(request, number of the request)` says.
 
-    A number is an HTTP status, None a silence longer than the client's patience.
+    A number is an HTTP status, None a silence of `patience` seconds.
     """
 
     daemon_threads = True
@@ -25,6 +25,7 @@ class Judge(ThreadingHTTPServer):
         self.models = ["tiny"]
         self.lock = threading.Lock()
         self.busy = self.busiest = 0
+        self.patience = 1.0
 
     @property
     def url(self) -> str:
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         with judge.lock:
             judge.busy -= 1
         if reply is None:
-            time.sleep(1)
+            time.sleep(judge.patience)
         elif isinstance(reply, int):
             self.send(reply, {"error": "no"})
         else:

@@ -24,8 +24,8 @@ def standing(start: Callable[[Path, str, int], servers.Server], home: Path, port
         yield server
 
 
-def eventually(condition: Callable[[], Any], within: float = 60.0) -> Any:
-    """Wait until the condition holds; returns its value."""
+def eventually(condition: Callable[[], Any], within: float = 240.0) -> Any:
+    """Wait until the condition holds; returns its value. The limit is for a machine that is busy with other tests."""
     deadline = time.monotonic() + within
     while not (value := condition()):
         assert time.monotonic() < deadline, "did not happen in time"
@@ -35,7 +35,30 @@ def eventually(condition: Callable[[], Any], within: float = 60.0) -> Any:
 
 def jobs_of(supervisor: int) -> list[psutil.Process]:
     """The node processes below a supervisor: the children of its fork servers."""
-    return [job for server in psutil.Process(supervisor).children() for job in server.children()]
+    jobs = []
+    for server in psutil.Process(supervisor).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            jobs += server.children()
+    return jobs
+
+
+def below(ancestor: psutil.Process, word: str = "") -> list[psutil.Process]:
+    """Its descendants with this in their command line. One that ends meanwhile is none of them."""
+    found = []
+    for process in ancestor.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def listening(ancestor: psutil.Process) -> set[str]:
+    """Addresses on which its descendants listen."""
+    found = set()
+    for process in below(ancestor):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def ended(pid: int) -> bool:

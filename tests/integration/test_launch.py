@@ -218,7 +218,7 @@ def test_nodes_die_with_a_killed_supervisor(home):
         (server,) = psutil.Process(supervisor.pid).children()
         supervisor.kill()
         supervisor.wait()
-        assert eventually(lambda: ended(job.pid) and ended(server.pid), within=2)
+        assert eventually(lambda: ended(job.pid) and ended(server.pid), within=15)
 
 
 def test_the_server_that_forked_was_fit_to_fork(launcher, graph, home):

@@ -21,7 +21,7 @@ from flows.vllm_servers import MOST_RESTARTS
 from stages.core.checkpoint import Store
 from tests import health_server
 from tests.integration.test_launch import RUN, Run, unmade
-from tests.processes import ended, eventually
+from tests.processes import below, ended, eventually
 
 PROGRAM = (sys.executable, health_server.__file__)
 NEEDS = Needs({"teachers": ["http://given:1"]}, (ServerCommand("rollout", "a test", PROGRAM),))
@@ -58,8 +58,7 @@ def spec(home: Path, key: str) -> dict:
 
 def server_below(supervisor: int) -> list[int]:
     """The processes of a server below a supervisor, once it and what it started are there."""
-    below = psutil.Process(supervisor).children(recursive=True)
-    leaders = [process for process in below if health_server.__file__ in process.cmdline()]
+    leaders = below(psutil.Process(supervisor), str(health_server.__file__))
     return [leaders[0].pid, *(child.pid for child in leaders[0].children())] if leaders else []
 
 
@@ -87,7 +86,7 @@ def test_a_nodes_servers_are_restarted_while_it_runs_and_end_with_it(launcher, g
         members = both(os.getpid())
         eventually(lambda: said(run, "answers"))
         (url,) = spec(home, "served")["servers"]["rollout"]
-        assert answers(url)
+        eventually(lambda: answers(url))
         assert spec(home, "served")["servers"] == {"teachers": ["http://given:1"], "rollout": [url]}
         assert url in said(run, "is started; log")[0]
         os.kill(members[0], signal.SIGKILL)
@@ -95,7 +94,7 @@ def test_a_nodes_servers_are_restarted_while_it_runs_and_end_with_it(launcher, g
         eventually(lambda: len(said(run, "answers")) == 2)
         again = both(os.getpid())
         assert not set(again) & set(members)
-        assert answers(url)
+        eventually(lambda: answers(url))
     run.join(60)
     assert run.error is None
     assert all(ended(pid) for pid in again)

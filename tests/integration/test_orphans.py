@@ -175,15 +175,17 @@ def test_a_run_to_be_cancelled_whose_worker_is_gone_is_told_once_and_cancelled_w
 
 def test_nobody_is_told_twice_to_end(client):
     twice = "import signal, time; signal.signal(15, lambda *_: print('told', flush=True)); print('ready', flush=True)"
-    with subprocess.Popen([sys.executable, "-c", f"{twice}; [time.sleep(1) for _ in range(9)]"], stdout=-1) as alive:
-        assert alive.stdout is not None and alive.stdout.readline() == b"ready\n"
-        begin(client, Cancelling(), tag_of(alive.pid))
-        first, second = Lookout(), Lookout()
-        assert len(first.look()) == 1 and second.look() == []
-        later(first)
-        assert first.look() == []
-        assert alive.stdout.readline() == b"told\n"
-        alive.kill()
+    with subprocess.Popen([sys.executable, "-c", f"{twice}; [time.sleep(1) for _ in range(600)]"], stdout=-1) as alive:
+        try:
+            assert alive.stdout is not None and alive.stdout.readline() == b"ready\n"
+            begin(client, Cancelling(), tag_of(alive.pid))
+            first, second = Lookout(), Lookout()
+            assert len(first.look()) == 1 and second.look() == []
+            later(first)
+            assert first.look() == []
+            assert alive.stdout.readline() == b"told\n"
+        finally:
+            alive.kill()
         assert alive.stdout.read() == b""
 
 

@@ -53,7 +53,7 @@ RUN = {
     "evaluate": {"examples": 8, "samples": 1, "max_new_tokens": 8},
 }
 LONG = "experts.sort.train.rl.max_steps=5000"
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
 
 
 class Bench:

@@ -18,7 +18,7 @@ import yaml
 
 from stages.core.journal import read
 from tests.integration.test_pipeline import RUN
-from tests.processes import ended, eventually
+from tests.processes import ended, eventually, listening
 
 ROOT = Path(__file__).parents[2]
 LONG = {"base": {"pretrain": {"max_steps": 4000, "save_every": 20}}}
@@ -139,7 +139,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site = Site(tmp_path_factory.mktemp("site"), f"http://127.0.0.1:{hook.server_address[1]}/secret-token")
     servers = site.servers = site.start("ui")
     try:
-        eventually((site.home / "servers" / "prefect.json").exists, within=240)
+        eventually((site.home / "servers" / "prefect.json").exists, within=600)
         site.deployed = site.mopd("deploy", str(site.file), "--cron", "0 2 * * 1", "--timezone", "Europe/Berlin")
         site.worker = site.start("worker")
         yield site
@@ -163,9 +163,7 @@ def test_a_deployment_says_when_it_runs_and_where_to_look(site: Site) -> None:
 
 
 def test_nobody_else_on_the_network_reaches_the_pages(site: Site) -> None:
-    below = psutil.Process(site.servers.pid).children(recursive=True)
-    listening = {c.laddr.ip for p in below for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
-    assert listening == {"127.0.0.1"}
+    assert listening(psutil.Process(site.servers.pid)) == {"127.0.0.1"}
 
 
 def test_a_paused_schedule_waits_for_somebody_and_is_kept(site: Site) -> None:
@@ -207,7 +205,7 @@ def test_wrong_parameters_are_refused_before_a_run_begins(site: Site) -> None:
 
 def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoint(site: Site) -> None:
     first = site.begin(LONG)
-    eventually(lambda: site.steps_saved() > 100, within=240)
+    eventually(lambda: site.steps_saved() > 100, within=600)
     assert site.workers_of_stages()
     site.cancel(first)
     started = time.monotonic()
@@ -218,7 +216,7 @@ def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoin
     assert kept > 100
 
     second = site.begin(LONG)
-    eventually(lambda: site.steps_saved() > kept, within=240)
+    eventually(lambda: site.steps_saved() > kept, within=600)
     site.cancel(second)
     eventually(lambda: site.state(second) == "Cancelled", within=60)
     (journal,) = (site.home / "work").glob("*/journal.jsonl")
@@ -229,7 +227,7 @@ def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoin
 
 def test_a_run_that_outlived_its_worker_can_still_be_cancelled(site: Site) -> None:
     run = site.begin(LONG)
-    eventually(site.workers_of_stages, within=240)
+    eventually(site.workers_of_stages, within=600)
     flow = site.flow(run)
     assert site.worker is not None
     (prefect,) = psutil.Process(site.worker.pid).children()
@@ -245,7 +243,7 @@ def test_a_run_that_outlived_its_worker_can_still_be_cancelled(site: Site) -> No
 
 def test_a_run_that_died_with_its_worker_does_not_keep_the_next_waiting(site: Site) -> None:
     lost = site.begin(LONG)
-    eventually(site.workers_of_stages, within=240)
+    eventually(site.workers_of_stages, within=600)
     flow = site.flow(lost)
     assert site.worker is not None
     site.worker.kill()
@@ -264,7 +262,7 @@ def test_a_run_that_died_with_its_worker_does_not_keep_the_next_waiting(site: Si
 def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(site: Site) -> None:
     Hook.heard.clear()
     run, other = site.begin({}), site.begin({})
-    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=240)
+    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=600)
     assert site.state(run) == "Completed"
     assert (site.home / "runs" / "tiny" / "champion.json").exists()
     (told,) = [each for each in Hook.heard if each["event"] == "promotion"]
@@ -283,7 +281,7 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
     tracked = MlflowClient(f"sqlite:///{site.home / 'mlflow.db'}").search_runs(["1"], "attributes.status = 'FINISHED'")
     assert told["flow_run"] in [each.data.tags.get("prefect") for each in tracked], "from MLflow to Prefect"
     # One waited for the other, and found everything made.
-    eventually(lambda: site.state(other) in ("Completed", "Failed", "Crashed"), within=240)
+    eventually(lambda: site.state(other) in ("Completed", "Failed", "Crashed"), within=600)
     assert site.state(other) == "Completed"
     ends = site.ask(
         f"a, b = client.read_flow_run({run!r}), client.read_flow_run({other!r})\n"
@@ -295,7 +293,7 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
 def test_a_run_that_fails_tells_the_webhook_and_no_secret_is_kept(site: Site) -> None:
     Hook.heard.clear()
     run = site.begin({"experts": {"sort": {"train": {"rl": {"optimizer": {"learning_rate": 1e30}}}}}})
-    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=240)
+    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=600)
     assert site.state(run) == "Failed"
     (told,) = Hook.heard
     assert told["event"] == "failure" and "tiny failed: " in told["text"] and "experts/sort" in told["error"]
@@ -335,7 +333,8 @@ def test_a_schedule_begins_runs_by_itself(site: Site) -> None:
         "print(json.dumps([[str(run.id), run.auto_scheduled, run.state.name] for run in runs]))"
     )
     begun = eventually(lambda: [run for run in site.ask(look) if run[2] not in ("Scheduled", "Late")], within=180)
-    assert [run[1] for run in begun] == [True]
-    eventually(lambda: site.state(begun[0][0]) in ("Completed", "Failed", "Crashed"), within=240)
+    # More than one where the worker looked but once in a minute; nobody else begins any.
+    assert all(run[1] for run in begun)
+    eventually(lambda: site.state(begun[0][0]) in ("Completed", "Failed", "Crashed"), within=600)
     assert site.state(begun[0][0]) == "Completed"
     assert site.mopd("deploy", str(site.file), "name=ticking", "--remove").returncode == 0

@@ -20,7 +20,7 @@ from flows.notify import NotifyConfig
 from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
 from tests.lineage_home import lab_graph
-from tests.processes import standing
+from tests.processes import below, standing
 from tests.scored_home import run_file
 
 SECRET = "nobody-may-see-this"
@@ -122,7 +122,7 @@ def test_the_database_of_mlflows_server_is_not_on_its_command_line(clean, tmp_pa
     with standing(servers.start_mlflow, tmp_path, 23800) as server:
         assert database.exists()
         leader = psutil.Process(server.process.pid)
-        lines = [" ".join(process.cmdline()) for process in [leader, *leader.children(recursive=True)]]
+        lines = [" ".join(process.cmdline()) for process in [leader, *below(leader)]]
         assert len(lines) > 1 and not any(SECRET in line for line in lines)
 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("://", f"://me:{SECRET}@"))

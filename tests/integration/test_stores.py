@@ -5,7 +5,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,22 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.vllm_servers import free_ports
 from stages.core.checkpoint import Store
 from stages.core.mirror import mirror_of
 from tests.integration.test_pipeline import RUN
 from tests.processes import eventually
 
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody uses, all different."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-S3_PORT, POSTGRES_PORT, MLFLOW_PORT, PREFECT_PORT = _free_ports(4)
+S3_PORT, POSTGRES_PORT, MLFLOW_PORT, PREFECT_PORT = free_ports("127.0.0.1", 4)
 BUCKET = "checkpoints"
 STORE = f"s3://{BUCKET}/team"
 S3 = {

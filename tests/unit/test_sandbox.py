@@ -16,7 +16,8 @@ from experts.domain import TRAIN, Example, load_domain
 from experts.sandbox import Failure, Limits, passes, run_calls, same_value
 from tests.hostile import ENDS, GROUPS, HOSTILE, SCORED_ONE, VALUES
 
-QUICK = Limits(seconds=0.2)
+# What never ends is ended soon; of the others the time is not what is shown, and they may be slow.
+QUICK, PATIENT = Limits(seconds=0.2), Limits(seconds=5)
 
 SECRET = "MOPD_TEST_SECRET"
 # Of the host's own memory, while the sandbox meets bombs of gigabytes.
@@ -29,14 +30,22 @@ def takes_one_integer(example: Example) -> bool:
     return all([type(value) for value in call] == [int] for call in arguments)
 
 
+def limits_of(name: str) -> Limits:
+    """For a hostile program."""
+    return QUICK if name.startswith("bombs") else PATIENT
+
+
 class Host:
     """A file and the processes of the host, as they were, and a task whose reward runs what a model writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "file").write_text("as it was")
-        self.domain = load_domain("code", "code_edit", {"timeout_seconds": QUICK.seconds})
-        self.example = next(example for example in self.domain.draw(TRAIN, 50, seed=0) if takes_one_integer(example))
+        self.domains = {
+            limits: load_domain("code", "code_edit", {"timeout_seconds": limits.seconds}) for limits in (QUICK, PATIENT)
+        }
+        drawn = self.domains[PATIENT].draw(TRAIN, 50, seed=0)
+        self.example = next(example for example in drawn if takes_one_integer(example))
         self.processes = self._processes()
         self.memory = psutil.Process().memory_info().rss
 
@@ -77,14 +86,14 @@ def test_the_suite_is_as_large_as_it_says():
     assert {group: len(programs) for group, programs in GROUPS.items()} == {
         "files": 20, "bombs": 35, "escapes": 12, "absent": 27, "sources": 3, "forgeries": 23, "tampering": 10,
     }  # fmt: skip
-    assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], QUICK)
+    assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], PATIENT)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_scores_0_and_the_host_is_unharmed(name, host):
     started = time.monotonic()
-    outputs = run_calls(host.program(name), "f", [[1], [2]], QUICK)
-    assert not passes(host.program(name), "f", [[1], [2]], [1, 2], QUICK)
+    outputs = run_calls(host.program(name), "f", [[1], [2]], limits_of(name))
+    assert not passes(host.program(name), "f", [[1], [2]], [1, 2], limits_of(name))
     assert time.monotonic() - started < 10
     sys.set_int_max_str_digits(10_000)
     told = repr(outputs)
@@ -93,14 +102,14 @@ def test_a_hostile_program_scores_0_and_the_host_is_unharmed(name, host):
     ended = outputs.reason if isinstance(outputs, Failure) else VALUES
     assert re.search(ENDS[name.split(":")[0]], ended), f"it does not try what it says: {ended}"
     assert host.harm() == []
-    assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], QUICK)
+    assert passes(SCORED_ONE, "f", [[1], [2]], [1, 2], PATIENT)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_completion_is_not_rewarded(name, host):
-    assert host.domain.score(host.example, host.completion(name)) == 0.0
+    assert host.domains[limits_of(name)].score(host.example, host.completion(name)) == 0.0
     assert host.harm() == []
-    assert host.domain.score(host.example, host.example.answer) == 1.0
+    assert host.domains[PATIENT].score(host.example, host.example.answer) == 1.0
 
 
 def test_a_killed_worker_is_a_failure_and_is_replaced():

@@ -40,6 +40,8 @@ def test_a_default_port_that_is_taken_moves_to_a_free_one(taken):
     chosen = servers.choose_port(HOST, taken, "MLflow")
     assert taken < chosen < taken + servers.PORTS_TRIED
     with socket.socket() as probe:
+        # As servers do, which a connection that has just ended does not keep from its port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((HOST, chosen))
 
 
