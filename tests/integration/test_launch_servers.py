@@ -156,4 +156,4 @@ def test_servers_die_with_a_killed_supervisor(home):
         members = both(supervisor.pid)
         supervisor.kill()
         supervisor.wait()
-        eventually(lambda: all(ended(pid) for pid in members), within=15)
+        assert eventually(lambda: all(ended(pid) for pid in members), within=15)

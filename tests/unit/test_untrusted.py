@@ -17,8 +17,10 @@ from experts import answers, untrusted
 from experts.domain import TRAIN, load_domain
 from experts.reasoning import is_safe_to_verify, only_compares
 from experts.untrusted import REASONING, VerifierError
+from tests.processes import below
 
 SECRET = "MOPD_TEST_SECRET"
+WORKER = "experts.untrusted_worker reasoning"
 # A worker may have to be started first, on a busy machine.
 SLACK_SECONDS = 30
 PARTIAL_CREDIT = 0.05
@@ -142,7 +144,7 @@ def test_what_a_worker_may_not_do_ends_it_and_is_named(text, reason):
 
 def test_a_worker_has_neither_secrets_nor_room(folder):
     assert bare_score("1+2") == 1.0
-    (worker,) = [child for child in psutil.Process().children() if "experts.untrusted_worker" in child.cmdline()][-1:]
+    (worker,) = below(psutil.Process(), "experts.untrusted_worker")[-1:]
     assert SECRET in os.environ and SECRET not in worker.environ()
     assert set(worker.environ()) <= {
         "PYTHONPATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS",
@@ -175,14 +177,13 @@ def test_threads_share_the_workers():
     with ThreadPoolExecutor(8) as pool:
         scores = list(pool.map(score, range(64)))
     assert scores == [PARTIAL_CREDIT, 1.0] * 32
-    workers = [child for child in psutil.Process().children() if "reasoning" in child.cmdline()]
-    assert len(workers) <= untrusted.WORKERS
+    assert len(below(psutil.Process(), WORKER)) <= untrusted.WORKERS
 
 
 def test_a_worker_outlives_the_thread_that_needed_it_first():
     def pids():
         bare_score("1+2")
-        return {child.pid for child in psutil.Process().children() if "reasoning" in child.cmdline()}
+        return {worker.pid for worker in below(psutil.Process(), WORKER)}
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(pids).result()
@@ -192,10 +193,9 @@ def test_a_worker_outlives_the_thread_that_needed_it_first():
 
 def test_a_worker_that_was_killed_is_replaced_unnoticed():
     bare_score("1+2")
-    for child in psutil.Process().children():
-        if "reasoning" in child.cmdline():
-            child.send_signal(signal.SIGKILL)
-            child.wait(10)
+    for worker in below(psutil.Process(), WORKER):
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(10)
     assert bare_score("1+2") == 1.0
 
 
