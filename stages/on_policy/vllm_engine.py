@@ -46,13 +46,14 @@ class VllmEngine:
         folder: For the shape's files and adapters.
 
     Raises:
-        UserError: vLLM is not installed, or cannot tell the log-probabilities these settings need.
+        UserError: vLLM is not installed, cannot run on this device, or cannot tell the log-probabilities these
+            settings need.
     """
 
     def __init__(self, policy: Policy, config: OnPolicyConfig, folder: Path) -> None:
-        require_vllm("sampler.backend")
-        self.mode = logprobs_mode(config.temperature, config.top_p)
         self.cuda = torch.cuda.is_available()
+        require_vllm("sampler.backend", gpus=int(self.cuda))
+        self.mode = logprobs_mode(config.temperature, config.top_p)
         wanted = ENVIRONMENT | ONE_PROCESS | ({} if self.cuda else CPU_ENVIRONMENT)
         for name, value in wanted.items():
             os.environ.setdefault(name, value)

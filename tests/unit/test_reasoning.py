@@ -9,6 +9,7 @@ import pytest
 
 from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
+from experts.gym import PYCOSAT_TASKS
 from experts.reasoning import extract_answer
 
 ARITHMETIC = {"basic_arithmetic": {"min_terms": 2, "max_terms": 2}}
@@ -95,6 +96,40 @@ def test_seed_and_size_belong_to_the_draw():
 def test_tasks_that_differ_between_processes_are_refused():
     with pytest.raises(UserError, match=r"domains\.logic\.options\.tasks: .*'word_ladder' makes other examples"):
         reasoning({"word_ladder": {}})
+
+
+# Set-up leaves pycosat out; a machine on which somebody installed it must give the same answer here.
+WITHOUT_PYCOSAT = """
+import sys
+sys.modules["pycosat"] = None
+from experts.domain import load_domain
+from experts.errors import UserError
+from experts.gym import import_reasoning_gym
+gym = import_reasoning_gym()
+from reasoning_gym.factory import DATASETS
+refused = []
+for task in DATASETS:
+    if "/logic/" in sys.modules[DATASETS[task][0].__module__].__file__:
+        try:
+            gym.create_dataset(task, seed=0, size=1)[0]
+        except ImportError as error:
+            assert "pycosat" in str(error)
+            refused.append(task)
+print(*refused)
+try:
+    load_domain("logic", "reasoning", {"tasks": {"zebra_puzzles": {}}})
+except UserError as error:
+    print(error)
+"""
+
+
+def test_without_pycosat_all_tasks_work_but_those_named():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PYCOSAT], capture_output=True, text=True, check=True)
+    refused, message = run.stdout.splitlines()
+    assert set(refused.split()) == PYCOSAT_TASKS
+    assert "domains.logic.options.tasks" in message
+    assert "'zebra_puzzles' needs the package pycosat" in message
+    assert "pip install pycosat" in message
 
 
 @pytest.mark.parametrize("task", ["countdown", "puzzle24", "simple_integration", "n_queens", "binary_matrix"])

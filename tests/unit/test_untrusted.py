@@ -15,6 +15,7 @@ import pytest
 
 from experts import answers, untrusted
 from experts.domain import TRAIN, load_domain
+from experts.gym import import_reasoning_gym
 from experts.reasoning import is_safe_to_verify, only_compares
 from experts.untrusted import REASONING, VerifierError
 from tests.processes import below
@@ -239,6 +240,7 @@ def test_a_fork_has_workers_of_its_own_and_even_busy_ones_die_with_their_process
 
 
 def test_only_the_verifier_that_compares_strings_runs_in_this_process():
+    import_reasoning_gym()
     from reasoning_gym.factory import DATASETS
 
     here = {task for task in DATASETS if only_compares(task)}
@@ -251,6 +253,7 @@ def test_the_guard_knows_every_verifier_that_evaluates_text():
     """A new reasoning-gym whose verifiers evaluate more text fails here: its task then wants a guard of its own."""
     import inspect
 
+    import_reasoning_gym()
     from reasoning_gym.factory import DATASETS
 
     from experts.reasoning import EXPRESSION_VERIFIERS, LITERAL_VERIFIERS, UNREPEATABLE
@@ -271,8 +274,7 @@ def test_a_task_that_cannot_be_prepared_is_the_host_s_trouble():
 
 
 def test_the_child_gives_what_the_verifier_gives_here(examples):
-    import reasoning_gym
-
+    reasoning_gym = import_reasoning_gym()
     for task, (domain, example) in examples.items():
         stored = replace(example, meta=json.loads(json.dumps(example.meta)))
         entry = {"question": "", "answer": stored.meta["answer"], "metadata": stored.meta["metadata"]}
