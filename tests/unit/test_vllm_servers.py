@@ -1,6 +1,5 @@
 """What vLLM servers a node needs, as commands; their devices, ports and place in the spec. No vLLM is started."""
 
-import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -16,6 +15,7 @@ from flows.plan import StageGraph, build_graph
 from flows.vllm_commands import Needs, ServerCommand, node_needs
 from flows.vllm_servers import PORTS, VllmServers, free_ports, tail
 from stages.core.checkpoint import Artifact, Store
+from tests.installed import install_vllm
 
 HOST = "127.0.0.1"
 SHAPE = {
@@ -45,8 +45,7 @@ RUN: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here starts it."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found("json" if name == "vllm" else name))
+    install_vllm(monkeypatch, "a build for every device")
 
 
 @pytest.fixture
@@ -201,7 +200,7 @@ def test_full_teachers_have_servers_of_their_own_and_the_same_checkpoint_has_one
 
 
 def test_without_vllm_the_error_names_the_key(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    install_vllm(monkeypatch, None)
     graph = planned(tmp_path, sampler={"backend": "vllm_server"})
     made(graph, store)
     with pytest.raises(UserError, match=r"sampler.backend: vLLM is not installed; `make setup-vllm`"):
