@@ -135,7 +135,7 @@ def divergences(
 def _of_batch(start: Policy, policy: Policy, samples: Sequence[Sample], temperature: float) -> Mapping[str, Tensor]:
     """The same, laid end to end; logits of both models exist for one chunk of tokens at a time."""
     starts = [len(drawn.prompt_ids) for drawn in samples]
-    packed = pack([drawn.tokens for drawn in samples], starts, policy.pad_id).to(policy.device)
+    packed = pack([drawn.tokens for drawn in samples], starts, policy.pad_id, policy.device)
     ours_NH, theirs_NH = (packed.scored(HiddenStates(who.model)(*packed.inputs)) for who in (policy, start))
 
     def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:

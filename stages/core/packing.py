@@ -5,7 +5,7 @@ Shape suffixes: B lines of a batch, T tokens of a line, N scored tokens of the r
 To run rows through a model and read the hidden states that predict their scored tokens, in the order of the rows:
 
     for batch in micro_batches([len(row.tokens) for row in rows], max_tokens):
-        packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], pad_id).to(device)
+        packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], pad_id, device)
         hidden_NH = packed.scored(HiddenStates(model)(*packed.inputs))
         for i, part_NH in zip(batch, hidden_NH.split([rows[i].scored for i in batch]), strict=True):
             ...
@@ -27,7 +27,7 @@ ENOUGH_ON_GPU = 8192
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid into lines.
+    """Rows laid into lines, all tensors on one device: `pack` makes a batch where the model is, and none is moved.
 
     Attributes:
         tokens_BT: Their tokens, every line filled up on the right.
@@ -49,23 +49,19 @@ class Packed:
         """The arguments of `HiddenStates`."""
         return self.tokens_BT, self.positions_BT, self.bias_B1TT
 
-    def to(self, device: torch.device) -> "Packed":
-        """The same on a device."""
-        moved = (None if tensor is None else tensor.to(device) for tensor in (self.positions_BT, self.bias_B1TT))
-        return Packed(self.tokens_BT.to(device), self.scored_N.to(device), self.offsets_B.to(device), *moved)
-
     def scored(self, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [N, H] that predict the scored tokens: those one position earlier."""
         return hidden_BTH.flatten(0, 1).index_select(0, self.scored_N)
 
 
-def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) -> Packed:
+def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int, device: torch.device) -> Packed:
     """Lay rows into lines as wide as the longest of them.
 
     Args:
         tokens: Token ids of each row.
         starts: Index of each row's first scored token, at least 1; all after it are scored.
         pad_id: What fills lines up.
+        device: Where the model is that will run them.
     """
     lengths = [len(row) for row in tokens]
     width = max(lengths)
@@ -87,17 +83,19 @@ def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) ->
             offsets_B[row] = offset
             scored[row] = torch.arange(offset + starts[row] - 1, offset + lengths[row] - 1)
             at += lengths[row]
-    scored_N = torch.cat(scored)
+    tokens_BT, scored_N, offsets_B = tokens_BT.to(device), torch.cat(scored).to(device), offsets_B.to(device)
     if len(lines) == len(tokens):
         return Packed(tokens_BT, scored_N, offsets_B)
-    return Packed(tokens_BT, scored_N, offsets_B, positions_BT, block_causal_bias(owners_BT))
+    # The bias is made on the device: it is T times as large as the owners.
+    return Packed(tokens_BT, scored_N, offsets_B, positions_BT.to(device), block_causal_bias(owners_BT.to(device)))
 
 
 def block_causal_bias(owners_BT: Tensor) -> Tensor:
     """Attention bias [B, 1, T, T]: a token looks at itself and what stands before it in its own row."""
-    width = owners_BT.shape[1]
-    allowed_BTT = (owners_BT[:, :, None] == owners_BT[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
-    bias_BTT = torch.zeros(allowed_BTT.shape).masked_fill_(~allowed_BTT, torch.finfo(torch.float32).min)
+    width, device = owners_BT.shape[1], owners_BT.device
+    earlier_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    allowed_BTT = (owners_BT[:, :, None] == owners_BT[:, None, :]) & earlier_TT
+    bias_BTT = torch.zeros(allowed_BTT.shape, device=device).masked_fill_(~allowed_BTT, torch.finfo(torch.float32).min)
     return bias_BTT[:, None]
 
 

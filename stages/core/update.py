@@ -90,8 +90,8 @@ def accumulate(
                 learner.empty_backward()
                 continue
             batch = [run[position] for position in batches[number]]
-            packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
-            hidden_NH = learner.hidden(packed.to(learner.device))
+            tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
+            hidden_NH = learner.hidden(pack(tokens, starts, learner.policy.pad_id, learner.device))
             head_VH = learner.policy.head_VH
             weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
             size = chunk_tokens or chunk_length(len(head_VH))

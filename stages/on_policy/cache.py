@@ -40,7 +40,7 @@ def prefill(
     layers = [_RoomyLayer(len(prompts), max(lengths), room) for _ in _plain_layers(decoder)]
     last: list[Tensor] = [torch.empty(0)] * len(prompts)
     for batch in micro_batches(lengths, PREFILL_TOKENS):
-        packed = pack([prompts[i] for i in batch], [1] * len(batch), pad_id).to(device)
+        packed = pack([prompts[i] for i in batch], [1] * len(batch), pad_id, device)
         tokens_BT, positions_BT, bias_B1TT = packed.inputs
         found = DynamicCache(config=decoder.config)
         hidden_BTH = decoder(

@@ -184,9 +184,10 @@ class TrainerSignal:
             forward, head_VH = HiddenStates(learner.policy.model), learner.policy.head_VH
             size = chunk_length(len(head_VH))
             for batch in micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens):
-                packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], learner.policy.pad_id)
+                tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
+                packed = pack(tokens, starts, learner.policy.pad_id, device)
                 with learner.accelerator.autocast():
-                    hidden_NH = packed.scored(forward(*packed.to(device).inputs))
+                    hidden_NH = packed.scored(forward(*packed.inputs))
                 chunks = zip(hidden_NH.split(size), rollout.tokens(batch, device).split(size), strict=True)
                 cast_VH = head_VH.to(hidden_NH.dtype)
                 logprobs_N = torch.cat(

@@ -262,9 +262,10 @@ class TeacherPool:
         forward = HiddenStates(model)
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in micro_batches([len(row.tokens) for row in rows], self.config.micro_batch_tokens):
-            packed = pack([rows[i].tokens for i in batch], [rows[i].start for i in batch], self.student.pad_id)
+            tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
+            packed = pack(tokens, starts, self.student.pad_id, self.student.device)
             with self._precision():
-                hidden_NH = packed.scored(forward(*packed.to(self.student.device).inputs))
+                hidden_NH = packed.scored(forward(*packed.inputs))
             if self.config.teacher_cache == "cpu":
                 hidden_NH = hidden_NH.cpu()
             for i, part_NH in zip(batch, hidden_NH.split([rows[i].scored for i in batch]), strict=True):

@@ -35,9 +35,9 @@ def gradients(policy: Policy, packs: list[Packed], factors: list[Tensor]) -> tup
 
 
 def test_packed_equals_each_row_alone(policy, rows):
-    together = pack(rows, STARTS, policy.pad_id)
+    together = pack(rows, STARTS, policy.pad_id, policy.device)
     assert together.tokens_BT.shape == (4, 24)
-    alone = [pack([row], [start], policy.pad_id) for row, start in zip(rows, STARTS, strict=True)]
+    alone = [pack([row], [start], policy.pad_id, policy.device) for row, start in zip(rows, STARTS, strict=True)]
     counts = [length - start for length, start in zip(LENGTHS, STARTS, strict=True)]
     factors_NH = torch.randn(sum(counts), 32, generator=torch.Generator().manual_seed(1))
     ours_NH, ours = gradients(policy, [together], [factors_NH])
@@ -49,7 +49,7 @@ def test_packed_equals_each_row_alone(policy, rows):
 
 
 def test_the_filling_and_what_is_not_scored_last_get_exactly_no_gradient(policy, rows):
-    packed = pack(rows, STARTS, policy.pad_id)
+    packed = pack(rows, STARTS, policy.pad_id, policy.device)
     inputs_BTH = policy.model.get_input_embeddings()(packed.tokens_BT).detach().requires_grad_()
     hidden_BTH = policy.model.get_decoder()(
         inputs_embeds=inputs_BTH, position_ids=packed.positions_BT, attention_mask=packed.bias_B1TT, use_cache=False
@@ -64,7 +64,7 @@ def test_the_filling_and_what_is_not_scored_last_get_exactly_no_gradient(policy,
 
 
 def test_rows_of_one_length_need_no_mask(policy, rows):
-    packed = pack([rows[0], rows[4]], [10, 20], policy.pad_id)
+    packed = pack([rows[0], rows[4]], [10, 20], policy.pad_id, policy.device)
     assert packed.bias_B1TT is None
     assert packed.positions_BT is None
 

@@ -1,0 +1,409 @@
+"""The product's stages on a pretended CUDA device, one case each.
+
+    python -m tests.vcuda.cases [--counts] [NAME ...]
+
+prints a JSON object: case -> what was mixed, the number of operations on the device, and the error if it failed.
+With `--counts` synchronisations and products by number type are in it too. A process of its own: torch is patched.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+import evals.evaluate
+import evals.monitor
+import evals.shift
+import evals.task_vectors
+import stages.core.supervised
+import stages.distill
+import stages.load
+import stages.merge
+import stages.on_policy.loop
+import stages.on_policy.sampler
+import stages.on_policy.signals
+import stages.on_policy.teachers
+import stages.pretrain
+import stages.rft
+import stages.rl
+import stages.sft
+from experts.domain import load_domain
+from stages.config import EvaluationConfig, LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
+from stages.core.checkpoint import Artifact, Store
+from stages.core.source import Source
+from stages.core.training import Learner
+from stages.core.workspace import Workspace
+from stages.merge_config import WeightMergeConfig
+from stages.on_policy.config import MonitorConfig, RFTConfig, RLConfig
+from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
+from stages.on_policy.objectives import divergence
+from stages.on_policy.remote_teachers import Known, RemoteScores
+from tests.vcuda.device import CUDA, marks, pretend, record, watching
+from tests.vcuda.families import FAMILIES, random_model
+
+NAMES = ("sort", "reverse", "uppercase")
+BASE: Mapping[str, Any] = {
+    "max_steps": 1,
+    "examples": 24,
+    "save_every": 1,
+    "optimizer": OptimizerConfig(learning_rate=1e-3),
+}
+ON_POLICY: Mapping[str, Any] = BASE | {"prompts_per_step": 6, "max_new_tokens": 5}
+MODEL = TinyModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=32, max_length=64)
+PRETRAIN = PretrainConfig(**BASE, batch_tokens=200, model=MODEL)
+LORA = LoraConfig(rank=2)
+# Work that needs no device: it reads weights, computes tensor by tensor and writes.
+ON_THE_HOST = ("load", "merge-", "cosines")
+
+
+TWO_STEPS = {"max_steps": 2}
+
+
+class CutOffError(Exception):
+    """A stage was ended after its first saved state."""
+
+
+class Bench:
+    """A store with checkpoints for the cases."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.store = Store(home)
+        options = {"min_length": 3, "max_length": 3}
+        self.domains = {name: load_domain(name, "strings", {"task": name} | options) for name in NAMES}
+
+    def place(self, key: str, parents: Mapping[str, Artifact], names: Sequence[str] = NAMES) -> Workspace:
+        """The workspace of a case or of one of its stages."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Workspace(self.store, key, key, 0, parents, {name: self.domains[name] for name in names}, {"stage": "t"})
+
+    @functools.cached_property
+    def start(self) -> Artifact:
+        return stages.pretrain.train(PRETRAIN, self.place("start", {}))
+
+    @functools.cached_property
+    def other(self) -> Artifact:
+        return self.sft("other", self.start, "reverse")
+
+    @functools.cached_property
+    def adapters(self) -> tuple[Artifact, Artifact]:
+        return tuple(self.sft(f"adapter-{name}", self.start, name, lora=LORA) for name in ("sort", "reverse"))
+
+    def sft(self, key: str, start: Artifact, *names: str, **over: Any) -> Artifact:
+        config = SFTConfig(**{**BASE, "batch_size": 8, **over})
+        return stages.sft.train(config, self.place(key, {"start": start}, names or NAMES))
+
+    def rl(self, key: str, start: Artifact, *names: str, **over: Any) -> Artifact:
+        config = RLConfig(**{**ON_POLICY, "group_size": 3, "updates_per_batch": 2, **over})
+        return stages.rl.train(config, self.place(key, {"start": start}, names or ("reverse",)))
+
+    def rft(self, key: str, **over: Any) -> Artifact:
+        config = RFTConfig(**{**ON_POLICY, "group_size": 3, "pass_score": 0.01, **over})
+        return stages.rft.train(config, self.place(key, {"start": self.start}, ["sort"]))
+
+    def distill(self, key: str, parents: Mapping[str, Artifact] | None = None, monitor: bool = False, **over: Any):
+        """A merge; by default of two teachers with a domain each."""
+        start, other = self.start, self.other
+        mine = parents or {"teacher/sort": start, "teacher/reverse": other}
+        names = dict.fromkeys(role.split("/")[1] for role in mine if role != "start")
+        space = self.place(key, {"start": start, **mine}, list(names))
+        watch = evals.monitor.Monitor(space.domains, MonitorConfig(every=1, examples=2), 5) if monitor else None
+        return stages.distill.train(DistillConfig(**{**ON_POLICY, **over}), space, monitor=watch)
+
+    def merged(self, key: str, method: str) -> Artifact:
+        parents = {"start": self.start, "teacher/a": self.other, "teacher/b": self.adapters[0]}
+        return stages.merge.run(WeightMergeConfig(method=method), self.place(key, parents, []))
+
+    def evaluate(self, key: str, checkpoint: Artifact, **over: Any) -> None:
+        config = EvaluationConfig(**{"examples": 4, "samples": 2, "max_new_tokens": 5, **over})
+        space = self.place(key, {"checkpoint": checkpoint}, ["sort"])
+        request = evals.evaluate.EvaluationRequest(space, config, "sort", "held_out")
+        evals.evaluate.evaluate([request], checkpoint, self.store)
+
+    def shift(self, key: str, checkpoint: Artifact) -> None:
+        space = self.place(key, {"start": self.start, "checkpoint": checkpoint}, ["sort"])
+        evals.shift.run(evals.shift.ShiftRequest(examples=4, max_new_tokens=5, batch_size=4), space)
+
+    def imported(self, key: str, family: str) -> Artifact:
+        folder = self.home / f"{key}-source"
+        random_model(family, folder)
+        return stages.load.run(Source("directory", str(folder)), self.place(key, {}, []))
+
+    def family(self, key: str, family: str) -> None:
+        """An imported architecture through SFT, RL and a merge."""
+        start = self.imported(f"{key}-base", family)
+        teacher = self.sft(f"{key}-sft", start, "sort")
+        self.rl(f"{key}-rl", start, "reverse", reference_kl=0.1)
+        config = DistillConfig(**ON_POLICY)
+        parents = {"start": start, "teacher/sort": teacher, "teacher/reverse": start}
+        stages.distill.train(config, self.place(f"{key}-merge", parents, ["sort", "reverse"]))
+
+    def harness(self, key: str) -> None:
+        """A task of lm-evaluation-harness."""
+        import datasets
+
+        from evals.harness import HarnessRequest, evaluate_tasks
+        from evals.harness_config import HarnessConfig, HarnessTaskConfig
+        from tests.harness_home import write_tasks
+
+        datasets.config.HF_DATASETS_CACHE = self.home / "datasets"
+        folder = write_tasks(self.home / "tasks")
+        for task in ("choice", "text"):
+            whole = HarnessConfig(tasks=[task], include_path=str(folder))
+            config = HarnessTaskConfig.of(whole, task, str(folder / f"{task}.yaml"))
+            space = self.place(f"{key}-{task}", {"checkpoint": self.start}, [])
+            evaluate_tasks([HarnessRequest(space, config)], self.start, self.store)
+
+
+def remote_scores() -> None:
+    """What a teachers' server tells, read as logits where the student's are."""
+    known = [Known.of([{1: -0.1, 2: -2.5, 5: -4.0}], [5], 3, 113) for _ in range(2)]
+    logits = torch.randn(2, 113).to("cuda").requires_grad_(True)
+    config = ObjectiveConfig(top_k={"k": 3, "support": "teacher"})
+    losses, _ = divergence(config, logits, RemoteScores(known, 113, {}, CUDA).logits([0, 1])(slice(0, 2)))
+    losses.sum().backward()
+    assert marks.device(logits.grad) == CUDA
+
+
+def resumed(run: Callable[[], Any]) -> None:
+    """Run a stage to its first saved state, then again from there."""
+    save = Learner.save
+
+    def cut(self: Learner, step: int) -> None:
+        save(self, step)
+        raise CutOffError
+
+    Learner.save = cut
+    try:
+        with contextlib.suppress(CutOffError):
+            run()
+            raise AssertionError("nothing was saved")
+    finally:
+        Learner.save = save
+    run()
+
+
+def cases() -> dict[str, Callable[[Bench, str], Any]]:
+    """Every case by name; each is called with the bench and a key of its own."""
+    found: dict[str, Callable[[Bench, str], Any]] = {
+        "pretrain": lambda b, _: b.start,
+        "sft": lambda b, key: b.sft(key, b.start, **TWO_STEPS),
+        "sft-mask": lambda b, key: b.sft(key, b.start, mask_conflicts={}),
+        "sft-bf16": lambda b, key: b.sft(key, b.start, dtype="bfloat16"),
+        "sft-checkpointing": lambda b, key: b.sft(key, b.start, gradient_checkpointing=True),
+        "sft-lora-dropout-checkpointing": lambda b, key: b.sft(
+            key, b.start, lora=LoraConfig(rank=2, dropout=0.1), gradient_checkpointing=True
+        ),
+        "sft-of-an-adapter-in-full": lambda b, key: b.sft(key, b.adapters[0]),
+        "sft-of-an-adapter": lambda b, key: b.sft(key, b.adapters[0], lora=LORA),
+        "rft": lambda b, key: b.rft(key),
+        "rft-lora": lambda b, key: b.rft(key, lora=LORA),
+        "evaluate": lambda b, key: b.evaluate(key, b.start),
+        "evaluate-greedy-adapter": lambda b, key: b.evaluate(key, b.adapters[0], samples=0),
+        "evaluate-top_p": lambda b, key: b.evaluate(key, b.start, top_p=0.8, temperature=0.7),
+        "shift": lambda b, key: b.shift(key, b.other),
+        "shift-adapter": lambda b, key: b.shift(key, b.adapters[0]),
+        "harness": lambda b, key: b.harness(key),
+        "load": lambda b, key: b.imported(key, "llama"),
+        "cosines": lambda b, key: evals.task_vectors.run(
+            b.place(key, {"start": b.start, "expert/a": b.other, "expert/b": b.adapters[0]}, [])
+        ),
+        "remote-scores": lambda b, _: remote_scores(),
+        "resume-pretrain": lambda b, key: resumed(
+            lambda: stages.pretrain.train(PRETRAIN.model_copy(update=TWO_STEPS), b.place(key, {}))
+        ),
+        "resume-sft-lora": lambda b, key: resumed(lambda: b.sft(key, b.start, lora=LORA, **TWO_STEPS)),
+        "resume-rl-kl": lambda b, key: resumed(lambda: b.rl(key, b.start, reference_kl=0.1, **TWO_STEPS)),
+        "resume-distill": lambda b, key: resumed(lambda: b.distill(key, **TWO_STEPS)),
+    }
+    for method in ("weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties"):
+        found[f"merge-{method}"] = functools.partial(Bench.merged, method=method)
+    found |= {f"family-{name}": functools.partial(Bench.family, family=name) for name in FAMILIES}
+    return found | _rl_cases() | _distill_cases()
+
+
+def _rl_cases() -> dict[str, Callable[[Bench, str], Any]]:
+    settings: dict[str, dict[str, Any]] = {
+        "": {},
+        "-bf16": {"dtype": "bfloat16"},
+        "-kl": {"reference_kl": 0.1},
+        "-lora": {"lora": LORA},
+        "-lora-kl": {"reference_kl": 0.1, "lora": LORA},
+        "-top_p": {"top_p": 0.9, "temperature": 0.7},
+        "-sequences": {"loss_normalisation": "sequence"},
+    }
+    found = {f"rl{name}": lambda b, key, over=over: b.rl(key, b.start, **over) for name, over in settings.items()}
+    found["rl-mix"] = lambda b, key: b.rl(key, b.start, *NAMES, loss_normalisation="domain", max_domain_share=0.5)
+    return found
+
+
+def _distill_cases() -> dict[str, Callable[[Bench, str], Any]]:
+    ratio = {"name": "sampled_reverse_kl"}
+    settings: dict[str, dict[str, Any]] = {
+        "": {},
+        "-bf16": {"dtype": "bfloat16"},
+        "-cache-on-the-host": {"teacher_cache": "cpu", "max_resident": 1, "updates_per_batch": 2},
+        "-lora": {"lora": LORA},
+        "-monitor": {"monitor": True},
+        "-chunks": {"objective": {"chunk_tokens": 3}},
+        "-teachers-write": {"on_policy_fraction": 0.5},
+        "-dataset-writes": {"on_policy_fraction": 0.5, "off_policy": "dataset"},
+        "-seqkd": {"objective": "imitation", "on_policy_fraction": 0.0},
+        "-outcome": {"group_size": 2, "objective": {"outcome_weight": 0.5}},
+        "-golden": {"objective": {"golden_share": 0.2}},
+        "-domain-shares": {"loss_normalisation": "domain", "domain_shares": {"sort": 2.0}},
+        "-extrapolation-kl": {"objective": {"extrapolation": 1.2, "reference_kl": 0.1}},
+    }
+    settings |= {f"-{name}": {"objective": name} for name in ("forward_kl", "jsd", "entropy_aware")}
+    for importance in ("drop", "truncate", "mask"):
+        for level in ("token", "sequence"):
+            objective = ratio | {"importance": importance, "importance_level": level, "outcome_weight": 0.5}
+            settings[f"-{importance}-{level}"] = {"group_size": 2, "updates_per_batch": 2, "objective": objective}
+    for support in ("student", "teacher", "union", "intersection"):
+        settings[f"-top_k-{support}"] = {"objective": {"top_k": {"k": 4, "support": support}}}
+    for remainder in ("renormalise", "correct"):
+        settings[f"-top_k-{remainder}"] = {"objective": {"top_k": {"k": 4, "remainder": remainder}}}
+    found = {f"distill{name}": lambda b, key, over=over: b.distill(key, **over) for name, over in settings.items()}
+    weights = {"teacher_weights": {"sort": {"a": 0.7, "b": 0.3}}}
+    several: dict[str, Callable[[Bench], dict[str, Artifact]]] = {
+        "several": lambda b: {"teacher/sort/a": b.start, "teacher/sort/b": b.other},
+        "adapters": lambda b: {f"teacher/{n}": a for n, a in zip(("sort", "reverse"), b.adapters, strict=True)},
+        "read-ahead": lambda b: {"teacher/sort": b.start, "teacher/reverse": b.other, "teacher/uppercase": third(b)},
+    }
+    found["distill-several"] = lambda b, key: b.distill(key, several["several"](b), **weights)
+    found["distill-adapters"] = lambda b, key: b.distill(key, several["adapters"](b))
+    found["distill-adapters-lent"] = lambda b, key: b.distill(key, several["adapters"](b), lora=LORA)
+    # Three bases, two of which may be in memory: a thread reads the third.
+    found["distill-read-ahead"] = lambda b, key: b.distill(key, several["read-ahead"](b), max_resident=2)
+    return found
+
+
+def third(bench: Bench) -> Artifact:
+    """A third full checkpoint."""
+    return bench.sft("third", bench.start, "uppercase")
+
+
+def _draw(device: str) -> None:
+    torch.empty(4).to("cuda").exponential_(generator=torch.Generator(device).manual_seed(0))
+
+
+def _in_a_thread() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: torch.ones(3).to("cuda") + torch.ones(3)).result()
+
+
+def _backward() -> None:
+    weight = torch.ones(3).to("cuda").requires_grad_(True)
+
+    class Mixing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            ctx.kept = torch.ones(3).to("cpu")
+            return value * 2
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return gradients[0] * ctx.kept
+
+    Mixing.apply(weight).sum().backward()
+
+
+# What must be reported: each mixes devices once.
+FAULTS: Mapping[str, Callable[[], Any]] = {
+    "index_select": lambda: torch.ones(4).to("cuda").index_select(0, torch.tensor([1])),
+    "index": lambda: torch.ones(4).to("cuda")[torch.tensor([1, 2])],
+    "add": lambda: torch.ones(4).to("cuda") + torch.ones(4),
+    "scalar": lambda: torch.ones(4).to("cuda") + torch.tensor(1.0),
+    "cat": lambda: torch.cat([torch.ones(4, device="cuda"), torch.ones(4)]),
+    "generator": lambda: _draw("cpu"),
+    "numpy": lambda: torch.ones(4, device="cuda").numpy(),
+    "thread": _in_a_thread,
+    "backward": _backward,
+}
+HARMLESS: Mapping[str, Callable[[], Any]] = {
+    "index_select": lambda: torch.ones(4).to("cuda").index_select(0, torch.tensor([1], device="cuda")),
+    "copy": lambda: torch.ones(4).copy_(torch.ones(4, device="cuda")),
+    "generator": lambda: _draw("cuda"),
+    "number": lambda: torch.ones(4, device="cuda") * 2 + 1,
+}
+
+
+@contextlib.contextmanager
+def _phase(name: str) -> Iterator[None]:
+    before, record.phase = record.phase, name
+    try:
+        yield
+    finally:
+        record.phase = before
+
+
+def _label() -> None:
+    """Name the parts of a step in what is counted."""
+    loop, sampler = stages.on_policy.loop, stages.on_policy.sampler
+    parts = [(sampler._Batch, "_prefill", "prefill"), (sampler._Batch, "_decode", "decode")]
+    parts += [(loop, "accumulate", "update"), (stages.core.supervised, "accumulate", "update")]
+    parts += [(Learner, name, name) for name in ("update", "save", "resume")]
+    parts += [(stages.on_policy.teachers.TeacherPool, "score", "teachers"), (stages.distill, "preflight", "preflight")]
+    for owner, name, phase in parts:
+        setattr(owner, name, _phase(phase)(getattr(owner, name)))
+
+
+def examine(run: Callable[[], Any]) -> dict[str, Any]:
+    """Run something on the device and report it."""
+    record.clear()
+    error = None
+    try:
+        with watching():
+            run()
+    except Exception:  # noqa: BLE001 - reported as the case's result
+        error = traceback.format_exc()
+    counts = {"synchronisations": record.synchronisations, "products": record.products} if record.detailed else {}
+    mixed = [f"{count} x {operation}, {what}: {line}" for (operation, what, line), count in record.mixed.items()]
+    told = {name: _as_lists(counter) for name, counter in counts.items()}
+    return {"error": error, "mixed": mixed, "operations": record.operations, **told}
+
+
+def _as_lists(counter: Counter) -> list[list[Any]]:
+    return [[*key, count] for key, count in counter.most_common()]
+
+
+def main() -> int:
+    """Run the named cases, or all of them."""
+    every = cases()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--counts", action="store_true", help="also synchronisations and products by number type")
+    asked = parser.parse_args()
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    pretend()
+    record.detailed = asked.counts
+    if asked.counts:
+        _label()
+    # An untrained policy never answers right, and rewards that are all equal teach nothing.
+    stages.on_policy.signals.score = lambda rollout, domains: [sum(s.completion_ids) % 2.0 for s in rollout.samples]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        told = {"faults": {name: examine(fault) for name, fault in FAULTS.items()}}
+        told["harmless"] = {name: examine(harmless) for name, harmless in HARMLESS.items()}
+        names = asked.names or list(every)
+        told["cases"] = {name: examine(lambda name=name: every[name](bench, f"case-{name}")) for name in names}
+    json.dump(told, sys.stdout, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
