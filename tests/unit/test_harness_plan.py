@@ -49,6 +49,7 @@ def changed(before: StageGraph, after: StageGraph) -> set[str]:
     return names
 
 
+@pytest.mark.harness
 def test_every_checkpoint_is_scored_on_every_task_and_nothing_else_changes(tmp_path: Path, folder: Path) -> None:
     graph, without = graph_of(tmp_path, folder), build_graph(load(tmp_path), tmp_path / "home")
     added = {name for name in keys(graph) if name not in keys(without)}
@@ -63,6 +64,7 @@ def test_every_checkpoint_is_scored_on_every_task_and_nothing_else_changes(tmp_p
         Job.of(graph, graph.evaluations("student@0"), tmp_path, 1)
 
 
+@pytest.mark.harness
 def test_the_harness_has_a_process_of_its_own(tmp_path: Path, folder: Path) -> None:
     from flows.pipeline import jobs_of
 
@@ -83,6 +85,7 @@ def test_the_harness_has_a_process_of_its_own(tmp_path: Path, folder: Path) -> N
         (lambda folder: (folder / "unrelated.yaml").write_text("task: other\n"), set()),
     ],
 )
+@pytest.mark.harness
 def test_a_task_has_the_key_of_all_its_files(tmp_path: Path, folder: Path, change: Callable, tasks: set[str]) -> None:
     (folder / "own.py").write_text("def docs(data):\n    return data[:1]\n")
     with (folder / "text.yaml").open("a") as file:
@@ -101,12 +104,14 @@ def test_a_task_has_the_key_of_all_its_files(tmp_path: Path, folder: Path, chang
         ({"metrics": {"choice": "acc_norm"}}, {"choice"}),
     ],
 )
+@pytest.mark.harness
 def test_settings_change_the_keys_of_the_tasks_they_concern(
     tmp_path: Path, folder: Path, settings: dict, tasks: set[str]
 ) -> None:
     assert changed(graph_of(tmp_path, folder), graph_of(tmp_path, folder, **settings)) == tasks
 
 
+@pytest.mark.harness
 def test_keys_follow_the_harnesses_version_and_not_the_place(tmp_path: Path, folder: Path, monkeypatch) -> None:
     before = graph_of(tmp_path, folder)
     shutil.move(folder, tmp_path / "moved")
@@ -115,6 +120,7 @@ def test_keys_follow_the_harnesses_version_and_not_the_place(tmp_path: Path, fol
     assert changed(before, graph_of(tmp_path, tmp_path / "moved")) == set(TASKS)
 
 
+@pytest.mark.harness
 def test_an_unknown_task_is_named_with_the_nearest_before_anything_runs(tmp_path: Path, folder: Path) -> None:
     harness = {"tasks": ["arc_esy", "choise", "mmlu", "arc_easy"], "include_path": str(folder)}
     config = load(tmp_path, [*FEW[:3], *FEW[4:], SORT_ALONE], evaluate={"examples": 5, "harness": harness})
@@ -139,6 +145,7 @@ def test_without_the_harness_a_plan_that_asks_for_it_says_how_to_install_it(tmp_
     assert build_graph(load(tmp_path), tmp_path / "home").evaluations("student@0")
 
 
+@pytest.mark.harness
 def test_what_a_task_lacks_is_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.harness\.include_path: .*nowhere: no such directory"):
         graph_of(tmp_path, tmp_path / "nowhere")
@@ -200,6 +207,7 @@ def test_data_is_found_in_every_form_and_below_folders(tmp_path: Path) -> None:
     assert index_tasks(folder).tasks == {"t": path}
 
 
+@pytest.mark.harness
 def test_a_task_is_a_domain_no_expert_trains(tmp_path: Path, folder: Path) -> None:
     graph, store = graph_of(tmp_path, folder), Store(tmp_path / "home")
     for checkpoint, right in (("cold_start@0", 3), ("student@0", 1)):
