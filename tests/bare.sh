@@ -37,6 +37,7 @@ inside() {
 		root=$1; shift
 		[ "$1" = host ] || ip link set lo up
 		shift
+		echo bare >/proc/sys/kernel/hostname
 		mount --make-rprivate /
 		mount -t proc proc "$root/proc"
 		mount -t sysfs -o ro sysfs "$root/sys"
@@ -70,7 +71,7 @@ make_root() {
 	# The host may trust more authorities than Debian does, and has the names' server.
 	cat /etc/ssl/certs/ca-certificates.crt >"$root/etc/ssl/certs/ca-certificates.crt"
 	cat /etc/resolv.conf >"$root/etc/resolv.conf"
-	echo "127.0.0.1 localhost" >"$root/etc/hosts"
+	echo "127.0.0.1 localhost bare" >"$root/etc/hosts"
 	rm "$root.log"
 }
 
