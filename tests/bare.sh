@@ -7,7 +7,7 @@
 # `make demo`, the smoke run, `make setup-vllm` and a test of real vLLM, and with --tests also `make test`. The host lends
 # nothing but its kernel, its certificates and its name server: no package setting, no compiler, no library. Set-up has
 # the network; what runs after it has a loopback of its own and no network at all. Prints the seconds of each step and
-# the sizes. Needs root, debootstrap and about 12 GB a suite under ${BARE_DIR:-/tmp}; --keep leaves the roots there.
+# the sizes. Needs root, debootstrap and about 8 GB a suite under ${BARE_DIR:-/tmp}; --keep leaves the roots there.
 # TORCH=cpu in the environment asks make for the CPU build of torch.
 set -euo pipefail
 
