@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -390,6 +391,8 @@ def main() -> int:
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     pretend()
+    # As in a stage that leased a device.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     record.detailed = asked.counts
     if asked.counts:
         _label()
