@@ -128,6 +128,3 @@ def test_a_launched_stage_does_not_go_on_on_the_cpu(tmp_path: Path, graph: Stage
     assert caught.value.user_error and not caught.value.retryable
     assert says_it_all(caught.value.message, visible), caught.value.message
     assert left_in(home) == []
-    with Launcher(home, ResourcesConfig(gpus=0)) as launcher:
-        launcher.run(graph, [node], silent)
-    assert Store(home).find(node.key) is not None
