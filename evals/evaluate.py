@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from evals.scores import FILE
 from experts.domain import Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
 from stages.core.checkpoint import Artifact, Store
+from stages.core.device import accelerator
 from stages.core.policy import Policy, encode_prompt, load_policy
 from stages.core.training import step_seed
 from stages.core.workspace import Workspace
@@ -53,10 +51,12 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
         One artifact a request: `scores.jsonl` with a row per example, and mean scores in its manifest.
 
     Raises:
-        UserError: a domain cannot supply the examples, or a prompt does not fit the model.
+        UserError: a domain cannot supply the examples, a prompt does not fit the model, or CUDA does not show the
+            device that was leased.
     """
+    device = accelerator().device
     policy = load_policy(checkpoint, store)
-    policy.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
+    policy.model.to(device)
     return [_evaluate(request, policy, checkpoint) for request in requests]
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
@@ -34,6 +33,7 @@ from evals.harness_tasks import own_tasks
 from evals.scores import FILE
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact, Store
+from stages.core.device import accelerator
 from stages.core.policy import Policy, load_policy
 from stages.core.workspace import Workspace
 
@@ -66,8 +66,9 @@ def evaluate_tasks(requests: Sequence[HarnessRequest], checkpoint: Artifact, sto
     """
     # It reports every argument it does not use.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    device = accelerator().device
     policy = load_policy(checkpoint, store)
-    policy.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
+    policy.model.to(device)
     return [_evaluate(request, policy) for request in requests]
 
 

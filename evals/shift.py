@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from evals.evaluate import EXAMPLES_SEED
@@ -20,6 +19,7 @@ from evals.task_vectors import weight_shift
 from experts.domain import HELD_OUT, Domain
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact
+from stages.core.device import accelerator
 from stages.core.linear import product
 from stages.core.loss import chunk_length, chunked_token_loss
 from stages.core.packing import micro_batches, pack
@@ -46,12 +46,13 @@ def run(config: ShiftRequest, workspace: Workspace) -> Artifact:
         UserError: a domain cannot supply the examples, or a prompt does not fit the model.
     """
     parents, store, journal = workspace.parents, workspace.store, workspace.journal()
+    device = accelerator().device
     total = len(workspace.domains) + 1
     weights = weight_shift(StoredWeights(parents["start"], store), StoredWeights(parents["checkpoint"], store))
     journal.progress(1, total)
     start, policy = load_policy(parents["start"], store), load_policy(parents["checkpoint"], store)
     for loaded in (start, policy):
-        loaded.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
+        loaded.model.to(device)
     shifts = {}
     for step, (name, domain) in enumerate(workspace.domains.items(), 2):
         shifts[name] = domain_shift(config, start, policy, domain, step_seed(workspace.seed, 0, f"shift {name}"))

@@ -13,6 +13,7 @@ from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
+from flows.gpus import gpu_problems, gpu_warnings
 from flows.harness import harness_problems
 from flows.memory import fit, origin
 from flows.plan import EVALUATIONS, Node, StageGraph
@@ -43,8 +44,8 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
     Raises:
         UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
-            differs from the student's, completions no prompt leaves room for, too few devices to shard over, a disk
-            too full.
+            differs from the student's, completions no prompt leaves room for, too few devices, or devices that torch
+            cannot use, a disk too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     with remote_code(graph.config.remote_code):
@@ -58,6 +59,8 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     ]
     warnings: list[str] = []
     if missing:
+        problems += gpu_problems(graph.config.resources)
+        warnings += gpu_warnings(graph.config.resources)
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
         text = f"{store.home}: {_gigabytes(free)} free, about {_gigabytes(needed)} needed"
         too_large, tight = fit(graph, store, missing)

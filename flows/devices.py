@@ -11,7 +11,6 @@ import fcntl
 import itertools
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experts.errors import UserError
+from stages.core.energy import VISIBLE
+from stages.core.nvidia import ask
 
 POLL_SECONDS = 0.5
 # Where the locks lie, in place of the user's own folder under the host's temporary one.
 FOLDER_VARIABLE = "MOPD_DEVICE_LOCKS"
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LISTED = re.compile(r"^\s*(?:GPU (?P<index>\d+):|MIG ).*\(UUID: (?P<uuid>[^)]+)\)")
 
 
@@ -46,7 +46,7 @@ class Lease:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that show a child exactly these devices, and none when the lease is empty."""
-        return {_VISIBLE: ",".join(self.devices)}
+        return {VISIBLE: ",".join(self.devices)}
 
     def split(self, counts: Sequence[int]) -> list["Lease"]:
         """Share the devices out, in order; the shares are closed in place of the whole."""
@@ -79,11 +79,11 @@ class DeviceLeases:
         """
         if count == 0:
             return Lease()
-        devices = _distinct(host_devices(), _listed())
+        devices = _distinct(host_devices(), _listed().uuids)
         if len(devices) < count:
             raise UserError(
-                f"resources: {count} devices asked for, this machine shows {len(devices)}; a stage holds its own and "
-                f"those of the vLLM servers that are started for it"
+                f"resources: {count} devices asked for, this machine shows {len(devices)}{why_no_more()}; a stage "
+                f"holds its own and those of the vLLM servers that are started for it"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         while (lease := self._try(devices, count)) is None:
@@ -112,11 +112,22 @@ class DeviceLeases:
 
 
 def host_devices() -> list[str]:
-    """The devices this process may use: those of `CUDA_VISIBLE_DEVICES`, else all that `nvidia-smi -L` lists."""
-    visible = os.environ.get(_VISIBLE)
+    """The devices this process may use: those of `CUDA_VISIBLE_DEVICES`, else all that `nvidia-smi -L` lists.
+
+    Of a device that is divided (MIG) those are its slices, for CUDA shows a process no more than one of them.
+    """
+    visible = os.environ.get(VISIBLE)
     if visible is not None:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
-    return [index for index in _listed() if index.isdigit()]
+    return list(_listed().leasable)
+
+
+def why_no_more() -> str:
+    """What bounds the number of `host_devices`, in brackets behind a space."""
+    if VISIBLE in os.environ:
+        return f" ({VISIBLE}={os.environ[VISIBLE]})"
+    fault = _listed().fault
+    return f" ({fault})" if fault else ""
 
 
 def lock_folder() -> Path:
@@ -125,21 +136,36 @@ def lock_folder() -> Path:
     return Path(named) if named else Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}" / "devices"
 
 
-def _listed() -> dict[str, str]:
-    """What `nvidia-smi -L` lists: index -> UUID of every device, UUID -> UUID of those and of their MIG slices.
+@dataclass(frozen=True)
+class _Listing:
+    """What `nvidia-smi -L` lists.
 
-    Empty where there is no driver to tell.
+    Attributes:
+        uuids: Index -> UUID of every device, and UUID -> UUID of those and of their MIG slices.
+        leasable: Indices of whole devices, UUIDs of the slices of divided ones.
+        fault: Why nothing is listed; empty where the driver answers.
     """
-    try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for match in filter(None, map(_LISTED.match, said.splitlines())):
-        found[match["uuid"]] = match["uuid"]
+
+    uuids: Mapping[str, str]
+    leasable: Sequence[str]
+    fault: str
+
+
+def _listed() -> _Listing:
+    answer, fault = ask("-L")
+    uuids: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
+    index = ""
+    for match in filter(None, map(_LISTED.match, answer.splitlines())):
+        uuids[match["uuid"]] = match["uuid"]
         if match["index"]:
-            found[match["index"]] = match["uuid"]
-    return found
+            index = match["index"]
+            uuids[index] = match["uuid"]
+            parts[index] = []
+        else:
+            parts.setdefault(index, []).append(match["uuid"])
+    leasable = [name for index, slices in parts.items() for name in (slices or [index])]
+    return _Listing(uuids, leasable, fault)
 
 
 def _distinct(names: Sequence[str], listed: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from experts.errors import UserError
 from stages.core.extras import lacking_of_vllm_cpu
+from stages.core.nvidia import driver
 
 # Name, packages of which one is enough, the make target that installs it, and what it is for.
 OPTIONAL = (
@@ -91,7 +92,7 @@ def findings(home: Path) -> list[Finding]:
     for look in (_home, _store, _prefect, _mlflow):
         found.append(look(home))
     if importlib.util.find_spec("torch"):
-        found += [Finding("devices", _devices()), Finding("threads", _threads())]
+        found += [_devices(), Finding("threads", _threads())]
     return found
 
 
@@ -173,14 +174,19 @@ def _mlflow(home: Path) -> Finding:
     return Finding("MLflow", f"MLFLOW_TRACKING_URI: {shown} does not answer; runs keep what they say until it does")
 
 
-def _devices() -> str:
-    import torch
+def _devices() -> Finding:
+    """The machine's devices, and whether torch can use them."""
+    from flows.devices import host_devices, why_no_more
+    from flows.gpus import ask_torch, disagreement, shown_to_one
 
-    build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
-    if not torch.cuda.is_available():
-        return f"{build}, no GPU in sight; {len(os.sched_getaffinity(0))} CPU cores"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{build}, {len(names)} GPU: {', '.join(names)}"
+    devices, usable = host_devices(), ask_torch()
+    if shown_to_one(devices) > len(usable.devices):
+        mend = "install a torch build for this driver, or train on the CPU (resources.gpus=0)"
+        return Finding("devices", disagreement(len(devices), usable), False, mend)
+    if usable.devices:
+        return Finding("devices", f"{usable.torch}, {len(usable.devices)} GPU: {', '.join(usable.devices)}; {driver()}")
+    cores = len(os.sched_getaffinity(0))
+    return Finding("devices", f"{usable.torch}, no GPU in sight{why_no_more()}; {cores} CPU cores")
 
 
 def _threads() -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from experts.errors import UserError
 from stages.config import TrainConfig
 from stages.core import sharding
 from stages.core.checkpoint import sync_to_disk
+from stages.core.device import accelerator
 from stages.core.packing import Packed
 from stages.core.policy import HiddenStates, Policy, causal_lm
 
@@ -51,7 +51,7 @@ class Learner:
         memory: JSON-serialisable facts a stage keeps between steps; saved and restored with the state.
 
     Raises:
-        UserError: `sharding: fsdp` with one process.
+        UserError: `sharding: fsdp` with one process, or CUDA shows fewer devices than the stage leased.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path, seed: int) -> None:
@@ -61,9 +61,7 @@ class Learner:
         self.seed = seed
         self.tokens = 0
         self.memory: dict[str, Any] = {}
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
-        )
+        self.accelerator = accelerator(config.dtype)
         if self.sharded and self.world_size == 1:
             raise UserError("sharding: fsdp shards over 2 devices or more, and this stage has one; see resources.gpus")
         if config.gradient_checkpointing:

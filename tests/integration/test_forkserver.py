@@ -14,6 +14,7 @@ import pytest
 from experts.errors import UserError
 from flows.children import Child, ForkServer, ServerDiedError, child_environment
 from flows.devices import DeviceLeases, WaitCancelledError, host_devices, lock_folder
+from tests.devices import stand_in_driver
 from tests.processes import ended, eventually
 
 
@@ -78,14 +79,6 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "locks"
 
 
-def driver_of(folder: Path, monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
-    """Let `nvidia-smi -L` list these devices."""
-    folder.mkdir()
-    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n/bin/cat <<'END'\n{listed}\nEND\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-
-
 def given_up() -> bool:
     return True
 
@@ -132,7 +125,7 @@ GPU 1: NVIDIA A100 (UUID: GPU-bbbb-1111)"""
 
 @pytest.mark.parametrize("other", ["GPU-bbbb-1111", "GPU-bb", "1"])
 def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monkeypatch, other):
-    driver_of(tmp_path / "driver", monkeypatch, LISTED)
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver", LISTED))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     leases = DeviceLeases()
     with contextlib.closing(leases.acquire(1)) as lease:
@@ -146,7 +139,21 @@ def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monk
     with pytest.raises(UserError, match="2 devices asked for, this machine shows 1"):
         leases.acquire(2, cancelled=given_up)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert host_devices() == ["0", "1"]
+    # Of a divided device a process is given a slice.
+    assert host_devices() == ["MIG-cccc-0000", "1"]
+
+
+def test_why_there_are_too_few_devices_is_in_the_message(tmp_path, locks, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"this machine shows 0 \(nvidia-smi is not installed\); a stage"):
+        DeviceLeases().acquire(1)
+    fault = "Failed to initialize NVML: Driver/library version mismatch"
+    monkeypatch.setenv("PATH", f"{stand_in_driver(tmp_path / 'driver', fails=fault)}:/bin")
+    with pytest.raises(UserError, match=rf"1 devices asked for, this machine shows 0 \(nvidia-smi: {fault}\)"):
+        DeviceLeases().acquire(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match=r"this machine shows 1 \(CUDA_VISIBLE_DEVICES=3\)"):
+        DeviceLeases().acquire(2)
 
 
 def test_locks_are_the_hosts_and_the_users_unless_told_otherwise(monkeypatch):

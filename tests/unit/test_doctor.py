@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows import doctor
+from flows import doctor, gpus
+from tests.devices import DRIVER, stand_in_driver
+
+ASK_TORCH = gpus.ask_torch
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The threads' measurement takes seconds and says nothing of what is tested here."""
+    """The threads' measurement and torch's import take seconds and decide nothing of what is tested here."""
     monkeypatch.setattr(doctor, "_threads", lambda: "measured")
+    monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch 2.13.0+cpu (CPU build)", ()))
 
 
 def said(home: Path) -> tuple[bool, str]:
@@ -81,3 +85,44 @@ def test_a_mirror_that_answers_is_counted_and_all_of_it_is_there_for_programs(
     by_name = {each["name"]: each for each in told["findings"]}
     assert told["well"] and by_name["store"]["text"].endswith("shared: 0 artifacts")
     assert by_name["torch"]["well"] and by_name["threads"]["text"] == "measured"
+
+
+def test_devices_that_torch_cannot_use_are_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver"))
+    build = "torch 2.13.0+cpu (CPU build)"
+    cpu_build = gpus.Usable(build, (), "Torch not compiled with CUDA enabled")
+    monkeypatch.setattr(gpus, "ask_torch", lambda: cpu_build)
+    healthy, text = said(tmp_path / "home")
+    assert not healthy
+    assert f"nvidia-smi lists 2 and {build} can use 0: Torch not compiled with CUDA enabled; driver {DRIVER}" in text
+    assert text.rstrip().endswith("not ready: devices")
+    monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch 2.13.0 (CUDA 13.0 build)", ("H100", "H100")))
+    healthy, text = said(tmp_path / "home")
+    assert healthy
+    assert f"2 GPU: H100, H100; driver {DRIVER}" in text
+
+
+def test_of_a_divided_device_torch_is_shown_one_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    slices = [f"  MIG 1g.10gb     Device  {n}: (UUID: MIG-cccc-000{n})" for n in range(2)]
+    listed = "\n".join(["GPU 0: NVIDIA A100 (UUID: GPU-aaaa-0000)", *slices])
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver", listed))
+    monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch", ("A100 MIG 1g.10gb",)))
+    healthy, _ = said(tmp_path / "home")
+    assert healthy
+
+
+def test_a_driver_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fault = "Failed to initialize NVML: Driver/library version mismatch"
+    monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver", fails=fault))
+    healthy, text = said(tmp_path / "home")
+    assert healthy
+    assert f"no GPU in sight (nvidia-smi: {fault})" in text
+
+
+def test_torch_is_asked_in_a_process_of_its_own() -> None:
+    usable = ASK_TORCH()
+    assert f"torch {importlib.metadata.version('torch').partition('+')[0]}" in usable.torch
+    assert bool(usable.devices) != bool(usable.fault)

@@ -11,11 +11,12 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,10 @@ import evals.evaluate
 import evals.monitor
 import evals.shift
 import evals.task_vectors
-import stages.core.supervised
 import stages.distill
 import stages.load
 import stages.merge
-import stages.on_policy.loop
-import stages.on_policy.sampler
 import stages.on_policy.signals
-import stages.on_policy.teachers
 import stages.pretrain
 import stages.rft
 import stages.rl
@@ -51,6 +48,8 @@ from stages.on_policy.objectives import divergence
 from stages.on_policy.remote_teachers import Known, RemoteScores
 from tests.vcuda.device import CUDA, marks, pretend, record, watching
 from tests.vcuda.families import FAMILIES, random_model
+from tests.vcuda.faults import FAULTS, HARMLESS
+from tests.vcuda.labels import label
 
 NAMES = ("sort", "reverse", "uppercase")
 BASE: Mapping[str, Any] = {
@@ -294,73 +293,6 @@ def third(bench: Bench) -> Artifact:
     return bench.sft("third", bench.start, "uppercase")
 
 
-def _draw(device: str) -> None:
-    torch.empty(4).to("cuda").exponential_(generator=torch.Generator(device).manual_seed(0))
-
-
-def _in_a_thread() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: torch.ones(3).to("cuda") + torch.ones(3)).result()
-
-
-def _backward() -> None:
-    weight = torch.ones(3).to("cuda").requires_grad_(True)
-
-    class Mixing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
-            ctx.kept = torch.ones(3).to("cpu")
-            return value * 2
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            return gradients[0] * ctx.kept
-
-    Mixing.apply(weight).sum().backward()
-
-
-# What must be reported: each mixes devices once.
-FAULTS: Mapping[str, Callable[[], Any]] = {
-    "index_select": lambda: torch.ones(4).to("cuda").index_select(0, torch.tensor([1])),
-    "index": lambda: torch.ones(4).to("cuda")[torch.tensor([1, 2])],
-    "add": lambda: torch.ones(4).to("cuda") + torch.ones(4),
-    "scalar": lambda: torch.ones(4).to("cuda") + torch.tensor(1.0),
-    "cat": lambda: torch.cat([torch.ones(4, device="cuda"), torch.ones(4)]),
-    "generator": lambda: _draw("cpu"),
-    "numpy": lambda: torch.ones(4, device="cuda").numpy(),
-    "thread": _in_a_thread,
-    "backward": _backward,
-}
-HARMLESS: Mapping[str, Callable[[], Any]] = {
-    "index_select": lambda: torch.ones(4).to("cuda").index_select(0, torch.tensor([1], device="cuda")),
-    "copy": lambda: torch.ones(4).copy_(torch.ones(4, device="cuda")),
-    "generator": lambda: _draw("cuda"),
-    "number": lambda: torch.ones(4, device="cuda") * 2 + 1,
-}
-
-
-@contextlib.contextmanager
-def _phase(name: str) -> Iterator[None]:
-    before, record.phase = record.phase, name
-    try:
-        yield
-    finally:
-        record.phase = before
-
-
-def _label() -> None:
-    """Name the parts of a step in what is counted."""
-    loop, sampler = stages.on_policy.loop, stages.on_policy.sampler
-    parts = [(sampler._Batch, "_prefill", "prefill"), (sampler._Batch, "_decode", "decode")]
-    parts += [(loop, "accumulate", "update"), (stages.core.supervised, "accumulate", "update")]
-    parts += [(Learner, name, name) for name in ("update", "save", "resume")]
-    parts += [(stages.on_policy.teachers.TeacherPool, "score", "teachers"), (stages.distill, "preflight", "preflight")]
-    for owner, name, phase in parts:
-        setattr(owner, name, _phase(phase)(getattr(owner, name)))
-
-
 def examine(run: Callable[[], Any]) -> dict[str, Any]:
     """Run something on the device and report it."""
     record.clear()
@@ -390,9 +322,11 @@ def main() -> int:
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     pretend()
+    # As in a stage that leased a device.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     record.detailed = asked.counts
     if asked.counts:
-        _label()
+        label()
     # An untrained policy never answers right, and rewards that are all equal teach nothing.
     stages.on_policy.signals.score = lambda rollout, domains: [sum(s.completion_ids) % 2.0 for s in rollout.samples]
     with tempfile.TemporaryDirectory() as folder:
