@@ -196,7 +196,7 @@ def resumed(run: Callable[[], Any]) -> None:
 def cases() -> dict[str, Callable[[Bench, str], Any]]:
     """Every case by name; each is called with the bench and a key of its own."""
     found: dict[str, Callable[[Bench, str], Any]] = {
-        "pretrain": lambda b, _: b.start,
+        "pretrain": lambda b, key: stages.pretrain.train(PRETRAIN, b.place(key, {})),
         "sft": lambda b, key: b.sft(key, b.start, **TWO_STEPS),
         "sft-mask": lambda b, key: b.sft(key, b.start, mask_conflicts={}),
         "sft-bf16": lambda b, key: b.sft(key, b.start, dtype="bfloat16"),
@@ -331,6 +331,9 @@ def main() -> int:
     stages.on_policy.signals.score = lambda rollout, domains: [sum(s.completion_ids) % 2.0 for s in rollout.samples]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
+        # Made before the first case, so that none counts another stage's work.
+        with watching():
+            _ = bench.start, bench.other, bench.adapters
         told = {"faults": {name: examine(fault) for name, fault in FAULTS.items()}}
         told["harmless"] = {name: examine(harmless) for name, harmless in HARMLESS.items()}
         names = asked.names or list(every)
