@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from stages.config import NEUTRAL_DEFAULT, NOT_IN_KEY, OptimizerConfig, Positive, Share, StrictModel, TrainConfig
 
-
 class HealthConfig(StrictModel):
     """What ends an on-policy stage early, or raises an alarm in its log. Every decision is logged."""
 
@@ -147,6 +146,13 @@ class OnPolicyConfig(TrainConfig):
         description="For studies of noisy judges: errors put into the reward that training sees. Evaluation and the "
         "logged reward stay true.",
         json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    preflight_tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="Largest gap between two forwards of one model, in nats, that the preflight and a hand-over of "
+        "weights let pass; 0 takes 1e-3 in float32 and 0.25 in bfloat16.",
+        json_schema_extra=NOT_IN_KEY,
     )
     health: HealthConfig = Field(
         default_factory=HealthConfig,
