@@ -231,8 +231,9 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
     assert len(drift) == len(metrics) - len(in_step)
     assert not drift or max(drift) > TOLERANCE
     assert {record["weights"] for record in records if record["kind"] == "sample"} == {0}
-    (line,) = [record["text"] for record in records if record["kind"] == "note"]
-    assert line.startswith("preflight: sampler and trainer agree within")
+    before, after = [record["text"] for record in records if record["kind"] == "note"]
+    assert before.startswith("preflight: sampler and trainer agree within")
+    assert after.startswith("preflight after the first update: sampler and trainer agree within")
     assert not (place.folder / "rollout-weights").exists()
 
 
