@@ -125,21 +125,21 @@ class Probe:
         """As JSON-serialisable values."""
         return asdict(self)
 
-    def check(self, told: list[float], engine: str) -> None:
+    def check(self, scored: list[float], engine: str) -> None:
         """Compare an engine's log-probabilities of the completion.
 
         Args:
-            told: One for each completion token.
+            scored: One for each completion token.
             engine: Its name, for the message.
 
         Raises:
             UserError: their mean gap is above the tolerance, or one is not a number.
         """
-        gaps = [abs(own - other) for own, other in zip(self.logprobs, told, strict=True)]
+        gaps = [abs(own - other) for own, other in zip(self.logprobs, scored, strict=True)]
         mean = sum(gaps) / len(gaps)
         # What is no number is not below the tolerance either.
         if not mean <= self.tolerance:
-            shown = ", ".join(f"{other:.3f} for {own:.3f}" for own, other in zip(self.logprobs, told, strict=True))
+            shown = ", ".join(f"{other:.3f} for {own:.3f}" for own, other in zip(self.logprobs, scored, strict=True))
             raise UserError(
                 f"{engine} took the weights, but its log-probabilities are {mean:.3g} nats a token from the trainer's "
                 f"own forward ({shown}); the tolerance is {self.tolerance:g}. Sample with sampler.backend: "

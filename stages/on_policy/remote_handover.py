@@ -1,6 +1,6 @@
 """The student's weights on their way to vLLM servers: written down once a version, taken by each server that lacks it.
 
-A server has a version once it has scored the version's probe as the trainer does. One that fails to load says so itself
+A server has a version once it has scored the version's probe as the trainer does. One that fails to load reports it
 (`stages.on_policy.vllm_guard`) and is started anew by its supervisor; the second failure is no accident.
 """
 
@@ -39,7 +39,7 @@ class RemoteHandOver:
         config: Number type, adapter and log-probabilities.
         key: Of the stage: part of every version's name.
         folder: Where servers read weights.
-        mode: Which log-probabilities the servers must tell.
+        mode: The `--logprobs-mode` that the servers must have.
     """
 
     def __init__(self, policy: Policy, config: OnPolicyConfig, key: str, folder: Path, mode: str) -> None:
@@ -73,8 +73,8 @@ class RemoteHandOver:
 
     def current(self) -> Mapping[str, Any]:
         """Name, folder and probe of the version written down last."""
-        told: dict[str, Any] = json.loads((self.folder / CURRENT).read_text())
-        return told
+        current: dict[str, Any] = json.loads((self.folder / CURRENT).read_text())
+        return current
 
     def served_name(self, model: str) -> str:
         """What requests call the student: an adapter's name, or that of the server's model."""
@@ -133,7 +133,7 @@ class RemoteHandOver:
         mode = server.setting("model_config", "logprobs_mode")
         if mode != self.mode:
             raise UserError(
-                f"the vLLM server {server.url} tells {mode}; temperature {self.config.temperature} needs "
+                f"the vLLM server {server.url} has --logprobs-mode {mode}; temperature {self.config.temperature} needs "
                 f"--logprobs-mode {self.mode}, as `mopd serve rollout` sets it"
             )
         lora = self.config.lora
@@ -195,8 +195,8 @@ class RemoteHandOver:
         """Have the server score the version's probe."""
         probe = Probe.read(current["probe"])
         name = self.served_name(server.base_model())
-        told = server.score(name, probe.tokens, probe.start, 0, probe=True)
-        by_id = zip(told, probe.tokens[probe.start :], strict=True)
+        scored = server.score(name, probe.tokens, probe.start, 0, probe=True)
+        by_id = zip(scored, probe.tokens[probe.start :], strict=True)
         probe.check([known[token] for known, token in by_id], f"the vLLM server {server.url}")
 
     def _count_failure(self, server: VllmServer, error: ServerFailedError) -> None:

@@ -118,18 +118,18 @@ class VllmEngine:
         # What was there before is not what is asked for from here on.
         self._version, self._fault = version, "the last weights it was given did not fit"
         check_shapes(weight_shapes(policy), self.shapes, NAME)
-        # Whatever ends this early leaves part of two versions.
+        # A hand-over that ends early leaves part of two versions.
         self._damaged, self._fault = True, "a hand-over of weights did not end"
         probe = Probe.of(policy, self.config)
         try:
-            told = self._take(policy, version, probe)
+            scored = self._take(policy, version, probe)
         except Exception as error:
             self._fault = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{NAME} cannot load the student's weights ({self._fault}); sample with sampler.backend: transformers"
             ) from error
         self._damaged, self._fault = False, "its log-probabilities were not the trainer's"
-        probe.check(told, NAME)
+        probe.check(scored, NAME)
         self._fault = None
 
     def _take(self, policy: Policy, version: int, probe: Probe) -> list[float]:
@@ -151,8 +151,8 @@ class VllmEngine:
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         asked = [{"prompt_token_ids": probe.tokens}]
         (answer,) = self.engine.generate(asked, [parameters], use_tqdm=False, lora_request=self._request)
-        told = zip(answer.prompt_logprobs[probe.start :], probe.tokens[probe.start :], strict=True)
-        return [float(known[token].logprob) for known, token in told]
+        by_id = zip(answer.prompt_logprobs[probe.start :], probe.tokens[probe.start :], strict=True)
+        return [float(known[token].logprob) for known, token in by_id]
 
     def _adapter(self, policy: Policy, version: int) -> Any:
         """A request's name for this version's adapter; the one before makes room for it."""
@@ -180,7 +180,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         if self._fault is not None:
-            raise UserError(f"{NAME} does not sample, for it has not the student's weights: {self._fault}")
+            raise UserError(f"{NAME} does not sample without the student's weights: {self._fault}")
         if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
             raise UserError(f"the engine tells {self.mode}, which temperature {sampling.temperature} does not go with")
         if not prompts:

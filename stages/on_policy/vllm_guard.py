@@ -85,7 +85,7 @@ class Guard:
             await _answer(send, 503, {"error": {"message": reason}})
 
     async def _change(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass on what changes weights; whatever comes of it, the version before is gone."""
+        """Pass on what changes weights; the version before is gone, also when it fails."""
         self.verified = False
         self._begun += 1
         answered: list[int] = []

@@ -96,7 +96,7 @@ class VllmServer:
         return None if settings is None else settings[name]
 
     def weight_version(self) -> str:
-        """The version of its weights; `NO_VERSION` where nobody has verified them since they were touched."""
+        """The version of its weights; `NO_VERSION` until they are verified after a change."""
         return str(self._get("/weight_info")["weight_version"])
 
     def set_weight_version(self, version: str) -> None:

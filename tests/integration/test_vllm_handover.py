@@ -4,7 +4,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import pytest
@@ -27,7 +26,7 @@ from stages.on_policy.handover import Probe
 from stages.on_policy.remote_handover import save_weights
 from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.sampler import Sampling
-from stages.on_policy.vllm_server import ServerLostError, VllmServer
+from stages.on_policy.vllm_server import ServerFailedError, ServerLostError, VllmServer
 from stages.on_policy.vllm_settings import NO_VERSION
 from tests.processes import eventually
 from tests.vllm_scenario import PROMPTS, SHAPE, gap, make_moe, make_policy, move, random_checkpoint
@@ -225,18 +224,20 @@ def test_after_an_adapter_that_failed_to_load_no_number_is_given(served, tmp_pat
     servers.follow(policy, 1)
     assert gap(policy, servers.sample(PROMPTS, 4, Sampling(16), 1), 1.0) < TOLERANCE
     server, name = servers.servers[0], str(servers._student.current()["name"])
-    with pytest.raises(ServerLostError, match="load_lora_adapter"):
-        server.load_adapter("broken", _cut_adapter(policy, tmp_path / "broken"))
-    # Also not with the adapter that was there before.
-    with pytest.raises(ServerLostError):
-        server.complete(name, PROMPTS[0], 1, Sampling(4), 0, 2)
-    with pytest.raises(ServerLostError):
-        server.weight_version()
-
-
-def _cut_adapter(policy: Policy, folder: Path) -> Path:
-    """An adapter of which each tensor has one column."""
+    folder = tmp_path / "adapter"
     policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
     file = folder / "adapter_model.safetensors"
-    save_file({name: tensor[:, :1].contiguous() for name, tensor in load_file(file).items()}, file)
-    return folder
+    whole = file.read_bytes()
+    # vLLM 0.32 takes an adapter of which each tensor has one column; nobody has verified it.
+    save_file({key: tensor[:, :1].contiguous() for key, tensor in load_file(file).items()}, file)
+    server.load_adapter("narrow", folder)
+    assert server.weight_version() == NO_VERSION
+    gives_no_number(server, "narrow")
+    # Also not with the adapter that was there before.
+    gives_no_number(server, name)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ServerFailedError, match="load_lora_adapter"):
+        server.load_adapter("half", folder)
+    with pytest.raises(ServerLostError):
+        server.complete(name, PROMPTS[0], 1, Sampling(4), 0, 2)
+    assert not ask_health(served.url).well

@@ -197,7 +197,7 @@ def test_a_teacher_no_server_has_is_named(served):
 
 
 def test_a_server_of_another_kind_is_refused(served):
-    with pytest.raises(UserError, match=r"tells raw_logprobs; temperature 0\.7 needs --logprobs-mode processed"):
+    with pytest.raises(UserError, match=r"mode raw_logprobs; temperature 0\.7 needs --logprobs-mode processed"):
         served.student("warm", config_of(temperature=0.7))
 
 
