@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from experts.errors import UserError
@@ -12,12 +12,19 @@ from experts.errors import UserError
 if TYPE_CHECKING:
     import httpx
 
+CHAT = "/chat/completions"
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 # Of the client's errors only these pass with time.
 _PASSING = {408, 409, 425, 429}
 # And these speak of what was asked, not of who asks: too long for the model, or not to its liking.
 _OF_THE_CONTENT = {400, 413, 422}
+
+# Values that change nothing, sent so that a server's own do not count: vLLM takes those it is not sent from its model's
+# generation_config. Those in the second group are vLLM's, and endpoints of others may refuse them as unknown.
+_OF_OPENAI: dict[str, Any] = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_OF_VLLM: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+NEUTRAL: dict[str, Any] = _OF_OPENAI | _OF_VLLM
 
 
 class ContentRefusedError(UserError):
@@ -34,6 +41,7 @@ class Endpoint:
         api_key_env: Environment variable that holds the API key.
         timeout_seconds: Longest wait for the next part of an answer.
         retries: New attempts after a failure.
+        unknown: Names of `NEUTRAL` that the endpoint has refused to be sent.
     """
 
     key: str
@@ -41,6 +49,7 @@ class Endpoint:
     api_key_env: str | None
     timeout_seconds: float
     retries: int
+    unknown: set[str] = field(default_factory=set, compare=False)
 
     @property
     def base(self) -> str:
@@ -77,6 +86,33 @@ class Endpoint:
             return [str(entry["id"]) for entry in body["data"]]
         except (KeyError, TypeError):
             raise UserError(f"{self.key}.url: {self.base}/models lists no models: {json.dumps(body)[:300]}") from None
+
+    def chat(self, client: "httpx.Client", body: Mapping[str, Any]) -> Any:
+        """Ask for a chat completion at neutral sampling values, but for those in `body`.
+
+        An endpoint that refuses some of them as unknown is asked without, then and later.
+
+        Returns:
+            The answer's JSON.
+
+        Raises:
+            ContentRefusedError: the request is refused for what stands in it; besides, see `request`.
+        """
+        dropped: set[str] = set()
+        while True:
+            sent = {name: value for name, value in NEUTRAL.items() if name not in self.unknown | dropped}
+            try:
+                answer = self.request(client, "POST", CHAT, sent | dict(body))
+            except ContentRefusedError as error:
+                named = {name for name in sent if name in str(error)}
+                if not named:
+                    raise
+                # One of vLLM's is named first; the others would be next.
+                dropped |= named | (_OF_VLLM.keys() if named & _OF_VLLM.keys() else set())
+            else:
+                # Only now: a refusal may quote a key that stands in what was asked.
+                self.unknown.update(dropped)
+                return answer
 
     def request(
         self,

@@ -24,7 +24,7 @@ from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConf
 from stages.core.checkpoint import Store, write_whole
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 from stages.merge_config import WeightMergeConfig
-from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig
+from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
 from stages.on_policy.distill_config import DistillConfig
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
@@ -291,17 +291,19 @@ class _Builder:
         """Add a training stage; of the run file's entry only the stage's own fields reach it."""
         fields = {field: getattr(config, field) for field in schema.model_fields}
         if isinstance(config, OnPolicyConfig):
-            fields["sampler"] = self._sampler(name, config.sampler)
+            fields["sampler"] = self._sampler(name, config.sampler, config.temperature)
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
         facts = {"config": own.key_fields()}
         return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
 
-    def _sampler(self, name: str, own: SamplerConfig) -> SamplerConfig:
+    def _sampler(self, name: str, own: SamplerConfig, temperature: float) -> SamplerConfig:
         """A stage's sampler, with the run's backend where it names none."""
         backend = self.config.resources.sampler
         if own.backend is None and backend != "transformers":
             own = own.model_copy(update={"backend": backend})
+            if fault := temperature_fault(temperature, backend):
+                raise UserError(f"{name}: {fault} (resources.sampler: {backend})")
         if own.ahead and own.backend != "vllm_server":
             raise UserError(
                 f"{name}: sampler.ahead needs servers that sample while the trainer updates; the sampler is "

@@ -31,6 +31,7 @@ from stages.on_policy.vllm_settings import (
     model_overrides,
     rows_at_a_time,
 )
+from stages.on_policy.vllm_worker import EXTENSION
 
 ROLLOUT, TEACHERS = "rollout", "teachers"
 TEACHER_ROLE = "teacher/"
@@ -40,6 +41,7 @@ STUDENT_MODEL = "student"
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 # What vLLM tells of each token unless more is asked for.
 LEAST_LOGPROBS = 20
+GUARD = "stages.on_policy.vllm_guard.Guard"
 # What a cache's size follows from.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _ON_POLICY: Mapping[str, type[OnPolicyConfig]] = {"rl": RLConfig, "rft": RFTConfig, "distill": DistillConfig}
@@ -143,6 +145,8 @@ def rollout_servers(
     folder = _full_checkpoint(start, store).path
     arguments = [*_common(folder, STUDENT_MODEL, config, settings, gpus), "--load-format", "dummy"]
     arguments += ["--logprobs-mode", logprobs_mode(config.temperature, config.top_p)]
+    # Loads weights whole, and lets no number out that is not of verified ones.
+    arguments += ["--worker-extension-cls", EXTENSION, "--middleware", GUARD]
     if gpus:
         arguments += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     if config.lora is not None:

@@ -6,6 +6,7 @@ however, the fork server ends them all. Only if both are killed at one moment ca
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -26,6 +27,7 @@ from flows.devices import Lease
 from flows.forkserver import GRACE_SECONDS
 from flows.servers import choose_port, local_url
 from flows.vllm_commands import ServerCommand
+from stages.on_policy.vllm_settings import FAULT
 
 HOST = "127.0.0.1"
 # Below the ports that the kernel gives to outgoing connections, and apart from those that people choose.
@@ -226,10 +228,15 @@ class VllmServers:
         if server.answered and now < server.looked + LOOK_SECONDS:
             return
         server.looked = now
-        if healthy(server.url):
+        health = ask_health(server.url)
+        if health.well:
             if not server.answered:
                 self._say(f"{server.label} answers")
             server.answered, server.seen = True, now
+        elif health.fault is not None:
+            assert server.child is not None
+            self._say(f"{server.label} is out of service ({health.fault}); it is ended")
+            server.child.end(0)
         elif server.answered and now > server.seen + HUNG_SECONDS:
             assert server.child is not None
             self._say(f"{server.label} has not answered for {now - server.seen:.0f} s; it is ended")
@@ -277,13 +284,36 @@ def _group_lives(leader: int) -> bool:
     return False
 
 
-def healthy(url: str) -> bool:
-    """Whether a server answers that it is well."""
+@dataclass(frozen=True)
+class Health:
+    """What a server answers when it is asked how it is.
+
+    Attributes:
+        well: Whether it serves.
+        fault: Why it will not before it is started anew, in its own words, such as weights it failed to load.
+    """
+
+    well: bool
+    fault: str | None = None
+
+
+def ask_health(url: str) -> Health:
+    """Ask a server; one that does not answer is not well and has no fault."""
     try:
         with _DIRECT.open(f"{url}/health", timeout=HEALTH_SECONDS) as response:
-            return bool(response.status == 200)
+            return Health(response.status == 200)
+    except urllib.error.HTTPError as error:
+        with error:
+            return Health(False, _fault(error.read()))
     except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
+        return Health(False)
+
+
+def _fault(body: bytes) -> str | None:
+    try:
+        return str(json.loads(body)[FAULT])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def free_ports(host: str, count: int, first: int | None = None, *, exact: bool = False) -> list[int]:

@@ -25,7 +25,7 @@ from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
 from stages.on_policy.noise import reward_noise
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
-from stages.on_policy.preflight import preflight
+from stages.on_policy.preflight import SamplerCheck, preflight
 from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import RewardSignal, Signal, SumSignal, TeacherSignal, TrainerSignal
@@ -69,8 +69,9 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
             remote.check_room(longest + config.max_new_tokens)
         sampler = opened.enter_context(contextlib.closing(make_sampler(config, learner, workspace, own_prompts)))
         notes: list[str] = []
+        check = SamplerCheck(workspace.name, policy, sampler, examples, config)
         with learner.whole():
-            preflight(policy, sampler, pool, examples, config, notes.append)
+            preflight(check, pool, config, notes.append)
         if remote is not None:
             pool.release()
         practice = Practice(
@@ -84,6 +85,7 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
             writer=_writer(config, workspace, learner, pool),
             golden=GoldenRows(examples, workspace.domains, config, learner) if config.objective.golden_share else None,
             sampler=sampler,
+            recheck=check.again,
             monitor=monitor,
             notes=notes,
             news=[sampler.news] if remote is None else [sampler.news, remote.news],

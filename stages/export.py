@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from experts.errors import UserError, nearest
 from stages.core.checkpoint import Artifact, Store
+from stages.core.policy import save_tokenizer
 from stages.core.remote_code import options
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -48,7 +49,7 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     for parameter in model.eval().parameters():  # the buffers of rotary positions stay as they are
         parameter.data = parameter.data.to(kept)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     for path in folder.iterdir():
         path.chmod(READABLE)  # safetensors writes for its owner alone
     _check(model, tokenizer, folder)

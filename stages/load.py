@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact
+from stages.core.policy import save_tokenizer
 from stages.core.remote_code import options
 from stages.core.source import Source
 from stages.core.workspace import Workspace
@@ -41,7 +42,7 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         model = _plain(model)
     folder = workspace.store.staging(workspace.key)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     parameters = sum(p.numel() for p in model.parameters())
     return workspace.commit(folder, sources={}, metrics={}, parameters=parameters, origin=source.location)
 

@@ -23,6 +23,7 @@ from stages.on_policy.config import RFTConfig
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import entropy, token_logprobs
 from stages.on_policy.noise import progress_metric, reward_noise
+from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Judgement, SuccessSignal
 
@@ -36,7 +37,8 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         monitor: Scores the student while it trains.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts.
+        UserError: a domain cannot supply `examples` prompts, or the sampler's log-probabilities are not those of the
+            model's own forward pass.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
@@ -60,6 +62,9 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         return token_loss
 
     with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
+        check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
+        with learner.whole():
+            notes = [check.start()]
         practice = Practice(
             stage="rft",
             mixture=mixture,
@@ -67,7 +72,9 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
             objective=objective,
             progress=(progress_metric(noise), "higher"),
             sampler=sampler,
+            recheck=check.again,
             monitor=monitor,
+            notes=notes,
             news=[sampler.news],
         )
         return train_on_policy(practice, learner, config, workspace)

@@ -26,6 +26,7 @@ from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
 from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
 from stages.on_policy.noise import progress_metric, reward_noise
+from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.residency import Held
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Judgement, ReferenceSignal, RewardSignal, Signal, SumSignal
@@ -41,7 +42,8 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
         monitor: Scores the student while it trains.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts, or `group_size` is 1 (no group to compare with).
+        UserError: a domain cannot supply `examples` prompts, `group_size` is 1 (no group to compare with), or the
+            sampler's log-probabilities are not those of the model's own forward pass.
     """
     if config.group_size < 2:
         raise UserError(f"{workspace.name}: group_size {config.group_size}: a group needs at least 2 completions")
@@ -82,6 +84,9 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
         return token_loss
 
     with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
+        check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
+        with learner.whole():
+            notes = [check.start()]
         practice = Practice(
             stage="rl",
             mixture=mixture,
@@ -89,7 +94,9 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             objective=objective,
             progress=(progress_metric(noise), "higher"),
             sampler=sampler,
+            recheck=check.again,
             monitor=monitor,
+            notes=notes,
             news=[sampler.news],
         )
         return train_on_policy(practice, learner, config, workspace)

@@ -1,5 +1,7 @@
 """A server as its supervisor sees one: `python health_server.py --host H --port P [--fail]` answers `/health`.
 
+What is posted to it is its answer from then on, with status 503.
+
 Like vLLM it has a process below it that outlives it unless somebody ends the whole group; `--fail` ends at once.
 """
 
@@ -13,13 +15,24 @@ ENGINE = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); ti
 
 
 class Answer(BaseHTTPRequestHandler):
-    """200 to whatever is asked."""
+    """200 to whatever is asked, until something is posted."""
+
+    unwell: bytes | None = None
 
     def do_GET(self) -> None:
-        """Say that it is well."""
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
+        """Say how it is."""
+        self.answer(200 if self.unwell is None else 503, self.unwell or b"")
+
+    def do_POST(self) -> None:
+        """Be unwell from now on."""
+        Answer.unwell = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200, b"")
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
 
 def main() -> None:

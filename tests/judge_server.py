@@ -11,14 +11,14 @@ from typing import Any
 class Judge(ThreadingHTTPServer):
     """An endpoint with one model, `tiny`, that replies as `reply(request, number of the request)` says.
 
-    A number is an HTTP status, None a silence of `patience` seconds.
+    A number is an HTTP status, a pair a status and a body, None a silence of `patience` seconds.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply: Callable[[Any, int], str | int | None] = lambda request, number: "7"
+        self.reply: Callable[[Any, int], str | int | tuple[int, Any] | None] = lambda request, number: "7"
         self.requests: list[Any] = []
         self.keys: list[str | None] = []
         self.looked = 0
@@ -57,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             judge.busy -= 1
         if reply is None:
             time.sleep(judge.patience)
+        elif isinstance(reply, tuple):
+            self.send(*reply)
         elif isinstance(reply, int):
             self.send(reply, {"error": "no"})
         else:

@@ -3,15 +3,16 @@ JSON on its last line. `tests/integration/test_vllm_engine.py` reads them."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import stages.distill
 from experts.domain import load_domain
+from experts.errors import UserError
 from flows.export import export
 from stages.config import LoraConfig, OptimizerConfig, TinyModelConfig
 from stages.core.checkpoint import Artifact, Store
@@ -19,7 +20,7 @@ from stages.core.journal import read
 from stages.core.policy import Policy, load_policy, peft_config
 from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.workspace import Workspace
-from stages.on_policy.config import SamplerConfig
+from stages.on_policy.config import RLConfig, SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.vllm_engine import VllmEngine
@@ -64,6 +65,80 @@ def own(policy: Policy, drawn: Sample, temperature: float) -> torch.Tensor:
 
 def tokens(groups: list[list[Sample]]) -> list[list[list[int]]]:
     return [[drawn.completion_ids for drawn in group] for group in groups]
+
+
+def make_moe(architecture: type[PreTrainedConfig], **experts: int) -> Policy:
+    """A random mixture of four experts, of which a token takes two."""
+    tokenizer = character_tokenizer()
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"head_dim": 32, "intermediate_size": 64, "max_position_embeddings": 128, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    config = architecture(vocab_size=len(tokenizer), num_experts_per_tok=2, **shape, **ids, **experts)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return Policy(model, tokenizer)
+
+
+def experts_follow(folder: Path, policy: Policy) -> list[float]:
+    """Gaps of an engine that is handed a mixture of experts three times."""
+    engine = VllmEngine(policy, RLConfig(sampler=VLLM), folder)
+    gaps = []
+    for update in range(3):
+        engine.follow(policy, update)
+        gaps.append(gap(policy, engine.sample(PROMPTS, 4, Sampling(16), 1), 1.0))
+        move(policy)
+    engine.close()
+    return gaps
+
+
+def refuses(folder: Path) -> dict:
+    """What an engine says that was given weights of another shape, and after a load that failed."""
+    policy = make_policy(None)
+    engine = VllmEngine(policy, RLConfig(sampler=VLLM), folder)
+    said: dict = {}
+
+    def note(name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except UserError as error:
+            said[name] = str(error)
+
+    def draw() -> list[list[Sample]]:
+        return engine.sample(PROMPTS, 4, Sampling(16), 1)
+
+    note("nothing given", draw)
+    engine.follow(policy, 0)
+    tokenizer = character_tokenizer()
+    other = Policy(tiny_model(SHAPE.model_copy(update={"intermediate_size": 96}), tokenizer, 5), tokenizer)
+    note("shape", lambda: engine.follow(other, 1))
+    note("after shape", draw)
+    engine.follow(policy, 2)
+    said["gap"] = gap(policy, draw(), 1.0)
+    load = engine.engine.collective_rpc
+
+    def half(method: str, kwargs: dict) -> object:
+        """Half of the tensors, and then no more."""
+        whole = list(kwargs["tensors"])
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from whole[: len(whole) // 2]
+            raise OSError("the rest is gone")
+
+        return load(method, kwargs={"tensors": tensors()})
+
+    engine.engine.collective_rpc = half
+    move(policy)
+    note("half", lambda: engine.follow(policy, 3))
+    engine.engine.collective_rpc = load
+    note("after half", draw)
+    note("again", lambda: engine.follow(policy, 4))
+    note("after again", draw)
+    engine.close()
+    return said
 
 
 def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
@@ -118,10 +193,16 @@ def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -
     records = list(read(place.folder / "journal.jsonl"))
     return {
         "digest": student.digest,
-        "metrics": [record["values"] for record in records if record["kind"] == "metrics"],
+        "metrics": metrics_of(store, key),
         "notes": [record["text"] for record in records if record["kind"] == "note"],
         "left": [path.name for path in place.folder.iterdir()],
     }
+
+
+def metrics_of(store: Store, key: str) -> list[dict]:
+    """What a stage has logged so far."""
+    records = read(store.work(key) / "journal.jsonl")
+    return [record["values"] for record in records if record["kind"] == "metrics"]
 
 
 def exported(store: Store, folder: Path, lora: LoraConfig) -> bool:
@@ -171,10 +252,21 @@ def main() -> None:
         health={"window": 1},
     )
     store = Store(folder)
+    facts["moe"] = {
+        "qwen3": experts_follow(folder / "moe", make_moe(Qwen3MoeConfig, num_experts=4, moe_intermediate_size=64)),
+        "glm4": experts_follow(
+            folder / "moe",
+            make_moe(Glm4MoeConfig, n_routed_experts=4, moe_intermediate_size=64, first_k_dense_replace=1),
+        ),
+    }
+    facts["refuses"] = refuses(folder / "refuses")
     facts["merge"] = distils(store, config, "merge")
     facts["exported"] = exported(store, folder / "exported", lora)
     facts["merge_again"] = distils(store, config, "merge-again")
-    facts["deaf"] = distils(store, config, "deaf", deaf=True)
+    try:
+        distils(store, config, "deaf", deaf=True)
+    except UserError as error:
+        facts["deaf"] = {"error": str(error), "steps": len(metrics_of(store, "deaf"))}
     sys.stdout.write(f"{json.dumps(facts)}\n")
 
 

@@ -6,6 +6,7 @@ A forward pass stops at the hidden states. Logits are made only where a loss or 
 output head, chunk by chunk (`chunked_token_loss` in `stages.core.loss`).
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,23 @@ from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.remote_code import options
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What transformers notes of how a tokenizer was read, and reads from nowhere again: it differs with the machine, its
+# environment and the place, and a digest must not.
+_READ_WITH = {
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+}
 
 
 @dataclass
@@ -86,7 +104,7 @@ class Policy:
             )
         else:
             self.model.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
@@ -110,6 +128,15 @@ class HiddenStates(nn.Module):
         )
         hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, the same from every machine."""
+    tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in values.items() if name not in _READ_WITH}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -59,10 +59,10 @@ class AheadSampler:
         """Arguments, result and errors as for `stages.on_policy.sampler.sample`; the next step's drawing starts."""
         asked = Request(prompts, group_size, sampling, seed)
         if self._drawing is not None and self._drawing[0] == asked:
-            groups = self._drawing[1].result()
+            groups, self._drawing = self._drawing[1].result(), None
         else:
+            # What is being drawn for a step stays for it: a check may ask in between.
             groups = self.inner.sample(prompts, group_size, sampling, seed)
-        self._drawing = None
         # Only a step's own request is followed by another.
         if asked == self.request_of(self._step):
             self._drawn = [group[0] for group in groups]

@@ -6,6 +6,19 @@ from pydantic import Field, model_validator
 
 from stages.config import NEUTRAL_DEFAULT, NOT_IN_KEY, OptimizerConfig, Positive, Share, StrictModel, TrainConfig
 
+# vLLM draws below this as at this.
+LEAST_VLLM_TEMPERATURE = 0.01
+
+
+def temperature_fault(temperature: float, backend: str | None) -> str | None:
+    """Why a sampler would not draw at a temperature; None where it does."""
+    if backend not in ("vllm", "vllm_server") or temperature >= LEAST_VLLM_TEMPERATURE:
+        return None
+    return (
+        f"temperature: {temperature:g} is below {LEAST_VLLM_TEMPERATURE}, and {backend} would sample at "
+        f"{LEAST_VLLM_TEMPERATURE} in its place; take {LEAST_VLLM_TEMPERATURE}, or sampler.backend: transformers"
+    )
+
 
 class HealthConfig(StrictModel):
     """What ends an on-policy stage early, or raises an alarm in its log. Every decision is logged."""
@@ -148,6 +161,13 @@ class OnPolicyConfig(TrainConfig):
         "logged reward stay true.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
+    preflight_tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="Largest gap between two forwards of one model, in nats, that the preflight and a hand-over of "
+        "weights let pass; 0 takes 1e-3 in float32 and 0.25 in bfloat16.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     health: HealthConfig = Field(
         default_factory=HealthConfig,
         description="Early stop and alarms.",
@@ -156,6 +176,12 @@ class OnPolicyConfig(TrainConfig):
     monitor: MonitorConfig | None = Field(
         None, description="Measure the student while it trains.", json_schema_extra=NOT_IN_KEY
     )
+
+    @model_validator(mode="after")
+    def _temperature_is_sampled(self) -> Self:
+        if fault := temperature_fault(self.temperature, self.sampler.backend):
+            raise ValueError(fault)
+        return self
 
     @model_validator(mode="after")
     def _shares_are_of_domains(self) -> Self:

@@ -170,13 +170,6 @@ class DistillConfig(OnPolicyConfig):
         description="Where the teachers' hidden states wait for the updates of one rollout.",
         json_schema_extra=NOT_IN_KEY,
     )
-    preflight_tolerance: float = Field(
-        0.0,
-        ge=0,
-        description="Largest gap between two forwards of one model, in nats, that the preflight lets pass; 0 takes "
-        "1e-3 in float32 and 0.25 in bfloat16.",
-        json_schema_extra=NOT_IN_KEY,
-    )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3), description="Optimizer and schedule."
     )

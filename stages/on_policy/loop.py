@@ -25,7 +25,7 @@ from stages.core.workspace import Workspace
 from stages.on_policy.balance import loss_weights
 from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.health import Health, Vitals, compression
-from stages.on_policy.mismatch import largest, may_differ, with_mismatch
+from stages.on_policy.mismatch import hands_over, largest, may_differ, with_mismatch
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
 from stages.on_policy.sampler import Sampler, TransformersSampler
 from stages.on_policy.signals import Judgement, Signal
@@ -73,6 +73,8 @@ class Practice:
         writer: Answers the others.
         golden: Gold answers beside.
         sampler: Draws the student's completions; the trainer's own model when absent.
+        recheck: Compares the sampler with the trainer once it has taken weights that an update has changed; returns a
+            line for the log, raises where they differ.
         monitor: Scores the student while it trains.
         notes: Lines for the log before the first step.
         news: Each tells, once a step, what the log should say of the servers behind a sampler or teachers.
@@ -89,6 +91,7 @@ class Practice:
     writer: Writer | None = None
     golden: Golden | None = None
     sampler: Sampler | None = None
+    recheck: Callable[[], str] | None = None
     monitor: Monitor | None = None
     notes: Sequence[str] = ()
     news: Sequence[Callable[[], list[str]]] = ()
@@ -103,6 +106,9 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
         learner: The student.
         config: The stage's config.
         workspace: Where progress, journal and checkpoint go.
+
+    Raises:
+        UserError: the sampler computes something else than the trainer with weights that an update has changed.
     """
     done = learner.resume()
     journal = workspace.journal(done)
@@ -112,11 +118,17 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
         for text in practice.notes:
             _note(journal, learner, 0, text)
         _log(journal, learner, 0, _monitored(practice, learner, 0))
+    recheck = practice.recheck if hands_over(config) else None
+    changed = done > 0
     for step in range(done + 1, config.max_steps + 1):
         if health.stopped:
             break
         learner.begin(step)
-        rollout, judgement, metrics = take_step(practice, learner, config, step)
+        followed = None
+        if changed and recheck is not None:
+            followed, recheck = partial(_recheck, recheck, journal, learner, step), None
+        rollout, judgement, metrics = take_step(practice, learner, config, step, followed)
+        changed = changed or f"{practice.stage}/grad_norm" in metrics
         for text in itertools.chain(*(news() for news in practice.news)):
             _note(journal, learner, step, text)
         if step == 1 or step % SAMPLE_EVERY == 0:
@@ -135,12 +147,24 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
 
 
 def take_step(
-    practice: Practice, learner: Learner, config: OnPolicyConfig, step: int
+    practice: Practice,
+    learner: Learner,
+    config: OnPolicyConfig,
+    step: int,
+    followed: Callable[[], None] | None = None,
 ) -> tuple[Rollout, Judgement, dict[str, float]]:
-    """Sample, judge, update; the step's metrics are means over all processes."""
+    """Sample, judge, update; the step's metrics are means over all processes.
+
+    Args:
+        practice: The stage.
+        learner: The student.
+        config: The stage's config.
+        step: Counts from 1.
+        followed: Called when the sampler has taken the step's weights.
+    """
     stage, clock = practice.stage, _Clock()
     with learner.whole():
-        collected = _collect(practice, learner, config, step)
+        collected = _collect(practice, learner, config, step, followed)
     rollout = collected.fresh(config.sampler.max_staleness)
     clock.lap("rollout")
     lengths = [len(sample.completion_ids) for sample in rollout.samples]
@@ -190,11 +214,15 @@ def take_step(
     return rollout, judgement, {f"{stage}/{name}": value for name, value in metrics.items()}
 
 
-def _collect(practice: Practice, learner: Learner, config: OnPolicyConfig, step: int) -> Rollout:
+def _collect(
+    practice: Practice, learner: Learner, config: OnPolicyConfig, step: int, followed: Callable[[], None] | None
+) -> Rollout:
     """The student's own samples, and those of whoever answers the other prompts."""
     own, others = practice.mixture.split(step, practice.on_policy_fraction)
     sampler = practice.sampler or TransformersSampler(learner.policy)
     sampler.follow(learner.policy, step - 1)
+    if followed is not None:
+        followed()
     rollout = roll_out(learner, sampler, own, config, step)
     if others and practice.writer:
         rollout += practice.writer.write(others, step)
@@ -271,6 +299,10 @@ def _monitored(practice: Practice, learner: Learner, step: int) -> dict[str, flo
 def _log(journal: Journal, learner: Learner, step: int, metrics: Mapping[str, float]) -> None:
     if metrics and learner.accelerator.is_main_process:
         journal.metrics(step, metrics)
+
+
+def _recheck(check: Callable[[], str], journal: Journal, learner: Learner, step: int) -> None:
+    _note(journal, learner, step, check())
 
 
 def _note(journal: Journal, learner: Learner, step: int, text: str) -> None:

@@ -20,10 +20,22 @@ from stages.on_policy.losses import token_logprobs
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.sampler import Sample
 
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def agreement_tolerance(config: OnPolicyConfig) -> float:
+    """Largest gap between two forwards of one model that counts as rounding, in nats."""
+    return config.preflight_tolerance or TOLERANCES[config.dtype]
+
+
+def hands_over(config: OnPolicyConfig) -> bool:
+    """Whether the sampler has weights of its own, which it is handed."""
+    return config.sampler.backend in ("vllm", "vllm_server")
+
 
 def may_differ(config: OnPolicyConfig) -> bool:
     """Whether sampler and trainer compute in ways that differ by more than rounding."""
-    return config.sampler.backend in ("vllm", "vllm_server") or config.dtype != "float32"
+    return hands_over(config) or config.dtype != "float32"
 
 
 def with_mismatch(

@@ -1,4 +1,6 @@
-"""What a merge checks before its first step: the sampler and every teacher's scores agree with a plain forward pass.
+"""What an on-policy stage checks: the sampler agrees with a plain forward pass, and in a merge every teacher's scores.
+
+The sampler is checked before the first step, and again once it has taken weights that an update has changed.
 
 Shape suffixes: N completion tokens.
 
@@ -9,6 +11,7 @@ disagreement is found elsewhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,50 +20,109 @@ from experts.domain import Example
 from experts.errors import UserError
 from stages.core.policy import Policy, encode_prompt
 from stages.core.update import Row
+from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.losses import token_logprobs
-from stages.on_policy.mismatch import plain_logits
+from stages.on_policy.mismatch import agreement_tolerance, plain_logits
 from stages.on_policy.sampler import Sample, Sampler, Sampling
 from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
 
 PROMPTS_A_DOMAIN = 2
 LONGEST = 32
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
+TRANSFORMERS = "transformers"
+
+
+@dataclass(frozen=True)
+class SamplerCheck:
+    """The sampler's preflight of one stage.
+
+    Attributes:
+        name: The stage, for messages.
+        policy: The student, in eval mode.
+        sampler: Draws its completions.
+        examples: Training examples of each domain.
+        config: The stage's config; `preflight_tolerance` in nats.
+    """
+
+    name: str
+    policy: Policy
+    sampler: Sampler
+    examples: Mapping[str, Sequence[Example]]
+    config: OnPolicyConfig
+
+    def start(self) -> str:
+        """Hand the weights over and compare, before the first step; result and errors as for `again`."""
+        self.sampler.follow(self.policy, 0)
+        return self._line("")
+
+    def again(self) -> str:
+        """Compare once the sampler was handed weights that an update has changed.
+
+        Returns:
+            A line for the log, with the largest gap and the tolerance.
+
+        Raises:
+            UserError: a gap above the tolerance; shows the first such token.
+        """
+        return self._line(" after the first update")
+
+    @torch.no_grad()
+    def draw(self) -> tuple[list[Example], list[Sample], float]:
+        """Examples, their completions by the sampler, and the largest gap; errors as for `again`."""
+        config, policy = self.config, self.policy
+        chosen = [example for drawn in self.examples.values() for example in drawn[:PROMPTS_A_DOMAIN]]
+        prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in chosen]
+        sampling = Sampling(min(config.max_new_tokens, LONGEST), config.temperature, config.top_p)
+        samples = [group[0] for group in self.sampler.sample(prompts, 1, sampling, 0)]
+        gaps = [0.0]
+        for example, drawn in zip(chosen, samples, strict=True):
+            logits_NV = plain_logits(policy.model, drawn, config.dtype) / config.temperature
+            own_N = token_logprobs(logits_NV, _targets(drawn))
+            gaps.append(self.compare(example.domain, drawn, ("the sampler", drawn.logprobs_N), own_N))
+        return chosen, samples, max(gaps)
+
+    def compare(self, domain: str, drawn: Sample, scored: tuple[str, Tensor], plain_N: Tensor) -> float:
+        """The largest gap; above the tolerance (or where one is not a number) an error that shows the first."""
+        who, scored_N = scored
+        tolerance = agreement_tolerance(self.config)
+        gap_N = (scored_N.cpu() - plain_N).abs()
+        wrong_N = ~(gap_N <= tolerance)
+        if not bool(wrong_N.any()):
+            return float(gap_N.max())
+        first = int(wrong_N.nonzero()[0])
+        token, theirs, own = drawn.completion_ids[first], float(scored_N[first]), float(plain_N[first])
+        backend = self.config.sampler.backend or TRANSFORMERS
+        other = "" if backend == TRANSFORMERS else f"sample with sampler.backend: {TRANSFORMERS}; "
+        raise UserError(
+            f"{self.name}: preflight, domain '{domain}': {who} gives completion token {first} "
+            f"({self.policy.tokenizer.decode([token])!r}, id {token}) the log-probability {theirs:.4f}, the model's "
+            f"own forward pass {own:.4f}: a gap of {abs(theirs - own):.3g} nats, above the tolerance of "
+            f"{tolerance:g}. The two must be one model in one precision; the sampler is {backend}; {other}a gap of "
+            f"rounding alone can be allowed by preflight_tolerance"
+        )
+
+    def _line(self, when: str) -> str:
+        gap, tolerance = self.draw()[2], agreement_tolerance(self.config)
+        return f"preflight{when}: sampler and trainer agree within {gap:.1e} nats (tolerance {tolerance:g})"
 
 
 @torch.no_grad()
-def preflight(
-    policy: Policy,
-    sampler: Sampler,
-    pool: TeacherPool,
-    examples: Mapping[str, Sequence[Example]],
-    config: DistillConfig,
-    note: Callable[[str], None],
-) -> None:
-    """Sample a few completions of each domain and score them both ways.
+def preflight(check: SamplerCheck, pool: TeacherPool, config: DistillConfig, note: Callable[[str], None]) -> None:
+    """Sample a few completions of each domain and score them both ways, as the student and as its teachers do.
 
     Args:
-        policy: The student, in eval mode.
-        sampler: Draws its completions.
+        check: The student, its sampler and examples.
         pool: The teachers, whose tokenizers and vocabularies have been compared.
-        examples: Training examples of each domain.
-        config: The merge's config; `preflight_tolerance` in nats.
-        note: Takes the line that tells the tolerance and the largest gaps.
+        config: The merge's.
+        note: Takes the line with the tolerance and the largest gaps.
 
     Raises:
         UserError: a gap above the tolerance; shows the first such token.
     """
-    tolerance = config.preflight_tolerance or TOLERANCES[config.dtype]
-    chosen = [example for drawn in examples.values() for example in drawn[:PROMPTS_A_DOMAIN]]
-    prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in chosen]
-    sampling = Sampling(min(config.max_new_tokens, LONGEST), config.temperature, config.top_p)
-    sampler.follow(policy, 0)
-    samples = [group[0] for group in sampler.sample(prompts, 1, sampling, 0)]
-    gaps = {"sampler and trainer": 0.0, "teachers": 0.0}
-    for example, drawn in zip(chosen, samples, strict=True):
-        own_N = token_logprobs(plain_logits(policy.model, drawn, config.dtype) / config.temperature, _targets(drawn))
-        gap = _compare(policy, example.domain, drawn, ("the sampler", drawn.logprobs_N), own_N, tolerance)
-        gaps["sampler and trainer"] = max(gaps["sampler and trainer"], gap)
+    policy = check.policy
+    check.sampler.follow(policy, 0)
+    chosen, samples, gap = check.draw()
+    gaps = {"sampler and trainer": gap, "teachers": 0.0}
     rows = [Row(drawn.tokens, len(drawn.prompt_ids), torch.ones(len(drawn.completion_ids))) for drawn in samples]
     for domain in pool.routes:
         mine = [i for i, example in enumerate(chosen) if domain in (example.domain, REFERENCE)]
@@ -69,17 +131,11 @@ def preflight(
             drawn = samples[i]
             tokens_N = torch.tensor(drawn.completion_ids, device=policy.device)
             scored_N = scores.logprobs([position], tokens_N, config.temperature).cpu()
-            gap = _compare(
-                policy,
-                domain,
-                drawn,
-                (f"{_names(pool, domain)}, scored as a teacher,", scored_N),
-                _pooled(pool, domain, drawn, config),
-                tolerance,
-            )
+            who = f"{_names(pool, domain)}, scored as a teacher,"
+            gap = check.compare(domain, drawn, (who, scored_N), _pooled(pool, domain, drawn, config))
             gaps["teachers"] = max(gaps["teachers"], gap)
     told = ", ".join(f"{who} agree within {gap:.1e}" for who, gap in gaps.items())
-    note(f"preflight: {told} nats (tolerance {tolerance:g})")
+    note(f"preflight: {told} nats (tolerance {agreement_tolerance(config):g})")
 
 
 def _pooled(pool: TeacherPool, domain: str, drawn: Sample, config: DistillConfig) -> Tensor:
@@ -100,22 +156,3 @@ def _targets(drawn: Sample) -> Tensor:
 
 def _names(pool: TeacherPool, domain: str) -> str:
     return " and ".join(routed.teacher.name for routed in pool.routes[domain])
-
-
-def _compare(
-    policy: Policy, domain: str, drawn: Sample, scored: tuple[str, Tensor], plain_N: Tensor, tolerance: float
-) -> float:
-    """The largest gap; above the tolerance (or where one is not a number) an error that shows the first."""
-    who, scored_N = scored
-    gap_N = (scored_N.cpu() - plain_N).abs()
-    wrong_N = ~(gap_N <= tolerance)
-    if not bool(wrong_N.any()):
-        return float(gap_N.max())
-    first = int(wrong_N.nonzero()[0])
-    token = drawn.completion_ids[first]
-    raise UserError(
-        f"merge: preflight, domain '{domain}': {who} gives completion token {first} "
-        f"({policy.tokenizer.decode([token])!r}, id {token}) the log-probability {float(scored_N[first]):.4f}, the "
-        f"model's own forward pass {float(plain_N[first]):.4f}; the tolerance is {tolerance:g}. The two must be one "
-        f"model in one precision; a gap of rounding alone can be allowed by merge.preflight_tolerance"
-    )

@@ -9,36 +9,30 @@ One stage samples with a server at a time, for its weights are that stage's stud
 
 import contextlib
 import itertools
-import json
 import queue
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from filelock import FileLock, Timeout
-from peft import PeftModel
-from safetensors.torch import save_file
 
 from experts.domain import stable_hash
 from experts.errors import UserError
-from stages.core.checkpoint import write_whole
 from stages.core.policy import Policy
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.config import OnPolicyConfig
+from stages.on_policy.handover import Probe
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.mismatch import plain_logits
+from stages.on_policy.remote_handover import RemoteHandOver
 from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.on_policy.spread import spread
-from stages.on_policy.vllm_engine import check_context, full_weights, prompt_seed
-from stages.on_policy.vllm_server import UNTOLD, Completion, ServerLostError, VllmServer, wait_for_any
+from stages.on_policy.vllm_engine import check_context, prompt_seed
+from stages.on_policy.vllm_server import Completion, ServerLostError, VllmServer, wait_for_any
 from stages.on_policy.vllm_settings import logprobs_mode, rows_at_a_time
-from stages.on_policy.weight_transfer import NcclTransfer, takes_transfers
 
-CURRENT = "current.json"
-WEIGHTS = "model.safetensors"
 # Completions a server is asked about when its gap to the trainer is measured.
 MEASURED_ROWS = 4
 
@@ -52,7 +46,8 @@ class RemoteSampler:
         workspace: Its `servers` are the URLs; its folder is where servers read weights.
 
     Raises:
-        UserError: no server is named, or vLLM cannot tell the log-probabilities these settings need.
+        UserError: no server is named, vLLM cannot tell the log-probabilities these settings need, or the first server
+            that answers was started for something else.
         ServerLostError: none answers.
     """
 
@@ -66,12 +61,10 @@ class RemoteSampler:
         self.mode = logprobs_mode(config.temperature, config.top_p)
         self.learner = learner
         self.config = config
-        self.key = workspace.key
         self.eos_id = learner.policy.eos_id
         self.folder = workspace.folder / "rollout-weights"
         self.version = 0
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._transfers: dict[str, NcclTransfer] = {}
         self._held = contextlib.ExitStack()
         self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
         if learner.accelerator.is_main_process:
@@ -80,26 +73,24 @@ class RemoteSampler:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         learner.accelerator.wait_for_everyone()
-        self._checked: set[str] = set()
+        self._student = RemoteHandOver(learner.policy, config, workspace.key, self.folder, self.mode)
         first = wait_for_any(self.servers, config.sampler.timeout_seconds)[0]
-        self._check(first)
+        self._student.check(first)
         self.model, self.context = first.base_model(), first.context()
 
     def follow(self, policy: Policy, version: int) -> None:
-        """Write the policy's weights down, and hand them to the servers that answer; others take them when they do."""
+        """Write the policy's weights down, and hand them to the servers that answer; others take them when they do.
+
+        Raises:
+            UserError: a server cannot take them, or computes something else with them.
+        """
+        # On every process: none leaves the others in a forward of sharded weights.
+        probe = Probe.of(policy, self.config)
         if self.learner.accelerator.is_main_process:
-            folder = self.folder / f"version-{version}"
-            shutil.rmtree(folder, ignore_errors=True)
-            self._write(policy, folder)
-            # Unlike another attempt's at the same step.
-            name = f"{self.key}:{version}:{time.time_ns():x}"
-            before = self._current() if (self.folder / CURRENT).exists() else None
-            write_whole(self.folder / CURRENT, json.dumps({"name": name, "folder": folder.name}))
-            if before is not None and before["folder"] != folder.name:
-                shutil.rmtree(self.folder / before["folder"])
+            self._student.publish(policy, version, probe)
             for server in self.servers:
                 try:
-                    self._bring_up_to_date(server, policy)
+                    self._student.bring_up_to_date(server, policy)
                 except ServerLostError as error:
                     # It is handed the files when it answers again.
                     self._lost(error)
@@ -123,7 +114,7 @@ class RemoteSampler:
         at_once = max(1, rows_at_a_time(self.config) // group_size)
         # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
         drawn = group_size if sampling.temperature > 0 else 1
-        name = self._served_name()
+        name = self._student.served_name(self.model)
 
         def ask(server: VllmServer, index: int) -> list[Completion]:
             own = prompt_seed(seed, index)
@@ -156,7 +147,7 @@ class RemoteSampler:
         Raises:
             FloatingPointError: a log-probability is no number.
         """
-        total, tokens, most, name = 0.0, 0, -1.0, self._served_name()
+        total, tokens, most, name = 0.0, 0, -1.0, self._student.served_name(self.model)
         servers = [server for server in self.servers if self._is_current(server)]
         asked = samples[: MEASURED_ROWS * len(servers)]
         for drawn, server in zip(asked, itertools.cycle(servers), strict=False):
@@ -185,8 +176,7 @@ class RemoteSampler:
 
     def close(self) -> None:
         """Let go of the servers, which go on running."""
-        for transfer in self._transfers.values():
-            transfer.close()
+        self._student.close()
         for server in self.servers:
             server.close()
         # No waiting for the others here: one of them may have come to grief, and nobody would hear of it.
@@ -201,45 +191,6 @@ class RemoteSampler:
             self._news.put(f"waited for another stage that samples with {url}")
             lock.acquire()
         self._held.callback(lock.release)
-
-    def _check(self, server: VllmServer) -> None:
-        """See, once, that a server was started for what this stage asks of it."""
-        if server.url in self._checked:
-            return
-        dtype = str(server.setting("model_config", "dtype")).removeprefix("torch.")
-        if dtype != self.config.dtype:
-            raise UserError(f"the vLLM server {server.url} computes in {dtype}, this stage in {self.config.dtype}")
-        mode = server.setting("model_config", "logprobs_mode")
-        if mode != self.mode:
-            raise UserError(
-                f"the vLLM server {server.url} tells {mode}; temperature {self.config.temperature} needs "
-                f"--logprobs-mode {self.mode}, as `mopd serve rollout` sets it"
-            )
-        lora = self.config.lora
-        if lora is not None and (server.setting("lora_config", "max_lora_rank") or 0) < lora.rank:
-            raise UserError(
-                f"the vLLM server {server.url} has no room for adapters of rank {lora.rank}; it needs --enable-lora "
-                f"--max-lora-rank, as `mopd serve rollout` sets them"
-            )
-        self._checked.add(server.url)
-
-    def _write(self, policy: Policy, folder: Path) -> None:
-        """What a server reads of this version: an adapter, or all weights. Of an adapter's base once."""
-        if self.config.lora is None:
-            _save(policy, folder)
-            return
-        if not (base := self.folder / "base").exists():
-            _save(policy, base)
-        assert isinstance(policy.model, PeftModel)
-        policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
-
-    def _served_name(self) -> str:
-        """What requests call the student."""
-        return self.model if self.config.lora is None else str(self._current()["name"])
-
-    def _current(self) -> Mapping[str, str]:
-        told: dict[str, str] = json.loads((self.folder / CURRENT).read_text())
-        return told
 
     def _samples(self, prompt: list[int], answer: Sequence[Completion], group_size: int) -> list[Sample]:
         samples = [
@@ -262,17 +213,18 @@ class RemoteSampler:
         """
         deadline = time.monotonic() + self.config.sampler.timeout_seconds
         while True:
-            ready = []
+            ready, reasons = [], []
             for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds, self._lost):
                 try:
-                    self._bring_up_to_date(server)
+                    self._student.bring_up_to_date(server)
                     ready.append(server)
                 except ServerLostError as error:
                     self._lost(error)
+                    reasons.append(str(error))
             if ready:
                 return ready
             if time.monotonic() > deadline:
-                raise ServerLostError(f"no server takes the student's weights: {[s.url for s in self.servers]}")
+                raise ServerLostError(f"no server takes the student's weights: {'; '.join(reasons)}")
             time.sleep(0.5)
 
     def _lost(self, error: ServerLostError) -> None:
@@ -280,61 +232,10 @@ class RemoteSampler:
 
     def _is_current(self, server: VllmServer) -> bool:
         try:
-            return server.weight_version() == self._current()["name"]
+            return self._student.is_current(server)
         except ServerLostError as error:
             self._lost(error)
             return False
-
-    def _bring_up_to_date(self, server: VllmServer, policy: Policy | None = None) -> None:
-        """Hand the current version over unless the server has it.
-
-        Args:
-            server: One that answers.
-            policy: The same weights where they lie in memory, for a transfer between devices.
-        """
-        self._check(server)
-        # Of several processes that see a new server, one hands over.
-        with FileLock(self.folder / f"{stable_hash(server.url)[:12]}.lock"):
-            current, has = self._current(), server.weight_version()
-            if has == current["name"]:
-                return
-            ours = has.startswith(f"{self.key}:")
-            folder = self.folder / current["folder"]
-            if self.config.lora is None:
-                self._hand_over(server, folder, policy)
-            else:
-                for name, entry in server.models().items():
-                    if entry.get("parent"):
-                        server.unload_adapter(name)
-                if not ours:
-                    self._hand_over(server, self.folder / "base", policy)
-                server.load_adapter(current["name"], folder)
-            server.set_weight_version(current["name"])
-
-    def _hand_over(self, server: VllmServer, folder: Path, policy: Policy | None) -> None:
-        # A server that was started anew is no longer in the group it was in.
-        known = self._transfers.pop(server.url, None)
-        fresh = server.weight_version() == UNTOLD
-        if known is not None and (policy is None or fresh):
-            known.close()
-            known = None
-        if policy is None or not takes_transfers(server):
-            server.load_weights(folder)
-            return
-        known = known or NcclTransfer(server, policy)
-        try:
-            known.send()
-        except BaseException:
-            known.close()
-            raise
-        self._transfers[server.url] = known
-
-
-def _save(policy: Policy, folder: Path) -> None:
-    """Full weights as a server reads them; of an adapter its base's."""
-    folder.mkdir(parents=True)
-    # A tied head is written a second time, under its own name.
-    save_file({name: tensor.contiguous().clone() for name, tensor in full_weights(policy)}, folder / WEIGHTS)
 
 
 def _lock_name(url: str) -> str:

@@ -8,19 +8,19 @@ version's adapter is swapped in. On a GPU the engine sleeps while the trainer up
 import gc
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.core.extras import require_vllm
 from stages.core.policy import Policy, causal_lm
 from stages.on_policy.config import OnPolicyConfig
+from stages.on_policy.handover import Probe, check_shapes, full_weights, weight_shapes
 from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,
@@ -32,9 +32,10 @@ from stages.on_policy.vllm_settings import (
     model_overrides,
     rows_at_a_time,
 )
+from stages.on_policy.vllm_worker import EXTENSION
 
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-HEAD = "lm_head.weight"
+NAME = "vLLM in the trainer's process"
 
 
 class VllmEngine:
@@ -60,6 +61,8 @@ class VllmEngine:
         from vllm import LLM
 
         self.folder = folder
+        self.config = config
+        self.shapes = weight_shapes(policy)
         self.eos_id = policy.eos_id
         self.lora = config.lora
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,12 +79,16 @@ class VllmEngine:
             max_num_seqs=rows_at_a_time(config),
             enforce_eager=not self.cuda,
             disable_log_stats=True,
+            worker_extension_cls=EXTENSION,
             **self._memory(policy, config),
             **self._adapters(),
         )
         self._request: Any = None
         self._has_base = False
         self._version = 0
+        self._fault: str | None = "no weights were handed over yet"
+        # Whether a load failed, after which vLLM's layers are in no state to take another.
+        self._damaged = False
         self._sleep()
 
     def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
@@ -101,16 +108,52 @@ class VllmEngine:
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
 
     def follow(self, policy: Policy, version: int) -> None:
-        """Take over the policy's weights; what was cached of the weights before is dropped."""
-        self._version = version
+        """Take over the policy's weights; what was cached of the weights before is dropped.
+
+        Raises:
+            UserError: the weights do not fit the engine's model, cannot be loaded, or give other log-probabilities
+                than the policy's own forward; after a failed load the engine neither samples nor takes weights again.
+        """
+        if self._damaged:
+            raise UserError(f"{NAME} takes no weights after a load that failed: {self._fault}")
+        # What was there before is not what is asked for from here on.
+        self._version, self._fault = version, "the last weights it was given did not fit"
+        check_shapes(weight_shapes(policy), self.shapes, NAME)
+        # A hand-over that ends early leaves part of two versions.
+        self._damaged, self._fault = True, "a hand-over of weights did not end"
+        probe = Probe.of(policy, self.config)
+        try:
+            scored = self._take(policy, version, probe)
+        except Exception as error:
+            self._fault = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{NAME} cannot load the student's weights ({self._fault}); sample with sampler.backend: transformers"
+            ) from error
+        self._damaged, self._fault = False, "its log-probabilities were not the trainer's"
+        probe.check(scored, NAME)
+        self._fault = None
+
+    def _take(self, policy: Policy, version: int, probe: Probe) -> list[float]:
+        """Load the weights; returns the engine's log-probabilities of the probe's completion."""
         self._wake("weights")
         if self.lora is None or not self._has_base:
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
+            self.engine.collective_rpc("take_weights", kwargs={"tensors": full_weights(policy)})
             self._has_base = True
         if self.lora is not None:
             self._request = self._adapter(policy, version)
         self._wake("kv_cache")
         self.engine.reset_prefix_cache()
+        return self._score(probe)
+
+    def _score(self, probe: Probe) -> list[float]:
+        """Log-probabilities of a probe's completion, at temperature 1."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        asked = [{"prompt_token_ids": probe.tokens}]
+        (answer,) = self.engine.generate(asked, [parameters], use_tqdm=False, lora_request=self._request)
+        by_id = zip(answer.prompt_logprobs[probe.start :], probe.tokens[probe.start :], strict=True)
+        return [float(known[token].logprob) for known, token in by_id]
 
     def _adapter(self, policy: Policy, version: int) -> Any:
         """A request's name for this version's adapter; the one before makes room for it."""
@@ -132,10 +175,13 @@ class VllmEngine:
 
         Raises:
             UserError: a prompt with its completion does not fit the model's context, or `sampling` asks for
-                log-probabilities of another kind than the engine was started for.
+                log-probabilities of another kind than the engine was started for, or the last hand-over of weights
+                failed.
         """
         from vllm import SamplingParams
 
+        if self._fault is not None:
+            raise UserError(f"{NAME} does not sample without the student's weights: {self._fault}")
         if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
             raise UserError(f"the engine tells {self.mode}, which temperature {sampling.temperature} does not go with")
         if not prompts:
@@ -217,11 +263,3 @@ def check_context(prompts: Sequence[list[int]], max_new_tokens: int, limit: int)
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the engine's context of {limit} "
             f"tokens; lower max_new_tokens or shorten the domain's prompts"
         )
-
-
-def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The weights under their checkpoint's names, of a LoRA student its base's, the head always by its own name."""
-    for name, parameter in causal_lm(policy.model).named_parameters():
-        if ".lora_" not in name and name != HEAD:
-            yield name.replace(".base_layer.", "."), parameter.detach()
-    yield HEAD, policy.head_VH.detach()

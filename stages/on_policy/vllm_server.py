@@ -12,21 +12,13 @@ from typing import Any
 
 import httpx
 
+from experts.endpoint import NEUTRAL
 from experts.errors import UserError
 from stages.on_policy.sampler import Sampling
-from stages.on_policy.vllm_settings import is_local
+from stages.on_policy.vllm_settings import PROBE_HEADER, is_local
 
 # Answers that need no model come at once or not at all.
 QUICK_SECONDS = 10.0
-# Said, for a server may have other defaults from its model's generation_config.
-NEUTRAL = {
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "min_tokens": 0,
-}
 CONNECTIONS = 512
 # vLLM closes a connection nobody has used for 5 s; a request sent in that moment gets no answer.
 IDLE_SECONDS = 2.0
@@ -35,12 +27,14 @@ COMPLETIONS = "/v1/completions"
 # has not been told of the adapter yet.
 PASSING = {408, 425, 429}
 FORGET_ATTEMPTS, FORGET_SECONDS = 20, 0.5
-# The weight version of a server nobody has told of one.
-UNTOLD = "default"
 
 
 class ServerLostError(ConnectionError):
     """A server does not answer, is too slow, or has failed inside: another attempt may succeed."""
+
+
+class ServerFailedError(ServerLostError):
+    """A server answers that it has failed inside; the message has its words."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class VllmServer:
         return None if settings is None else settings[name]
 
     def weight_version(self) -> str:
-        """The version it was last told that its weights have."""
+        """The version of its weights; `NO_VERSION` until they are verified after a change."""
         return str(self._get("/weight_info")["weight_version"])
 
     def set_weight_version(self, version: str) -> None:
@@ -114,15 +108,15 @@ class VllmServer:
         return int(self._get("/get_world_size")["world_size"])
 
     def load_weights(self, folder: Path) -> None:
-        """Let it read full weights by vLLM's `reload_weights`; its cache of what they made is dropped.
+        """Let it read full weights; its cache is dropped, and it has no version until it is given one.
 
         Args:
-            folder: With safetensors of all parameters under their checkpoint's names. A server that cannot read it is
-                lost: vLLM ends an engine whose worker fails.
+            folder: With safetensors of all parameters under their checkpoint's names.
+
+        Raises:
+            ServerFailedError: it cannot load them, and is out of service until it is started anew.
         """
-        # It was started without weights, in a mode that reads none.
-        self._rpc("update_config", {"overrides": {"load_config": {"load_format": "safetensors"}}})
-        self._rpc("reload_weights", {"weights_path": str(folder)})
+        self._post("/collective_rpc", {"method": "take_weights", "kwargs": {"folder": str(folder)}})
         self.forget()
 
     def forget(self) -> None:
@@ -159,9 +153,9 @@ class VllmServer:
             "prompt": list(prompt),
             "n": count,
             "max_tokens": sampling.max_new_tokens,
+            **NEUTRAL,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            **NEUTRAL,
             "seed": seed,
             "ignore_eos": True,
             "stop_token_ids": [eos_id],
@@ -173,7 +167,9 @@ class VllmServer:
         ordered = sorted(choices, key=lambda choice: int(choice["index"]))
         return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
 
-    def score(self, model: str, tokens: Sequence[int], start: int, top: int) -> list[dict[int, float]]:
+    def score(
+        self, model: str, tokens: Sequence[int], start: int, top: int, *, probe: bool = False
+    ) -> list[dict[int, float]]:
         """Log-probabilities, at temperature 1, of tokens that somebody else wrote.
 
         Args:
@@ -181,6 +177,7 @@ class VllmServer:
             tokens: A prompt and its completion.
             start: Where the completion begins.
             top: The likeliest tokens to tell of; 0 for none.
+            probe: The answer serves to verify weights, so that the server need not have a version.
 
         Returns:
             For each completion token: log-probability by id of the `top` likeliest tokens and of the token itself.
@@ -189,13 +186,12 @@ class VllmServer:
             ServerLostError: see there.
             UserError: it refuses the request.
         """
-        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        (choice,) = _json(self._post(COMPLETIONS, body))["choices"]
+        asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        body = {"model": model, "prompt": list(tokens), **NEUTRAL, **asked}
+        headers = {PROBE_HEADER: "1"} if probe else {}
+        (choice,) = _json(self._answer("POST", COMPLETIONS, body, self.timeout, headers))["choices"]
         told = choice["prompt_logprobs"][start:]
         return [{int(token): float(entry["logprob"]) for token, entry in known.items()} for known in told]
-
-    def _rpc(self, method: str, arguments: Mapping[str, Any]) -> None:
-        self._post("/collective_rpc", {"method": method, "kwargs": arguments})
 
     def _get(self, path: str) -> Any:
         return _json(self._answer("GET", path, None, QUICK_SECONDS))
@@ -203,14 +199,23 @@ class VllmServer:
     def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         return self._answer("POST", path, body, self.timeout)
 
-    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> httpx.Response:
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         try:
-            answer = self._client.request(method, path, json=body, timeout=timeout)
+            answer = self._client.request(method, path, json=body, timeout=timeout, headers=headers)
         except httpx.TransportError as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         gone = answer.status_code == httpx.codes.NOT_FOUND and path == COMPLETIONS
         if answer.is_server_error or answer.status_code in PASSING or gone:
-            raise ServerLostError(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
+            inside = answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+            lost = ServerFailedError if inside else ServerLostError
+            raise lost(f"{self.url}{path}: HTTP {answer.status_code}: {_said(answer)}")
         if answer.status_code == httpx.codes.NOT_FOUND and not path.startswith("/v1/"):
             raise UserError(
                 f"the vLLM server {self.url} has no {path}: it does not run in development mode, in which it takes a "

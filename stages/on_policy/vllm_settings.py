@@ -23,6 +23,9 @@ PROMPT_TOKENS = 512
 # The cache is counted in blocks of 128 tokens on a CPU, and one of them is never used.
 SPARE_TOKENS = 2 * 128
 LEAST_BATCH_TOKENS = 2048
+# Of a guarded server (`stages.on_policy.vllm_guard`): the version of unverified weights, the key of its
+# fault in an answer, and the header of a request that may be answered without verified weights.
+NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"
 # What vLLM makes room for.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stages.core.policy import Policy
-from stages.on_policy.vllm_engine import full_weights
-from stages.on_policy.vllm_server import ServerLostError, VllmServer
+from stages.on_policy.handover import full_weights
+from stages.on_policy.vllm_server import ServerFailedError, ServerLostError, VllmServer
 
 BACKEND = "nccl"
 
@@ -57,12 +57,14 @@ class NcclTransfer:
         """Send the weights; the server's cache of what the old ones made is dropped.
 
         Raises:
-            ServerLostError: the server refused or failed.
+            ServerLostError: the server is lost, or answers that it failed.
         """
         import requests
 
         try:
             self._engine.send_weights()
+        except requests.HTTPError as error:
+            raise ServerFailedError(f"{self._server.url}: weights were not taken: {error}") from error
         except requests.RequestException as error:
             raise ServerLostError(f"{self._server.url}: weights were not taken: {error}") from error
         self._server.forget()

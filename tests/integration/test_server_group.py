@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from flows import vllm_servers
 from flows.children import ForkServer, ServerDiedError, child_environment
 from flows.vllm_commands import ServerCommand
-from flows.vllm_servers import MOST_RESTARTS, VllmServerError, VllmServers, healthy
+from flows.vllm_servers import MOST_RESTARTS, Health, VllmServerError, VllmServers, ask_health
 from tests import health_server
 from tests.processes import ended, eventually
 
@@ -51,7 +52,7 @@ def test_servers_answer_at_urls_known_before_and_nothing_is_left_after_close(for
         members = group(servers)
         assert len(members) == 4
     assert all(ended(pid) for pid in members)
-    assert not healthy(first)
+    assert not ask_health(first).well
     assert servers.servers[0].log.parent == tmp_path / "servers"
 
 
@@ -89,6 +90,27 @@ def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch
         # The engine is killed with its leader, and ends when it is its turn.
         eventually(lambda: all(ended(pid) for pid in before), within=15)
         eventually(lambda: up(servers))
+
+
+def test_a_server_that_takes_itself_out_of_service_is_started_again_at_once(fork_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_servers, "LOOK_SECONDS", 0.0)
+    said: list[str] = []
+    with VllmServers([ONE], tmp_path, say=said.append) as servers:
+        servers.start(fork_server)
+        eventually(lambda: up(servers))
+        (server,) = servers.servers
+        # One that is unwell and gives no fault of its own may recover.
+        for body in (b"", b"busy", b'{"error": "busy"}', b"[]"):
+            assert httpx.post(server.url, content=body).status_code == 200
+            servers.tend()
+            assert ask_health(server.url) == Health(well=False)
+        assert server.restarts == 0 and len(said) == 2
+        httpx.post(server.url, json={"fault": "weights of another shape"})
+        assert ask_health(server.url) == Health(False, "weights of another shape")
+        eventually(lambda: (servers.tend(), server.restarts == 1)[1])
+        assert any(line.endswith("is out of service (weights of another shape); it is ended") for line in said)
+        eventually(lambda: up(servers))
+        assert ask_health(server.url) == Health(well=True)
 
 
 def test_restarts_of_long_ago_are_forgiven(fork_server, tmp_path):

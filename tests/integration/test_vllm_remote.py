@@ -197,7 +197,7 @@ def test_a_teacher_no_server_has_is_named(served):
 
 
 def test_a_server_of_another_kind_is_refused(served):
-    with pytest.raises(UserError, match=r"tells raw_logprobs; temperature 0\.7 needs --logprobs-mode processed"):
+    with pytest.raises(UserError, match=r"mode raw_logprobs; temperature 0\.7 needs --logprobs-mode processed"):
         served.student("warm", config_of(temperature=0.7))
 
 
@@ -231,8 +231,9 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
     assert len(drift) == len(metrics) - len(in_step)
     assert not drift or max(drift) > TOLERANCE
     assert {record["weights"] for record in records if record["kind"] == "sample"} == {0}
-    (line,) = [record["text"] for record in records if record["kind"] == "note"]
-    assert line.startswith("preflight: sampler and trainer agree within")
+    before, after = [record["text"] for record in records if record["kind"] == "note"]
+    assert before.startswith("preflight: sampler and trainer agree within")
+    assert after.startswith("preflight after the first update: sampler and trainer agree within")
     assert not (place.folder / "rollout-weights").exists()
 
 

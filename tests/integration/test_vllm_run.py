@@ -1,6 +1,7 @@
 """Whole runs on real vLLM, from the command line: RL with the engine in the trainer's process, a merge with servers
 that the pipeline starts for its rollouts and its teachers; and a judge behind a real server."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +10,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
 
 from experts.domain import Example, load_domain
+from experts.endpoint import NEUTRAL, Endpoint
 from flows.children import ForkServer, child_environment
 from flows.config import ResourcesConfig
 from flows.vllm_commands import teacher_servers
@@ -85,17 +88,23 @@ def test_a_run_with_rl_in_process_and_a_merge_on_servers_of_its_own(tmp_path):
 
 @pytest.fixture(scope="module")
 def judge_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A tiny model with room for a judge's prompt, behind a real server: its URL and the model's name."""
+    """A tiny model with room for a judge's prompt, behind a real server that samples as its folder's generation_config
+    says, as `vllm serve` does: its URL and the model's name."""
     home = tmp_path_factory.mktemp("judge")
     store, tokenizer = Store(home), character_tokenizer()
     shape = TinyModelConfig(hidden_size=64, layers=1, heads=2, intermediate_size=64, max_length=4096)
     folder = store.staging("judge")
     tiny_model(shape, tokenizer, 0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | {"repetition_penalty": 2.0, "do_sample": True}))
     model = Workspace(store, "judge", "judge", 0, {}, {}, {}).commit(folder, sources=None, metrics={})
     config = DistillConfig(objective="sampled_reverse_kl", teacher_backend="vllm_server")
     fork_server, over = ForkServer(home / "fork.log", child_environment(1), preload=()), threading.Event()
-    with VllmServers(teacher_servers(config, [model], store, ResourcesConfig()), home) as group:
+    (command,) = teacher_servers(config, [model], store, ResourcesConfig())
+    arguments = list(command.arguments)
+    arguments[arguments.index("--generation-config") + 1] = "auto"
+    with VllmServers([dataclasses.replace(command, arguments=tuple(arguments))], home) as group:
         group.start(fork_server)
         while not group.ready():
             group.tend()
@@ -129,3 +138,29 @@ def test_a_judge_on_a_real_server_marks_within_its_scale(judge_url, tmp_path, mo
     # What the model has no room for gets no mark, is counted, and ends nothing.
     assert first.score_all(pairs(["x" * 5000, *texts])) == [0.0, *scores]
     assert first.facts()["judge_unmarked"] == 1
+
+
+def test_a_judges_marks_do_not_depend_on_the_servers_generation_config(judge_url, tmp_path, monkeypatch):
+    url, model = judge_url
+    monkeypatch.setenv("MOPD_HOME", str(tmp_path / "home"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"Say hello to {n}"}) + "\n" for n in range(40)))
+    options = {"path": str(tmp_path / "rows.jsonl"), "prompt_field": "q", "url": f"{url}/v1", "model": model}
+    options |= {"rubric": "Politeness.", "scale": 9, "constrained": True, "parallel": 1}
+    domain, bodies, ask = load_domain("manners", "judge", options), [], Endpoint.request
+
+    def noting(self, client, method, path, body=None, retries=None):
+        bodies.append(body)
+        return ask(self, client, method, path, body, retries)
+
+    monkeypatch.setattr(Endpoint, "request", noting)
+    texts = [f"Good morning number {n}, {'how are you ' * (n % 5)}" for n in range(30)]
+    scores = domain.score_all([(Example("Say hello", "", "manners", "Say hello"), text) for text in texts])
+    assert len(bodies) == 30 and domain.facts() == {}
+
+    def marks(changes):
+        replies = [httpx.post(f"{url}/v1/chat/completions", json=changes(body), timeout=60).json() for body in bodies]
+        return [int(reply["choices"][0]["message"]["content"]) / 9 for reply in replies]
+
+    assert marks(lambda body: body | NEUTRAL) == scores
+    # Left to the server they are others.
+    assert marks(lambda body: {name: value for name, value in body.items() if name not in NEUTRAL}) != scores

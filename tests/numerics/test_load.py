@@ -8,8 +8,12 @@ import torch
 
 from experts.errors import UserError
 from stages import load
+from stages.config import LoraConfig
+from stages.core.checkpoint import Store
 from stages.core.policy import load_policy
 from stages.core.source import Source, resolve_checkpoint
+from stages.core.workspace import Workspace
+from stages.export import export_weights
 from tests.numerics.conftest import tiny_policy
 
 
@@ -47,3 +51,28 @@ def test_a_models_own_code_is_not_run(tmp_path, workspace):
     with pytest.raises(UserError, match="it brings code of its own"):
         load.run(source, workspace("k", {}, {}))
     assert not mark.exists()
+
+
+def test_the_digest_is_the_same_with_and_without_the_hub_and_from_any_place(tmp_path, monkeypatch):
+    """The keys of how a tokenizer was read differ; the bytes that are hashed do not."""
+    source = given(tmp_path / "given")
+    digests, written = [], []
+    for offline in (False, True):
+        monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda offline=offline: offline)
+        store = Store(tmp_path / f"home-{offline}")
+        base = load.run(source, Workspace(store, "base", "base", 0, {}, {}, {}))
+        policy = load_policy(base, store, lora=LoraConfig(rank=2), seed=0)
+        folder = store.staging("adapter")
+        policy.save(folder)
+        adapter = Workspace(store, "adapter", "adapter", 0, {}, {}, {}).commit(
+            folder, sources={}, metrics={}, adapter_base="base"
+        )
+        exported = tmp_path / f"exported-{offline}"
+        exported.mkdir()
+        export_weights(adapter, store, exported)
+        digests.append((base.digest, adapter.digest))
+        written += [(place / "tokenizer_config.json").read_text() for place in (base.path, adapter.path, exported)]
+    assert digests[0] == digests[1]
+    # Also of one that was never read from a file, and with what it means still in it.
+    assert set(written) == {(tmp_path / "given" / "tokenizer_config.json").read_text()}
+    assert {"eos_token", "tokenizer_class", "extra_special_tokens"} <= json.loads(written[0]).keys()

@@ -1,13 +1,21 @@
-"""The preflight of a merge: agreement is noted, a mismatch ends it and shows the token."""
+"""The preflight of on-policy stages: agreement is noted, a mismatch ends the stage and shows the token."""
 
+import copy
+import dataclasses
 import re
 
 import pytest
 import torch
 
+import stages.distill
+import stages.rft
+import stages.rl
 from experts.errors import UserError
+from flows.worker import USER_ERROR, exit_code_of
+from stages.core.journal import read
+from stages.on_policy.config import RFTConfig, RLConfig, SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.preflight import preflight
+from stages.on_policy.preflight import SamplerCheck, preflight
 from stages.on_policy.sampler import Sample, TransformersSampler
 from stages.on_policy.teachers import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
@@ -23,7 +31,8 @@ def merge(store, checkpoint, domains):
     }
     student = tiny_policy(9)
     examples = {name: domains[name].draw("train", 5, 0) for name in routes}
-    return student, TransformersSampler(student), TeacherPool(routes, store, student, config), examples, config
+    check = SamplerCheck("student", student, TransformersSampler(student), examples, config)
+    return check, TeacherPool(routes, store, student, config), config
 
 
 def test_agreement_is_noted_with_its_tolerance(merge):
@@ -37,21 +46,22 @@ def test_agreement_is_noted_with_its_tolerance(merge):
 
 
 def test_a_teacher_scored_differently_shows_the_first_token(merge, monkeypatch):
-    student, sampler, pool, examples, config = merge
+    check, pool, config = merge
     forward = TeacherPool._forward
     monkeypatch.setattr(
         TeacherPool, "_forward", lambda self, model, rows: [1.1 * part_NH for part_NH in forward(self, model, rows)]
     )
     with pytest.raises(UserError, match=r"'sort': one and two, scored as a teacher, gives completion token 0 \("):
-        preflight(student, sampler, pool, examples, config, print)
+        preflight(check, pool, config, print)
     loose = config.model_copy(update={"preflight_tolerance": 100.0})
     notes: list[str] = []
-    preflight(student, sampler, pool, examples, loose, notes.append)
+    preflight(dataclasses.replace(check, config=loose), pool, loose, notes.append)
     assert "tolerance 100" in notes[0]
 
 
 def test_a_sampler_that_disagrees_shows_the_first_token(merge, monkeypatch):
-    student, sampler, pool, examples, config = merge
+    check, pool, config = merge
+    sampler = check.sampler
     sample = sampler.sample
 
     def off(*arguments: object) -> list[list[Sample]]:
@@ -61,7 +71,7 @@ def test_a_sampler_that_disagrees_shows_the_first_token(merge, monkeypatch):
 
     monkeypatch.setattr(sampler, "sample", off)
     with pytest.raises(UserError, match=r"the sampler gives completion token 1 .* log-probability nan"):
-        preflight(student, sampler, pool, examples, config, print)
+        preflight(check, pool, config, print)
 
 
 def test_in_bfloat16_the_trainers_own_forward_is_what_all_are_compared_with(store, checkpoint, domains):
@@ -69,10 +79,131 @@ def test_in_bfloat16_the_trainers_own_forward_is_what_all_are_compared_with(stor
     student = tiny_policy(9)
     pool = TeacherPool({"sort": (Routed(checkpoint("one", 1)),)}, store, student, config)
     notes: list[str] = []
+    examples = {"sort": domains["sort"].draw("train", 5, 0)}
     preflight(
-        student, TransformersSampler(student), pool, {"sort": domains["sort"].draw("train", 5, 0)}, config, notes.append
+        SamplerCheck("student", student, TransformersSampler(student), examples, config), pool, config, notes.append
     )
     drawn, teachers = (float(gap) for gap in re.findall(r"within ([0-9.e+-]+)", notes[0]))
     # The sampler runs in float32, the trainer under autocast: a gap that is there must be told.
     assert 1e-4 < drawn < 0.25
     assert teachers < 1e-4
+
+
+class Stale(TransformersSampler):
+    """Samples with a copy of the student; from some version on it takes no more weights, and reports that it did."""
+
+    def __init__(self, policy, last):
+        super().__init__(copy.deepcopy(policy))
+        self.last = last
+
+    def follow(self, policy, version):
+        if version <= self.last:
+            self.policy = copy.deepcopy(policy)
+        self.version = version
+
+
+class Sharp(TransformersSampler):
+    """Samples with other weights from the start."""
+
+    def follow(self, policy, version):
+        self.policy, self.version = copy.deepcopy(policy), version
+        with torch.no_grad():
+            self.policy.head_VH.mul_(1.1)
+
+
+STEPS = {"max_steps": 5, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 6, "examples": 40}
+TUNED = {"optimizer": {"learning_rate": 1e-2}, "sampler": SamplerConfig(backend="vllm")}
+# One that passes half of what is drawn, so that every step has something to learn from.
+STAGES = {
+    "rl": (stages.rl, RLConfig(**STEPS, **TUNED)),
+    "rft": (stages.rft, RFTConfig(**STEPS, **TUNED)),
+    "distill": (stages.distill, DistillConfig(**STEPS, **TUNED)),
+}
+
+
+def run_stage(name, workspace, checkpoint, domains, monkeypatch, make, **changes):
+    """Run a stage whose sampler is another; returns its journal, whatever comes of it, and the error."""
+    module, config = STAGES[name]
+    config = config.model_copy(update=changes)
+    sort = domains["sort"]
+    monkeypatch.setattr(sort, "score_all", lambda pairs: [float(ord(text[-1:] or "a") % 2) for _, text in pairs])
+    monkeypatch.setattr(module, "make_sampler", lambda config, learner, *rest: make(learner.policy))
+    seeds = {"start": 1, "teacher/sort": 2} if name == "distill" else {"start": 1}
+    known = workspace("place", {}, {}).store.find
+    parents = {role: known(role[:5]) or checkpoint(role[:5], seed) for role, seed in seeds.items()}
+    place, error = workspace(f"experts-{name}", parents, {"sort": sort}), None
+    try:
+        module.train(config, place)
+    except UserError as found:
+        error = found
+    journal = place.folder / "journal.jsonl"
+    return list(read(journal)) if journal.exists() else [], error
+
+
+def notes(records):
+    return [record["text"] for record in records if record["kind"] == "note"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_sampler_that_is_off_stops_any_stage_before_its_first_step(name, workspace, checkpoint, domains, monkeypatch):
+    records, error = run_stage(name, workspace, checkpoint, domains, monkeypatch, Sharp)
+    assert records == [] and exit_code_of(error) == USER_ERROR
+    found = re.search(
+        r"log-probability (\S+), the model's own forward pass (\S+): a gap of (\S+) nats, above", str(error)
+    )
+    theirs, own, gap = (float(value) for value in found.groups())
+    assert gap > 1e-3 and gap == pytest.approx(abs(theirs - own), abs=2e-4)
+    for part in (
+        f"experts-{name}: preflight, domain 'sort': the sampler gives",
+        "tolerance of 0.001",
+        "is vllm; sample",
+    ):
+        assert part in str(error)
+    loose, error = run_stage(name, workspace, checkpoint, domains, monkeypatch, Sharp, preflight_tolerance=10.0)
+    assert error is None and notes(loose)[0].startswith("preflight: sampler and trainer agree within")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_sampler_that_does_not_take_changed_weights_stops_any_stage_before_its_second_update(
+    name, workspace, checkpoint, domains, monkeypatch
+):
+    records, error = run_stage(name, workspace, checkpoint, domains, monkeypatch, lambda policy: Stale(policy, 0))
+    assert exit_code_of(error) == USER_ERROR and "the sampler gives" in str(error)
+    (first,) = [record for record in records if record["kind"] == "metrics"]
+    assert f"{name}/grad_norm" in first["values"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_sampler_that_follows_is_checked_twice_and_no_more(name, workspace, checkpoint, domains, monkeypatch):
+    records, error = run_stage(name, workspace, checkpoint, domains, monkeypatch, lambda policy: Stale(policy, 99))
+    assert error is None
+    before, after = [line for line in notes(records) if "preflight" in line]
+    assert before.startswith("preflight: sampler and trainer agree within")
+    assert after.startswith("preflight after the first update: sampler and trainer agree within")
+
+
+def test_the_trainers_own_model_needs_no_second_check(workspace, checkpoint, domains, monkeypatch):
+    own = SamplerConfig(backend="transformers")
+    records, error = run_stage("rl", workspace, checkpoint, domains, monkeypatch, TransformersSampler, sampler=own)
+    assert error is None
+    assert [line for line in notes(records) if "preflight" in line] == notes(records)[:1]
+
+
+def test_weights_that_were_not_changed_yet_are_not_what_the_second_check_is_about(
+    workspace, checkpoint, domains, monkeypatch
+):
+    """A step without anything to learn from changes nothing; the check waits for one that does."""
+    rewards = iter([0.0, 0.0, 0.5, 0.5, 0.5])
+    seen = []
+    again = SamplerCheck.again
+    monkeypatch.setattr(SamplerCheck, "again", lambda self: seen.append(self.sampler.version) or again(self))
+
+    def some(pairs):
+        share = next(rewards)
+        return [float(share > 0 and row % 2) for row, _ in enumerate(pairs)]
+
+    module, config = STAGES["rl"]
+    monkeypatch.setattr(domains["sort"], "score_all", some)
+    monkeypatch.setattr(module, "make_sampler", lambda config, learner, *rest: Stale(learner.policy, 99))
+    module.train(config, workspace("skipping", {"start": checkpoint("start", 1)}, {"sort": domains["sort"]}))
+    assert seen == [3]

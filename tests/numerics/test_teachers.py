@@ -23,7 +23,7 @@ from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.off_policy import TeacherWriter
-from stages.on_policy.preflight import preflight
+from stages.on_policy.preflight import SamplerCheck, preflight
 from stages.on_policy.sampler import TransformersSampler
 from stages.on_policy.teachers import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
@@ -188,7 +188,7 @@ def test_never_more_bases_in_memory_than_allowed(
     taught = routes(teachers) | {"sort": (Routed(teachers["sort"]), Routed(teachers["reverse"]))}
     pool = TeacherPool(taught, store, student, config)
     examples = {name: domains[name].draw("train", 3, 0) for name in ("sort", "reverse", "uppercase")}
-    preflight(student, TransformersSampler(student), pool, examples, config, print)
+    preflight(SamplerCheck("student", student, TransformersSampler(student), examples, config), pool, config, print)
     writer = TeacherWriter(pool, config, SimpleNamespace(policy=student, seed=0, rank=0, shard=list))
     for step in range(2):
         pool.score(make_rows()[:4], list(teachers))

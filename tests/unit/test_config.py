@@ -1,5 +1,6 @@
 """The run file: every mistake is said in one message that names the key and the nearest valid choice."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from experts.errors import UserError
 from flows.config import RunConfig
+from flows.plan import build_graph
 from flows.run_file import load_run_file
 
 RUNS = Path(__file__).parents[2] / "flows" / "runs"
@@ -282,3 +284,28 @@ def test_an_objectives_name_stands_for_its_defaults(tmp_path: Path) -> None:
     named, spelled = load(tmp_path, ["merge.objective=jsd"]), load(tmp_path, ["merge.objective.name=jsd"])
     assert named.merge.objective == spelled.merge.objective
     assert "merge.objective.name: Input should be 'reverse_kl'" in message(tmp_path, ["merge.objective=jds"])
+
+
+@pytest.mark.parametrize("backend", ["vllm", "vllm_server"])
+@pytest.mark.parametrize("stage", ["rl", "rft", "merge"])
+def test_a_temperature_that_vllm_does_not_sample_at_is_refused(tmp_path, backend, stage):
+    """It draws below 0.01 as at 0.01, and the trainer would divide by another number."""
+
+    def changes(temperature: float, **sampler: str) -> dict:
+        own = {"max_steps": 5, "temperature": temperature, **({"sampler": sampler} if sampler else {})}
+        if stage == "merge":
+            return {"merge": MINIMAL["merge"] | own}
+        sort = {"domain": "sort", "train": {stage: own}}
+        return {"experts": MINIMAL["experts"] | {"sort": sort}}
+
+    key = "merge" if stage == "merge" else f"experts.sort.train.{stage}"
+    wrong = rf"temperature: 0\.005 is below 0\.01, and {backend} would sample at 0\.01 .* take 0\.01, or sampler"
+    said = message(tmp_path, **changes(0.005, backend=backend))
+    assert key in said and re.search(wrong, said)
+    # The run's own sampler is known once the stages are planned.
+    name = "student" if stage == "merge" else "experts/sort"
+    with pytest.raises(UserError, match=rf"^{name}: {wrong}.*\(resources\.sampler: {backend}\)"):
+        build_graph(load(tmp_path, resources={"sampler": backend}, **changes(0.005)), tmp_path)
+    for fine in (changes(0.01, backend=backend), changes(0.005, backend="transformers"), changes(0.005)):
+        build_graph(load(tmp_path, **fine), tmp_path)
+    build_graph(load(tmp_path, resources={"sampler": backend}, **changes(0.01)), tmp_path)

@@ -302,3 +302,62 @@ def test_a_constrained_judge_can_only_say_a_mark_and_has_marks_of_its_own(judge,
     assert "structured_outputs" not in judge.requests[0]
     assert judge.requests[1]["structured_outputs"] == {"choice": [str(mark) for mark in range(9)]}
     assert len(judge.requests) == 2
+
+
+NEUTRAL = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+VLLM = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+
+
+def sent(request: Any) -> set[str]:
+    """Which of the neutral values a request holds."""
+    return {name for name, value in (NEUTRAL | VLLM).items() if name in request and request[name] == value}
+
+
+def test_a_judge_is_asked_at_neutral_values_whatever_its_model_folder_says(judge, make):
+    assert make().score_all([(example(), "Hi"), (example(), "Hello")]) == [0.7, 0.7]
+    assert [sent(request) for request in judge.requests] == [NEUTRAL.keys() | VLLM.keys()] * 2
+    assert {request["temperature"] for request in judge.requests} == {0}
+
+
+def unknown(*names: str) -> Callable[[Any, int], Any]:
+    """An endpoint that knows some keys only, and names the first one that it does not, as OpenAI does."""
+
+    def reply(request: Any, number: int) -> Any:
+        for name in names:
+            if name in request:
+                return 400, {"error": {"message": f"Unrecognized request argument supplied: {name}"}}
+        return "7"
+
+    return reply
+
+
+def test_an_endpoint_that_knows_openais_keys_only_is_asked_with_those_and_remembered(judge, make):
+    judge.reply = unknown(*VLLM)
+    domain = make(parallel=1)
+    assert domain.score_all([(example(), text) for text in ("a", "b", "c")]) == [0.7] * 3
+    first, *others = [sent(request) for request in judge.requests]
+    # One refusal in all, not one a key and not one a completion.
+    assert first == NEUTRAL.keys() | VLLM.keys() and others == [NEUTRAL.keys()] * 3
+    assert domain.facts() == {}
+
+
+def test_a_model_that_takes_no_penalties_is_asked_without_them(judge, make):
+    judge.reply = unknown("presence_penalty", "top_k")
+    domain = make(parallel=1)
+    assert domain.score_all([(example(), text) for text in ("a", "b")]) == [0.7] * 2
+    assert [sent(request) for request in judge.requests][-1] == {"top_p", "frequency_penalty"}
+    assert len(judge.requests) == 4
+
+
+def test_a_refusal_that_only_quotes_a_key_costs_no_neutral_value(judge, make):
+    """A completion that is too long and speaks of top_k is refused with and without it."""
+
+    def reply(request: Any, number: int) -> Any:
+        text = request["messages"][1]["content"]
+        return (400, {"error": {"message": f"too long: {text}"}}) if "about top_k" in text else "7"
+
+    judge.reply = reply
+    domain = make(parallel=1, max_unmarked=1.0)
+    assert domain.score_all([(example(), "It is about top_k"), (example(), "Hi")]) == [0.0, 0.7]
+    assert domain.facts() == {"judge_unmarked": 1.0}
+    assert sent(judge.requests[-1]) == NEUTRAL.keys() | VLLM.keys()

@@ -1,5 +1,6 @@
 """What vLLM servers a node needs, as commands; their devices, ports and place in the spec. No vLLM is started."""
 
+import importlib
 import json
 import socket
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_rollout_servers_have_the_students_shape_and_no_weights(tmp_path, store)
     assert int(option(first, "--kv-cache-memory-bytes")) > 0
     assert "--enforce-eager" in first.arguments
     assert not {"--skip-tokenizer-init", "--enable-lora", "--gpu-memory-utilization"} & set(first.arguments)
+    # vLLM finds both by these names, and what they name is there.
+    for name in ("--worker-extension-cls", "--middleware"):
+        module, _, attribute = option(first, name).rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), attribute), type)
     assert first.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert first.environment["TORCHDYNAMO_DISABLE"] == "1"
 
@@ -177,7 +182,7 @@ def test_adapters_of_one_base_share_its_server_with_it(tmp_path, store):
     # vLLM matches the last part of a module's name where several are packed into one.
     assert option(command, "--lora-target-modules") == "q_proj"
     assert option(command, "--max-logprobs") == "40"
-    assert "--load-format" not in command.arguments
+    assert not {"--load-format", "--worker-extension-cls", "--middleware"} & set(command.arguments)
 
 
 def test_full_teachers_have_servers_of_their_own_and_the_same_checkpoint_has_one(tmp_path, store):
