@@ -9,16 +9,16 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from evals.scores import FILE
 from experts.domain import Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact, Store
 from stages.core.device import accelerator
-from stages.core.policy import Policy, encode_prompt, load_policy
+from stages.core.policy import Policy, load_policy
 from stages.core.training import step_seed
 from stages.core.workspace import Workspace
 from stages.on_policy.sampler import Sample, Sampling, sample
@@ -78,9 +78,9 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         drawn = sample(policy, prompts, config.samples, sampling, seed)
         journal.progress(2, total)
     trained_on = set(checkpoint.manifest.get("sources", {}).get(request.domain, []))
-    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
     texts = [
-        [decode(one.completion_ids) for one in (best, *others)] for (best,), others in zip(greedy, drawn, strict=True)
+        policy.texts(one.completion_ids for one in (best, *others))
+        for (best,), others in zip(greedy, drawn, strict=True)
     ]
     pairs = [(example, text) for example, own in zip(examples, texts, strict=True) for text in own]
     scores = iter(domain.score_all(pairs))

@@ -23,6 +23,7 @@ from flows.vllm_commands import devices_of_each
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
 from stages.core.remote_code import options, remote_code
+from stages.core.rendering import rendering
 from stages.on_policy.shares import without_prompts
 from stages.on_policy.vllm_settings import is_local
 
@@ -48,7 +49,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
             cannot use, a disk too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
-    with remote_code(graph.config.remote_code):
+    with remote_code(graph.config.remote_code), rendering(graph.rendering):
         problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
     problems += [
         *_scorer_problems(graph, missing),

@@ -6,7 +6,7 @@ A field marked `not_in_key` changes how a stage runs, never its result, and stay
 and stays out of the key, so that a new option makes no finished stage run again.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -62,7 +62,13 @@ class LoraConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What every training stage shares."""
+    """What every training stage shares.
+
+    Attributes:
+        own_dropout: Whether the dropout that a model's config brings is on in its updates.
+    """
+
+    own_dropout: ClassVar[bool] = True
 
     max_steps: Positive = Field(100, description="Optimizer steps (SFT) or rollout steps (on-policy).")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer and schedule.")

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from experts.domain import Example
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy, encode_prompt, load_policy
+from stages.core.policy import Policy, load_policy
 from stages.core.stage import draw_training
 from stages.core.training import Learner
 from stages.core.workspace import Workspace

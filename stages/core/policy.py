@@ -7,8 +7,9 @@ output head, chunk by chunk (`chunked_token_loss` in `stages.core.loss`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from experts.domain import Prompt
 from experts.errors import UserError
 from stages.config import LoraConfig
+from stages.core.chat import decode_completions, generation_stops, stop_ids
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.remote_code import options
@@ -59,8 +60,30 @@ class Policy:
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a completion."""
+        """The tokenizer's EOS."""
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion, ascending: those `generate` stops at, EOS, and the template's end of turn.
+
+        Every sampler stops at each of them.
+        """
+        generation = causal_lm(self.model).generation_config
+        return stop_ids(self.tokenizer, None if generation is None else generation.eos_token_id)
+
+    @cached_property
+    def barred_ids(self) -> tuple[int, ...]:
+        """Rows of the vocabulary that are no token of the tokenizer, such as padding; no sampler draws them.
+
+        Losses leave them in: exact divergences compare whole distributions, of student and teacher alike.
+        """
+        known = set(self.tokenizer.get_vocab().values())
+        return tuple(row for row in range(self.head_VH.shape[0]) if row not in known)
+
+    def texts(self, completions: Iterable[Sequence[int]]) -> list[str]:
+        """The text of completions, without the token that ends each and without control tokens."""
+        return decode_completions(self.tokenizer, completions, self.stop_ids)
 
     @property
     def pad_id(self) -> int:
@@ -199,6 +222,8 @@ def load_policy(
     model.eval()
     policy = Policy(model, tokenizer, base)
     check_head(policy, checkpoint)
+    if (generation := causal_lm(model).generation_config) is not None:
+        generation.eos_token_id = generation_stops(generation.eos_token_id, policy.stop_ids)
     return policy
 
 
@@ -248,25 +273,3 @@ def peft_config(lora: LoraConfig) -> PeftLoraConfig:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the chat template renders it, up to where the completion begins.
-
-    Without a chat template plain text is encoded as it is.
-
-    Raises:
-        UserError: chat messages for a tokenizer without a chat template.
-    """
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template for chat messages")
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
-    """Token ids of a completion, ended by EOS."""
-    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from experts.domain import Example
 from stages.config import ConflictMaskConfig
+from stages.core.chat import encode_demonstration
 from stages.core.checkpoint import Artifact
 from stages.core.loss import TokenLoss
-from stages.core.policy import Policy, encode_completion, encode_prompt
+from stages.core.policy import Policy
 from stages.core.stage import end_step, finish
 from stages.core.training import Learner, step_seed
 from stages.core.update import Row, accumulate
@@ -133,5 +134,5 @@ def demonstrations(
             rng = random.Random(step_seed(workspace.seed, 0, example.id))
             answered = rng.choice(drawn) if rng.random() < wrong_answers else example
             text = workspace.domains[example.domain].demonstration(answered, rng, rough)
-            rows.append((encode_prompt(policy.tokenizer, example.prompt), encode_completion(policy.tokenizer, text)))
+            rows.append(encode_demonstration(policy.tokenizer, example.prompt, text))
     return rows

@@ -1,6 +1,6 @@
 """The configs of what learns from its own samples: the loop's, and the RL stage's. Free of torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -128,6 +128,8 @@ class RewardNoiseConfig(StrictModel):
 
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, judge the samples, update."""
+
+    own_dropout: ClassVar[bool] = False
 
     prompts_per_step: Positive = Field(16, description="Distinct prompts of one step, over all domains.")
     group_size: Positive = Field(8, description="Completions sampled for each prompt.")

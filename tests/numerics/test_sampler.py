@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from experts.errors import UserError
-from stages.core.policy import Policy, encode_prompt
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.sampler import Sample, Sampling, draw, sample, truncate
 from tests.numerics.conftest import tiny_policy
