@@ -11,6 +11,7 @@ from typing import Any
 
 from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
+from flows.architectures import architecture_problems
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.gpus import gpu_problems, gpu_warnings
@@ -45,11 +46,15 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
     Raises:
         UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
-            differs from the student's, completions no prompt leaves room for, too few devices, or devices that torch
+            differs from the student's, an imported checkpoint that no stage can use, completions no prompt leaves room
+            for, too few devices, or devices that torch
             cannot use, a disk too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     with remote_code(graph.config.remote_code), rendering(graph.rendering):
+        # What reads a model's config or tokenizer below relies on them.
+        if unusable := list(architecture_problems(graph, store, missing)):
+            raise UserError("\n".join(unusable))
         problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
     problems += [
         *_scorer_problems(graph, missing),

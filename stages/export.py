@@ -67,7 +67,7 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     read = AutoTokenizer.from_pretrained(folder, **options())
     if read.get_vocab() != tokenizer.get_vocab() or read.chat_template != tokenizer.chat_template:
         raise UserError(f"{folder}: the tokenizer that was written is not read as the checkpoint's own")
-    tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.vocab_size))[None]
+    tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.get_text_config().vocab_size))[None]
     with torch.no_grad():
         expected_1TV, found_1TV = (each(input_ids=tokens_1T, use_cache=False).logits for each in (model, again))
     if not torch.equal(expected_1TV, found_1TV):

@@ -21,12 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from experts.errors import UserError
 from stages.config import LoraConfig
+from stages.core.architecture import Masks, logit_scale, unsupported
 from stages.core.chat import decode_completions, generation_stops, stop_ids
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.remote_code import options
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Tokens of the row on which a loaded model's logits are compared with ours.
+PROBE_TOKENS = 8
 # What transformers notes of how a tokenizer was read, and reads from nowhere again: it differs with the machine, its
 # environment and the place, and a digest must not.
 _READ_WITH = {
@@ -137,6 +140,7 @@ class HiddenStates(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self._masks = Masks.of(causal_lm(model).config)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, bias_B1TT: Tensor | None = None) -> Tensor:
         """Return hidden states [B, T, H] of right-padded tokens.
@@ -147,10 +151,15 @@ class HiddenStates(nn.Module):
             bias_B1TT: Added to the attention scores where rows are packed: hides what is not of a token's own row.
         """
         output = causal_lm(self.model).get_decoder()(
-            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=bias_B1TT, use_cache=False
+            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=self._masks(bias_B1TT), use_cache=False
         )
-        hidden_BTH: Tensor = output.last_hidden_state
-        return hidden_BTH
+        return scaled(self.model, output.last_hidden_state)
+
+
+def scaled(model: PreTrainedModel | PeftModel, hidden_BTH: Tensor) -> Tensor:
+    """Hidden states whose product with the head's weight are the logits: a scale of the logits is taken in here."""
+    scale = logit_scale(causal_lm(model).config)
+    return hidden_BTH if scale == 1.0 else hidden_BTH * scale
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -228,27 +237,40 @@ def load_policy(
 
 
 def check_head(policy: Policy, checkpoint: Artifact) -> None:
-    """See that logits are hidden states times the head's weight, which all chunked losses rely on.
+    """Check that logits are the hidden states times the head's weight, which all chunked losses rely on.
 
     Raises:
-        UserError: the tokenizer has no EOS, the head wears an adapter, or the architecture scales, caps or shifts its
-            logits.
+        UserError: the tokenizer has no EOS or ids beyond the embedding, the head has an adapter, or the architecture
+            is not supported.
     """
+    name = checkpoint.name
     if policy.tokenizer.eos_token_id is None:
-        raise UserError(f"{checkpoint.name}: its tokenizer has no EOS token, so a completion could never end")
-    if isinstance(causal_lm(policy.model).get_output_embeddings(), BaseTunerLayer):
+        raise UserError(f"{name}: its tokenizer has no EOS token, so a completion could never end")
+    model = causal_lm(policy.model)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
-            f"{checkpoint.name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
+            f"{name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
             f"by itself; leave the head out, as 'all-linear' does"
         )
-    tokens_BT = torch.tensor([[policy.eos_id, policy.pad_id]], device=policy.device)
+    if (fault := unsupported(model.config)) is not None:
+        raise UserError(f"{name}: {type(model).__name__} {fault}")
+    rows = policy.head_VH.shape[0]
+    largest = max(policy.tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(f"{name}: its tokenizer has ids up to {largest}, the model's head {rows} rows; they do not fit")
+    # Ordinary tokens: the embedding of padding is zero in many models, and so would all be that is compared.
+    tokens_BT = torch.linspace(0, rows - 1, min(rows, PROBE_TOKENS), device=policy.device).long()[None]
     with torch.no_grad():
         logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits
+        shorter_BTV = policy.model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         ours_BTV = HiddenStates(policy.model)(tokens_BT) @ policy.head_VH.T
-    if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=1e-3):
+    tolerated = 1e-3 * float(logits_BTV.std())
+    if not torch.allclose(logits_BTV[:, :-1], shorter_BTV, rtol=1e-3, atol=tolerated):
+        raise UserError(f"{name}: {type(model).__name__} looks at tokens to come; causal language models are supported")
+    if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=tolerated):
         raise UserError(
-            f"{checkpoint.name}: {type(causal_lm(policy.model)).__name__} does more to its logits than a linear head "
-            f"without bias; such architectures are not supported"
+            f"{name}: {type(model).__name__} does more to its logits than a linear head without bias and a scale; such "
+            f"architectures are not supported"
         )
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from experts.errors import UserError
+from stages.core.architecture import Masks, context
 from stages.core.linear import product
-from stages.core.policy import Policy, causal_lm
+from stages.core.policy import Policy, causal_lm, scaled
 from stages.on_policy.cache import prefill
 
 # Rows are dropped in batches, for dropping copies the cache.
@@ -176,19 +177,17 @@ def sample(
         One list of `group_size` samples per prompt, in order.
 
     Raises:
-        UserError: a prompt with `max_new_tokens` more does not fit the model's context, or its sliding window.
+        UserError: a prompt with `max_new_tokens` more does not fit the model's context.
     """
     if not prompts:
         return []
     longest = max(len(prompt) for prompt in prompts)
-    # The mask made here has no window: it may hide nothing.
-    for name, what in (("max_position_embeddings", "context"), ("sliding_window", "sliding window")):
-        limit = getattr(policy.model.config, name, None)
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's {what} "
-                f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
-            )
+    limit = context(policy.model.config)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
+            f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
+        )
     generator = torch.Generator(policy.device).manual_seed(seed)
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -219,6 +218,7 @@ class _Batch:
         self.sampling = sampling
         self.generator = generator
         self.decoder = causal_lm(policy.model).get_decoder()
+        self.masks = Masks.of(self.decoder.config)
         self.head_VH = policy.head_VH
         self.width = max(len(prompt) for prompt in prompts)
         rows = len(prompts) * group_size
@@ -288,7 +288,7 @@ class _Batch:
         """Logits [B, V] after one more token of each row; the cache grows by it."""
         output = self.decoder(
             input_ids=tokens_B[:, None],
-            attention_mask=bias_BL[:, None, None, :],
+            attention_mask=self.masks(bias_BL[:, None, None, :]),
             position_ids=positions_B[:, None],
             past_key_values=self.cache,
             use_cache=True,
@@ -296,7 +296,7 @@ class _Batch:
         return self._logits(output.last_hidden_state[:, -1])
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV: Tensor = product(hidden_BH, self.head_VH).float()
+        logits_BV: Tensor = product(scaled(self.policy.model, hidden_BH), self.head_VH).float()
         return logits_BV
 
     def _samples(self) -> list[Sample]:

@@ -96,7 +96,7 @@ class VllmEngine:
     def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
         if self.cuda:
             return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
-        rows, shape = rows_at_a_time(config), causal_lm(policy.model).config
+        rows, shape = rows_at_a_time(config), causal_lm(policy.model).config.get_text_config()
         share = config.sampler.memory_share
         return {
             "kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share),
