@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.core.checkpoint import Artifact
 from stages.core.loss import TokenLoss
 from stages.core.policy import load_policy
-from stages.core.stage import draw_training
+from stages.core.stage import draw_prompts
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
@@ -36,11 +36,12 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         monitor: Scores the student while it trains.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts.
+        UserError: a domain cannot supply `examples` prompts, or some are too long.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
-    mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
+    examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
+    mixture = PromptMixture(examples, config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
     noise = reward_noise(config, workspace.seed)
@@ -68,6 +69,7 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
             progress=(progress_metric(noise), "higher"),
             sampler=sampler,
             monitor=monitor,
+            notes=notes,
             news=[sampler.news],
         )
         return train_on_policy(practice, learner, config, workspace)

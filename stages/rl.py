@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experts.errors import UserError
 from stages.core.checkpoint import Artifact
 from stages.core.loss import TokenLoss
 from stages.core.policy import load_policy
-from stages.core.stage import draw_training
+from stages.core.stage import draw_prompts
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
@@ -41,13 +40,12 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
         monitor: Scores the student while it trains.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts, or `group_size` is 1 (no group to compare with).
+        UserError: a domain cannot supply `examples` prompts, or some are too long.
     """
-    if config.group_size < 2:
-        raise UserError(f"{workspace.name}: group_size {config.group_size}: a group needs at least 2 completions")
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
-    mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
+    examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
+    mixture = PromptMixture(examples, config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
     noise = reward_noise(config, workspace.seed)
@@ -90,6 +88,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             progress=(progress_metric(noise), "higher"),
             sampler=sampler,
             monitor=monitor,
+            notes=notes,
             news=[sampler.news],
         )
         return train_on_policy(practice, learner, config, workspace)

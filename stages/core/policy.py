@@ -63,6 +63,12 @@ class Policy:
         known = set(self.tokenizer.get_vocab().values())
         return tuple(row for row in range(self.head_VH.shape[0]) if row not in known)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens a prompt and its completion may have together; None where the config has no limit."""
+        limit: int | None = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
     def texts(self, completions: Iterable[Sequence[int]]) -> list[str]:
         """The text of completions, without the token that ends each and without control tokens."""
         return decode_completions(self.tokenizer, completions, self.stop_ids)
@@ -204,8 +210,8 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
     """See that logits are hidden states times the head's weight, which all chunked losses rely on.
 
     Raises:
-        UserError: the tokenizer has no EOS, the head wears an adapter, or the architecture scales, caps or shifts its
-            logits.
+        UserError: the tokenizer has no EOS, or more tokens than the embedding has rows; the head wears an adapter; or
+            the architecture scales, caps or shifts its logits.
     """
     if policy.tokenizer.eos_token_id is None:
         raise UserError(f"{checkpoint.name}: its tokenizer has no EOS token, so a completion could never end")
@@ -214,6 +220,9 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
             f"{checkpoint.name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
             f"by itself; leave the head out, as 'all-linear' does"
         )
+    rows = causal_lm(policy.model).get_input_embeddings().weight.shape[0]
+    if beyond := tokens_beyond(policy.tokenizer.get_vocab(), rows):
+        raise UserError(f"{checkpoint.name}: {beyond}")
     tokens_BT = torch.tensor([[policy.eos_id, policy.pad_id]], device=policy.device)
     with torch.no_grad():
         logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits
@@ -235,6 +244,23 @@ def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
         if getattr(ours, name) != getattr(theirs, name):
             return f"{name} {getattr(ours, name)!r:.80} and {getattr(theirs, name)!r:.80}"
     return None
+
+
+def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
+    """In what a tokenizer has more tokens than a model has embeddings; None in nothing.
+
+    Args:
+        vocabulary: Token -> id.
+        rows: Of the model's embedding.
+    """
+    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows)
+    if not beyond:
+        return None
+    id_, token = beyond[0]
+    return (
+        f"its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, the first {token!r} "
+        f"with id {id_}; resize the embedding, or use the tokenizer the model was trained with"
+    )
 
 
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:
