@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN, Example, load_domain
 from experts.errors import UserError
 from flows.architectures import architecture_problems
+from flows.check_tokens import TokenCheck
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.gpus import gpu_problems, gpu_warnings
@@ -55,7 +56,12 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         # What reads a model's config or tokenizer below relies on them.
         if unusable := list(architecture_problems(graph, store, missing)):
             raise UserError("\n".join(unusable))
-        problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
+        draws, problems = _draw(graph, missing)
+        problems += _tokenizer_problems(graph, store, missing)
+        tokens = TokenCheck(graph, store, draws, _tokenizer)
+        for node in missing:
+            tokens.look(node, _config_key(node))
+        problems += tokens.problems
     problems += [
         *_scorer_problems(graph, missing),
         *_sampling_problems(graph, missing),
@@ -63,7 +69,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         *_engine_problems(graph, missing),
         *harness_problems(graph.config, missing),
     ]
-    warnings: list[str] = []
+    warnings = tokens.warnings
     if missing:
         problems += gpu_problems(graph.config.resources)
         warnings += gpu_warnings(graph.config.resources)
@@ -81,8 +87,12 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     return warnings
 
 
-def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds."""
+def _draw(graph: StageGraph, missing: list[Node]) -> tuple[dict[tuple[str, str], list[Example]], list[str]]:
+    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds.
+
+    Returns:
+        Examples by domain and split, and problems.
+    """
     wanted: dict[tuple[str, str], tuple[int, int, str]] = defaultdict(lambda: (0, 0, ""))
     for node in missing:
         split = str(node.config.get("split", TRAIN))
@@ -91,15 +101,18 @@ def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
             wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, node.id))
             if monitor:
                 wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], (int(monitor["examples"]), 0, node.id))
+    found: dict[tuple[str, str], list[Example]] = {}
+    problems = []
     for (domain, split), (count, seed, node_id) in wanted.items():
         entry = graph.config.domains[domain]
         try:
-            drawn = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
+            found[domain, split] = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
         except (UserError, ConnectionError) as error:
-            yield f"{node_id}: {error}"
+            problems.append(f"{node_id}: {error}")
             continue
-        if not drawn:
-            yield f"{node_id}: domains.{domain}: no {split} examples"
+        if not found[domain, split]:
+            problems.append(f"{node_id}: domains.{domain}: no {split} examples")
+    return found, problems
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
@@ -226,6 +239,8 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 def _config_key(node: Node) -> str:
     """Where in the run file a training node's config stands."""
+    if node.stage in EVALUATIONS:
+        return "evaluate"
     kind, _, name = without_round(node.name).partition("/")
     if node.name.startswith((BASELINES, VARIANTS)):
         return f"merge.{kind}.{name}"

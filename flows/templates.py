@@ -96,17 +96,21 @@ def _source_reads_date(source: Source) -> bool:
     if source.kind == "gguf":
         with Path(source.location).open("rb") as file:
             return reads_date(file.read(GGUF_HEAD_BYTES).decode("utf-8", errors="replace"))
-    files = [_of_hub(source, name) for name in TEMPLATE_FILES]
+    files = [of_hub(source.location, source.revision, name) for name in TEMPLATE_FILES]
     return any(reads_date(file.read_text(errors="replace")) for file in files if file is not None)
 
 
-def _of_hub(source: Source, name: str) -> Path | None:
-    """A small file of a repository at its commit; None where it has none."""
+def of_hub(repository: str, revision: str | None, name: str) -> Path | None:
+    """A small file of a Hub repository at a commit; None where it has none.
+
+    Raises:
+        UserError: the Hub cannot be reached, and its cache does not have the file.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(source.location, name, revision=source.revision))
+        return Path(hf_hub_download(repository, name, revision=revision))
     except LocalEntryNotFoundError as error:
         unreachable: Exception = error
     except EntryNotFoundError:
@@ -116,6 +120,5 @@ def _of_hub(source: Source, name: str) -> Path | None:
             raise
         unreachable = error
     raise UserError(
-        f"{source.location}: the Hugging Face Hub cannot be reached, and the Hub cache has no {name} that shows "
-        f"whether its chat template reads the date"
+        f"{repository}: the Hugging Face Hub cannot be reached, and the Hub cache does not have its {name}"
     ) from unreachable

@@ -78,6 +78,18 @@ class TrainConfig(StrictModel):
         16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
     )
     examples: Positive = Field(3000, description="Distinct training examples drawn from each domain.")
+    max_prompt_tokens: Positive | None = Field(
+        None,
+        description="Longest prompt, in tokens; what max_new_tokens (SFT: the answer) leaves of the model's context "
+        "when absent.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    longer_prompts: Literal["refuse", "drop", "truncate"] = Field(
+        "refuse",
+        description="What becomes of longer prompts: an error that counts them; left out; or their longest message cut "
+        "at its beginning. The journal counts them.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
     sharding: Literal["none", "fsdp"] = Field(
         "none",

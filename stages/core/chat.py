@@ -98,7 +98,7 @@ def encode_demonstration(
     prompt_ids = encode_prompt(tokenizer, prompt)
     eos, known = int(tokenizer.eos_token_id), controls(tokenizer)
     if tokenizer.chat_template is None:
-        return prompt_ids, [*encode(tokenizer, mark(completion, known.names), known.names), eos]
+        return prompt_ids, [*encode_text(tokenizer, completion), eos]
     messages = _marked(tokenizer, prompt)
     asked = render(tokenizer, messages, add_generation_prompt=True)
     answer = {"role": "assistant", "content": mark(completion, known.names)}
@@ -117,6 +117,12 @@ def encode_demonstration(
     ends = {eos, known.end_of_turn}
     last = next((at for at, token in enumerate(target) if token in ends), None)
     return prompt_ids, [*target, eos] if last is None else target[: last + 1]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text alone, without BOS and EOS."""
+    names = controls(tokenizer).names
+    return encode(tokenizer, mark(text, names), names)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -84,6 +84,12 @@ class Policy:
         known = set(self.tokenizer.get_vocab().values())
         return tuple(row for row in range(self.head_VH.shape[0]) if row not in known)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens a prompt and its completion may have together; None where the config has no limit."""
+        limit: int | None = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
     def texts(self, completions: Iterable[Sequence[int]]) -> list[str]:
         """The text of completions, without the token that ends each and without control tokens."""
         return decode_completions(self.tokenizer, completions, self.stop_ids)
@@ -254,10 +260,9 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
         )
     if (fault := unsupported(model.config)) is not None:
         raise UserError(f"{name}: {type(model).__name__} {fault}")
-    rows = policy.head_VH.shape[0]
-    largest = max(policy.tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise UserError(f"{name}: its tokenizer has ids up to {largest}, the model's head {rows} rows; they do not fit")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if beyond := tokens_beyond(policy.tokenizer.get_vocab(), rows):
+        raise UserError(f"{name}: {beyond}")
     # Ordinary tokens: the embedding of padding is zero in many models, and so would all be that is compared.
     tokens_BT = torch.linspace(0, rows - 1, min(rows, PROBE_TOKENS), device=policy.device).long()[None]
     with torch.no_grad():
@@ -284,6 +289,23 @@ def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
         if getattr(ours, name) != getattr(theirs, name):
             return f"{name} {getattr(ours, name)!r:.80} and {getattr(theirs, name)!r:.80}"
     return None
+
+
+def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
+    """In what a tokenizer has more tokens than a model has embeddings; None in nothing.
+
+    Args:
+        vocabulary: Token -> id.
+        rows: Of the model's embedding.
+    """
+    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows)
+    if not beyond:
+        return None
+    id_, token = beyond[0]
+    return (
+        f"its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, the first {token!r} "
+        f"with id {id_}; resize the embedding, or use the tokenizer the model was trained with"
+    )
 
 
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:

@@ -195,6 +195,9 @@ class OnPolicyConfig(TrainConfig):
 class RLConfig(OnPolicyConfig):
     """GRPO family: group-normalised verifiable reward, no critic, asymmetric clip."""
 
+    group_size: Annotated[int, Field(ge=2)] = Field(
+        8, description="Completions sampled for each prompt; their rewards are compared, so 2 or more."
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.28, gt=0, description="The ratio is clipped above at 1 + clip_high (DAPO).")
     normalise_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
