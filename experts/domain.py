@@ -69,6 +69,12 @@ class Example:
         """Stable identity: a hash of domain, prompt and answer."""
         return stable_hash([self.domain, self.prompt, self.answer])[:16]
 
+    @property
+    def messages(self) -> list[Message]:
+        """The whole chat: the prompt's messages, then the gold completion as the assistant's."""
+        asked = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+        return [*asked, {"role": "assistant", "content": self.answer}]
+
 
 class Domain(ABC):
     """A skill: where its examples come from and how a completion is scored.
@@ -117,6 +123,10 @@ class Domain(ABC):
     def facts(self) -> dict[str, float]:
         """What scoring has told of the scorer itself, for the metrics; most have nothing to tell."""
         return {}
+
+    def news(self) -> list[str]:
+        """What went wrong in scoring since the last call, a line each, for the log; most have nothing to tell."""
+        return []
 
     def preflight(self) -> None:  # noqa: B027 - most domains have nothing outside themselves
         """See that what scoring needs outside this process is there.
