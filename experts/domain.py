@@ -7,10 +7,8 @@ evaluation, so the two can never drift apart. A kind of domain is one module wit
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import random
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,9 +164,12 @@ def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
     Raises:
         UserError: unknown kind, unknown or invalid option; names the key and the nearest valid choice.
     """
-    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
     if kind.endswith(OWN_SUFFIX):
-        domain.code = hashlib.sha256(Path(kind).read_bytes()).hexdigest()
+        # It checks what a Domain gives, and so imports this module.
+        from experts.own import load_own
+
+        return load_own(name, Path(kind), options, lambda given: check_options(name, kind, given))
+    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
     return domain
 
 
@@ -183,36 +184,12 @@ def check_options(name: str, kind: str, options: Mapping[str, Any]) -> Options:
 
 def _kind_module(name: str, kind: str) -> Any:
     if kind.endswith(OWN_SUFFIX):
-        return _own_module(name, Path(kind))
+        from experts.own import own_module
+
+        return own_module(name, Path(kind))
     if kind not in KINDS:
         raise UserError(f"domains.{name}.kind: unknown kind '{kind}'{nearest(kind, KINDS)}")
     return importlib.import_module(KINDS[kind])
-
-
-def _own_module(name: str, file: Path) -> Any:
-    """Import a person's file under a name of its own, once in a process."""
-    key = f"domains.{name}.kind"
-    if not file.is_file():
-        siblings = [str(path) for path in file.parent.glob(f"*{OWN_SUFFIX}")] if file.parent.is_dir() else []
-        raise UserError(f"{key}: {file}: no such file{nearest(str(file), siblings)}")
-    known = f"own_domain_{stable_hash(str(file.resolve()))[:16]}"
-    if known in sys.modules:
-        return sys.modules[known]
-    spec = importlib.util.spec_from_file_location(known, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[known] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[known]
-        raise UserError(f"{key}: {file}: {type(error).__name__}: {error}") from error
-    if missing := [part for part in ("Options", "load") if not hasattr(module, part)]:
-        del sys.modules[known]
-        raise UserError(
-            f"{key}: {file}: a domain's file defines Options and load; here is no {' and no '.join(missing)}"
-        )
-    return module
 
 
 def _describe(name: str, schema: type[Options], error: ValidationError) -> str:
