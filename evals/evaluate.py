@@ -64,7 +64,7 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
     config, workspace = request.config, request.workspace
     journal = workspace.journal()
     domain = workspace.domains[request.domain]
-    examples = domain.draw(request.split, config.examples, EXAMPLES_SEED)
+    examples = domain.draw_up_to(config.examples, request.split, EXAMPLES_SEED)
     if not examples:
         raise UserError(f"domains.{request.domain}: no {request.split} examples")
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]

@@ -110,6 +110,16 @@ class Domain(ABC):
             UserError: the domain cannot supply that many distinct examples, or has no such split.
         """
 
+    def supply(self, split: str) -> int | None:
+        """How many distinct examples a split has; None where they are generated."""
+        del split
+        return None
+
+    def draw_up_to(self, most: int, split: str, seed: int) -> list[Example]:
+        """Draw `most` examples, or all that a smaller data set has; see `draw`."""
+        supply = self.supply(split)
+        return self.draw(split, most if supply is None else min(most, supply), seed)
+
     @abstractmethod
     def score(self, example: Example, completion: str) -> float:
         """Score a completion in [0, 1]; malformed or hostile text scores 0 and never raises."""

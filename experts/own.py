@@ -47,6 +47,11 @@ class OwnDomain(Domain):
         with self._calling("splits"):
             return tuple(self.inner.splits)
 
+    def supply(self, split: str) -> int | None:
+        """The inner domain's."""
+        with self._calling("supply"):
+            return self.inner.supply(split)
+
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
         """The inner domain's examples.
 

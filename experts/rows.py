@@ -123,6 +123,11 @@ class RowDomain(Domain):
             )
         return random.Random(f"{split}/{seed}").sample(pool, count)
 
+    def supply(self, split: str) -> int:
+        """How many rows of a split have distinct prompts; see `draw` for what raises."""
+        self.check_split(split)
+        return len(self._examples[split])
+
     @cached_property
     def _examples(self) -> dict[str, list[Example]]:
         """Both splits, with one example for each prompt; a prompt in both splits of the source is held out."""

@@ -1,6 +1,7 @@
 """Where rows come from: a data set on the Hub, or a local file or folder."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,21 @@ from typing import Any
 
 from experts.errors import UserError, nearest
 from experts.files import Place, Row, endings, file_format, files_of_split, read_rows
+
+# Options that name a file, a folder or a Hub id.
+PATH_OPTIONS = ("path", "held_out_path")
+
+
+def placed(path: str, folder: Path) -> str:
+    """A path as it stands in a run file, from that file's folder on; a Hub id stays as it is."""
+    place = folder / Path(path).expanduser()
+    return os.path.abspath(place) if place.exists() or _is_local(path) else path
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path can be no Hub id."""
+    place = Path(path)
+    return file_format(place) is not None or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
 
 
 @dataclass(frozen=True)
@@ -71,10 +87,11 @@ def find_source(options: str, key: str, path: str) -> Source:
         if file_format(place) is None:
             raise UserError(f"{options}.{key}: '{path}' is no file of rows; the name ends in {endings()}")
         return Source(key, path, place)
-    if file_format(place) is not None or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+    if _is_local(path):
         siblings = [str(other) for other in place.parent.iterdir()] if place.parent.is_dir() else []
         close = nearest(str(place), siblings)
-        raise UserError(f"{options}.{key}: no such file '{path}'{close if 'did you mean' in close else ''}")
+        hint = close if "did you mean" in close else "; a relative path starts at the run file's folder"
+        raise UserError(f"{options}.{key}: no such file '{path}'{hint}")
     return Source(key, path, None)
 
 

@@ -47,8 +47,9 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
             too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
+    warnings: list[str] = []
     with remote_code(graph.config.remote_code):
-        problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
+        problems = [*_data_problems(graph, missing, warnings), *_tokenizer_problems(graph, store, missing)]
     problems += [
         *_scorer_problems(graph, missing),
         *_sampling_problems(graph, missing),
@@ -56,7 +57,6 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         *_engine_problems(graph, missing),
         *harness_problems(graph.config, missing),
     ]
-    warnings: list[str] = []
     if missing:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
         text = f"{store.home}: {_gigabytes(free)} free, about {_gigabytes(needed)} needed"
@@ -72,25 +72,42 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     return warnings
 
 
-def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds."""
+def _data_problems(graph: StageGraph, missing: list[Node], warnings: list[str]) -> Iterator[str]:
+    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds.
+
+    Args:
+        graph: The run.
+        missing: Nodes that have to run.
+        warnings: Gets a line for each domain with fewer examples than are asked for.
+    """
     wanted: dict[tuple[str, str], tuple[int, int, str]] = defaultdict(lambda: (0, 0, ""))
     for node in missing:
         split = str(node.config.get("split", TRAIN))
         monitor = node.config.get("monitor")
+        key = _examples_key(node)
         for domain in node.domains:
-            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, node.id))
+            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, key))
             if monitor:
-                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], (int(monitor["examples"]), 0, node.id))
-    for (domain, split), (count, seed, node_id) in wanted.items():
-        entry = graph.config.domains[domain]
+                asked = (int(monitor["examples"]), 0, f"{_config_key(node)}.monitor.examples")
+                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], asked)
+    for (name, split), (count, seed, key) in wanted.items():
+        entry = graph.config.domains[name]
         try:
-            drawn = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
+            drawn = load_domain(name, entry.kind, entry.options).draw_up_to(count, split, seed)
         except (UserError, ConnectionError) as error:
-            yield f"{node_id}: {error}"
+            yield f"{key} {count}: {error}"
             continue
         if not drawn:
-            yield f"{node_id}: domains.{domain}: no {split} examples"
+            yield f"{key} {count}: domains.{name}: no {split} examples"
+        elif len(drawn) < count:
+            warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
+
+
+def _examples_key(node: Node) -> str:
+    """Where in the run file the number of a node's examples stands."""
+    if node.stage == SHIFT:
+        return "evaluate.shift.examples"
+    return "evaluate.examples" if node.stage in EVALUATIONS else f"{_config_key(node)}.examples"
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:

@@ -71,7 +71,9 @@ class TrainConfig(StrictModel):
     micro_batch_tokens: Positive = Field(
         16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
     )
-    examples: Positive = Field(3000, description="Distinct training examples drawn from each domain.")
+    examples: Positive = Field(
+        3000, description="Distinct training examples of each domain; all where its data have fewer."
+    )
     save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
     sharding: Literal["none", "fsdp"] = Field(
         "none",
@@ -141,7 +143,7 @@ class SFTConfig(TrainConfig):
 class EvaluationConfig(StrictModel):
     """How one checkpoint is scored on one domain and split."""
 
-    examples: Positive = Field(400, description="Held-out examples of each domain.")
+    examples: Positive = Field(400, description="Held-out examples of each domain; all where its data have fewer.")
     samples: int = Field(4, ge=0, description="Sampled completions of each example beside the greedy one.")
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
