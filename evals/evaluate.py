@@ -64,7 +64,7 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
     config, workspace = request.config, request.workspace
     journal = workspace.journal()
     domain = workspace.domains[request.domain]
-    examples = domain.draw(request.split, config.examples, EXAMPLES_SEED)
+    examples = domain.draw_up_to(config.examples, request.split, EXAMPLES_SEED)
     if not examples:
         raise UserError(f"domains.{request.domain}: no {request.split} examples")
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
@@ -89,6 +89,8 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         judged = [_judged(one, text, next(scores)) for one, text in zip((best, *others), own, strict=True)]
         rows.append(_row(example, judged, example.source in trained_on))
     metrics = summary(rows) | domain.facts()
+    for text in domain.news():
+        journal.note(total, f"alarm: {text}")
     journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
     folder = workspace.store.staging(workspace.key)
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

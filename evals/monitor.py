@@ -35,7 +35,7 @@ class Monitor:
         self.sampling = Sampling(max_new_tokens, temperature=0.0)
         self._examples: list[Example] = []
         for name in sorted(domains):
-            drawn = domains[name].draw(HELD_OUT, config.examples, EXAMPLES_SEED)
+            drawn = domains[name].draw_up_to(config.examples, HELD_OUT, EXAMPLES_SEED)
             if not drawn:
                 raise UserError(f"domains.{name}: no {HELD_OUT} examples")
             self._examples += drawn

@@ -78,7 +78,7 @@ def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Do
     Raises:
         UserError: the domain has no held-out examples, or a prompt does not fit the model.
     """
-    examples = domain.draw(HELD_OUT, config.examples, EXAMPLES_SEED)
+    examples = domain.draw_up_to(config.examples, HELD_OUT, EXAMPLES_SEED)
     if not examples:
         raise UserError(f"domains.{domain.name}: no {HELD_OUT} examples")
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]

@@ -52,11 +52,12 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
             cannot use, a disk too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
+    warnings: list[str] = []
     with remote_code(graph.config.remote_code), rendering(graph.rendering):
         # What reads a model's config or tokenizer below relies on them.
         if unusable := list(architecture_problems(graph, store, missing)):
             raise UserError("\n".join(unusable))
-        draws, problems = _draw(graph, missing)
+        draws, problems = _draw(graph, missing, warnings)
         problems += _tokenizer_problems(graph, store, missing)
         tokens = TokenCheck(graph, store, draws, _tokenizer)
         for node in missing:
@@ -69,7 +70,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         *_engine_problems(graph, missing),
         *harness_problems(graph.config, missing),
     ]
-    warnings = tokens.warnings
+    warnings += tokens.warnings
     if missing:
         problems += gpu_problems(graph.config.resources)
         warnings += gpu_warnings(graph.config.resources)
@@ -87,8 +88,15 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     return warnings
 
 
-def _draw(graph: StageGraph, missing: list[Node]) -> tuple[dict[tuple[str, str], list[Example]], list[str]]:
+def _draw(
+    graph: StageGraph, missing: list[Node], warnings: list[str]
+) -> tuple[dict[tuple[str, str], list[Example]], list[str]]:
     """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds.
+
+    Args:
+        graph: The run.
+        missing: Nodes that have to run.
+        warnings: Gets a line for each domain with fewer examples than are asked for.
 
     Returns:
         Examples by domain and split, and problems.
@@ -97,22 +105,34 @@ def _draw(graph: StageGraph, missing: list[Node]) -> tuple[dict[tuple[str, str],
     for node in missing:
         split = str(node.config.get("split", TRAIN))
         monitor = node.config.get("monitor")
+        key = _examples_key(node)
         for domain in node.domains:
-            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, node.id))
+            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, key))
             if monitor:
-                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], (int(monitor["examples"]), 0, node.id))
+                asked = (int(monitor["examples"]), 0, f"{_config_key(node)}.monitor.examples")
+                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], asked)
     found: dict[tuple[str, str], list[Example]] = {}
     problems = []
-    for (domain, split), (count, seed, node_id) in wanted.items():
-        entry = graph.config.domains[domain]
+    for (name, split), (count, seed, key) in wanted.items():
+        entry = graph.config.domains[name]
         try:
-            found[domain, split] = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
+            drawn = load_domain(name, entry.kind, entry.options).draw_up_to(count, split, seed)
         except (UserError, ConnectionError) as error:
-            problems.append(f"{node_id}: {error}")
+            problems.append(f"{key} {count}: {error}")
             continue
-        if not found[domain, split]:
-            problems.append(f"{node_id}: domains.{domain}: no {split} examples")
+        found[name, split] = drawn
+        if not drawn:
+            problems.append(f"{key} {count}: domains.{name}: no {split} examples")
+        elif len(drawn) < count:
+            warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
     return found, problems
+
+
+def _examples_key(node: Node) -> str:
+    """Where in the run file the number of a node's examples stands."""
+    if node.stage == SHIFT:
+        return "evaluate.shift.examples"
+    return "evaluate.examples" if node.stage in EVALUATIONS else f"{_config_key(node)}.examples"
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:

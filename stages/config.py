@@ -77,7 +77,9 @@ class TrainConfig(StrictModel):
     micro_batch_tokens: Positive = Field(
         16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
     )
-    examples: Positive = Field(3000, description="Distinct training examples drawn from each domain.")
+    examples: Positive = Field(
+        3000, description="Distinct training examples of each domain; all where its data have fewer."
+    )
     max_prompt_tokens: Positive | None = Field(
         None,
         description="Longest prompt, in tokens; what max_new_tokens (SFT: the answer) leaves of the model's context "
@@ -159,7 +161,7 @@ class SFTConfig(TrainConfig):
 class EvaluationConfig(StrictModel):
     """How one checkpoint is scored on one domain and split."""
 
-    examples: Positive = Field(400, description="Held-out examples of each domain.")
+    examples: Positive = Field(400, description="Held-out examples of each domain; all where its data have fewer.")
     samples: int = Field(4, ge=0, description="Sampled completions of each example beside the greedy one.")
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")

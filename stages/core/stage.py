@@ -26,7 +26,7 @@ def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[E
     """
     # By name: the order in the run file is not part of a content key, so it must not change the result.
     names = sorted(workspace.domains)
-    drawn = {name: workspace.domains[name].draw(TRAIN, config.examples, workspace.seed) for name in names}
+    drawn = {name: workspace.domains[name].draw_up_to(config.examples, TRAIN, workspace.seed) for name in names}
     for name, examples in drawn.items():
         if not examples:
             raise UserError(f"domains.{name}: no training examples")
