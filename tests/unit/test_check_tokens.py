@@ -31,6 +31,8 @@ class Own(Domain):
             text = self.options.prompt
             if isinstance(text, str):
                 text = f"{split} {i} {text}" + " word" * (400 if i < self.options.long else 0)
+            else:
+                text = [*text[:-1], {**text[-1], "content": f"{split} {i} {text[-1]['content']}"}]
             found.append(Example(text, self.options.answers[i % len(self.options.answers)], self.name, f"{split} {i}"))
         return found
 
