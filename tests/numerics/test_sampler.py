@@ -96,13 +96,6 @@ def test_top_p_draws_from_the_nucleus_alone():
     torch.testing.assert_close(logprobs_B, logits_BV[0][tokens_B])
 
 
-def test_a_sliding_window_that_would_hide_something_is_an_error(prompts):
-    windowed = tiny_policy(1)
-    windowed.model.config.sliding_window = 16
-    with pytest.raises(UserError, match="sliding window of 16 tokens"):
-        sample(windowed, prompts, 1, Sampling(8), seed=0)
-
-
 def test_too_long_for_the_context_is_an_error(policy, prompts):
     with pytest.raises(UserError, match="context of 128 tokens"):
         sample(policy, prompts, 1, Sampling(120), seed=0)
