@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from experts.domain import TRAIN, Domain, Example
 from stages.config import LoraConfig, OptimizerConfig
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact, Store
-from stages.core.policy import encode_prompt, load_policy
+from stages.core.policy import load_policy
 from stages.core.source import Source, resolve_gguf
 from stages.core.training import Learner
 from stages.core.workspace import Workspace

@@ -34,8 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experts.domain import HELD_OUT, Domain, load_domain
 from flows.config import STUDENT
 from flows.run_file import load_run_file
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Store
-from stages.core.policy import Policy, encode_prompt
+from stages.core.policy import Policy
 from stages.on_policy.config import SamplerConfig
 from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.sampler import Sample, Sampling, sample

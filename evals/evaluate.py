@@ -9,16 +9,16 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from evals.scores import FILE
 from experts.domain import Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact, Store
 from stages.core.device import accelerator
-from stages.core.policy import Policy, encode_prompt, load_policy
+from stages.core.policy import Policy, load_policy
 from stages.core.training import step_seed
 from stages.core.workspace import Workspace
 from stages.on_policy.sampler import Sample, Sampling, sample
@@ -64,7 +64,7 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
     config, workspace = request.config, request.workspace
     journal = workspace.journal()
     domain = workspace.domains[request.domain]
-    examples = domain.draw(request.split, config.examples, EXAMPLES_SEED)
+    examples = domain.draw_up_to(config.examples, request.split, EXAMPLES_SEED)
     if not examples:
         raise UserError(f"domains.{request.domain}: no {request.split} examples")
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
@@ -78,9 +78,9 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         drawn = sample(policy, prompts, config.samples, sampling, seed)
         journal.progress(2, total)
     trained_on = set(checkpoint.manifest.get("sources", {}).get(request.domain, []))
-    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
     texts = [
-        [decode(one.completion_ids) for one in (best, *others)] for (best,), others in zip(greedy, drawn, strict=True)
+        policy.texts(one.completion_ids for one in (best, *others))
+        for (best,), others in zip(greedy, drawn, strict=True)
     ]
     pairs = [(example, text) for example, own in zip(examples, texts, strict=True) for text in own]
     scores = iter(domain.score_all(pairs))
@@ -89,6 +89,8 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         judged = [_judged(one, text, next(scores)) for one, text in zip((best, *others), own, strict=True)]
         rows.append(_row(example, judged, example.source in trained_on))
     metrics = summary(rows) | domain.facts()
+    for text in domain.news():
+        journal.note(total, f"alarm: {text}")
     journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
     folder = workspace.store.staging(workspace.key)
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -35,6 +35,7 @@ from experts.errors import UserError
 from stages.core.checkpoint import Artifact, Store
 from stages.core.device import accelerator
 from stages.core.policy import Policy, load_policy
+from stages.core.rendering import template_arguments
 from stages.core.workspace import Workspace
 
 KEY = "evaluate.harness"
@@ -76,7 +77,13 @@ def _evaluate(request: HarnessRequest, policy: Policy) -> Artifact:
     config, workspace = request.config, request.workspace
     journal = workspace.journal()
     journal.progress(0, 1)
-    lm = HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, backend="causal", batch_size=config.batch_size)
+    lm = HFLM(
+        pretrained=policy.model,
+        tokenizer=policy.tokenizer,
+        backend="causal",
+        batch_size=config.batch_size,
+        chat_template_args=template_arguments(),
+    )
     task = _load_task(config)
     _check(task, config, lm)
     random.seed(DEFAULT_RANDOM_SEED)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from evals.evaluate import EXAMPLES_SEED
 from experts.domain import HELD_OUT, Domain, Example
 from experts.errors import UserError
-from stages.core.policy import Policy, encode_prompt
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy
 from stages.on_policy.config import MonitorConfig
 from stages.on_policy.sampler import Sampling, sample
 
@@ -34,7 +35,7 @@ class Monitor:
         self.sampling = Sampling(max_new_tokens, temperature=0.0)
         self._examples: list[Example] = []
         for name in sorted(domains):
-            drawn = domains[name].draw(HELD_OUT, config.examples, EXAMPLES_SEED)
+            drawn = domains[name].draw_up_to(config.examples, HELD_OUT, EXAMPLES_SEED)
             if not drawn:
                 raise UserError(f"domains.{name}: no {HELD_OUT} examples")
             self._examples += drawn
@@ -55,7 +56,8 @@ class Monitor:
         if not self._prompts:
             self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self._examples]
         pairs: dict[str, list[tuple[Example, str]]] = {}
-        for example, (drawn,) in zip(self._examples, sample(policy, self._prompts, 1, self.sampling, 0), strict=True):
-            completion = policy.tokenizer.decode(drawn.completion_ids, skip_special_tokens=True)
+        groups = sample(policy, self._prompts, 1, self.sampling, 0)
+        completions = policy.texts(drawn.completion_ids for (drawn,) in groups)
+        for example, completion in zip(self._examples, completions, strict=True):
             pairs.setdefault(example.domain, []).append((example, completion))
         return {f"score/{name}": statistics.fmean(self.domains[name].score_all(rows)) for name, rows in pairs.items()}

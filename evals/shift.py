@@ -8,7 +8,6 @@ Shape suffixes: N completion tokens laid end to end, C those of one chunk, H hid
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,12 +17,13 @@ from evals.shift_sheet import SHIFT_FILE, DomainShift, ExampleShift, ShiftSheet
 from evals.task_vectors import weight_shift
 from experts.domain import HELD_OUT, Domain
 from experts.errors import UserError
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact
 from stages.core.device import accelerator
 from stages.core.linear import product
 from stages.core.loss import chunk_length, chunked_token_loss
 from stages.core.packing import micro_batches, pack
-from stages.core.policy import HiddenStates, Policy, encode_prompt, load_policy
+from stages.core.policy import HiddenStates, Policy, load_policy
 from stages.core.training import step_seed
 from stages.core.weights import StoredWeights
 from stages.core.workspace import Workspace
@@ -78,14 +78,13 @@ def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Do
     Raises:
         UserError: the domain has no held-out examples, or a prompt does not fit the model.
     """
-    examples = domain.draw(HELD_OUT, config.examples, EXAMPLES_SEED)
+    examples = domain.draw_up_to(config.examples, HELD_OUT, EXAMPLES_SEED)
     if not examples:
         raise UserError(f"domains.{domain.name}: no {HELD_OUT} examples")
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
     sampling = Sampling(config.max_new_tokens, config.temperature, 1.0, config.batch_size)
     theirs, ours = ([drawn for (drawn,) in sample(who, prompts, 1, sampling, seed)] for who in (start, policy))
     on_theirs, on_ours = (divergences(start, policy, drawn, config.temperature) for drawn in (theirs, ours))
-    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
     rows = [
         ExampleShift(
             id=example.id,
@@ -102,7 +101,7 @@ def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Do
         kl_policy=float(torch.cat(on_ours["reverse_kl"]).mean()),
         entropy=float(torch.cat(on_ours["entropy"]).mean()),
         length=sum(row.tokens for row in rows) / len(rows),
-        repetition=compression([decode(drawn.completion_ids) for drawn in ours]),
+        repetition=compression(policy.texts(drawn.completion_ids for drawn in ours)),
         examples=rows,
     )
 

@@ -27,7 +27,8 @@ from experts.code_rewrites import code_tokens, edit_distance, rewrites
 from experts.domain import OUT_OF_DISTRIBUTION, TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
-from experts.sandbox import Limits, passes
+from experts.sandbox import Failure, Limits, passes, run_calls, same_value
+from experts.untrusted import Losses, VerifierLostError
 
 VERSION = 1
 LONGEST_COMPLETION = 20_000
@@ -93,6 +94,7 @@ class CodeEditDomain(Domain):
         super().__init__(name)
         self.options = options
         self._limits = Limits(seconds=options.timeout_seconds)
+        self._losses = Losses(name)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -128,7 +130,10 @@ class CodeEditDomain(Domain):
         if len(code) > LONGEST_COMPLETION:
             return 0.0
         arguments, expected = _tests(example.meta["tests"])
-        if not passes(code, example.meta["entry"], arguments, expected, self._limits):
+        outputs = run_calls(code, example.meta["entry"], arguments, self._limits)
+        if isinstance(outputs, Failure) and outputs.lost:
+            self._losses.add(VerifierLostError(outputs.reason))
+        if isinstance(outputs, Failure) or not same_value(outputs, expected):
             return 0.0
         try:
             excess = excess_edit(example, completion)
@@ -145,6 +150,14 @@ class CodeEditDomain(Domain):
                 if works and excess_edit(example, candidate) > 0:
                     return self._answer(candidate)
         return example.answer
+
+    def facts(self) -> dict[str, float]:
+        """`verifier_lost`: completions that scored 0 because the sandbox's process ended."""
+        return self._losses.facts()
+
+    def news(self) -> list[str]:
+        """Those since the last call."""
+        return self._losses.news()
 
     def fingerprint(self) -> str:
         """Hash of the kind, its version, the options and the versions of the data and of the sandbox."""

@@ -7,10 +7,8 @@ evaluation, so the two can never drift apart. A kind of domain is one module wit
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import random
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +67,12 @@ class Example:
         """Stable identity: a hash of domain, prompt and answer."""
         return stable_hash([self.domain, self.prompt, self.answer])[:16]
 
+    @property
+    def messages(self) -> list[Message]:
+        """The whole chat: the prompt's messages, then the gold completion as the assistant's."""
+        asked = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+        return [*asked, {"role": "assistant", "content": self.answer}]
+
 
 class Domain(ABC):
     """A skill: where its examples come from and how a completion is scored.
@@ -106,6 +110,16 @@ class Domain(ABC):
             UserError: the domain cannot supply that many distinct examples, or has no such split.
         """
 
+    def supply(self, split: str) -> int | None:
+        """How many distinct examples a split has; None where they are generated."""
+        del split
+        return None
+
+    def draw_up_to(self, most: int, split: str, seed: int) -> list[Example]:
+        """Draw `most` examples, or all that a smaller data set has; see `draw`."""
+        supply = self.supply(split)
+        return self.draw(split, most if supply is None else min(most, supply), seed)
+
     @abstractmethod
     def score(self, example: Example, completion: str) -> float:
         """Score a completion in [0, 1]; malformed or hostile text scores 0 and never raises."""
@@ -117,6 +131,10 @@ class Domain(ABC):
     def facts(self) -> dict[str, float]:
         """What scoring has told of the scorer itself, for the metrics; most have nothing to tell."""
         return {}
+
+    def news(self) -> list[str]:
+        """What went wrong in scoring since the last call, a line each, for the log; most have nothing to tell."""
+        return []
 
     def preflight(self) -> None:  # noqa: B027 - most domains have nothing outside themselves
         """See that what scoring needs outside this process is there.
@@ -156,9 +174,12 @@ def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
     Raises:
         UserError: unknown kind, unknown or invalid option; names the key and the nearest valid choice.
     """
-    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
     if kind.endswith(OWN_SUFFIX):
-        domain.code = hashlib.sha256(Path(kind).read_bytes()).hexdigest()
+        # It checks what a Domain gives, and so imports this module.
+        from experts.own import load_own
+
+        return load_own(name, Path(kind), options, lambda given: check_options(name, kind, given))
+    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
     return domain
 
 
@@ -173,36 +194,12 @@ def check_options(name: str, kind: str, options: Mapping[str, Any]) -> Options:
 
 def _kind_module(name: str, kind: str) -> Any:
     if kind.endswith(OWN_SUFFIX):
-        return _own_module(name, Path(kind))
+        from experts.own import own_module
+
+        return own_module(name, Path(kind))
     if kind not in KINDS:
         raise UserError(f"domains.{name}.kind: unknown kind '{kind}'{nearest(kind, KINDS)}")
     return importlib.import_module(KINDS[kind])
-
-
-def _own_module(name: str, file: Path) -> Any:
-    """Import a person's file under a name of its own, once in a process."""
-    key = f"domains.{name}.kind"
-    if not file.is_file():
-        siblings = [str(path) for path in file.parent.glob(f"*{OWN_SUFFIX}")] if file.parent.is_dir() else []
-        raise UserError(f"{key}: {file}: no such file{nearest(str(file), siblings)}")
-    known = f"own_domain_{stable_hash(str(file.resolve()))[:16]}"
-    if known in sys.modules:
-        return sys.modules[known]
-    spec = importlib.util.spec_from_file_location(known, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[known] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[known]
-        raise UserError(f"{key}: {file}: {type(error).__name__}: {error}") from error
-    if missing := [part for part in ("Options", "load") if not hasattr(module, part)]:
-        del sys.modules[known]
-        raise UserError(
-            f"{key}: {file}: a domain's file defines Options and load; here is no {' and no '.join(missing)}"
-        )
-    return module
 
 
 def _describe(name: str, schema: type[Options], error: ValidationError) -> str:

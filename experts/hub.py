@@ -1,10 +1,11 @@
-"""Any `datasets` source as a domain: a data set on the Hub, or local .jsonl, .json, .csv or .parquet files.
+"""Any `datasets` source as a domain: a data set on the Hub, or local JSON, JSONL, CSV, TSV or Parquet files.
 
 Rows become examples by naming fields or by a template; completions are scored by exact match, as numbers and formulas
-(math-verify), or as the letter of a multiple-choice question. A file is looked for when the domain is made; its rows
-are read, and unknown fields found, by the first draw.
+(math-verify), or as the letter of a multiple-choice question. Where a row has several right answers, each of them is.
+A file is looked for when the domain is made; its rows are read, and unknown fields found, by the first draw.
 """
 
+import re
 import string
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,17 +14,33 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from experts import answers
+from experts.choices import chosen_letter, gold_letters, lettered
 from experts.domain import Example, stable_hash
 from experts.errors import UserError
-from experts.rows import Row, RowDomain, RowOptions, prompt_source
+from experts.files import Number, Row
+from experts.prompts import look_up, prompt_source, written
+from experts.rows import RowDomain, RowOptions, answers_of
+from experts.untrusted import Losses, VerifierLostError
 
-VERSION = 1
+VERSION = 2
+# In an example's meta: the right answers where they are not its gold completion alone.
+ANSWERS = "answers"
 
 
 class Options(RowOptions):
     """What a `hub` domain asks for."""
 
-    answer_field: str = Field(description="Field with the gold answer; for choices an index, a letter or the text.")
+    answer_field: str | None = Field(
+        None,
+        validate_default=True,
+        description="Field with the gold answer, or a list of which each is right (`answers.text` reads inside an "
+        "object); for choices an index, a letter or the text.",
+    )
+    answer_pattern: str | None = Field(
+        None,
+        description="Regular expression with one group that finds the answer in the field's text, such as "
+        "`#### (.+)`; the text stays what SFT imitates. Where a completion matches, its last match is scored.",
+    )
     choices_field: str | None = Field(
         None,
         description="Field with the choices: a list, or {text, label}; shown where the template names it, or last.",
@@ -31,6 +48,26 @@ class Options(RowOptions):
     scorer: Literal["exact", "numeric", "multiple_choice"] = Field(
         "exact", validate_default=True, description="How a completion is compared with the gold answer."
     )
+
+    @field_validator("answer_field")
+    @classmethod
+    def _there_is_an_answer(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("messages_field") is None:
+            raise ValueError("name the field with the gold answer")
+        return value
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_one_group(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"'{value}' is no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"'{value}' has {groups} groups in parentheses; one has to enclose the answer")
+        return value
 
     @field_validator("scorer")
     @classmethod
@@ -46,14 +83,30 @@ class HubDomain(RowDomain):
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
         self.options = options
+        self._losses = Losses(name)
 
     def score(self, example: Example, completion: str) -> float:
         """1 if the scorer named in the options accepts the completion, else 0."""
-        if self.options.scorer == "numeric":
-            return float(answers.same_value(completion, example.answer))
-        if self.options.scorer == "multiple_choice":
-            return float(answers.chosen_letter(completion, example.meta["choices"]) == example.answer)
-        return float(completion.strip() == example.answer.strip())
+        golds = example.meta.get(ANSWERS, [example.answer])
+        try:
+            if self.options.answer_pattern is not None:
+                completion = answers.last_match(self.options.answer_pattern, completion) or completion
+            if self.options.scorer == "multiple_choice":
+                return float(chosen_letter(completion, example.meta["choices"]) in golds)
+            if self.options.scorer == "exact":
+                return float(answers.same_text(completion, golds))
+            return float(answers.same_value(completion, golds))
+        except VerifierLostError as error:
+            self._losses.add(error)
+            return 0.0
+
+    def facts(self) -> dict[str, float]:
+        """`verifier_lost`: completions that scored 0 because the process that reads them ended or took too long."""
+        return self._losses.facts()
+
+    def news(self) -> list[str]:
+        """Those since the last call."""
+        return self._losses.news()
 
     def fingerprint(self) -> str:
         """Hash of the kind, its version, the options and the data: local content, or a Hub id with its revision."""
@@ -64,19 +117,50 @@ class HubDomain(RowDomain):
         return super()._named_fields() | {"choices_field": self.options.choices_field}
 
     def _example(self, row: Row, where: str) -> Example:
-        gold = self._answer(row, where)
         if self.options.scorer == "multiple_choice":
-            choices, labels = _choices(row[self.options.choices_field or ""], where)
-            letter = answers.gold_letter(gold, choices, labels)
-            if letter is None:
-                raise UserError(f"{where}: answer {gold!r} is neither an index, a letter nor one of {choices}")
-            prompt = self._prompt(row, where, answers.lettered(choices), self.options.choices_field or "")
-            return Example(prompt, letter, self.name, prompt_source(prompt), {"choices": choices})
-        answer = str(gold)
-        if self.options.scorer == "numeric" and not answers.has_value(answer):
-            raise UserError(f"{where}: no number or formula in the answer {answer!r}")
-        prompt = self._prompt(row, where)
-        return Example(prompt, answer, self.name, prompt_source(prompt))
+            return self._choice(row, where)
+        prompt, gold = self._parts(row, where)
+        here = f"{where}: '{self.options.answer_field or self.options.messages_field}'"
+        texts = answers_of(gold, here)
+        golds = [self._found(text, here) for text in texts]
+        if self.options.scorer == "numeric":
+            for text in golds:
+                self._check_value(text, here)
+        meta = {} if golds == texts[:1] else {ANSWERS: golds}
+        return Example(prompt, texts[0], self.name, prompt_source(prompt), meta)
+
+    def _choice(self, row: Row, where: str) -> Example:
+        field = self.options.choices_field or ""
+        choices, labels = _choices(look_up(row, field), f"{where}: '{field}'")
+        prompt, gold = self._parts(row, where, lettered(choices), field)
+        here = f"{where}: '{self.options.answer_field or self.options.messages_field}'"
+        several = gold if isinstance(gold, list) else [gold]
+        is_index = all(isinstance(one, Number | int) and not isinstance(one, bool) for one in several)
+        letters: list[str] = []
+        for text in answers_of(gold, here):
+            letters += gold_letters(self._found(text, here), is_index, choices, labels)
+        if not letters:
+            raise UserError(f"{here}: {gold!r} is neither an index from 0, a letter nor one of {choices}")
+        meta = {"choices": choices} | ({ANSWERS: letters} if len(letters) > 1 else {})
+        return Example(prompt, letters[0], self.name, prompt_source(prompt), meta)
+
+    def _found(self, text: str, where: str) -> str:
+        """The answer in a field's text."""
+        pattern = self.options.answer_pattern
+        if pattern is None:
+            return text
+        found = [match[1] for match in re.finditer(pattern, text) if match[1] is not None]
+        if not found or not found[-1].strip():
+            raise UserError(f"{where}: answer_pattern '{pattern}' finds nothing in {text!r:.80}")
+        return str(found[-1].strip())
+
+    def _check_value(self, text: str, where: str) -> None:
+        try:
+            known = answers.has_value(text)
+        except VerifierLostError as error:
+            raise UserError(f"{where}: math-verify cannot read {text!r:.80}: {error}") from None
+        if not known:
+            raise UserError(f"{where}: no number or formula in the answer {text!r:.80}")
 
 
 def load(name: str, options: Options) -> HubDomain:
@@ -92,8 +176,8 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:
     """Texts and, where the data set has its own, labels of the choices."""
     labels: list[str] = []
     if isinstance(value, Mapping) and "text" in value:
-        labels = [str(label) for label in value.get("label") or []]
+        labels = [written(label, f"{where}: label") for label in value.get("label") or []]
         value = value["text"]
     if not isinstance(value, list) or not 2 <= len(value) <= len(string.ascii_uppercase):
-        raise UserError(f"{where}: choices must be a list of 2 to 26 texts, found {value!r}")
-    return [str(choice) for choice in value], labels
+        raise UserError(f"{where}: choices must be a list of 2 to 26 texts, found {value!r:.80}")
+    return [written(choice, f"{where}: choice {number}") for number, choice in enumerate(value, 1)], labels

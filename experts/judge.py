@@ -23,7 +23,9 @@ from pydantic import Field, field_validator
 from experts.domain import Example, Message, Prompt, stable_hash
 from experts.endpoint import ContentRefusedError, Endpoint
 from experts.errors import UserError, nearest
-from experts.rows import Row, RowDomain, RowOptions, prompt_source
+from experts.files import Row
+from experts.prompts import prompt_source
+from experts.rows import RowDomain, RowOptions, answers_of
 
 if TYPE_CHECKING:
     import httpx
@@ -42,6 +44,8 @@ _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _KEPT = re.compile(r"^([0-9a-f]{64}) (\d+)$", re.MULTILINE)
 # What decides how a judge is asked, but not what it thinks.
 _IMMATERIAL = {"api_key_env", "parallel", "timeout_seconds", "retries", "noise_sample", "max_unmarked"}
+# In an example's meta: its reference answers where there are several.
+REFERENCES = "references"
 # Completions without a mark that are no sign of a judge that does not work.
 FEW_UNMARKED = 3
 
@@ -96,7 +100,7 @@ class JudgeDomain(RowDomain):
         )
         self._differences: dict[str, float] = {}
         # Completions marked for the first time, those the judge gave no mark, and why it gave the last of them none.
-        self._asked, self._unmarked, self._fault = 0, 0, ""
+        self._asked, self._unmarked, self._logged, self._fault = 0, 0, 0, ""
 
     def score(self, example: Example, completion: str) -> float:
         """The judge's mark divided by the scale; see `score_all` for what raises."""
@@ -144,7 +148,7 @@ class JudgeDomain(RowDomain):
         Raises:
             UserError: the domain has none.
         """
-        if self.options.answer_field is None:
+        if self.options.answer_field is None and self.options.messages_field is None:
             raise UserError(f"domains.{self.name}.options.answer_field: there are no answers to imitate without it")
         return super().demonstration(example, rng, rough)
 
@@ -161,6 +165,12 @@ class JudgeDomain(RowDomain):
         if found := self._differences.values():
             facts |= {"judge_noise": statistics.fmean(found), "judged_twice": float(len(found))}
         return facts
+
+    def news(self) -> list[str]:
+        """One line on the completions without a mark since the last call."""
+        new, self._logged = self._unmarked - self._logged, self._unmarked
+        text = f"domains.{self.name}: {new} completion(s) scored 0 without a mark; the last time: {self._fault}"
+        return [text] if new else []
 
     def preflight(self) -> None:
         """See that the endpoint answers and serves the model, by one request.
@@ -199,15 +209,18 @@ class JudgeDomain(RowDomain):
         return _Marks(Path(os.environ.get("MOPD_HOME", ".mopd")) / "judge" / f"{self._settings[:24]}.marks")
 
     def _key(self, example: Example, completion: str) -> str:
-        return stable_hash([self._settings, example.prompt, example.answer, completion])
+        return stable_hash([self._settings, example.prompt, _reference(example), completion])
 
     def _is_sampled(self, key: str) -> bool:
         return int(key[:8], 16) / 2**32 < self.options.noise_sample
 
     def _example(self, row: Row, where: str) -> Example:
-        prompt = self._prompt(row, where)
-        answer = "" if self.options.answer_field is None else str(self._answer(row, where))
-        return Example(prompt, answer, self.name, prompt_source(prompt))
+        prompt, gold = self._parts(row, where)
+        field = self.options.answer_field or self.options.messages_field
+        golds = [] if field is None else answers_of(gold, f"{where}: '{field}'")
+        # The judge sees them all; SFT imitates the first.
+        meta = {REFERENCES: golds} if len(golds) > 1 else {}
+        return Example(prompt, golds[0] if golds else "", self.name, prompt_source(prompt), meta)
 
     def _mark(self, client: "httpx.Client", example: Example, completion: str, key: str, again: int) -> int | None:
         """Ask for one mark; `again` asks in another order and with another seed, and keeps nothing. None where the
@@ -288,7 +301,7 @@ def chat(
         rubric_last: Give the parts in reverse order.
     """
     parts = {"rubric": rubric, "question": _question(example.prompt)}
-    parts |= {"reference": example.answer} if example.answer else {}
+    parts |= {"reference": reference} if (reference := _reference(example)) else {}
     parts["completion"] = completion
     order = list(reversed(parts)) if rubric_last else list(parts)
     text = "\n\n".join(f"<{name}-{tag}>\n{parts[name]}\n</{name}-{tag}>" for name in order)
@@ -312,6 +325,11 @@ def _reply(answer: Any) -> str:
     except (KeyError, IndexError, TypeError):
         content = None
     return content if isinstance(content, str) else json.dumps(answer)
+
+
+def _reference(example: Example) -> str:
+    """The reference answer, or all of them."""
+    return "\n\nor\n\n".join(example.meta.get(REFERENCES, [example.answer]))
 
 
 def _question(prompt: Prompt) -> str:

@@ -22,9 +22,9 @@ from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
 from experts.gym import PYCOSAT_TASKS, has_pycosat, import_reasoning_gym
-from experts.untrusted import REASONING, VerifierError
+from experts.untrusted import REASONING, Losses, VerifierError, VerifierLostError
 
-VERSION = 1
+VERSION = 2
 # Some generators prepare all their items at once, so a stream is made of short data sets with seeds of their own.
 CHUNK = 256
 # Generators are slow and need not be uniform: a task counts as exhausted after this many repeats per distinct prompt.
@@ -97,6 +97,7 @@ class ReasoningDomain(Domain):
         super().__init__(name)
         self.options = options
         self._verifiers: dict[str, Any] = {}
+        self._losses = Losses(name)
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
         """Draw distinct prompts of one split, task after task in turn; see `Domain.draw`.
@@ -117,10 +118,21 @@ class ReasoningDomain(Domain):
         entry = {"question": example.source, "answer": example.meta["answer"], "metadata": example.meta["metadata"]}
         try:
             value = self._verify(task, answer, entry)
+        except VerifierLostError as error:
+            self._losses.add(error)
+            return 0.0
         except VerifierError as error:
             logger.debug("domains.%s: the verifier of %s refused an answer: %s", self.name, task, error)
             return 0.0
         return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
+
+    def facts(self) -> dict[str, float]:
+        """`verifier_lost`: answers that scored 0 because the verifier's process ended or took too long."""
+        return self._losses.facts()
+
+    def news(self) -> list[str]:
+        """Those since the last call."""
+        return self._losses.news()
 
     def fingerprint(self) -> str:
         """Hash of the kind, its version, the options and reasoning-gym's version."""

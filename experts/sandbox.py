@@ -34,9 +34,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a run gave no values: the interpreter's or the host's message."""
+    """Why a run gave no values.
+
+    Attributes:
+        reason: The interpreter's or the host's message.
+        lost: Whether the sandbox's process ended, so that the code was not judged by its own doing alone.
+    """
 
     reason: str
+    lost: bool = False
 
 
 def run_calls(
@@ -77,7 +83,9 @@ def run_calls(
                 f"[{entry}(*call) for call in calls]", inputs={"calls": calls}, print_callback=silent
             )
         except (pydantic_monty.MontyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
-            return Failure(f"{type(error).__name__}: {error}"[:200])
+            return Failure(
+                f"{type(error).__name__}: {error}"[:200], isinstance(error, pydantic_monty.MontyCrashedError)
+            )
     if type(outputs) is not list or len(outputs) != len(calls):
         return Failure("the calls were tampered with")
     return outputs

@@ -3,7 +3,9 @@
 Each process that scores has its own few workers (`experts.untrusted_worker` says what holds them). A worker is started
 by the first completion that needs it, which takes the one or two seconds its library takes to import, and is kept;
 after that a completion costs about 0.07 ms besides the verifier's own time (1,000 of `chain_sum` took 0.074 s). A
-worker that exceeds its time or does what it may not is killed, and the next completion starts another.
+worker that exceeds its time, ends or answers out of turn is replaced at the next completion, and `Losses` counts it:
+such a completion scores 0 without having been judged. An action that a worker may not do raises inside it and costs
+nothing else.
 """
 
 import contextlib
@@ -37,7 +39,40 @@ _KEPT_VARIABLES = ("HOME", "LD_LIBRARY_PATH", "MPLCONFIGDIR", "TMPDIR", "TZ")
 
 
 class VerifierError(Exception):
-    """A verifier gave no value for a text: it raised, took too long, or did what it may not; says which."""
+    """A verifier gave no value for a text: it raised, or see `VerifierLostError`."""
+
+
+class VerifierLostError(VerifierError):
+    """The verifier's process ended, took too long or answered out of turn, so the text was not judged."""
+
+
+class Losses:
+    """Counts a domain's completions that scored 0 because their verifier was lost."""
+
+    def __init__(self, domain: str) -> None:
+        self._domain = domain
+        self._lock = threading.Lock()
+        self._count, self._logged, self._last = 0, 0, ""
+
+    def add(self, error: VerifierLostError) -> None:
+        """Count one; any thread may."""
+        with self._lock:
+            self._count, self._last = self._count + 1, str(error)
+
+    def facts(self) -> dict[str, float]:
+        """`verifier_lost`, where there is one."""
+        return {"verifier_lost": float(self._count)} if self._count else {}
+
+    def news(self) -> list[str]:
+        """One line on those since the last call."""
+        with self._lock:
+            new, self._logged = self._count - self._logged, self._count
+        if not new:
+            return []
+        return [
+            f"domains.{self._domain}: {new} completion(s) scored 0 because the verifier was lost; the last time: "
+            f"{self._last}"
+        ]
 
 
 @dataclass
@@ -52,7 +87,8 @@ class _Worker:
         """The value of one call.
 
         Raises:
-            VerifierError: there is none. The worker can only be asked again if it is `settled`.
+            VerifierError: the verifier raised.
+            VerifierLostError: the worker cannot be asked again.
         """
         self.settled = False
         token = secrets.token_hex(8)
@@ -62,14 +98,16 @@ class _Worker:
             self.channel.sendall(json.dumps(question).encode() + b"\n")
             told = self.hear(seconds)
         except TimeoutError:
-            raise VerifierError(f"no answer within {seconds:g} s") from None
+            raise VerifierLostError(f"no answer within {seconds:g} s") from None
         except (OSError, ValueError) as error:
             self.end(patience=1.0)
-            raise VerifierError(f"its process ended ({self.process.returncode}): {error}") from None
+            raise VerifierLostError(f"its process ended ({self.process.returncode}): {error}") from None
         if told.get("token") != token:
-            raise VerifierError(f"it did {told.get('forbidden', 'answer with another token')}")
+            raise VerifierLostError("it answered with another token")
         self.settled = True
         self.cpu_seconds = told["cpu_seconds"]
+        for action in told["actions_refused"]:
+            logger.debug("a verifier was refused an action: %s", action)
         if "refused" in told:
             raise VerifierError(told["refused"])
         return told["value"]
@@ -125,7 +163,8 @@ class Workers:
             preparation: Arguments of the library's `prepare`, among them a `key`; each worker is prepared once per key.
 
         Raises:
-            VerifierError: it raised, exceeded `SECONDS`, or ended its process.
+            VerifierError: the verifier raised.
+            VerifierLostError: it exceeded `SECONDS`, or its process ended.
             RuntimeError: no worker could be started or prepared, which is the host's trouble.
         """
         with self._free:
@@ -134,9 +173,8 @@ class Workers:
                 if preparation is not None and preparation["key"] not in worker.prepared:
                     self._prepare(worker, preparation)
                 return worker.ask(verifier, arguments, SECONDS)
-            except VerifierError as error:
-                if not worker.settled:
-                    logger.warning("a worker for %s is replaced: %s", self.library, error)
+            except VerifierLostError as error:
+                logger.warning("a worker for %s is replaced: %s", self.library, error)
                 raise
             finally:
                 self._give_back(worker)
@@ -193,3 +231,4 @@ def _start(library: str) -> _Worker:
 
 REASONING = Workers("reasoning")
 VALUES = Workers("values")
+PATTERNS = Workers("patterns")

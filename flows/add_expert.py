@@ -16,6 +16,7 @@ import yaml
 
 from experts.domain import KINDS, OWN_SUFFIX, TRAIN, load_domain
 from experts.errors import UserError, nearest
+from experts.sources import PATH_OPTIONS
 from flows.config import RunConfig
 from flows.run_file import load_run_file
 
@@ -165,6 +166,10 @@ def _domain(path: Path, config: RunConfig, asked: NewExpert) -> tuple[str, dict[
         options = _tasks(kind, asked.tasks)
     for assignment in asked.options:
         _assign(options, assignment, "--option")
+    for key in PATH_OPTIONS:
+        # Typed from the working folder, read from the run file's.
+        if isinstance(value := options.get(key), str) and not os.path.isabs(value) and os.path.exists(value):
+            options[key] = os.path.relpath(os.path.abspath(value), path.parent.resolve())
     return asked.name, {"kind": kind} | ({"options": options} if options else {})
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN, Example, load_domain
 from experts.errors import UserError
+from flows.architectures import architecture_problems
+from flows.check_tokens import TokenCheck
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.gpus import gpu_problems, gpu_warnings
@@ -23,6 +25,7 @@ from flows.vllm_commands import devices_of_each
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
 from stages.core.remote_code import options, remote_code
+from stages.core.rendering import rendering
 from stages.on_policy.shares import without_prompts
 from stages.on_policy.vllm_settings import is_local
 
@@ -44,12 +47,22 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
     Raises:
         UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
-            differs from the student's, completions no prompt leaves room for, too few devices, or devices that torch
+            differs from the student's, an imported checkpoint that no stage can use, completions no prompt leaves room
+            for, too few devices, or devices that torch
             cannot use, a disk too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
-    with remote_code(graph.config.remote_code):
-        problems = [*_data_problems(graph, missing), *_tokenizer_problems(graph, store, missing)]
+    warnings: list[str] = []
+    with remote_code(graph.config.remote_code), rendering(graph.rendering):
+        # What reads a model's config or tokenizer below relies on them.
+        if unusable := list(architecture_problems(graph, store, missing)):
+            raise UserError("\n".join(unusable))
+        draws, problems = _draw(graph, missing, warnings)
+        problems += _tokenizer_problems(graph, store, missing)
+        tokens = TokenCheck(graph, store, draws, _tokenizer)
+        for node in missing:
+            tokens.look(node, _config_key(node))
+        problems += tokens.problems
     problems += [
         *_scorer_problems(graph, missing),
         *_sampling_problems(graph, missing),
@@ -57,7 +70,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         *_engine_problems(graph, missing),
         *harness_problems(graph.config, missing),
     ]
-    warnings: list[str] = []
+    warnings += tokens.warnings
     if missing:
         problems += gpu_problems(graph.config.resources)
         warnings += gpu_warnings(graph.config.resources)
@@ -75,25 +88,51 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
     return warnings
 
 
-def _data_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds."""
+def _draw(
+    graph: StageGraph, missing: list[Node], warnings: list[str]
+) -> tuple[dict[tuple[str, str], list[Example]], list[str]]:
+    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds.
+
+    Args:
+        graph: The run.
+        missing: Nodes that have to run.
+        warnings: Gets a line for each domain with fewer examples than are asked for.
+
+    Returns:
+        Examples by domain and split, and problems.
+    """
     wanted: dict[tuple[str, str], tuple[int, int, str]] = defaultdict(lambda: (0, 0, ""))
     for node in missing:
         split = str(node.config.get("split", TRAIN))
         monitor = node.config.get("monitor")
+        key = _examples_key(node)
         for domain in node.domains:
-            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, node.id))
+            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, key))
             if monitor:
-                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], (int(monitor["examples"]), 0, node.id))
-    for (domain, split), (count, seed, node_id) in wanted.items():
-        entry = graph.config.domains[domain]
+                asked = (int(monitor["examples"]), 0, f"{_config_key(node)}.monitor.examples")
+                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], asked)
+    found: dict[tuple[str, str], list[Example]] = {}
+    problems = []
+    for (name, split), (count, seed, key) in wanted.items():
+        entry = graph.config.domains[name]
         try:
-            drawn = load_domain(domain, entry.kind, entry.options).draw(split, count, seed)
+            drawn = load_domain(name, entry.kind, entry.options).draw_up_to(count, split, seed)
         except (UserError, ConnectionError) as error:
-            yield f"{node_id}: {error}"
+            problems.append(f"{key} {count}: {error}")
             continue
+        found[name, split] = drawn
         if not drawn:
-            yield f"{node_id}: domains.{domain}: no {split} examples"
+            problems.append(f"{key} {count}: domains.{name}: no {split} examples")
+        elif len(drawn) < count:
+            warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
+    return found, problems
+
+
+def _examples_key(node: Node) -> str:
+    """Where in the run file the number of a node's examples stands."""
+    if node.stage == SHIFT:
+        return "evaluate.shift.examples"
+    return "evaluate.examples" if node.stage in EVALUATIONS else f"{_config_key(node)}.examples"
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
@@ -220,6 +259,8 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 def _config_key(node: Node) -> str:
     """Where in the run file a training node's config stands."""
+    if node.stage in EVALUATIONS:
+        return "evaluate"
     kind, _, name = without_round(node.name).partition("/")
     if node.name.startswith((BASELINES, VARIANTS)):
         return f"merge.{kind}.{name}"

@@ -6,7 +6,7 @@
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from evals.claim_config import HypothesisConfig
 from evals.harness_config import PREFIX, HarnessConfig
@@ -14,6 +14,7 @@ from experts.domain import KINDS
 from experts.errors import UserError
 from flows.notify import NotifyConfig
 from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
+from stages.core.rendering import OWN_ARGUMENTS
 from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig, TeacherWeight
 from stages.shift_config import ShiftConfig
@@ -286,10 +287,22 @@ class RunConfig(StrictModel):
         default_factory=dict, description="What the run is to show, fixed before it is measured."
     )
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Given to imported checkpoints' chat templates wherever prompts are rendered, such as "
+        "{enable_thinking: false}.",
+    )
     remote_code: bool = Field(
         False, description="Run the Python code that imported checkpoints bring. Read it first: it may do anything."
     )
     notify: NotifyConfig | None = Field(None, description="A webhook that hears of failures and promotions.")
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_messages_alone(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := sorted(value.keys() & OWN_ARGUMENTS):
+            raise ValueError(f"{taken[0]} is set by the stages; here are only variables of the template itself")
+        return value
 
     def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:
         """Resolve `all` or a list to domain names."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ from experts.domain import stable_hash
 from flows.lock import code_fingerprint
 from flows.plan import EVALUATIONS, VERSIONS, Node, StageGraph
 from stages.core.checkpoint import write_whole
+from stages.core.rendering import Rendering
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Job:
             "threads": threads,
             "nodes": [_node_spec(graph, node) for node in nodes],
         }
+        if graph.rendering != Rendering():
+            spec["rendering"] = asdict(graph.rendering)
         if graph.config.remote_code:
             spec["remote_code"] = True
         return cls(tuple(nodes), spec)

@@ -210,9 +210,16 @@ def shape_of(node: Node, store: Store) -> Shape:
     return Shape()
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a `config.json` that describes the language model; models of text and images nest it."""
+    nested: Mapping[str, Any] = config.get("text_config") or config
+    return nested
+
+
 def _shape(config: Mapping[str, Any], parameters: int) -> Shape:
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
-    return Shape(parameters, *(int(config.get(name) or 0) for name in names))
+    text = text_config(config)
+    return Shape(parameters, *(int(text.get(name) or 0) for name in names))
 
 
 def _gguf_shape(file: Path) -> Shape:

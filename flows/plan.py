@@ -19,9 +19,11 @@ from flows.harness import harness_tasks
 from flows.lock import lock_path, read_json
 from flows.rounds import round_prefix
 from flows.shifts import COSINES, SHIFT, shift_nodes, shift_request
+from flows.templates import DATE, Templates
 from flows.variants import variant_run
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.core.checkpoint import Store, write_whole
+from stages.core.rendering import Rendering
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
@@ -75,6 +77,11 @@ class StageGraph:
     nodes: tuple[Node, ...]
     pins: Mapping[str, str]
 
+    @property
+    def rendering(self) -> Rendering:
+        """How its nodes render chat templates."""
+        return Rendering(self.config.chat_template_kwargs, self.pins.get(DATE))
+
     def node(self, node_id: str) -> Node:
         """The node with this id."""
         return next(node for node in self.nodes if node.id == node_id)
@@ -123,6 +130,7 @@ class _Builder:
         self.home = home
         self.nodes: dict[str, Node] = {}
         self.pins: dict[str, str] = {}
+        self.templates = Templates(config, read_json(lock_path(home, config.name)).get("pins", {}))
         self.domains = _load_domains(config)
         self.fingerprints = {name: domain.identity() for name, domain in self.domains.items()}
         self.teachers = config.teachers()
@@ -132,7 +140,7 @@ class _Builder:
     def build(self) -> StageGraph:
         for seed in self.config.seeds:
             self._add_seed(seed)
-        return StageGraph(self.config, tuple(self.nodes.values()), self.pins)
+        return StageGraph(self.config, tuple(self.nodes.values()), self.pins | self.templates.pins)
 
     def _add_seed(self, seed: int) -> None:
         config = self.config
@@ -247,12 +255,15 @@ class _Builder:
             facts = champion_facts(artifact, Store(self.home), (start, self.nodes[start].key))
             self.nodes[CHAMPION] = Node(**facts)
             self.pins[CHAMPION] = artifact.key
+            self.templates.inherit(CHAMPION, start)
         return CHAMPION
 
     def _load(self, name: str, source: Source) -> str:
         """Add the import of a checkpoint made elsewhere; all seeds share it."""
         config = {"kind": source.kind, "location": source.location, "revision": source.revision}
-        return self._add(name, name, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
+        made = self._add(name, name, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
+        self.templates.load(made, source, Store(self.home).find(self.nodes[made].key))
+        return made
 
     def _resolve(self, key: str, reference: str | None, revision: str | None) -> Source:
         assert reference is not None
@@ -331,7 +342,9 @@ class _Builder:
             "parents": {role: self.nodes[parent].key for role, parent in parents.items()},
             "domains": {domain: self.fingerprints[domain] for domain in domains},
             **facts,
+            **self.templates.facts(stage, config, parents.get("start", parents.get("checkpoint"))),
         }
+        self.templates.inherit(node_id, parents.get("start"))
         if stage not in ("load", "merge_weights", *EVALUATIONS):
             ingredients["world_size"] = max(1, self.config.resources.gpus)
         entries = {d: self.config.domains[d].model_dump(mode="json") for d in domains}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from experts.domain import KINDS, OWN_SUFFIX
 from experts.errors import UserError, nearest
+from experts.sources import PATH_OPTIONS, placed
 from flows.config import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.hypotheses import hypothesis_problems
 from flows.variants import overlaid, variant_run
@@ -29,6 +30,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     raw = _unshared(_read(path))
     for override in overrides or []:
         _apply(raw, override)
+    _place_files(raw, path)
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -50,7 +52,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
-    _place_own_domains(raw, path)
+    _place_files(raw, path)
     if (other := raw.pop("extends", None)) is None:
         return raw
     if not isinstance(other, str):
@@ -62,13 +64,18 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-def _place_own_domains(raw: dict[str, Any], path: Path) -> None:
-    """Files of domains are named from the run file's folder, wherever the run is started."""
+def _place_files(raw: dict[str, Any], path: Path) -> None:
+    """Files of domains and of their rows are named from the run file's folder, wherever the run is started."""
     domains = raw.get("domains")
     for entry in domains.values() if isinstance(domains, dict) else ():
-        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict):
+            continue
+        kind, options = entry.get("kind"), entry.get("options")
         if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
             entry["kind"] = str((path.parent / kind).resolve())
+        elif isinstance(options, dict):
+            named = {key: options[key] for key in PATH_OPTIONS if isinstance(options.get(key), str)}
+            options |= {key: placed(value, path.parent) for key, value in named.items()}
 
 
 def schema_keys(

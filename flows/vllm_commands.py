@@ -15,6 +15,7 @@ from typing import Any
 
 from experts.errors import UserError
 from flows.config import ResourcesConfig, ServersConfig
+from flows.memory import text_config
 from flows.plan import Node, StageGraph
 from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact, Store
@@ -217,6 +218,7 @@ def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersCo
     if gpus:
         memory = ["--gpu-memory-utilization", str(settings.memory_share), "--tensor-parallel-size", str(gpus)]
         return arguments + memory
+    shape = text_config(shape)
     if missing := [name for name in SHAPE if name not in shape]:
         raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}; vLLM's cache cannot be sized without")
     context = int(shape["max_position_embeddings"])

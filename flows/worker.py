@@ -28,6 +28,7 @@ from stages.config import EvaluationConfig, PretrainConfig, SFTConfig
 from stages.core.checkpoint import Artifact, Store, write_whole
 from stages.core.journal import JOURNAL_FILE
 from stages.core.remote_code import remote_code
+from stages.core.rendering import Rendering, rendering
 from stages.core.source import Source
 from stages.core.workspace import Workspace
 from stages.merge_config import WeightMergeConfig
@@ -175,7 +176,7 @@ def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
     store = Store(Path(spec["home"]))
     nodes: list[NodeSpec] = spec["nodes"]
     try:
-        with remote_code(bool(spec.get("remote_code"))):
+        with remote_code(bool(spec.get("remote_code"))), rendering(Rendering(**spec.get("rendering", {}))):
             _run(nodes, store, int(spec["threads"]), runners, spec.get("servers", {}))
     except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
         code = exit_code_of(error)

@@ -6,7 +6,7 @@ A field marked `not_in_key` changes how a stage runs, never its result, and stay
 and stays out of the key, so that a new option makes no finished stage run again.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -62,7 +62,13 @@ class LoraConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What every training stage shares."""
+    """What every training stage shares.
+
+    Attributes:
+        own_dropout: Whether the dropout that a model's config brings is on in its updates.
+    """
+
+    own_dropout: ClassVar[bool] = True
 
     max_steps: Positive = Field(100, description="Optimizer steps (SFT) or rollout steps (on-policy).")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer and schedule.")
@@ -71,7 +77,21 @@ class TrainConfig(StrictModel):
     micro_batch_tokens: Positive = Field(
         16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
     )
-    examples: Positive = Field(3000, description="Distinct training examples drawn from each domain.")
+    examples: Positive = Field(
+        3000, description="Distinct training examples of each domain; all where its data have fewer."
+    )
+    max_prompt_tokens: Positive | None = Field(
+        None,
+        description="Longest prompt, in tokens; what max_new_tokens (SFT: the answer) leaves of the model's context "
+        "when absent.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    longer_prompts: Literal["refuse", "drop", "truncate"] = Field(
+        "refuse",
+        description="What becomes of longer prompts: an error that counts them; left out; or their longest message cut "
+        "at its beginning. The journal counts them.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
     save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
     sharding: Literal["none", "fsdp"] = Field(
         "none",
@@ -141,7 +161,7 @@ class SFTConfig(TrainConfig):
 class EvaluationConfig(StrictModel):
     """How one checkpoint is scored on one domain and split."""
 
-    examples: Positive = Field(400, description="Held-out examples of each domain.")
+    examples: Positive = Field(400, description="Held-out examples of each domain; all where its data have fewer.")
     samples: int = Field(4, ge=0, description="Sampled completions of each example beside the greedy one.")
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from experts.domain import Example
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy, encode_prompt, load_policy
-from stages.core.stage import draw_training
+from stages.core.policy import Policy, load_policy
+from stages.core.stage import draw_prompts
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
@@ -49,7 +50,7 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
-    examples = draw_training(workspace, config)
+    examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
     mixture = PromptMixture(examples, config.prompts_per_step, config.domain_weights, workspace.seed)
     learner = Learner(policy, config, config.max_steps * config.updates_per_batch, workspace.progress, workspace.seed)
     routes = _routes(config, workspace)
@@ -68,7 +69,6 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
             longest = max(len(encode_prompt(policy.tokenizer, e.prompt)) for drawn in examples.values() for e in drawn)
             remote.check_room(longest + config.max_new_tokens)
         sampler = opened.enter_context(contextlib.closing(make_sampler(config, learner, workspace, own_prompts)))
-        notes: list[str] = []
         check = SamplerCheck(workspace.name, policy, sampler, examples, config)
         with learner.whole():
             preflight(check, pool, config, notes.append)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from experts.errors import UserError, nearest
+from stages.core.chat import generation_stops, stop_ids
 from stages.core.checkpoint import Artifact, Store
 from stages.core.policy import save_tokenizer
 from stages.core.remote_code import options
@@ -46,6 +47,10 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     kept = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if base:
         model = PeftModel.from_pretrained(model.float(), checkpoint.uri).merge_and_unload(safe_merge=True)
+    generation = model.generation_config
+    if generation is not None and tokenizer.eos_token_id is not None:
+        before = generation.eos_token_id
+        generation.eos_token_id = generation_stops(before, stop_ids(tokenizer, before))
     for parameter in model.eval().parameters():  # the buffers of rotary positions stay as they are
         parameter.data = parameter.data.to(kept)
     model.save_pretrained(folder)
@@ -62,7 +67,7 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     read = AutoTokenizer.from_pretrained(folder, **options())
     if read.get_vocab() != tokenizer.get_vocab() or read.chat_template != tokenizer.chat_template:
         raise UserError(f"{folder}: the tokenizer that was written is not read as the checkpoint's own")
-    tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.vocab_size))[None]
+    tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.get_text_config().vocab_size))[None]
     with torch.no_grad():
         expected_1TV, found_1TV = (each(input_ids=tokens_1T, use_cache=False).logits for each in (model, again))
     if not torch.equal(expected_1TV, found_1TV):

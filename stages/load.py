@@ -7,6 +7,7 @@ store with it.
 Weights are kept in the type they come in (a GGUF file's are de-quantized to float32); later stages train in float32.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from stages.core.remote_code import options
 from stages.core.source import Source
 from stages.core.workspace import Workspace
 
+# Tensors named in a message.
+SHOWN = 3
+
 
 def run(source: Source, workspace: Workspace) -> Artifact:
     """Copy the checkpoint into the store.
@@ -29,7 +33,9 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     location, arguments = _arguments(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **arguments)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", output_loading_info=True, **arguments
+        )
     except (OSError, ValueError, KeyError) as error:
         name = workspace.name
         if "trust_remote_code" in str(error):
@@ -38,6 +44,7 @@ def run(source: Source, workspace: Workspace) -> Artifact:
                 f"`remote_code: true` in the run file"
             ) from None
         raise UserError(f"{name}: {source.location}: not a causal language model with a tokenizer: {error}") from error
+    _require_whole(loaded, f"{workspace.name}: {source.location}")
     if source.kind == "gguf":
         model = _plain(model)
     folder = workspace.store.staging(workspace.key)
@@ -45,6 +52,27 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     save_tokenizer(tokenizer, folder)
     parameters = sum(p.numel() for p in model.parameters())
     return workspace.commit(folder, sources={}, metrics={}, parameters=parameters, origin=source.location)
+
+
+def _require_whole(loaded: Mapping[str, Any], where: str) -> None:
+    """Refuse weights that are not the model's: transformers fills what is missing with random numbers.
+
+    Raises:
+        UserError: names missing and unexpected tensors, and those of another shape.
+    """
+    shapes = sorted(str(each[0]) if isinstance(each, tuple) else str(each) for each in loaded["mismatched_keys"])
+    kinds = {
+        "missing": sorted(loaded["missing_keys"]),
+        "unexpected": sorted(loaded["unexpected_keys"]),
+        "of another shape than its config gives": shapes,
+    }
+    faults = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    if faults:
+        raise UserError(f"{where}: its weights are not those of its config: tensors {'; '.join(faults)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

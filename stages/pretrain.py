@@ -26,12 +26,12 @@ def train(config: PretrainConfig, workspace: Workspace) -> Artifact:
     """Train a fresh tiny model on rough demonstrations of the workspace's domains.
 
     Raises:
-        UserError: a domain cannot supply `examples` training examples.
+        UserError: a domain cannot supply `examples` training examples, or some do not fit the model.
     """
     tokenizer = character_tokenizer()
     policy = Policy(tiny_model(config.model, tokenizer, workspace.seed), tokenizer)
     examples = draw_training(workspace, config)
-    documents = demonstrations(workspace, policy, examples, rough=True, wrong_answers=config.wrong_answers)
+    documents, notes = demonstrations(workspace, policy, examples, config, True, config.wrong_answers)
     learner = Learner(policy, config, config.max_steps, workspace.progress, workspace.seed)
 
     def batches(done: int) -> Iterator[list[Row]]:
@@ -39,7 +39,7 @@ def train(config: PretrainConfig, workspace: Workspace) -> Artifact:
         for batch in itertools.islice(packed, done, None):
             yield _rows(learner.shard(batch), config.prompt_weight, learner)
 
-    return imitate("pretrain", learner, workspace, examples, batches)
+    return imitate("pretrain", learner, workspace, examples, batches, notes=notes)
 
 
 def _packed(documents: Iterator[Demonstration], batch_tokens: int) -> Iterator[list[Demonstration]]:

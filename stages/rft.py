@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.core.checkpoint import Artifact
 from stages.core.loss import TokenLoss
 from stages.core.policy import load_policy
-from stages.core.stage import draw_training
+from stages.core.stage import draw_prompts
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.backends import make_sampler
@@ -37,12 +37,13 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         monitor: Scores the student while it trains.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts, or the sampler's log-probabilities are not those of the
-            model's own forward pass.
+        UserError: a domain cannot supply `examples` prompts, some are too long, or the sampler's log-probabilities are
+            not those of the model's own forward pass.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
-    mixture = PromptMixture(draw_training(workspace, config), config.prompts_per_step, {}, workspace.seed)
+    examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
+    mixture = PromptMixture(examples, config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
     noise = reward_noise(config, workspace.seed)
@@ -64,7 +65,7 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
     with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
         with learner.whole():
-            notes = [check.start()]
+            notes.append(check.start())
         practice = Practice(
             stage="rft",
             mixture=mixture,

@@ -23,12 +23,12 @@ def train(config: SFTConfig, workspace: Workspace) -> Artifact:
     """Fine-tune the checkpoint `start` on demonstrations of the workspace's domains.
 
     Raises:
-        UserError: a domain cannot supply `examples` training examples.
+        UserError: a domain cannot supply `examples` training examples, or some do not fit the model.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
     examples = draw_training(workspace, config)
-    imitated = demonstrations(workspace, policy, examples, rough=config.demonstrations == "rough")
+    imitated, notes = demonstrations(workspace, policy, examples, config, rough=config.demonstrations == "rough")
     learner = Learner(policy, config, config.max_steps, workspace.progress, workspace.seed)
 
     def batches(done: int) -> Iterator[list[Row]]:
@@ -41,4 +41,4 @@ def train(config: SFTConfig, workspace: Workspace) -> Artifact:
                 for (prompt, completion), weights_N in zip(batch, weights, strict=True)
             ]
 
-    return imitate("sft", learner, workspace, examples, batches, config.mask_conflicts)
+    return imitate("sft", learner, workspace, examples, batches, config.mask_conflicts, notes)

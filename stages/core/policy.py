@@ -7,8 +7,9 @@ output head, chunk by chunk (`chunked_token_loss` in `stages.core.loss`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,14 +19,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from experts.domain import Prompt
 from experts.errors import UserError
 from stages.config import LoraConfig
+from stages.core.architecture import Masks, logit_scale, unsupported
+from stages.core.chat import decode_completions, generation_stops, stop_ids
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.remote_code import options
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Tokens of the row on which a loaded model's logits are compared with ours.
+PROBE_TOKENS = 8
 # What transformers notes of how a tokenizer was read, and reads from nowhere again: it differs with the machine, its
 # environment and the place, and a digest must not.
 _READ_WITH = {
@@ -59,8 +63,36 @@ class Policy:
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a completion."""
+        """The tokenizer's EOS."""
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion, ascending: those `generate` stops at, EOS, and the template's end of turn.
+
+        Every sampler stops at each of them.
+        """
+        generation = causal_lm(self.model).generation_config
+        return stop_ids(self.tokenizer, None if generation is None else generation.eos_token_id)
+
+    @cached_property
+    def barred_ids(self) -> tuple[int, ...]:
+        """Rows of the vocabulary that are no token of the tokenizer, such as padding; no sampler draws them.
+
+        Losses leave them in: exact divergences compare whole distributions, of student and teacher alike.
+        """
+        known = set(self.tokenizer.get_vocab().values())
+        return tuple(row for row in range(self.head_VH.shape[0]) if row not in known)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens a prompt and its completion may have together; None where the config has no limit."""
+        limit: int | None = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
+    def texts(self, completions: Iterable[Sequence[int]]) -> list[str]:
+        """The text of completions, without the token that ends each and without control tokens."""
+        return decode_completions(self.tokenizer, completions, self.stop_ids)
 
     @property
     def pad_id(self) -> int:
@@ -114,6 +146,7 @@ class HiddenStates(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self._masks = Masks.of(causal_lm(model).config)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, bias_B1TT: Tensor | None = None) -> Tensor:
         """Return hidden states [B, T, H] of right-padded tokens.
@@ -124,10 +157,15 @@ class HiddenStates(nn.Module):
             bias_B1TT: Added to the attention scores where rows are packed: hides what is not of a token's own row.
         """
         output = causal_lm(self.model).get_decoder()(
-            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=bias_B1TT, use_cache=False
+            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=self._masks(bias_B1TT), use_cache=False
         )
-        hidden_BTH: Tensor = output.last_hidden_state
-        return hidden_BTH
+        return scaled(self.model, output.last_hidden_state)
+
+
+def scaled(model: PreTrainedModel | PeftModel, hidden_BTH: Tensor) -> Tensor:
+    """Hidden states whose product with the head's weight are the logits: a scale of the logits is taken in here."""
+    scale = logit_scale(causal_lm(model).config)
+    return hidden_BTH if scale == 1.0 else hidden_BTH * scale
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -199,31 +237,45 @@ def load_policy(
     model.eval()
     policy = Policy(model, tokenizer, base)
     check_head(policy, checkpoint)
+    if (generation := causal_lm(model).generation_config) is not None:
+        generation.eos_token_id = generation_stops(generation.eos_token_id, policy.stop_ids)
     return policy
 
 
 def check_head(policy: Policy, checkpoint: Artifact) -> None:
-    """See that logits are hidden states times the head's weight, which all chunked losses rely on.
+    """Check that logits are the hidden states times the head's weight, which all chunked losses rely on.
 
     Raises:
-        UserError: the tokenizer has no EOS, the head wears an adapter, or the architecture scales, caps or shifts its
-            logits.
+        UserError: the tokenizer has no EOS or ids beyond the embedding, the head has an adapter, or the architecture
+            is not supported.
     """
+    name = checkpoint.name
     if policy.tokenizer.eos_token_id is None:
-        raise UserError(f"{checkpoint.name}: its tokenizer has no EOS token, so a completion could never end")
-    if isinstance(causal_lm(policy.model).get_output_embeddings(), BaseTunerLayer):
+        raise UserError(f"{name}: its tokenizer has no EOS token, so a completion could never end")
+    model = causal_lm(policy.model)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
-            f"{checkpoint.name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
+            f"{name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
             f"by itself; leave the head out, as 'all-linear' does"
         )
-    tokens_BT = torch.tensor([[policy.eos_id, policy.pad_id]], device=policy.device)
+    if (fault := unsupported(model.config)) is not None:
+        raise UserError(f"{name}: {type(model).__name__} {fault}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if beyond := tokens_beyond(policy.tokenizer.get_vocab(), rows):
+        raise UserError(f"{name}: {beyond}")
+    # Ordinary tokens: the embedding of padding is zero in many models, and so would all be that is compared.
+    tokens_BT = torch.linspace(0, rows - 1, min(rows, PROBE_TOKENS), device=policy.device).long()[None]
     with torch.no_grad():
         logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits
+        shorter_BTV = policy.model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         ours_BTV = HiddenStates(policy.model)(tokens_BT) @ policy.head_VH.T
-    if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=1e-3):
+    tolerated = 1e-3 * float(logits_BTV.std())
+    if not torch.allclose(logits_BTV[:, :-1], shorter_BTV, rtol=1e-3, atol=tolerated):
+        raise UserError(f"{name}: {type(model).__name__} looks at tokens to come; causal language models are supported")
+    if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=tolerated):
         raise UserError(
-            f"{checkpoint.name}: {type(causal_lm(policy.model)).__name__} does more to its logits than a linear head "
-            f"without bias; such architectures are not supported"
+            f"{name}: {type(model).__name__} does more to its logits than a linear head without bias and a scale; such "
+            f"architectures are not supported"
         )
 
 
@@ -239,6 +291,23 @@ def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
     return None
 
 
+def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
+    """In what a tokenizer has more tokens than a model has embeddings; None in nothing.
+
+    Args:
+        vocabulary: Token -> id.
+        rows: Of the model's embedding.
+    """
+    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows)
+    if not beyond:
+        return None
+    id_, token = beyond[0]
+    return (
+        f"its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, the first {token!r} "
+        f"with id {id_}; resize the embedding, or use the tokenizer the model was trained with"
+    )
+
+
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:
     """The run file's adapter shape in peft's terms."""
     return PeftLoraConfig(
@@ -248,25 +317,3 @@ def peft_config(lora: LoraConfig) -> PeftLoraConfig:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the chat template renders it, up to where the completion begins.
-
-    Without a chat template plain text is encoded as it is.
-
-    Raises:
-        UserError: chat messages for a tokenizer without a chat template.
-    """
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template for chat messages")
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
-    """Token ids of a completion, ended by EOS."""
-    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]

@@ -6,8 +6,11 @@ from typing import Any
 from experts.domain import TRAIN, Example
 from experts.errors import UserError
 from stages.config import TrainConfig
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact
 from stages.core.journal import Journal
+from stages.core.lengths import Limit, fit
+from stages.core.policy import Policy
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 
@@ -23,11 +26,36 @@ def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[E
     """
     # By name: the order in the run file is not part of a content key, so it must not change the result.
     names = sorted(workspace.domains)
-    drawn = {name: workspace.domains[name].draw(TRAIN, config.examples, workspace.seed) for name in names}
+    drawn = {name: workspace.domains[name].draw_up_to(config.examples, TRAIN, workspace.seed) for name in names}
     for name, examples in drawn.items():
         if not examples:
             raise UserError(f"domains.{name}: no training examples")
     return drawn
+
+
+def draw_prompts(
+    workspace: Workspace, config: TrainConfig, policy: Policy, new_tokens: int
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """Training examples as `draw_training`, those with prompts that are too long treated as the config says.
+
+    Args:
+        workspace: Whose domains.
+        config: `max_prompt_tokens` and `longer_prompts`.
+        policy: Whose tokens and context.
+        new_tokens: Longest completion.
+
+    Returns:
+        The examples, and lines for the journal.
+
+    Raises:
+        UserError: a domain has none, fewer than asked for, or prompts that are too long and refused.
+    """
+    limit = Limit.of(config.model_dump(), policy.context, new_tokens)
+    kept, notes = {}, []
+    for name, drawn in draw_training(workspace, config).items():
+        kept[name], lines = fit(name, drawn, limit, lambda prompt: len(encode_prompt(policy.tokenizer, prompt)))
+        notes += lines
+    return kept, notes
 
 
 def end_step(learner: Learner, journal: Journal, step: int, total: int, metrics: Mapping[str, float]) -> None:

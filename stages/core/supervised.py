@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.domain import Example
-from stages.config import ConflictMaskConfig
+from experts.errors import UserError
+from stages.config import ConflictMaskConfig, TrainConfig
+from stages.core.chat import encode_demonstration, encode_prompt
 from stages.core.checkpoint import Artifact
+from stages.core.lengths import Limit, shorten
 from stages.core.loss import TokenLoss
-from stages.core.policy import Policy, encode_completion, encode_prompt
+from stages.core.policy import Policy
 from stages.core.stage import end_step, finish
 from stages.core.training import Learner, step_seed
 from stages.core.update import Row, accumulate
@@ -31,6 +34,7 @@ def imitate(
     examples: Mapping[str, Sequence[Example]],
     batches: Callable[[int], Iterator[list[Row]]],
     conflicts: ConflictMaskConfig | None = None,
+    notes: Sequence[str] = (),
 ) -> Artifact:
     """Take the stage's steps from where it was left: each minimises the weighted cross-entropy of one batch.
 
@@ -42,9 +46,13 @@ def imitate(
         batches: This process's rows of each step, from after the given step on. Over all processes the weights of a
             step sum to 1.
         conflicts: Which tokens are left out; none when absent.
+        notes: Lines for the log before the first step.
     """
     done = learner.resume()
     journal = workspace.journal(done)
+    if done == 0 and learner.accelerator.is_main_process:
+        for text in notes:
+            journal.note(0, text)
     total = learner.config.max_steps
     metrics: dict[str, float] = {}
     for step, rows in zip(range(done + 1, total + 1), batches(done), strict=False):
@@ -118,20 +126,79 @@ def demonstrations(
     workspace: Workspace,
     policy: Policy,
     examples: Mapping[str, Sequence[Example]],
+    config: TrainConfig,
     rough: bool,
     wrong_answers: float = 0.0,
-) -> list[Demonstration]:
-    """Prompt and completion token ids of each example.
+) -> tuple[list[Demonstration], list[str]]:
+    """Prompt and completion token ids of each example, and lines for the journal.
 
     Args:
+        workspace: Domains and seed.
+        policy: Whose tokens and context.
+        examples: Drawn, by domain.
+        config: What becomes of prompts that leave no room for their completions: `longer_prompts`.
         rough: Whether to imitate the domain's rough demonstrations.
         wrong_answers: Share of prompts that get another example's completion.
+
+    Raises:
+        UserError: prompts are too long and refused, or none is left; or the template refuses one. Names the domain.
     """
-    rows = []
-    for drawn in examples.values():
+    rows: list[Demonstration] = []
+    notes: list[str] = []
+    for name, drawn in examples.items():
+        fitting = Fitting(policy, config)
         for example in drawn:
             rng = random.Random(step_seed(workspace.seed, 0, example.id))
             answered = rng.choice(drawn) if rng.random() < wrong_answers else example
             text = workspace.domains[example.domain].demonstration(answered, rng, rough)
-            rows.append((encode_prompt(policy.tokenizer, example.prompt), encode_completion(policy.tokenizer, text)))
-    return rows
+            fitting.take(example, text)
+        rows += fitting.rows
+        notes += fitting.lines(name, len(drawn))
+    return rows, notes
+
+
+class Fitting:
+    """The demonstrations of one domain that fit the model, and those that do not.
+
+    Args:
+        policy: Whose tokens and context.
+        config: The stage's.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self.tokenizer, self.context, self.config = policy.tokenizer, policy.context, config.model_dump()
+        self.rows: list[Demonstration] = []
+        self.limit = Limit.of(self.config, self.context, 0)
+        self._long: list[int] = []
+
+    def take(self, example: Example, text: str) -> None:
+        """Add one with this completion, if it fits or may be cut."""
+        row = encode_demonstration(self.tokenizer, example.prompt, text)
+        limit = Limit.of(self.config, self.context, len(row[1]))
+        if limit.tokens is not None and len(row[0]) > limit.tokens:
+            self._long.append(sum(map(len, row)))
+            if limit.longer != "truncate":
+                return
+            cut = shorten(example.prompt, limit.tokens, lambda prompt: len(encode_prompt(self.tokenizer, prompt)))
+            row = encode_demonstration(self.tokenizer, cut, text)
+        self.rows.append(row)
+
+    def lines(self, domain: str, total: int) -> list[str]:
+        """What the journal says of them.
+
+        Raises:
+            UserError: some are to be refused, or none is left.
+        """
+        if not self._long:
+            return []
+        asked = self.config["max_prompt_tokens"]
+        limits = [f"a context of {self.context} tokens", *([f"max_prompt_tokens {asked}"] if asked else [])]
+        text = (
+            f"domains.{domain}: {len(self._long)} of {total} prompts with their completions do not fit "
+            f"{' and '.join(limits)} (the longest have {max(self._long)} tokens)"
+        )
+        if self.limit.longer == "refuse":
+            raise UserError(f"{text}; shorten them, or set longer_prompts: drop or truncate")
+        if not self.rows:
+            raise UserError(f"{text}; longer_prompts: drop leaves none")
+        return [f"{text}: {'dropped' if self.limit.longer == 'drop' else 'truncated'}"]

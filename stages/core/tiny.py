@@ -5,25 +5,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from stages.config import TinyModelConfig
+from stages.core.characters import ASSISTANT, CHARACTERS, CHAT_TEMPLATE, EOS, KEYWORDS, PAD, PIECE, UNKNOWN, USER
 from stages.core.linear import use_onednn
-
-PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<end>", "<user>", "<assistant>", "<unk>"
-# One token each: they save positions in code, the lab's longest text.
-KEYWORDS = ("def ", "return ", "lambda ", " if ", " else ", " for ", " in ", " and ", " or ", "not ", "max(", "min(")
-CHARACTERS = (*(chr(code) for code in range(32, 127)), "\n")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ ('" + USER + "' if message['role'] == 'user' else '" + ASSISTANT + "') "
-    "+ message['content'] }}{% if message['role'] == 'assistant' %}{{ '" + EOS + "' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
-)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of printable ASCII characters, newline and a few code keywords, with a chat template."""
     pieces = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *CHARACTERS, *KEYWORDS]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
-    keywords = "|".join(word.replace("(", r"\(") for word in KEYWORDS)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{keywords}|[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.dropout import begin_update
 from stages.core.loss import TokenLoss, chunk_length, chunked_token_loss
 from stages.core.packing import micro_batches, pack
 from stages.core.training import Learner
@@ -82,7 +83,7 @@ def accumulate(
     run = list(range(len(rows))) if only is None else list(only)
     batches = micro_batches([len(rows[i].tokens) for i in run], learner.config.micro_batch_tokens)
     metrics: dict[str, dict[int, Tensor]] = {}
-    learner.policy.model.train()
+    begin_update(learner.policy.model, own_dropout=learner.config.own_dropout)
     rounds = learner.rounds(len(batches))
     for number in range(rounds):
         with learner.synchronised(number == rounds - 1):

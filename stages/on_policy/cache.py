@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from experts.errors import UserError
+from stages.core.architecture import Masks
 from stages.core.packing import micro_batches, pack
 
 PREFILL_TOKENS = 16384
@@ -37,16 +37,18 @@ def prefill(
         The cache, prompts padded on the left, and the hidden states [B, H] after each prompt.
     """
     lengths = [len(prompt) for prompt in prompts]
-    layers = [_RoomyLayer(len(prompts), max(lengths), room) for _ in _plain_layers(decoder)]
+    layers = [_RoomyLayer(len(prompts), max(lengths), room) for _ in range(decoder.config.num_hidden_layers)]
+    masks = Masks.of(decoder.config)
     last: list[Tensor] = [torch.empty(0)] * len(prompts)
     for batch in micro_batches(lengths, PREFILL_TOKENS):
         packed = pack([prompts[i] for i in batch], [1] * len(batch), pad_id, device)
         tokens_BT, positions_BT, bias_B1TT = packed.inputs
-        found = DynamicCache(config=decoder.config)
+        # Without a config it keeps every token, of layers with a window too: masks hide what lies behind it.
+        found = DynamicCache()
         hidden_BTH = decoder(
             input_ids=tokens_BT,
             position_ids=positions_BT,
-            attention_mask=bias_B1TT,
+            attention_mask=masks(bias_B1TT),
             past_key_values=found,
             use_cache=True,
         ).last_hidden_state
@@ -61,19 +63,6 @@ def prefill(
     cache = DynamicCache(config=decoder.config)
     cache.layers = layers
     return cache, torch.stack(last)
-
-
-def _plain_layers(decoder: PreTrainedModel) -> list[DynamicLayer]:
-    """The layers of a cache for this decoder; a sliding window counts as plain where it hides nothing.
-
-    Raises:
-        UserError: a layer is no attention but carries a state, which rows of one line would share.
-    """
-    layers = DynamicCache(config=decoder.config).layers
-    for layer in layers:
-        if not isinstance(layer, DynamicLayer):
-            raise UserError(f"{type(decoder).__name__} has layers other than attention; such models are not supported")
-    return layers
 
 
 class _RoomyLayer(DynamicLayer):

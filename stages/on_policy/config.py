@@ -1,6 +1,6 @@
 """The configs of what learns from its own samples: the loop's, and the RL stage's. Free of torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -129,6 +129,8 @@ class RewardNoiseConfig(StrictModel):
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, judge the samples, update."""
 
+    own_dropout: ClassVar[bool] = False
+
     prompts_per_step: Positive = Field(16, description="Distinct prompts of one step, over all domains.")
     group_size: Positive = Field(8, description="Completions sampled for each prompt.")
     max_new_tokens: Positive = Field(64, description="Longest completion; a longer one is cut and has no EOS.")
@@ -193,6 +195,9 @@ class OnPolicyConfig(TrainConfig):
 class RLConfig(OnPolicyConfig):
     """GRPO family: group-normalised verifiable reward, no critic, asymmetric clip."""
 
+    group_size: Annotated[int, Field(ge=2)] = Field(
+        8, description="Completions sampled for each prompt; their rewards are compared, so 2 or more."
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.28, gt=0, description="The ratio is clipped above at 1 + clip_high (DAPO).")
     normalise_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")

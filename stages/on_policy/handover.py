@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experts.errors import UserError
-from stages.core.policy import Policy, causal_lm, encode_prompt, head_weight
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy, causal_lm, head_weight
 from stages.core.remote_code import options
 from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.losses import token_logprobs

@@ -131,6 +131,8 @@ def train_on_policy(practice: Practice, learner: Learner, config: OnPolicyConfig
         changed = changed or f"{practice.stage}/grad_norm" in metrics
         for text in itertools.chain(*(news() for news in practice.news)):
             _note(journal, learner, step, text)
+        for text in itertools.chain(*(domain.news() for domain in workspace.domains.values())):
+            _note(journal, learner, step, f"alarm: {text}")
         if step == 1 or step % SAMPLE_EVERY == 0:
             _show(journal, step, rollout, judgement, learner)
         # The teachers' scores would lie in memory beside the next step's.

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from experts.domain import Domain, Example
-from stages.core.policy import Policy, encode_completion, encode_prompt
+from stages.core.chat import encode_demonstration, encode_prompt
+from stages.core.policy import Policy
 from stages.core.training import Learner, step_seed
 from stages.core.update import Row
 from stages.on_policy.distill_config import DistillConfig
@@ -104,7 +105,7 @@ class GoldenRows:
 
 
 def gold(policy: Policy, domains: Mapping[str, Domain], example: Example) -> tuple[list[int], list[int]]:
-    """Token ids of an example's prompt and of its gold completion, ended by EOS."""
+    """Token ids of an example's prompt and of its gold completion, with the token that ends it."""
     rng = random.Random(example.id)
     text = domains[example.domain].demonstration(example, rng, rough=False)
-    return encode_prompt(policy.tokenizer, example.prompt), encode_completion(policy.tokenizer, text)
+    return encode_demonstration(policy.tokenizer, example.prompt, text)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from experts.domain import Example
 from experts.errors import UserError
-from stages.core.policy import Policy, encode_prompt
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy
 from stages.core.update import Row
 from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.distill_config import DistillConfig

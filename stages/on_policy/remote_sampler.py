@@ -30,7 +30,7 @@ from stages.on_policy.remote_handover import RemoteHandOver
 from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.on_policy.spread import spread
 from stages.on_policy.vllm_engine import check_context, prompt_seed
-from stages.on_policy.vllm_server import Completion, ServerLostError, VllmServer, wait_for_any
+from stages.on_policy.vllm_server import Completion, Ends, ServerLostError, VllmServer, wait_for_any
 from stages.on_policy.vllm_settings import logprobs_mode, rows_at_a_time
 
 # Completions a server is asked about when its gap to the trainer is measured.
@@ -61,7 +61,7 @@ class RemoteSampler:
         self.mode = logprobs_mode(config.temperature, config.top_p)
         self.learner = learner
         self.config = config
-        self.eos_id = learner.policy.eos_id
+        self.ends = Ends(learner.policy.stop_ids, learner.policy.barred_ids)
         self.folder = workspace.folder / "rollout-weights"
         self.version = 0
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -118,7 +118,7 @@ class RemoteSampler:
 
         def ask(server: VllmServer, index: int) -> list[Completion]:
             own = prompt_seed(seed, index)
-            return server.complete(name, prompts[index], drawn, sampling, own, self.eos_id)
+            return server.complete(name, prompts[index], drawn, sampling, own, self.ends)
 
         for attempt in range(self.config.sampler.retries + 1):
             missing = [index for index in range(len(prompts)) if index not in found]
@@ -198,7 +198,7 @@ class RemoteSampler:
                 prompt,
                 drawn.token_ids,
                 told_logprobs(drawn.logprobs, "a vLLM server"),
-                finished=drawn.token_ids[-1] == self.eos_id,
+                finished=drawn.token_ids[-1] in self.ends.stop_ids,
                 version=self.version,
             )
             for drawn in answer

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from experts.domain import Domain, Example
 from experts.errors import UserError
-from stages.core.policy import Policy, encode_prompt
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy
 from stages.core.training import Item, Learner, epochs, step_seed
 from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.sampler import Request, Sample, Sampler, Sampling
@@ -155,13 +156,11 @@ def gather(
 ) -> Rollout:
     """Lay the samples of each example's prompt out as rows; `own` says whether the student drew them."""
     samples = [row for group in groups for row in group]
-    ids = [sample.completion_ids for sample in samples]
     return Rollout(
         step=step,
         examples=[example for example in examples for _ in range(group_size)],
         samples=samples,
-        # Of no rows at all the tokenizer makes one empty text.
-        completions=policy.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else [],
+        completions=policy.texts(sample.completion_ids for sample in samples),
         own=[own] * len(samples),
         group_size=group_size,
     )

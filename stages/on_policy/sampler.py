@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from experts.errors import UserError
+from stages.core.architecture import Masks, context
 from stages.core.linear import product
-from stages.core.policy import Policy, causal_lm
+from stages.core.policy import Policy, causal_lm, scaled
 from stages.on_policy.cache import prefill
 
 # Rows are dropped in batches, for dropping copies the cache.
@@ -48,11 +49,11 @@ class Sample:
 
     Attributes:
         prompt_ids: The prompt.
-        completion_ids: The completion; its last token is EOS when it ended by itself.
-        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature. Top-p
-            only bars tokens from being drawn: with it in the numbers, an importance ratio would fall below 1 where
-            sampler and trainer are one policy.
-        finished: Whether it ended with EOS within `max_new_tokens`.
+        completion_ids: The completion; its last token is one that ends completions when it ended by itself.
+        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature. Top-p, and
+            what is no token, only bar tokens from being drawn: with them in the numbers, an importance ratio would fall
+            below 1 where sampler and trainer are one policy.
+        finished: Whether it ended by itself within `max_new_tokens`.
         version: Of the weights it was drawn with: the batches they had been updated on.
     """
 
@@ -176,19 +177,17 @@ def sample(
         One list of `group_size` samples per prompt, in order.
 
     Raises:
-        UserError: a prompt with `max_new_tokens` more does not fit the model's context, or its sliding window.
+        UserError: a prompt with `max_new_tokens` more does not fit the model's context.
     """
     if not prompts:
         return []
     longest = max(len(prompt) for prompt in prompts)
-    # The mask made here has no window, so a model with one is sampled only where its window hides nothing.
-    for name, what in (("max_position_embeddings", "context"), ("sliding_window", "sliding window")):
-        limit = getattr(policy.model.config, name, None)
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's {what} "
-                f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
-            )
+    limit = context(policy.model.config)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
+            f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
+        )
     generator = torch.Generator(policy.device).manual_seed(seed)
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -203,7 +202,7 @@ def sample(
 
 
 class _Batch:
-    """One batch from prefill to its last EOS."""
+    """One batch from prefill to the end of its last row."""
 
     def __init__(
         self,
@@ -219,6 +218,7 @@ class _Batch:
         self.sampling = sampling
         self.generator = generator
         self.decoder = causal_lm(policy.model).get_decoder()
+        self.masks = Masks.of(self.decoder.config)
         self.head_VH = policy.head_VH
         self.width = max(len(prompt) for prompt in prompts)
         rows = len(prompts) * group_size
@@ -227,6 +227,8 @@ class _Batch:
         self.logprobs = torch.zeros((rows, sampling.max_new_tokens), device=device)
         self.lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.stops_S = torch.tensor(policy.stop_ids, device=device)
+        self.barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=device) if policy.barred_ids else None
 
     def run(self) -> list[Sample]:
         """Sample until every row has ended or is as long as allowed."""
@@ -240,11 +242,11 @@ class _Batch:
         alive_B = torch.arange(self.tokens.shape[0], device=self.tokens.device)
         running_B = torch.ones_like(alive_B, dtype=torch.bool)
         for step in range(self.sampling.max_new_tokens):
-            tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator)
+            tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator, self.barred)
             # Rows that have ended and are still here go on; what is written behind their end is never read.
             self.tokens[alive_B, step] = tokens_B
             self.logprobs[alive_B, step] = logprobs_B
-            ended_B = running_B & (tokens_B == self.policy.eos_id)
+            ended_B = running_B & torch.isin(tokens_B, self.stops_S)
             if bool(ended_B.any()):
                 self.lengths[alive_B[ended_B]] = step + 1
                 self.finished[alive_B[ended_B]] = True
@@ -286,7 +288,7 @@ class _Batch:
         """Logits [B, V] after one more token of each row; the cache grows by it."""
         output = self.decoder(
             input_ids=tokens_B[:, None],
-            attention_mask=bias_BL[:, None, None, :],
+            attention_mask=self.masks(bias_BL[:, None, None, :]),
             position_ids=positions_B[:, None],
             past_key_values=self.cache,
             use_cache=True,
@@ -294,7 +296,7 @@ class _Batch:
         return self._logits(output.last_hidden_state[:, -1])
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV: Tensor = product(hidden_BH, self.head_VH).float()
+        logits_BV: Tensor = product(scaled(self.policy.model, hidden_BH), self.head_VH).float()
         return logits_BV
 
     def _samples(self) -> list[Sample]:
@@ -311,19 +313,22 @@ class _Batch:
         ]
 
 
-def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token a row.
+def draw(
+    logits_BV: Tensor, sampling: Sampling, generator: torch.Generator, barred: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row; none of the ids in `barred`.
 
     Returns:
-        Tokens [B] and their log-probabilities [B] at the sampling temperature, before top-p.
+        Tokens [B] and their log-probabilities [B] at the sampling temperature, before anything is barred.
     """
+    scaled_BV = logits_BV if sampling.temperature in (0.0, 1.0) else logits_BV / sampling.temperature
+    logprobs_BV = scaled_BV.log_softmax(-1)
+    drawable_BV = scaled_BV if barred is None else scaled_BV.index_fill(1, barred, -torch.inf)
     if sampling.temperature == 0:
-        logprobs_BV = logits_BV.log_softmax(-1)
-        tokens_B = logits_BV.argmax(-1)
+        tokens_B = drawable_BV.argmax(-1)
     else:
-        scaled_BV = logits_BV if sampling.temperature == 1.0 else logits_BV / sampling.temperature
-        logprobs_BV = scaled_BV.log_softmax(-1)
-        allowed_BV = logprobs_BV if sampling.top_p >= 1.0 else truncate(scaled_BV, sampling.top_p).log_softmax(-1)
+        whole = sampling.top_p >= 1.0 and barred is None
+        allowed_BV = logprobs_BV if whole else truncate(drawable_BV, sampling.top_p).log_softmax(-1)
         # The first of independent exponential clocks with these rates to ring is a draw from the softmax.
         clocks_BV = torch.empty_like(allowed_BV).exponential_(generator=generator)
         tokens_B = (allowed_BV.exp() / clocks_BV).argmax(-1)

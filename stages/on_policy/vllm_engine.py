@@ -25,6 +25,7 @@ from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.on_policy.vllm_settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
+    barring,
     cpu_batch_tokens,
     cpu_cache_bytes,
     logprobs_mode,
@@ -63,7 +64,8 @@ class VllmEngine:
         self.folder = folder
         self.config = config
         self.shapes = weight_shapes(policy)
-        self.eos_id = policy.eos_id
+        self.stop_ids = list(policy.stop_ids)
+        self.bias = barring(policy.barred_ids)
         self.lora = config.lora
         shutil.rmtree(folder, ignore_errors=True)
         causal_lm(policy.model).config.save_pretrained(folder)
@@ -94,7 +96,7 @@ class VllmEngine:
     def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
         if self.cuda:
             return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
-        rows, shape = rows_at_a_time(config), causal_lm(policy.model).config
+        rows, shape = rows_at_a_time(config), causal_lm(policy.model).config.get_text_config()
         share = config.sampler.memory_share
         return {
             "kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share),
@@ -196,9 +198,10 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                # Of several tokens that end a text in a model's config the student knows one.
+                # The student's own, which need not be those of the model's config.
                 ignore_eos=True,
-                stop_token_ids=[self.eos_id],
+                stop_token_ids=self.stop_ids,
+                logit_bias=self.bias,
                 seed=prompt_seed(seed, index),
                 logprobs=0,
                 flat_logprobs=True,
@@ -218,7 +221,7 @@ class VllmEngine:
         ids = list(output.token_ids)
         # A token's own log-probability comes first, the likeliest's may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
-        ended = bool(ids) and ids[-1] == self.eos_id
+        ended = bool(ids) and ids[-1] in self.stop_ids
         return Sample(prompt, ids, told_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
 
     def news(self) -> list[str]:

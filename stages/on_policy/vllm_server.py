@@ -15,7 +15,7 @@ import httpx
 from experts.endpoint import NEUTRAL
 from experts.errors import UserError
 from stages.on_policy.sampler import Sampling
-from stages.on_policy.vllm_settings import PROBE_HEADER, is_local
+from stages.on_policy.vllm_settings import PROBE_HEADER, barring, is_local
 
 # Answers that need no model come at once or not at all.
 QUICK_SECONDS = 10.0
@@ -43,6 +43,19 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a completion, and what is no token.
+
+    Attributes:
+        stop_ids: Each of them ends a completion.
+        barred_ids: Never drawn.
+    """
+
+    stop_ids: Sequence[int]
+    barred_ids: Sequence[int] = ()
 
 
 class VllmServer:
@@ -140,9 +153,9 @@ class VllmServer:
         self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def complete(
-        self, model: str, prompt: Sequence[int], count: int, sampling: Sampling, seed: int, eos_id: int
+        self, model: str, prompt: Sequence[int], count: int, sampling: Sampling, seed: int, ends: Ends
     ) -> list[Completion]:
-        """Draw `count` completions of a prompt; each ends with `eos_id`, or is as long as allowed.
+        """Draw `count` completions of a prompt; each ends with one of the stop tokens, or is as long as allowed.
 
         Raises:
             ServerLostError: see there.
@@ -158,7 +171,8 @@ class VllmServer:
             "top_p": sampling.top_p,
             "seed": seed,
             "ignore_eos": True,
-            "stop_token_ids": [eos_id],
+            "stop_token_ids": list(ends.stop_ids),
+            "logit_bias": barring(ends.barred_ids),
             "logprobs": 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,

@@ -1,5 +1,6 @@
 """How vLLM is set up, in the trainer's process and as a server alike. Free of torch and vLLM."""
 
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,8 @@ LEAST_BATCH_TOKENS = 2048
 # Of a guarded server (`stages.on_policy.vllm_guard`): the version of unverified weights, the key of its
 # fault in an answer, and the header of a request that may be answered without verified weights.
 NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"
+# The lowest that vLLM takes.
+LEAST_BIAS = -100.0
 # What vLLM makes room for.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -94,6 +97,11 @@ def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_s
     most = int(memory_share * psutil.virtual_memory().available)
     wanted = max(shape.max_position_embeddings, rows * (PROMPT_TOKENS + new_tokens)) + SPARE_TOKENS
     return int(min(most, token * wanted))
+
+
+def barring(ids: Sequence[int]) -> dict[int, float] | None:
+    """vLLM's `logit_bias` by which tokens are never drawn; None where all may be."""
+    return dict.fromkeys(ids, LEAST_BIAS) or None
 
 
 def is_local(url: str) -> bool:

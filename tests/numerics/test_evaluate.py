@@ -8,6 +8,7 @@ from evals.evaluate import EvaluationRequest, evaluate
 from evals.scores import read_scores
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
 from stages.config import EvaluationConfig
+from stages.core.journal import read
 from tests.numerics.conftest import tiny_policy
 
 CONFIG = EvaluationConfig(examples=12, samples=3, max_new_tokens=10)
@@ -60,10 +61,13 @@ def test_what_scoring_tells_of_the_scorer_is_among_the_metrics(store, workspace,
     calls = []
     sort.score_all = lambda pairs: calls.append(pairs) or [n / len(pairs) for n in range(len(pairs))]
     sort.facts = lambda: {"judge_noise": 0.25}
+    sort.news = lambda: ["one verifier was lost"]
     parent = checkpoint("model", 0)
     place = workspace("eval", {"checkpoint": parent}, {"sort": sort})
     (artifact,) = evaluate([EvaluationRequest(place, CONFIG, "sort", HELD_OUT)], parent, store)
     assert artifact.manifest["metrics"]["judge_noise"] == 0.25
+    notes = [record["text"] for record in read(place.folder / "journal.jsonl") if record["kind"] == "note"]
+    assert notes == ["alarm: one verifier was lost"]
     (pairs,) = calls
     rows = [json.loads(line) for line in (artifact.path / "scores.jsonl").read_text().splitlines()]
     kept = [

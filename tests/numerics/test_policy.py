@@ -11,8 +11,9 @@ import torch
 import stages.sft
 from experts.errors import UserError
 from stages.config import LoraConfig, SFTConfig
+from stages.core.characters import KEYWORDS
 from stages.core.policy import check_head, load_policy, tokenizer_difference
-from stages.core.tiny import KEYWORDS, character_tokenizer
+from stages.core.tiny import character_tokenizer
 from tests.numerics.conftest import tiny_policy
 
 LORA = LoraConfig(rank=4)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import stages.distill
 import stages.sft
@@ -41,6 +42,10 @@ def given(tmp_path: Path) -> Source:
     places = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps(config | own | {"auto_map": places}))
     (folder / "own.py").write_text(OWN)
+    # Llama's attention has no norms of queries and keys.
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "q_norm" not in name and "k_norm" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return Source("directory", str(folder))
 
 

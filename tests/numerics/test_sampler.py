@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from experts.errors import UserError
-from stages.core.policy import Policy, encode_prompt
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy
 from stages.on_policy.losses import token_logprobs
 from stages.on_policy.sampler import Sample, Sampling, draw, sample, truncate
 from tests.numerics.conftest import tiny_policy
@@ -93,13 +94,6 @@ def test_top_p_draws_from_the_nucleus_alone():
     shares = torch.bincount(tokens_B, minlength=4) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.625, 0.0, 0.375]), atol=0.03, rtol=0)
     torch.testing.assert_close(logprobs_B, logits_BV[0][tokens_B])
-
-
-def test_a_sliding_window_that_would_hide_something_is_an_error(prompts):
-    windowed = tiny_policy(1)
-    windowed.model.config.sliding_window = 16
-    with pytest.raises(UserError, match="sliding window of 16 tokens"):
-        sample(windowed, prompts, 1, Sampling(8), seed=0)
 
 
 def test_too_long_for_the_context_is_an_error(policy, prompts):

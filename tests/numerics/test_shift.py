@@ -15,9 +15,10 @@ from evals.shift_sheet import read_cosines, read_shift
 from evals.task_vectors import cosines, part_of, weight_shift
 from experts.domain import HELD_OUT
 from stages.config import LoraConfig
+from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact
 from stages.core.journal import JOURNAL_FILE, read
-from stages.core.policy import Policy, encode_prompt, load_policy, peft_config
+from stages.core.policy import Policy, load_policy, peft_config
 from stages.core.weights import StoredWeights
 from stages.merge import Expert, Geometry
 from stages.on_policy.sampler import Sampling, sample

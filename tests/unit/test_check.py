@@ -196,7 +196,7 @@ def test_a_monitor_that_asks_for_more_than_there_is_is_named(tmp_path: Path) -> 
     small = "domains.sort.options={task: sort, min_length: 3, max_length: 3}"
     assert said(tmp_path, SORT_ALONE, small) == ""
     message = said(tmp_path, SORT_ALONE, small, "merge.monitor={examples: 5000}")
-    assert message.startswith("student@0: domains.sort: ")
+    assert message.startswith("merge.monitor.examples 5000: domains.sort: ")
     assert "held_out" in message
 
 

@@ -223,3 +223,15 @@ def test_extract_code_takes_the_first_fence():
     assert extract_code("x\n```py\na\n```\n```\nb\n```") == "a"
     assert extract_code("\n\n a\n") == " a"
     assert extract_code("```python\ncut off") == "cut off"
+
+
+def test_a_sandbox_whose_process_ends_is_counted_and_a_wrong_repair_is_not(subtraction):
+    domain = make(timeout_seconds=0.2)
+    assert domain.score(subtraction, subtraction.meta["corrupted"]) == 0.0
+    assert (domain.facts(), domain.news()) == ({}, [])
+    endless = f"def {subtraction.meta['entry']}(a,b):\n x = 3\n while True: x = x * x"
+    assert domain.score(subtraction, endless) == 0.0
+    assert domain.facts() == {"verifier_lost": 1.0}
+    (line,) = domain.news()
+    assert "1 completion(s) scored 0 because the verifier was lost; the last time: MontyCrashedError" in line
+    assert domain.score(subtraction, subtraction.answer) == 1.0

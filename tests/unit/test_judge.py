@@ -361,3 +361,23 @@ def test_a_refusal_that_only_quotes_a_key_costs_no_neutral_value(judge, make):
     assert domain.score_all([(example(), "It is about top_k"), (example(), "Hi")]) == [0.0, 0.7]
     assert domain.facts() == {"judge_unmarked": 1.0}
     assert sent(judge.requests[-1]) == NEUTRAL.keys() | VLLM.keys()
+
+
+def test_completions_without_a_mark_stand_in_the_log(judge, make):
+    judge.reply = lambda request, number: 400 if "long" in said(request) else "7"
+    domain = make(max_unmarked=1.0)
+    assert domain.score_all([(example(), "long"), (example(), "fine")]) == [0.0, 0.7]
+    (line,) = domain.news()
+    assert "domains.manners: 1 completion(s) scored 0 without a mark; the last time: " in line and "HTTP 400" in line
+    assert domain.news() == []
+
+
+def test_a_judge_sees_each_of_several_reference_answers(judge, make, tmp_path):
+    rows = tmp_path / "several.jsonl"
+    rows.write_text('{"q": "Capital?", "a": ["Paris", "City of Paris"]}\n')
+    domain = make(path=str(rows), answer_field="a", held_out_share=0.001)
+    (drawn,) = domain.draw(TRAIN, 1, seed=0)
+    assert drawn.answer == "Paris"
+    assert domain.score(drawn, "Paris") == 0.7
+    text = judge.requests[0]["messages"][1]["content"]
+    assert "\nParis\n\nor\n\nCity of Paris\n" in text

@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experts import answers, untrusted
+from experts import answers, untrusted, untrusted_worker
 from experts.domain import TRAIN, load_domain
 from experts.gym import import_reasoning_gym
 from experts.reasoning import is_safe_to_verify, only_compares
-from experts.untrusted import REASONING, VerifierError
+from experts.untrusted import REASONING, VerifierError, VerifierLostError
+from stages.on_policy.rollout import Rollout
+from stages.on_policy.signals import RewardSignal
 from tests.processes import below
 
 SECRET = "MOPD_TEST_SECRET"
@@ -125,22 +127,102 @@ def test_the_process_alone_holds_what_the_guard_would_let_through(name, folder, 
     assert bare_score("1+2") == 1.0
 
 
+def worker_pids(library=WORKER):
+    return {worker.pid for worker in below(psutil.Process(), library)}
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("open('/tmp/made', 'w')", "open"),
+        ("__import__('os').system('true')", "os.system"),
+        ("__import__('os').fork()", "os.fork"),
+        ("__import__('socket').socket()", "socket"),
+        ("__import__('os').kill(1, 0)", "os.kill"),
+        ("open('/etc/hostname').read()", "open"),
+    ],
+)
+def test_what_a_worker_may_not_do_is_refused_named_and_costs_no_process(text, action, caplog):
+    caplog.set_level("DEBUG", "experts.untrusted")
+    bare_score("1+2")
+    before = worker_pids()
+    assert bare_score(text) <= PARTIAL_CREDIT
+    assert f"a verifier was refused an action: {action}" in caplog.text
+    assert bare_score("1+2") == 1.0
+    assert worker_pids() == before
+
+
+def test_a_path_that_is_not_plain_text_is_not_believed():
+    class Two(str):
+        """Shows one path and may open another."""
+
+    assert untrusted_worker._only_reads(("/usr/lib/x", "r", 0), ("/usr/lib/",))
+    assert not untrusted_worker._only_reads((Two("/usr/lib/x"), "r", 0), ("/usr/lib/",))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("open('/tmp/made', 'w')", "did open"),
-        ("__import__('os').system('true')", "did os.system"),
-        ("__import__('os').fork()", "did os.fork"),
-        ("__import__('socket').socket()", "did socket"),
-        ("__import__('os').kill(1, 0)", "did os.kill"),
-        ("open('/etc/hostname').read()", "did open"),
-        ("__import__('os').write(3, b'{\"value\": 1.0}\\n')", "Extra data|did answer with another token"),
+        ("__import__('os').write(3, b'{\"value\": 1.0}\\n')", "Extra data|answered with another token"),
         ("__import__('os')._exit(0)", r"its process ended \(0\)"),
     ],
 )
-def test_what_a_worker_may_not_do_ends_it_and_is_named(text, reason):
-    with pytest.raises(VerifierError, match=reason):
+def test_a_worker_that_ends_or_answers_out_of_turn_is_lost(text, reason):
+    with pytest.raises(VerifierLostError, match=reason):
         bare_score(text)
+
+
+def bold(count):
+    return [(f"The answer is **{number}**.", str(number)) for number in range(70, 70 + count)]
+
+
+def test_right_answers_in_bold_cost_no_process(caplog):
+    assert answers.same_value("3", ["3"])
+    before = worker_pids("experts.untrusted_worker values")
+    assert [answers.same_value(text, [gold]) for text, gold in bold(60)] == [True] * 60
+    assert worker_pids("experts.untrusted_worker values") == before
+    assert "replaced" not in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["an end", "a timeout"])
+def test_a_lost_verifier_is_counted_and_in_the_log_of_the_stage(ending, tmp_path, monkeypatch):
+    rows = tmp_path / "sums.jsonl"
+    rows.write_text('{"q": "2+2?", "a": 4}\n{"q": "2+3?", "a": 5}\n')
+    options = {"path": str(rows), "prompt_field": "q", "answer_field": "a", "scorer": "numeric"}
+    domain = load_domain("sums", "hub", options | {"held_out_share": 0.001})
+    example = next(one for one in domain.draw(TRAIN, 2, seed=0) if one.answer == "4")
+    assert domain.score(example, "4") == 1.0
+    assert (domain.facts(), domain.news()) == ({}, [])
+    with monkeypatch.context() as patch:
+        if ending == "a timeout":
+            patch.setattr(untrusted, "SECONDS", 1.0)
+            lost = "$9^{9^{9^{9^{9}}}}+1$"
+        else:
+            patch.setattr(untrusted._Worker, "hear", ended)
+            lost = "4"
+        assert domain.score(example, lost) == 0.0
+    assert domain.facts() == {"verifier_lost": 1.0}
+    rollout = Rollout(1, [example] * 2, [], ["4", "5"], own=[True] * 2, group_size=2)
+    judgement = RewardSignal({"sums": domain}).judge(rollout, [])
+    assert judgement.values["reward"] == [1.0, 0.0]
+    assert judgement.facts == {"verifier_lost/sums": 1.0}
+    (line,) = domain.news()
+    assert "domains.sums: 1 completion(s) scored 0 because the verifier was lost" in line
+    assert domain.news() == []
+
+
+def ended(worker, seconds):
+    worker.process.kill()
+    raise ConnectionError("no whole answer")
+
+
+def test_a_reasoning_verifier_that_is_lost_is_counted(examples, monkeypatch):
+    domain, example = examples["simple_integration"]
+    before = domain.facts().get("verifier_lost", 0.0)
+    monkeypatch.setattr(untrusted, "SECONDS", 1.0)
+    assert domain.score(example, TIME_BOMBS["a simplification without end"]) <= PARTIAL_CREDIT
+    assert domain.facts() == {"verifier_lost": before + 1}
+    assert len(domain.news()) == 1
 
 
 def test_a_worker_has_neither_secrets_nor_room(folder):
@@ -164,11 +246,13 @@ def test_a_tower_of_powers_ends_math_verify_in_any_thread(threaded, monkeypatch)
     started = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         ask = pool.submit if threaded else lambda function, *given: function(*given)
-        told = ask(answers.same_value, "$9^{9^{9^{9^{9}}}}+1$", "3")
-        assert (told.result() if threaded else told) is False
+        with pytest.raises(VerifierLostError, match="no answer within 1 s"):
+            told = ask(answers.same_value, "$9^{9^{9^{9^{9}}}}+1$", ["3"])
+            if threaded:
+                told.result()
     assert time.monotonic() - started < SLACK_SECONDS
     monkeypatch.undo()
-    assert answers.same_value("$3$", "3")
+    assert answers.same_value("$3$", ["3"])
 
 
 def test_threads_share_the_workers():
@@ -206,18 +290,18 @@ from experts import untrusted
 from experts.answers import same_value
 def workers():
     return {child.pid for child in psutil.Process().children() if "values" in child.cmdline()}
-assert same_value("$3$", "3")
+assert same_value("$3$", ["3"])
 first = workers()
 child = os.fork()
 if child == 0:
-    ok = same_value("$3$", "3") and not same_value("$4$", "3")
+    ok = same_value("$3$", ["3"]) and not same_value("$4$", ["3"])
     print(*workers(), flush=True)
     os._exit(0 if ok and workers().isdisjoint(first) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert same_value("$3$", "3") and workers() == first
+assert same_value("$3$", ["3"]) and workers() == first
 print(*first, flush=True)
 untrusted.SECONDS = 600
-threading.Thread(target=same_value, args=("$9^{9^{9^{9^{9}}}}+1$", "3"), daemon=True).start()
+threading.Thread(target=same_value, args=("$9^{9^{9^{9^{9}}}}+1$", ["3"]), daemon=True).start()
 used = psutil.Process(*first).cpu_times().user
 while psutil.Process(*first).cpu_times().user < used + 0.5:
     time.sleep(0.05)

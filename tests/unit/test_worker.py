@@ -12,6 +12,7 @@ from experts.errors import UserError
 from flows import worker
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.remote_code import options
+from stages.core.rendering import template_arguments
 from stages.core.workspace import Workspace
 from stages.on_policy.config import MonitorConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
@@ -110,6 +111,22 @@ def test_code_of_checkpoints_runs_only_where_the_spec_says_so(tmp_path):
     assert worker.run_spec(path, {"make": looking}) == 0
     assert worker.run_spec(write_spec(tmp_path, "k"), {"make": looking}) == 0
     assert seen == [False, True, False]
+
+
+def test_templates_are_rendered_as_the_spec_says(tmp_path):
+    seen = []
+
+    def looking(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> None:
+        arguments = template_arguments()
+        today = arguments.pop("strftime_now", None)
+        seen.append((arguments, today and today("%d %b %Y")))
+
+    path = write_spec(tmp_path, "k")
+    assert worker.run_spec(path, {"make": looking}) == 0
+    chosen = {"arguments": {"enable_thinking": False}, "date": "2025-02-03"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rendering": chosen}))
+    assert worker.run_spec(path, {"make": looking}) == 0
+    assert seen == [({}, None), ({"enable_thinking": False}, "03 Feb 2025")]
 
 
 def test_full_disk_still_tells_when_the_error_file_cannot_be_written(tmp_path, capfd):

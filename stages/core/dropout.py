@@ -1,0 +1,40 @@
+"""Which random layers are on while a policy is updated.
+
+A model's config may bring dropout (GPT-2 has 0.1). In an on-policy update it would make another policy than the one
+that drew the completions, and than the teacher or reference it is compared with: a student equal to its teacher would
+have a divergence and a gradient.
+"""
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def begin_update(model: PreTrainedModel | PeftModel, *, own_dropout: bool) -> None:
+    """Put a model into the mode of a training forward.
+
+    Args:
+        model: The policy's.
+        own_dropout: Whether what its config says of dropout applies. An adapter's `lora.dropout` always does, for a run
+            file asks for it by name.
+    """
+    if own_dropout:
+        model.train()
+        return
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train()
+        elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            _recompute(module)
+
+
+def _recompute(layer: nn.Module) -> None:
+    """Let a layer recompute its activations, which it does in training mode alone; its children stay as they are."""
+    layer.training = True
+    for name, value in vars(layer).items():
+        # Layers that call the function of dropout themselves keep its probability beside.
+        if "dropout" in name and isinstance(value, float):
+            setattr(layer, name, 0.0)

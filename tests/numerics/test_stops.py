@@ -1,0 +1,133 @@
+"""What ends a completion: with every sampler and in every score the same tokens."""
+
+import json
+from collections.abc import Sequence
+
+import httpx
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from experts.domain import Example, load_domain
+from stages.core.chat import encode_prompt
+from stages.core.policy import Policy, load_policy
+from stages.export import export_weights
+from stages.on_policy.rollout import gather, score
+from stages.on_policy.sampler import Sampling, sample
+from stages.on_policy.vllm_server import Ends, VllmServer
+from tests.chats import CHATS, FAMILIES, make_policy
+from tests.numerics.conftest import tiny_policy
+
+SORT = load_domain("sort", "strings", {"task": "sort"})
+
+
+def writes(policy: Policy, prompt: Sequence[int], written: Sequence[int]) -> Policy:
+    """The policy, its decoder replaced so that greedy decoding of the prompt gives `written`, the last one for ever."""
+    decoder, first = policy.model.get_decoder(), len(prompt) - 1
+    inner = decoder.forward
+    head_VH = policy.head_VH.data
+    # With rows of one length each row is nearest to itself.
+    head_VH.copy_(torch.nn.functional.normalize(head_VH, dim=-1))
+
+    def forward(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        positions = kwargs.get("position_ids")
+        length = output.last_hidden_state.shape[1]
+        if positions is None:
+            past = kwargs.get("past_key_values")
+            before = (past.get_seq_length() if past is not None else length) - length
+            positions = torch.arange(before, before + length)[None]
+        steps = (positions - first).clamp(0, len(written) - 1)
+        targets = torch.tensor(written)[steps].expand(output.last_hidden_state.shape[:2])
+        output.last_hidden_state = head_VH[targets] * 1000
+        return output
+
+    decoder.forward = forward
+    return policy
+
+
+def test_every_stop_of_the_generation_config_ends_a_completion_as_in_generate():
+    policy = tiny_policy(0)
+    prompt = encode_prompt(policy.tokenizer, "2 + 2 =")
+    (four,) = policy.tokenizer("4")["input_ids"]
+    policy.model.generation_config.eos_token_id = [0, 2]
+    writes(policy, prompt, [four, 2, four])
+    output = policy.model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, pad_token_id=0)
+    theirs = output[0, len(prompt) :].tolist()
+    ((drawn,),) = sample(policy, [prompt], 1, Sampling(16, temperature=0.0), 0)
+    assert theirs == [four, 2]
+    assert drawn.completion_ids == theirs
+    assert drawn.finished
+    example = Example("2 + 2 =", "4", "sort", "x")
+    rollout = gather(policy, [example], [[drawn]], 1, 1, own=True)
+    assert rollout.completions == ["4"]
+    assert score(rollout, {"sort": SORT}) == [1.0]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_templates_end_of_turn_and_the_tokenizers_eos_end_a_completion(name):
+    for token in {FAMILIES[name].end, FAMILIES[name].special[0]}:
+        policy = make_policy(name)
+        tokenizer = policy.tokenizer
+        prompt = encode_prompt(tokenizer, "2 + 2 =")
+        stop = tokenizer.convert_tokens_to_ids(token)
+        (four,) = tokenizer("4", add_special_tokens=False)["input_ids"]
+        writes(policy, prompt, [four, stop, four])
+        ((drawn,),) = sample(policy, [prompt], 1, Sampling(16, temperature=0.0), 0)
+        assert drawn.completion_ids == [four, stop], token
+        assert drawn.finished
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_rows_beyond_the_tokenizer_are_never_drawn_and_leave_log_probabilities_alone(temperature, top_p):
+    policy = make_policy("llama3", padding=5)
+    rows = list(range(len(policy.tokenizer), len(policy.tokenizer) + 5))
+    assert list(policy.barred_ids) == rows
+    prompt = encode_prompt(policy.tokenizer, "2 + 2 =")
+    with torch.no_grad():
+        # Every position wants them most: hidden states become their direction.
+        policy.head_VH[rows] = policy.model.model.norm.weight / 4
+        policy.model.model.norm.register_forward_hook(lambda module, args, output: output.abs())
+    groups = sample(policy, [prompt], 4, Sampling(16, temperature, top_p), 0)
+    tokens = [token for drawn in groups[0] for token in drawn.completion_ids]
+    assert len(tokens) >= 16
+    assert not {*tokens} & {*rows}
+    with torch.no_grad():
+        (drawn,) = groups[0][:1]
+        hidden_TH = policy.model.model(torch.tensor([drawn.tokens])).last_hidden_state[0]
+        logprobs_NV = (hidden_TH[len(prompt) - 1 : -1] @ policy.head_VH.T / (temperature or 1.0)).log_softmax(-1)
+    assert int(logprobs_NV[0].argmax()) in rows
+    expected_N = logprobs_NV.gather(1, torch.tensor(drawn.completion_ids)[:, None])[:, 0]
+    torch.testing.assert_close(drawn.logprobs_N, expected_N, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_generates_and_is_exported_with_the_stops_of_its_template(store, workspace, tmp_path):
+    place = workspace("start", {}, {})
+    folder = store.staging("start")
+    policy = make_policy("chatml_base")
+    end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    policy.save(folder)
+    start = place.commit(folder, sources={}, metrics={})
+    loaded = load_policy(start, store)
+    assert set(loaded.stop_ids) == {policy.eos_id, end}
+    assert loaded.model.generation_config.eos_token_id == list(loaded.stop_ids)
+    export_weights(start, store, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == list(loaded.stop_ids)
+
+
+def test_vllm_is_asked_for_every_stop_and_never_for_what_is_no_token():
+    asked: list[dict] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        choice = {"index": 0, "token_ids": [4, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
+        return httpx.Response(200, json={"choices": [choice]})
+
+    server = VllmServer("http://127.0.0.1:9", 1.0)
+    server._client = httpx.Client(base_url=server.url, transport=httpx.MockTransport(answer))
+    server.complete("m", [1, 3], 1, Sampling(8), 0, Ends((0, 2), (7, 8)))
+    server.complete("m", [1, 3], 1, Sampling(8), 0, Ends((0,)))
+    assert [body["stop_token_ids"] for body in asked] == [[0, 2], [0]]
+    assert [body["logit_bias"] for body in asked] == [{"7": -100.0, "8": -100.0}, None]
+    assert all(body["ignore_eos"] for body in asked)
