@@ -26,7 +26,7 @@ from stages.on_policy.handover import Probe
 from stages.on_policy.remote_handover import save_weights
 from stages.on_policy.remote_sampler import RemoteSampler
 from stages.on_policy.sampler import Sampling
-from stages.on_policy.vllm_server import ServerFailedError, ServerLostError, VllmServer
+from stages.on_policy.vllm_server import Ends, ServerFailedError, ServerLostError, VllmServer
 from stages.on_policy.vllm_settings import NO_VERSION
 from tests.processes import eventually
 from tests.vllm_scenario import PROMPTS, SHAPE, gap, make_moe, make_policy, move, random_checkpoint
@@ -73,7 +73,7 @@ def mixture() -> Policy:
 def gives_no_number(server: VllmServer, model: str) -> None:
     """Completions and scores are refused, and there is no version to trust."""
     with pytest.raises(ServerLostError, match="HTTP 503"):
-        server.complete(model, PROMPTS[0], 1, Sampling(4), 0, 2)
+        server.complete(model, PROMPTS[0], 1, Sampling(4), 0, Ends([2]))
     with pytest.raises(ServerLostError, match="HTTP 503"):
         server.score(model, [*PROMPTS[0], 7], len(PROMPTS[0]), 0)
     body = {"model": model, "messages": [{"role": "user", "content": "1"}]}
@@ -204,7 +204,7 @@ def test_a_load_that_fails_ends_the_server_and_the_second_one_the_stage(served):
     with pytest.raises(ServerLostError):
         server.weight_version()
     with pytest.raises(ServerLostError):
-        server.complete(servers.model, PROMPTS[0], 1, Sampling(4), 0, 2)
+        server.complete(servers.model, PROMPTS[0], 1, Sampling(4), 0, Ends([2]))
     assert not ask_health(served.url).well
     with pytest.raises(
         UserError, match=r"cannot load the student's weights, nor could it after a new start \(.*layers\.2"
@@ -239,5 +239,5 @@ def test_after_an_adapter_that_failed_to_load_no_number_is_given(served, tmp_pat
     with pytest.raises(ServerFailedError, match="load_lora_adapter"):
         server.load_adapter("half", folder)
     with pytest.raises(ServerLostError):
-        server.complete(name, PROMPTS[0], 1, Sampling(4), 0, 2)
+        server.complete(name, PROMPTS[0], 1, Sampling(4), 0, Ends([2]))
     assert not ask_health(served.url).well
