@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.markdown import code, plain
 from experts.errors import UserError, nearest
 from flows.access import secret_path
 from flows.commands import Asked
@@ -263,8 +264,8 @@ def _parameters(asked: Asked) -> dict[str, Any]:
 
 def _description(config: RunConfig, asked: Asked) -> str:
     experts = ", ".join(f"{name} ({expert.domain})" for name, expert in config.experts.items())
-    changed = f" with {json.dumps(list(asked.overrides))}" if asked.overrides else ""
-    return f"Run file `{asked.file}`{changed}. Experts: {experts or 'none'}. Seeds {config.seeds}."
+    changed = f" with {code(json.dumps(list(asked.overrides)))}" if asked.overrides else ""
+    return f"Run file {code(str(asked.file))}{changed}. Experts: {plain(experts or 'none')}. Seeds {config.seeds}."
 
 
 def _by_hand(home: Path, pages: str) -> str:
