@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from experts.errors import UserError
 from flows.access import mlflow_server_access, prefect_server_access
@@ -33,6 +34,7 @@ MLFLOW_PORT = 5000
 PREFECT_PORT = 4200
 START_SECONDS = 240.0
 STOP_SECONDS = 5.0
+LOCK_SECONDS = 5.0
 PORTS_TRIED = 50
 LAST_PORT = 65535
 PR_SET_PDEATHSIG = 1
@@ -168,14 +170,52 @@ def start_prefect(home: Path, host: str, port: int) -> Server:
 def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
     """Held from the choice of a port until the server answers: `close` what is yielded then.
 
-    Two servers that start at once would choose the same port, and over one new home create the same tables.
+    Two servers that start at once over one new home would create the same tables, and two of one user's homes would
+    choose the same port. The first must not be; a port that another server took is found by `wait_until_ready`, so the
+    lock that all homes share is only waited for a while.
+
+    Raises:
+        UserError: another start over this home does not come to its end.
     """
-    ports = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
+    home_lock = home.resolve() / "locks" / "servers.lock"
+    home_lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        for folder, name in ((ports, "ports.lock"), (home.resolve() / "locks", "servers.lock")):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(folder / name))
+        _take(FileLock(home_lock), held)
+        if (ports := _ports_lock()) is not None:
+            try:
+                held.enter_context(ports.acquire(timeout=LOCK_SECONDS))
+            except Timeout:
+                logger.warning("%s is held by another program; not waiting for it", ports.lock_file)
         yield held
+
+
+def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
+    """Take a home's lock, with a word when that lasts."""
+    try:
+        held.enter_context(lock.acquire(timeout=LOCK_SECONDS))
+    except Timeout:
+        logger.warning("another start of a server over this home is under way (%s); waiting for it", lock.lock_file)
+        try:
+            held.enter_context(lock.acquire(timeout=START_SECONDS))
+        except Timeout:
+            raise UserError(
+                f"{lock.lock_file}: another program has held it for {START_SECONDS:.0f} s; `fuser` with this path "
+                f"names it"
+            ) from None
+
+
+def _ports_lock() -> FileLock | None:
+    """The lock that this user's homes share; None where its folder is somebody else's."""
+    folder = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            return FileLock(folder / "ports.lock")
+    except OSError as error:
+        logger.debug("%s cannot be used: %s", folder, error)
+    logger.warning("%s belongs to another user; two starts at once may choose the same port", folder)
+    return None
 
 
 def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
