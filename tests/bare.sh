@@ -66,6 +66,8 @@ step() {
 }
 
 make_root() {
+	# mktemp's folder is its owner's alone, and other users of the root, such as PostgreSQL's, could not enter "/".
+	chmod 755 "$root"
 	debootstrap --variant=minbase --include=python3,python3-venv,make,git,ca-certificates "$suite" "$root" >"$root.log" 2>&1 \
 		|| { tail -n 20 "$root.log" >&2; return 1; }
 	# The host may trust more authorities than Debian does, and has the names' server.
