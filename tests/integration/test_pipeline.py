@@ -158,11 +158,11 @@ def test_a_cached_run_starts_no_server_and_imports_nothing_heavy(bench: Bench) -
 
 
 def test_a_failed_expert_stops_only_what_needs_it(bench: Bench) -> None:
-    overrides = ("experts.sort.train.rl.group_size=1", "experts.reverse.train.sft.max_steps=5")
+    overrides = ("experts.sort.train.rl.lora={target_modules: [nope]}", "experts.reverse.train.sft.max_steps=5")
     done = bench.run(*overrides)
     assert done.returncode == 2
     assert "error: experts/sort@0" in done.stderr
-    assert "group_size 1" in done.stderr
+    assert "lora.target_modules ['nope']" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert "not started, for they need what failed: student@0" in done.stderr
     store = Store(bench.home)
