@@ -7,6 +7,7 @@ from evals.claims_page import hypotheses_grid
 from evals.compare import Interval
 from evals.forgetting import by_method, mean_drop
 from evals.grid import ABSENT, Grid
+from evals.markdown import plain
 from evals.merges import best, merges
 from evals.results import BASELINES, ROLES, STUDENT, VARIANTS, Results
 from evals.shifts import cosines_grid, shift_grid
@@ -190,7 +191,7 @@ def render(results: Results) -> "Group":
 def render_markdown(results: Results) -> str:
     """The same tables and statements as Markdown."""
     parts = [_markdown(grid) for grid in grids(results)]
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in statements(results))]) + "\n"
+    return "\n\n".join([*parts, "\n".join(f"- {plain(line)}" for line in statements(results))]) + "\n"
 
 
 def percent(value: Interval | None) -> str:
@@ -225,7 +226,7 @@ def _label(results: Results, domain: str, split: str) -> str:
 
 def _markdown(grid: Grid) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(plain(cell) for cell in cells) + " |"
 
     rule = line(["---", *["---:"] * (len(grid.head) - 1)])
     return "\n".join([f"**{grid.title}**", "", line(grid.head), rule, *(line(row) for row in grid.rows)])

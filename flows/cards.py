@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evals.markdown import code, plain
 from stages.core.checkpoint import Artifact
 
 DIGEST_LENGTH = 16
@@ -83,32 +84,36 @@ def model_note(
         scores: (domain, split) -> greedy score; empty until it is evaluated.
     """
     manifest = artifact.manifest
-    lines = [f"**{artifact.name}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
+    lines = [f"**{plain(artifact.name)}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
     if scores:
         lines += ["| domain | split | greedy score, % |", "|---|---|---:|"]
-        lines += [
-            f"| {domain} | {split} | {score:.1%} |".replace("% |", " |") for (domain, split), score in scores.items()
-        ]
+        lines += [f"| {plain(domain)} | {split} | {100 * score:.1f} |" for (domain, split), score in scores.items()]
         lines.append("")
     if parents := manifest.get("parents", {}):
         lines.append("Made from:")
         for role, parent in parents.items():
-            name = f"[{parent['name']}]({pages[role]})" if role in pages else parent["name"]
-            lines.append(f"- {role}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
+            name = plain(parent["name"])
+            name = f"[{name}]({pages[role]})" if role in pages else name
+            lines.append(f"- {plain(role)}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
         lines.append("")
     if taught := manifest.get("teachers", []):
         lines.append("Taught by domain:")
-        lines += [f"- {entry['domain']}: {lesson(entry)}" for entry in taught]
+        lines += [f"- {plain(entry['domain'])}: {plain(lesson(entry))}" for entry in taught]
         lines.append("")
     if data := manifest.get("data", {}):
         lines.append("Data by domain:")
-        lines += [f"- {domain}: fingerprint `{dataset_digest(fingerprint)}`" for domain, fingerprint in data.items()]
+        lines += [
+            f"- {plain(domain)}: fingerprint {code(dataset_digest(fingerprint))}"
+            for domain, fingerprint in data.items()
+        ]
         if manifest.get("examples"):
             lines.append(f"\nSome of it: `{DATA_FILE}` among the artifacts of its run.")
         lines.append("")
     if cost := _cost(manifest):
         lines += [f"Cost: {cost}; code `{str(manifest.get('code', '?'))[:DIGEST_LENGTH]}`", ""]
-    lines.append(f"Weights: `{artifact.uri}`, digest `{artifact.digest[:DIGEST_LENGTH]}`, content key `{artifact.key}`")
+    lines.append(
+        f"Weights: {code(artifact.uri)}, digest `{artifact.digest[:DIGEST_LENGTH]}`, content key `{artifact.key}`"
+    )
     return "\n".join(lines)
 
 
@@ -130,7 +135,7 @@ def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "") -> str:
     for artifact, page in reversed(rows):
         manifest = artifact.manifest
         made = f"{manifest.get('stage', '?')}, seed {manifest.get('seed', 0)}"
-        lines.append(f"- [{artifact.name}]({page}): {made}, digest `{artifact.digest[:DIGEST_LENGTH]}`")
+        lines.append(f"- [{plain(artifact.name)}]({page}): {made}, digest `{artifact.digest[:DIGEST_LENGTH]}`")
     return "\n".join(lines)
 
 

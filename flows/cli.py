@@ -165,10 +165,10 @@ def ui(
     prefect_port: Annotated[int | None, typer.Option("--prefect-port", help="Prefect's port.")] = None,
 ) -> None:
     """Serve MLflow's and Prefect's pages until Ctrl-C."""
-    from flows import servers
+    from flows import standing
 
     with errors_as_messages():
-        servers.ui(home, host, mlflow_port, prefect_port)
+        standing.ui(home, host, mlflow_port, prefect_port)
 
 
 @serve.command("rollout")

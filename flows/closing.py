@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.markdown import code, plain
 from flows import lineage
 from flows.champion import Reign, first_of, judge_run, promote_by_gate, read_history
 from flows.costs import scoring_costs
@@ -63,8 +64,8 @@ class Outcome:
         """Tables, verdict and the report's place as a page."""
         from evals.table import render_markdown
 
-        verdict = "\n".join(f"- {line}" for line in self.verdict_lines())
-        return f"{render_markdown(self.results)}\n{verdict}\n\nReport: `{self.report}`\n"
+        verdict = "\n".join(f"- {plain(line)}" for line in self.verdict_lines())
+        return f"{render_markdown(self.results)}\n{verdict}\n\nReport: {code(str(self.report))}\n"
 
 
 def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = True) -> Outcome:

@@ -213,16 +213,18 @@ def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Con
 
 def pages(home: Path) -> list[str]:
     """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
-    from flows.servers import MLFLOW_PORT, PREFECT_PORT, local_url, without_secrets
+    from flows.servers import without_secrets
+    from flows.standing import standing
 
-    tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL")
+    tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
     # A database is no page: only a server's address is one.
-    served = tracking.startswith("http")
-    lines = [
-        f"MLflow:  {without_secrets(tracking) if served else local_url(MLFLOW_PORT)}",
-        f"Prefect: {without_secrets(api.removesuffix('/api')) if api else local_url(PREFECT_PORT)}",
-    ]
-    return lines if served and api else [*lines, f"Open them with: mopd ui --home {home}"]
+    places = {
+        "MLflow": tracking if tracking.startswith("http") else standing(home, "mlflow"),
+        "Prefect": api.rstrip("/").removesuffix("/api") or standing(home, "prefect"),
+    }
+    lines = [f"{name + ':':8} {without_secrets(place)}" for name, place in places.items() if place]
+    missing = " and ".join(f"{name}'s" for name, place in places.items() if not place)
+    return [*lines, f"{missing} pages: mopd ui --home {home}"] if missing else lines
 
 
 def plan(asked: Asked, *, check: bool, as_json: bool) -> None:

@@ -6,6 +6,7 @@ The servers and the worker are standing ones: `mopd ui` and `mopd worker`, or th
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,18 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.markdown import code, plain
 from experts.errors import UserError, nearest
+from flows.access import secret_path
 from flows.commands import Asked
 from flows.config import RunConfig
 from flows.servers import (
     as_interrupt,
     end_with_parent,
     mlflow_environment,
-    mlflow_uri,
     prefect_environment,
-    standing_prefect,
     without_secrets,
 )
+from flows.session import expect_answer
+from flows.standing import prefect_client
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
     from flows.orphans import Lookout
 
 POOL = "mopd"
-POOL_TYPE = "process"
 ENTRYPOINT = "flows.pipeline.pipeline"
+SET_FOLDER = "prefect.deployments.steps.set_working_directory"
 NEXT_RUNS = 3
 LOOK_SECONDS = 10.0
 # A worker that ends sooner than this, the first time, cannot work at all.
@@ -78,20 +81,15 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
     """
     graph = asked.graph()
     with _client(asked.home) as (client, pages):
-        from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+        from prefect.client.schemas.actions import DeploymentScheduleCreate
         from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-        from prefect.exceptions import ObjectNotFound
         from prefect.utilities.callables import parameter_schema
 
         from flows.pipeline import pipeline
+        from flows.pool import make_pool
 
         schedule = _schedule(plan)
-        try:
-            pool = client.read_work_pool(plan.pool)
-        except ObjectNotFound:
-            pool = client.create_work_pool(WorkPoolCreate(name=plan.pool, type=POOL_TYPE))
-        if pool.type != POOL_TYPE:
-            raise UserError(f"--pool: work pool '{plan.pool}' is of type {pool.type}, not {POOL_TYPE}; name another")
+        make_pool(client, plan.pool)
         name = graph.config.name
         deployment = client.create_deployment(
             client.create_flow(pipeline),
@@ -104,7 +102,8 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
             parameter_openapi_schema=parameter_schema(pipeline).model_dump_for_openapi(),
             enforce_parameter_schema=True,
             entrypoint=ENTRYPOINT,
-            job_variables={"working_dir": str(Path.cwd()), "env": _environment(asked.home)},
+            # The paths of a run file are relative to this folder.
+            pull_steps=[{SET_FOLDER: {"directory": str(Path.cwd())}}],
             work_pool_name=plan.pool,
             description=_description(graph.config, asked),
             tags=[f"mopd:{name}"],
@@ -113,7 +112,7 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
     if schedule:
         said.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if plan.paused else ''}")
         said += [f"  next: {moment}" for moment in _next_runs(schedule)]
-    said.append(f"start it now: Run on its page, or PREFECT_API_URL={pages}/api prefect deployment run 'mopd/{name}'")
+    said.append(f"start it now: Run on its page, or {_by_hand(asked.home, pages)} prefect deployment run 'mopd/{name}'")
     said.append(f"a worker makes the runs: mopd worker --home {asked.home}" + _pool_option(plan.pool))
     return said
 
@@ -143,7 +142,10 @@ def work(home: Path, pool: str, limit: int | None) -> None:
     Raises:
         UserError: no Prefect server answers, or the worker does not start.
     """
-    os.environ.update(_settings(home))
+    with _client(home) as (client, _):
+        from flows.pool import POOL_TYPE, make_pool
+
+        make_pool(client, pool)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", POOL_TYPE]
     command += ["--install-policy", "never"]
     command += ["--limit", str(limit)] if limit else []
@@ -206,8 +208,7 @@ def _look(lookout: "Lookout") -> None:
 
 def _settings(home: Path) -> dict[str, str]:
     """Environment of a client of the standing servers."""
-    pages = standing_prefect(home)
-    return prefect_environment(home) | mlflow_environment() | {"PREFECT_API_URL": f"{pages}/api"}
+    return prefect_environment(home) | mlflow_environment() | prefect_client(home)
 
 
 @contextmanager
@@ -219,10 +220,7 @@ def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
     from prefect import get_client
 
     with get_client(sync_client=True) as client:
-        fault = client.api_healthcheck()
-        if fault is not None:
-            shown = without_secrets(f"{settings['PREFECT_API_URL']} does not answer ({fault})")
-            raise UserError(f"PREFECT_API_URL: {shown}")
+        expect_answer(client, settings["PREFECT_API_URL"])
         yield client, without_secrets(settings["PREFECT_API_URL"].removesuffix("/api"))
 
 
@@ -264,20 +262,18 @@ def _parameters(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _environment(home: Path) -> dict[str, str]:
-    """What the runs' processes need to know beside the worker's own environment; no secrets."""
-    settings = {name: value for name, value in prefect_environment(home).items() if name != "PREFECT_HOME"}
-    settings |= mlflow_environment()
-    uri = mlflow_uri(home)
-    if uri.startswith(("http://", "https://")) and "@" not in uri:
-        settings["MLFLOW_TRACKING_URI"] = uri
-    return settings
-
-
 def _description(config: RunConfig, asked: Asked) -> str:
     experts = ", ".join(f"{name} ({expert.domain})" for name, expert in config.experts.items())
-    changed = f" with {json.dumps(list(asked.overrides))}" if asked.overrides else ""
-    return f"Run file `{asked.file}`{changed}. Experts: {experts or 'none'}. Seeds {config.seeds}."
+    changed = f" with {code(json.dumps(list(asked.overrides)))}" if asked.overrides else ""
+    return f"Run file {code(str(asked.file))}{changed}. Experts: {plain(experts or 'none')}. Seeds {config.seeds}."
+
+
+def _by_hand(home: Path, pages: str) -> str:
+    """Variables for Prefect's own command line; a password is named by its place."""
+    variables = f"PREFECT_API_URL={pages}/api"
+    if "PREFECT_API_AUTH_STRING" in prefect_client(home):
+        variables += f' PREFECT_API_AUTH_STRING="$(cat {shlex.quote(str(secret_path(home)))})"'
+    return variables
 
 
 def _pool_option(pool: str) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from experts.errors import UserError
 from stages.core.extras import lacking_of_vllm_cpu
 from stages.core.nvidia import driver
+from stages.core.private import keep_private
 
 # Name, packages of which one is enough, the make target that installs it, and what it is for.
 OPTIONAL = (
@@ -114,7 +115,7 @@ def _lacking() -> list[str]:
 def _home(home: Path) -> Finding:
     """Where the home is, whether it can be written to, and how much space is left."""
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        keep_private(home)
         with tempfile.NamedTemporaryFile(dir=home):
             free = shutil.disk_usage(home).free
     except OSError as error:
@@ -145,20 +146,26 @@ def _store(home: Path) -> Finding:
 
 def _prefect(home: Path) -> Finding:
     """Prefect's standing server, if there is to be one."""
-    from flows.servers import answers, standing_prefect, without_secrets
+    from flows.servers import answers, without_secrets
+    from flows.standing import prefect_client, standing
 
-    if not os.environ.get("PREFECT_API_URL"):
-        try:
-            return Finding("Prefect", f"{standing_prefect(home)}, of `mopd ui`")
-        except UserError:
-            return Finding("Prefect", "no standing server; a run starts its own, schedules need `mopd ui`")
-    url = standing_prefect(home)
+    api = os.environ.get("PREFECT_API_URL", "").rstrip("/")
+    if not api:
+        if own := standing(home, "prefect"):
+            return Finding("Prefect", f"{own}, of `mopd ui`")
+        return Finding("Prefect", "no standing server; a run starts its own, schedules need `mopd ui`")
+    url = api.removesuffix("/api")
     shown = without_secrets(url)
-    if answers(f"{url}/api/health"):
-        return Finding("Prefect", f"{shown} answers")
-    return Finding(
-        "Prefect", f"PREFECT_API_URL: {shown} does not answer", False, "start that server or unset the variable"
-    )
+    if not answers(f"{url}/api/health"):
+        return Finding(
+            "Prefect", f"PREFECT_API_URL: {shown} does not answer", False, "start that server or unset the variable"
+        )
+    settings = os.environ | prefect_client(home)
+    password, has_key = settings.get("PREFECT_API_AUTH_STRING", ""), "PREFECT_API_KEY" in settings
+    if not has_key and not answers(f"{url}/api/admin/version", password):
+        mend = "set PREFECT_API_AUTH_STRING to its password"
+        return Finding("Prefect", f"PREFECT_API_URL: {shown} does not let this environment in", False, mend)
+    return Finding("Prefect", f"{shown} answers")
 
 
 def _mlflow(home: Path) -> Finding:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.markdown import code, plain
 from experts.domain import HELD_OUT
 from experts.errors import UserError, is_unreachable
 from flows import cards
@@ -98,13 +99,13 @@ def model_card(artifact: Artifact, lineage: Sequence[Row], name: str) -> str:
         eval_results=_results(own) or None,
     )
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {name}",
+        f"---\n{data.to_yaml()}\n---\n\n# {plain(name)}",
         _intro(own, lineage),
         f"## Scores\n\n{_scores(own, lineage)}",
         f"## Lineage\n\n```mermaid\n{mermaid(lineage)}\n```\n\n{_checkpoints(lineage)}",
     ]
     if own.teachers:
-        taught = "\n".join(f"- {entry['domain']}: {cards.lesson(entry)}" for entry in own.teachers)
+        taught = "\n".join(f"- {plain(entry['domain'])}: {plain(cards.lesson(entry))}" for entry in own.teachers)
         parts.insert(3, f"## Taught by\n\n{taught}")
     if template := _use(artifact):
         parts.insert(2, template)
@@ -114,7 +115,7 @@ def model_card(artifact: Artifact, lineage: Sequence[Row], name: str) -> str:
 def _intro(own: Row, lineage: Sequence[Row]) -> str:
     seconds, tokens = sum(row.seconds for row in lineage), sum(row.tokens for row in lineage)
     return (
-        f"`{own.name}` of stage `{own.stage}`, seed {own.seed}; digest `{own.digest[:SHORT]}`, key `{own.key}`. "
+        f"{code(own.name)} of stage `{own.stage}`, seed {own.seed}; digest `{own.digest[:SHORT]}`, key `{own.key}`. "
         f"It and all it was made from took {tokens:,} tokens and {seconds:,.0f} s of training. `{LINEAGE}` has the "
         f"settings and the data's fingerprints of each checkpoint."
     )
@@ -148,12 +149,12 @@ def _scores(own: Row, lineage: Sequence[Row]) -> str:
         return "Not evaluated."
     teachers = {parent for role, parent in own.parents.items() if role.startswith("teacher/")}
     columns = [row for row in lineage if row.name in (BASE, COLD_START) or row.key in teachers or row.key == own.key]
-    head = ["domain", "split", *(f"**{row.name}**" if row is own else _called(row, columns) for row in columns)]
+    head = ["domain", "split", *(f"**{plain(row.name)}**" if row is own else _called(row, columns) for row in columns)]
     lines = [_line(head), _line(["---"] * len(head))]
     for place in sorted(own.scores):
         domain, _, split = place.rpartition("/")
         cells = (f"{row.scores[place]:.1%}" if place in row.scores else "–" for row in columns)
-        lines.append(_line([domain, split.replace("_", " "), *cells]))
+        lines.append(_line([plain(domain), plain(split.replace("_", " ")), *cells]))
     return "Greedy accuracy, on the same examples in each row.\n\n" + "\n".join(lines)
 
 
@@ -162,9 +163,9 @@ def _checkpoints(lineage: Sequence[Row]) -> str:
     names = {row.key: _called(row, lineage) for row in lineage}
     lines = [_line(head), _line(["---"] * len(head))]
     for row in reversed(lineage):
-        made = ", ".join(f"{row.label(role)}: {names.get(key, key)}" for role, key in row.parents.items())
+        made = ", ".join(f"{plain(row.label(role))}: {names.get(key, key)}" for role, key in row.parents.items())
         lines.append(
-            _line([row.name, row.stage, str(row.seed), f"`{row.digest[:SHORT]}`", f"`{row.key}`", made or "–"])
+            _line([plain(row.name), row.stage, str(row.seed), f"`{row.digest[:SHORT]}`", f"`{row.key}`", made or "–"])
         )
     return "\n".join(lines)
 
@@ -196,7 +197,8 @@ def _origin(row: Row) -> str | None:
 
 def _called(row: Row, others: Sequence[Row]) -> str:
     """Its name, with its key where another is called so too."""
-    return row.name if sum(row.name == other.name for other in others) == 1 else f"{row.name} `{row.key[:SHORT]}`"
+    name = plain(row.name)
+    return name if sum(row.name == other.name for other in others) == 1 else f"{name} `{row.key[:SHORT]}`"
 
 
 def _line(cells: Sequence[str]) -> str:

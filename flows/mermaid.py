@@ -49,4 +49,6 @@ def _box(row: Row) -> str:
 
 def _text(text: str) -> str:
     """Plain text inside a quoted label."""
-    return text.replace("&", "&amp;").replace('"', "#quot;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = " ".join(text.split()).replace("&", "&amp;").replace('"', "#quot;")
+    # A line of backticks would end the block of the page that the chart stands in.
+    return escaped.replace("<", "&lt;").replace(">", "&gt;").replace("`", "#96;")

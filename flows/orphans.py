@@ -34,6 +34,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling, Crashed, State
 
+from flows.listeners import start_of
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
@@ -84,20 +86,6 @@ def outlive_worker(log: Path) -> None:
 def worker_name() -> str:
     """A new name for a worker of Prefect on this host, by which its runs know whether it still lives."""
     return f"mopd-{_host()}-{uuid.uuid4().hex[:8]}"
-
-
-def start_of(pid: int) -> int:
-    """When a process started, in clock ticks since the machine did: no setting of the clock moves it.
-
-    Returns:
-        0 for one that is gone, or dead and only waiting to be reaped.
-    """
-    try:
-        # The name, in parentheses, may hold anything; the state is the field behind it.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
 
 
 def mark_crashed_runs(name: str) -> int:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from experts.domain import KINDS, OWN_SUFFIX
 from experts.errors import UserError, nearest
 from experts.sources import PATH_OPTIONS, placed
+from flows.addresses import password_problems
 from flows.config import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.hypotheses import hypothesis_problems
 from flows.variants import overlaid, variant_run
@@ -31,6 +32,8 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     for override in overrides or []:
         _apply(raw, override)
     _place_files(raw, path)
+    if secrets := password_problems(raw):
+        raise UserError("\n".join(f"{path}: {line}" for line in secrets))
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:

@@ -1,18 +1,18 @@
-"""The standing servers of a laptop: MLflow's and Prefect's pages over one home, and the settings both read.
+"""MLflow's and Prefect's servers over one home, and the settings both read.
 
 Torch-free and free of both libraries: the servers are started as processes, in groups of their own, and end with
-whoever started them.
+the process that started them.
 """
 
 import base64
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,14 +24,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from experts.errors import UserError
+from flows.access import mlflow_server_access, prefect_server_access
+from flows.listeners import listens
 
 MLFLOW_PORT = 5000
 PREFECT_PORT = 4200
 START_SECONDS = 240.0
 STOP_SECONDS = 5.0
+LOCK_SECONDS = 5.0
 PORTS_TRIED = 50
 LAST_PORT = 65535
 PR_SET_PDEATHSIG = 1
@@ -150,14 +153,14 @@ def start_mlflow(home: Path, host: str, port: int) -> Server:
     command = ["mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
     command += ["--artifacts-destination", str(mlflow_artifacts(home))]
     # Not on the command line, which every user of the machine can read.
-    environment = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}
+    environment = os.environ | QUIET | mlflow_server_access(host, port) | {"MLFLOW_BACKEND_STORE_URI": uri}
     return _start("MLflow", command, environment, home, local_url(port, host), "/health")
 
 
 def start_prefect(home: Path, host: str, port: int) -> Server:
     """Start Prefect's server over the home's database; `wait_until_ready` says when it answers."""
     url = local_url(port, host)
-    environment = os.environ | prefect_environment(home)
+    environment = os.environ | prefect_environment(home) | prefect_server_access(home, host, port)
     environment |= {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
     command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
     return _start("Prefect", command, environment, home, url, "/api/health")
@@ -167,28 +170,67 @@ def start_prefect(home: Path, host: str, port: int) -> Server:
 def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
     """Held from the choice of a port until the server answers: `close` what is yielded then.
 
-    Two servers that start at once would choose the same port, and over one new home create the same tables.
+    Two servers that start at once over one new home would create the same tables, and two of one user's homes would
+    choose the same port. The first must not be; a port that another server took is found by `wait_until_ready`, so the
+    lock that all homes share is only waited for a while.
+
+    Raises:
+        UserError: another start over this home does not come to its end.
     """
-    ports = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
+    home_lock = home.resolve() / "locks" / "servers.lock"
+    home_lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        for folder, name in ((ports, "ports.lock"), (home.resolve() / "locks", "servers.lock")):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(folder / name))
+        _take(FileLock(home_lock), held)
+        if (ports := _ports_lock()) is not None:
+            try:
+                held.enter_context(ports.acquire(timeout=LOCK_SECONDS))
+            except Timeout:
+                logger.warning("%s is held by another program; not waiting for it", ports.lock_file)
         yield held
 
 
+def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
+    """Take a home's lock, with a word when that lasts."""
+    try:
+        held.enter_context(lock.acquire(timeout=LOCK_SECONDS))
+    except Timeout:
+        logger.warning("another start of a server over this home is under way (%s); waiting for it", lock.lock_file)
+        try:
+            held.enter_context(lock.acquire(timeout=START_SECONDS))
+        except Timeout:
+            raise UserError(
+                f"{lock.lock_file}: another program has held it for {START_SECONDS:.0f} s; `fuser` with this path "
+                f"names it"
+            ) from None
+
+
+def _ports_lock() -> FileLock | None:
+    """The lock that this user's homes share; None where its folder is somebody else's."""
+    folder = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            return FileLock(folder / "ports.lock")
+    except OSError as error:
+        logger.debug("%s cannot be used: %s", folder, error)
+    logger.warning("%s belongs to another user; two starts at once may choose the same port", folder)
+    return None
+
+
 def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
-    """Wait until a server answers.
+    """Wait until a server answers, and not another one on its port.
 
     Raises:
         UserError: it ended, or did not answer in time; the message has the end of its log.
     """
-    deadline = time.monotonic() + seconds
-    while not answers(server.health):
+    deadline, port = time.monotonic() + seconds, urllib.parse.urlsplit(server.url).port
+    assert port is not None
+    while not (listens(server.process.pid, port) and answers(server.health)):
         if server.process.poll() is not None:
-            raise UserError(f"{server.name} ended with code {server.process.returncode}:\n{_tail(server.log)}")
+            raise UserError(f"{server.name} ended with code {server.process.returncode}:\n{tail(server.log)}")
         if time.monotonic() > deadline:
-            raise UserError(f"{server.name} did not answer within {seconds:.0f} s:\n{_tail(server.log)}")
+            raise UserError(f"{server.name} did not answer within {seconds:.0f} s:\n{tail(server.log)}")
         time.sleep(0.2)
 
 
@@ -204,71 +246,6 @@ def stop(servers: Sequence[Server]) -> None:
             logger.info("%s does not stop; it is killed", server.name)
         _signal(server, signal.SIGKILL)
         server.process.wait()
-
-
-def ui(
-    home: Path,
-    host: str = "127.0.0.1",
-    mlflow_port: int | None = None,
-    prefect_port: int | None = None,
-) -> None:
-    """Serve MLflow's and Prefect's pages over a home until Ctrl-C; a port that is not given may move to a free one.
-
-    Raises:
-        UserError: a named port is taken, or a server does not start.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    servers: list[Server] = []
-    # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
-    before = {number: signal.signal(number, as_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with one_start_at_a_time(home):
-            mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
-            prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
-            servers.append(start_mlflow(home, host, mlflow_at))
-            servers.append(start_prefect(home, host, prefect_at))
-            for server in servers:
-                wait_until_ready(server)
-        for server in servers:
-            _say(f"{server.name:8} {server.url}")
-        _standing_file(home).write_text(json.dumps({"url": servers[-1].url}))
-        _say("Ctrl-C ends both.")
-        while all(server.process.poll() is None for server in servers):
-            time.sleep(0.5)
-        ended = next(server for server in servers if server.process.poll() is not None)
-        raise UserError(f"{ended.name} ended with code {ended.process.returncode}:\n{_tail(ended.log)}")
-    except KeyboardInterrupt:
-        _say("ending both servers")
-    finally:
-        _standing_file(home).unlink(missing_ok=True)
-        stop(servers)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def standing_prefect(home: Path) -> str:
-    """Address of the Prefect server that outlives a run: the one of `PREFECT_API_URL`, or that of `mopd ui`.
-
-    Raises:
-        UserError: there is none.
-    """
-    if api := os.environ.get("PREFECT_API_URL"):
-        return api.rstrip("/").removesuffix("/api")
-    try:
-        url = str(json.loads(_standing_file(home).read_text())["url"])
-    except (FileNotFoundError, NotADirectoryError):
-        url = ""
-    if not url or not answers(f"{url}/api/health"):
-        raise UserError(
-            f"no Prefect server stands over {home}: start `mopd ui --home {home}` in another terminal and leave it "
-            f"running, or set PREFECT_API_URL"
-        )
-    return url
-
-
-def _standing_file(home: Path) -> Path:
-    """Where `mopd ui` says that its Prefect server stands."""
-    return home.resolve() / "servers" / "prefect.json"
 
 
 def _start(
@@ -310,14 +287,18 @@ def _is_free(host: str, port: int, alone: bool) -> bool:
         return True
 
 
-def answers(address: str) -> bool:
-    """Whether an address answers a GET with 200 within seconds; a user and password in it are sent as such."""
+def answers(address: str, password: str = "") -> bool:
+    """Whether an address answers a GET with 200 within seconds.
+
+    Args:
+        address: A user and password in it are sent as such.
+        password: `USER:PASSWORD` to send where the address has none.
+    """
     scheme, _, rest = address.partition("://")
-    credentials, at, place = rest.rpartition("@")
+    credentials, _, place = rest.rpartition("@")
     request = urllib.request.Request(f"{scheme}://{place}")
-    if at:
-        told = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
-        request.add_header("Authorization", f"Basic {told}")
+    if login := urllib.parse.unquote(credentials) or password:
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
             return bool(response.status == 200)
@@ -332,10 +313,6 @@ def _signal(server: Server, number: signal.Signals) -> None:
         logger.debug("%s is gone already", server.name)
 
 
-def _tail(log: Path, lines: int = 15) -> str:
+def tail(log: Path, lines: int = 15) -> str:
+    """The end of a server's log, as it may be shown."""
     return without_secrets("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

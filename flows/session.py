@@ -1,13 +1,15 @@
-"""The servers a run talks to: a Prefect server of its own over the home, unless the user has a standing one."""
+"""The server a run talks to: the one of `PREFECT_API_URL`, that of `mopd ui`, or one of its own over the home."""
 
 import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experts.errors import UserError
+from flows.access import SECRET_FILE, client_secret
 from flows.servers import (
     PREFECT_PORT,
     Server,
@@ -20,8 +22,13 @@ from flows.servers import (
     wait_until_ready,
     without_secrets,
 )
+from flows.standing import prefect_client, standing
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 HOST = "127.0.0.1"
+REFUSED = (401, 403)
 CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 DRAIN_SECONDS = 10.0
 
@@ -31,7 +38,7 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
     """Make Prefect ready to be used in this process; yields the address of its pages, to be shown.
 
     A server is started in a process group of its own, so that Ctrl-C reaches only this process and the end of the run
-    can still be recorded. With `PREFECT_API_URL` set by the user nothing is started.
+    can still be recorded. Nothing is started where a standing server is found.
 
     Args:
         home: `$MOPD_HOME`; Prefect's database and settings are under it.
@@ -52,23 +59,42 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _server(home: Path) -> Iterator[str]:
-    standing = os.environ.get("PREFECT_API_URL")
-    if standing:
-        _expect_answer(standing)
-        yield without_secrets(standing.removesuffix("/api"))
+    if os.environ.get("PREFECT_API_URL") or standing(home, "prefect"):
+        settings = prefect_client(home)
+        with _variables(settings):
+            from prefect import get_client
+
+            with get_client(sync_client=True) as client:
+                expect_answer(client, settings["PREFECT_API_URL"])
+            yield without_secrets(settings["PREFECT_API_URL"].removesuffix("/api"))
         return
     with one_start_at_a_time(home) as starting:
         server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
-        try:
-            os.environ["PREFECT_API_URL"] = f"{server.url}/api"
-            # The import takes seconds, in which the server starts.
-            import prefect  # noqa: F401
+        with _variables({"PREFECT_API_URL": f"{server.url}/api"} | client_secret(home)):
+            try:
+                # The import takes seconds, in which the server starts.
+                import prefect  # noqa: F401
 
-            wait_until_ready(server)
-            starting.close()
-            yield server.url
-        finally:
-            _end(server)
+                wait_until_ready(server)
+                starting.close()
+                yield server.url
+            finally:
+                _end(server)
+
+
+@contextlib.contextmanager
+def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment for as long as it lasts."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -88,17 +114,33 @@ def _warnings_shown() -> Iterator[None]:
             logger.removeHandler(shown)
 
 
-def _expect_answer(api: str) -> None:
-    """Ask the user's own server for a sign of life, with the user's own settings of Prefect."""
-    from prefect import get_client
+def expect_answer(client: "SyncPrefectClient", api: str) -> None:
+    """Ask a server for a sign of life, and whether it lets this client in.
 
-    with get_client(sync_client=True) as client:
-        fault = client.api_healthcheck()
+    Args:
+        client: With the user's own settings of Prefect.
+        api: Its address, for the message.
+
+    Raises:
+        UserError: it does not answer, or asks for another password.
+    """
+    import httpx
+
+    fault = client.api_healthcheck()
     if fault is not None:
         raise UserError(
             f"PREFECT_API_URL: {without_secrets(api)} does not answer ({without_secrets(str(fault))}); start that "
             f"server, or unset the variable and a server is started for the run"
         )
+    try:
+        client.api_version()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code not in REFUSED:
+            raise
+        raise UserError(
+            f"PREFECT_API_URL: {without_secrets(api)} asks for a password; set PREFECT_API_AUTH_STRING to it (for "
+            f"`mopd ui` of another home: to the line in its servers/{SECRET_FILE})"
+        ) from None
 
 
 def _end(server: Server) -> None:
@@ -110,4 +152,3 @@ def _end(server: Server) -> None:
         for worker in (APILogWorker, EventsWorker):
             worker.drain_all(timeout=DRAIN_SECONDS)
     stop([server])
-    del os.environ["PREFECT_API_URL"]

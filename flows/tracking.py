@@ -25,6 +25,7 @@ from flows.outbox import Outbox, send_left_over
 from flows.plan import EVALUATIONS, Node, StageGraph
 from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page, without_secrets
 from flows.shifts import SHIFT
+from flows.standing import standing
 from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class Tracker:
             return ""
         if self.writer.uri.startswith("http"):
             return mlflow_run_page(without_secrets(self.writer.uri).rstrip("/"), self.writer.experiment, self.run_id)
+        if served := standing(self.store.home, "mlflow"):
+            return mlflow_run_page(served, self.writer.experiment, self.run_id)
         return f"{mlflow_run_page(local_url(MLFLOW_PORT), self.writer.experiment, self.run_id)} (after `mopd ui`)"
 
     @property

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from experts.errors import UserError
 from stages.core.checkpoint import Artifact
 from stages.core.policy import save_tokenizer
 from stages.core.remote_code import options
-from stages.core.source import Source
+from stages.core.source import Source, refuse_paths, refused_adapter
 from stages.core.workspace import Workspace
 
 # Tensors named in a message.
@@ -28,9 +29,16 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     """Copy the checkpoint into the store.
 
     Raises:
-        UserError: the files are no causal language model with a tokenizer, or only a pickle of one, or bring code.
+        UserError: the files are no causal language model with a tokenizer, or only a pickle of one, or bring code, or
+            name weights elsewhere.
     """
     location, arguments = _arguments(source)
+    if source.kind == "hub":
+        # It looks where transformers will.
+        if find_adapter_config_file(location, revision=source.revision) is not None:
+            raise UserError(refused_adapter(workspace.name, location))
+    else:
+        refuse_paths(workspace.name, Path(location))
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
         model, loaded = AutoModelForCausalLM.from_pretrained(

@@ -7,6 +7,7 @@ be left in staging, no process that served the home may live on, and no lock be 
 """
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -27,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from flows.access import client_secret, home_secret
 from flows.servers import Server, choose_port, start_mlflow, start_prefect, stop, wait_until_ready
 from stages.core.checkpoint import Store, hash_file
 
@@ -76,6 +78,7 @@ class Site:
         self.api = f"http://127.0.0.1:{self.ports['b']}/api"
         own = {"PREFECT_API_URL": self.api, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.ports['a']}"}
         self.environment = clean | own | {"HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(self.home / "prefect")}
+        self.environment |= client_secret(self.home)
         self.log = (self.home / "chaos.log").open("ab")
 
     def start(self, name: str) -> None:
@@ -104,7 +107,9 @@ class Site:
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Ask Prefect's API; again while it is busy (503), as a person would."""
         data = json.dumps(body).encode() if body is not None else None
-        asked = urllib.request.Request(self.api + path, data, {"Content-Type": "application/json"}, method=method)
+        known = base64.b64encode(home_secret(self.home).encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {known}"}
+        asked = urllib.request.Request(self.api + path, data, headers, method=method)
         for _ in range(BUSY_TRIES):
             try:
                 with urllib.request.urlopen(asked, timeout=30) as answer:

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from flows import servers
+from flows.access import home_secret
 
 HOST = "127.0.0.1"
 
@@ -22,6 +23,17 @@ def standing(start: Callable[[Path, str, int], servers.Server], home: Path, port
             held.callback(servers.stop, [server])
             servers.wait_until_ready(server)
         yield server
+
+
+@contextlib.contextmanager
+def prefect_of(home: Path, port: int) -> Iterator[servers.Server]:
+    """Prefect's server over a home, which this process's own clients of Prefect talk to."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    with standing(servers.start_prefect, home, port) as server:
+        mine = {PREFECT_API_URL: f"{server.url}/api", PREFECT_API_AUTH_STRING: home_secret(home)}
+        with temporary_settings(mine):
+            yield server
 
 
 def eventually(condition: Callable[[], Any], within: float = 240.0) -> Any:

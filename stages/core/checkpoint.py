@@ -23,6 +23,7 @@ from filelock import FileLock
 from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.core.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
+from stages.core.private import keep_private
 
 FORMAT_VERSION = 1
 # Stages whose artifacts are small, and whose files the plan's readers read.
@@ -76,7 +77,8 @@ class Store:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.root = home / "store"
-        self.root.mkdir(parents=True, exist_ok=True)
+        keep_private(home)
+        self.root.mkdir(exist_ok=True)
         self.mirror = mirror_of_environment()
 
     def find(self, key: str) -> Artifact | None:

@@ -1,6 +1,7 @@
 """Where a base checkpoint comes from: a local directory, a GGUF file or a Hugging Face id. Free of torch."""
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from experts.domain import stable_hash
 from experts.errors import UserError, is_unreachable, nearest
 from stages.core.checkpoint import hash_file
 
+ADAPTER = "adapter_config.json"
 PACKAGE_SCHEME = "package://"
 GGUF_MAGIC = b"GGUF"
 
@@ -35,7 +37,8 @@ class Source:
         if self.kind == "gguf":
             return hash_file(path)
         files = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != "manifest.json"]
-        return stable_hash({p.name: hash_file(p) for p in files})
+        templates = sorted(path.glob("additional_chat_templates/*.jinja"))
+        return stable_hash({str(p.relative_to(path)): hash_file(p) for p in [*files, *templates]})
 
 
 def resolve_gguf(reference: str) -> Source:
@@ -58,6 +61,7 @@ def resolve_gguf(reference: str) -> Source:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
         raise UserError(f"base.gguf: {path}: no such file{nearest(str(path), siblings)}")
+    refuse_paths("base.gguf", path.parent)
     with path.open("rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise UserError(f"base.gguf: {path}: not a GGUF file, or a broken one (it does not begin with GGUF)")
@@ -78,6 +82,7 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
     """
     path = Path(reference).expanduser()
     if path.is_dir():
+        refuse_paths(key, path)
         if not (path / "config.json").is_file():
             raise UserError(f"{key}: {path}: not a Hugging Face checkpoint (no config.json)")
         if not any(path.glob("*.safetensors")):
@@ -92,14 +97,49 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
     return Source("hub", reference, pinned or _hub_commit(key, reference, revision))
 
 
+def refuse_paths(key: str, folder: Path) -> None:
+    """Refuse a folder whose files name weights outside of it, which transformers would read and no fingerprint covers.
+
+    Args:
+        key: The run file's key, or the node, that errors name.
+        folder: A local checkpoint.
+
+    Raises:
+        UserError: it holds an adapter, which names its base; or an index names shards that are not beside it.
+    """
+    if (folder / ADAPTER).exists():
+        raise UserError(refused_adapter(key, str(folder)))
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            named = json.loads(index.read_text())["weight_map"].values()
+            strange = next((each for each in named if Path(each).name != each or not (folder / each).is_file()), None)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{key}: {index}: not readable as an index of weights") from None
+        if strange is not None:
+            raise UserError(f"{key}: {folder}: {index.name} names {strange}, which is no file in this folder")
+
+
+def refused_adapter(key: str, place: str) -> str:
+    """The message for a checkpoint with an adapter."""
+    return (
+        f"{key}: {place}: {ADAPTER} makes it an adapter, whose base is another checkpoint; merge the adapter into its "
+        f"base (peft: merge_and_unload, save_pretrained) and name that folder, or move it out of the folder to use the "
+        f"weights without it"
+    )
+
+
 def _hub_commit(key: str, repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
-        commit = HfApi().model_info(repository, revision=revision).sha
-        if commit:
-            return commit
+        found = HfApi().model_info(repository, revision=revision)
+        if any(file.rfilename == ADAPTER for file in found.siblings or ()):
+            raise UserError(refused_adapter(key, repository))
+        if found.sha:
+            return found.sha
+    except UserError:
+        raise
     except RepositoryNotFoundError:
         raise UserError(f"{key}: '{repository}' is neither a local directory nor a Hugging Face id") from None
     except Exception as error:

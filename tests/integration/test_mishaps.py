@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.access import client_secret
 from flows.servers import choose_port, start_prefect, stop, wait_until_ready
 from stages.core.checkpoint import Store
 from stages.core.journal import read
@@ -46,10 +47,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     for config in stages_of(run).values():
         config.update(max_steps=STEPS, save_every=5)
     bench.file.write_text(yaml.safe_dump(run, sort_keys=False))
-    server = start_prefect(bench.home.parent / "server", "127.0.0.1", choose_port("127.0.0.1", 4300, "Prefect"))
+    elsewhere = bench.home.parent / "server"
+    server = start_prefect(elsewhere, "127.0.0.1", choose_port("127.0.0.1", 4300, "Prefect"))
     try:
         wait_until_ready(server)
-        bench.environment |= {"PREFECT_API_URL": f"{server.url}/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+        bench.environment |= {"PREFECT_API_URL": f"{server.url}/api", **client_secret(elsewhere)}
+        bench.environment |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
         yield bench
     finally:
         stop([server])

@@ -18,8 +18,9 @@ from prefect.states import Cancelling, Completed, Pending, Running, State
 
 from flows import orphans, servers
 from flows.deploy import _look
-from flows.orphans import Lookout, Processes, mark_crashed_runs, run_tags, start_of, worker_name
-from tests.processes import eventually, standing
+from flows.listeners import start_of
+from flows.orphans import Lookout, Processes, mark_crashed_runs, run_tags, worker_name
+from tests.processes import eventually, prefect_of
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
 
@@ -32,10 +33,7 @@ def nothing() -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
     home = tmp_path_factory.mktemp("home")
-    with (
-        standing(servers.start_prefect, home, 23700) as server,
-        temporary_settings({PREFECT_API_URL: f"{server.url}/api"}),
-    ):
+    with prefect_of(home, 23700) as server:
         yield server
 
 

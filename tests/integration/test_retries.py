@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import launch, servers, tasks
+from flows import launch, tasks
 from flows.config import ResourcesConfig, RunConfig
 from flows.launch import Launcher, NodeFailedError
 from flows.pipeline import jobs_of
@@ -16,7 +15,7 @@ from flows.plan import Node, build_graph
 from flows.tasks import Job, task_of
 from flows.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR
 from tests.integration.test_launch import RUN
-from tests.processes import standing
+from tests.processes import prefect_of
 
 RETRIES = 2
 
@@ -37,11 +36,7 @@ class Making:
 @pytest.fixture(scope="module")
 def making(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Making]:
     home = tmp_path_factory.mktemp("home")
-    with (
-        standing(servers.start_prefect, home, 23900) as server,
-        temporary_settings({PREFECT_API_URL: f"{server.url}/api"}),
-        Launcher(home, ResourcesConfig()) as launcher,
-    ):
+    with prefect_of(home, 23900), Launcher(home, ResourcesConfig()) as launcher:
         yield Making(home, launcher)
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.access import client_secret
 from stages.core.journal import read
 from tests.integration.test_pipeline import RUN
 from tests.processes import ended, eventually, listening
@@ -61,7 +62,8 @@ class Site:
     @property
     def client(self) -> dict[str, str]:
         """The environment of a client of Prefect's."""
-        return self.environment | {"PREFECT_API_URL": f"{self.pages}/api", "PREFECT_HOME": str(self.home / "prefect")}
+        place = {"PREFECT_API_URL": f"{self.pages}/api", "PREFECT_HOME": str(self.home / "prefect")}
+        return self.environment | place | client_secret(self.home)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command of `mopd` over the home, in a group of its own."""

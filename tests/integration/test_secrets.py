@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
@@ -155,10 +154,3 @@ def test_what_a_webhook_is_told(clean, tmp_path, place, monkeypatch):
     assert told["error"] == "API request to http://127.0.0.1:9/api failed"
     assert told["flow_run"].startswith("http://127.0.0.1:9/runs/flow-run/1111")
     assert SECRET not in json.dumps(told)
-
-
-def test_what_a_deployment_carries(clean, tmp_path, monkeypatch):
-    from flows.deploy import _environment
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
-    assert SECRET not in json.dumps(_environment(Path(tmp_path)))

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from experts.errors import UserError
 from stages import load
 from stages.config import LoraConfig
 from stages.core.checkpoint import Store
 from stages.core.policy import load_policy
-from stages.core.source import Source, resolve_checkpoint
+from stages.core.source import Source, resolve_checkpoint, resolve_gguf
 from stages.core.workspace import Workspace
 from stages.export import export_weights
 from tests.numerics.conftest import tiny_policy
@@ -76,3 +77,72 @@ def test_the_digest_is_the_same_with_and_without_the_hub_and_from_any_place(tmp_
     # Also of one that was never read from a file, and with what it means still in it.
     assert set(written) == {(tmp_path / "given" / "tokenizer_config.json").read_text()}
     assert {"eos_token", "tokenizer_class", "extra_special_tokens"} <= json.loads(written[0]).keys()
+
+
+def beside(folder: Path, elsewhere: Path) -> None:
+    """An adapter beside the weights that names a base elsewhere."""
+    peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(peft | {"base_model_name_or_path": str(elsewhere)}))
+    shape = tiny_policy(3).model.config
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    heads = tiny_policy(3).model.model.layers[0].self_attn.q_proj.weight.shape[0]
+    factors = {name.format("A"): torch.ones(2, shape.hidden_size), name.format("B"): torch.ones(heads, 2)}
+    save_file(factors, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_beside_the_weights_is_refused_and_the_path_it_names_is_not_read(tmp_path, workspace):
+    source, elsewhere = given(tmp_path / "given"), tmp_path / "elsewhere"
+    folder = Path(source.location)
+    tiny_policy(5).save(elsewhere)
+    beside(folder, elsewhere)
+    message = rf"{folder}: adapter_config\.json .* merge the adapter .* or move it"
+    with pytest.raises(UserError, match=rf"^base\.checkpoint: {message}"):
+        resolve_checkpoint("base.checkpoint", str(folder), None, None)
+    with pytest.raises(UserError, match=message):
+        load.run(source, workspace("k", {}, {}))
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_config.json").unlink()
+    assert resolve_checkpoint("base.checkpoint", str(folder), None, None).kind == "directory"
+
+
+def test_an_adapter_alone_is_no_base(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    beside(folder, tmp_path)
+    with pytest.raises(UserError, match=r"adapter_config\.json .* merge the adapter"):
+        resolve_checkpoint("experts.sort.checkpoint", str(folder), None, None)
+
+
+def test_an_adapter_beside_a_gguf_file_is_refused_as_well(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF....")
+    assert resolve_gguf(str(tmp_path / "model.gguf")).kind == "gguf"
+    beside(tmp_path, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"base\.gguf: .*adapter_config\.json"):
+        resolve_gguf(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../elsewhere/model.safetensors", "{elsewhere}/model.safetensors", "absent.safetensors"]
+)
+def test_weights_outside_of_the_folder_are_not_read(tmp_path, workspace, name):
+    """The index of the shards names files; a path there leads out of what was fingerprinted."""
+    source, elsewhere = given(tmp_path / "given"), tmp_path / "elsewhere"
+    folder = Path(source.location)
+    tiny_policy(5).save(elsewhere)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name.format(elsewhere=elsewhere))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"^base\.checkpoint: .*model\.safetensors\.index\.json names .*safetensors"):
+        resolve_checkpoint("base.checkpoint", str(folder), None, None)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names"):
+        load.run(source, workspace("k", {}, {}))
+
+
+def test_templates_in_a_folder_below_count_in_the_fingerprint(tmp_path):
+    source = given(tmp_path / "given")
+    folder = Path(source.location) / "additional_chat_templates"
+    before = source.fingerprint()
+    folder.mkdir()
+    (folder / "tools.jinja").write_text("{{ messages }}")
+    assert source.fingerprint() != before
