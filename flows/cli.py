@@ -14,6 +14,7 @@ from rich.console import Console
 from experts.errors import UserError
 from flows import cli_checkpoints, cli_experts, cli_schedule, commands
 from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
+from flows.signals import interrupt_once
 from stages.core.checkpoint import Store
 
 app = typer.Typer(
@@ -229,6 +230,7 @@ cli_schedule.add_to(app)
 def main() -> None:
     """Entry of `python -m flows.cli`."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    interrupt_once()
     app()
 
 

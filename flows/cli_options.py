@@ -25,6 +25,9 @@ def errors_as_messages() -> Iterator[None]:
     """A mistake, or a place that may not be written: one message and exit code 2. A full disk: one message and 1."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        raise typer.Exit(130) from None
     except UserError as error:
         _fail(str(error), 2)
     except ConnectionError as error:

@@ -5,12 +5,11 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,7 @@ from flows.lock import status as node_status
 from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
 from flows.run_file import load_run_file, schema_keys
 from flows.shifts import COSINES, SHIFT
+from flows.signals import interruptible
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.journal import JOURNAL_FILE, read
 
@@ -72,6 +72,14 @@ class Asked:
 
 def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -> int:
     """Make a run; returns the exit code."""
+    with interruptible():
+        try:
+            return _run(asked, discard_corrupted=discard_corrupted, plain=plain, verbose=verbose)
+        except KeyboardInterrupt:
+            return _stopped(asked)
+
+
+def _run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -> int:
     console = Console()
     graph, store = asked.graph(), Store(asked.home)
     verify(graph, store, discard_corrupted)
@@ -79,11 +87,7 @@ def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) ->
         console.print("Everything is in the store already; nothing was started.")
         show_outcome(graph, _conclude_cached(graph, store), asked.home, console)
         return DONE
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _run_pipeline(asked, graph, console, plain=plain, verbose=verbose)
-    except KeyboardInterrupt:
-        return _stopped(asked)
+    return _run_pipeline(asked, graph, console, plain=plain, verbose=verbose)
 
 
 def _conclude_cached(graph: StageGraph, store: Store) -> "Outcome":
@@ -133,6 +137,7 @@ def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
 
 
 def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: bool, verbose: bool) -> int:
+    from flows.servers import without_secrets
     from flows.session import prefect_session
 
     for entry in node_status(graph, Store(asked.home)):
@@ -142,10 +147,11 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
     with prefect_session(asked.home, verbose) as pages:
         from httpx import TransportError
         from prefect import tags
-        from prefect.exceptions import CancelledRun, PrefectHTTPStatusError
+        from prefect.exceptions import CancelledRun, PrefectException
+        from prefect.states import State
 
         from flows.orphans import run_tags
-        from flows.pipeline import PipelineFailedError, pipeline
+        from flows.pipeline import PipelineFailedError, ending, pipeline
 
         sys.stderr.write(f"Prefect: {pages}\n")
         try:
@@ -157,8 +163,21 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
             return _stopped(asked)
         except PipelineFailedError as error:
             return _report_failures(error, asked)
-        except (PrefectHTTPStatusError, TransportError) as error:
-            return _report_silence(error, asked)
+        except (PrefectException, TransportError) as error:
+            # What the run came to counts, not whether Prefect could record it.
+            match ending():
+                case None:
+                    return _report_silence(error, asked)
+                case PipelineFailedError() as failure:
+                    return _report_failures(failure, asked)
+                case UserError() as mistake:
+                    raise mistake from None
+                case State():
+                    return _stopped(asked)
+                case ended:
+                    said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
+                    sys.stderr.write(f"warning: Prefect did not record the end of this run: {said}\n")
+                    outcome = cast("Outcome", ended)
     show_outcome(graph, outcome, asked.home, console)
     return DONE
 

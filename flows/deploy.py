@@ -24,13 +24,13 @@ from flows.access import secret_path
 from flows.commands import Asked
 from flows.config import RunConfig
 from flows.servers import (
-    as_interrupt,
     end_with_parent,
     mlflow_environment,
     prefect_environment,
     without_secrets,
 )
 from flows.session import expect_answer
+from flows.signals import interrupt_once
 from flows.standing import prefect_client
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def work(home: Path, pool: str, limit: int | None) -> None:
     from flows.orphans import Lookout, worker_name
 
     # One started in the background inherits an ignored SIGINT, by which Prefect's worker ends itself on TERM.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, as_interrupt)
+    interrupt_once(background=True)
     first, lookout = True, Lookout()
     while True:
         started, process = time.monotonic(), _start_worker([*command, "--name", worker_name()])

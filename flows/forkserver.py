@@ -14,12 +14,14 @@ import json
 import logging
 import math
 import os
+import select
 import selectors
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,28 @@ def _tell(child: _Running, report: Mapping[str, int]) -> None:
         child.supervisor.send(json.dumps(report).encode())
 
 
+@contextlib.contextmanager
+def _ended_with_client(control: socket.socket) -> Iterator[None]:
+    """End this process when its client goes while it lasts. The thread that looks is gone before the first fork."""
+    looks, wake = os.pipe()
+    poll = select.poll()
+    poll.register(control, select.POLLRDHUP)
+    poll.register(looks, select.POLLHUP)
+
+    def look() -> None:
+        if any(descriptor == control.fileno() for descriptor, _ in poll.poll()):
+            os._exit(0)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(wake)
+        thread.join()
+        os.close(looks)
+
+
 def _preload(modules: Sequence[str]) -> None:
     for name in modules:
         try:
@@ -212,7 +236,8 @@ def main(preload: Sequence[str]) -> int:
     """
     logging.basicConfig(format="%(asctime)s %(message)s")
     control = socket.socket(fileno=os.dup(0))
-    _preload(preload)
+    with _ended_with_client(control):
+        _preload(preload)
     request = _Server(control).serve()
     return 0 if request is None else _become(request)
 

@@ -6,9 +6,7 @@ Import this module only after `flows.session.open_session` has set Prefect's env
 import contextlib
 import os
 import queue
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -39,12 +37,14 @@ from flows.progress import ProgressDisplay
 from flows.run_file import load_run_file
 from flows.servers import prefect_run_page, without_secrets
 from flows.shifts import COSINES, SHIFT
+from flows.signals import interruptible
 from flows.tasks import Job, Supervisor, artifact_key, task_of
 from flows.tracking import Tracker
 from stages.core.checkpoint import Store
 
 OUTPUT_FILE = "output.log"
 Future = PrefectFuture[Any]
+_ending: Outcome | State[Any] | Exception | None = None
 
 
 class PipelineFailedError(Exception):
@@ -92,14 +92,27 @@ def pipeline(
             the next, no exception but its state, which Prefect's page shows without a traceback.
         PipelineFailedError: one or more nodes failed.
     """
+    global _ending  # noqa: PLW0603 - a flow's caller gets nothing else when Prefect cannot record its end
+    _ending = None
     try:
-        return _run(Path(run_file), Path(home), [*(overrides or []), *as_overrides(changes or {})], max_steps, plain)
+        wanted = [*(overrides or []), *as_overrides(changes or {})]
+        _ending = _run(Path(run_file), Path(home), wanted, max_steps, plain)
+        return _ending
     except (UserError, PipelineFailedError) as error:
+        _ending = error
         if RUN_VARIABLE not in os.environ:
             raise
         said = without_secrets(str(error))
         get_run_logger().error("%s", said)
         return cast(Outcome, Failed(message=said))
+
+
+def ending() -> "Outcome | State[Any] | Exception | None":
+    """How the last run of this process ended, whether or not Prefect could record it; None if it did not come to that.
+
+    A state is that of a run which was stopped from outside.
+    """
+    return _ending
 
 
 def _run(path: Path, root: Path, overrides: list[str], max_steps: int | None, plain: bool) -> Outcome:
@@ -224,20 +237,6 @@ def _reporter(ended: "queue.SimpleQueue[str]", job_id: str) -> Callable[[Future]
 def _failure(state: State[Any]) -> Exception:
     error = state.result(raise_on_failure=False)
     return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGTERM into the KeyboardInterrupt that Ctrl-C raises, in place of Prefect's own handler."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _ways_to_the_end(jobs: Sequence[Job]) -> dict[str, int]:

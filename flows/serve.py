@@ -1,10 +1,9 @@
 """`mopd serve`: standing vLLM servers for a run's merge, until Ctrl-C. Free of torch, prefect and vLLM itself."""
 
 import contextlib
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,6 +15,7 @@ from flows.commands import Asked
 from flows.config import STUDENT
 from flows.devices import DeviceLeases
 from flows.plan import Node, StageGraph
+from flows.signals import interruptible
 from flows.vllm_commands import (
     TEACHER_ROLE,
     ServerCommand,
@@ -132,7 +132,7 @@ def teachers(asked: Asked, place: Place, *, seed: int | None = None) -> None:
 def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: str, backend: dict[str, Any]) -> None:
     home, config = merge.store.home, merge.graph.config
     ports = place.ports(len(commands))
-    with _signals_as_interrupt(), contextlib.ExitStack() as held:
+    with interruptible(background=True), contextlib.ExitStack() as held:
         try:
             lease = DeviceLeases().acquire(sum(command.gpus for command in commands))
             held.callback(lease.close)
@@ -169,23 +169,6 @@ def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
             raise VllmServerError(message, late.log, passing=True)
         time.sleep(_SECONDS)
         servers.tend()
-
-
-@contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """SIGINT and SIGTERM interrupt once; what ends the servers is not interrupted again."""
-
-    def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(text: str) -> None:

@@ -271,11 +271,6 @@ def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     _LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
-def as_interrupt(number: int, frame: object) -> None:
-    """A signal handler: the signal is what Ctrl-C is."""
-    raise KeyboardInterrupt
-
-
 def _is_free(host: str, port: int, alone: bool) -> bool:
     with socket.socket() as probe:
         if not alone:

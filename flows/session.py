@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ HOST = "127.0.0.1"
 REFUSED = (401, 403)
 CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 DRAIN_SECONDS = 10.0
+LOOK_SECONDS = 0.5
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -77,9 +80,34 @@ def _server(home: Path) -> Iterator[str]:
 
                 wait_until_ready(server)
                 starting.close()
-                yield server.url
+                with _watched(server):
+                    yield server.url
             finally:
                 _end(server)
+
+
+@contextlib.contextmanager
+def _watched(server: Server) -> Iterator[None]:
+    """Report the end of a server from a thread. Another home's server on its port refuses this one's secret."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_SECONDS):
+            if server.process.poll() is not None:
+                logger.warning(
+                    "Prefect's server of this run ended with code %s (log: %s); the run goes on without its pages",
+                    server.process.returncode,
+                    server.log,
+                )
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ A server is known by its process: the home has a record of it, and the process m
 the port. So no other home's server is taken for it, and none of them receives the secret.
 """
 
+import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +20,6 @@ from flows.servers import (
     PREFECT_PORT,
     Server,
     answers,
-    as_interrupt,
     choose_port,
     one_start_at_a_time,
     start_mlflow,
@@ -29,6 +28,7 @@ from flows.servers import (
     tail,
     wait_until_ready,
 )
+from flows.signals import interruptible
 from stages.core.private import keep_private
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,8 +48,9 @@ def ui(
     """
     keep_private(home)
     servers: list[Server] = []
+    held = contextlib.ExitStack()
     # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
-    before = {number: signal.signal(number, as_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    held.enter_context(interruptible(background=True))
     try:
         with one_start_at_a_time(home):
             if present := standing(home, "prefect"):
@@ -76,8 +77,7 @@ def ui(
         for server in servers:
             _record_of(home, server.name).unlink(missing_ok=True)
         stop(servers)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        held.close()
 
 
 def standing(home: Path, name: str) -> str:

@@ -15,7 +15,7 @@ import httpx
 from prefect import Task, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import PrefectException
 from prefect.states import Completed, State
 from prefect.tasks import exponential_backoff
 
@@ -165,7 +165,7 @@ class ProgressPage:
                 self._artifact = cast(UUID, create_progress_artifact(percent, key=self._key, description=text))
             else:
                 update_progress_artifact(self._artifact, percent, description=text)
-        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        except (httpx.HTTPError, PrefectException) as error:
             self._lost = True
             get_run_logger().warning("progress is no longer shown here: %s", error)
         return True

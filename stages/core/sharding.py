@@ -8,10 +8,9 @@ head is read outside of it, chunk by chunk.
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from stages.core.policy import HiddenStates, causal_lm
 
 # Of an adapter the base need not be written at every save.
-_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+_WHOLE = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
+_SPREAD = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, strict=False)
 
 
 def shard(module: HiddenStates, device: torch.device, processes: int, pad_id: int) -> None:
@@ -88,19 +88,23 @@ def whole_parameters(module: HiddenStates, keep: bool) -> dict[str, Tensor]:
     return kept
 
 
-def save(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write what is trained and the optimizer's state; every process writes its shards."""
-    weights, state = get_state_dict(module, optimizer, options=_OPTIONS)
-    dcp.save({"weights": weights, "optimizer": state}, checkpoint_id=str(folder))
+def state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is trained and the optimizer's state, whole, on the CPU of the leading process; on others nothing. All
+    processes take part."""
+    weights, optimizers = get_state_dict(module, optimizer, options=_WHOLE)
+    return {"weights": weights, "optimizer": optimizers}
 
 
-def load(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Read what `save` wrote, also with another number of processes."""
-    weights, state = get_state_dict(module, optimizer, options=_OPTIONS)
-    # Filled in place.
-    dcp.load({"weights": weights, "optimizer": state}, checkpoint_id=str(folder))
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+def restore(module: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
+    """Put back what `state` returned, also with another number of processes. Each of them takes its shards from a file
+    that all map into memory."""
+    set_state_dict(
+        module,
+        optimizer,
+        model_state_dict=kept["weights"],
+        optim_state_dict=kept["optimizer"],
+        options=_SPREAD,
+    )
 
 
 def _parts(module: nn.Module) -> list[FSDPModule]:

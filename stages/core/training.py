@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -29,9 +28,10 @@ from stages.core.checkpoint import sync_to_disk
 from stages.core.device import accelerator
 from stages.core.packing import Packed
 from stages.core.policy import HiddenStates, Policy, causal_lm
+from stages.core.state import is_state, read_state, write_state
 
 Item = TypeVar("Item")
-SHARDS = "shards"
+STATE = "state"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -87,9 +87,6 @@ class Learner:
             self.module, self.optimizer = module, adam
         else:
             self.module, self.optimizer = self.accelerator.prepare(module, adam)
-            self.accelerator.register_save_state_pre_hook(self._save_trainable)
-            self.accelerator.register_load_state_pre_hook(_load_trainable)
-        self.accelerator.register_for_checkpointing(self.schedule)
 
     @property
     def sharded(self) -> bool:
@@ -210,14 +207,14 @@ class Learner:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary), safe_serialization=True)
-        if self.sharded:
-            sharding.save(self.module, self.optimizer, temporary / SHARDS)
-            self.accelerator.wait_for_everyone()
+        state = self._state()
         if self.accelerator.is_main_process:
+            write_state(state, temporary, STATE)
             (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens, "memory": self.memory}))
             for path in (temporary, *temporary.rglob("*")):
                 sync_to_disk(path)
+            # One of an earlier version, which was not read.
+            shutil.rmtree(self.progress / f"step-{step}", ignore_errors=True)
             os.rename(temporary, self.progress / f"step-{step}")
             sync_to_disk(self.progress)
             for _, old in self._saved()[:-1]:
@@ -226,24 +223,34 @@ class Learner:
 
     def resume(self) -> int:
         """Load the newest saved state, if any; returns the number of steps done."""
-        saved = self._saved()
+        saved = [(step, folder) for step, folder in self._saved() if is_state(folder, STATE)]
         if not saved:
             return 0
         step, folder = saved[-1]
-        self.accelerator.load_state(str(folder))
-        if self.sharded:
-            sharding.load(self.module, self.optimizer, folder / SHARDS)
+        self._restore(folder)
         kept = json.loads((folder / "stage.json").read_text())
         self.tokens, self.memory = kept["tokens"], kept.get("memory", {})
         return step
 
-    def _save_trainable(self, models: list[Any], weights: list[Any], folder: str) -> None:
-        """Save only what is trained: for an adapter the base need not be written at every save."""
-        for model in models:
-            tensors = {name: tensor.contiguous() for name, tensor in _trainable(model).items()}
-            if self.accelerator.is_main_process:
-                save_file(tensors, Path(folder) / "trainable.safetensors")
-            weights.pop()
+    def _state(self) -> dict[str, Any]:
+        """All that the next steps depend on; with shards the leading process has it alone. All processes take part."""
+        schedule = self.schedule.state_dict()
+        if self.sharded:
+            return sharding.state(self.module, self.optimizer) | {"schedule": schedule}
+        # For an adapter the base need not be written at every save.
+        weights = _trainable(self.policy.model)
+        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "schedule": schedule}
+
+    def _restore(self, folder: Path) -> None:
+        kept = read_state(folder, STATE)
+        self.schedule.load_state_dict(kept["schedule"])
+        if self.sharded:
+            sharding.restore(self.module, self.optimizer, kept)
+            return
+        current = _trainable(self.policy.model)
+        for name, tensor in kept["weights"].items():
+            current[name].copy_(tensor)
+        self.optimizer.load_state_dict(kept["optimizer"])
 
     def _saved(self) -> list[tuple[int, Path]]:
         return sorted((int(path.name.removeprefix("step-")), path) for path in self.progress.glob("step-*"))
@@ -265,10 +272,3 @@ def epochs(items: Sequence[Item], seed: int, first: int = 0) -> Iterator[Item]:
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained, by name; a tied tensor once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _load_trainable(models: list[Any], folder: str) -> None:
-    while models:
-        current = _trainable(models.pop())
-        for name, tensor in load_file(Path(folder) / "trainable.safetensors").items():
-            current[name].copy_(tensor)

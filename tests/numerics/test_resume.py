@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import pickle
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +101,55 @@ def test_resumed_equals_uninterrupted(
     assert any(
         values.get(f"{name.split('-', maxsplit=1)[0]}/grad_norm", 0) > 0 for values in metrics_of(place).values()
     )
+
+
+class Bomb:
+    """Runs a command when it is read as a pickle."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_resuming_reads_no_pickle(
+    workspace: Callable[..., Workspace],
+    checkpoint: Callable[[str, int], Artifact],
+    domains: dict[str, Domain],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A home may be shared: what somebody else put into a saved state is not run."""
+    train, config = STAGES["sft"]
+    parents = {"start": checkpoint("start", 0)}
+    whole = train(config, workspace("whole", parents, domains))
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr(stages.core.supervised, "end_step", cut_after(stages.core.supervised.end_step, 5))
+        train(config, workspace("cut", parents, domains))
+    place = workspace("cut", parents, domains)
+    (folder,) = place.progress.glob("step-*")
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    mark = tmp_path / "mark"
+    pickles = ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "shards/.metadata")
+    for name in pickles:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+    assert train(config, place).digest == whole.digest
+    assert not mark.exists()
+
+
+def test_a_state_of_an_earlier_version_is_not_read_and_the_stage_begins_anew(
+    workspace: Callable[..., Workspace], checkpoint: Callable[[str, int], Artifact], domains: dict[str, Domain]
+) -> None:
+    train, config = STAGES["sft"]
+    parents = {"start": checkpoint("start", 0)}
+    whole, place = train(config, workspace("whole", parents, domains)), workspace("old", parents, domains)
+    old = place.progress / "step-4"
+    old.mkdir(parents=True)
+    (old / "stage.json").write_text('{"tokens": 1, "memory": {}}')
+    (old / "custom_checkpoint_0.pkl").write_bytes(b"no state")
+    assert train(config, place).digest == whole.digest
 
 
 def test_a_clock_that_jumps_changes_nothing(

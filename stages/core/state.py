@@ -1,0 +1,61 @@
+"""What a stage resumes from, as safetensors and JSON: reading a home runs no code.
+
+The files of torch, accelerate and torch.distributed.checkpoint are pickles, and a pickle runs any code when it is read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_state(tree: Any, folder: Path, name: str) -> None:
+    """Write nested mappings and lists of tensors, numbers, text and None.
+
+    Args:
+        tree: Keys of mappings are text or whole numbers; a tuple is read back as a list.
+        folder: Gets `NAME.safetensors` and `NAME.json`.
+        name: Without an ending.
+
+    Raises:
+        TypeError: something else is among it.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def encoded(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = str(len(tensors))
+            tensors[key] = value.detach().contiguous()
+            return {"tensor": key}
+        if isinstance(value, dict):
+            return {"items": [[key, encoded(each)] for key, each in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {"list": [encoded(each) for each in value]}
+        return value
+
+    facts = json.dumps(encoded(tree))
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(facts)
+
+
+def read_state(folder: Path, name: str) -> Any:
+    """Read what `write_state` wrote; tensors are on the CPU."""
+    tensors = load_file(folder / f"{name}.safetensors")
+
+    def decoded(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "items" in value:
+            return {key: decoded(each) for key, each in value["items"]}
+        return [decoded(each) for each in value["list"]]
+
+    return decoded(json.loads((folder / f"{name}.json").read_text()))
+
+
+def is_state(folder: Path, name: str) -> bool:
+    """Whether a folder has such a state; what earlier versions wrote is none."""
+    return (folder / f"{name}.json").exists() and (folder / f"{name}.safetensors").exists()

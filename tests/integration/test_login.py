@@ -1,0 +1,80 @@
+"""A person gets into Prefect's pages with the home's secret, in headless Chromium, and only with it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from flows import servers
+from flows.access import home_secret
+from tests.conftest import BROWSERS
+from tests.processes import standing
+
+pytestmark = pytest.mark.browser
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+PATIENCE = 240_000
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[servers.Server]:
+    with standing(servers.start_prefect, home, 24100) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = next(path for name in BROWSERS if (path := shutil.which(name)))
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    yield context.new_page()
+    context.close()
+
+
+def log_in(page: Page, password: str) -> None:
+    page.get_by_placeholder("admin:pass").fill(password)
+    page.get_by_role("button", name="Login").click()
+
+
+def test_the_secret_opens_the_pages_once_for_a_browser(page, server, home):
+    page.goto(f"{server.url}/deployments", timeout=PATIENCE)
+    log_in(page, "mopd:wrong")
+    expect(page.get_by_text("Authentication failed.").first).to_be_visible()
+    log_in(page, home_secret(home))
+    page.wait_for_url(lambda url: "/login" not in url)
+    with page.expect_response(lambda answer: "/api/deployments/" in answer.url) as answer:
+        page.goto(f"{server.url}/deployments", timeout=PATIENCE)
+    assert answer.value.status == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/json"])
+def test_a_page_of_another_origin_is_refused_by_the_browser_and_by_the_server(page, server, home, kind):
+    """The browser was let in before; what it keeps of that is another origin's."""
+    page.goto(f"{server.url}/login", timeout=PATIENCE)
+    log_in(page, home_secret(home))
+    page.wait_for_url(lambda url: "/login" not in url)
+    page.route("http://attacker.example/", lambda route: route.fulfill(body="<h1>hello</h1>", content_type="text/html"))
+    page.goto("http://attacker.example/")
+    asked = """async ([url, kind]) => {
+        try {
+            const answer = await fetch(url, {method: "POST", headers: {"Content-Type": kind}, body: "{}"});
+            return `read ${answer.status}`;
+        } catch (error) { return `refused ${error.name}`; }
+    }"""
+    assert page.evaluate(asked, [f"{server.url}/api/work_pools/", kind]) == "refused TypeError"
