@@ -116,15 +116,15 @@ def _draw(
     for (name, split), (count, seed, key) in wanted.items():
         entry = graph.config.domains[name]
         try:
-            domain = load_domain(name, entry.kind, entry.options)
-            drawn = domain.draw_up_to(count, split, seed)
+            source = load_domain(name, entry.kind, entry.options)
+            drawn = source.draw_up_to(count, split, seed)
         except (UserError, ConnectionError) as error:
             problems.append(f"{key} {count}: {error}")
             continue
         found[name, split] = drawn
         if not drawn:
             other = TRAIN if split == HELD_OUT else HELD_OUT
-            problems.append(f"{key} {count}: domains.{name}: no {split} examples; {other} has {domain.supply(other)}")
+            problems.append(f"{key} {count}: domains.{name}: no {split} examples; {other} has {source.supply(other)}")
         elif len(drawn) < count:
             warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
     return found, problems

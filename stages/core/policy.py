@@ -19,10 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from experts.domain import Prompt
 from experts.errors import UserError
 from stages.config import LoraConfig
 from stages.core.architecture import Masks, logit_scale, unsupported
-from stages.core.chat import decode_completions, generation_stops, stop_ids
+from stages.core.chat import decode_completions, encode_demonstration, generation_stops, stop_ids
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.remote_code import options
@@ -45,6 +46,13 @@ _READ_WITH = {
     "trust_remote_code",
     "use_safetensors",
 }
+_USER = {"role": "user", "content": "What is 2 + 2?"}
+# Chats by which two tokenizers are compared.
+CHATS: tuple[Prompt, ...] = (
+    "What is 2 + 2?",
+    [{"role": "system", "content": "Be brief."}, _USER],
+    [_USER, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3 + 3?"}],
+)
 
 
 @dataclass
@@ -280,15 +288,29 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
 
 
 def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """Say in what two tokenizers differ, for one must be able to score the other's tokens; None when in nothing."""
+    """In what two tokenizers differ, one of which must be able to score the other's tokens; None when in nothing.
+
+    Compared are the vocabulary and the tokens of a few chats with their ends. A comment in a template, or another pad
+    token, makes no difference.
+    """
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if mine != other:
         odd = sorted(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[:3]
         return f"vocabularies of {len(mine)} and {len(other)} tokens, for example {odd}"
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "all_special_ids", "chat_template"):
-        if getattr(ours, name) != getattr(theirs, name):
-            return f"{name} {getattr(ours, name)!r:.80} and {getattr(theirs, name)!r:.80}"
+    for chat in CHATS:
+        if (mine_ids := _read(ours, chat)) != (other_ids := _read(theirs, chat)):
+            kind = "chat_template" if ours.chat_template != theirs.chat_template else "tokens"
+            texts = (repr(ours.decode(ids)) if ids else "a refusal" for ids in (mine_ids, other_ids))
+            return f"{kind}: the same chat becomes {' and '.join(texts)}"
     return None
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> list[int] | None:
+    """A chat and an answer as tokens; None where the template refuses it."""
+    try:
+        return [token for part in encode_demonstration(tokenizer, chat, "the answer") for token in part]
+    except UserError:
+        return None
 
 
 def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:

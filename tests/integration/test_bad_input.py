@@ -115,7 +115,11 @@ def test_every_domain_needs_exactly_one_teacher(desk: Desk) -> None:
     ("text", "options", "message"),
     [
         ("", {}, "rows.jsonl"),
-        ('{"q": "1", "a": "2"}\n{"q": "3", "a": "4"}\n', {}, "evaluate.shift.examples 8: domains.rows: no held_out examples; train has 2"),
+        (
+            '{"q": "1", "a": "2"}\n{"q": "3", "a": "4"}\n',
+            {},
+            "evaluate.shift.examples 8: domains.rows: no held_out examples; train has 2",
+        ),
         ('{"q": "1", "a": "2"}\n', {"answer_field": "anser"}, "anser"),
     ],
 )

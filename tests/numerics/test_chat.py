@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experts.errors import UserError
 from stages.core.chat import controls, decode_completions, encode_demonstration, encode_prompt, stop_ids
+from stages.core.policy import tokenizer_difference
 from stages.core.rendering import Rendering, rendering, template_arguments
 from stages.core.tiny import character_tokenizer
 from tests.chats import CHATML, CHATS, CORPUS, FAMILIES, make_tokenizer
@@ -148,3 +149,23 @@ def test_the_date_of_a_template_is_the_runs():
         assert "Today Date: 03 Feb 2025" in tokenizer.decode(encode_demonstration(tokenizer, "x", "y")[0])
     with rendering(Rendering({"date_string": "26 Jul 2024"}, "2025-02-03")):
         assert "Today Date: 26 Jul 2024" in tokenizer.decode(encode_prompt(tokenizer, "x"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_teacher_is_compared_by_what_it_reads(name):
+    ours, theirs = make_tokenizer(name), make_tokenizer(name)
+    theirs.pad_token_id = 0
+    if ours.chat_template is not None:
+        theirs.chat_template = "{# Written by somebody else. #}" + theirs.chat_template
+    assert tokenizer_difference(ours, theirs) is None
+    theirs.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    assert str(tokenizer_difference(ours, theirs)).startswith("chat_template: the same chat becomes")
+    theirs.chat_template = ours.chat_template
+    theirs.add_tokens(["<another>"])
+    assert str(tokenizer_difference(ours, theirs)).startswith("vocabularies of")
+
+
+def test_a_teacher_that_ends_its_answers_otherwise_is_refused():
+    ours, theirs = make_tokenizer("base"), make_tokenizer("base")
+    theirs.eos_token = "<|startoftext|>"
+    assert str(tokenizer_difference(ours, theirs)).startswith("tokens: the same chat becomes")
