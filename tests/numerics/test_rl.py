@@ -4,6 +4,7 @@ import torch
 
 import stages.rl
 from experts.domain import Domain
+from experts.untrusted import Losses, VerifierLostError
 from stages.core.journal import read
 from stages.on_policy.config import RLConfig
 
@@ -64,3 +65,32 @@ def test_the_penalty_alone_moves_nothing_from_the_start(checkpoint, domains, wor
 def test_the_default_has_no_place_in_the_key():
     assert "reference_kl" not in RLConfig().key_fields()
     assert RLConfig(reference_kl=0.01).key_fields()["reference_kl"] == 0.01
+
+
+class Lossy(FirstLetter):
+    """Loses its verifier at one completion of each call."""
+
+    def __init__(self, domain: Domain) -> None:
+        super().__init__(domain)
+        self.losses = Losses("sort")
+
+    def score_all(self, pairs):
+        self.losses.add(VerifierLostError("no answer within 5 s"))
+        return super().score_all(pairs)
+
+    def facts(self):
+        return self.losses.facts()
+
+    def news(self):
+        return self.losses.news()
+
+
+def test_a_lost_verifier_is_an_alarm_of_its_step(checkpoint, domains, workspace):
+    place = workspace("expert", {"start": checkpoint("start", 0)}, {"sort": Lossy(domains["sort"])})
+    stages.rl.train(settings().model_copy(update={"max_steps": 2}), place)
+    notes = [record for record in read(place.folder / "journal.jsonl") if record["kind"] == "note"]
+    alarms = [note for note in notes if note["text"].startswith("alarm: ")]
+    assert [(note["step"], note["text"].partition(" scored 0")[0]) for note in alarms] == [
+        (step, "alarm: domains.sort: 1 completion(s)") for step in (1, 2)
+    ]
+    assert [step["rl/verifier_lost/sort"] for step in journal(place)] == [1.0, 2.0]
