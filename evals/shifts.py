@@ -47,8 +47,8 @@ class Move:
 
 
 def domains_of(results: "Results", name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the domains measured, a checkpoint's own, those it was trained in, and the others."""
-    measured = {domain for _, _, domain in results.shift if domain}
+    """Of the domains a checkpoint was measured on, its own, those it was trained in, and the others."""
+    measured = {domain for checkpoint, _, domain in results.shift if domain and checkpoint == name}
     expert = results.experts.get(name)
     own = results.expert_domains if expert is None else (expert.domain,)
     domains = [domain for domain in results.domains if domain in measured]

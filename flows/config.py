@@ -195,6 +195,11 @@ class EvaluateConfig(EvaluationConfig):
     """What is measured on every checkpoint."""
 
     domains: Literal["all"] | list[str] = Field("all", description="Domains scored.")
+    expert_panel: Literal["all"] | list[str] | None = Field(
+        None,
+        description="Domains on which every expert is scored beside its own and those it teaches: all, or a list; "
+        "when absent all with up to 8 experts, and with more at most 4 that no expert trains.",
+    )
     shift: ShiftConfig | None = Field(
         default_factory=ShiftConfig, description="How far trained checkpoints moved from the start; null measures none."
     )

@@ -17,7 +17,8 @@ from flows.champion_start import champion_facts, names_champion, pinned_champion
 from flows.config import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.harness import harness_tasks
 from flows.lock import lock_path, read_json
-from flows.rounds import round_prefix
+from flows.panel import scored_domains
+from flows.rounds import round_prefix, without_round
 from flows.shifts import COSINES, SHIFT, shift_nodes, shift_request
 from flows.templates import DATE, Templates
 from flows.variants import variant_run
@@ -136,6 +137,7 @@ class _Builder:
         self.teachers = config.teachers()
         self.harness = harness_tasks(config)
         self.variants = {n: variant_run(config, n) for n in (config.merge.variants if config.merge else ())}
+        self.scored = scored_domains(config, (config, *self.variants.values()))
 
     def build(self) -> StageGraph:
         for seed in self.config.seeds:
@@ -174,8 +176,8 @@ class _Builder:
         for checkpoint in checkpoints:
             self._add_evaluations(checkpoint, seed)
         if request := shift_request(config.evaluate):
-            domains = config.domain_names(config.evaluate.domains)
-            for node in shift_nodes(request, self.nodes, checkpoints, start, round_start, domains, seed):
+            domains = {checkpoint: self._scored(checkpoint) for checkpoint in checkpoints}
+            for node in shift_nodes(request, self.nodes, domains, start, round_start, seed):
                 self._add(**node)
 
     def _experts(self, prefix: str, made: Mapping[str, str], start: str, seed: int) -> dict[str, str]:
@@ -357,7 +359,7 @@ class _Builder:
         own = EvaluationConfig.model_validate({f: getattr(evaluate, f) for f in EvaluationConfig.model_fields})
         name = self.nodes[checkpoint].name
         suffix = "" if checkpoint == name else f"@{seed}"
-        for domain in self.config.domain_names(evaluate.domains):
+        for domain in self._scored(checkpoint):
             for split in self.domains[domain].splits:
                 if split in (HELD_OUT, OUT_OF_DISTRIBUTION):
                     node_name = f"eval/{name}/{domain}/{split}"
@@ -368,6 +370,11 @@ class _Builder:
         for task, facts in self.harness:
             node_name, parents = f"eval/{name}/{task.domain}/{task.split}", {"checkpoint": checkpoint}
             self._add(f"{node_name}{suffix}", node_name, "harness", 0, task.model_dump(mode="json"), facts, parents, [])
+
+    def _scored(self, checkpoint: str) -> list[str]:
+        """The domains a checkpoint is scored on: all, but of experts where there are many."""
+        role, _, expert = without_round(self.nodes[checkpoint].name).partition("/")
+        return self.scored[expert] if role == "experts" else self.config.domain_names(self.config.evaluate.domains)
 
     def _check_adapter(self, name: str, config: TrainConfig, parents: Mapping[str, str]) -> None:
         """An adapter goes on training from its start, so both must have one shape."""

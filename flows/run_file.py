@@ -204,6 +204,10 @@ class _Names:
             ("evaluate.domains", config.evaluate.domains),
         ):
             self.check(key, config.domain_names(choice), self.domains, "domain")
+        panel, scored = config.evaluate.expert_panel, config.domain_names(config.evaluate.domains)
+        self.check(
+            "evaluate.expert_panel", [] if panel in (None, "all") else panel, scored, "domain of evaluate.domains"
+        )
 
     def expert_entries(self) -> None:
         """Each expert's domain and start."""

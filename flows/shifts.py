@@ -40,10 +40,9 @@ def shift_request(evaluate: EvaluateConfig) -> ShiftRequest | None:
 def shift_nodes(
     request: ShiftRequest,
     nodes: Mapping[str, "Node"],
-    made: list[str],
+    made: Mapping[str, list[str]],
     start: str,
     expert_start: str,
-    domains: list[str],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
     """The nodes of one seed, as arguments of the plan's own addition of a node.
@@ -51,11 +50,10 @@ def shift_nodes(
     Args:
         request: How it is measured.
         nodes: The graph so far, by id.
-        made: Ids of the seed's checkpoints.
+        made: Ids of the seed's checkpoints, with the domains each is measured on.
         start: Id of the run's start.
         expert_start: Id of what the experts start from, for their task vectors: the start, or the student of the round
             before.
-        domains: Domains measured.
         seed: Of the run.
     """
     trained = [nodes[i] for i in made if _descends(nodes, i, start) and i != start and nodes[i].name != BASE]
@@ -70,7 +68,7 @@ def shift_nodes(
             "config": full,
             "facts": {"config": request.key_fields()},
             "parents": {"start": start, "checkpoint": node.id},
-            "domains": domains,
+            "domains": made[node.id],
         }
     experts = [
         node for node in trained if node.name.startswith("experts/") and node.parents.get("start") == expert_start

@@ -205,3 +205,12 @@ def test_the_parent_run_gets_the_same_values() -> None:
     assert found["shift/student/changed_bfloat16"] == 0.125
     assert found["shift/cosine/a/b"] == pytest.approx(0.15)
     assert "shift/student/length" not in found
+
+
+def test_a_checkpoint_that_was_measured_on_fewer_domains_has_the_mean_of_those():
+    whole = moved()
+    shift = {key: values for key, values in whole.shift.items() if key[0] != "experts/a" or key[2] != "b"}
+    fewer = dataclasses.replace(whole, shift=shift)
+    expert, other = (next(row for row in shift_grid(found).rows if row[0] == "a") for found in (fewer, whole))
+    assert expert[1] == other[1]
+    assert expert[2] != "–"
