@@ -208,6 +208,8 @@ def _describe(name: str, schema: type[Options], error: ValidationError) -> str:
         location: Sequence[Any] = problem["loc"]
         key = ".".join(str(part) for part in location)
         hint = nearest(key, schema.model_fields) if problem["type"] == "extra_forbidden" else ""
-        message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        message = (
+            "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+        )
         lines.append(f"domains.{name}.options.{key}: {message}{hint}")
     return "\n".join(lines)

@@ -4,15 +4,16 @@ What kinds of domains share that differ in how a completion is scored. A file is
 its rows are read, and unknown fields found, by the first draw. Text stays as it is written (`experts.files`).
 """
 
+import itertools
 import logging
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -56,6 +57,11 @@ class RowOptions(DomainOptions):
     messages_field: str | None = Field(
         None, description="Field with a whole chat: its last assistant message is the gold answer, the rest the prompt."
     )
+    assistant_turns: Literal["last", "all"] = Field(
+        "last",
+        description="Of a whole chat: its last answer is the example, or each is one, with what stands before it as "
+        "the prompt. All of a chat are trained on or held out together.",
+    )
     prompt_template: str | None = Field(
         None, validate_default=True, description="Prompt made of fields, e.g. `Question: {question}`."
     )
@@ -86,6 +92,13 @@ class RowOptions(DomainOptions):
             raise ValueError("give either prompt_field or prompt_template, or messages_field alone")
         if value is not None and not template_fields(value):
             raise ValueError(f"'{value:.60}' names no field in braces")
+        return value
+
+    @field_validator("assistant_turns")
+    @classmethod
+    def _turns_are_of_chats(cls, value: str, info: ValidationInfo) -> str:
+        if value == "all" and info.data.get("messages_field") is None:
+            raise ValueError("'all' goes with messages_field, the field with the whole chats")
         return value
 
     @field_validator("answer_field")
@@ -139,13 +152,34 @@ class RowDomain(Domain):
         elif options.held_out_split is not None:
             held_out = self._read(self._train_source, options.held_out_split)
         if held_out is None:
-            held_out = {source: e for source, e in train.items() if not in_train(source, options.held_out_share)}
+            held_out = {source: e for source, e in train.items() if not in_train(self._unit(e), options.held_out_share)}
         elif shared := train.keys() & held_out.keys():
             self._log(f"{len(shared)} prompts to train on are held-out ones too, and are left out of training")
-        trained = [example for source, example in train.items() if source not in held_out]
+        apart = {self._unit(example) for example in held_out.values()}
+        trained = [example for example in train.values() if self._unit(example) not in apart]
         if self._unused:
             self._log(f"keys of messages that are not used, with their number: {dict(self._unused)}")
         return self._in_context(trained, list(held_out.values()))
+
+    def _unit(self, example: Example) -> str:
+        """What is trained on or held out as a whole: a prompt, or the opening of a chat whose answers are examples."""
+        if self.source.assistant_turns == "last" or isinstance(example.prompt, str):
+            return example.source
+        return stable_hash(list(itertools.takewhile(lambda message: message["role"] != "assistant", example.prompt)))
+
+    def _turns(self, row: Row) -> Iterator[Row]:
+        """A row for each example that is to be made of this one."""
+        field = self.source.messages_field
+        messages = look_up(row, field) if field and self.source.assistant_turns == "all" else None
+        ends = [
+            at
+            for at, message in enumerate(messages if isinstance(messages, list) else [], 1)
+            if isinstance(message, Mapping) and message.get("role") == "assistant"
+        ]
+        if field is None or not ends:
+            yield row
+        for end in ends:
+            yield {**row, field: messages[:end]}
 
     def _in_context(self, train: list[Example], held_out: list[Example]) -> dict[str, list[Example]]:
         """Put the system prompt and the solved examples before every prompt."""
@@ -174,9 +208,9 @@ class RowDomain(Domain):
         examples: dict[str, Example] = {}
         problems: list[str] = []
         repeated = other = 0
-        for place, row in rows:
+        for place, part in ((place, part) for place, row in rows for part in self._turns(row)):
             try:
-                example = self._example(row, f"domains.{self.name}: {place}")
+                example = self._example(part, f"domains.{self.name}: {place}")
             except UserError as error:
                 problems.append(str(error))
                 continue
@@ -221,6 +255,8 @@ class RowDomain(Domain):
         """The options with the data in place of its path: local content, or a Hub id with its revision."""
         options = self.source.model_dump(mode="json")
         held_out = self._held_out_source
+        if options["assistant_turns"] == "last":
+            del options["assistant_turns"]
         return options | {
             "rows_version": ROWS_VERSION,
             "path": self._train_source.digest(),

@@ -46,7 +46,7 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["merge.baselines", name, *map(str, first["loc"])])
-        raise UserError(f"{key}: {first['msg']}") from None
+        raise UserError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _check_weights(config: RunConfig, name: str, own: WeightMergeConfig) -> None:

@@ -7,6 +7,7 @@ import gzip
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -317,6 +318,41 @@ def test_a_chat_s_last_message_is_its_answer_and_all_turns_stay(tmp_path):
 def test_chats_that_cannot_be_used_are_refused_by_row_and_message(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         chats(tmp_path, row).draw(TRAIN, 1, seed=0)
+
+
+def test_every_answer_of_a_chat_is_an_example_where_that_is_asked_for(tmp_path):
+    row = [{"role": "system", "content": "Be brief."}, *turns("Hi", "Hello", "2+2?", "4", "Thanks")]
+    domain = chats(tmp_path, row, assistant_turns="all")
+    examples = domain.draw(TRAIN, 2, seed=0)
+    assert sorted((len(e.prompt), e.answer) for e in examples) == [(2, "Hello"), (4, "4")]
+    assert all(e.prompt == row[: len(e.prompt)] for e in examples)
+    with pytest.raises(UserError, match="2 with distinct prompts"):
+        domain.draw(TRAIN, 3, seed=0)
+    default, asked = chats(tmp_path, row), chats(tmp_path, row, assistant_turns="last")
+    assert default.fingerprint() == asked.fingerprint() != domain.fingerprint()
+
+
+def test_the_answers_of_a_chat_are_trained_on_or_held_out_together(tmp_path):
+    rows = [turns(f"Hi {n}", "Hello", f"{n}+1?", str(n + 1), "More?", "No") for n in range(40)]
+    domain = chats(tmp_path, *rows, assistant_turns="all", held_out_share=0.3)
+    opened = {
+        split: [example.prompt[0]["content"] for example in domain.draw(split, domain.supply(split), seed=0)]
+        for split in (TRAIN, HELD_OUT)
+    }
+    assert not set(opened[TRAIN]) & set(opened[HELD_OUT])
+    assert len(opened[TRAIN]) + len(opened[HELD_OUT]) == 3 * len(rows)
+    assert set(Counter(opened[TRAIN] + opened[HELD_OUT]).values()) == {3}
+    # A file of its own for the held-out chats keeps their openings out of training, too.
+    apart = write(tmp_path / "apart.jsonl", [{"messages": turns("Hi 7", "Hello", "And 8+1?", "9")}])
+    beside = chats(tmp_path, *rows, assistant_turns="all", held_out_path=apart)
+    assert "Hi 7" not in {e.prompt[0]["content"] for e in beside.draw(TRAIN, beside.supply(TRAIN), seed=0)}
+    assert beside.supply(TRAIN) == 3 * (len(rows) - 1)
+
+
+def test_answers_of_a_chat_need_a_chat(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"question": "1", "answer": "1"}])
+    with pytest.raises(UserError, match="assistant_turns: 'all' goes with messages_field"):
+        hub(path, assistant_turns="all")
 
 
 def test_keys_of_messages_that_are_not_used_are_counted(tmp_path, caplog):
