@@ -171,12 +171,15 @@ class RowDomain(Domain):
         """A row for each example that is to be made of this one."""
         field = self.source.messages_field
         messages = look_up(row, field) if field and self.source.assistant_turns == "all" else None
+        if field is None or not isinstance(messages, list):
+            yield row
+            return
         ends = [
             at
-            for at, message in enumerate(messages if isinstance(messages, list) else [], 1)
+            for at, message in enumerate(messages, 1)
             if isinstance(message, Mapping) and message.get("role") == "assistant"
         ]
-        if field is None or not ends:
+        if not ends:
             yield row
         for end in ends:
             yield {**row, field: messages[:end]}
