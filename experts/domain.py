@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +209,10 @@ def _describe(name: str, schema: type[Options], error: ValidationError) -> str:
         location: Sequence[Any] = problem["loc"]
         key = ".".join(str(part) for part in location)
         hint = nearest(key, schema.model_fields) if problem["type"] == "extra_forbidden" else ""
+        if problem["type"] == "literal_error":
+            close = nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+            # Where none is close, the message lists them all already.
+            hint = close if "did you mean" in close else ""
         message = (
             "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         )

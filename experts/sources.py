@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,12 @@ def placed(path: str, folder: Path) -> str:
     """A path as it stands in a run file, from that file's folder on; a Hub id stays as it is."""
     place = folder / Path(path).expanduser()
     return os.path.abspath(place) if place.exists() or _is_local(path) else path
+
+
+def located(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A domain's options as they stand in a run file, with the files they name found from that file's folder on."""
+    named = {key: options[key] for key in PATH_OPTIONS if isinstance(options.get(key), str)}
+    return {**options, **{key: placed(value, folder) for key, value in named.items()}}
 
 
 def _is_local(path: str) -> bool:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from experts.errors import UserError
-from flows import cli_checkpoints, cli_experts, cli_schedule, commands
+from flows import cli_checkpoints, cli_experts, cli_init, cli_schedule, commands
 from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
 from flows.signals import interrupt_once
 from stages.core.checkpoint import Store
@@ -222,6 +222,7 @@ def doctor(
     raise typer.Exit(0 if healthy else 1)
 
 
+cli_init.add_to(app)
 cli_experts.add_to(app)
 cli_checkpoints.add_to(app)
 cli_schedule.add_to(app)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from experts.domain import KINDS, OWN_SUFFIX
 from experts.errors import UserError, nearest
-from experts.sources import PATH_OPTIONS, placed
+from experts.sources import located
 from flows.addresses import password_problems
 from flows.config import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.hypotheses import hypothesis_problems
@@ -77,8 +77,7 @@ def _place_files(raw: dict[str, Any], path: Path) -> None:
         if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
             entry["kind"] = str((path.parent / kind).resolve())
         elif isinstance(options, dict):
-            named = {key: options[key] for key in PATH_OPTIONS if isinstance(options.get(key), str)}
-            options |= {key: placed(value, path.parent) for key, value in named.items()}
+            entry["options"] = located(options, path.parent)
 
 
 def schema_keys(
