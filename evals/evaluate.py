@@ -69,17 +69,17 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         raise UserError(f"domains.{request.domain}: no {request.split} examples")
     prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
     total = 1 + (config.samples > 0)
-    greedy = sample(policy, prompts, 1, Sampling(config.max_new_tokens, 0.0, 1.0, config.batch_size), 0)
+    greedy = sample(policy, prompts, 1, Sampling(config.max_new_tokens, 0.0, 1.0, config.batch_size, config.stop), 0)
     journal.progress(1, total)
     drawn: list[list[Sample]] = [[] for _ in examples]
     if config.samples:
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.stop)
         seed = step_seed(workspace.seed, 0, f"evaluate {request.domain} {request.split}")
         drawn = sample(policy, prompts, config.samples, sampling, seed)
         journal.progress(2, total)
     trained_on = set(checkpoint.manifest.get("sources", {}).get(request.domain, []))
     texts = [
-        policy.texts(one.completion_ids for one in (best, *others))
+        policy.texts((one.completion_ids for one in (best, *others)), config.stop)
         for (best,), others in zip(greedy, drawn, strict=True)
     ]
     pairs = [(example, text) for example, own in zip(examples, texts, strict=True) for text in own]

@@ -5,7 +5,7 @@ weights do not depend on it. Under several processes each computes the same scor
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from evals.evaluate import EXAMPLES_SEED
 from experts.domain import HELD_OUT, Domain, Example
@@ -19,20 +19,23 @@ from stages.on_policy.sampler import Sampling, sample
 class Monitor:
     """Scores the student now and then; a stage calls it with the policy and the number of steps done."""
 
-    def __init__(self, domains: Mapping[str, Domain], config: MonitorConfig, max_new_tokens: int) -> None:
+    def __init__(
+        self, domains: Mapping[str, Domain], config: MonitorConfig, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> None:
         """Draws the examples; prompts are encoded at the first measurement.
 
         Args:
             domains: The domains practised.
             config: When and on how many examples.
             max_new_tokens: Longest completion.
+            stop: Texts that end one.
 
         Raises:
             UserError: a domain cannot supply the examples, or has none.
         """
         self.domains = domains
         self.every = config.every
-        self.sampling = Sampling(max_new_tokens, temperature=0.0)
+        self.sampling = Sampling(max_new_tokens, temperature=0.0, stop=tuple(stop))
         self._examples: list[Example] = []
         for name in sorted(domains):
             drawn = domains[name].draw_up_to(config.examples, HELD_OUT, EXAMPLES_SEED)
@@ -57,7 +60,7 @@ class Monitor:
             self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self._examples]
         pairs: dict[str, list[tuple[Example, str]]] = {}
         groups = sample(policy, self._prompts, 1, self.sampling, 0)
-        completions = policy.texts(drawn.completion_ids for (drawn,) in groups)
+        completions = policy.texts((drawn.completion_ids for (drawn,) in groups), self.sampling.stop)
         for example, completion in zip(self._examples, completions, strict=True):
             pairs.setdefault(example.domain, []).append((example, completion))
         return {f"score/{name}": statistics.fmean(self.domains[name].score_all(rows)) for name, rows in pairs.items()}

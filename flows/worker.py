@@ -108,7 +108,7 @@ def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
         return None
     from evals.monitor import Monitor
 
-    return Monitor(workspace.domains, config.monitor, config.max_new_tokens)
+    return Monitor(workspace.domains, config.monitor, config.max_new_tokens, config.stop)
 
 
 def _evaluate(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:

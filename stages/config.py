@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
+StopList = tuple[Annotated[str, Field(min_length=1, max_length=100)], ...]
+STOP = "Texts that end a completion beside the model's own end, such as a few-shot prompt's next question; not scored."
 NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 
 
@@ -165,5 +167,6 @@ class EvaluationConfig(StrictModel):
     samples: int = Field(4, ge=0, description="Sampled completions of each example beside the greedy one.")
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
+    stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
     max_new_tokens: Positive = Field(64, description="Longest completion.")
     batch_size: Positive = Field(256, description="Sequences sampled together; decides which random numbers each gets.")

@@ -67,6 +67,21 @@ def tokens(groups: list[list[Sample]]) -> list[list[list[int]]]:
     return [[drawn.completion_ids for drawn in group] for group in groups]
 
 
+def cut_by_a_string(policy: Policy, greedy: list[list[Sample]], longest: int) -> tuple[Sampling, list[list[Sample]]]:
+    """Greedy sampling that ends at two characters of the first completion, and what it draws in the trainer's process;
+    at least that completion is cut."""
+    (text,) = policy.texts([greedy[0][0].completion_ids])
+    cut = Sampling(longest, 0.0, stop=(text[5:7], "never written"))
+    own = sample(policy, PROMPTS, 1, cut, 0)
+    assert own[0][0].finished
+    assert len(own[0][0].completion_ids) < len(greedy[0][0].completion_ids)
+    return cut, own
+
+
+def ends(groups: list[list[Sample]]) -> list[list[bool]]:
+    return [[drawn.finished for drawn in group] for group in groups]
+
+
 def make_moe(architecture: type[PreTrainedConfig], **experts: int) -> Policy:
     """A random mixture of four experts, of which a token takes two."""
     tokenizer = character_tokenizer()
@@ -151,7 +166,11 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
         engine.follow(policy, update)
         chosen = engine.sample(PROMPTS, 1, greedy, 0)
         drawn = engine.sample(PROMPTS, 4, warm, 1)
+        cut, own_cut = cut_by_a_string(policy, chosen, 16)
+        cut_here = engine.sample(PROMPTS, 1, cut, 0)
         facts = {
+            "cut": tokens(cut_here) == tokens(own_cut) and ends(cut_here) == ends(own_cut),
+            "cut_gap": gap(policy, cut_here, 0.0),
             "greedy": tokens(chosen) == tokens(sample(policy, PROMPTS, 1, greedy, 0)),
             "greedy_gap": gap(policy, chosen, 0.0),
             "gap": gap(policy, drawn, 0.7),

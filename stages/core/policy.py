@@ -27,6 +27,7 @@ from stages.core.chat import decode_completions, encode_demonstration, generatio
 from stages.core.checkpoint import Artifact, Store
 from stages.core.linear import use_onednn
 from stages.core.remote_code import options
+from stages.core.stop_strings import before_stop
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Tokens of the row on which a loaded model's logits are compared with ours.
@@ -98,9 +99,10 @@ class Policy:
         limit: int | None = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
         return limit
 
-    def texts(self, completions: Iterable[Sequence[int]]) -> list[str]:
-        """The text of completions, without the token that ends each and without control tokens."""
-        return decode_completions(self.tokenizer, completions, self.stop_ids)
+    def texts(self, completions: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> list[str]:
+        """The text of completions, without what ends each, a token or a string, and without control tokens."""
+        decoded = decode_completions(self.tokenizer, completions, self.stop_ids)
+        return [before_stop(text, stop) for text in decoded]
 
     @property
     def pad_id(self) -> int:

@@ -4,7 +4,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.config import NEUTRAL_DEFAULT, NOT_IN_KEY, OptimizerConfig, Positive, Share, StrictModel, TrainConfig
+from stages.config import (
+    NEUTRAL_DEFAULT,
+    NOT_IN_KEY,
+    STOP,
+    OptimizerConfig,
+    Positive,
+    Share,
+    StopList,
+    StrictModel,
+    TrainConfig,
+)
 
 # vLLM draws below this as at this.
 LEAST_VLLM_TEMPERATURE = 0.01
@@ -136,6 +146,7 @@ class OnPolicyConfig(TrainConfig):
     max_new_tokens: Positive = Field(64, description="Longest completion; a longer one is cut and has no EOS.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus sampling threshold.")
+    stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
     updates_per_batch: Positive = Field(1, description="Optimizer updates made on each batch of rollouts.")
     sampler: SamplerConfig = Field(
         default_factory=SamplerConfig,

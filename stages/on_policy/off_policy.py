@@ -36,12 +36,12 @@ class TeacherWriter:
         policy, config = self.learner.policy, self.config
         examples = sorted(self.learner.shard(drawn), key=lambda example: example.domain)
         groups: list[list[Sample]] = []
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+        sampling = Sampling.of(config)
         for domain in sorted({example.domain for example in examples}):
             prompts = [encode_prompt(policy.tokenizer, e.prompt) for e in examples if e.domain == domain]
             seed = step_seed(self.learner.seed, step, f"teacher {domain} {self.learner.rank}")
             groups += self._answers(domain, prompts, sampling, seed)
-        return gather(policy, examples, groups, config.group_size, step, own=False)
+        return gather(policy, examples, groups, config.group_size, step, own=False, stop=config.stop)
 
     def _answers(self, domain: str, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[Sample]]:
         with self.pool.teaching(domain) as teacher:

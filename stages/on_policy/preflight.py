@@ -10,6 +10,7 @@ there is, the model's own forward of one unpadded row. A first loss that is off 
 disagreement is found elsewhere.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class SamplerCheck:
         config, policy = self.config, self.policy
         chosen = [example for drawn in self.examples.values() for example in drawn[:PROMPTS_A_DOMAIN]]
         prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in chosen]
-        sampling = Sampling(min(config.max_new_tokens, LONGEST), config.temperature, config.top_p)
+        sampling = dataclasses.replace(Sampling.of(config), max_new_tokens=min(config.max_new_tokens, LONGEST))
         samples = [group[0] for group in self.sampler.sample(prompts, 1, sampling, 0)]
         gaps = [0.0]
         for example, drawn in zip(chosen, samples, strict=True):

@@ -198,7 +198,7 @@ class RemoteSampler:
                 prompt,
                 drawn.token_ids,
                 told_logprobs(drawn.logprobs, "a vLLM server"),
-                finished=drawn.token_ids[-1] in self.ends.stop_ids,
+                finished=drawn.stopped or drawn.token_ids[-1] in self.ends.stop_ids,
                 version=self.version,
             )
             for drawn in answer

@@ -136,13 +136,13 @@ def roll_out(
     """Let the student answer each prompt of this process's share `group_size` times."""
     asked = request(learner, drawn, config, step)
     groups = sampler.sample(asked.prompts, asked.group_size, asked.sampling, asked.seed)
-    return gather(learner.policy, learner.shard(drawn), groups, config.group_size, step, own=True)
+    return gather(learner.policy, learner.shard(drawn), groups, config.group_size, step, own=True, stop=config.stop)
 
 
 def request(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig, step: int) -> Request:
     """What this process asks its sampler for in a step."""
     prompts = [encode_prompt(learner.policy.tokenizer, example.prompt) for example in learner.shard(drawn)]
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    sampling = Sampling.of(config)
     return Request(prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}"))
 
 
@@ -153,14 +153,25 @@ def gather(
     group_size: int,
     step: int,
     own: bool,
+    stop: Sequence[str] = (),
 ) -> Rollout:
-    """Lay the samples of each example's prompt out as rows; `own` says whether the student drew them."""
+    """Lay the samples of each example's prompt out as rows.
+
+    Args:
+        policy: Whose tokens they are.
+        examples: One for each group.
+        groups: The samples of each example's prompt.
+        group_size: Of each group.
+        step: The step they are for.
+        own: Whether the student drew them.
+        stop: Texts before which a completion's text ends.
+    """
     samples = [row for group in groups for row in group]
     return Rollout(
         step=step,
         examples=[example for example in examples for _ in range(group_size)],
         samples=samples,
-        completions=policy.texts(sample.completion_ids for sample in samples),
+        completions=policy.texts((sample.completion_ids for sample in samples), stop),
         own=[own] * len(samples),
         group_size=group_size,
     )

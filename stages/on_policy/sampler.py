@@ -20,7 +20,9 @@ from experts.errors import UserError
 from stages.core.architecture import Masks, context
 from stages.core.linear import product
 from stages.core.policy import Policy, causal_lm, scaled
+from stages.core.stop_strings import StopStrings
 from stages.on_policy.cache import prefill
+from stages.on_policy.config import OnPolicyConfig
 
 # Rows are dropped in batches, for dropping copies the cache.
 DROP_SHARE = 0.2
@@ -35,12 +37,19 @@ class Sampling:
         temperature: Divides the logits; 0 is greedy.
         top_p: Only the likeliest tokens whose probabilities reach this sum can be drawn.
         max_rows: Completions sampled together; more prompts are taken in several batches.
+        stop: Texts that end a completion, beside the tokens that do; the token that completes one is its last.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     max_rows: int = 512
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: OnPolicyConfig) -> "Sampling":
+        """How an on-policy stage draws."""
+        return cls(config.max_new_tokens, config.temperature, config.top_p, stop=config.stop)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Sample:
 
     Attributes:
         prompt_ids: The prompt.
-        completion_ids: The completion; its last token is one that ends completions when it ended by itself.
+        completion_ids: The completion; when it ended by itself, its last token ends completions or a stop string.
         logprobs_N: Log-probability of each completion token under the sampling policy at its temperature. Top-p, and
             what is no token, only bar tokens from being drawn: with them in the numbers, an importance ratio would fall
             below 1 where sampler and trainer are one policy.
@@ -228,6 +237,7 @@ class _Batch:
         self.lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.stops_S = torch.tensor(policy.stop_ids, device=device)
+        self.stop = StopStrings(policy.tokenizer, sampling.stop) if sampling.stop else None
         self.barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=device) if policy.barred_ids else None
 
     def run(self) -> list[Sample]:
@@ -247,6 +257,9 @@ class _Batch:
             self.tokens[alive_B, step] = tokens_B
             self.logprobs[alive_B, step] = logprobs_B
             ended_B = running_B & torch.isin(tokens_B, self.stops_S)
+            if self.stop is not None:
+                tails = self.tokens[alive_B, max(0, step + 1 - self.stop.window) : step + 1].tolist()
+                ended_B |= running_B & torch.tensor(self.stop.ended(tails), device=tokens_B.device)
             if bool(ended_B.any()):
                 self.lengths[alive_B[ended_B]] = step + 1
                 self.finished[alive_B[ended_B]] = True

@@ -205,7 +205,8 @@ class VllmEngine:
                 seed=prompt_seed(seed, index),
                 logprobs=0,
                 flat_logprobs=True,
-                detokenize=False,
+                stop=list(sampling.stop),
+                detokenize=bool(sampling.stop),
             )
             for index in range(len(prompts))
         ]
@@ -221,7 +222,8 @@ class VllmEngine:
         ids = list(output.token_ids)
         # A token's own log-probability comes first, the likeliest's may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
-        ended = bool(ids) and ids[-1] in self.stop_ids
+        # vLLM tells a stop string as the reason, and of a stop token its id.
+        ended = bool(ids) and (ids[-1] in self.stop_ids or isinstance(output.stop_reason, str))
         return Sample(prompt, ids, told_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
 
     def news(self) -> list[str]:

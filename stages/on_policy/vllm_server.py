@@ -39,10 +39,17 @@ class ServerFailedError(ServerLostError):
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server drew: token ids, and the log-probability of each as its `--logprobs-mode` has it."""
+    """What a server drew.
+
+    Attributes:
+        token_ids: The tokens.
+        logprobs: The log-probability of each, as the server's `--logprobs-mode` has it.
+        stopped: Whether a stop string ended it.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,7 @@ class VllmServer:
             "seed": seed,
             "ignore_eos": True,
             "stop_token_ids": list(ends.stop_ids),
+            "stop": list(sampling.stop),
             "logit_bias": barring(ends.barred_ids),
             "logprobs": 0,
             "return_token_ids": True,
@@ -179,7 +187,12 @@ class VllmServer:
         }
         choices = _json(self._post(COMPLETIONS, body))["choices"]
         ordered = sorted(choices, key=lambda choice: int(choice["index"]))
-        return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
+        return [
+            Completion(
+                choice["token_ids"], choice["logprobs"]["token_logprobs"], isinstance(choice["stop_reason"], str)
+            )
+            for choice in ordered
+        ]
 
     def score(
         self, model: str, tokens: Sequence[int], start: int, top: int, *, probe: bool = False

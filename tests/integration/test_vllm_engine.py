@@ -43,6 +43,8 @@ def test_greedy_tokens_are_those_of_transformers(facts, kind):
     for seen in facts[kind]:
         assert seen["greedy"]
         assert seen["greedy_gap"] < TOLERANCE
+        assert seen["cut"]
+        assert seen["cut_gap"] < TOLERANCE
 
 
 @pytest.mark.vllm

@@ -34,7 +34,18 @@ from stages.on_policy.sampler import Sample, Sampling, sample
 from stages.on_policy.teachers import Routed, TeacherPool
 from stages.on_policy.vllm_settings import rows_at_a_time
 from tests.processes import eventually
-from tests.vllm_scenario import LONG, PROMPTS, SHAPE, gap, make_policy, move, random_checkpoint, tokens
+from tests.vllm_scenario import (
+    LONG,
+    PROMPTS,
+    SHAPE,
+    cut_by_a_string,
+    ends,
+    gap,
+    make_policy,
+    move,
+    random_checkpoint,
+    tokens,
+)
 
 TOLERANCE = 1e-4
 UPDATES = 3
@@ -143,6 +154,10 @@ def test_servers_follow_the_weights(served, lora):
         drawn = servers.sample(PROMPTS, 4, Sampling(16, 1.0), 1)
         assert tokens(greedy) == tokens(sample(policy, PROMPTS, 2, Sampling(16, 0.0), 0))
         assert gap(policy, greedy, 0.0) < TOLERANCE
+        cut, own_cut = cut_by_a_string(policy, greedy, 16)
+        cut_there = servers.sample(PROMPTS, 1, cut, 0)
+        assert (tokens(cut_there), ends(cut_there)) == (tokens(own_cut), ends(own_cut))
+        assert gap(policy, cut_there, 0.0) < TOLERANCE
         assert gap(policy, drawn, 1.0) < TOLERANCE
         # More to read in all than one forward pass takes.
         assert gap(policy, servers.sample(LONG, 8, Sampling(8), 2), 1.0) < TOLERANCE

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from evals.evaluate import EvaluationRequest, evaluate
 from evals.scores import read_scores
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
 from stages.config import EvaluationConfig
 from stages.core.journal import read
+from tests.chats import make_policy
 from tests.numerics.conftest import tiny_policy
 
 CONFIG = EvaluationConfig(examples=12, samples=3, max_new_tokens=10)
@@ -33,6 +35,33 @@ def test_rows_are_paired_and_scored_by_the_domain(store, workspace, checkpoint, 
         assert row["greedy"]["score"] == domains["sort"].score(examples[row["id"]], row["greedy"]["completion"])
         assert all(drawn["tokens"] <= 10 for drawn in row["samples"])
     assert first.rows != second.rows
+
+
+def test_what_follows_a_stop_string_is_not_scored(store, workspace, domains):
+    folder = store.staging("model")
+    make_policy("llama3").save(folder)
+    parent = workspace("model", {}, {}).commit(folder, sources={}, metrics={})
+
+    def rows(name: str, stop: tuple[str, ...]) -> list[dict]:
+        place = workspace(name, {"checkpoint": parent}, {"sort": domains["sort"]})
+        config = CONFIG.model_copy(update={"stop": stop})
+        (artifact,) = evaluate([EvaluationRequest(place, config, "sort", HELD_OUT)], parent, store)
+        return [json.loads(line)["greedy"] for line in (artifact.path / "scores.jsonl").read_text().splitlines()]
+
+    free = rows("free", ())
+    stop = max((row["completion"] for row in free), key=len)[1:2]
+    assert stop
+    for whole, part in zip(free, rows("cut", (stop,)), strict=True):
+        assert part["completion"] == whole["completion"].partition(stop)[0]
+        assert part["truncated"] == (whole["truncated"] and stop not in whole["completion"])
+    assert any(stop in row["completion"] for row in free)
+
+
+def test_stop_strings_are_part_of_the_key_where_there_are_some():
+    assert "stop" not in CONFIG.key_fields()
+    assert EvaluationConfig(stop=("Q:",)).key_fields()["stop"] == ["Q:"]
+    with pytest.raises(ValidationError, match=r"stop\.0"):
+        EvaluationConfig(stop=("",))
 
 
 @pytest.mark.parametrize("split", [HELD_OUT, OUT_OF_DISTRIBUTION])

@@ -1,5 +1,6 @@
 """What ends a completion: with every sampler and in every score the same tokens."""
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from experts.domain import Example, load_domain
-from stages.core.chat import encode_prompt
+from stages.core.chat import encode_prompt, encode_text
 from stages.core.policy import Policy, load_policy
 from stages.export import export_weights
 from stages.on_policy.rollout import gather, score
@@ -121,7 +122,7 @@ def test_vllm_is_asked_for_every_stop_and_never_for_what_is_no_token():
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked.append(json.loads(request.content))
-        choice = {"index": 0, "token_ids": [4, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
+        choice = {"index": 0, "token_ids": [4, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "stop_reason": 2}
         return httpx.Response(200, json={"choices": [choice]})
 
     server = VllmServer("http://127.0.0.1:9", 1.0)
@@ -131,3 +132,54 @@ def test_vllm_is_asked_for_every_stop_and_never_for_what_is_no_token():
     assert [body["stop_token_ids"] for body in asked] == [[0, 2], [0]]
     assert [body["logit_bias"] for body in asked] == [{"7": -100.0, "8": -100.0}, None]
     assert all(body["ignore_eos"] for body in asked)
+    assert asked[0]["stop"] == []
+    server.complete("m", [1, 3], 1, Sampling(8, stop=("Q:",)), 0, Ends((0,)))
+    assert asked[-1]["stop"] == ["Q:"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma"])
+@pytest.mark.parametrize(
+    ("text", "stop", "seen"),
+    [
+        ("42\nQuestion: 5", ("\nQuestion:",), "42"),
+        ("42 é Ende ü", ("Ende", "ü"), "42 é "),
+        ("été", ("é",), ""),
+        ("no stop", ("Question:",), "no stop"),
+    ],
+)
+def test_a_stop_string_ends_a_completion_and_is_not_scored(name, text, stop, seen):
+    policy = make_policy(name)
+    tokenizer = policy.tokenizer
+    prompt, ids = encode_prompt(tokenizer, "2 + 2 ="), encode_text(tokenizer, text)
+    written = tokenizer.decode(ids)
+    writes(policy, prompt, [*ids, policy.eos_id])
+    plain, cut = (
+        sample(policy, [prompt], 1, Sampling(64, temperature=0.0, stop=strings), 0)[0][0] for strings in ((), stop)
+    )
+    assert plain.completion_ids == [*ids, policy.eos_id]
+    assert cut.finished
+    # Up to the token that completes it, and no further.
+    assert cut.completion_ids == plain.completion_ids[: len(cut.completion_ids)]
+    rollout = gather(policy, [Example("2 + 2 =", "42", "sort", "x")], [[cut]], 1, 1, own=True, stop=stop)
+    assert rollout.completions == [seen]
+    found = [string for string in stop if string in written]
+    assert (len(cut.completion_ids) < len(plain.completion_ids)) == bool(found)
+    if found:
+        assert not any(string in tokenizer.decode(cut.completion_ids[:-1]) for string in stop)
+
+
+def test_rows_of_a_batch_end_each_at_its_own_stop_string():
+    policy = make_policy("llama3")
+    prompts = [encode_prompt(policy.tokenizer, f"{n} + 2 =") for n in range(6)]
+    free = sample(policy, prompts, 3, Sampling(24, temperature=0.0), 0)
+    texts = policy.texts(one.completion_ids for group in free for one in group)
+    stop = tuple(text[3:5] for text in texts[::3] if len(text) > 5)[:2]
+    assert stop
+    cut = sample(policy, prompts, 3, Sampling(24, temperature=0.0, stop=stop), 0)
+    for whole, part in zip(itertools.chain(*free), itertools.chain(*cut), strict=True):
+        assert part.completion_ids == whole.completion_ids[: len(part.completion_ids)]
+        text = policy.texts([whole.completion_ids])[0]
+        assert part.finished == (whole.finished or any(string in text for string in stop))
+    assert sum(len(one.completion_ids) for group in cut for one in group) < sum(
+        len(one.completion_ids) for group in free for one in group
+    )

@@ -1,0 +1,37 @@
+"""Texts that end a completion, beside the tokens that do: what a base model's few-shot prompt needs. Free of torch."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+# Tokens before a stop string that its decoding may depend on, such as one that a leading space is left out after.
+CONTEXT = 4
+
+
+class StopStrings:
+    """Finds the end of a completion while its tokens are drawn.
+
+    Args:
+        tokenizer: Decodes them.
+        strings: Each of them ends a completion; none empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        # A token stands for at least a byte, or for no text.
+        self.window = max((len(text.encode()) for text in self.strings), default=0) + CONTEXT
+
+    def ended(self, tails: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each row's last token completed a stop string.
+
+        Args:
+            tails: The last `window` tokens of each row, or all that it has.
+        """
+        texts = self.tokenizer.batch_decode([list(tail) for tail in tails], skip_special_tokens=True)
+        return [any(string in text for string in self.strings) for text in texts]
+
+
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """A completion's text up to the first stop string."""
+    ends = [at for string in strings if (at := text.find(string)) >= 0]
+    return text[: min(ends, default=len(text))]
