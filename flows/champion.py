@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from experts.domain import HELD_OUT
 from experts.errors import UserError, nearest
 from flows.config import BASELINES, STUDENT, VARIANTS
-from flows.lock import lock_path, read_json
+from flows.lock import lock_path
 from flows.plan import Node, StageGraph
+from flows.state_files import CHAMPION_FILE, read_json
 from stages.core.checkpoint import Store, write_whole
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from evals.results import Results
     from evals.scores import Scores
 
-CHAMPION_FILE = "champion.json"
 CANDIDATE_ALIAS, CHAMPION_ALIAS = "candidate", "champion"
 By = Literal["gate", "person"]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.markdown import code, plain
+from experts.errors import UserError
 from flows import lineage
 from flows.champion import Reign, first_of, judge_run, promote_by_gate, read_history
 from flows.costs import scoring_costs
 from flows.lock import lock_path
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
-from stages.core.journal import JOURNAL_FILE, read
+from stages.core.journal import JOURNAL_FILE, thinned_records
 
 if TYPE_CHECKING:
     from evals.gate import Verdict
@@ -68,7 +69,9 @@ class Outcome:
         return f"{render_markdown(self.results)}\n{verdict}\n\nReport: {code(str(self.report))}\n"
 
 
-def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = True) -> Outcome:
+def conclude(
+    graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = True, faults: list[str] | None = None
+) -> Outcome:
     """Compare the checkpoints of a run from the scores in the store, ask the gate, and write the report.
 
     Args:
@@ -76,6 +79,7 @@ def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = 
         store: Where its artifacts are.
         promote: Make the candidate champion where the gate lets it pass.
         rewrite: Write the report even where one stands already and nothing changed.
+        faults: Gets the messages of files that are damaged, and the report goes on without them; None raises.
 
     Raises:
         UserError: a score sheet is malformed.
@@ -84,11 +88,18 @@ def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = 
 
     results, run = collect(graph, store), graph.config.name
     verdict, candidate, changed = None, None, False
-    if graph.config.merge:
+    try:
+        history = read_history(store, run)
+    except UserError as error:
+        if faults is None:
+            raise
+        faults.append(f"{error}; until then the gate is not asked")
+        history = None
+    if graph.config.merge and history is not None:
         verdict = judge_run(graph, store, results)
         candidate = first_of(graph, verdict.candidate)
         changed = promote and promote_by_gate(graph, store, verdict)
-    champion = next(reversed(read_history(store, run)), None)
+    champion = next(reversed(read_history(store, run)), None) if history is not None else None
     if verdict and candidate and verdict.promoted and (champion is None or champion.student != candidate.key):
         verdict = dataclasses.replace(verdict, withheld="`mopd run` has yet to make it champion")
     path = lock_path(store.home, run).with_name(REPORT_FILE)
@@ -100,13 +111,9 @@ def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = 
 
 
 def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Metric records and notes of every training node whose journal is still there."""
-    curves = {}
-    for node in graph.checkpoints:
-        journal = store.home / "work" / node.key / JOURNAL_FILE
-        if journal.exists():
-            curves[node.id] = [record for record in read(journal) if record["kind"] in ("metrics", "note")]
-    return curves
+    """Metric records and notes, thinned, of every training node whose journal is still there."""
+    journals = {node.id: store.home / "work" / node.key / JOURNAL_FILE for node in graph.checkpoints}
+    return {node: thinned_records(journal) for node, journal in journals.items() if journal.is_file()}
 
 
 def _background(graph: StageGraph, store: Store, results: "Results") -> "Background":

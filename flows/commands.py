@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,8 +25,9 @@ from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
 from flows.run_file import load_run_file, schema_keys
 from flows.shifts import COSINES, SHIFT
 from flows.signals import interruptible
+from flows.state_files import read_json
 from stages.core.checkpoint import CorruptedArtifactError, Store
-from stages.core.journal import JOURNAL_FILE, read
+from stages.core.journal import JOURNAL_FILE, last_records
 
 if TYPE_CHECKING:
     from flows.closing import Outcome
@@ -54,13 +55,16 @@ class Asked:
     max_steps: int | None
     home: Path
 
-    def graph(self) -> StageGraph:
+    def graph(self, faults: list[str] | None = None) -> StageGraph:
         """The run's graph.
+
+        Args:
+            faults: Gets the message of a lock that is damaged; None raises.
 
         Raises:
             UserError: a mistake in the run file.
         """
-        return build_graph(load_run_file(self.file, list(self.overrides), self.max_steps), self.home)
+        return build_graph(load_run_file(self.file, list(self.overrides), self.max_steps), self.home, faults)
 
     @property
     def command(self) -> str:
@@ -319,19 +323,20 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
 
 def status(asked: Asked, *, as_json: bool = False) -> None:
     """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
-    graph, store = asked.graph(), Store(asked.home)
+    faults: list[str] = []
+    graph, store = asked.graph(faults), Store(asked.home, faults)
     found: list[dict[str, Any]] = []
-    for entry in node_status(graph, store):
+    for entry in node_status(graph, store, faults):
         node = entry.node
         if node.stage in EVALUATIONS:
             continue
         work = store.home / "work" / node.key
         step, total, word = _position(work / JOURNAL_FILE)
         state = "done" if entry.cached else "under way" if _is_locked(store, node.key) else "to run"
-        error = work / "error.json"
-        if not entry.cached and error.exists():
-            word = json.loads(error.read_text())["message"]
+        if not entry.cached:
+            word = _ended_by(work / "error.json", faults) or word
         found.append({"node": node.id, "status": state, "step": step, "total": total, "last_word": word})
+    _warn(faults)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
@@ -344,13 +349,22 @@ def status(asked: Asked, *, as_json: bool = False) -> None:
 
 def _position(journal: Path) -> tuple[int, int, str]:
     """The steps done, of how many, and the last note."""
-    step, total, word = 0, 0, ""
-    for record in read(journal) if journal.exists() else ():
-        if record["kind"] == "progress":
-            step, total = record["step"], record["total"]
-        elif record["kind"] == "note":
-            word = record["text"]
-    return step, total, word
+    last = last_records(journal, ("progress", "note"))
+    progress, note = last.get("progress", {}), last.get("note", {})
+    return progress.get("step", 0), progress.get("total", 0), note.get("text", "")
+
+
+def _ended_by(path: Path, faults: list[str]) -> str:
+    """What ended a node's last attempt; empty where nothing did."""
+    try:
+        return str(read_json(path).get("message", ""))
+    except UserError as error:
+        faults.append(str(error))
+        return ""
+
+
+def _warn(lines: Iterable[str]) -> None:
+    sys.stderr.write("".join(f"warning: {line}\n" for line in lines))
 
 
 def _is_locked(store: Store, key: str) -> bool:
@@ -369,8 +383,11 @@ def report(asked: Asked) -> None:
     """Compare what is finished, print it and write the report."""
     from flows.closing import conclude
 
-    graph, store = asked.graph(), Store(asked.home)
-    show_outcome(graph, conclude(graph, store, promote=False), asked.home, Console())
+    faults: list[str] = []
+    graph, store = asked.graph(faults), Store(asked.home, faults)
+    outcome = conclude(graph, store, promote=False, faults=faults)
+    _warn(faults)
+    show_outcome(graph, outcome, asked.home, Console())
 
 
 def show_schema(console: Console) -> None:

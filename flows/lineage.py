@@ -3,7 +3,6 @@
 Free of torch and mlflow, so `mopd lineage` answers at once and without any server.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from flows import cards
 from flows.config import CHAMPION, STUDENT
 from flows.lock import lock_path
 from flows.plan import EVALUATIONS
+from flows.state_files import read_json
 from stages.core.checkpoint import Artifact, Store
 from stages.core.mirror import MANIFEST
 
@@ -309,7 +309,7 @@ def _planned(home: Path) -> dict[str, dict[str, Any]]:
 
 
 def _lock_nodes(home: Path, run: str) -> dict[str, dict[str, Any]]:
-    nodes: dict[str, dict[str, Any]] = json.loads(lock_path(home, run).read_text())["nodes"]
+    nodes: dict[str, dict[str, Any]] = read_json(lock_path(home, run)).get("nodes", {})
     return nodes
 
 

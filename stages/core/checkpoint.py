@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from experts.documents import DocumentError, read_object
 from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.core.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
@@ -72,11 +73,24 @@ class Store:
 
     With a mirror (`MOPD_STORE`), what another machine made is found there and brought when it is needed, and what is
     made here is sent.
+
+    Args:
+        home: `$MOPD_HOME`.
+        faults: Gets the messages of artifacts with a damaged manifest, which `find` then counts as absent; None
+            raises.
+
+    Raises:
+        UserError: the home, or the store in it, is something else than a folder.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, faults: list[str] | None = None) -> None:
         self.home = home
         self.root = home / "store"
+        self._faults = faults
+        for place in (home, self.root):
+            if (place.exists() or place.is_symlink()) and not place.is_dir():
+                what = "leads to nothing" if place.is_symlink() else "is no folder"
+                raise UserError(f"{place}: {what}; move it away, or choose another --home")
         keep_private(home)
         self.root.mkdir(exist_ok=True)
         self.mirror = mirror_of_environment()
@@ -93,14 +107,29 @@ class Store:
         """
         path = self.root / key
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = self._manifest(key)
         except FileNotFoundError:
             return self._find_in_mirror(key)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CorruptedArtifactError(
-                f"{path / MANIFEST}: not readable as JSON ({error}); {_mend(key)}", key
-            ) from None
+        except CorruptedArtifactError as error:
+            if self._faults is None:
+                raise
+            if str(error) not in self._faults:
+                self._faults.append(str(error))
+            return None
         return Artifact(key=key, uri=str(path), digest=manifest["digest"], manifest=manifest)
+
+    def _manifest(self, key: str) -> dict[str, Any]:
+        path = self.root / key
+        if path.is_file():
+            raise CorruptedArtifactError(f"{path}: a file where the folder of an artifact belongs; {_mend(key)}", key)
+        try:
+            manifest = read_object(path / MANIFEST)
+        except DocumentError as error:
+            raise CorruptedArtifactError(f"{path / MANIFEST}: {error}; {_mend(key)}", key) from None
+        wanted: dict[str, type] = {"digest": str, "name": str, "files": dict}
+        if odd := next((name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)), None):
+            raise CorruptedArtifactError(f"{path / MANIFEST}: its '{odd}' is missing or damaged; {_mend(key)}", key)
+        return manifest
 
     def get(self, key: str) -> Artifact:
         """Return and verify the artifact of a key.
@@ -261,7 +290,7 @@ class Store:
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every whole artifact in the store and its mirror."""
-        here = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
+        here = {path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")}
         for key in sorted(here | (self.mirror.keys() if self.mirror else frozenset())):
             if (artifact := self.find(key)) is not None:
                 yield artifact
@@ -295,7 +324,13 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole."""
+    """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole.
+
+    Raises:
+        UserError: there is a folder of that name.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder where a file belongs; move it away")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
