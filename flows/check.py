@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.domain import HELD_OUT, TRAIN, Example, load_domain
+from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
 from experts.errors import UserError, first_line
 from flows.architectures import architecture_problems, checkpoint_key
 from flows.check_tokens import TokenCheck
@@ -119,6 +119,9 @@ def _draw(
         try:
             source = load_domain(name, entry.kind, entry.options)
             drawn = source.draw_up_to(count, split, seed)
+            if entry.kind.endswith(OWN_SUFFIX) and drawn and drawn[0].answer:
+                # A score that is none would be found by the first step of RL.
+                source.score(drawn[0], drawn[0].answer)
         except (UserError, ConnectionError) as error:
             problems.append(f"{key} {count}: {error}")
             continue

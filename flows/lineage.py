@@ -3,6 +3,7 @@
 Free of torch and mlflow, so `mopd lineage` answers at once and without any server.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from stages.core.mirror import MANIFEST
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+logger = logging.getLogger(__name__)
 # Of all a stage logs, what says how it went.
 TELLING = {"pretrain/loss", "sft/loss", "rl/reward", "distill/reverse_kl"}
 SHORT = 12
@@ -303,7 +305,12 @@ def _planned(home: Path) -> dict[str, dict[str, Any]]:
     """Every checkpoint that some run has planned, by key."""
     found = {}
     for path in (home / "runs").glob("*/lock.json"):
-        for node_id, facts in _lock_nodes(home, path.parent.name).items():
+        try:
+            nodes = _lock_nodes(home, path.parent.name)
+        except UserError as error:
+            logger.warning("%s", error)
+            continue
+        for node_id, facts in nodes.items():
             found[facts["key"]] = facts | {"name": node_id.partition("@")[0]}
     return found
 

@@ -17,6 +17,7 @@ from experts.errors import UserError
 from flows.state_files import LOCK_FILE, read_json
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Artifact, Store, write_whole
+from stages.core.private import require_folder
 from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
@@ -100,8 +101,9 @@ def read_lock(home: Path, run: str, faults: list[str] | None = None) -> dict[str
         faults: Gets the message of a lock that is damaged, and nothing is read of it; None raises.
 
     Raises:
-        UserError: it is damaged; names it and what mends it.
+        UserError: it is damaged; names it and what mends it. Or the home is no folder.
     """
+    require_folder(home)
     try:
         return read_json(lock_path(home, run))
     except UserError as error:

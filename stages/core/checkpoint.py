@@ -24,7 +24,7 @@ from experts.documents import DocumentError, read_object
 from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.core.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
-from stages.core.private import keep_private
+from stages.core.private import keep_private, require_folder
 
 FORMAT_VERSION = 1
 # Stages whose artifacts are small, and whose files the plan's readers read.
@@ -88,9 +88,7 @@ class Store:
         self.root = home / "store"
         self._faults = faults
         for place in (home, self.root):
-            if (place.exists() or place.is_symlink()) and not place.is_dir():
-                what = "leads to nothing" if place.is_symlink() else "is no folder"
-                raise UserError(f"{place}: {what}; move it away, or choose another --home")
+            require_folder(place)
         keep_private(home)
         self.root.mkdir(exist_ok=True)
         self.mirror = mirror_of_environment()

@@ -501,3 +501,296 @@ def test_the_same_checkpoint_unchanged_passes_and_a_model_card_makes_no_differen
     assert [entry["key"] for entry in json.loads(desk.call("plan", "--json").stdout)] == keys
     (given / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert [entry["key"] for entry in json.loads(desk.call("plan", "--json").stdout)] != keys
+
+
+OWN = """
+from experts.domain import Domain, Example, Options, stable_hash
+{imports}
+
+class Mine(Domain):
+    def __init__(self, name, options):
+        super().__init__(name)
+
+    def draw(self, split, count, seed):
+        {draw}
+
+    def score(self, example, completion):
+        {score}
+
+    def fingerprint(self):
+        {fingerprint}
+
+
+def load(name, options):
+    {load}
+"""
+DRAWS = "return [Example(f'{split} {n}', str(n), self.name, f'{split} {n}') for n in range(count)]"  # fmt: skip
+
+
+def own(**parts: str) -> str:
+    """A domain of one's own, with parts of it replaced."""
+    whole = {"imports": "", "draw": DRAWS, "score": "return float(completion == example.answer)"}
+    whole |= {"fingerprint": "return 'one'", "load": "return Mine(name, options)"}
+    return OWN.format(**whole | parts)
+
+
+OWN_FILES = {
+    "no Python": ("def load(:", ("SyntaxError",)),
+    "empty": ("", ("here is no Options and no load",)),
+    "no options of a kind": ("Options = 3\ndef load(name, options): pass", ("Options is no pydantic model",)),
+    "load gives nothing": (own(load="return None"), ("load gives None; it has to return a Domain",)),
+    "load raises": (own(load="raise KeyError('x')"), ("load: KeyError: 'x'",)),
+    "import ends the process": (own(imports="exit(0)"), ("import: SystemExit: 0",)),
+    "load ends the process": (own(load="exit(0)"), ("load: SystemExit: 0",)),
+    "load has no end": (own(load="return load(name, options)"), ("load: RecursionError",)),
+    "fingerprint raises": (own(fingerprint="return 1 / 0"), ("fingerprint: ZeroDivisionError",)),
+    "fingerprint is no text": (own(fingerprint="return None"), ("fingerprint gives no text but None",)),
+    "fingerprint ends the process": (own(fingerprint="exit(0)"), ("fingerprint: SystemExit: 0",)),
+    "draw gives nothing": (own(draw="return []"), ("draw gives 0 examples",)),
+    "draw gives one prompt": (
+        own(draw="return [Example('a', 'b', self.name, 'a')] * count"),
+        ("has the prompt of an earlier one",),
+    ),
+    "draw gives text": (own(draw="return ['a'] * count"), ("is no Example but str",)),
+    "draw gives an empty prompt": (own(draw="return [Example(' ', 'b', self.name, 'a')] * count"), ("prompt is empty",)),
+    "draw gives a megabyte": (
+        own(draw="return [Example('a' * 2**20, 'b', self.name, 'a')] * count"),
+        ("has 1,048,576 characters",),
+    ),
+    "draw ends the process": (own(draw="exit(0)"), ("draw: SystemExit: 0",)),
+    "score is no number": (own(score="return 'right'"), ("score gives right (str)",)),
+    "the gold answer is no text": (
+        own(draw="return [Example(f'{n} {split}', 7, self.name, f'{n} {split}') for n in range(count)]"),
+        ("answer is no text but 7",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OWN_FILES)
+def test_a_domain_of_ones_own_that_does_not_work_is_refused(desk: Desk, case: str) -> None:
+    text, names = OWN_FILES[case]
+    (desk.folder / "mine.py").write_text(text)
+    desk.write(RUN | {"domains": RUN["domains"] | {"general": {"kind": "mine.py"}}})
+    desk.refuses("plan", "--check", names=("general", "mine.py", *names))
+
+
+FIELDS = {"prompt_field": "q", "answer_field": "a"}
+GOOD = [{"q": f"{n} and {n}", "a": str(2 * n)} for n in range(40)]
+
+
+class Rows(NamedTuple):
+    """Rows of a `hub` domain, its options, and what its message names."""
+
+    rows: list[Any] | str
+    names: tuple[str, ...]
+    options: dict[str, Any] = FIELDS
+
+
+def with_row(row: object) -> list[Any]:
+    return [*GOOD, row]
+
+
+def template(text: str, *names: str) -> Rows:
+    return Rows(
+        GOOD, ("domains.general.options.prompt_template", *names), {"prompt_template": text, "answer_field": "a"}
+    )
+
+
+CHAT: dict[str, Any] = {"prompt_field": "q", "answer_field": "a"}
+HUB = {
+    "no rows": Rows("", ("rows.jsonl",)),
+    "no JSON": Rows("{", ("row 1 (line 1)", "is not valid JSON")),
+    "deep": Rows('{"q": ' * 100_000, ("nested too deeply",)),
+    "no objects": Rows("7\n8\n", ("is no JSON object",)),
+    "a field twice": Rows('{"q": "1", "q": "2", "a": "3"}\n', ("field 'q' stands twice",)),
+    "no such field": Rows(GOOD, ("did you mean 'a'",), {"prompt_field": "q", "answer_field": "aa"}),
+    "no prompt": Rows(with_row({"q": "", "a": "x"}), ("row 41", "'q' is empty")),
+    "no answer": Rows(with_row({"q": "x", "a": " "}), ("row 41", "'a' is empty")),
+    "a null answer": Rows(with_row({"q": "x", "a": None}), ("row 41", "'a' is missing or null")),
+    "no right answer": Rows(with_row({"q": "x", "a": []}), ("row 41", "'a' is an empty list")),
+    "an object": Rows(with_row({"q": "x", "a": {"b": 1}}), ("row 41", "'a' is an object")),
+    "a megabyte": Rows(with_row({"q": "x" * 2**20, "a": "x"}), ("row 41", "1,048,576 characters")),
+    "half a character": Rows('{"q": "\\ud800", "a": "1"}\n', ("half of a surrogate pair",)),
+    "another role": Rows(with_row({"q": [{"role": "usr", "content": "x"}], "a": "y"}), ("did you mean 'user'",), CHAT),
+    "a tool's call": Rows(
+        with_row({"q": [{"role": "user", "content": "x", "tool_calls": [1]}], "a": "y"}), ("'tool_calls'",), CHAT
+    ),
+    "an answered prompt": Rows(
+        with_row({"q": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}], "a": "y"}),
+        ("ends with its answer",),
+        CHAT,
+    ),
+    "no number": Rows(GOOD[:3] + [{"q": "x", "a": "many"}], ("no number or formula",), FIELDS | {"scorer": "numeric"}),
+    "too few": Rows(GOOD[:1], ("domains.general", "no held_out examples")),
+    "a conversion": template("{q!z}", "plain field names in braces only"),
+    "a width": template("{q:>1000000000}", "plain field names in braces only"),
+    "an attribute": template("{q.__class__.__mro__[1]}", "plain field names in braces only"),
+    "an open brace": template("{q", "expected '}'"),
+    "no field": template("always the same", "names no field in braces"),
+    "no expression": Rows(GOOD, ("no regular expression",), FIELDS | {"answer_pattern": "("}),
+    "two groups": Rows(GOOD, ("2 groups",), FIELDS | {"answer_pattern": "(a)(b)"}),
+    "a share": Rows(GOOD, ("held_out_share",), FIELDS | {"held_out_share": 1.5}),
+    "a folder without rows": Rows(GOOD, ("holds no file that ends in",), FIELDS | {"path": "empty"}),
+    "a device": Rows(GOOD, ("is neither a file nor a folder",), FIELDS | {"path": "/dev/zero"}),
+    "another ending": Rows(GOOD, ("is no file of rows",), FIELDS | {"path": "run.yaml"}),
+    "nothing": Rows(GOOD, ("no such file",), FIELDS | {"path": "nowhere.jsonl"}),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_rows_that_cannot_be_used_are_refused(desk: Desk, case: str) -> None:
+    entry = HUB[case]
+    text = entry.rows if isinstance(entry.rows, str) else "".join(json.dumps(row) + "\n" for row in entry.rows)
+    (desk.folder / "rows.jsonl").write_text(text)
+    (desk.folder / "empty").mkdir()
+    domain = {"kind": "hub", "options": {"path": "rows.jsonl", **entry.options}}
+    desk.write(RUN | {"domains": RUN["domains"] | {"general": domain}})
+    desk.refuses("plan", "--check", names=("domains.general", *entry.names))
+
+
+CHECKED = {
+    "completions as long as the context": Value(
+        f"{RL}.max_new_tokens=512", ("experts/sort@0: max_new_tokens 512 leaves no room for a prompt",)
+    ),
+    "fewer prompts than domains": Value(
+        "merge.prompts_per_step=1", ("student@0: prompts_per_step 1 leaves no prompt",)
+    ),
+    "a context shorter than the data": Value("base.pretrain.model.max_length=8", ("domains.", "tokens")),
+    "prompts longer than they may be": Value(f"{RL}.max_prompt_tokens=3", ("domains.sort", "more than 3 tokens")),
+    "more devices than there are": Value("resources.gpus=4000", ("resources.gpus",)),
+    "weights sharded over one device": Value("merge.sharding=fsdp", ("merge.sharding: fsdp shards over 2",)),
+    "a task that is none": Value(
+        "domains.general={kind: reasoning, options: {tasks: {no_such: {}}}}", ("reasoning-gym has no task 'no_such'",)
+    ),
+    "a parameter that is none": Value(
+        "domains.general={kind: reasoning, options: {tasks: {chain_sum: {terms: 1}}}}", ("terms: unknown parameter",)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_what_planning_alone_does_not_see_is_found_by_the_check(desk: Desk, case: str) -> None:
+    desk.write(RUN)
+    desk.refuses("plan", "--check", CHECKED[case].override, names=CHECKED[case].names)
+
+
+def _damaged(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content)
+
+
+LOCK, CHAMPION = "runs/tiny/lock.json", "runs/tiny/champion.json"
+ARTIFACT = "store/0123456789abcdef01234567"
+# What is damaged, how, and what the message names beside the place.
+HOMES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
+    "a file": ("", _damaged("x"), ("is no folder", "choose another --home")),
+    "a link to nothing": ("", lambda path: path.symlink_to("nowhere"), ("leads to nothing", "choose another --home")),
+    "a link to itself": ("", lambda path: path.symlink_to(path), ("leads to nothing",)),
+    "a store that is a file": ("store", _damaged("x"), ("is no folder",)),
+    "a lock of half a line": (LOCK, _damaged('{"pins": {'), ("not readable as JSON", "move it away", "`mopd run`")),
+    "a lock that is empty": (LOCK, _damaged(""), ("not readable as JSON", "move it away")),
+    "a lock of another type": (LOCK, _damaged("[]"), ("holds no JSON object", "move it away")),
+    "a lock of bytes": (LOCK, lambda path: path.write_bytes(b"\xff\xfe"), ("is no UTF-8 text", "move it away")),
+    "a lock without keys": (LOCK, _damaged('{"nodes": {"base@0": {}}}'), ("nodes.base@0.key", "move it away")),
+    "a lock with odd pins": (LOCK, _damaged('{"pins": {"champion": 3}}'), ("pins.champion", "move it away")),
+    "a deep lock": (LOCK, _damaged("[" * 100_000), ("nested too deeply",)),
+    "a lock that is a folder": (LOCK, _folder, ("is a folder, not a file",)),
+    "a lock that is a pipe": (LOCK, os.mkfifo, ("is no regular file",)),
+    "a champion of half a line": (CHAMPION, _damaged("{"), ("not readable as JSON", "`mopd promote")),
+    "a champion of another type": (CHAMPION, _damaged('{"history": [{"student": 3}]}'), ("history.0", "`mopd promote")),
+    "a champion without anything": (CHAMPION, _damaged("{}"), ("student", "`mopd promote")),
+}
+
+
+@pytest.mark.parametrize("case", HOMES)
+def test_a_damaged_home_is_named_with_what_mends_it(desk: Desk, case: str) -> None:
+    name, damage, names = HOMES[case]
+    place = desk.home / name if name else desk.home
+    place.parent.mkdir(parents=True, exist_ok=True)
+    damage(place)
+    desk.write(RUN)
+    done = desk.call("plan")
+    assert done.exit_code == MISTAKE, (done.exit_code, done.exception, done.stderr)
+    assert done.stderr.count("error: ") == 1 and done.stderr.startswith(f"error: {place}: "), done.stderr
+    for each in names:
+        assert each in done.stderr
+
+
+@pytest.mark.parametrize("damage", [LOCK, CHAMPION])
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_status_and_report_go_on_with_what_can_be_read(desk: Desk, command: str, damage: str) -> None:
+    (desk.home / "runs" / "tiny").mkdir(parents=True)
+    (desk.home / damage).write_text("{")
+    desk.write(RUN)
+    done = desk.call(command)
+    assert done.exit_code == 0, (done.exception, done.stderr)
+    assert "base" in done.stdout
+    if not (command == "status" and damage == CHAMPION):
+        assert f"warning: {desk.home / damage}: not readable as JSON" in done.stderr
+    if command == "report":
+        assert (desk.home / "runs" / "tiny" / "report.html").is_file()
+
+
+def key_of(desk: Desk, node: str) -> str:
+    return next(entry["key"] for entry in json.loads(desk.call("plan", "--json").stdout) if entry["node"] == node)
+
+
+def test_status_reads_a_damaged_journal_and_error(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    desk.write(RUN)
+    work = desk.home / "work" / key_of(desk, "base@0")
+    work.mkdir(parents=True)
+    lines = [
+        '{"time": 1, "step": 3, "kind": "progress", "total": 5}',
+        '{"time": 1, "ste',
+        "\x00\xff",
+        '{"time": 1, "step": 4, "kind": "progress", "total": 5}',
+        '{"time": 1, "step": "x", "kind": "progress", "total": 5}',
+        '{"time": 1, "step": 5, "ki',
+    ]
+    (work / "journal.jsonl").write_text("\n".join(lines))
+    (work / "error.json").write_text("{")
+    done = desk.call("status")
+    assert done.exit_code == 0, (done.exception, done.stderr)
+    assert "4/5" in done.stdout
+    assert f"warning: {work / 'error.json'}: not readable as JSON" in done.stderr
+    assert f"{work / 'journal.jsonl'}: 2 lines are damaged" in caplog.text
+    done = desk.call("report")
+    assert done.exit_code == 0, (done.exception, done.stderr)
+
+
+def test_a_stray_file_in_the_store_is_passed_over(desk: Desk) -> None:
+    desk.write(RUN)
+    assert desk.call("plan").exit_code == 0
+    (desk.home / "store" / "notes.txt").write_text("x")
+    (desk.home / "store" / "empty").mkdir()
+    for command in ("plan", "status", "report"):
+        done = desk.call(command)
+        assert done.exit_code == 0, (done.exception, done.stderr)
+    assert CliRunner().invoke(app, ["gc", "--home", str(desk.home)]).exit_code == 0
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"digest": 3}', None])
+def test_an_artifact_whose_manifest_is_damaged_is_named_and_the_others_are_read(
+    desk: Desk, manifest: str | None
+) -> None:
+    desk.write(RUN)
+    place = desk.home / "store" / key_of(desk, "base@0")
+    if manifest is None:
+        place.write_text("a file where a folder belongs")
+    else:
+        place.mkdir()
+        (place / "manifest.json").write_text(manifest)
+    done = desk.call("plan")
+    assert done.exit_code == MISTAKE and str(place) in done.stderr and "--discard-corrupted" in done.stderr
+    for command in ("status", "report"):
+        done = desk.call(command)
+        assert done.exit_code == 0, (done.exception, done.stderr)
+        assert f"warning: {place}" in done.stderr and "--discard-corrupted" in done.stderr
+
+
+def test_a_report_whose_place_is_taken_by_a_folder_is_named(desk: Desk) -> None:
+    place = desk.home / "runs" / "tiny" / "report.html"
+    place.mkdir(parents=True)
+    desk.write(RUN)
+    done = desk.call("report")
+    assert done.exit_code == MISTAKE
+    assert done.stderr == f"error: {place}: a folder where a file belongs; move it away\n"
