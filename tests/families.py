@@ -115,5 +115,5 @@ def write_refused(family: str, folder: Path) -> None:
     config = config_of(kind, settings)
     config.architectures = [kind.replace("Config", "ForCausalLM")]
     config.save_pretrained(folder)
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    save_file({"weight": torch.zeros(config.vocab_size, 64)}, folder / "model.safetensors")
     character_tokenizer().save_pretrained(folder)

@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 # Stages whose artifacts are small, and whose files the plan's readers read.
 MEASUREMENTS = ("evaluate", "harness", "shift", "cosines")
 UNSENT = "unsent_to_store"
+# Of the store: what is being written.
+STAGING = ".staging"
 logger = logging.getLogger(__name__)
 
 
@@ -159,7 +161,7 @@ class Store:
     def _bring(self, key: str) -> None:
         """Download an artifact; another process that brings it at the same time does no harm."""
         assert self.mirror is not None
-        folder = self.root / ".staging" / f"{key}.{os.getpid()}.mirror"
+        folder = self.root / STAGING / f"{key}.{os.getpid()}.mirror"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.mirror.bring(key, folder)
@@ -260,7 +262,7 @@ class Store:
 
         Whoever makes a node holds its lock, so no one else is writing under this key.
         """
-        folder = self.root / ".staging" / key
+        folder = self.root / STAGING / key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
