@@ -18,6 +18,8 @@ from flows.variants import overlaid, variant_run
 from stages.on_policy.config import OnPolicyConfig
 
 MOST_EXTENDS = 20
+# Merges of one run, over its seeds and rounds.
+MOST_MERGES = 500
 LONGEST_NAME = 80
 NAME_MARKS = "-_.+ "
 
@@ -289,6 +291,9 @@ class _Names:
 
 def _dangling_names(config: RunConfig) -> list[str]:
     names = _Names(config)
+    merges = len(config.seeds) * (config.merge.rounds if config.merge else 1)
+    if merges > MOST_MERGES:
+        names.problems.append(f"merge.rounds: {merges:,} merges with {len(config.seeds)} seeds; at most {MOST_MERGES}")
     names.domain_lists()
     names.expert_entries()
     if config.merge:

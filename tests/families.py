@@ -68,6 +68,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8},
         "recurrent state",
     ),
+    "bloom": ("BloomConfig", {}, "counts positions in a mask of whole lines (ALiBi)"),
+    "falcon-alibi": ("FalconConfig", {"alibi": True}, "counts positions in a mask of whole lines (ALiBi)"),
     "llama4": ("Llama4TextConfig", {"attention_chunk_size": 8}, "attends in chunks"),
 }
 

@@ -92,6 +92,7 @@ VALUES = [
     at(f"{RL}.longer_prompts", "cut"),
     at("merge.rounds", 1_000_000, "less than or equal to 100"),
     at("merge.rounds", 0),
+    at("merge", {"rounds": 100, "variants": {"a": {"rounds": 2}}}, "merge.variants.a.rounds: belongs to the merge"),
     at("merge.objective", "reverse_lk"),
     Value("merge.objective.importance_band=[2, 1]", ("merge.objective: importance_band must be [low, high]",)),
     at("merge.objective.extrapolation", "1.0e30"),
