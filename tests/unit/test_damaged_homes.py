@@ -56,6 +56,15 @@ def test_a_damaged_home_is_named_with_what_mends_it(desk: Desk, case: str) -> No
         assert each in done.stderr
 
 
+@pytest.mark.parametrize("name", ["run.yaml/inside", "x" * 300])
+def test_a_home_that_no_folder_can_be_is_named(desk: Desk, name: str) -> None:
+    desk.write(RUN)
+    desk.home = desk.folder / name
+    done = desk.call("plan")
+    assert done.exit_code == MISTAKE, (done.exception, done.stderr)
+    assert done.stderr.startswith(f"error: {desk.home}") and done.stderr.count("error: ") == 1
+
+
 @pytest.mark.parametrize("damage", [LOCK, CHAMPION])
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_status_and_report_go_on_with_what_can_be_read(desk: Desk, command: str, damage: str) -> None:
