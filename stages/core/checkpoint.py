@@ -327,10 +327,11 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole.
 
     Raises:
-        UserError: there is a folder of that name.
+        IsADirectoryError: there is a folder of that name.
     """
     if path.is_dir():
-        raise UserError(f"{path}: a folder where a file belongs; move it away")
+        # `os.replace` would name the temporary file.
+        raise IsADirectoryError(errno.EISDIR, "a folder where a file belongs", str(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
