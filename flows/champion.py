@@ -64,6 +64,12 @@ class Reign:
         who = "by the gate" if self.by == "gate" else "by a person"
         return f"{who}, {self.when}: {self.reason}"
 
+    @property
+    def since(self) -> str:
+        """Since when, by whom, and a person's reason."""
+        who = "by the gate" if self.by == "gate" else f"by a person: {self.reason}"
+        return f"{datetime.fromisoformat(self.when):%Y-%m-%d %H:%M} UTC, {who}"
+
 
 def read_history(store: Store, run: str) -> list[Reign]:
     """The champions of a run, the present one last; empty where there was none."""
@@ -114,8 +120,13 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
     from evals.gate import judge
 
     gate, history = graph.config.gate, read_history(store, graph.config.name)
-    champion = champion_scores(store, history)
-    verdict = judge(results, gate.non_inferiority_margin, gate.max_forgetting, champion)
+    now = history[-1] if history else None
+    reigning = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
+    verdict = judge(
+        results, gate.non_inferiority_margin, gate.max_forgetting, champion_scores(store, history), reigning
+    )
+    if now and verdict.candidate == reigning:
+        return dataclasses.replace(verdict, reigns=now.since)
     decision = rejected(history).get(first_of(graph, verdict.candidate).key)
     if decision is None or not verdict.passed:
         return verdict
@@ -123,6 +134,13 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
         f"a person chose {decision.node} instead, {decision.when}: {decision.reason}; `mopd promote` overrules that"
     )
     return dataclasses.replace(verdict, withheld=withheld)
+
+
+def merges_of(graph: StageGraph) -> list[Node]:
+    """The merges of the first seed, which alone can become champion, in the graph's order."""
+    seed = graph.config.seeds[0]
+    names = [node for node in graph.checkpoints if node.name == STUDENT or node.name.startswith((BASELINES, VARIANTS))]
+    return [node for node in names if node.seed == seed]
 
 
 def first_of(graph: StageGraph, name: str) -> Node:

@@ -44,6 +44,11 @@ class Outcome:
     changed: bool
     report: Path
 
+    @property
+    def crowned(self) -> bool:
+        """Whether the candidate is champion, since just now or from before."""
+        return bool(self.candidate and self.champion and self.champion.student == self.candidate.key)
+
     def verdict_lines(self) -> list[str]:
         """Who the candidate is, the gate's verdict, a line for each criterion and one for all, and the champion."""
         if self.verdict is None:
