@@ -20,7 +20,6 @@ from evals.results import STUDENT, Results
 from evals.scores import Scores
 from experts.domain import HELD_OUT
 
-
 NOTHING = "nothing was learnt"
 PREVIOUS = "not worse than the previous champion"
 Kind = Literal["gain", "teacher", "forgetting", "champion", "missing", ""]
