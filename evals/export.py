@@ -12,11 +12,12 @@
 - `truncated`: 1 where the greedy completion was cut off at the longest length allowed, else 0;
 - `contaminated`: 1 where the checkpoint was trained on the example's source, else 0.
 
-`report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `tables` (each `title`, `head`,
-`rows`, as on the page), `metrics` (as tracked: shares, bounds end in `_low` and `_high`), `statements`, `verdict`
-(null where nothing was judged), `costs` (`totals` by group of stages and `checkpoints`, each with `tokens`, `seconds`
-and `memory` in bytes, means over seeds), `provenance` (node id -> `key`, `digest` of each measurement) and `lineage` (a
-mapping for each checkpoint). A number that is not finite is null.
+`report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `summary` (the first screen: its
+sentence, a line for each domain, what failed, what next), `missing` (ids of the run's nodes that are not made yet),
+`tables` (each `title`, `head`, `rows`, as on the page), `metrics` (as tracked: shares, bounds end in `_low` and
+`_high`), `statements`, `verdict` (null where nothing was judged), `costs` (`totals` by group of stages and
+`checkpoints`, each with `tokens`, `seconds` and `memory` in bytes, means over seeds), `provenance` (node id -> `key`,
+`digest` of each measurement) and `lineage` (a mapping for each checkpoint). A number that is not finite is null.
 """
 
 import csv
@@ -30,6 +31,7 @@ from typing import Any
 from evals.costs import spendings, totals
 from evals.gate import Verdict
 from evals.results import Cost, Results, metrics
+from evals.summary import Summary
 from evals.table import grids, statements
 from stages.core.checkpoint import write_whole
 
@@ -84,6 +86,8 @@ def write_data(
     scoring: Mapping[str, Cost],
     lineage: Sequence[Mapping[str, str]],
     made: datetime,
+    summary: Summary,
+    missing: Sequence[str] = (),
 ) -> None:
     """Write `report.json`, replaced whole; for its keys see the module."""
     from pydantic_core import to_json
@@ -100,6 +104,8 @@ def write_data(
         "confidence": results.confidence,
         "checkpoints": results.checkpoints,
         "domains": results.domains,
+        "summary": summary,
+        "missing": missing,
         "tables": grids(results),
         "metrics": metrics(results),
         "statements": statements(results),

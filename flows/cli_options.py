@@ -17,6 +17,11 @@ Overrides = Annotated[
 ]
 Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
+AsWritten = Annotated[
+    bool, typer.Option("--as-written", help="The file as it is, without the overrides of its last run.")
+]
+Full = Annotated[bool, typer.Option("--full", help="All tables, statements and criteria, too.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_HOME = Path(".mopd")
 
 

@@ -27,6 +27,7 @@ from flows.check import deep_check
 from flows.closing import Outcome, conclude
 from flows.config import RunConfig
 from flows.gc import plan_lock
+from flows.last_run import remember
 from flows.launch import Launcher
 from flows.lock import write_lock
 from flows.notify import notify, owe_promotions, tell_promotions
@@ -131,6 +132,7 @@ def _run(path: Path, root: Path, overrides: list[str], max_steps: int | None, pl
         # Compared with what this name made last time only once: the new lock is the next run's past.
         with plan_lock(store):
             write_lock(graph, root)
+            remember(root, config.name, path, overrides, max_steps)
         tracker = Tracker.start(graph, root, path.read_text(), flow_run_page())
         get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
         with (
