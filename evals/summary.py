@@ -210,7 +210,10 @@ def render(summary: Summary, width: int = WIDTH) -> list["Text"]:
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> Sequence[str]:
-    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    # A number and its sign stay on one line.
+    joined = text.replace(" %", "\u00a0%")
+    lines = textwrap.wrap(joined, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\u00a0%", " %") for line in lines]
 
 
 def percent(share: float | None) -> str:
