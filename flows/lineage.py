@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from experts.domain import HELD_OUT
 from experts.errors import UserError, nearest
 from flows import cards
 from flows.config import CHAMPION, STUDENT
@@ -160,6 +162,32 @@ def rows(store: Store, keys: Sequence[str]) -> list[Row]:
     for key in keys:
         visit(key)
     return list(found.values())
+
+
+def expert_domains(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Domains that an expert among these checkpoints was trained on, or teaches where it was trained elsewhere."""
+    experts = {row.key for row in rows if "experts/" in row.name}
+    own = [domain for row in rows if row.key in experts for domain in row.data]
+    # A merge of weights names its parents by expert, a merge by distillation by domain.
+    taught = [
+        role.split("/")[1]
+        for row in rows
+        if row.stage == "distill"
+        for role, parent in row.parents.items()
+        if role.startswith("teacher/") and parent in experts
+    ]
+    return tuple(dict.fromkeys([*own, *taught]))
+
+
+def mean_score(row: Row, domains: Sequence[str]) -> float | None:
+    """Greedy score of a checkpoint on the mean of the experts' domains, held out, as in every table of its run.
+
+    Returns:
+        None unless it was scored on each of them.
+    """
+    found = [row.scores.get(f"{domain}/{HELD_OUT}") for domain in domains]
+    scored = [score for score in found if score is not None]
+    return fmean(scored) if scored and len(scored) == len(found) else None
 
 
 def tree(store: Store, reference: str) -> "Tree":

@@ -36,6 +36,7 @@ from flows.parameters import Changes, as_overrides
 from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
 from flows.run_file import load_run_file
+from flows.run_names import flow_run_name
 from flows.servers import prefect_run_page, without_secrets
 from flows.shifts import COSINES, SHIFT
 from flows.signals import interruptible
@@ -65,7 +66,7 @@ class PipelineFailedError(Exception):
         self.not_started = not_started
 
 
-@flow(name=FLOW, flow_run_name="{run_file}", persist_result=False, validate_parameters=False)
+@flow(name=FLOW, flow_run_name=flow_run_name, persist_result=False, validate_parameters=False)
 def pipeline(
     run_file: str,
     overrides: list[str] | None = None,

@@ -50,7 +50,9 @@ def test_what_follows_a_run_with_overrides_speaks_of_that_run(folder: Path) -> N
     before = (folder / "home/runs/tiny/report.html").read_text()
     told = mopd(folder, "report")
     assert told.exit_code == 0 and "This is the champion, since" in told.stdout
-    assert f"as in the last run of {folder / 'run.yaml'}: {' '.join(OVERRIDES)} (--as-written leaves this" in told.stderr
+    assert (
+        f"as in the last run of {folder / 'run.yaml'}: {' '.join(OVERRIDES)} (--as-written leaves this" in told.stderr
+    )
     assert report_json(folder)["missing"] == [] and "is the champion" in report_json(folder)["verdict"]["conclusion"]
     assert before != "" and all(row["status"] == "done" for row in json.loads(mopd(folder, "status", "--json").stdout))
     assert all(node["cached"] for node in json.loads(mopd(folder, "plan", "--json").stdout))

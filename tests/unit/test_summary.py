@@ -65,7 +65,11 @@ def wide(domains: int) -> Results:
 @pytest.mark.parametrize(
     ("scores", "verdict", "said"),
     [
-        (GOOD, {}, "Promoted to champion: student has 90.0 % on the mean of the experts' 2 domains, from 50.0 % at the "),
+        (
+            GOOD,
+            {},
+            "Promoted to champion: student has 90.0 % on the mean of the experts' 2 domains, from 50.0 % at the ",
+        ),
         ({}, {}, "Not promoted, 2 of 6 criteria failed: student has 80.0 % on the mean"),
         (GOOD, {"reigns": "2026-11-29 07:01 UTC, by the gate"}, "This is the champion, since 2026-11-29 07:01 UTC, by"),
         (GOOD, {"unfinished": "3 of 40 parts are not made"}, "Not judged yet, 3 of 40 parts are not made: student has"),
