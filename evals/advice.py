@@ -31,6 +31,7 @@ class Settings:
         margin: Allowed deficit to each teacher.
         max_forgetting: Allowed mean drop on domains no expert trains.
         examples: Examples of each domain.
+        confidence: Level of all intervals.
         max_new_tokens: Longest completion of an evaluation.
         steps: Checkpoint -> the key of its `max_steps` and its value.
         entropy: (checkpoint, domain) -> mean token entropy at the beginning and at the end of its training, in nats.
@@ -40,6 +41,7 @@ class Settings:
     margin: float = 0.08
     max_forgetting: float = 0.05
     examples: int = 0
+    confidence: float = 0.95
     max_new_tokens: int = 0
     steps: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     entropy: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Case:
         gap: The candidate's score less the teacher's.
         spread: Standard deviation of an example's difference between candidate and teacher.
         truncated: Share of the candidate's completions that were cut off.
-        method: How the teacher was trained; empty where it is no expert.
+        method: How the teacher was trained, `given` elsewhere; empty where it is no expert.
         settings: Of the run.
     """
 
@@ -78,6 +80,11 @@ class Case:
     settings: Settings
 
     @property
+    def trained(self) -> bool:
+        """Whether this run trains the teacher, so that its settings can be changed."""
+        return self.method not in ("", "given")
+
+    @property
     def lags(self) -> bool:
         """Whether the candidate is shown below its teacher, by enough to matter."""
         return self.gap is not None and self.gap.high < 0 and self.gap.mean < -LAG
@@ -91,7 +98,7 @@ class Case:
     def enough(self) -> int:
         """Examples that show the candidate within the margin with a power of 80 %, at the gap and spread measured."""
         room = self.settings.margin + (self.gap.mean if self.gap else 0.0)
-        return examples_needed(room, sd=self.spread) if room > 0 and self.spread > 0 else 0
+        return examples_needed(room, self.settings.confidence, sd=self.spread) if room > 0 and self.spread > 0 else 0
 
     @property
     def remedy(self) -> str:
@@ -101,7 +108,7 @@ class Case:
         return f"merge longer, {self.longer(STUDENT)}, or give it more prompts, merge.domain_weights.{self.domain}=2"
 
     def longer(self, checkpoint: str) -> str:
-        """The override that doubles a checkpoint's steps; empty where they are not known."""
+        """The override that doubles a checkpoint's steps."""
         key, steps = self.settings.steps.get(checkpoint, ("", 0))
         return f"{key}={2 * steps}" if key else "more steps"
 
@@ -128,7 +135,7 @@ RULES = (
     ),
     Rule(
         "teacher not above the start",
-        lambda case: bool(case.method) and case.gain.low <= 0 and case.start < CEILING,
+        lambda case: case.trained and case.gain.low <= 0 and case.start < CEILING,
         lambda case: (
             f"{case.teacher} itself is barely above the start on {case.domain} ({100 * case.start:.1f} → "
             f"{100 * case.taught:.1f} %): train it longer, {case.longer(case.teacher)}"
@@ -256,8 +263,8 @@ def _anchor(results: Results, candidate: str) -> str:
 
 def _better_teacher(cases: Sequence[Case]) -> list[str]:
     """Of a student as good as its teachers, the teacher that limits it most."""
-    weakest = min(cases, key=lambda case: case.taught, default=None)
-    if weakest is None or not weakest.method or weakest.taught >= OPEN_TEACHER:
+    weakest = min((case for case in cases if case.trained), key=lambda case: case.taught, default=None)
+    if weakest is None or weakest.taught >= OPEN_TEACHER:
         return []
     return [
         f"a better teacher is worth most on {weakest.domain}, where {weakest.teacher} itself has "

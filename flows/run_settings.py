@@ -42,6 +42,7 @@ def settings_of(graph: StageGraph, store: Store, candidate: Node | None, command
         margin=config.gate.non_inferiority_margin,
         max_forgetting=config.gate.max_forgetting,
         examples=config.evaluate.examples,
+        confidence=config.gate.confidence,
         max_new_tokens=config.evaluate.max_new_tokens,
         steps=steps,
         entropy=_entropies(store, candidate) if candidate else {},

@@ -211,6 +211,13 @@ def test_a_student_as_good_as_its_teachers_is_told_which_teacher_limits_it():
     )
 
 
+def test_an_expert_made_elsewhere_is_not_asked_to_train_longer():
+    whole = results({("experts/a", "a"): 0.5, ("student", "a"): 0.5, ("student", "b"): 0.9})
+    given = dataclasses.replace(whole, experts={**whole.experts, "experts/a": Expert("a", "given")})
+    assert any("experts/a itself" in line for line in advice(whole, judged(whole), SETTINGS))
+    assert not any("experts/a itself" in line for line in advice(given, judged(given), SETTINGS))
+
+
 def test_what_failed_is_helped_first_and_at_most_three_are_given():
     scores = {("experts/a", "a"): 0.5, ("student", "a"): 0.5, ("student", "b"): 0.7, ("student", "g"): 0.2}
     said = advised(scores)
