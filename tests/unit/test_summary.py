@@ -108,7 +108,7 @@ def test_of_many_domains_the_worst_are_shown_in_twelve_lines():
 
 
 def test_the_screen_fits_eighty_columns_and_breaks_no_word():
-    plain = wide(20)
+    plain = wide(10)
     long = {name: f"{name}_of_a_domain_with_quite_a_long_name" for name in plain.domains}
 
     def renamed(text: str) -> str:
