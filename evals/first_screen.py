@@ -66,7 +66,7 @@ def _track(line: Line) -> str:
 
 def _words(summary: Summary) -> str:
     blocks = [("Weakest domain", "", [summary.weakest_text] if summary.weakest_text else [])]
-    blocks += [("Failed", ' class="bad"', list(summary.failed)), ("What next", "", list(summary.next))]
+    blocks += [("Failed", ' class="bad"', list(summary.failures)), ("What next", "", list(summary.next))]
     parts = [
         f"<h3{style}>{title}</h3><ul>{''.join(f'<li>{_item(line)}</li>' for line in lines)}</ul>"
         for title, style, lines in blocks

@@ -35,6 +35,7 @@ class Criterion:
         text: What was measured, with interval and p-value.
         brief: The same in less than a line, for the first screen; `text` where it is empty.
         kind: What is asked, for programs; `missing` where the scores it needs are not there.
+        domain: Of a teacher's criterion.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Criterion:
     text: str
     brief: str = ""
     kind: Kind = ""
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
             f"{'' if passed else 'not '}shown above {-100 * margin:.1f}"
         )
         text += _over_all(results, results.difference(candidate, "teacher", domain))
-        criteria.append(Criterion(name, passed, text, brief, "teacher"))
+        criteria.append(Criterion(name, passed, text, brief, "teacher", domain))
     return criteria
 
 

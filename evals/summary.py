@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Of more domains than this the worst are shown.
 SHOWN = 8
+# As many lines of what failed are shown, for what to do next stands below.
+FAILURES = 4
 NAME_CHARACTERS = 30
 WIDTH = 80
 MEAN = "mean"
@@ -53,7 +55,7 @@ class Summary:
         mean: The mean over the experts' domains.
         weakest: The domain with the lowest gap; empty where nothing was compared.
         weakest_text: How far it is from its teacher.
-        failed: A line for each criterion of the gate that is not met.
+        failed: A line for each criterion of the gate that is not met; those of domains last, the worst of them first.
         met: How many criteria failed, are met, or had nothing to compare with.
         next: What to do next.
     """
@@ -73,6 +75,13 @@ class Summary:
         if len(self.lines) <= SHOWN:
             return self.lines
         return tuple(sorted(self.lines, key=_rank)[:SHOWN])
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The first lines of `failed`, and how many more there are."""
+        if len(self.failed) <= FAILURES:
+            return self.failed
+        return (*self.failed[: FAILURES - 1], f"{len(self.failed) - FAILURES + 1} criteria more")
 
     @property
     def more(self) -> str:
@@ -96,7 +105,9 @@ def summarise(results: Results, verdict: Verdict | None, settings: Settings) -> 
     mean = _mean(results, candidate)
     compared = [line for line in lines if line.gap is not None]
     weakest = min(compared, key=_rank, default=None)
+    ranks = {line.domain: _rank(line) for line in lines}
     failed = [one for one in verdict.criteria if one.passed is False] if verdict else []
+    failed.sort(key=lambda one: ranks.get(one.domain, (-2.0, -2.0)))
     return Summary(
         sentence=f"{_status(verdict)}: {_goodness(results, candidate, mean)}.",
         lines=lines,
@@ -200,7 +211,7 @@ def render(summary: Summary, width: int = WIDTH) -> list["Text"]:
     found += [Text(), *(Text(line, no_wrap=True) for line in table(summary)), Text()]
     if summary.weakest_text:
         found += [Text(line) for line in _wrapped(f"Weakest: {summary.weakest_text}", width)]
-    for failed in summary.failed:
+    for failed in summary.failures:
         found += [Text(line, style="red") for line in _wrapped(f"Failed: {failed}", width, "  ")]
     if summary.met:
         found += [Text(line) for line in _wrapped(f"Gate: {summary.met}", width)]

@@ -104,6 +104,10 @@ def test_of_many_domains_the_worst_are_shown_in_twelve_lines():
     lines = table(found)
     assert len(lines) == 12 and lines[2].startswith("skill19") and lines[9].startswith("skill12")
     assert lines[10] == "and 12 more, gaps from -11.0 to +0.0"
+    # Of what failed the worst few, so that what to do next is on the screen; programs get all.
+    assert len(found.failed) == 15 and found.failed[0].startswith("skill19: -19.0 [")
+    assert len(found.failures) == 4 and found.failures[-1] == "12 criteria more"
+    assert len(render(found)) <= 30
     assert len(table(screen(wide(8)))) == 11 and screen(wide(8)).more == ""
 
 
@@ -134,6 +138,8 @@ def test_the_screen_fits_eighty_columns_and_breaks_no_word():
 
 
 def test_failed_criteria_stand_before_the_rest():
+    both = screen(results({("student", "g"): 0.3, ("student", "a"): 0.5, ("student", "b"): 0.9}))
+    assert [line.partition(":")[0] for line in both.failed] == ["forgetting", "a"]
     text = "\n".join(line.plain for line in render(screen(results({("student", "g"): 0.3} | GOOD))))
     assert text.index("Failed: forgetting: a drop of +20.0 [") < text.index("Gate: 6 criteria, 1 failed, 4 met")
     assert "of 6 criteria failed" in text and "experts/a on a" not in text
