@@ -13,10 +13,11 @@
 - `contaminated`: 1 where the checkpoint was trained on the example's source, else 0.
 
 `report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `tables` (each `title`, `head`,
-`rows`, as on the page), `metrics` (as tracked: shares, bounds end in `_low` and `_high`), `statements`, `verdict`
+`rows`, as on the page), `metrics` (shares, bounds end in `_low` and `_high`), `statements`, `verdict`
 (null where nothing was judged), `costs` (`totals` by group of stages and `checkpoints`, each with `tokens`, `seconds`
-and `memory` in bytes, means over seeds), `provenance` (node id -> `key`, `digest` of each measurement) and `lineage` (a
-mapping for each checkpoint). A number that is not finite is null.
+and `memory` in bytes, means over seeds), `provenance` (node id -> `key`, `digest` of each measurement), `lineage`
+(a mapping for each checkpoint) and `histograms` (node id -> records of `step` and `values`: the share of tokens in each
+bin). A number that is not finite is null.
 """
 
 import csv
@@ -84,6 +85,7 @@ def write_data(
     scoring: Mapping[str, Cost],
     lineage: Sequence[Mapping[str, str]],
     made: datetime,
+    bins: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Write `report.json`, replaced whole; for its keys see the module."""
     from pydantic_core import to_json
@@ -110,5 +112,6 @@ def write_data(
         },
         "provenance": {node: {"key": key, "digest": digest} for node, (key, digest) in results.provenance.items()},
         "lineage": lineage,
+        "histograms": bins or {},
     }
     write_whole(path, to_json(content, indent=1, inf_nan_mode="null").decode() + "\n")

@@ -19,6 +19,7 @@ from evals.curves import curves_cards
 from evals.export import DATA_FILE, SCORES_FILE, write_data, write_scores
 from evals.figures import forgetting_figure, roles_figure
 from evals.gate import Verdict
+from evals.headline import histograms
 from evals.markup import anchor, card, figure, grid_table, section, word_table
 from evals.results import Cost, Results
 from evals.samples import samples_section
@@ -58,7 +59,8 @@ def write_report(path: Path, results: Results, verdict: Verdict | None, backgrou
     path.parent.mkdir(parents=True, exist_ok=True)
     # The page links to the data, so they come first.
     write_scores(path.with_name(SCORES_FILE), results)
-    write_data(path.with_name(DATA_FILE), results, verdict, background.scoring, background.lineage, made)
+    bins = histograms(background.curves)
+    write_data(path.with_name(DATA_FILE), results, verdict, background.scoring, background.lineage, made, bins)
     write_whole(path, _page(results, verdict, background, made))
     return path
 

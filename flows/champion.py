@@ -223,6 +223,11 @@ def registered_name(run: str) -> str:
 
 def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
     """Move the aliases of the registered model; what MLflow does not take now, the run's next start sends."""
+    tell(store, run, operations(run, candidate))
+
+
+def tell(store: Store, run: str, said: Sequence[Mapping[str, Any]]) -> None:
+    """Send operations to MLflow outside of a run; what it does not take now, the run's next start sends."""
     from flows.mlflow_writer import Writer, unsent_folder
     from flows.outbox import Outbox, send_left_over
     from flows.servers import without_secrets
@@ -230,7 +235,7 @@ def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
     writer, folder = Writer(store), unsent_folder(store.home, run)
     unsent = send_left_over(folder, writer)
     outbox = Outbox(folder / f"{uuid.uuid4().hex}.jsonl", writer)
-    for operation in operations(run, candidate):
+    for operation in said:
         outbox.submit(operation)
     if unsent + outbox.close():
         sys.stderr.write(

@@ -25,6 +25,7 @@ from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
 from flows.run_file import load_run_file, schema_keys
 from flows.shifts import COSINES, SHIFT
 from flows.signals import interruptible
+from flows.starts import close_killed
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.journal import JOURNAL_FILE, read
 
@@ -84,6 +85,7 @@ def _run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -
     graph, store = asked.graph(), Store(asked.home)
     verify(graph, store, discard_corrupted)
     if all(entry.cached for entry in node_status(graph, store)):
+        close_killed(asked.home, graph.config.name)
         console.print("Everything is in the store already; nothing was started.")
         show_outcome(graph, _conclude_cached(graph, store), asked.home, console)
         return DONE
@@ -226,12 +228,13 @@ def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Con
     for line in (*outcome.verdict_lines(), *savings(graph, Store(home))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {outcome.report}", highlight=False, soft_wrap=True)
-    for line in pages(home):
+    for line in pages(home, graph.config.name):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def pages(home: Path) -> list[str]:
+def pages(home: Path, run: str) -> list[str]:
     """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
+    from flows.mlflow_pages import home_page, page_lines
     from flows.servers import without_secrets
     from flows.standing import standing
 
@@ -242,6 +245,8 @@ def pages(home: Path) -> list[str]:
         "Prefect": api.rstrip("/").removesuffix("/api") or standing(home, "prefect"),
     }
     lines = [f"{name + ':':8} {without_secrets(place)}" for name, place in places.items() if place]
+    if tracked := without_secrets(places["MLflow"]).rstrip("/"):
+        lines[:1] = [f"MLflow:  {home_page(tracked)}", *page_lines(tracked, home, run)]
     missing = " and ".join(f"{name}'s" for name, place in places.items() if not place)
     return [*lines, f"{missing} pages: mopd ui --home {home}"] if missing else lines
 

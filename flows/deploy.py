@@ -23,6 +23,7 @@ from experts.errors import UserError, nearest
 from flows.access import secret_path
 from flows.commands import Asked
 from flows.config import RunConfig
+from flows.parameters import form_schema
 from flows.servers import (
     end_with_parent,
     mlflow_environment,
@@ -83,7 +84,6 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
     with _client(asked.home) as (client, pages):
         from prefect.client.schemas.actions import DeploymentScheduleCreate
         from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-        from prefect.utilities.callables import parameter_schema
 
         from flows.pipeline import pipeline
         from flows.pool import make_pool
@@ -99,7 +99,7 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
             concurrency_limit=1,
             concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
             parameters=_parameters(asked),
-            parameter_openapi_schema=parameter_schema(pipeline).model_dump_for_openapi(),
+            parameter_openapi_schema=form_schema(graph.config),
             enforce_parameter_schema=True,
             entrypoint=ENTRYPOINT,
             # The paths of a run file are relative to this folder.
@@ -254,10 +254,9 @@ def _parameters(asked: Asked) -> dict[str, Any]:
     return {
         "run_file": str(asked.file.resolve()),
         "overrides": list(asked.overrides),
-        "max_steps": asked.max_steps,
+        **({} if asked.max_steps is None else {"max_steps": asked.max_steps}),
         "home": str(asked.home.resolve()),
         "plain": True,
-        "changes": {},
     }
 
 

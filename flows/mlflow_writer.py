@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 from experts.errors import UserError
 from flows import cards
 from flows.champion import CHAMPION_ALIAS, read_history, registered_name
-from flows.mlflow_models import NOTE, SOURCE, LoggedCheckpoints
+from flows.mlflow_models import NOTE, SOURCE, STEP, LoggedCheckpoints
+from flows.mlflow_pages import model_page, remember_pages, run_page, version_page
 from flows.outbox import Doubtful, Operation, Rejected, Unreachable
-from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_model_page, mlflow_uri, without_secrets
-from stages.core.checkpoint import Store
+from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
+from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,6 +93,9 @@ class Writer:
             "version": self._version,
             "alias": self._alias,
             "champion": self._champion,
+            "compared": self._compared,
+            "pages": self._pages,
+            "close_killed": self._close_killed,
             "note": self._note,
             "tag": self._tag,
             "end": self._end,
@@ -151,7 +155,6 @@ class Writer:
                 tags = {KIND: "custom_model_development"}
                 self.experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, local, tags)
             self._client = client
-            self._mark_killed(client)
         return self._client
 
     @property
@@ -203,7 +206,7 @@ class Writer:
         artifact = self.store.find(operation["key"])
         if artifact is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
-        self.checkpoints.record(artifact, _run_id(operation["ref"], ids), operation["time"])
+        self.checkpoints.record(artifact, _run_id(operation["ref"], ids), operation["time"], operation.get("step", 0))
 
     def _used(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import LoggedModelInput
@@ -228,7 +231,7 @@ class Writer:
             self._log_datasets(run_id, [data])
             about |= {"dataset_name": data["name"], "dataset_digest": data["digest"]}
         metrics = [
-            Metric(name, value, operation["time"], 0, run_id=run_id, **about)
+            Metric(name, value, operation["time"], int(model.tags.get(STEP, 0)), run_id=run_id, **about)
             for name, value in operation["metrics"].items()
         ]
         if metrics:
@@ -264,15 +267,42 @@ class Writer:
         for fact in ("node", "by", "when", "reason"):
             value = str(getattr(champion, fact))[:TAG_LENGTH]
             self.client.set_model_version_tag(name, version.version, f"champion.{fact}", value)
+        pages = {"champion": version_page("", name, version.version)}
+        remember_pages(self.store.home, operation["run"], pages)
 
     def _note(self, operation: Operation, ids: dict[str, str]) -> None:
-        rows = []
+        rows: list[tuple[Artifact, str]] = []
+        charts: dict[str, str] = {}
         for key in operation["keys"]:
             artifact, model = self.store.find(key), self.checkpoints.model(key)
             if artifact and model:
                 self.checkpoints.describe(artifact)
-                rows.append((artifact, mlflow_model_page("", self.experiment, model)))
-        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows, operation.get("page", "")))
+                rows.append((artifact, model_page("", self.experiment, model)))
+                charts |= {
+                    f"{artifact.name}: {domain}": page
+                    for domain, page in self.checkpoints.curves(self.client.get_logged_model(model), artifact).items()
+                }
+        note = cards.run_note(rows, operation.get("page", ""), charts)
+        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, note)
+
+    def _compared(self, operation: Operation, ids: dict[str, str]) -> None:
+        run_id = _run_id(operation["ref"], ids)
+        report = run_page("", self.experiment, run_id, "artifacts/report.html") if operation["report"] else ""
+        about = {name: operation[name] for name in ("rows", "verdict", "title")}
+        about |= {"run": run_page("", self.experiment, run_id), "report": report}
+        self.checkpoints.compare(operation["key"], about)
+
+    def _pages(self, operation: Operation, ids: dict[str, str]) -> None:
+        """Keep where the run's pages are, for commands that do not ask MLflow."""
+        run_id = _run_id(operation["ref"], ids)
+        pages = {
+            "run": run_page("", self.experiment, run_id),
+            "lineage": run_page("", self.experiment, run_id, "artifacts/lineage.html"),
+        }
+        remember_pages(self.store.home, operation["run"], pages)
+
+    def _close_killed(self, operation: Operation, ids: dict[str, str]) -> None:
+        self._mark_killed(self.client)
 
     def _tag(self, operation: Operation, ids: dict[str, str]) -> None:
         self.client.set_tag(_run_id(operation["ref"], ids), operation["name"], operation["value"])

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from stages.config import NEUTRAL_DEFAULT, NOT_IN_KEY, OptimizerConfig, Positive, Share, StrictModel, TrainConfig
 
+# How the name of a histogram's bin begins, as in `distill/advantage_from_0.1_to_1/sort`.
+HISTOGRAM = "advantage_from_"
 # vLLM draws below this as at this.
 LEAST_VLLM_TEMPERATURE = 0.01
 

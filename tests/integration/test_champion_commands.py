@@ -75,7 +75,7 @@ def test_the_alias_follows_the_run_and_the_person(finished: dict[str, Any], monk
     assert "warning: MLflow at http://127.0.0.1:" in cut_off.stderr and "was not reached" in cut_off.stderr
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert aliases(home, graph)["champion"] == "baselines/ties@0"
-    Tracker.start(graph, home, "name: tiny\n").finish("FINISHED", None, None)
+    Tracker.start(graph, home, finished["file"]).finish("FINISHED", None, None)
     assert aliases(home, graph)["champion"] == "baselines/mix_sft@0"
 
 
