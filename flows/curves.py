@@ -81,9 +81,9 @@ class References:
             node: The evaluation.
             artifact: Its score sheet.
         """
-        checkpoint, domain = node.parents["checkpoint"], str(node.config["domain"])
         if node.stage != "evaluate" or node.config["split"] != HELD_OUT:
             return
+        checkpoint, domain = node.parents["checkpoint"], str(node.config["domain"])
         if not any(each[:2] == (checkpoint, domain) for own in self._monitored for each in _lines(own)):
             return
         with self._lock:

@@ -5,6 +5,7 @@ key, so a checkpoint has one however many runs use it.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ NOTE = "mlflow.note.content"
 VERSIONS = "mlflow.modelVersions"
 TABLES = "mlflow.loggedArtifacts"
 STEP, COMPARED, MADE_INTO = "step", "compared", "made_into."
+SHORT_ID = 8
 REGISTERED = (
     "The students of one run file, a version each. `candidate` is the merge the gate judged last, `champion` the one "
     "that passed it or that a person promoted. Open a version: its description has scores beside those of teacher and "
@@ -147,8 +149,10 @@ class LoggedCheckpoints:
     def _children(self, model: "LoggedModel") -> list[tuple[str, str]]:
         """Name and page of each checkpoint that was made from one."""
         made = {tag.removeprefix(MADE_INTO): name for tag, name in model.tags.items() if tag.startswith(MADE_INTO)}
+        often = Counter(made.values())
         return [
-            (name, model_page("", self.experiment, child)) for child, name in sorted(made.items(), key=lambda m: m[1])
+            (f"{name} ({child[:SHORT_ID]})" if often[name] > 1 else name, model_page("", self.experiment, child))
+            for child, name in sorted(made.items(), key=lambda item: item[1])
         ]
 
     def curves(self, model: "LoggedModel", artifact: Artifact) -> dict[str, str]:

@@ -279,7 +279,7 @@ class Writer:
                 self.checkpoints.describe(artifact)
                 rows.append((artifact, model_page("", self.experiment, model)))
                 charts |= {
-                    f"{artifact.name}: {domain}": page
+                    f"{artifact.name}@{artifact.manifest.get('seed', 0)}: {domain}": page
                     for domain, page in self.checkpoints.curves(self.client.get_logged_model(model), artifact).items()
                 }
         note = cards.run_note(rows, operation.get("page", ""), charts)

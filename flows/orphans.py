@@ -84,11 +84,11 @@ def name_flow_run(title: str, name: str) -> str:
         name: The run's name.
 
     Returns:
-        The title; with the person's own name behind it where there is one.
+        The title; `NAME #NUMBER` and the person's own name where there is one.
     """
     own = str(flow_run.name or "")
     if own and not is_generated(own) and not own.startswith(f"{name} #"):
-        return f"{title}, {own}"
+        return f"{title.partition(', ')[0]}, {own}"
     if flow_run.id and own != title:
         with get_client(sync_client=True) as client:
             client.update_flow_run(UUID(str(flow_run.id)), name=title)
