@@ -173,7 +173,7 @@ def registered_keys(store: Store) -> set[str]:
     Raises:
         UserError: the registry cannot be read.
     """
-    from flows.mlflow_writer import registered_keys as read
+    from flows.mlflow_models import registered_keys as read
 
     return read(store)
 

@@ -5,14 +5,19 @@ key, so a checkpoint has one however many runs use it.
 """
 
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experts.errors import UserError
 from flows import cards
 from flows.curves import CURVE, ROLES, tracked
 from flows.mlflow_pages import chart_page, model_page
 from flows.outbox import Rejected
+from flows.servers import mlflow_uri, without_secrets
 from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
@@ -31,6 +36,23 @@ REGISTERED = (
     "start, data and cost, and links to what it was made from, down to the base, and to what was made of it."
 )
 SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
+
+
+@contextmanager
+def tracking_store(uri: str) -> Iterator[None]:
+    """Make `uri` the store of MLflow's functions for a while: not every one of its calls goes by its client's. MLflow
+    also writes it into the environment, where it would send the next run of this process, in another home, here."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 class LoggedCheckpoints:
@@ -239,6 +261,34 @@ class LoggedCheckpoints:
         """The version of a registered model that is the checkpoint with this content key."""
         versions = self.client.search_model_versions(f"name = '{name}'")
         return next((version for version in versions if version.tags.get("key") == key), None)
+
+
+def registered_keys(store: Store) -> set[str]:
+    """The content keys of all versions of all registered models; empty where nothing was ever tracked.
+
+    Raises:
+        UserError: the tracking store cannot be read.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = mlflow_uri(store.home)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return set()
+    keys: set[str] = set()
+    try:
+        with tracking_store(uri):
+            client, token = MlflowClient(uri), None
+            while True:
+                page = client.search_model_versions(page_token=token)
+                keys |= {version.tags["key"] for version in page if "key" in version.tags}
+                token = page.token
+                if not token:
+                    return keys
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {without_secrets(str(error))}"
+        ) from error
 
 
 def _scores(model: "LoggedModel") -> dict[tuple[str, str], float]:

@@ -9,17 +9,15 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from experts.errors import UserError
 from flows import cards
 from flows.champion import CHAMPION_ALIAS, read_history, registered_name
-from flows.mlflow_models import NOTE, SOURCE, STEP, LoggedCheckpoints
+from flows.mlflow_models import NOTE, SOURCE, STEP, LoggedCheckpoints, tracking_store
 from flows.mlflow_pages import model_page, remember_pages, run_page, version_page
 from flows.outbox import Doubtful, Operation, Rejected, Unreachable
 from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
@@ -45,23 +43,6 @@ PASSING = (
     "CUSTOMER_UNAUTHORIZED",
     "UNAUTHENTICATED",
 )
-
-
-@contextmanager
-def _tracking_store(uri: str) -> Iterator[None]:
-    """Make `uri` the store of MLflow's functions for a while: not every one of its calls goes by its client's. MLflow
-    also writes it into the environment, where it would send the next run of this process, in another home, here."""
-    import mlflow
-
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 class Writer:
@@ -114,7 +95,7 @@ class Writer:
             Rejected: the server will never take it.
         """
         try:
-            with _tracking_store(self.uri):
+            with tracking_store(self.uri):
                 self._say[operation["op"]](operation, ids)
         except Rejected:
             raise
@@ -148,7 +129,7 @@ class Writer:
 
             # It prints the traceback of every fault of its database, and then raises it to us.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-            with self.store.lock("mlflow"), _tracking_store(self.uri):
+            with self.store.lock("mlflow"), tracking_store(self.uri):
                 client = mlflow.MlflowClient(self.uri)
                 known = client.get_experiment_by_name(EXPERIMENT)
                 local = mlflow_artifacts(self.store.home).as_uri() if self.uri.startswith("sqlite") else None
@@ -325,34 +306,6 @@ class Writer:
             lock.release()
             if not Path(lock.lock_file).with_suffix(".jsonl").exists():
                 client.set_terminated(run.info.run_id, "KILLED", int(time.time() * 1000))
-
-
-def registered_keys(store: Store) -> set[str]:
-    """The content keys of all versions of all registered models; empty where nothing was ever tracked.
-
-    Raises:
-        UserError: the tracking store cannot be read.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    uri = mlflow_uri(store.home)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return set()
-    keys: set[str] = set()
-    try:
-        with _tracking_store(uri):
-            client, token = MlflowClient(uri), None
-            while True:
-                page = client.search_model_versions(page_token=token)
-                keys |= {version.tags["key"] for version in page if "key" in version.tags}
-                token = page.token
-                if not token:
-                    return keys
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {without_secrets(str(error))}"
-        ) from error
 
 
 def unsent_folder(home: Path, run: str) -> Path:
