@@ -78,6 +78,8 @@ def test_a_paused_schedule_waits_for_somebody_and_is_kept(site: Site) -> None:
         "(now,) = client.read_deployment(found.id).schedules\n"
         "print(json.dumps([now.active, now.schedule.cron, now.schedule.timezone]))"
     )
+    again = site.mopd("deploy", str(site.file), "name=resting", "--cron", "30 4 * * 2")
+    assert again.returncode == 0 and ", paused" in again.stdout
     assert site.ask(look.format("")) == [False, "30 4 * * 2", "UTC"]
     resume = "client.update_deployment_schedule(found.id, each.id, active=True)\n"
     assert site.ask(look.format(resume)) == [True, "30 4 * * 2", "UTC"]
