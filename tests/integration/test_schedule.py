@@ -174,7 +174,7 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
     # The other may have its link already.
     (page,) = site.ask(
         f"own = [a for a in client.read_artifacts() if str(a.flow_run_id) == {first!r}]\n"
-        "print(json.dumps([a.data for a in own if 'in MLflow' in str(a.data)]))"
+        "print(json.dumps([a.data for a in own if 'this run in MLflow' in str(a.data)]))"
     )
     assert told["mlflow"].split()[0] in page
     from mlflow import MlflowClient
