@@ -2,12 +2,14 @@
 line. Nothing of it has a default, so what is left alone stays as the run file says. Torch-free.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experts.errors import UserError, nearest
 from flows.config import RunConfig
 
+ASSIGNMENT = re.compile(r"[\w./-]+\s*=")
 SEEDS, MERGE, EXPERTS, CAP, OVERRIDES = "seeds", "merge_max_steps", "expert_max_steps", "max_steps", "overrides"
 
 
@@ -76,9 +78,13 @@ def form_overrides(config: RunConfig, seeds: Any, merge_max_steps: Any, expert_m
 
 
 def as_lines(overrides: Any) -> list[str]:
-    """Overrides of a list, each with one or more lines, as dotted assignments; empty lines are none."""
-    entries = [overrides] if isinstance(overrides, str) else overrides or []
-    return [line.strip() for entry in entries for line in str(entry).splitlines() if line.strip()]
+    """Overrides of a list as dotted assignments; an entry of the form may hold several, one a line."""
+    found: list[str] = []
+    for entry in [overrides] if isinstance(overrides, str) else overrides or []:
+        lines = [line.strip() for line in str(entry).splitlines() if line.strip()]
+        # A value may have lines of its own.
+        found += lines if all(ASSIGNMENT.match(line) for line in lines) else [str(entry)]
+    return found
 
 
 def _steps(config: RunConfig) -> dict[str, int]:

@@ -33,6 +33,7 @@ def test_what_is_left_alone_is_no_override(config):
     for nothing in (None, "", []):
         assert form_overrides(config, nothing, None, None) == []
     assert form_overrides(config, None, None, {}) == form_overrides(config, None, None, {"sort": None}) == []
+    assert as_lines(["a.b={x: 1,\n y: 2}"]) == ["a.b={x: 1,\n y: 2}"]
     assert as_lines(None) == as_lines("") == as_lines([]) == as_lines(["", " \n"]) == []
 
 
