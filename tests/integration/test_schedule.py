@@ -255,13 +255,14 @@ def test_a_custom_run_has_the_value_that_was_changed_in_its_form(site: Site, pag
     assert made is not None and made.manifest["config"]["max_steps"] == 4
 
 
-def mlflow_link(site: Site, kind: str) -> str:
-    """An address that is printed for the run once `mopd ui` serves its pages."""
+@pytest.fixture(scope="module")
+def champion_page(site: Site) -> str:
+    """The printed address of the champion in MLflow; the custom run's student is made champion for it."""
     done = site.mopd("promote", str(site.file), "student", *CHANGED, "--reason", "for the pages")
     assert done.returncode == 0, done.stderr
     url = json.loads((site.home / "servers" / "mlflow.json").read_text())["url"]
-    lines = page_lines(url, site.home, "tiny")
-    return next(line.split()[1] for line in lines if line.split()[0] == f"{kind}:")
+    (line,) = [line for line in page_lines(url, site.home, "tiny") if "champion:" in line]
+    return line.split()[1]
 
 
 def followed(page: "Page", link: str) -> "Page":
@@ -272,8 +273,8 @@ def followed(page: "Page", link: str) -> "Page":
 
 
 @pytest.mark.browser
-def test_links_lead_from_the_champion_to_the_base_and_back(site: Site, page: "Page") -> None:
-    page.goto(mlflow_link(site, "champion"))
+def test_links_lead_from_the_champion_to_the_base_and_back(champion_page: str, page: "Page") -> None:
+    page.goto(champion_page)
     page.get_by_text("@ champion").wait_for()
     page.get_by_text("recovery, %").wait_for()
     for name, title in (
@@ -290,8 +291,8 @@ def test_links_lead_from_the_champion_to_the_base_and_back(site: Site, page: "Pa
 
 
 @pytest.mark.browser
-def test_teacher_and_start_stand_beside_the_student_over_time_in_one_chart(site: Site, page: "Page") -> None:
-    page.goto(mlflow_link(site, "champion"))
+def test_teacher_and_start_stand_beside_the_student_over_time_in_one_chart(champion_page: str, page: "Page") -> None:
+    page.goto(champion_page)
     chart = followed(page, "reverse")
     for role in ("student", "teacher", "start"):
         chart.get_by_text(f"student@0 (curve/reverse/{role})").first.wait_for()
