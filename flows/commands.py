@@ -147,7 +147,7 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
             sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
     sys.stderr.write("starting Prefect …\n")
     with prefect_session(asked.home, verbose) as pages:
-        from httpx import TransportError
+        from httpx import HTTPError
         from prefect import tags
         from prefect.exceptions import CancelledRun, PrefectException
         from prefect.states import State
@@ -165,7 +165,7 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
             return _stopped(asked)
         except PipelineFailedError as error:
             return _report_failures(error, asked)
-        except (PrefectException, TransportError) as error:
+        except (PrefectException, HTTPError) as error:
             # What the run came to counts, not whether Prefect could record it.
             match ending():
                 case None:
