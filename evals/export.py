@@ -12,11 +12,13 @@
 - `truncated`: 1 where the greedy completion was cut off at the longest length allowed, else 0;
 - `contaminated`: 1 where the checkpoint was trained on the example's source, else 0.
 
-`report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `tables` (each `title`, `head`,
-`rows`, as on the page), `metrics` (as tracked: shares, bounds end in `_low` and `_high`), `statements`, `verdict`
-(null where nothing was judged), `costs` (`totals` by group of stages and `checkpoints`, each with `tokens`, `seconds`
-and `memory` in bytes, means over seeds), `provenance` (node id -> `key`, `digest` of each measurement) and `lineage` (a
-mapping for each checkpoint). A number that is not finite is null.
+`report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `summary` (the first screen: its
+sentence, a line for each domain, what failed, what next), `missing` (ids of the run's nodes that are not made yet),
+`tables` (each `title`, `head`, `rows`, as on the page), `metrics` (shares, bounds end in `_low` and `_high`),
+`statements`, `verdict` (null where nothing was judged), `costs` (`totals` by group of stages and `checkpoints`, each
+with `tokens`, `seconds` and `memory` in bytes, means over seeds), `provenance` (node id -> `key`, `digest` of each
+measurement), `lineage` (a mapping for each checkpoint) and `histograms` (node id -> records of `step` and `values`: the
+share of tokens in each bin). A number that is not finite is null.
 """
 
 import csv
@@ -30,6 +32,7 @@ from typing import Any
 from evals.costs import spendings, totals
 from evals.gate import Verdict
 from evals.results import Cost, Results, metrics
+from evals.summary import Summary
 from evals.table import grids, statements
 from stages.core.checkpoint import write_whole
 
@@ -84,6 +87,9 @@ def write_data(
     scoring: Mapping[str, Cost],
     lineage: Sequence[Mapping[str, str]],
     made: datetime,
+    summary: Summary,
+    missing: Sequence[str] = (),
+    bins: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Write `report.json`, replaced whole; for its keys see the module."""
     from pydantic_core import to_json
@@ -100,6 +106,8 @@ def write_data(
         "confidence": results.confidence,
         "checkpoints": results.checkpoints,
         "domains": results.domains,
+        "summary": summary,
+        "missing": missing,
         "tables": grids(results),
         "metrics": metrics(results),
         "statements": statements(results),
@@ -110,5 +118,6 @@ def write_data(
         },
         "provenance": {node: {"key": key, "digest": digest} for node, (key, digest) in results.provenance.items()},
         "lineage": lineage,
+        "histograms": bins or {},
     }
     write_whole(path, to_json(content, indent=1, inf_nan_mode="null").decode() + "\n")

@@ -7,6 +7,7 @@ nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -14,19 +15,35 @@ from evals.candidates import Rival, rivals
 from evals.compare import Interval, mean_over
 from evals.crossed import over_examples
 from evals.forgetting import mean_drop
-from evals.hypotheses import differences, intersection_union, non_inferiority
+from evals.hypotheses import differences, intersection_union, mean_superiority, non_inferiority
 from evals.results import STUDENT, Results
 from evals.scores import Scores
 from experts.domain import HELD_OUT
 
+NOTHING = "nothing was learnt"
+PREVIOUS = "not worse than the previous champion"
+Kind = Literal["gain", "teacher", "forgetting", "champion", "missing", ""]
+
 
 @dataclass(frozen=True)
 class Criterion:
-    """One line of the verdict; `passed` is None where there was nothing to compare with."""
+    """One line of the verdict.
+
+    Attributes:
+        name: What is asked.
+        passed: Whether it is met; None where there was nothing to compare with.
+        text: What was measured, with interval and p-value.
+        brief: The same in less than a line, for the first screen; `text` where it is empty.
+        kind: What is asked, for programs; `missing` where the scores it needs are not there.
+        domain: Of a teacher's criterion.
+    """
 
     name: str
     passed: bool | None
     text: str
+    brief: str = ""
+    kind: Kind = ""
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,12 +55,16 @@ class Verdict:
         why: Why it and no other is the candidate.
         criteria: What the gate says of it.
         withheld: Why it does not become champion although it passed: a person's decision stands. Empty otherwise.
+        reigns: Since when, by whom and why the candidate is the champion already. Empty where it is not.
+        unfinished: What of the run is not made yet, so that nothing can be judged. Empty where all is made.
     """
 
     candidate: str
     why: str
     criteria: tuple[Criterion, ...]
     withheld: str = ""
+    reigns: str = ""
+    unfinished: str = ""
 
     @property
     def passed(self) -> bool:
@@ -53,8 +74,8 @@ class Verdict:
 
     @property
     def promoted(self) -> bool:
-        """Whether the gate makes it the champion."""
-        return self.passed and not self.withheld
+        """Whether the gate makes it the champion; False for the champion itself."""
+        return self.passed and not (self.withheld or self.reigns or self.unfinished)
 
     @property
     def failed(self) -> list[str]:
@@ -64,15 +85,26 @@ class Verdict:
     @property
     def conclusion(self) -> str:
         """What follows from the criteria, in a few words."""
+        if self.unfinished:
+            return f"Not judged yet: {self.unfinished}"
+        nothing = f"{NOTHING}: " if any(one.kind == "gain" and one.passed is False for one in self.criteria) else ""
+        failed = f"{nothing}{self.candidate} failed {len(self.failed)} of {len(self.criteria)} criteria"
+        if self.reigns:
+            today = "" if self.passed else f"; today's gate would not promote it: {failed}"
+            return f"{self.candidate} is the champion, since {self.reigns}{today}"
         if not self.passed:
-            return f"Not promoted: {self.candidate} failed {len(self.failed)} of {len(self.criteria)} criteria"
+            return f"Not promoted: {failed}"
         if self.withheld:
             return f"Not promoted: {self.candidate} passed, but {self.withheld}"
         return f"Promoted to champion: {self.candidate} passed"
 
 
 def judge(
-    results: Results, margin: float, max_forgetting: float, champion: Mapping[str, Scores] | None = None
+    results: Results,
+    margin: float,
+    max_forgetting: float,
+    champion: Mapping[str, Scores] | None = None,
+    reigning: str = "",
 ) -> Verdict:
     """Choose the candidate among the merges of a run and judge it; intervals are at the results' own confidence.
 
@@ -80,7 +112,10 @@ def judge(
     that passes is the candidate; where none does, the first of all. The winner of several is judged on the scores that
     chose it, so its differences lean upwards by a little.
 
-    A criterion whose scores are missing fails: nothing is promoted unmeasured. Non-inferiority to every teacher is an
+    A criterion whose scores are missing fails: nothing is promoted unmeasured. Teachers that learnt nothing are easy to
+    equal, so both they and the candidate must be shown above the start, each by one test of the mean over the experts'
+    domains (`evals.hypotheses.mean_superiority`): a test for each domain would refuse a run with one skill that was at
+    its ceiling from the start. Both must pass, so neither is corrected. Non-inferiority to every teacher is an
     intersection-union test (Berger 1982): all must pass, so each is held to the full level without correction, and the
     largest p-value is that of all. The level is one tail of the intervals, (1 - confidence) / 2, so a domain passes
     exactly where the lower bound of its interval lies above the margin.
@@ -95,12 +130,14 @@ def judge(
         margin: Allowed deficit to each domain's teacher (`Results.teacher`).
         max_forgetting: Allowed mean drop on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
+        reigning: The merge that is this champion, which is not compared with itself; empty where none is.
     """
     others = rivals(results)
     judged: dict[str, Verdict] = {}
     for name in (*(rival.name for rival in others if rival.shown), STUDENT):
-        criteria = _teachers(results, name, margin)
-        criteria += [_forgetting(results, name, max_forgetting), _champion(results, name, champion)]
+        criteria = [*_teachers(results, name, margin), _forgetting(results, name, max_forgetting)]
+        criteria += _gains(results, name)
+        criteria.append(_itself(name) if name == reigning else _champion(results, name, champion))
         judged[name] = Verdict(name, "", tuple(criteria))
         if judged[name].passed:
             break
@@ -128,10 +165,50 @@ def _lead(rival: Rival) -> str:
     return f"{rival.name} {100 * rival.gain:+.1f} points (p = {rival.p_value:.2g}, {level})"
 
 
+def _gains(results: Results, candidate: str) -> list[Criterion]:
+    """The teachers, and the candidate, are above the start on the mean of what there was to learn."""
+    start, domains = results.start, _learnt(results)
+    if not domains:
+        text = f"no domain has another teacher than {start}, so there is nothing to learn"
+        return [Criterion(f"above {start}", False, text, kind="missing")]
+    return [
+        _gain(results, "teacher", f"teachers above {start}", "the teachers", domains),
+        _gain(results, candidate, f"{candidate} above {start}", candidate, domains),
+    ]
+
+
+def _learnt(results: Results) -> tuple[str, ...]:
+    """The experts' domains; in a run without experts those with a teacher that is not the start."""
+    others = (domain for domain in results.domains if results.teacher(domain) not in (None, results.start))
+    return results.expert_domains or tuple(others)
+
+
+def _gain(results: Results, role: str, name: str, called: str, domains: Sequence[str]) -> Criterion:
+    one, start = _promotable(results), results.start
+    found = {domain: one.aligned([one.checkpoint(role, domain), start], domain) for domain in domains}
+    pairs = {domain: (pair[0], pair[1]) for domain, pair in found.items() if pair and pair[0].shape[1] > 1}
+    if missing := [domain for domain in domains if domain not in pairs]:
+        text = f"{', '.join(missing)}: not scored with two examples or more, so no gain is shown"
+        return Criterion(name, False, text, kind="missing")
+    own, its = (100 * float(np.mean([pair[index].mean() for pair in pairs.values()])) for index in (0, 1))
+    gain = over_examples({domain: differences(*pair) for domain, pair in pairs.items()}).interval(results.confidence)
+    p_value = mean_superiority(pairs)
+    passed = p_value < (1 - results.confidence) / 2
+    shown = f"above {start}" if passed else f"not shown above {start}: {NOTHING}"
+    text = (
+        f"mean of {', '.join(domains)}: {called} {own:.1f} % against {its:.1f} %{_seed(results)}: difference "
+        f"{_points(gain)}, p = {p_value:.2g}, so {shown}."
+    )
+    brief = f"{called} at {own:.1f} %, {start} at {its:.1f} %: {_points(gain)}, {shown}"
+    return Criterion(
+        name, passed, text + _over_all(results, results.mean_difference(role, start, domains)), brief, "gain"
+    )
+
+
 def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion]:
     """A criterion for each domain: the candidate is non-inferior to its teacher there."""
     if not results.teachers:
-        return [Criterion("teachers", False, "no teacher to compare with")]
+        return [Criterion("teachers", False, "no teacher to compare with", kind="missing")]
     one = _promotable(results)
     pairs = {domain: one.aligned([candidate, one.teacher(domain)], domain) for domain in one.teachers}
     # What was not scored is not shown, and of a single example nothing is.
@@ -146,7 +223,7 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         name = f"non-inferior to {results.teacher(domain)} on {domain}"
         if pair is None or pair[0].shape[1] < 2:
             few = "not scored" if pair is None else "a single example"
-            criteria.append(Criterion(name, False, f"{domain}: {few}, so not shown non-inferior."))
+            criteria.append(Criterion(name, False, f"{domain}: {few}, so not shown non-inferior.", kind="missing"))
             continue
         passed = p_values[domain] < (1 - results.confidence) / 2
         difference = over_examples({domain: differences(*pair)}).interval(results.confidence)
@@ -156,9 +233,12 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
             f"{'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
             f"so {'' if passed else 'not shown '}non-inferior{together}."
         )
-        criteria.append(
-            Criterion(name, passed, text + _over_all(results, results.difference(candidate, "teacher", domain)))
+        brief = (
+            f"{domain}: {_points(difference)} to {results.teacher(domain)}, "
+            f"{'' if passed else 'not '}shown above {-100 * margin:.1f}"
         )
+        text += _over_all(results, results.difference(candidate, "teacher", domain))
+        criteria.append(Criterion(name, passed, text, brief, "teacher", domain))
     return criteria
 
 
@@ -178,23 +258,29 @@ def _over_all(results: Results, value: Interval | None) -> str:
 
 def _forgetting(results: Results, candidate: str, allowed: float) -> Criterion:
     if not results.untrained:
-        return Criterion("forgetting", None, "not measured: every domain has an expert")
+        return Criterion("forgetting", None, "not measured: every domain has an expert", kind="forgetting")
     lost = mean_drop(_promotable(results), candidate)
     if lost is None:
-        return Criterion("forgetting", False, "not scored")
+        return Criterion("forgetting", False, "not scored", kind="missing")
     passed = lost.mean <= allowed
     unsure = ", past which the interval reaches" if passed and lost.high > allowed else ""
     text = (
         f"mean drop {_points(lost)} on {', '.join(results.untrained)}{_seed(results)}; the estimate may be at most "
         f"{100 * allowed:.1f}{unsure}."
     )
-    return Criterion("forgetting", passed, text + _over_all(results, mean_drop(results, candidate)))
+    brief = f"forgetting: a drop of {_points(lost)}, at most {100 * allowed:.1f} is allowed"
+    text += _over_all(results, mean_drop(results, candidate))
+    return Criterion("forgetting", passed, text, brief, "forgetting")
+
+
+def _itself(candidate: str) -> Criterion:
+    text = f"{candidate} is the champion itself: not compared"
+    return Criterion(PREVIOUS, None, text, kind="champion")
 
 
 def _champion(results: Results, candidate: str, champion: Mapping[str, Scores] | None) -> Criterion:
-    name = "not worse than the previous champion"
     if not champion:
-        return Criterion(name, None, "no scores of a previous champion: not compared")
+        return Criterion(PREVIOUS, None, "no scores of a previous champion: not compared", kind="champion")
     strata: dict[str, np.ndarray] = {}
     for domain in results.expert_domains:
         # One checkpoint can become champion: the first seed's.
@@ -203,10 +289,13 @@ def _champion(results: Results, candidate: str, champion: Mapping[str, Scores] |
         if own and sheet and sheet.ids == own.ids:
             strata[f"{domain}/{HELD_OUT}"] = (own.greedy_N - sheet.greedy_N)[None]
     if not strata:
-        return Criterion(name, None, "the champion was not scored on these examples: not compared")
+        text = "the champion was not scored on these examples: not compared"
+        return Criterion(PREVIOUS, None, text, kind="champion")
     difference = mean_over(strata, results.confidence)
     text = f"difference {_points(difference)} over {len(strata)} of {len(results.expert_domains)} expert domains"
-    return Criterion(name, difference.high >= 0, f"{text}; fails only when shown worse")
+    passed = difference.high >= 0
+    brief = f"{'not ' if passed else ''}shown worse than the champion: {_points(difference)}"
+    return Criterion(PREVIOUS, passed, f"{text}; fails only when shown worse", brief, "champion")
 
 
 def _points(value: Interval) -> str:

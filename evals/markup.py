@@ -6,9 +6,10 @@ from html import escape
 from evals.grid import Grid
 
 
-def section(title: str, content: str) -> str:
-    """A section with its heading and an anchor; nothing where there is no content."""
-    return f'<section id="{anchor(title)}"><h2>{escape(title)}</h2>{content}</section>' if content else ""
+def folded(title: str, content: str) -> str:
+    """A section under its heading, folded, with an anchor; nothing where there is no content."""
+    head = f"<summary><h2>{escape(title)}</h2></summary>"
+    return f'<details class="part" id="{anchor(title)}">{head}{content}</details>' if content else ""
 
 
 def anchor(title: str) -> str:

@@ -14,17 +14,25 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from evals.advice import Settings
 from evals.costs import costs_section
 from evals.curves import curves_cards
 from evals.export import DATA_FILE, SCORES_FILE, write_data, write_scores
 from evals.figures import forgetting_figure, roles_figure
+from evals.first_screen import first_screen
 from evals.gate import Verdict
-from evals.markup import anchor, card, figure, grid_table, section, word_table
+from evals.headline import histograms
+from evals.markup import card, figure, folded, grid_table, word_table
 from evals.results import Cost, Results
 from evals.samples import samples_section
+from evals.summary import Summary, summarise
 from evals.table import grids, statements
 from stages.core.checkpoint import write_whole
 
+# Failed criteria stand first.
+ORDER = (False, None, True)
+# As many ids of what is missing as the head of the page has room for.
+GAPS = 5
 MARKS = {True: ("✓ met", "ok"), False: ("✗ failed", "bad"), None: ("not compared", "na")}
 
 
@@ -37,12 +45,16 @@ class Background:
         drawing: The lineage as HTML with inline SVG, trusted as it is.
         lineage: A mapping of column to text for each checkpoint.
         scoring: checkpoint -> what its evaluations took, a mean over seeds.
+        summary: The first screen; made from scores and verdict alone where it is None.
+        missing: Ids of the run's nodes that are not made yet.
     """
 
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     drawing: str = ""
     lineage: Sequence[Mapping[str, str]] = ()
     scoring: Mapping[str, Cost] = field(default_factory=dict)
+    summary: Summary | None = None
+    missing: Sequence[str] = ()
 
 
 def write_report(path: Path, results: Results, verdict: Verdict | None, background: Background) -> Path:
@@ -55,26 +67,30 @@ def write_report(path: Path, results: Results, verdict: Verdict | None, backgrou
         background: What else is known of the run.
     """
     made = datetime.now(UTC)
+    summary = background.summary or summarise(results, verdict, Settings())
     path.parent.mkdir(parents=True, exist_ok=True)
     # The page links to the data, so they come first.
     write_scores(path.with_name(SCORES_FILE), results)
-    write_data(path.with_name(DATA_FILE), results, verdict, background.scoring, background.lineage, made)
-    write_whole(path, _page(results, verdict, background, made))
+    data, bins = path.with_name(DATA_FILE), histograms(background.curves)
+    write_data(data, results, verdict, background.scoring, background.lineage, made, summary, background.missing, bins)
+    write_whole(path, _page(results, verdict, background, summary, made))
     return path
 
 
-def _page(results: Results, verdict: Verdict | None, background: Background, made: datetime) -> str:
+def _page(results: Results, verdict: Verdict | None, background: Background, summary: Summary, made: datetime) -> str:
     style, script = (_asset(name) for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     sections = {title: content for title, content in _sections(results, verdict, background).items() if content}
-    body = "".join(section(title, content) for title, content in sections.items())
+    body = first_screen(summary, verdict)
+    body += "".join(folded(title, content) for title, content in sections.items())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(results.run)}</title><style>{style}</style></head>"
-        f"<body><main>{_header(results, list(sections), made)}{body}</main><script>{script}</script></body></html>\n"
+        f"<body><main>{_header(results, made, background.missing)}{body}</main>"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
@@ -83,7 +99,7 @@ def _sections(results: Results, verdict: Verdict | None, background: Background)
     roles, *others = grids(results)
     shown = "".join(f"<li>{escape(line)}</li>" for line in statements(results))
     return {
-        "Verdict": _verdict(verdict),
+        "Gate": _verdict(verdict),
         "Scores": grid_table(roles) + figure(roles_figure(results)),
         **{other.title.partition(":")[0]: grid_table(other) for other in others},
         "What it shows": f"<ul>{shown}</ul>",
@@ -100,24 +116,26 @@ def _asset(name: str) -> str:
     return (files("evals") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _header(results: Results, titles: Sequence[str], made: datetime) -> str:
-    links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title in titles)
+def _header(results: Results, made: datetime, missing: Sequence[str]) -> str:
     seeds = ", ".join(map(str, results.seeds))
+    named = "seed" if len(results.seeds) == 1 else "seeds"
+    gaps = f" · not made yet: {escape(', '.join(missing[:GAPS]))}{', …' if len(missing) > GAPS else ''}"
     return (
         f"<header><h1>{escape(results.run)}</h1>"
-        f'<p class="soft">seeds {seeds} · {made:%Y-%m-%d %H:%M} UTC · the data: <a href="{SCORES_FILE}">{SCORES_FILE}'
-        f'</a>, <a href="{DATA_FILE}">{DATA_FILE}</a></p><nav>{links}</nav></header>'
+        f'<p class="soft">{named} {seeds} · {made:%Y-%m-%d %H:%M} UTC · data: '
+        f'<a href="{SCORES_FILE}">{SCORES_FILE}</a>, <a href="{DATA_FILE}">{DATA_FILE}</a>'
+        f"{gaps if missing else ''}</p></header>"
     )
 
 
 def _verdict(verdict: Verdict | None) -> str:
     if verdict is None:
         return '<p class="soft">Nothing was judged.</p>'
-    style = "ok" if verdict.promoted else "bad"
+    style = "ok" if verdict.promoted or (verdict.reigns and verdict.passed) else "bad"
     head = f'<p class="{style}">{escape(verdict.conclusion)}</p>'
     head += f"<p>Candidate: {escape(verdict.candidate)}: {escape(verdict.why)}.</p>"
     lines = []
-    for criterion in verdict.criteria:
+    for criterion in sorted(verdict.criteria, key=lambda one: ORDER.index(one.passed)):
         word, style = MARKS[criterion.passed]
         texts = "".join(f"<td>{escape(text)}</td>" for text in (criterion.name, criterion.text))
         lines.append(f'<tr><td class="{style}">{word}</td>{texts}</tr>')

@@ -16,6 +16,9 @@ from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
 if TYPE_CHECKING:
     from rich.console import Group
 
+WIDTH = 80
+# A cell's padding and rule.
+CELL_CHARACTERS = 3
 ROLE_TITLES = {"base": "base", "cold_start": "cold start", "teacher": "teacher", "student": "student"}
 
 
@@ -171,14 +174,14 @@ def contaminated(results: Results) -> dict[str, float]:
     return {name: share for name, share in shares.items() if share > 0}
 
 
-def render(results: Results) -> "Group":
-    """The tables and statements as a rich renderable."""
+def render(results: Results, width: int = WIDTH) -> "Group":
+    """The tables and statements as a rich renderable; a table too wide for the terminal stands in several parts."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     tables = []
-    for grid in grids(results, compact):
+    for grid in (part for whole in grids(results, compact) for part in fitted(whole, width)):
         table = Table(title=grid.title, title_justify="left")
         for index, column in enumerate(grid.head):
             table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -186,6 +189,30 @@ def render(results: Results) -> "Group":
             table.add_row(*(Text(cell) for cell in row))
         tables.append(table)
     return Group(*tables, *(Text(line) for line in statements(results)))
+
+
+def fitted(grid: Grid, width: int) -> list[Grid]:
+    """A table, or its parts by columns, so narrow that no word of it is broken; each part has the first column."""
+
+    def least(column: int) -> int:
+        texts = [grid.head[column], *(row[column] for row in grid.rows)]
+        return CELL_CHARACTERS + max((len(word) for text in texts for word in text.split()), default=1)
+
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(grid.head)):
+        if len(parts[-1]) > 1 and 1 + sum(map(least, [*parts[-1], column])) > width:
+            parts.append([0])
+        parts[-1].append(column)
+    if len(parts) == 1:
+        return [grid]
+    return [
+        Grid(
+            f"{grid.title} (part {number} of {len(parts)})",
+            tuple(grid.head[column] for column in part),
+            tuple(tuple(row[column] for column in part) for row in grid.rows),
+        )
+        for number, part in enumerate(parts, start=1)
+    ]
 
 
 def render_markdown(results: Results) -> str:

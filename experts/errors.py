@@ -26,6 +26,11 @@ def is_unreachable(error: BaseException) -> bool:
     return not kinds.isdisjoint(_UNREACHABLE)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Name the valid choice closest to `word`, as the tail of an error message.
 

@@ -16,7 +16,9 @@ PATH_OPTIONS = ("path", "held_out_path")
 
 
 def placed(path: str, folder: Path) -> str:
-    """A path as it stands in a run file, from that file's folder on; a Hub id stays as it is."""
+    """A path as it stands in a run file, from that file's folder on; a Hub id and an address stay as they are."""
+    if "://" in path:
+        return path
     place = folder / Path(path).expanduser()
     return os.path.abspath(place) if place.exists() or _is_local(path) else path
 

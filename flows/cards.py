@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from evals.markdown import code, plain
@@ -73,29 +74,56 @@ def lesson(entry: Mapping[str, Any]) -> str:
     return ", ".join(facts)
 
 
-def model_note(
-    artifact: Artifact, pages: Mapping[str, str], scores: Mapping[tuple[str, str], float] | None = None
-) -> str:
-    """A checkpoint's description: what it is, what it scores, and links to the checkpoints it was made from.
+@dataclass(frozen=True)
+class About:
+    """What the tracking store knows of a checkpoint beside its manifest.
 
-    Args:
-        artifact: The checkpoint.
+    Attributes:
         pages: role -> address of the parent's page; a parent unknown to the tracking store has none.
         scores: (domain, split) -> greedy score; empty until it is evaluated.
+        children: Name and address of each checkpoint that was made from it.
+        curves: domain -> address of the chart of its scores while it was trained.
+        rows: Scores beside those of teacher and start, as `evals.headline.Compared` has them; of merges alone.
+        verdict: What the gate said of it; empty where it was not the candidate.
+        title: The run that compared it.
+        run: The address of that run's page.
+        report: The address of that run's report; empty where there is none.
     """
+
+    pages: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    children: Sequence[tuple[str, str]] = ()
+    curves: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    verdict: str = ""
+    title: str = ""
+    run: str = ""
+    report: str = ""
+
+
+def model_note(artifact: Artifact, about: About) -> str:
+    """A checkpoint's description: what it is, what it scores, what it was made from and into, each with its link."""
     manifest = artifact.manifest
     lines = [f"**{plain(artifact.name)}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
-    if scores:
-        lines += ["| domain | split | greedy score, % |", "|---|---|---:|"]
-        lines += [f"| {plain(domain)} | {split} | {100 * score:.1f} |" for (domain, split), score in scores.items()]
-        lines.append("")
+    if about.verdict:
+        lines += [f"{plain(about.verdict)}.", ""]
+    if about.run:
+        report = f", its [report]({about.report})" if about.report else ""
+        lines += [f"Compared in the run [{plain(about.title)}]({about.run}){report}.", ""]
+    lines += _score_table(about)
+    if about.curves:
+        charts = " · ".join(f"[{plain(domain)}]({page})" for domain, page in about.curves.items())
+        lines += [f"Score over time, beside teacher and start: {charts}", ""]
     if parents := manifest.get("parents", {}):
         lines.append("Made from:")
         for role, parent in parents.items():
             name = plain(parent["name"])
-            name = f"[{name}]({pages[role]})" if role in pages else name
+            name = f"[{name}]({about.pages[role]})" if role in about.pages else name
             lines.append(f"- {plain(role)}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
         lines.append("")
+    if about.children:
+        made = " · ".join(f"[{plain(name)}]({page})" for name, page in about.children)
+        lines += [f"Made into: {made}", ""]
     if taught := manifest.get("teachers", []):
         lines.append("Taught by domain:")
         lines += [f"- {plain(entry['domain'])}: {plain(lesson(entry))}" for entry in taught]
@@ -117,20 +145,42 @@ def model_note(
     return "\n".join(lines)
 
 
+def _score_table(about: About) -> list[str]:
+    """Greedy scores in percent, with those of teacher and start where they are known."""
+    if about.rows:
+        head = ["| domain | split | greedy score, % | teacher | start | recovery, % |", "|---|---|---:|---:|---:|---:|"]
+        columns = ("own", "teacher", "start", "recovery")
+        rows = [
+            f"| {plain(row['domain'])} | {row['split']} | {' | '.join(_percent(row[name]) for name in columns)} |"
+            for row in about.rows
+        ]
+        return [*head, *rows, ""]
+    rows = [f"| {plain(domain)} | {split} | {_percent(score)} |" for (domain, split), score in about.scores.items()]
+    return ["| domain | split | greedy score, % |", "|---|---|---:|", *rows, ""] if rows else []
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
 def _cost(manifest: Mapping[str, Any]) -> str:
     """Time, tokens and energy, as far as they are recorded."""
     units = {"seconds": "s", "device_seconds": "device-seconds", "tokens": "tokens", "joules": "J"}
     return ", ".join(f"{manifest[name]:,.0f} {unit}" for name, unit in units.items() if manifest.get(name) is not None)
 
 
-def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "") -> str:
+def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "", charts: Mapping[str, str] | None = None) -> str:
     """A run's description: its checkpoints, each with a link to its page.
 
     Args:
         rows: A checkpoint and the address of its page, parents first.
         flow_run: Address of the flow run in Prefect's pages.
+        charts: What a chart shows -> its address: scores over time beside those of teacher and start.
     """
     lines = [f"[The flow run in Prefect]({flow_run})", ""] if flow_run else []
+    if charts:
+        links = " · ".join(f"[{plain(name)}]({page})" for name, page in charts.items())
+        lines += [f"Score over time, beside teacher and start: {links}", ""]
     lines += ["Checkpoints, student first (`lineage.html` among the artifacts draws how they were made):"]
     for artifact, page in reversed(rows):
         manifest = artifact.manifest

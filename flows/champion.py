@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from experts.domain import HELD_OUT
 from experts.errors import UserError, nearest
 from flows.config import BASELINES, STUDENT, VARIANTS
-from flows.lock import lock_path, read_json
+from flows.lock import lock_path
 from flows.plan import Node, StageGraph
+from flows.state_files import CHAMPION_FILE, read_json
 from stages.core.checkpoint import Store, write_whole
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from evals.results import Results
     from evals.scores import Scores
 
-CHAMPION_FILE = "champion.json"
 CANDIDATE_ALIAS, CHAMPION_ALIAS = "candidate", "champion"
 By = Literal["gate", "person"]
 
@@ -63,6 +63,12 @@ class Reign:
         """Who decided when, and why."""
         who = "by the gate" if self.by == "gate" else "by a person"
         return f"{who}, {self.when}: {self.reason}"
+
+    @property
+    def since(self) -> str:
+        """Since when, by whom, and a person's reason."""
+        who = "by the gate" if self.by == "gate" else f"by a person: {self.reason}"
+        return f"{datetime.fromisoformat(self.when):%Y-%m-%d %H:%M} UTC, {who}"
 
 
 def read_history(store: Store, run: str) -> list[Reign]:
@@ -114,8 +120,13 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
     from evals.gate import judge
 
     gate, history = graph.config.gate, read_history(store, graph.config.name)
-    champion = champion_scores(store, history)
-    verdict = judge(results, gate.non_inferiority_margin, gate.max_forgetting, champion)
+    now = history[-1] if history else None
+    reigning = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
+    verdict = judge(
+        results, gate.non_inferiority_margin, gate.max_forgetting, champion_scores(store, history), reigning
+    )
+    if now and verdict.candidate == reigning:
+        return dataclasses.replace(verdict, reigns=now.since)
     decision = rejected(history).get(first_of(graph, verdict.candidate).key)
     if decision is None or not verdict.passed:
         return verdict
@@ -123,6 +134,13 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
         f"a person chose {decision.node} instead, {decision.when}: {decision.reason}; `mopd promote` overrules that"
     )
     return dataclasses.replace(verdict, withheld=withheld)
+
+
+def merges_of(graph: StageGraph) -> list[Node]:
+    """The merges of the first seed, which alone can become champion, in the graph's order."""
+    seed = graph.config.seeds[0]
+    names = [node for node in graph.checkpoints if node.name == STUDENT or node.name.startswith((BASELINES, VARIANTS))]
+    return [node for node in names if node.seed == seed]
 
 
 def first_of(graph: StageGraph, name: str) -> Node:
@@ -223,6 +241,11 @@ def registered_name(run: str) -> str:
 
 def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
     """Move the aliases of the registered model; what MLflow does not take now, the run's next start sends."""
+    tell(store, run, operations(run, candidate))
+
+
+def tell(store: Store, run: str, said: Sequence[Mapping[str, Any]]) -> None:
+    """Send operations to MLflow outside of a run; what it does not take now, the run's next start sends."""
     from flows.mlflow_writer import Writer, unsent_folder
     from flows.outbox import Outbox, send_left_over
     from flows.servers import without_secrets
@@ -230,7 +253,7 @@ def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
     writer, folder = Writer(store), unsent_folder(store.home, run)
     unsent = send_left_over(folder, writer)
     outbox = Outbox(folder / f"{uuid.uuid4().hex}.jsonl", writer)
-    for operation in operations(run, candidate):
+    for operation in said:
         outbox.submit(operation)
     if unsent + outbox.close():
         sys.stderr.write(

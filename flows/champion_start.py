@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from experts.errors import UserError
 from flows.config import CHAMPION, STUDENT, RunConfig
-from flows.lock import lock_path, read_json
+from flows.lock import lock_path
+from flows.state_files import read_json
 from stages.core.checkpoint import Artifact, Store, write_whole
 
 if TYPE_CHECKING:
@@ -36,13 +37,14 @@ def names_champion(config: RunConfig) -> str | None:
     return next((f"merge.teachers.{domain}" for domain in taught), None)
 
 
-def pinned_champion(config: RunConfig, home: Path, key: str) -> Artifact:
+def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, str]) -> Artifact:
     """The champion this run is pinned to, or today's.
 
     Args:
         config: The run.
         home: `$MOPD_HOME`.
         key: The key of the run file that asks for it; errors name it.
+        pins: What the run's lock pins.
 
     Raises:
         UserError: the run has no champion yet, or its checkpoint is no longer in the store.
@@ -50,7 +52,7 @@ def pinned_champion(config: RunConfig, home: Path, key: str) -> Artifact:
     from flows.champion import read_history
 
     store = Store(home)
-    pinned = read_json(lock_path(home, config.name)).get("pins", {}).get(CHAMPION)
+    pinned = pins.get(CHAMPION)
     if pinned is None:
         history = read_history(store, config.name)
         if not history:

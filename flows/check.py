@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.domain import HELD_OUT, TRAIN, Example, load_domain
-from experts.errors import UserError
-from flows.architectures import architecture_problems
+from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
+from experts.errors import UserError, first_line
+from flows.architectures import architecture_problems, checkpoint_key
 from flows.check_tokens import TokenCheck
 from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
@@ -24,7 +24,7 @@ from flows.shifts import SHIFT
 from flows.vllm_commands import devices_of_each
 from stages.core.checkpoint import Store
 from stages.core.extras import require_vllm
-from stages.core.remote_code import options, remote_code
+from stages.core.remote_code import OWN_CODE, options, remote_code
 from stages.core.rendering import rendering
 from stages.on_policy.shares import without_prompts
 from stages.on_policy.vllm_settings import is_local
@@ -84,7 +84,8 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         elif free < 2 * needed:
             warnings.append(text)
     if problems:
-        raise UserError("\n".join(problems))
+        # Nodes that share a domain or a checkpoint share its faults.
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return warnings
 
 
@@ -118,6 +119,9 @@ def _draw(
         try:
             source = load_domain(name, entry.kind, entry.options)
             drawn = source.draw_up_to(count, split, seed)
+            if entry.kind.endswith(OWN_SUFFIX) and drawn and drawn[0].answer:
+                # A score that is none would be found by the first step of RL.
+                source.score(drawn[0], drawn[0].answer)
         except (UserError, ConnectionError) as error:
             problems.append(f"{key} {count}: {error}")
             continue
@@ -295,7 +299,11 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
 
 
 def _tokenizer(node: Node, store: Store) -> Any:
-    """An origin's tokenizer; None where a GGUF file has yet to be read for it."""
+    """An origin's tokenizer; None where a GGUF file has yet to be read for it.
+
+    Raises:
+        UserError: an imported checkpoint's cannot be read.
+    """
     artifact = store.find(node.key)
     if artifact is None and (node.stage != "load" or node.config["kind"] == "gguf"):
         if node.stage != "pretrain":
@@ -305,9 +313,15 @@ def _tokenizer(node: Node, store: Store) -> Any:
         return character_tokenizer()
     from transformers import AutoTokenizer
 
-    if artifact is not None:
-        return AutoTokenizer.from_pretrained(artifact.uri, **options())
-    return AutoTokenizer.from_pretrained(node.config["location"], revision=node.config["revision"], **options())
+    place = artifact.uri if artifact is not None else node.config["location"]
+    revision = None if artifact is not None else node.config["revision"]
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=revision, **options())
+    except (
+        Exception
+    ) as error:  # each kind of tokenizer has errors of its own; those of `tokenizers` are bare Exceptions
+        said = OWN_CODE if "trust_remote_code" in str(error) else f"its tokenizer cannot be read: {first_line(error)}"
+        raise UserError(f"{checkpoint_key(node)}: {place}: {said}") from error
 
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:

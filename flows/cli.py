@@ -5,6 +5,7 @@ Free of prefect, mlflow and torch until a command needs them, so that `mopd plan
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,19 @@ from rich.console import Console
 
 from experts.errors import UserError
 from flows import cli_checkpoints, cli_experts, cli_init, cli_schedule, commands
-from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
+from flows.asked import Asked
+from flows.cli_options import (
+    DEFAULT_HOME,
+    AsJson,
+    AsWritten,
+    Full,
+    Home,
+    MaxSteps,
+    Overrides,
+    RunFile,
+    errors_as_messages,
+)
+from flows.show import Shown
 from flows.signals import interrupt_once
 from stages.core.checkpoint import Store
 
@@ -21,9 +34,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="From one base checkpoint to one merged student: SFT cold start, per-domain experts, MOPD.",
     epilog="Exit codes: 0 done, 1 a stage failed or something is not ready, 2 a mistake in what was asked for, "
-    "130 stopped from outside. Everything finished is kept in any case; the same command resumes.",
+    "3 finished but not promoted (`run --require-promotion` only), 130 stopped from outside. "
+    "Everything finished is kept in any case; the same command resumes.",
 )
 serve = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +58,22 @@ def _show_schema(value: bool) -> None:
         raise typer.Exit
 
 
+def _show_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"mopd {version('mopd')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def mopd(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """From one base checkpoint to one merged student: SFT cold start, per-domain experts, MOPD."""
+    del show_version
+
+
 @app.command()
 def run(
     file: RunFile,
@@ -56,6 +85,11 @@ def run(
     ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain progress lines, no live display.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log as well.")] = False,
+    require_promotion: Annotated[
+        bool, typer.Option("--require-promotion", help="Exit code 3 unless the candidate is champion at the end.")
+    ] = False,
+    full: Full = False,
+    as_json: AsJson = False,
     help_config: Annotated[
         bool,
         typer.Option("--help-config", is_eager=True, callback=_show_schema, help="Show every key of a run file."),
@@ -64,8 +98,15 @@ def run(
     """Make what is missing, merge, compare and report. Run again after a failure or Ctrl-C: it resumes."""
     del help_config
     with errors_as_messages():
-        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
-        code = commands.run(asked, discard_corrupted=discard_corrupted, plain=plain, verbose=verbose)
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        code = commands.run(
+            asked,
+            discard_corrupted=discard_corrupted,
+            plain=plain,
+            verbose=verbose,
+            require_promotion=require_promotion,
+            shown=Shown(full, as_json),
+        )
     raise typer.Exit(code)
 
 
@@ -78,11 +119,16 @@ def plan(
     check: Annotated[
         bool, typer.Option("--check", help="Also draw the data, compare tokenizers and look at the disk.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_written: AsWritten = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what is cached, what would run, and why. Starts nothing."""
+    """Show what is cached, what would run, and why: of the file's last run, unless overrides are given.
+
+    Starts nothing.
+    """
     with errors_as_messages():
-        commands.plan(commands.Asked(file, tuple(overrides or ()), max_steps, home), check=check, as_json=as_json)
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        commands.plan(asked, check=check, as_json=as_json)
 
 
 @app.command()
@@ -91,11 +137,13 @@ def status(
     overrides: Overrides = None,
     home: Home = DEFAULT_HOME,
     max_steps: MaxSteps = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_written: AsWritten = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show how far each node is: done, at which step it stands, or what ended it."""
+    """Show how far each node of the file's last run is: done, at which step it stands, or what ended it."""
     with errors_as_messages():
-        commands.status(commands.Asked(file, tuple(overrides or ()), max_steps, home), as_json=as_json)
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        commands.status(asked, as_json=as_json)
 
 
 @app.command()
@@ -104,9 +152,12 @@ def report(
     overrides: Overrides = None,
     home: Home = DEFAULT_HOME,
     max_steps: MaxSteps = None,
+    as_written: AsWritten = False,
+    full: Full = False,
+    as_json: AsJson = False,
     page: Annotated[Path | None, typer.Option("--page", help="claims: where its page goes; docs/claims.md.")] = None,
 ) -> None:
-    """Compare what is finished and write the HTML report; trains nothing.
+    """Compare what is finished of the file's last run and write the HTML report; trains nothing.
 
     Given a folder, or the word `claims` for flows/runs/claims: test the hypotheses of its run files on one page.
     """
@@ -117,7 +168,8 @@ def report(
             folder = claims.FOLDER if str(file) == "claims" else file
             sys.stdout.write(f"{claims.write_claims(folder, overrides or [], home, page or claims.PAGE)}\n")
             return
-        commands.report(commands.Asked(file, tuple(overrides or ()), max_steps, home))
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        commands.report(asked, Shown(full, as_json))
 
 
 @app.command()
@@ -144,7 +196,7 @@ def promote(
         names = [word for word in words or () if "=" not in word]
         if len(names) > 1:
             raise UserError(f"name one merge, not {len(names)}: {', '.join(names)}")
-        asked = commands.Asked(file, overrides, max_steps, home)
+        asked = Asked.last(file, overrides, max_steps, home)
         champion.promote(asked.graph(), Store(home), next(iter(names), None), reason)
 
 
@@ -154,7 +206,7 @@ def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HO
     from flows import champion
 
     with errors_as_messages():
-        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home)
         champion.rollback(asked.graph(), Store(home))
 
 
@@ -187,7 +239,7 @@ def serve_rollout(
     from flows.serve import Place, rollout
 
     with errors_as_messages():
-        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
         rollout(asked, Place(host, port), count=count, seed=seed)
 
 
@@ -205,7 +257,7 @@ def serve_teachers(
     from flows.serve import Place, teachers
 
     with errors_as_messages():
-        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
         teachers(asked, Place(host, port), seed=seed)
 
 

@@ -17,7 +17,14 @@ Overrides = Annotated[
 ]
 Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
+AsWritten = Annotated[
+    bool, typer.Option("--as-written", help="The file as it is, without the overrides of its last run.")
+]
+Full = Annotated[bool, typer.Option("--full", help="All tables, statements and criteria, too.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_HOME = Path(".mopd")
+# A file where a folder belongs, or the other way round; links in a circle; a name that no file system takes.
+NO_SUCH_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
@@ -38,6 +45,8 @@ def errors_as_messages() -> Iterator[None]:
             _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
             _fail(f"{error.filename}: {error.strerror}; make it writable or choose another --home", 2)
+        if error.errno in NO_SUCH_PLACE and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; move what is there away, or choose another place", 2)
         raise
 
 

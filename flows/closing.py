@@ -1,26 +1,32 @@
 """What a finished run comes to: its scores, what the gate says of its merges, the champion, and the report."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.markdown import code, plain
+from experts.errors import UserError
 from flows import lineage
 from flows.champion import Reign, first_of, judge_run, promote_by_gate, read_history
 from flows.costs import scoring_costs
 from flows.lock import lock_path
 from flows.plan import Node, StageGraph
+from flows.state_files import read_json
 from stages.core.checkpoint import Store
-from stages.core.journal import JOURNAL_FILE, read
+from stages.core.journal import JOURNAL_FILE, thinned_records
 
 if TYPE_CHECKING:
     from evals.gate import Verdict
     from evals.report import Background
     from evals.results import Results
+    from evals.summary import Summary
 
 REPORT_FILE = "report.html"
+# Where the report of a run goes that is not all made, while a whole one stands.
+PARTIAL = "partial"
 ANSWERS = {True: "met", False: "FAILED", None: "not compared"}
 
 
@@ -30,19 +36,28 @@ class Outcome:
 
     Attributes:
         results: The comparison of base, cold start, teachers and student.
+        summary: The first screen: how good, which domain is weakest, why (not) promoted, what next.
         verdict: Who the candidate is and what the gate says of it; None without a merge.
         candidate: The candidate's node, of the first seed; None without a merge.
         champion: Who is champion now; None where nobody is.
         changed: Whether the gate made the candidate champion just now.
         report: The HTML report.
+        missing: Ids of the nodes that are not made yet.
     """
 
     results: "Results"
+    summary: "Summary"
     verdict: "Verdict | None"
     candidate: Node | None
     champion: Reign | None
     changed: bool
     report: Path
+    missing: tuple[str, ...] = ()
+
+    @property
+    def crowned(self) -> bool:
+        """Whether the candidate is champion, since just now or from before."""
+        return bool(self.candidate and self.champion and self.champion.student == self.candidate.key)
 
     def verdict_lines(self) -> list[str]:
         """Who the candidate is, the gate's verdict, a line for each criterion and one for all, and the champion."""
@@ -53,6 +68,24 @@ class Outcome:
         lines.append(f"gate: {self.verdict.conclusion}")
         return [*lines, f"champion: {self.champion}, {self.champion.decision}" if self.champion else "champion: none"]
 
+    def facts(self) -> dict[str, Any]:
+        """Verdict, table, advice and places for programs; JSON values."""
+        verdict = self.verdict and {
+            **dataclasses.asdict(self.verdict),
+            "conclusion": self.verdict.conclusion,
+            "promoted": self.verdict.promoted,
+        }
+        return {
+            "run": self.results.run,
+            "candidate": self.candidate and self.candidate.id,
+            "candidate_is_champion": self.crowned,
+            "champion": self.champion and dataclasses.asdict(self.champion),
+            "verdict": verdict,
+            "summary": dataclasses.asdict(self.summary),
+            "missing": self.missing,
+            "report": str(self.report),
+        }
+
     def rows(self) -> list[dict[str, str]]:
         """The main table, a mapping of column to text for each row."""
         from evals.table import roles_grid
@@ -61,56 +94,93 @@ class Outcome:
         return [dict(zip(grid.head, row, strict=True)) for row in grid.rows]
 
     def markdown(self) -> str:
-        """Tables, verdict and the report's place as a page."""
+        """Verdict, tables and the report's place as a page."""
         from evals.table import render_markdown
 
+        next_lines = "".join(f"- {plain(line)}\n" for line in self.summary.next)
+        first = f"**{plain(self.summary.sentence)}**\n\n{next_lines}"
         verdict = "\n".join(f"- {plain(line)}" for line in self.verdict_lines())
-        return f"{render_markdown(self.results)}\n{verdict}\n\nReport: {code(str(self.report))}\n"
+        return f"{first}\n{render_markdown(self.results)}\n{verdict}\n\nReport: {code(str(self.report))}\n"
 
 
-def conclude(graph: StageGraph, store: Store, *, promote: bool, rewrite: bool = True) -> Outcome:
+def conclude(
+    graph: StageGraph,
+    store: Store,
+    *,
+    promote: bool,
+    rewrite: bool = True,
+    command: str = "",
+    faults: list[str] | None = None,
+) -> Outcome:
     """Compare the checkpoints of a run from the scores in the store, ask the gate, and write the report.
+
+    A report of a run of which all is made is never replaced by one with gaps: that goes into a folder beside it.
 
     Args:
         graph: The run.
         store: Where its artifacts are.
         promote: Make the candidate champion where the gate lets it pass.
         rewrite: Write the report even where one stands already and nothing changed.
+        command: The command line that makes the run; by default that of its last run.
+        faults: Gets the messages of files that are damaged, and the report goes on without them; None raises.
 
     Raises:
         UserError: a score sheet is malformed.
     """
+    from evals.summary import summarise
     from flows.results import collect
+    from flows.run_settings import settings_of
 
     results, run = collect(graph, store), graph.config.name
+    missing = tuple(node.id for node in graph.nodes if store.find(node.key) is None)
     verdict, candidate, changed = None, None, False
-    if graph.config.merge:
+    try:
+        history = read_history(store, run)
+    except UserError as error:
+        if faults is None:
+            raise
+        faults.append(f"{error}; until then the gate is not asked")
+        history = None
+    if graph.config.merge and history is not None:
         verdict = judge_run(graph, store, results)
         candidate = first_of(graph, verdict.candidate)
+        if missing:
+            unfinished = f"{len(missing)} of {len(graph.nodes)} parts are not made"
+            verdict = dataclasses.replace(verdict, unfinished=unfinished)
         changed = promote and promote_by_gate(graph, store, verdict)
-    champion = next(reversed(read_history(store, run)), None)
+    champion = next(reversed(read_history(store, run)), None) if history is not None else None
     if verdict and candidate and verdict.promoted and (champion is None or champion.student != candidate.key):
         verdict = dataclasses.replace(verdict, withheld="`mopd run` has yet to make it champion")
-    path = lock_path(store.home, run).with_name(REPORT_FILE)
+    summary = summarise(results, verdict, settings_of(graph, store, candidate, command))
+    path = _place(store, run, missing)
     if rewrite or changed or not path.exists():
         from evals.report import write_report
 
-        write_report(path, results, verdict, _background(graph, store, results))
-    return Outcome(results, verdict, candidate, champion, changed, path)
+        write_report(path, results, verdict, _background(graph, store, results, summary, missing))
+        if not missing:
+            shutil.rmtree(path.parent / PARTIAL, ignore_errors=True)
+    return Outcome(results, summary, verdict, candidate, champion, changed, path, missing)
+
+
+def _place(store: Store, run: str, missing: Sequence[str]) -> Path:
+    """Where the report goes: beside a whole one, if this one would have gaps."""
+    from evals.export import DATA_FILE
+
+    path = lock_path(store.home, run).with_name(REPORT_FILE)
+    standing = read_json(path.with_name(DATA_FILE))
+    return path.parent / PARTIAL / REPORT_FILE if missing and standing and not standing.get("missing") else path
 
 
 def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Metric records and notes of every training node whose journal is still there."""
-    curves = {}
-    for node in graph.checkpoints:
-        journal = store.home / "work" / node.key / JOURNAL_FILE
-        if journal.exists():
-            curves[node.id] = [record for record in read(journal) if record["kind"] in ("metrics", "note")]
-    return curves
+    """Metric records and notes, thinned, of every training node whose journal is still there."""
+    journals = {node.id: store.home / "work" / node.key / JOURNAL_FILE for node in graph.checkpoints}
+    return {node: thinned_records(journal) for node, journal in journals.items() if journal.is_file()}
 
 
-def _background(graph: StageGraph, store: Store, results: "Results") -> "Background":
-    """Curves, lineage and the evaluations' costs for the report."""
+def _background(
+    graph: StageGraph, store: Store, results: "Results", summary: "Summary", missing: Sequence[str]
+) -> "Background":
+    """The first screen, curves, lineage and the evaluations' costs for the report."""
     from evals.report import Background
     from flows.drawing import drawing
 
@@ -118,8 +188,10 @@ def _background(graph: StageGraph, store: Store, results: "Results") -> "Backgro
     # One seed's drawing: the others have the same shape.
     first = lineage.rows(store, [node.key for node in graph.checkpoints if node.seed == graph.config.seeds[0]])
     return Background(
+        summary=summary,
+        missing=missing,
         curves=_curves(graph, store),
-        drawing=f'<div class="lineage">{drawing(first)}</div>' if first else "",
+        drawing=f'<div class="lineage">{drawing(first, results.expert_domains)}</div>' if first else "",
         lineage=_lineage_texts(rows),
         scoring=scoring_costs(graph, store, results),
     )

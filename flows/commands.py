@@ -2,92 +2,84 @@
 
 import errno
 import json
-import os
-import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from evals.power import margin_notes, precision_notes
 from experts.errors import UserError
-from flows.champion_start import pin_note, savings
+from flows.asked import Asked
+from flows.champion_start import pin_note
 from flows.config import RunConfig
 from flows.estimate import Estimate, estimate, summary
+from flows.last_run import remember
 from flows.lock import NodeStatus
 from flows.lock import status as node_status
-from flows.plan import EVALUATIONS, Node, StageGraph, build_graph
-from flows.run_file import load_run_file, schema_keys
+from flows.plan import EVALUATIONS, Node, StageGraph
+from flows.run_file import schema_keys
 from flows.shifts import COSINES, SHIFT
+from flows.show import TEXT, Shown, show_outcome
 from flows.signals import interruptible
+from flows.starts import close_killed
+from flows.state_files import read_json
 from stages.core.checkpoint import CorruptedArtifactError, Store
-from stages.core.journal import JOURNAL_FILE, read
+from stages.core.journal import JOURNAL_FILE, last_records
 
 if TYPE_CHECKING:
     from flows.closing import Outcome
     from flows.pipeline import PipelineFailedError
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, MISTAKE, UNPROMOTED, INTERRUPTED = 0, 1, 2, 3, 130
 SHORT_KEY = 10
 # Less than this, and a database can no longer write a page.
 NOTHING_FREE_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Which run is meant.
+def run(
+    asked: Asked,
+    *,
+    discard_corrupted: bool,
+    plain: bool,
+    verbose: bool,
+    require_promotion: bool = False,
+    shown: Shown = TEXT,
+) -> int:
+    """Make a run; returns the exit code.
 
-    Attributes:
-        file: The run file.
-        overrides: Dotted assignments to its keys.
-        max_steps: Cap on the steps of every stage.
-        home: `$MOPD_HOME`.
+    Raises:
+        UserError: a mistake in the run file; or a promotion is required of a run without a merge.
     """
-
-    file: Path
-    overrides: tuple[str, ...]
-    max_steps: int | None
-    home: Path
-
-    def graph(self) -> StageGraph:
-        """The run's graph.
-
-        Raises:
-            UserError: a mistake in the run file.
-        """
-        return build_graph(load_run_file(self.file, list(self.overrides), self.max_steps), self.home)
-
-    @property
-    def command(self) -> str:
-        """The command line that runs it again."""
-        words = ["mopd", "run", str(self.file), *self.overrides]
-        words += ["--max-steps", str(self.max_steps)] if self.max_steps else []
-        return shlex.join([*words, "--home", str(self.home)])
-
-
-def run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -> int:
-    """Make a run; returns the exit code."""
     with interruptible():
         try:
-            return _run(asked, discard_corrupted=discard_corrupted, plain=plain, verbose=verbose)
+            graph = asked.graph()
+            if require_promotion and graph.config.merge is None:
+                raise UserError(f"--require-promotion: {asked.file} has no merge, so nothing can be promoted")
+            verify(graph, Store(asked.home), discard_corrupted)
+            outcome = _finished(asked, graph, plain=plain, verbose=verbose, quiet=shown.as_json)
         except KeyboardInterrupt:
             return _stopped(asked)
+        if isinstance(outcome, int):
+            return outcome
+        show_outcome(graph, outcome, asked.home, Console(), shown)
+        return UNPROMOTED if require_promotion and not outcome.crowned else DONE
 
 
-def _run(asked: Asked, *, discard_corrupted: bool, plain: bool, verbose: bool) -> int:
-    console = Console()
-    graph, store = asked.graph(), Store(asked.home)
-    verify(graph, store, discard_corrupted)
-    if all(entry.cached for entry in node_status(graph, store)):
-        console.print("Everything is in the store already; nothing was started.")
-        show_outcome(graph, _conclude_cached(graph, store), asked.home, console)
-        return DONE
-    return _run_pipeline(asked, graph, console, plain=plain, verbose=verbose)
+def _finished(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool, quiet: bool) -> "Outcome | int":
+    """What a run came to; or the exit code of one that did not finish."""
+    store = Store(asked.home)
+    if not all(entry.cached for entry in node_status(graph, store)):
+        return _run_pipeline(asked, graph, plain=plain, verbose=verbose)
+    close_killed(asked.home, graph.config.name)
+    if not quiet:
+        sys.stdout.write("Everything is in the store already; nothing was started.\n")
+        sys.stdout.flush()
+    remember(asked.home, graph.config.name, asked.file, asked.overrides, asked.max_steps)
+    return _conclude_cached(graph, store)
 
 
 def _conclude_cached(graph: StageGraph, store: Store) -> "Outcome":
@@ -136,8 +128,7 @@ def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
             sys.stderr.write(f"{node.id}: corrupted; moved to {store.set_aside(error.key)}\n")
 
 
-def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: bool, verbose: bool) -> int:
-    from flows.servers import without_secrets
+def _run_pipeline(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool) -> "Outcome | int":
     from flows.session import prefect_session
 
     for entry in node_status(graph, Store(asked.home)):
@@ -145,10 +136,9 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
             sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
     sys.stderr.write("starting Prefect …\n")
     with prefect_session(asked.home, verbose) as pages:
-        from httpx import TransportError
+        from httpx import HTTPError
         from prefect import tags
         from prefect.exceptions import CancelledRun, PrefectException
-        from prefect.states import State
 
         from flows.orphans import run_tags
         from flows.pipeline import PipelineFailedError, ending, pipeline
@@ -156,30 +146,42 @@ def _run_pipeline(asked: Asked, graph: StageGraph, console: Console, *, plain: b
         sys.stderr.write(f"Prefect: {pages}\n")
         try:
             with tags(*run_tags(graph.config.name)):
-                outcome = pipeline(
+                return pipeline(
                     str(asked.file), list(asked.overrides), asked.max_steps, str(asked.home.resolve()), plain
                 )
         except CancelledRun:
             return _stopped(asked)
         except PipelineFailedError as error:
             return _report_failures(error, asked)
-        except (PrefectException, TransportError) as error:
+        except (PrefectException, HTTPError) as error:
             # What the run came to counts, not whether Prefect could record it.
-            match ending():
-                case None:
-                    return _report_silence(error, asked)
-                case PipelineFailedError() as failure:
-                    return _report_failures(failure, asked)
-                case UserError() as mistake:
-                    raise mistake from None
-                case State():
-                    return _stopped(asked)
-                case ended:
-                    said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
-                    sys.stderr.write(f"warning: Prefect did not record the end of this run: {said}\n")
-                    outcome = cast("Outcome", ended)
-    show_outcome(graph, outcome, asked.home, console)
-    return DONE
+            return _unrecorded(error, asked, ending())
+
+
+def _unrecorded(error: Exception, asked: Asked, ended: object) -> "Outcome | int":
+    """What a run came to whose end Prefect could not record; or its exit code.
+
+    Raises:
+        UserError: it ended by a mistake.
+    """
+    from prefect.states import State
+
+    from flows.closing import Outcome
+    from flows.pipeline import PipelineFailedError
+    from flows.servers import without_secrets
+
+    match ended:
+        case PipelineFailedError() as failure:
+            return _report_failures(failure, asked)
+        case UserError() as mistake:
+            raise mistake from None
+        case State():
+            return _stopped(asked)
+        case Outcome() as outcome:
+            said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
+            sys.stderr.write(f"warning: Prefect did not record the end of this run: {said}\n")
+            return outcome
+    return _report_silence(error, asked)
 
 
 def _stopped(asked: Asked) -> int:
@@ -216,34 +218,6 @@ def _report_silence(error: Exception, asked: Asked) -> int:
         cause = f"Prefect's server no longer answers as it should ({said}); its log is in {asked.home}/servers"
     sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{asked.command}` resumes where it was\n")
     return FAILED
-
-
-def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console) -> None:
-    """Print the table of scores, the gate's verdict, and where to read on."""
-    from evals.table import render
-
-    console.print(render(outcome.results))
-    for line in (*outcome.verdict_lines(), *savings(graph, Store(home))):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Report: {outcome.report}", highlight=False, soft_wrap=True)
-    for line in pages(home):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def pages(home: Path) -> list[str]:
-    """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
-    from flows.servers import without_secrets
-    from flows.standing import standing
-
-    tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
-    # A database is no page: only a server's address is one.
-    places = {
-        "MLflow": tracking if tracking.startswith("http") else standing(home, "mlflow"),
-        "Prefect": api.rstrip("/").removesuffix("/api") or standing(home, "prefect"),
-    }
-    lines = [f"{name + ':':8} {without_secrets(place)}" for name, place in places.items() if place]
-    missing = " and ".join(f"{name}'s" for name, place in places.items() if not place)
-    return [*lines, f"{missing} pages: mopd ui --home {home}"] if missing else lines
 
 
 def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
@@ -319,19 +293,20 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
 
 def status(asked: Asked, *, as_json: bool = False) -> None:
     """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
-    graph, store = asked.graph(), Store(asked.home)
+    faults: list[str] = []
+    graph, store = asked.graph(faults), Store(asked.home, faults)
     found: list[dict[str, Any]] = []
-    for entry in node_status(graph, store):
+    for entry in node_status(graph, store, faults):
         node = entry.node
         if node.stage in EVALUATIONS:
             continue
         work = store.home / "work" / node.key
         step, total, word = _position(work / JOURNAL_FILE)
         state = "done" if entry.cached else "under way" if _is_locked(store, node.key) else "to run"
-        error = work / "error.json"
-        if not entry.cached and error.exists():
-            word = json.loads(error.read_text())["message"]
+        if not entry.cached:
+            word = _ended_by(work / "error.json", faults) or word
         found.append({"node": node.id, "status": state, "step": step, "total": total, "last_word": word})
+    _warn(faults)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
@@ -344,13 +319,22 @@ def status(asked: Asked, *, as_json: bool = False) -> None:
 
 def _position(journal: Path) -> tuple[int, int, str]:
     """The steps done, of how many, and the last note."""
-    step, total, word = 0, 0, ""
-    for record in read(journal) if journal.exists() else ():
-        if record["kind"] == "progress":
-            step, total = record["step"], record["total"]
-        elif record["kind"] == "note":
-            word = record["text"]
-    return step, total, word
+    last = last_records(journal, ("progress", "note"))
+    progress, note = last.get("progress", {}), last.get("note", {})
+    return progress.get("step", 0), progress.get("total", 0), note.get("text", "")
+
+
+def _ended_by(path: Path, faults: list[str]) -> str:
+    """What ended a node's last attempt; empty where nothing did."""
+    try:
+        return str(read_json(path).get("message", ""))
+    except UserError as error:
+        faults.append(str(error))
+        return ""
+
+
+def _warn(lines: Iterable[str]) -> None:
+    sys.stderr.write("".join(f"warning: {line}\n" for line in lines))
 
 
 def _is_locked(store: Store, key: str) -> bool:
@@ -365,12 +349,17 @@ def _is_locked(store: Store, key: str) -> bool:
     return False
 
 
-def report(asked: Asked) -> None:
+def report(asked: Asked, shown: Shown = TEXT) -> None:
     """Compare what is finished, print it and write the report."""
     from flows.closing import conclude
+    from flows.run_settings import command_line
 
-    graph, store = asked.graph(), Store(asked.home)
-    show_outcome(graph, conclude(graph, store, promote=False), asked.home, Console())
+    faults: list[str] = []
+    graph, store = asked.graph(faults), Store(asked.home, faults)
+    command = command_line(asked.file, asked.overrides, asked.max_steps)
+    outcome = conclude(graph, store, promote=False, command=command, faults=faults)
+    _warn(faults)
+    show_outcome(graph, outcome, asked.home, Console(), shown)
 
 
 def show_schema(console: Console) -> None:

@@ -13,9 +13,9 @@ from evals.harness_config import PREFIX, HarnessConfig
 from experts.domain import KINDS
 from experts.errors import UserError
 from flows.notify import NotifyConfig
-from stages.config import EvaluationConfig, Positive, PretrainConfig, SFTConfig, Share, StrictModel
+from stages.config import AllOrNames, EvaluationConfig, Names, PretrainConfig, SFTConfig, StrictModel
 from stages.core.rendering import OWN_ARGUMENTS
-from stages.on_policy.config import RFTConfig, RLConfig
+from stages.on_policy.config import MOST_SECONDS, Ratio, RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig, TeacherWeight
 from stages.shift_config import ShiftConfig
 
@@ -25,6 +25,10 @@ STUDENT = "student"
 CHAMPION = "champion"
 BASELINES = "baselines/"
 VARIANTS = "variants/"
+MOST_ROUNDS = 100
+MOST_DEVICES = 4096
+# numpy takes no larger ones.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BaseConfig(StrictModel):
@@ -54,7 +58,7 @@ class DomainConfig(StrictModel):
 class ColdStartSFT(SFTConfig):
     """The cold start: SFT on a few demonstrations of many domains."""
 
-    domains: Literal["all"] | list[str] = Field("all", description="Domains demonstrated.")
+    domains: AllOrNames = Field("all", description="Domains demonstrated.")
     demonstrations: Literal["gold", "rough"] = Field("rough", description="What is imitated.")
 
 
@@ -102,10 +106,8 @@ class ExpertConfig(StrictModel):
 class AnchorConfig(StrictModel):
     """The start checkpoint teaches its own general prompts, so that the student does not forget them."""
 
-    domains: list[str] = Field(description="Domains whose teacher is the checkpoint the merge starts from.")
-    weight: float = Field(
-        1.0, gt=0, description="Share of prompts of an anchor domain, relative to an expert's domain."
-    )
+    domains: Names = Field(description="Domains whose teacher is the checkpoint the merge starts from.")
+    weight: Ratio = Field(1.0, description="Share of prompts of an anchor domain, relative to an expert's domain.")
 
 
 def _as_weights(value: Any) -> Any:
@@ -156,7 +158,7 @@ class MergeConfig(DistillConfig):
         description="cold_start, base, an expert, or champion (the run's, pinned in its lock file: an incremental "
         "merge); the cold start when there is one.",
     )
-    domains: list[str] | None = Field(None, description="Domains practised; those with an expert when absent.")
+    domains: Names | None = Field(None, description="Domains practised; those with an expert when absent.")
     teachers: dict[str, Teachers] | None = Field(
         None,
         description="domain -> expert, or a mapping of several experts to their weights, of which only the ratio "
@@ -169,8 +171,10 @@ class MergeConfig(DistillConfig):
         None, description="Expert, cold_start, base or champion for domains without a teacher."
     )
     anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
-    rounds: Positive = Field(
+    rounds: int = Field(
         1,
+        gt=0,
+        le=MOST_ROUNDS,
         description="Co-evolution: so often are experts trained and merged, each round's experts (and merge, unless "
         "start_from says where) starting from the student before.",
     )
@@ -194,7 +198,7 @@ class MergeConfig(DistillConfig):
 class EvaluateConfig(EvaluationConfig):
     """What is measured on every checkpoint."""
 
-    domains: Literal["all"] | list[str] = Field("all", description="Domains scored.")
+    domains: AllOrNames = Field("all", description="Domains scored.")
     expert_panel: Literal["all"] | list[str] | None = Field(
         None,
         description="Domains on which every expert is scored beside its own and those it teaches: all, or a list; "
@@ -218,7 +222,7 @@ class GateConfig(StrictModel):
         0.08, gt=0, lt=1, description="Allowed deficit to each teacher (lower bound)."
     )
     max_forgetting: float = Field(0.05, ge=0, lt=1, description="Allowed mean drop on domains no expert trains.")
-    confidence: Share = Field(0.95, description="Level of all intervals.")
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="Level of all intervals.")
 
 
 class ServersConfig(StrictModel):
@@ -230,6 +234,7 @@ class ServersConfig(StrictModel):
     gpus: int | None = Field(
         None,
         ge=0,
+        le=MOST_DEVICES,
         description="Devices of each server that is started, 0 for the CPU; one where the stages train on devices.",
     )
     memory_share: float = Field(0.9, gt=0, lt=1, description="Of its devices' memory, what a started server takes.")
@@ -254,14 +259,14 @@ class ServersConfig(StrictModel):
 class RolloutServersConfig(ServersConfig):
     """Servers that draw a student's completions."""
 
-    count: Positive = Field(1, description="How many are started for a stage.")
+    count: int = Field(1, gt=0, le=MOST_DEVICES, description="How many are started for a stage.")
 
 
 class ResourcesConfig(StrictModel):
     """What the run may use. Of a content key only the number of devices of a stage and its sampler are part."""
 
-    gpus: int = Field(0, ge=0, description="Devices of each training stage; 0 trains on the CPU.")
-    parallel_experts: int = Field(2, ge=1, description="Nodes that run side by side.")
+    gpus: int = Field(0, ge=0, le=MOST_DEVICES, description="Devices of each training stage; 0 trains on the CPU.")
+    parallel_experts: int = Field(2, ge=1, le=MOST_DEVICES, description="Nodes that run side by side.")
     sampler: Literal["transformers", "vllm", "vllm_server"] = Field(
         "transformers", description="What draws completions in RL and merge, unless a stage's own `sampler` says so."
     )
@@ -271,16 +276,20 @@ class ResourcesConfig(StrictModel):
     teacher_servers: ServersConfig = Field(
         default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
     )
-    threads: int = Field(1, ge=1, description="CPU threads of each node's process.")
-    timeout_minutes: float = Field(120, gt=0, description="A node that takes longer is ended.")
-    retries: int = Field(2, ge=0, description="New attempts after an infrastructure fault.")
+    threads: int = Field(1, ge=1, le=MOST_DEVICES, description="CPU threads of each node's process.")
+    timeout_minutes: float = Field(120, gt=0, le=MOST_SECONDS / 60, description="A node that takes longer is ended.")
+    retries: int = Field(2, ge=0, le=1000, description="New attempts after an infrastructure fault.")
 
 
 class RunConfig(StrictModel):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run, its lock and its student.")
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="The graph is run once per seed.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="Names the run, its lock and its student."
+    )
+    seeds: list[Seed] = Field(
+        default_factory=lambda: [0], min_length=1, max_length=100, description="The graph is run once per seed."
+    )
     base: BaseConfig = Field(description="Where everything starts.")
     domains: dict[str, DomainConfig] = Field(min_length=1, description="What there is to learn and to measure.")
     cold_start: ColdStartConfig | None = Field(None, description="The common start of the experts.")
@@ -301,6 +310,13 @@ class RunConfig(StrictModel):
         False, description="Run the Python code that imported checkpoints bring. Read it first: it may do anything."
     )
     notify: NotifyConfig | None = Field(None, description="A webhook that hears of failures and promotions.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_different(cls, value: list[int]) -> list[int]:
+        if twice := [seed for at, seed in enumerate(value) if seed in value[:at]]:
+            raise ValueError(f"{twice[0]} is named twice, and would count as two seeds")
+        return value
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -23,6 +23,7 @@ from experts.errors import UserError, nearest
 from flows.access import secret_path
 from flows.commands import Asked
 from flows.config import RunConfig
+from flows.parameters import form_schema
 from flows.servers import (
     end_with_parent,
     mlflow_environment,
@@ -56,7 +57,7 @@ class Plan:
     Attributes:
         cron: Five fields; None for runs that a person or a program starts.
         timezone: IANA name that the schedule is read in.
-        paused: Whether the schedule waits for somebody to start it.
+        paused: Whether the schedule waits for somebody to start it; one that is paused already stays so.
         pool: The work pool.
     """
 
@@ -83,7 +84,6 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
     with _client(asked.home) as (client, pages):
         from prefect.client.schemas.actions import DeploymentScheduleCreate
         from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-        from prefect.utilities.callables import parameter_schema
 
         from flows.pipeline import pipeline
         from flows.pool import make_pool
@@ -91,15 +91,16 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
         schedule = _schedule(plan)
         make_pool(client, plan.pool)
         name = graph.config.name
+        paused = plan.paused or _is_paused(client, name)
         deployment = client.create_deployment(
             client.create_flow(pipeline),
             name,
-            schedules=[DeploymentScheduleCreate(schedule=schedule, active=not plan.paused)] if schedule else [],
+            schedules=[DeploymentScheduleCreate(schedule=schedule, active=not paused)] if schedule else [],
             # One at a time of a name; the next waits.
             concurrency_limit=1,
             concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
             parameters=_parameters(asked),
-            parameter_openapi_schema=parameter_schema(pipeline).model_dump_for_openapi(),
+            parameter_openapi_schema=form_schema(graph.config),
             enforce_parameter_schema=True,
             entrypoint=ENTRYPOINT,
             # The paths of a run file are relative to this folder.
@@ -110,7 +111,7 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
         )
         said = [f"deployment mopd/{name}: {pages}/deployments/deployment/{deployment}"]
     if schedule:
-        said.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if plan.paused else ''}")
+        said.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if paused else ''}")
         said += [f"  next: {moment}" for moment in _next_runs(schedule)]
     said.append(f"start it now: Run on its page, or {_by_hand(asked.home, pages)} prefect deployment run 'mopd/{name}'")
     said.append(f"a worker makes the runs: mopd worker --home {asked.home}" + _pool_option(plan.pool))
@@ -223,6 +224,17 @@ def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
         yield client, without_secrets(settings["PREFECT_API_URL"].removesuffix("/api"))
 
 
+def _is_paused(client: "SyncPrefectClient", name: str) -> bool:
+    """Whether a deployment stands whose schedule somebody has paused: deploying again does not start it."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        schedules = client.read_deployment_by_name(f"mopd/{name}").schedules
+    except ObjectNotFound:
+        return False
+    return bool(schedules) and not any(schedule.active for schedule in schedules)
+
+
 def _schedule(plan: Plan) -> Any:
     from prefect.client.schemas.schedules import CronSchedule
     from pydantic import ValidationError
@@ -254,10 +266,9 @@ def _parameters(asked: Asked) -> dict[str, Any]:
     return {
         "run_file": str(asked.file.resolve()),
         "overrides": list(asked.overrides),
-        "max_steps": asked.max_steps,
+        **({} if asked.max_steps is None else {"max_steps": asked.max_steps}),
         "home": str(asked.home.resolve()),
         "plain": True,
-        "changes": {},
     }
 
 

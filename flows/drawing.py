@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from flows.lineage import SHORT, Row, details
+from flows.lineage import SHORT, Row, details, expert_domains, mean_score
 
 BOX_WIDTH, BOX_HEIGHT = 208, 78
 LANE_HEIGHT = 26
@@ -96,19 +96,21 @@ def page(rows: Sequence[Row], title: str) -> str:
     )
 
 
-def drawing(rows: Sequence[Row]) -> str:
+def drawing(rows: Sequence[Row], domains: Sequence[str] | None = None) -> str:
     """The drawn graph alone, with its legend and its style, to stand inside an element of the class `lineage`.
 
     Args:
         rows: The checkpoints, parents first (`flows.lineage.rows`).
+        domains: Those of the run's experts, over which a checkpoint's mean is; by default those of the experts drawn.
     """
     colours = dict.fromkeys(COLOURS.get(row.stage, "grey") for row in rows)
     legend = "".join(f'<span><i style="background:var(--{c})"></i>{MEANINGS[c]}</span>' for c in colours)
-    return f'<style>{DRAWING_STYLE}</style><p class="legend">{legend}</p><div class="graph">{_svg(rows)}</div>'
+    return f'<style>{DRAWING_STYLE}</style><p class="legend">{legend}</p><div class="graph">{_svg(rows, domains)}</div>'
 
 
-def _svg(rows: Sequence[Row]) -> str:
+def _svg(rows: Sequence[Row], asked: Sequence[str] | None) -> str:
     known = {row.key: row for row in rows}
+    domains = expert_domains(rows) if asked is None else asked
     layers = _layers(rows)
     roles = _edges(rows)
     boxes = {key: _Place(layer, BOX_HEIGHT) for key, layer in layers.items()}
@@ -123,7 +125,7 @@ def _svg(rows: Sequence[Row]) -> str:
         _role([boxes[p], *lanes[p, c], boxes[c]], names, at_child)
         for (p, c), names, at_child in _labelled(roles, {edge for edge, lane in lanes.items() if lane})
     ]
-    drawn = [_box(known[key], place) for key, place in boxes.items()]
+    drawn = [_box(known[key], place, domains) for key, place in boxes.items()]
     tip = (
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path id="tip" d="M0 0 8 4 0 8z"/></marker></defs>'
@@ -228,11 +230,11 @@ def _role(chain: Sequence[_Place], roles: Sequence[str], at_child: bool) -> str:
     return f'<text class="role" text-anchor="{anchor}" x="{x:.0f}" y="{y:.1f}">{text}{hint}</text>'
 
 
-def _box(row: Row, place: _Place) -> str:
+def _box(row: Row, place: _Place, domains: Sequence[str]) -> str:
     lines = [f"{row.stage}, seed {row.seed}" + (f", {row.seconds:,.0f} s" if row.seconds else "")]
     lines.append(f"digest {row.digest[:SHORT]}" if row.made else "not made yet")
-    if row.scores:
-        lines.append(f"mean greedy {sum(row.scores.values()) / len(row.scores):.1%}")
+    if (mean := mean_score(row, domains)) is not None:
+        lines.append(f"mean of experts' domains {100 * mean:.1f} %")
     texts = "".join(
         f'<text class="fact" x="{place.left + 16:.0f}" y="{place.y + 40 + 15 * index:.1f}">{escape(line)}</text>'
         for index, line in enumerate(lines)

@@ -9,10 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.grid import ABSENT
 from evals.markdown import code, plain
+from evals.table import percent
 from experts.domain import HELD_OUT
 from experts.errors import UserError, is_unreachable
 from flows import cards
+from flows.card_facts import NO_FACTS, CardFacts, base_of, example_prompt, facts_of
 from flows.config import BASE, COLD_START
 from flows.lineage import SHORT, Row, resolve_one, rows
 from flows.mermaid import mermaid
@@ -61,7 +64,8 @@ def export(
         parameters = export_weights(artifact, store, temporary, dtype)
         found = rows(store, [artifact.key])
         (temporary / LINEAGE).write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
-        (temporary / CARD).write_text(model_card(artifact, found, _title(artifact, reference)), encoding="utf-8")
+        card = model_card(artifact, found, _title(artifact, reference), facts_of(store, artifact, found))
+        (temporary / CARD).write_text(card, encoding="utf-8")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -78,13 +82,14 @@ def _title(artifact: Artifact, reference: str) -> str:
     return f"{artifact.name.replace('/', '-')}-{artifact.digest[:SHORT]}"
 
 
-def model_card(artifact: Artifact, lineage: Sequence[Row], name: str) -> str:
-    """The model card: scores beside those it came from, lineage, cost, and how to load it.
+def model_card(artifact: Artifact, lineage: Sequence[Row], name: str, facts: CardFacts = NO_FACTS) -> str:
+    """The model card: how to load it, scores beside those it came from, the gate's verdict, lineage and cost.
 
     Args:
         artifact: The checkpoint.
         lineage: It and its ancestors, parents first.
         name: Title.
+        facts: What the store and its runs know of it beside the lineage.
     """
     from huggingface_hub import ModelCardData
 
@@ -101,20 +106,22 @@ def model_card(artifact: Artifact, lineage: Sequence[Row], name: str) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {plain(name)}",
         _intro(own, lineage),
-        f"## Scores\n\n{_scores(own, lineage)}",
+        f"## Scores\n\n{_scores(own, lineage, facts)}",
         f"## Lineage\n\n```mermaid\n{mermaid(lineage)}\n```\n\n{_checkpoints(lineage)}",
     ]
     if own.teachers:
         taught = "\n".join(f"- {plain(entry['domain'])}: {plain(cards.lesson(entry))}" for entry in own.teachers)
         parts.insert(3, f"## Taught by\n\n{taught}")
-    if template := _use(artifact):
-        parts.insert(2, template)
+    if facts.verdict:
+        parts.insert(3, "## Verdict\n\n" + "\n".join(facts.verdict))
+    parts.insert(2, _use(artifact))
     return "\n\n".join(parts) + "\n"
 
 
 def _intro(own: Row, lineage: Sequence[Row]) -> str:
     seconds, tokens = sum(row.seconds for row in lineage), sum(row.tokens for row in lineage)
-    return (
+    base = f"Base: {origin}.\n\n" if (origin := base_of(lineage)) else ""
+    return base + (
         f"{code(own.name)} of stage `{own.stage}`, seed {own.seed}; digest `{own.digest[:SHORT]}`, key `{own.key}`. "
         f"It and all it was made from took {tokens:,} tokens and {seconds:,.0f} s of training. `{LINEAGE}` has the "
         f"settings and the data's fingerprints of each checkpoint."
@@ -127,23 +134,30 @@ def _use(artifact: Artifact) -> str:
     prompt = (
         "chat messages, rendered by the tokenizer's chat template" if chat else "plain text; there is no chat template"
     )
+    shown, answer = example_prompt(artifact) or ("…", "")
+    # A backtick would end the block.
+    literal = json.dumps(shown, ensure_ascii=False).replace("`", "\\u0060")
     encoded = (
         'tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, '
         'return_tensors="pt", return_dict=True)'
         if chat
         else 'tokenizer(prompt, return_tensors="pt")'
     )
+    expected = (
+        f"  # trained to answer {json.dumps(answer, ensure_ascii=False)}".replace("`", "\\u0060") if answer else ""
+    )
     return (
         f"## Use\n\nPrompts are {prompt}.\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
-        f'prompt = "…"\ninputs = {encoded}\noutput = model.generate(**inputs, max_new_tokens=64, do_sample=False)\n'
+        f"prompt = {literal}{expected}\ninputs = {encoded}\n"
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)\n"
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n\n'
         "```sh\nvllm serve .\n```"
     )
 
 
-def _scores(own: Row, lineage: Sequence[Row]) -> str:
+def _scores(own: Row, lineage: Sequence[Row], facts: CardFacts) -> str:
     """Greedy accuracy by domain and split of this checkpoint, its teachers, the cold start and the base."""
     if not own.scores:
         return "Not evaluated."
@@ -153,9 +167,15 @@ def _scores(own: Row, lineage: Sequence[Row]) -> str:
     lines = [_line(head), _line(["---"] * len(head))]
     for place in sorted(own.scores):
         domain, _, split = place.rpartition("/")
-        cells = (f"{row.scores[place]:.1%}" if place in row.scores else "–" for row in columns)
+        cells = (_score(row, place, facts) for row in columns)
         lines.append(_line([plain(domain), plain(split.replace("_", " ")), *cells]))
-    return "Greedy accuracy, on the same examples in each row.\n\n" + "\n".join(lines)
+    return "Greedy score in %, on the same examples in each row [95 % interval over examples].\n\n" + "\n".join(lines)
+
+
+def _score(row: Row, place: str, facts: CardFacts) -> str:
+    if (found := facts.intervals.get((row.key, place))) is not None:
+        return percent(found)
+    return f"{100 * row.scores[place]:.1f}" if place in row.scores else ABSENT
 
 
 def _checkpoints(lineage: Sequence[Row]) -> str:

@@ -21,8 +21,8 @@ import psutil
 from filelock import Timeout
 
 from experts.errors import UserError
-from flows.champion import CHAMPION_FILE, read_history
-from flows.lock import read_json
+from flows.champion import read_history
+from flows.state_files import CHAMPION_FILE, read_json
 from stages.core.checkpoint import MEASUREMENTS, Artifact, Store
 from stages.core.checkpoint import UNSENT as UNSENT_TO_STORE
 from stages.core.mirror import VARIABLE
@@ -173,7 +173,7 @@ def registered_keys(store: Store) -> set[str]:
     Raises:
         UserError: the registry cannot be read.
     """
-    from flows.mlflow_writer import registered_keys as read
+    from flows.mlflow_models import registered_keys as read
 
     return read(store)
 

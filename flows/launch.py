@@ -6,7 +6,6 @@ servers the node asked for and turns the exit code into an error for people.
 """
 
 import contextlib
-import json
 import re
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 import psutil
 
+from experts.documents import DocumentError, read_object
 from flows.children import Child, ForkServer, ServerDiedError, child_environment
 from flows.config import ResourcesConfig
 from flows.devices import DeviceLeases, WaitCancelledError
@@ -265,10 +265,10 @@ def _runs(child: Child) -> bool:
 
 def _read_error(path: Path) -> dict[str, Any] | None:
     try:
-        said: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+        return read_object(path)
+    except (FileNotFoundError, DocumentError):
+        # A process that was killed while it wrote has said nothing; its log is read then.
         return None
-    return said
 
 
 def _reported_by_torchrun(log: Path) -> int:

@@ -3,23 +3,27 @@
 Free of torch and mlflow, so `mopd lineage` answers at once and without any server.
 """
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from experts.domain import HELD_OUT
 from experts.errors import UserError, nearest
 from flows import cards
 from flows.config import CHAMPION, STUDENT
 from flows.lock import lock_path
 from flows.plan import EVALUATIONS
+from flows.state_files import read_json
 from stages.core.checkpoint import Artifact, Store
 from stages.core.mirror import MANIFEST
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+logger = logging.getLogger(__name__)
 # Of all a stage logs, what says how it went.
 TELLING = {"pretrain/loss", "sft/loss", "rl/reward", "distill/reverse_kl"}
 SHORT = 12
@@ -160,6 +164,32 @@ def rows(store: Store, keys: Sequence[str]) -> list[Row]:
     for key in keys:
         visit(key)
     return list(found.values())
+
+
+def expert_domains(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Domains that an expert among these checkpoints was trained on, or teaches where it was trained elsewhere."""
+    experts = {row.key for row in rows if "experts/" in row.name}
+    own = [domain for row in rows if row.key in experts for domain in row.data]
+    # A merge of weights names its parents by expert, a merge by distillation by domain.
+    taught = [
+        role.split("/")[1]
+        for row in rows
+        if row.stage == "distill"
+        for role, parent in row.parents.items()
+        if role.startswith("teacher/") and parent in experts
+    ]
+    return tuple(dict.fromkeys([*own, *taught]))
+
+
+def mean_score(row: Row, domains: Sequence[str]) -> float | None:
+    """Greedy score of a checkpoint on the mean of the experts' domains, held out, as in every table of its run.
+
+    Returns:
+        None unless it was scored on each of them.
+    """
+    found = [row.scores.get(f"{domain}/{HELD_OUT}") for domain in domains]
+    scored = [score for score in found if score is not None]
+    return fmean(scored) if scored and len(scored) == len(found) else None
 
 
 def tree(store: Store, reference: str) -> "Tree":
@@ -303,13 +333,18 @@ def _planned(home: Path) -> dict[str, dict[str, Any]]:
     """Every checkpoint that some run has planned, by key."""
     found = {}
     for path in (home / "runs").glob("*/lock.json"):
-        for node_id, facts in _lock_nodes(home, path.parent.name).items():
+        try:
+            nodes = _lock_nodes(home, path.parent.name)
+        except UserError as error:
+            logger.warning("%s", error)
+            continue
+        for node_id, facts in nodes.items():
             found[facts["key"]] = facts | {"name": node_id.partition("@")[0]}
     return found
 
 
 def _lock_nodes(home: Path, run: str) -> dict[str, dict[str, Any]]:
-    nodes: dict[str, dict[str, Any]] = json.loads(lock_path(home, run).read_text())["nodes"]
+    nodes: dict[str, dict[str, Any]] = read_json(lock_path(home, run)).get("nodes", {})
     return nodes
 
 

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from experts.errors import UserError
+from flows.state_files import LOCK_FILE, read_json
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Artifact, Store, write_whole
+from stages.core.private import require_folder
 from stages.merge_config import WeightMergeConfig
 from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
@@ -54,9 +57,15 @@ class NodeStatus:
         return self.artifact is not None
 
 
-def status(graph: "StageGraph", store: Store) -> list[NodeStatus]:
-    """Say of every node whether it is cached or will run, and why."""
-    last = read_json(lock_path(store.home, graph.config.name)).get("nodes", {})
+def status(graph: "StageGraph", store: Store, faults: list[str] | None = None) -> list[NodeStatus]:
+    """Say of every node whether it is cached or will run, and why.
+
+    Args:
+        graph: The run.
+        store: Where its artifacts are.
+        faults: See `read_lock`.
+    """
+    last = read_lock(store.home, graph.config.name, faults).get("nodes", {})
     answers = []
     rerun: set[str] = set()
     for node in graph.nodes:
@@ -80,7 +89,29 @@ def write_lock(graph: "StageGraph", home: Path) -> None:
 
 def lock_path(home: Path, run: str) -> Path:
     """Where a run's lock file is."""
-    return home / "runs" / run / "lock.json"
+    return home / "runs" / run / LOCK_FILE
+
+
+def read_lock(home: Path, run: str, faults: list[str] | None = None) -> dict[str, Any]:
+    """What a run's lock holds; empty where there is none.
+
+    Args:
+        home: `$MOPD_HOME`.
+        run: The run's name.
+        faults: Gets the message of a lock that is damaged, and nothing is read of it; None raises.
+
+    Raises:
+        UserError: it is damaged; names it and what mends it. Or the home is no folder.
+    """
+    require_folder(home)
+    try:
+        return read_json(lock_path(home, run))
+    except UserError as error:
+        if faults is None:
+            raise
+        if str(error) not in faults:
+            faults.append(str(error))
+        return {}
 
 
 @cache
@@ -126,15 +157,6 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         return _differences(before, now)
     try:
         whole = [schema.model_validate(ingredients["config"]).model_dump(mode="json") for ingredients in (before, now)]
-    except ValidationError:  # written by another release, with keys this one has not
+    except (ValidationError, KeyError):  # written by another release, with keys this one has not
         return _differences(before, now)
     return _differences({**before, "config": whole[0]}, {**now, "config": whole[1]})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file."""
-    try:
-        loaded: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    return loaded

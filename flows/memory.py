@@ -11,14 +11,17 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from experts.errors import UserError, first_line
 from flows.devices import host_devices
 from flows.plan import EVALUATIONS, Node, StageGraph
 from stages.core.checkpoint import Store
+from stages.core.foreign import shapes
 
 BYTES = 4
 # A process with torch and transformers in it.
@@ -225,23 +228,18 @@ def _shape(config: Mapping[str, Any], parameters: int) -> Shape:
 def _gguf_shape(file: Path) -> Shape:
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
-    kind = reader.fields["general.architecture"].contents()
-    sizes = [reader.fields.get(f"{kind}.{name}") for name in ("embedding_length", "block_count", "vocab_size")]
-    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    return Shape(parameters, *(int(size.contents()) if size else 0 for size in sizes))
+    try:
+        reader = GGUFReader(file)
+        kind = reader.fields["general.architecture"].contents()
+        sizes = [reader.fields.get(f"{kind}.{name}") for name in ("embedding_length", "block_count", "vocab_size")]
+        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        return Shape(parameters, *(int(size.contents()) if size else 0 for size in sizes))
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"base.gguf: {file}: not readable as a GGUF file: {first_line(error)}") from error
 
 
 def _parameters(folder: Path) -> int:
-    from math import prod
-
-    from safetensors import safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="np") as weights:
-            count += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
+    return sum(prod(shape) for path in folder.glob("*.safetensors") for shape in shapes(path))
 
 
 def _read(path: Path) -> dict[str, Any]:

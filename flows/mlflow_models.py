@@ -5,12 +5,19 @@ key, so a checkpoint has one however many runs use it.
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experts.errors import UserError
 from flows import cards
+from flows.curves import CURVE, ROLES, tracked
+from flows.mlflow_pages import chart_page, model_page
 from flows.outbox import Rejected
-from flows.servers import mlflow_model_page
+from flows.servers import mlflow_uri, without_secrets
 from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
@@ -21,12 +28,31 @@ if TYPE_CHECKING:
 NOTE = "mlflow.note.content"
 VERSIONS = "mlflow.modelVersions"
 TABLES = "mlflow.loggedArtifacts"
+STEP, COMPARED, MADE_INTO = "step", "compared", "made_into."
+SHORT_ID = 8
 REGISTERED = (
     "The students of one run file, a version each. `candidate` is the merge the gate judged last, `champion` the one "
-    "that passed it or that a person promoted. Open a version: its description has scores, teachers, data and cost, "
-    "and links to what it was made from, down to the base."
+    "that passed it or that a person promoted. Open a version: its description has scores beside those of teacher and "
+    "start, data and cost, and links to what it was made from, down to the base, and to what was made of it."
 )
 SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
+
+
+@contextmanager
+def tracking_store(uri: str) -> Iterator[None]:
+    """Make `uri` the store of MLflow's functions for a while: not every one of its calls goes by its client's. MLflow
+    also writes it into the environment, where it would send the next run of this process, in another home, here."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 class LoggedCheckpoints:
@@ -73,26 +99,33 @@ class LoggedCheckpoints:
         name = f"{artifact.name}@{manifest.get('seed', 0)} (made earlier)"
         start = end - int(manifest.get("seconds", 0) * 1000)
         run_id = self.client.create_run(self.experiment, start, SOURCE | tags, name).info.run_id
-        model = self.record(artifact, run_id, end)
+        model = self.record(artifact, run_id, end, 0)
         self.client.set_terminated(run_id, "FINISHED", end)
         return model
 
-    def record(self, artifact: Artifact, run_id: str, time_ms: int) -> "LoggedModel":
-        """Make a checkpoint the output of a run, its parents the inputs, its final metrics those of both."""
+    def record(self, artifact: Artifact, run_id: str, time_ms: int, step: int) -> "LoggedModel":
+        """Make a checkpoint the output of a run, its parents the inputs, its final metrics those of both.
+
+        Args:
+            artifact: The checkpoint.
+            run_id: The run that made it.
+            time_ms: When.
+            step: The run's last: a curve ends there, and not where it began.
+        """
         from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
 
         manifest = artifact.manifest
         parents = {role: self.model(parent["key"]) for role, parent in manifest.get("parents", {}).items()}
         # Another run may be at the same one: it waited for the node, or uses what this one has made.
         with self.store.lock("models"):
-            model = self.find(artifact.key) or self._create(artifact, run_id, parents)
+            model = self.find(artifact.key) or self._create(artifact, run_id, parents, step)
         inputs = [LoggedModelInput(parent) for parent in dict.fromkeys(parents.values()) if parent]
         if inputs:
             self.client.log_inputs(run_id, models=inputs)
-        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
         metrics = [
-            Metric(cards.metric_name(name), value, time_ms, 0, model_id=model.model_id, run_id=run_id)
-            for name, value in manifest.get("metrics", {}).items()
+            Metric(cards.metric_name(name), value, time_ms, step, model_id=model.model_id, run_id=run_id)
+            for name, value in tracked(manifest.get("metrics", {})).items()
         ]
         if metrics:
             self.client.log_batch(run_id, metrics=metrics)
@@ -116,7 +149,14 @@ class LoggedCheckpoints:
             return
         model = self.client.get_logged_model(model_id)
         parents = {role: self.model(parent["key"]) for role, parent in artifact.manifest.get("parents", {}).items()}
-        note = cards.model_note(artifact, self._pages(parents), _scores(model))
+        about = cards.About(
+            pages=self._pages(parents),
+            scores=_scores(model),
+            children=self._children(model),
+            curves=self.curves(model, artifact),
+            **json.loads(model.tags.get(COMPARED, "{}")),
+        )
+        note = cards.model_note(artifact, about)
         if note == model.tags.get(NOTE):
             return
         self.client.set_logged_model_tags(model_id, {NOTE: note})
@@ -126,22 +166,59 @@ class LoggedCheckpoints:
             self.client.set_tag(maker, NOTE, note)
 
     def _pages(self, parents: Mapping[str, str | None]) -> dict[str, str]:
-        return {role: mlflow_model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
+        return {role: model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
 
-    def _create(self, artifact: Artifact, run_id: str, parents: Mapping[str, str | None]) -> "LoggedModel":
+    def _children(self, model: "LoggedModel") -> list[tuple[str, str]]:
+        """Name and page of each checkpoint that was made from one."""
+        made = {tag.removeprefix(MADE_INTO): name for tag, name in model.tags.items() if tag.startswith(MADE_INTO)}
+        often = Counter(made.values())
+        return [
+            (f"{name} ({child[:SHORT_ID]})" if often[name] > 1 else name, model_page("", self.experiment, child))
+            for child, name in sorted(made.items(), key=lambda item: item[1])
+        ]
+
+    def curves(self, model: "LoggedModel", artifact: Artifact) -> dict[str, str]:
+        """domain -> chart of a student's score by step beside its teacher's and start's; empty without a monitor."""
+        manifest, run_id = artifact.manifest, self.maker(model)
+        if manifest.get("stage") != "distill" or not manifest.get("config", {}).get("monitor") or run_id is None:
+            return {}
+        wanted = {domain: [f"{CURVE}/{domain}/{role}" for role in ROLES] for domain in manifest.get("data", {})}
+        return {
+            domain: chart_page("", self.experiment, run_id, [cards.metric_name(name) for name in names])
+            for domain, names in wanted.items()
+        }
+
+    def compare(self, key: str, about: Mapping[str, Any]) -> None:
+        """Keep the scores of teacher and start beside a checkpoint's own, and what the gate said, for its description.
+
+        Args:
+            key: Its content key.
+            about: `rows`, `verdict`, `run`, `report` and `title`, as `flows.cards.About` has them.
+        """
+        if (model_id := self.model(key)) is not None:
+            self.client.set_logged_model_tags(model_id, {COMPARED: json.dumps(about)})
+
+    def _create(self, artifact: Artifact, run_id: str, parents: Mapping[str, str | None], step: int) -> "LoggedModel":
         import mlflow
 
         manifest = artifact.manifest
         tags = {"key": artifact.key, "digest": artifact.digest, "stage": str(manifest.get("stage"))}
         tags |= {f"parent.{role}": parent for role, parent in parents.items() if parent}
-        return mlflow.create_external_model(
+        note = cards.model_note(artifact, cards.About(pages=self._pages(parents)))
+        tags |= {STEP: str(step), "seed": str(manifest.get("seed", 0)), NOTE: note}
+        model = mlflow.create_external_model(
             name=cards.model_name(artifact),
             source_run_id=run_id,
-            tags={**tags, "seed": str(manifest.get("seed", 0)), NOTE: cards.model_note(artifact, self._pages(parents))},
+            tags=tags,
             params=cards.model_params(artifact),
             model_type=str(manifest.get("stage", "checkpoint")),
             experiment_id=self.experiment,
         )
+        child = {f"{MADE_INTO}{model.model_id}": f"{artifact.name}@{manifest.get('seed', 0)}"}
+        for parent in dict.fromkeys(parents.values()):
+            if parent:
+                self.client.set_logged_model_tags(parent, child)
+        return model
 
     def maker(self, model: "LoggedModel") -> str | None:
         """The run that made a checkpoint, if it was not deleted since."""
@@ -184,6 +261,34 @@ class LoggedCheckpoints:
         """The version of a registered model that is the checkpoint with this content key."""
         versions = self.client.search_model_versions(f"name = '{name}'")
         return next((version for version in versions if version.tags.get("key") == key), None)
+
+
+def registered_keys(store: Store) -> set[str]:
+    """The content keys of all versions of all registered models; empty where nothing was ever tracked.
+
+    Raises:
+        UserError: the tracking store cannot be read.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = mlflow_uri(store.home)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return set()
+    keys: set[str] = set()
+    try:
+        with tracking_store(uri):
+            client, token = MlflowClient(uri), None
+            while True:
+                page = client.search_model_versions(page_token=token)
+                keys |= {version.tags["key"] for version in page if "key" in version.tags}
+                token = page.token
+                if not token:
+                    return keys
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {without_secrets(str(error))}"
+        ) from error
 
 
 def _scores(model: "LoggedModel") -> dict[tuple[str, str], float]:

@@ -9,20 +9,19 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from experts.errors import UserError
 from flows import cards
 from flows.champion import CHAMPION_ALIAS, read_history, registered_name
-from flows.mlflow_models import NOTE, SOURCE, LoggedCheckpoints
+from flows.mlflow_models import NOTE, SOURCE, STEP, LoggedCheckpoints, tracking_store
+from flows.mlflow_pages import model_page, remember_pages, run_page, version_page
 from flows.outbox import Doubtful, Operation, Rejected, Unreachable
-from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_model_page, mlflow_uri, without_secrets
-from stages.core.checkpoint import Store
+from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
+from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,23 +43,6 @@ PASSING = (
     "CUSTOMER_UNAUTHORIZED",
     "UNAUTHENTICATED",
 )
-
-
-@contextmanager
-def _tracking_store(uri: str) -> Iterator[None]:
-    """Make `uri` the store of MLflow's functions for a while: not every one of its calls goes by its client's. MLflow
-    also writes it into the environment, where it would send the next run of this process, in another home, here."""
-    import mlflow
-
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 class Writer:
@@ -92,6 +74,9 @@ class Writer:
             "version": self._version,
             "alias": self._alias,
             "champion": self._champion,
+            "compared": self._compared,
+            "pages": self._pages,
+            "close_killed": self._close_killed,
             "note": self._note,
             "tag": self._tag,
             "end": self._end,
@@ -110,7 +95,7 @@ class Writer:
             Rejected: the server will never take it.
         """
         try:
-            with _tracking_store(self.uri):
+            with tracking_store(self.uri):
                 self._say[operation["op"]](operation, ids)
         except Rejected:
             raise
@@ -144,14 +129,13 @@ class Writer:
 
             # It prints the traceback of every fault of its database, and then raises it to us.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-            with self.store.lock("mlflow"), _tracking_store(self.uri):
+            with self.store.lock("mlflow"), tracking_store(self.uri):
                 client = mlflow.MlflowClient(self.uri)
                 known = client.get_experiment_by_name(EXPERIMENT)
                 local = mlflow_artifacts(self.store.home).as_uri() if self.uri.startswith("sqlite") else None
                 tags = {KIND: "custom_model_development"}
                 self.experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, local, tags)
             self._client = client
-            self._mark_killed(client)
         return self._client
 
     @property
@@ -203,7 +187,7 @@ class Writer:
         artifact = self.store.find(operation["key"])
         if artifact is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
-        self.checkpoints.record(artifact, _run_id(operation["ref"], ids), operation["time"])
+        self.checkpoints.record(artifact, _run_id(operation["ref"], ids), operation["time"], operation.get("step", 0))
 
     def _used(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import LoggedModelInput
@@ -228,7 +212,7 @@ class Writer:
             self._log_datasets(run_id, [data])
             about |= {"dataset_name": data["name"], "dataset_digest": data["digest"]}
         metrics = [
-            Metric(name, value, operation["time"], 0, run_id=run_id, **about)
+            Metric(name, value, operation["time"], int(model.tags.get(STEP, 0)), run_id=run_id, **about)
             for name, value in operation["metrics"].items()
         ]
         if metrics:
@@ -264,15 +248,42 @@ class Writer:
         for fact in ("node", "by", "when", "reason"):
             value = str(getattr(champion, fact))[:TAG_LENGTH]
             self.client.set_model_version_tag(name, version.version, f"champion.{fact}", value)
+        pages = {"champion": version_page("", name, version.version)}
+        remember_pages(self.store.home, operation["run"], pages)
 
     def _note(self, operation: Operation, ids: dict[str, str]) -> None:
-        rows = []
+        rows: list[tuple[Artifact, str]] = []
+        charts: dict[str, str] = {}
         for key in operation["keys"]:
             artifact, model = self.store.find(key), self.checkpoints.model(key)
             if artifact and model:
                 self.checkpoints.describe(artifact)
-                rows.append((artifact, mlflow_model_page("", self.experiment, model)))
-        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, cards.run_note(rows, operation.get("page", "")))
+                rows.append((artifact, model_page("", self.experiment, model)))
+                charts |= {
+                    f"{artifact.name}@{artifact.manifest.get('seed', 0)}: {domain}": page
+                    for domain, page in self.checkpoints.curves(self.client.get_logged_model(model), artifact).items()
+                }
+        note = cards.run_note(rows, operation.get("page", ""), charts)
+        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, note)
+
+    def _compared(self, operation: Operation, ids: dict[str, str]) -> None:
+        run_id = _run_id(operation["ref"], ids)
+        report = run_page("", self.experiment, run_id, "artifacts/report.html") if operation["report"] else ""
+        about = {name: operation[name] for name in ("rows", "verdict", "title")}
+        about |= {"run": run_page("", self.experiment, run_id), "report": report}
+        self.checkpoints.compare(operation["key"], about)
+
+    def _pages(self, operation: Operation, ids: dict[str, str]) -> None:
+        """Keep where the run's pages are, for commands that do not ask MLflow."""
+        run_id = _run_id(operation["ref"], ids)
+        pages = {
+            "run": run_page("", self.experiment, run_id),
+            "lineage": run_page("", self.experiment, run_id, "artifacts/lineage.html"),
+        }
+        remember_pages(self.store.home, operation["run"], pages)
+
+    def _close_killed(self, operation: Operation, ids: dict[str, str]) -> None:
+        self._mark_killed(self.client)
 
     def _tag(self, operation: Operation, ids: dict[str, str]) -> None:
         self.client.set_tag(_run_id(operation["ref"], ids), operation["name"], operation["value"])
@@ -295,34 +306,6 @@ class Writer:
             lock.release()
             if not Path(lock.lock_file).with_suffix(".jsonl").exists():
                 client.set_terminated(run.info.run_id, "KILLED", int(time.time() * 1000))
-
-
-def registered_keys(store: Store) -> set[str]:
-    """The content keys of all versions of all registered models; empty where nothing was ever tracked.
-
-    Raises:
-        UserError: the tracking store cannot be read.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    uri = mlflow_uri(store.home)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return set()
-    keys: set[str] = set()
-    try:
-        with _tracking_store(uri):
-            client, token = MlflowClient(uri), None
-            while True:
-                page = client.search_model_versions(page_token=token)
-                keys |= {version.tags["key"] for version in page if "key" in version.tags}
-                token = page.token
-                if not token:
-                    return keys
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {without_secrets(str(error))}"
-        ) from error
 
 
 def unsent_folder(home: Path, run: str) -> Path:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from flows.state_files import read_json
 from stages.config import StrictModel
 from stages.core.checkpoint import Store, write_whole
 
@@ -102,9 +103,9 @@ def tell_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any] 
     from flows.champion import read_history
 
     path = _owed_path(store, config.name)
-    if not path.exists():
+    owed = read_json(path)
+    if not owed:
         return
-    owed = json.loads(path.read_text())
     for champion in read_history(store, config.name)[owed["champions"] :]:
         told = {**(owed["facts"] if facts is None else facts), "champion": champion.student, "when": champion.when}
         text = f"{config.name}: {champion} is champion"

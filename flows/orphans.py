@@ -15,11 +15,13 @@ import stat
 import time
 import uuid
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import psutil
+from coolname.data import config as coolname_lists
 from prefect import get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -44,6 +46,10 @@ FLOW = "mopd"
 PROCESS = re.compile(r"process:([^:]+):(\d+):(\d+)")
 # What Prefect calls a worker in the labels of the runs it began, and a run in the environment of its process.
 WORKER_LABEL, RUN_VARIABLE = "prefect.worker.name", "PREFECT__FLOW_RUN_ID"
+FORM_NAME = re.compile(
+    "(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|phi|chi"
+    r"|psi|omega)\d+"
+)
 WORKER_NAME = re.compile(r"mopd-(.+)-[0-9a-f]{8}")
 # A run that is begun again bears the marks of its former worker for a moment.
 SURE_SECONDS = 60.0
@@ -68,6 +74,40 @@ def claim_flow_run(name: str) -> None:
     if set(wanted) != set(present) and flow_run.id:
         with get_client(sync_client=True) as client:
             client.update_flow_run(UUID(str(flow_run.id)), tags=wanted)
+
+
+def name_flow_run(title: str, name: str) -> str:
+    """Call this flow run by a title, unless a person has named it.
+
+    Args:
+        title: What tells it from the others, `NAME #NUMBER` and more.
+        name: The run's name.
+
+    Returns:
+        The title; `NAME #NUMBER` and the person's own name where there is one.
+    """
+    own = str(flow_run.name or "")
+    if own and not is_generated(own) and not own.startswith(f"{name} #"):
+        return f"{title.partition(', ')[0]}, {own}"
+    if flow_run.id and own != title:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(flow_run.id)), name=title)
+    return title
+
+
+def is_generated(name: str) -> bool:
+    """Whether Prefect made a run's name up: its server two words, its pages a Greek letter with a number and a star."""
+    first, *others = name.split("-")
+    if others and FORM_NAME.fullmatch(first):
+        return True
+    return len(others) == 1 and {first, *others} <= _words()
+
+
+@cache
+def _words() -> frozenset[str]:
+    """The words of the names that Prefect's server makes up."""
+    lists = [entry.get("words", ()) for entry in coolname_lists.values() if isinstance(entry, dict)]
+    return frozenset(word for words in lists for word in words)
 
 
 def outlive_worker(log: Path) -> None:

@@ -27,17 +27,20 @@ from flows.check import deep_check
 from flows.closing import Outcome, conclude
 from flows.config import RunConfig
 from flows.gc import plan_lock
+from flows.last_run import remember
 from flows.launch import Launcher
 from flows.lock import write_lock
+from flows.mlflow_pages import known_pages
 from flows.notify import notify, owe_promotions, tell_promotions
-from flows.orphans import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, outlive_worker
-from flows.parameters import Changes, as_overrides
+from flows.orphans import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, name_flow_run, outlive_worker
+from flows.parameters import CAP, as_lines, form_overrides
 from flows.plan import StageGraph, build_graph
 from flows.progress import ProgressDisplay
 from flows.run_file import load_run_file
 from flows.servers import prefect_run_page, without_secrets
 from flows.shifts import COSINES, SHIFT
 from flows.signals import interruptible
+from flows.starts import Start, begin, killed_starts, planned_experts, run_title
 from flows.tasks import Job, Supervisor, artifact_key, task_of
 from flows.tracking import Tracker
 from stages.core.checkpoint import Store
@@ -45,6 +48,7 @@ from stages.core.checkpoint import Store
 OUTPUT_FILE = "output.log"
 Future = PrefectFuture[Any]
 _ending: Outcome | State[Any] | Exception | None = None
+_start: Start | None = None
 
 
 class PipelineFailedError(Exception):
@@ -64,14 +68,31 @@ class PipelineFailedError(Exception):
         self.not_started = not_started
 
 
-@flow(name=FLOW, flow_run_name="{run_file}", persist_result=False, validate_parameters=False)
+def _recorded(flow: Any, flow_run: Any, state: State[Any]) -> None:
+    """The end of the flow run is recorded, so no later start has to do it."""
+    del flow, flow_run, state
+    if _start is not None:
+        _start.close()
+
+
+@flow(
+    name=FLOW,
+    persist_result=False,
+    validate_parameters=False,
+    on_completion=[_recorded],
+    on_failure=[_recorded],
+    on_cancellation=[_recorded],
+    on_crashed=[_recorded],
+)
 def pipeline(
     run_file: str,
     overrides: list[str] | None = None,
     max_steps: int | None = None,
     home: str = ".mopd",
     plain: bool = False,
-    changes: Changes | None = None,
+    seeds: str = "",
+    merge_max_steps: int | None = None,
+    expert_max_steps: dict[str, int] | None = None,
 ) -> Outcome:
     """Make every node of a run that is not in the store yet, then compare and report.
 
@@ -81,7 +102,9 @@ def pipeline(
         max_steps: Cap on the steps of every stage.
         home: `$MOPD_HOME`.
         plain: Plain progress lines even on a terminal.
-        changes: Keys of the run file that differ, nested as there; they come after `overrides`.
+        seeds: Seeds in place of the run file's, such as `0, 1, 2`; empty for those.
+        merge_max_steps: Steps of the merge in place of the run file's.
+        expert_max_steps: Expert -> steps in place of the run file's.
 
     Returns:
         The comparison.
@@ -92,11 +115,17 @@ def pipeline(
             the next, no exception but its state, which Prefect's page shows without a traceback.
         PipelineFailedError: one or more nodes failed.
     """
-    global _ending  # noqa: PLW0603 - a flow's caller gets nothing else when Prefect cannot record its end
-    _ending = None
+    global _ending, _start  # noqa: PLW0603 - a flow's caller gets nothing else when Prefect cannot record its end
+    _ending, _start = None, None
     try:
-        wanted = [*(overrides or []), *as_overrides(changes or {})]
-        _ending = _run(Path(run_file), Path(home), wanted, max_steps, plain)
+        wanted = as_lines(overrides)
+        if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
+            raise UserError(f"{CAP}: a whole number from 1 on (given: {max_steps!r:.60})")
+        config = load_run_file(Path(run_file), wanted, max_steps)
+        if entries := form_overrides(config, seeds, merge_max_steps, expert_max_steps):
+            wanted = [*wanted, *entries]
+            config = load_run_file(Path(run_file), wanted, max_steps)
+        _ending = _run(config, Path(run_file), Path(home), wanted, max_steps, plain)
         return _ending
     except (UserError, PipelineFailedError) as error:
         _ending = error
@@ -115,12 +144,19 @@ def ending() -> "Outcome | State[Any] | Exception | None":
     return _ending
 
 
-def _run(path: Path, root: Path, overrides: list[str], max_steps: int | None, plain: bool) -> Outcome:
-    config = load_run_file(path, overrides, max_steps)
+def _run(
+    config: RunConfig, path: Path, root: Path, overrides: list[str], max_steps: int | None, plain: bool
+) -> Outcome:
+    global _start  # noqa: PLW0603 - it is closed when Prefect has recorded the end
     claim_flow_run(config.name)
     outlive_worker(root / "runs" / config.name / OUTPUT_FILE)
     with interruptible(), told(config), one_at_a_time(Store(root), config.name):
+        killed = killed_starts(root, config.name)
         mark_crashed_runs(config.name)
+        _start = begin(root, config.name)
+        title = name_flow_run(
+            run_title(_start.number, config, planned_experts(root, config.name), overrides), config.name
+        )
         tell_promotions(Store(root), config)
         # Planned only now: a run of this name that was waited for may have moved what it starts from.
         graph = build_graph(config, root)
@@ -131,7 +167,10 @@ def _run(path: Path, root: Path, overrides: list[str], max_steps: int | None, pl
         # Compared with what this name made last time only once: the new lock is the next run's past.
         with plan_lock(store):
             write_lock(graph, root)
-        tracker = Tracker.start(graph, root, path.read_text(), flow_run_page())
+            remember(root, config.name, path, overrides, max_steps)
+        tracker = Tracker.start(graph, root, path, flow_run_page(), title)
+        for start in killed:
+            start.close()
         get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
         with (
             ProgressDisplay(Console(stderr=True), plain) as display,
@@ -170,8 +209,8 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         raise PipelineFailedError(failures, not_started)
     owe_promotions(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
     outcome = conclude(graph, supervisor.store, promote=True)
-    tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate)
-    _publish(graph, outcome, tracker.url)
+    tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate, outcome.verdict)
+    _publish(supervisor, outcome)
     _tell_end(supervisor, outcome)
     return outcome
 
@@ -296,13 +335,18 @@ def flow_run_page() -> str:
     return prefect_run_page(base, str(flow_run.id)) if base and flow_run.id else ""
 
 
-def _publish(graph: StageGraph, outcome: Outcome, tracked: str) -> None:
-    """Put the scores, the report's place and the way to MLflow onto the flow run's page; a server that is away costs
+def _publish(supervisor: Supervisor, outcome: Outcome) -> None:
+    """Put the scores, the report's place and the ways to MLflow onto the flow run's page; a server that is away costs
     the page, not the run, for that is finished and its champion chosen."""
-    name, rows = graph.config.name, outcome.rows()
+    name, rows, tracked = supervisor.graph.config.name, outcome.rows(), supervisor.tracker.url
     try:
         if tracked:
-            create_link_artifact(tracked.split(maxsplit=1)[0], "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
+            page = tracked.split(maxsplit=1)[0]
+            create_link_artifact(page, "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
+            known = known_pages(supervisor.store.home, name)
+            for kind in known.keys() & {"champion", "lineage"}:
+                address = page.partition("/#/")[0] + known[kind]
+                create_link_artifact(address, f"the {kind} in MLflow", key=artifact_key(f"{kind}-{name}"))
         create_table_artifact(rows, key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
         report = outcome.markdown()
         create_markdown_artifact(report, key=artifact_key(f"report-{name}"), description=f"Report of {name}")

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experts.documents import DocumentError, read_object
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
 from experts.errors import UserError
 from flows.baselines import baseline_config
 from flows.champion_start import champion_facts, names_champion, pinned_champion
 from flows.config import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.harness import harness_tasks
-from flows.lock import lock_path, read_json
+from flows.lock import read_lock
 from flows.panel import scored_domains
 from flows.rounds import round_prefix, without_round
 from flows.shifts import COSINES, SHIFT, shift_nodes, shift_request
@@ -97,17 +98,18 @@ class StageGraph:
         return [node for node in self.nodes if node.stage not in EVALUATIONS]
 
 
-def build_graph(config: RunConfig, home: Path) -> StageGraph:
+def build_graph(config: RunConfig, home: Path, faults: list[str] | None = None) -> StageGraph:
     """Compose the graph of a run and key every node.
 
     Args:
         config: A validated run file.
         home: `$MOPD_HOME`; holds the pins of the last plan and the cache of file fingerprints.
+        faults: Gets the message of a lock that is damaged, whose pins then count for nothing; None raises.
 
     Raises:
         UserError: an impossible run: an unknown option, a missing base, a domain without a teacher.
     """
-    return _Builder(config, home).build()
+    return _Builder(config, home, read_lock(home, config.name, faults).get("pins", {})).build()
 
 
 def _load_domains(config: RunConfig) -> dict[str, Domain]:
@@ -126,12 +128,13 @@ def _load_domains(config: RunConfig) -> dict[str, Domain]:
 class _Builder:
     """Adds node after node, parents first."""
 
-    def __init__(self, config: RunConfig, home: Path) -> None:
+    def __init__(self, config: RunConfig, home: Path, pinned: Mapping[str, str]) -> None:
         self.config = config
         self.home = home
+        self.pinned = pinned
         self.nodes: dict[str, Node] = {}
         self.pins: dict[str, str] = {}
-        self.templates = Templates(config, read_json(lock_path(home, config.name)).get("pins", {}))
+        self.templates = Templates(config, pinned)
         self.domains = _load_domains(config)
         self.fingerprints = {name: domain.identity() for name, domain in self.domains.items()}
         self.teachers = config.teachers()
@@ -253,7 +256,7 @@ class _Builder:
     def _champion(self, asking: str, start: str) -> str:
         """Add the run's champion, which stands in the store already; all seeds share it."""
         if CHAMPION not in self.nodes:
-            artifact = pinned_champion(self.config, self.home, asking)
+            artifact = pinned_champion(self.config, self.home, asking, self.pinned)
             facts = champion_facts(artifact, Store(self.home), (start, self.nodes[start].key))
             self.nodes[CHAMPION] = Node(**facts)
             self.pins[CHAMPION] = artifact.key
@@ -269,9 +272,8 @@ class _Builder:
 
     def _resolve(self, key: str, reference: str | None, revision: str | None) -> Source:
         assert reference is not None
-        pins = read_json(lock_path(self.home, self.config.name)).get("pins", {})
         asked = f"{reference}@{revision or 'default'}"
-        source = resolve_checkpoint(key, reference, revision, pins.get(asked))
+        source = resolve_checkpoint(key, reference, revision, self.pinned.get(asked))
         if source.revision:
             self.pins[asked] = source.revision
         return source
@@ -284,8 +286,11 @@ class _Builder:
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
         stamp = stable_hash([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
         memory = self.home / "fingerprints.json"
-        known = read_json(memory)
-        if stamp not in known:
+        try:
+            known = read_object(memory)
+        except (FileNotFoundError, DocumentError):
+            known = {}  # they are made anew
+        if not isinstance(known.get(stamp), str):
             known[stamp] = source.fingerprint()
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_whole(memory, json.dumps(known))

@@ -1,12 +1,13 @@
 """Reads a run file: YAML, dotted overrides, validation; every mistake is said in one message."""
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from experts.documents import MOST_DEPTH, DocumentError, parse_yaml, read_yaml, user_error
 from experts.domain import KINDS, OWN_SUFFIX
 from experts.errors import UserError, nearest
 from experts.sources import located
@@ -15,6 +16,12 @@ from flows.config import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunCo
 from flows.hypotheses import hypothesis_problems
 from flows.variants import overlaid, variant_run
 from stages.on_policy.config import OnPolicyConfig
+
+MOST_EXTENDS = 20
+# Merges of one run, over its seeds and rounds.
+MOST_MERGES = 500
+LONGEST_NAME = 80
+NAME_MARKS = "-_.+ "
 
 
 def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int | None = None) -> RunConfig:
@@ -28,7 +35,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     Raises:
         UserError: names the file, the key and the nearest valid choice; all mistakes in one message.
     """
-    raw = _unshared(_read(path))
+    raw = _read(path)
     for override in overrides or []:
         _apply(raw, override)
     _place_files(raw, path)
@@ -47,24 +54,50 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's mapping, laid over the file it extends."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path)
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such run file{nearest(str(path), siblings)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    except DocumentError as error:
+        raise user_error(path, error) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a run file is a mapping of keys; see flows/runs/lab.yaml")
+    if (fault := _unusable(raw)) is not None:
+        raise UserError(f"{path}: {fault}")
     _place_files(raw, path)
     if (other := raw.pop("extends", None)) is None:
         return raw
     if not isinstance(other, str):
         raise UserError(f"{path}: extends: name one run file, by its path from this one's folder")
-    parent = (path.parent / other).resolve()
-    if parent in (*below, path.resolve()):
+    if len(below) >= MOST_EXTENDS:
+        raise UserError(f"{path}: extends: more than {MOST_EXTENDS} run files extend one another")
+    try:
+        parent, own = (path.parent / other).resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: extends: {other!r}: {error}") from None
+    if parent in (*below, own):
         raise UserError(f"{path}: extends: {other} extends this file in turn")
-    merged: dict[str, Any] = overlaid(_read(parent, (*below, path.resolve())), raw)
+    merged: dict[str, Any] = overlaid(_read(parent, (*below, own)), raw)
     return merged
+
+
+def _unusable(value: Any, place: str = "") -> str | None:
+    """The first fault of a document that no value of a run file may have, with its key; None where there is none.
+
+    YAML reads the keys `on` and `1` as no text, and `"\\0"` and `"\\ud800"` as characters that no file can hold.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            where = f"{place}.{key}" if place else str(key)
+            if not isinstance(key, str):
+                return f"{where}: a key is text; put it in quotes"
+            if (fault := _unusable(key, where) or _unusable(inner, where)) is not None:
+                return fault
+    elif isinstance(value, list):
+        return next((fault for each in value if (fault := _unusable(each, place)) is not None), None)
+    elif isinstance(value, str) and any(each == "\0" or "\ud800" <= each <= "\udfff" for each in value):
+        return f"{place.encode('ascii', 'backslashreplace').decode()}: {value!a:.60} holds a character that is no text"
+    return None
 
 
 def _place_files(raw: dict[str, Any], path: Path) -> None:
@@ -114,18 +147,13 @@ def _capped(value: Any, max_steps: int) -> Any:
     return value
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which every YAML alias has values of its own, so that an override reaches one place."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override '{override}': write KEY=VALUE, such as seeds=[0,1,2]")
     *parents, last = key.split(".")
+    if not all((*parents, last)) or len(parents) >= MOST_DEPTH:
+        raise UserError(f"override '{override:.60}': '{key:.60}' is no dotted key, such as merge.max_steps")
     node: Any = raw
     for part in parents:
         node = node.setdefault(part, {}) if isinstance(node, dict) else None
@@ -134,9 +162,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict):
         raise UserError(f"override '{override}': '{parents[-1]}' is not a mapping")
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML: {error}") from None
+        node[last] = parse_yaml(text)
+    except DocumentError as error:
+        raise UserError(f"override '{override:.200}': the value: {error}") from None
+    if (fault := _unusable(node[last], key)) is not None:
+        raise UserError(f"override '{override:.200}': {fault}")
 
 
 def _describe(error: ValidationError) -> list[str]:
@@ -173,6 +203,19 @@ def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
+def name_fault(name: str) -> str | None:
+    """Why a domain, an expert or a variant may not be called so; None where it may.
+
+    A name is part of a node's name, which `/` and `@` divide, of files, metrics, tables and pages.
+    """
+    if len(name) > LONGEST_NAME:
+        return f"a name has at most {LONGEST_NAME} characters, this one {len(name)}"
+    letters = [each for each in name if each in NAME_MARKS or unicodedata.category(each)[0] in "LMN"]
+    if not name or len(letters) < len(name) or not name[0].isalnum() or name[-1] in " .":
+        return "a name is made of letters, digits, inner spaces and - _ . +, and begins with a letter or digit"
+    return None
+
+
 class _Names:
     """Collects every reference in a run file to a domain, expert or checkpoint that is not there."""
 
@@ -191,9 +234,8 @@ class _Names:
     def domain_lists(self) -> None:
         """Names and kinds of domains, and the lists of them."""
         config = self.config
-        for key, names in (("domains", self.domains), ("experts", self.experts)):
-            # A name is part of a node's name and of a teacher's role, whose parts a slash divides.
-            self.problems += [f"{key}.{name}: a name may hold no '/'" for name in names if "/" in name]
+        for key, names in (("domains", self.domains), ("experts", self.experts), ("hypotheses", config.hypotheses)):
+            self.problems += [f"{key}.{name!r}: {fault}" for name in names if (fault := name_fault(name))]
         for name, domain in config.domains.items():
             if not domain.kind.endswith(OWN_SUFFIX):
                 self.check(f"domains.{name}.kind", [domain.kind], KINDS, "kind")
@@ -252,6 +294,9 @@ class _Names:
 
 def _dangling_names(config: RunConfig) -> list[str]:
     names = _Names(config)
+    merges = len(config.seeds) * (config.merge.rounds if config.merge else 1)
+    if merges > MOST_MERGES:
+        names.problems.append(f"merge.rounds: {merges:,} merges with {len(config.seeds)} seeds; at most {MOST_MERGES}")
     names.domain_lists()
     names.expert_entries()
     if config.merge:
@@ -263,8 +308,8 @@ def _dangling_names(config: RunConfig) -> list[str]:
 
 def _variant_problems(config: RunConfig, name: str) -> list[str]:
     """What is wrong with a variant of the merge, by its own keys."""
-    if "/" in name:
-        return [f"merge.variants.{name}: a name may hold no '/'"]
+    if fault := name_fault(name):
+        return [f"merge.variants.{name!r}: {fault}"]
     try:
         variant = variant_run(config, name)
     except UserError as error:

@@ -10,8 +10,8 @@ from typing import Any, Self
 import yaml
 
 from experts.errors import UserError
+from flows.asked import Asked
 from flows.children import ForkServer, ServerDiedError, child_environment
-from flows.commands import Asked
 from flows.config import STUDENT
 from flows.devices import DeviceLeases
 from flows.plan import Node, StageGraph

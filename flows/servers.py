@@ -51,7 +51,8 @@ MLFLOW_CLIENT = {
     # It shows the server's address as it is, with a password in it, at the end of every run.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-CREDENTIALS, QUERY = re.compile(r"(?<=://)[^\s'\"<>]*@"), re.compile(r"(://[^\s'\"<>?]*)\?[^\s'\"<>]*")
+# What follows a # is the page's own and is sent to no server: the pages' addresses keep it.
+CREDENTIALS, QUERY = re.compile(r"(?<=://)[^\s'\"<>]*@"), re.compile(r"(://[^\s'\"<>?#]*)\?[^\s'\"<>#]*")
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,6 @@ def prefect_environment(home: Path) -> dict[str, str]:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
     }
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
-
-
-def mlflow_run_page(base: str, experiment_id: str, run_id: str) -> str:
-    """Address of a run in MLflow's pages; `base` is the server, or empty for a link within it."""
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
-
-
-def mlflow_model_page(base: str, experiment_id: str, model_id: str) -> str:
-    """Address of a checkpoint (a LoggedModel) in MLflow's pages."""
-    return f"{base}/#/experiments/{experiment_id}/models/{model_id}"
 
 
 def prefect_run_page(base: str, flow_run_id: str) -> str:

@@ -23,7 +23,7 @@ from flows.servers import (
     wait_until_ready,
     without_secrets,
 )
-from flows.standing import prefect_client, standing
+from flows.standing import prefect_client, run_server, standing
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -62,7 +62,7 @@ def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _server(home: Path) -> Iterator[str]:
-    if os.environ.get("PREFECT_API_URL") or standing(home, "prefect"):
+    if os.environ.get("PREFECT_API_URL") or standing(home, "prefect", lasting=True):
         settings = prefect_client(home)
         with _variables(settings):
             from prefect import get_client
@@ -79,8 +79,10 @@ def _server(home: Path) -> Iterator[str]:
                 import prefect  # noqa: F401
 
                 wait_until_ready(server)
-                starting.close()
-                with _watched(server):
+                with contextlib.ExitStack() as held:
+                    held.enter_context(run_server(home, server))
+                    starting.close()
+                    held.enter_context(_watched(server))
                     yield server.url
             finally:
                 _end(server)

@@ -9,12 +9,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from experts.errors import UserError
 from flows.access import client_secret, login
 from flows.listeners import listens, start_of
+from flows.mlflow_pages import home_page, page_lines
 from flows.servers import (
     MLFLOW_PORT,
     PREFECT_PORT,
@@ -32,6 +35,7 @@ from flows.signals import interruptible
 from stages.core.private import keep_private
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+RUN_RECORD, RUNS_SHOWN, LOOK_SECONDS = "prefect-run-", 5, 0.5
 HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
 
 
@@ -43,6 +47,9 @@ def ui(
 ) -> None:
     """Serve MLflow's and Prefect's pages over a home until Ctrl-C; a port that is not given may move to a free one.
 
+    A run under way has a Prefect server of its own over the home. It is used as long as it is there, and then replaced
+    by one at the same address: two servers over one database get into each other's way.
+
     Raises:
         UserError: the home has standing servers already, a named port is taken, or a server does not start.
     """
@@ -53,49 +60,99 @@ def ui(
     held.enter_context(interruptible(background=True))
     try:
         with one_start_at_a_time(home):
-            if present := standing(home, "prefect"):
+            if present := standing(home, "mlflow") or standing(home, "prefect"):
                 raise UserError(f"`mopd ui` serves {home} already: {present}")
             mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
             prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
             servers.append(start_mlflow(home, host, mlflow_at))
-            servers.append(start_prefect(home, host, prefect_at))
+            lent = _of_run(home)
+            if lent is None:
+                servers.append(start_prefect(home, host, prefect_at))
             for server in servers:
                 wait_until_ready(server)
             for server in servers:
                 _record(home, server)
-        for server in servers:
-            _say(f"{server.name:8} {server.url}")
-        _say(f"         {login(home)}")
-        _say("Ctrl-C ends both.")
+        if lent is not None:
+            _write_record(_record_of(home, "prefect"), lent | {"lent": True})
+        _show_pages(home, servers[0], lent["url"] if lent else servers[1].url)
         while all(server.process.poll() is None for server in servers):
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
+            if lent is not None and not _lives(lent):
+                port = prefect_port or urlsplit(lent["url"]).port or PREFECT_PORT
+                servers.append(_take_over(home, host, port, exact=prefect_port is not None))
+                lent = None
         ended = next(server for server in servers if server.process.poll() is not None)
         raise UserError(f"{ended.name} ended with code {ended.process.returncode}:\n{tail(ended.log)}")
     except KeyboardInterrupt:
-        _say("ending both servers")
+        _say("ending the servers")
     finally:
         for server in servers:
             _record_of(home, server.name).unlink(missing_ok=True)
+        if servers:
+            _record_of(home, "prefect").unlink(missing_ok=True)
         stop(servers)
         held.close()
 
 
-def standing(home: Path, name: str) -> str:
+def _take_over(home: Path, host: str, port: int, *, exact: bool) -> Server:
+    """Start Prefect's server after that of a run has ended."""
+    with one_start_at_a_time(home):
+        server = start_prefect(home, host, choose_port(host, port, "Prefect", exact=exact))
+        wait_until_ready(server)
+        _record(home, server)
+    _say(f"Prefect  {server.url} (the run that served it has ended)")
+    return server
+
+
+def _show_pages(home: Path, mlflow: Server, prefect: str) -> None:
+    _say(f"MLflow   {home_page(mlflow.url)}")
+    # The one that was written last is the one that people look for.
+    kept = sorted((home / "runs").glob("*/mlflow.json"), key=lambda path: path.stat().st_mtime)[-RUNS_SHOWN:]
+    for path in reversed(kept):
+        _say(path.parent.name)
+        for line in page_lines(mlflow.url, home, path.parent.name):
+            _say(line)
+    _say(f"Prefect  {prefect}")
+    _say(f"         {login(home)}")
+    _say("Ctrl-C ends them.")
+
+
+def standing(home: Path, name: str, *, lasting: bool = False) -> str:
     """Address of a server of `mopd ui`; empty where there is none that answers.
 
     Args:
         home: `$MOPD_HOME`.
         name: `prefect` or `mlflow`.
+        lasting: Leave out a run's own Prefect server, which ends with that run.
     """
+    kept = _read_record(_record_of(home, name))
+    if kept is None or (lasting and kept["lent"]) or not _lives(kept):
+        return ""
+    return str(kept["url"]) if answers(kept["url"] + HEALTH[name]) else ""
+
+
+@contextlib.contextmanager
+def run_server(home: Path, server: Server) -> Iterator[None]:
+    """Let `mopd ui` find the Prefect server of a run for as long as it lasts."""
+    path = _record_of(home, f"{RUN_RECORD}{server.process.pid}")
+    _write_record(path, _facts(server))
     try:
-        kept = json.loads(_record_of(home, name).read_text())
-        url, pid, start = str(kept["url"]), int(kept["pid"]), int(kept["start"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        # A record that is broken, or of another version, is of no server that could be known.
-        return ""
-    if not start or start_of(pid) != start or not listens(pid, urlsplit(url).port or 0):
-        return ""
-    return url if answers(url + HEALTH[name]) else ""
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _of_run(home: Path) -> dict[str, Any] | None:
+    """The record of a Prefect server that a run under way has started."""
+    folder = home.resolve() / "servers"
+    kept = [record for path in folder.glob(f"{RUN_RECORD}*.json") if (record := _read_record(path)) is not None]
+    return next((record for record in kept if _lives(record)), None)
+
+
+def _lives(record: Mapping[str, Any]) -> bool:
+    """Whether the process of a record is still the one that listens on its port."""
+    pid, start = record["pid"], record["start"]
+    return bool(start) and start_of(pid) == start and listens(pid, urlsplit(record["url"]).port or 0)
 
 
 def prefect_client(home: Path) -> dict[str, str]:
@@ -125,12 +182,28 @@ def _is_same(one: str, other: str) -> bool:
 
 
 def _record(home: Path, server: Server) -> None:
+    _write_record(_record_of(home, server.name), _facts(server))
+
+
+def _facts(server: Server) -> dict[str, Any]:
     pid = server.process.pid
-    kept = {"url": server.url, "pid": pid, "start": start_of(pid)}
-    path = _record_of(home, server.name)
+    return {"url": server.url, "pid": pid, "start": start_of(pid), "lent": False}
+
+
+def _write_record(path: Path, kept: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(kept))
     temporary.replace(path)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A server's record; None for one that is not there, is broken or of another version: it is of no known server."""
+    try:
+        kept = json.loads(path.read_text())
+        lent = bool(kept.get("lent", False))
+        return {"url": str(kept["url"]), "pid": int(kept["pid"]), "start": int(kept["start"]), "lent": lent}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _record_of(home: Path, name: str) -> Path:

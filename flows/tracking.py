@@ -6,35 +6,39 @@ each with its dataset. Everything said is an operation in the outbox (`flows.out
 says to MLflow: threads may speak at will, and a server that cannot be reached neither stops a run nor loses a word.
 """
 
+import dataclasses
 import getpass
 import json
 import os
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from experts.domain import TRAIN, stable_hash
+from experts.domain import TRAIN
 from flows import cards, lineage
 from flows.champion import operations, registered_name
-from flows.config import STUDENT
+from flows.checkout import git_tags
+from flows.config import BASELINES, STUDENT, VARIANTS
+from flows.curves import References
 from flows.lock import code_fingerprint, lock_path
-from flows.mlflow_writer import TAG_LENGTH, Writer, unsent_folder
+from flows.mlflow_pages import run_page
+from flows.mlflow_writer import Writer, unsent_folder
 from flows.outbox import Outbox, send_left_over
 from flows.plan import EVALUATIONS, Node, StageGraph
-from flows.servers import MLFLOW_PORT, local_url, mlflow_run_page, without_secrets
+from flows.servers import MLFLOW_PORT, local_url, without_secrets
 from flows.shifts import SHIFT
+from flows.stage_runs import EvaluationRun, StageRun, Status, describe_data, now
 from flows.standing import standing
 from stages.core.checkpoint import Artifact, Store
 
 if TYPE_CHECKING:
+    from evals.gate import Verdict
     from evals.results import Results
 
 BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH = 1000, 100, 6000
-NOTES, STOPPED_EARLY = "notes", "stopped_early"
 PARENT = "run"
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+VERDICT, MEAN_TAG = "verdict", "mean"
 
 
 class Tracker:
@@ -51,30 +55,36 @@ class Tracker:
         self.store = Store(home)
         self.graph = graph
         self.page = ""
+        self.title = graph.config.name
         self.writer = Writer(self.store)
         self.token = uuid.uuid4().hex
         self._known: dict[str, Artifact] = {}
         folder = unsent_folder(home, self.name)
         send_left_over(folder, self.writer)
         self.outbox = Outbox(folder / f"{self.token}.jsonl", self.writer)
+        self.submit("close_killed")
+        self.references = References(graph, self.log_metrics, now)
 
     @classmethod
-    def start(cls, graph: StageGraph, home: Path, run_file: str, page: str = "") -> "Tracker":
+    def start(cls, graph: StageGraph, home: Path, run_file: Path, page: str = "", title: str = "") -> "Tracker":
         """Open the parent run, after sending what earlier runs of this name could not.
 
         Args:
             graph: The planned run.
             home: `$MOPD_HOME`.
-            run_file: The run file's text.
+            run_file: The run file, which is kept.
             page: Address of the flow run in Prefect's pages.
+            title: What the parent run is called; the run's name when empty.
         """
         tracker = cls(graph, home)
         config = graph.config
+        tracker.title = title or config.name
         tags = {"name": config.name, "seeds": json.dumps(config.seeds), "code": code_fingerprint()}
+        tags |= git_tags(run_file.resolve().parent)
         if page:
             tracker.page, tags["prefect"] = page, page
-        tracker.open_run(PARENT, config.name, None, tags, config.model_dump(mode="json"))
-        tracker.submit("text", ref=PARENT, file="run.yaml", text=run_file)
+        tracker.open_run(PARENT, tracker.title, None, tags, config.model_dump(mode="json"))
+        tracker.submit("text", ref=PARENT, file="run.yaml", text=run_file.read_text())
         lock = lock_path(home, config.name)
         if lock.exists():
             tracker.submit("text", ref=PARENT, file="lock.json", text=lock.read_text())
@@ -91,10 +101,10 @@ class Tracker:
         if not self.run_id:
             return ""
         if self.writer.uri.startswith("http"):
-            return mlflow_run_page(without_secrets(self.writer.uri).rstrip("/"), self.writer.experiment, self.run_id)
+            return run_page(without_secrets(self.writer.uri).rstrip("/"), self.writer.experiment, self.run_id)
         if served := standing(self.store.home, "mlflow"):
-            return mlflow_run_page(served, self.writer.experiment, self.run_id)
-        return f"{mlflow_run_page(local_url(MLFLOW_PORT), self.writer.experiment, self.run_id)} (after `mopd ui`)"
+            return run_page(served, self.writer.experiment, self.run_id)
+        return f"{run_page(local_url(MLFLOW_PORT), self.writer.experiment, self.run_id)} (after `mopd ui`)"
 
     @property
     def unsent(self) -> int:
@@ -110,6 +120,7 @@ class Tracker:
         if node.domains:
             datasets = [describe_data(node, domain, TRAIN) for domain in node.domains]
             self.submit("datasets", ref=node.id, datasets=datasets)
+        self.references.begin(node)
         return StageRun(self, node)
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
@@ -121,7 +132,12 @@ class Tracker:
         self.register(node, artifact)
 
     def finish(
-        self, status: Status, results: "Results | None", report: Path | None, candidate: Node | None = None
+        self,
+        status: Status,
+        results: "Results | None",
+        report: Path | None,
+        candidate: Node | None = None,
+        verdict: "Verdict | None" = None,
     ) -> None:
         """Log the run's results and close it; what the server did not take is sent at the next start.
 
@@ -130,11 +146,10 @@ class Tracker:
             results: The comparison of base, teachers and student.
             report: The HTML report; the data it links to stands beside it.
             candidate: The merge the gate judged: it gets the alias `candidate`; `champion` goes to whoever is.
+            verdict: What the gate said of it.
         """
         if results is not None:
-            from evals.results import metrics
-
-            self.log_metrics(PARENT, [(name, value, now(), 0) for name, value in metrics(results).items()])
+            self._headline(results, verdict)
         made = [node.key for node in self.graph.checkpoints if self.store.find(node.key)]
         pages = {"lineage.html": lineage.draw_html(self.store, made, self.name)} if made else {}
         if report is not None:
@@ -152,9 +167,37 @@ class Tracker:
             self.submit("text", ref=PARENT, file=file, text=text)
             for key in sorted(students):
                 self.submit("model_text", key=key, file=file, text=text)
+        if results is not None:
+            self._compare(results, candidate, verdict, report is not None)
         self.submit("note", ref=PARENT, keys=made, page=self.page)
+        self.submit("pages", ref=PARENT, run=self.name)
         self.submit("end", ref=PARENT, status=status, time=now())
         self.outbox.close()
+
+    def _headline(self, results: "Results", verdict: "Verdict | None") -> None:
+        """The parent run's metrics, and its tags by which a list of runs tells them apart."""
+        from evals.headline import MEAN, headline
+
+        found = headline(results)
+        self.log_metrics(PARENT, [(name, value, now(), 0) for name, value in found.items()])
+        if MEAN in found:
+            self.submit("tag", ref=PARENT, name=MEAN_TAG, value=f"{found[MEAN]:.1%}")
+        if verdict is not None:
+            self.submit("tag", ref=PARENT, name=VERDICT, value=verdict.conclusion)
+
+    def _compare(self, results: "Results", candidate: Node | None, verdict: "Verdict | None", reported: bool) -> None:
+        """Put teacher, start and recovery beside each merge's own scores, and the verdict on the candidate."""
+        from evals.headline import compared
+
+        for node in self.graph.checkpoints:
+            if node.name != STUDENT and not node.name.startswith((BASELINES, VARIANTS)):
+                continue
+            rows = [dataclasses.asdict(row) for row in compared(results, node.name, node.seed)]
+            judged = verdict is not None and candidate is not None and node.key == candidate.key
+            if rows and self.store.find(node.key):
+                said = verdict.conclusion if verdict is not None and judged else ""
+                about = {"rows": rows, "verdict": said, "title": self.title, "report": reported}
+                self.submit("compared", ref=PARENT, key=node.key, **about)
 
     def submit(self, op: str, **fields: Any) -> None:
         """Say one operation, now or when the server can be reached."""
@@ -182,6 +225,7 @@ class Tracker:
         """Put the metrics of a measurement onto the checkpoint it is of, once; one of several is the parent run's."""
         if "checkpoint" not in node.parents:
             return
+        self.references.score(node, artifact)
         if node.stage == SHIFT:
             key, metrics = self.graph.node(node.parents["checkpoint"]).key, artifact.manifest["metrics"]
             named = {cards.metric_name(name): value for name, value in metrics.items()}
@@ -204,88 +248,6 @@ class Tracker:
             return
         self._known[node.id] = artifact
         self.submit("version", name=registered_name(self.name), key=artifact.key, seed=str(node.seed))
-
-
-class StageRun:
-    """The child run of one stage."""
-
-    def __init__(self, tracker: Tracker, node: Node) -> None:
-        self.tracker = tracker
-        self.node = node
-        self._samples: list[dict[str, Any]] = []
-        self._notes: list[str] = []
-        self._position = (0, 0)
-
-    def forward(self, records: list[dict[str, Any]]) -> None:
-        """Log a journal's new records: metrics now, notes now as a tag and at the end whole, samples at the end."""
-        values = [
-            (name, value, int(record["time"] * 1000), record["step"])
-            for record in records
-            if record["kind"] == "metrics"
-            for name, value in record["values"].items()
-        ]
-        self.tracker.log_metrics(self.node.id, values)
-        self._samples += [record for record in records if record["kind"] == "sample"]
-        self._position = next(
-            ((r["step"], r["total"]) for r in reversed(records) if r["kind"] == "progress"), self._position
-        )
-        if new := [f"step {record['step']}: {record['text']}" for record in records if record["kind"] == "note"]:
-            self._notes += new
-            self.tracker.submit("tag", ref=self.node.id, name=NOTES, value="\n".join(self._notes)[-TAG_LENGTH:])
-
-    def finish(self, status: Status, artifact: Artifact | None) -> None:
-        """Close the run; the checkpoint it made becomes a LoggedModel with its parents as inputs."""
-        tracker, ref = self.tracker, self.node.id
-        step, total = self._position
-        if status == "FINISHED" and step < total:
-            tracker.submit("tag", ref=ref, name=STOPPED_EARLY, value=f"step {step} of {total}")
-        if self._samples:
-            tracker.submit("table", ref=ref, file="samples.json", table=cards.sample_table(self._samples))
-        if self._notes:
-            tracker.submit("text", ref=ref, file="notes.txt", text="\n".join(self._notes) + "\n")
-        if artifact is not None:
-            tracker.submit("made", ref=ref, key=artifact.key, time=now())
-            tracker.register(self.node, artifact)
-            if self.node.name == STUDENT:
-                drawn = lineage.draw_html(tracker.store, [artifact.key], f"{tracker.name} {ref}")
-                tracker.submit("text", ref=ref, file="lineage.html", text=drawn)
-                tracker.submit("model_text", key=artifact.key, file="lineage.html", text=drawn)
-        tracker.submit("end", ref=ref, status=status, time=now())
-
-
-class EvaluationRun(StageRun):
-    """A measurement: metrics on the checkpoint it is of, no run of its own."""
-
-    def forward(self, records: list[dict[str, Any]]) -> None:
-        """Keep nothing: the scores hold every completion."""
-
-    def finish(self, status: Status, artifact: Artifact | None) -> None:
-        """Put the scores' metrics onto the checkpoint."""
-        if artifact is not None:
-            self.tracker.scored(self.node, artifact)
-
-
-def describe_data(node: Node, domain: str, split: str) -> dict[str, str]:
-    """One split of a domain, or a task of lm-evaluation-harness, as a dataset: name, digest, where it comes from."""
-    if node.stage == "harness":
-        entry = {"kind": "lm-evaluation-harness", "options": node.config}
-        fingerprint = stable_hash([node.config["task"], node.ingredients["harness"], node.ingredients["task"]])
-    else:
-        entry = dict(node.domains[domain])
-        fingerprint = node.ingredients["domains"][domain]
-    return {
-        "name": f"{domain}/{split}",
-        "digest": cards.dataset_digest(fingerprint),
-        "kind": str(entry["kind"]),
-        "source": json.dumps(entry["options"]),
-        "profile": json.dumps({"fingerprint": fingerprint, "split": split}),
-        "split": split,
-    }
-
-
-def now() -> int:
-    """Milliseconds since the epoch, MLflow's unit of time."""
-    return int(time.time() * 1000)
 
 
 def _user() -> str:

@@ -11,16 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from experts.errors import UserError
+from experts.errors import UserError, first_line
 from stages.core.checkpoint import Artifact
+from stages.core.foreign import check_folder
 from stages.core.policy import save_tokenizer
-from stages.core.remote_code import options
+from stages.core.remote_code import OWN_CODE, options
 from stages.core.source import Source, refuse_paths, refused_adapter
 from stages.core.workspace import Workspace
 
+# What transformers, tokenizers and safetensors raise of files that are damaged or do not belong together.
+LIBRARIES_FAULTS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    SafetensorError,
+)  # fmt: skip
 # Tensors named in a message.
 SHOWN = 3
 
@@ -39,27 +46,52 @@ def run(source: Source, workspace: Workspace) -> Artifact:
             raise UserError(refused_adapter(workspace.name, location))
     else:
         refuse_paths(workspace.name, Path(location))
+        if source.kind == "directory":
+            check_folder(workspace.name, Path(location))
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             location, dtype="auto", output_loading_info=True, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LIBRARIES_FAULTS as error:
         name = workspace.name
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{name}: {source.location}: it brings code of its own; read it, and if you trust it say "
-                f"`remote_code: true` in the run file"
-            ) from None
-        raise UserError(f"{name}: {source.location}: not a causal language model with a tokenizer: {error}") from error
+            raise UserError(f"{name}: {source.location}: {OWN_CODE}") from None
+        raise UserError(
+            f"{name}: {source.location}: not a causal language model with a tokenizer: {first_line(error)}"
+        ) from error
     _require_whole(loaded, f"{workspace.name}: {source.location}")
     if source.kind == "gguf":
         model = _plain(model)
+    make_writable(model)
     folder = workspace.store.staging(workspace.key)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     parameters = sum(p.numel() for p in model.parameters())
     return workspace.commit(folder, sources={}, metrics={}, parameters=parameters, origin=source.location)
+
+
+def make_writable(model: PreTrainedModel) -> None:
+    """Let transformers write a model's generation settings: it reads contradictions that it refuses to write.
+
+    Settings of sampling without `do_sample` are those of a model that samples; of other contradictions only the ids
+    of tokens are kept, which alone decide anything here.
+    """
+    generation = model.generation_config
+    if generation is None or _is_writable(generation):
+        return
+    generation.do_sample = True
+    if not _is_writable(generation):
+        ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+
+
+def _is_writable(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_whole(loaded: Mapping[str, Any], where: str) -> None:

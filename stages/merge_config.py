@@ -29,6 +29,7 @@ class WeightMergeConfig(StrictModel):
     scale: float | None = Field(
         None,
         ge=0,
+        le=100,
         description="lambda: factor of the merged task vector, which is the sum over experts in task_arithmetic and "
         "dare_linear (0.4 when absent) and the mean of those that agree in ties and dare_ties (1 when absent).",
     )
@@ -37,7 +38,7 @@ class WeightMergeConfig(StrictModel):
         description="ties, dare_linear, dare_ties: share of each tensor of a task vector that is kept, the largest "
         "(ties) or any; 0.2 when absent.",
     )
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    weights: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = Field(
         default_factory=dict,
         description="Weight of an expert relative to the others, 1 where none is named; their mean is scaled to 1, so "
         "equal weights change nothing.",

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from stages.config import Positive, StrictModel
+from stages.config import NewTokens, Positive, Rows, StrictModel, Temperature
 
 
 class ShiftConfig(StrictModel):
@@ -11,13 +11,13 @@ class ShiftConfig(StrictModel):
     examples: Positive = Field(
         64, description="Held-out examples of each domain, one completion each; at most evaluate.examples."
     )
-    temperature: float = Field(
-        1.0, gt=0, description="Temperature of the completions and of the distributions that are compared."
+    temperature: Temperature = Field(
+        1.0, description="Temperature of the completions and of the distributions that are compared."
     )
 
 
 class ShiftRequest(ShiftConfig):
     """What the node needs beside that; taken from `evaluate`."""
 
-    max_new_tokens: Positive = Field(description="Longest completion.")
-    batch_size: Positive = Field(description="Sequences sampled together.")
+    max_new_tokens: NewTokens = Field(description="Longest completion.")
+    batch_size: Rows = Field(description="Sequences sampled together.")

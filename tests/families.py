@@ -68,6 +68,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8},
         "recurrent state",
     ),
+    "bloom": ("BloomConfig", {}, "counts positions in a mask of whole lines (ALiBi)"),
+    "falcon-alibi": ("FalconConfig", {"alibi": True}, "counts positions in a mask of whole lines (ALiBi)"),
     "llama4": ("Llama4TextConfig", {"attention_chunk_size": 8}, "attends in chunks"),
 }
 
@@ -115,5 +117,5 @@ def write_refused(family: str, folder: Path) -> None:
     config = config_of(kind, settings)
     config.architectures = [kind.replace("Config", "ForCausalLM")]
     config.save_pretrained(folder)
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    save_file({"weight": torch.zeros(config.vocab_size, 64)}, folder / "model.safetensors")
     character_tokenizer().save_pretrained(folder)

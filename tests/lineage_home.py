@@ -1,12 +1,15 @@
 """A small lab graph and artifacts made of nothing but manifests, for tests of tracking and lineage."""
 
 import dataclasses
+import json
 from typing import Any
 
+from evals.scores import FILE
 from experts.domain import stable_hash
 from flows.config import RunConfig
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Artifact, Store
+from tests.scored import row
 
 DOMAINS = ("sort", "caesar")
 SECONDS = {"pretrain": 95.0, "sft": 14.0, "rl": 61.0, "distill": 83.0}
@@ -80,7 +83,11 @@ def lessons(store: Store, graph: StageGraph) -> list[dict[str, Any]]:
 def commit(store: Store, graph: StageGraph, node: Node, **more: Any) -> Artifact:
     """Put an artifact of a node into the store, with more facts in its manifest; its parents must stand there."""
     folder = store.staging(node.key)
-    (folder / "model.txt").write_text(node.id)
+    if node.stage == "evaluate":
+        rows = [row(number, float(number % 4 != 3)) for number in range(8)]
+        (folder / FILE).write_text("".join(json.dumps(each) + "\n" for each in rows))
+    else:
+        (folder / "model.txt").write_text(node.id)
     parents = {role: store.get(graph.node(parent).key) for role, parent in node.parents.items()}
     scores = {"greedy": 0.75, "sampled": 0.5}
     manifest = {

@@ -1,4 +1,14 @@
 "use strict";
+// A link into the page opens the section it leads to.
+const unfold = () => {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (target instanceof HTMLDetailsElement) {
+    target.open = true;
+    target.scrollIntoView();
+  }
+};
+addEventListener("hashchange", unfold);
+unfold();
 const form = document.querySelector(".filters");
 if (form) {
   const rows = [...document.querySelectorAll(".samples tbody tr")].map((row) => ({

@@ -27,6 +27,8 @@ def unsupported(config: PreTrainedConfig) -> str | None:
     text = config.get_text_config()
     if getattr(text, "is_encoder_decoder", False):
         return "is an encoder and a decoder, and stages train decoders alone"
+    if text.model_type == "bloom" or getattr(text, "alibi", False):
+        return "counts positions in a mask of whole lines (ALiBi), which the mask of packed rows takes the place of"
     for layer in DynamicCache(config=text).layers:
         # Not by isinstance: layers of attention and a state are a subclass.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

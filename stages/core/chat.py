@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from experts.domain import Message, Prompt
@@ -17,6 +17,10 @@ from experts.errors import UserError
 from stages.core.literal import MARK, encode, mark
 from stages.core.rendering import template_arguments
 
+# What Python raises of expressions in a template, which may come from anybody.
+TEMPLATES_FAULTS = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
+)  # fmt: skip
 # The contents of a chat whose rendering shows how the template ends a turn.
 ASKED, ANSWERED = "question", "answer"
 
@@ -180,13 +184,21 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     """The text of a chat as the template writes it.
 
     Raises:
-        UserError: the template refuses the messages.
+        UserError: the template refuses the messages, or is none.
     """
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_arguments()
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} is no template: line {error.lineno}: {error.message}"
+        ) from error
+    except TEMPLATES_FAULTS as error:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} cannot be rendered: {type(error).__name__}: {error}"
+        ) from error
+    except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} refuses messages of the roles {roles}: {error}"

@@ -20,15 +20,18 @@ from typing import Any
 
 from filelock import FileLock
 
+from experts.documents import DocumentError, read_object
 from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.core.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
-from stages.core.private import keep_private
+from stages.core.private import keep_private, require_folder
 
 FORMAT_VERSION = 1
 # Stages whose artifacts are small, and whose files the plan's readers read.
 MEASUREMENTS = ("evaluate", "harness", "shift", "cosines")
 UNSENT = "unsent_to_store"
+# Of the store: what is being written.
+STAGING = ".staging"
 logger = logging.getLogger(__name__)
 
 
@@ -72,11 +75,22 @@ class Store:
 
     With a mirror (`MOPD_STORE`), what another machine made is found there and brought when it is needed, and what is
     made here is sent.
+
+    Args:
+        home: `$MOPD_HOME`.
+        faults: Gets the messages of artifacts with a damaged manifest, which `find` then counts as absent; None
+            raises.
+
+    Raises:
+        UserError: the home, or the store in it, is something else than a folder.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, faults: list[str] | None = None) -> None:
         self.home = home
         self.root = home / "store"
+        self._faults = faults
+        for place in (home, self.root):
+            require_folder(place)
         keep_private(home)
         self.root.mkdir(exist_ok=True)
         self.mirror = mirror_of_environment()
@@ -93,14 +107,29 @@ class Store:
         """
         path = self.root / key
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = self._manifest(key)
         except FileNotFoundError:
             return self._find_in_mirror(key)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CorruptedArtifactError(
-                f"{path / MANIFEST}: not readable as JSON ({error}); {_mend(key)}", key
-            ) from None
+        except CorruptedArtifactError as error:
+            if self._faults is None:
+                raise
+            if str(error) not in self._faults:
+                self._faults.append(str(error))
+            return None
         return Artifact(key=key, uri=str(path), digest=manifest["digest"], manifest=manifest)
+
+    def _manifest(self, key: str) -> dict[str, Any]:
+        path = self.root / key
+        if path.is_file():
+            raise CorruptedArtifactError(f"{path}: a file where the folder of an artifact belongs; {_mend(key)}", key)
+        try:
+            manifest = read_object(path / MANIFEST)
+        except DocumentError as error:
+            raise CorruptedArtifactError(f"{path / MANIFEST}: {error}; {_mend(key)}", key) from None
+        wanted: dict[str, type] = {"digest": str, "name": str, "files": dict}
+        if odd := next((name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)), None):
+            raise CorruptedArtifactError(f"{path / MANIFEST}: its '{odd}' is missing or damaged; {_mend(key)}", key)
+        return manifest
 
     def get(self, key: str) -> Artifact:
         """Return and verify the artifact of a key.
@@ -132,7 +161,7 @@ class Store:
     def _bring(self, key: str) -> None:
         """Download an artifact; another process that brings it at the same time does no harm."""
         assert self.mirror is not None
-        folder = self.root / ".staging" / f"{key}.{os.getpid()}.mirror"
+        folder = self.root / STAGING / f"{key}.{os.getpid()}.mirror"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.mirror.bring(key, folder)
@@ -233,7 +262,7 @@ class Store:
 
         Whoever makes a node holds its lock, so no one else is writing under this key.
         """
-        folder = self.root / ".staging" / key
+        folder = self.root / STAGING / key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
@@ -261,7 +290,7 @@ class Store:
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every whole artifact in the store and its mirror."""
-        here = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
+        here = {path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")}
         for key in sorted(here | (self.mirror.keys() if self.mirror else frozenset())):
             if (artifact := self.find(key)) is not None:
                 yield artifact
@@ -295,7 +324,14 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole."""
+    """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole.
+
+    Raises:
+        IsADirectoryError: there is a folder of that name.
+    """
+    if path.is_dir():
+        # `os.replace` would name the temporary file.
+        raise IsADirectoryError(errno.EISDIR, "a folder where a file belongs", str(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

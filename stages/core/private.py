@@ -4,7 +4,20 @@ import os
 import stat
 from pathlib import Path
 
+from experts.errors import UserError
+
 OWNER = 0o700
+
+
+def require_folder(place: Path) -> None:
+    """See that a home, or a folder in it, is a folder if it is there.
+
+    Raises:
+        UserError: it is something else, or a link to what is not there.
+    """
+    if os.path.lexists(place) and not place.is_dir():
+        what = "is no folder" if place.exists() else "leads to nothing"
+        raise UserError(f"{place}: {what}; move it away, or choose another --home")
 
 
 def keep_private(home: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+OWN_CODE = "it brings code of its own; read it, and if you trust it say `remote_code: true` in the run file"
 # Of the process and all its threads: teachers are read in one of their own.
 _allowed = [False]
 

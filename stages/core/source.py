@@ -1,18 +1,20 @@
 """Where a base checkpoint comes from: a local directory, a GGUF file or a Hugging Face id. Free of torch."""
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from experts.documents import DocumentError, read_object
 from experts.domain import stable_hash
 from experts.errors import UserError, is_unreachable, nearest
 from stages.core.checkpoint import hash_file
+from stages.core.foreign import check_folder
 
 ADAPTER = "adapter_config.json"
 PACKAGE_SCHEME = "package://"
 GGUF_MAGIC = b"GGUF"
+FOR_PEOPLE = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,21 @@ class Source:
         path = Path(self.location)
         if self.kind == "gguf":
             return hash_file(path)
-        files = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != "manifest.json"]
+        files = [p for p in sorted(path.iterdir()) if p.is_file() and not _is_for_people(p.name)]
         templates = sorted(path.glob("additional_chat_templates/*.jinja"))
         return stable_hash({str(p.relative_to(path)): hash_file(p) for p in [*files, *templates]})
+
+
+def _is_for_people(name: str) -> bool:
+    """Whether a file of a checkpoint's folder decides nothing of the model: a model card, a licence, a picture."""
+    path = Path(name)
+    stem = path.stem.upper()
+    return (
+        name == "manifest.json"
+        or name.startswith(".")
+        or path.suffix.lower() in FOR_PEOPLE
+        or (path.suffix in ("", ".txt") and stem in ("README", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+    )
 
 
 def resolve_gguf(reference: str) -> Source:
@@ -80,7 +94,7 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
     Raises:
         UserError: neither exists, or the Hub cannot be reached and the id is not in its cache.
     """
-    path = Path(reference).expanduser()
+    path = _expanded(key, reference)
     if path.is_dir():
         refuse_paths(key, path)
         if not (path / "config.json").is_file():
@@ -89,12 +103,27 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
             pickled = next(path.glob("*.bin"), None)
             told = f"only {pickled.name}, and a pickle can run any code when it is read" if pickled else "none"
             raise UserError(f"{key}: {path}: weights are read from safetensors files; here there is {told}")
+        check_folder(key, path)
         return Source("directory", str(path.resolve()))
     looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
     if looks_like_path:
         siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise UserError(f"{key}: {reference}: no such directory{nearest(str(path), siblings)}")
     return Source("hub", reference, pinned or _hub_commit(key, reference, revision))
+
+
+def _expanded(key: str, reference: str) -> Path:
+    """A reference as a path.
+
+    Raises:
+        UserError: it can be none.
+    """
+    if not reference.strip():
+        raise UserError(f"{key}: it is empty; name a local directory or a Hugging Face id")
+    try:
+        return Path(reference).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}: {reference:.100}: {error}") from None
 
 
 def refuse_paths(key: str, folder: Path) -> None:
@@ -111,9 +140,9 @@ def refuse_paths(key: str, folder: Path) -> None:
         raise UserError(refused_adapter(key, str(folder)))
     for index in sorted(folder.glob("*.index.json")):
         try:
-            named = json.loads(index.read_text())["weight_map"].values()
+            named = read_object(index)["weight_map"].values()
             strange = next((each for each in named if Path(each).name != each or not (folder / each).is_file()), None)
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (DocumentError, OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{key}: {index}: not readable as an index of weights") from None
         if strange is not None:
             raise UserError(f"{key}: {folder}: {index.name} names {strange}, which is no file in this folder")

@@ -8,14 +8,25 @@ from stages.config import (
     NEUTRAL_DEFAULT,
     NOT_IN_KEY,
     STOP,
+    NewTokens,
     OptimizerConfig,
     Positive,
+    Rows,
     Share,
     StopList,
     StrictModel,
+    Temperature,
     TrainConfig,
+    Weight,
 )
 
+# Only ratios count; the bounds keep them finite.
+Ratio = Annotated[float, Field(ge=1e-6, le=1e6)]
+# A year.
+MOST_SECONDS = 365 * 86_400
+
+# How the name of a histogram's bin begins, as in `distill/advantage_from_0.1_to_1/sort`.
+HISTOGRAM = "advantage_from_"
 # vLLM draws below this as at this.
 LEAST_VLLM_TEMPERATURE = 0.01
 
@@ -101,6 +112,7 @@ class SamplerConfig(StrictModel):
     max_staleness: int = Field(
         1,
         ge=0,
+        le=10**6,
         description="Batches of updates the student may be ahead of the weights a completion was drawn with; an older "
         "group is dropped and counted.",
         json_schema_extra=NEUTRAL_DEFAULT,
@@ -108,12 +120,14 @@ class SamplerConfig(StrictModel):
     timeout_seconds: float = Field(
         600,
         gt=0,
+        le=MOST_SECONDS,
         description="vllm_server: how long one prompt's completions, or a server's start, may take.",
         json_schema_extra=NOT_IN_KEY,
     )
     retries: int = Field(
         3,
         ge=0,
+        le=1000,
         description="vllm_server: new attempts at the completions a step still misses, when every server has failed.",
         json_schema_extra=NOT_IN_KEY,
     )
@@ -132,7 +146,7 @@ class RewardNoiseConfig(StrictModel):
 
     flip: Share = Field(0.0, description="Probability that a completion's reward r becomes 1 - r.")
     length_bias: float = Field(
-        0.0, description="Added for a completion of max_new_tokens, and in proportion for a shorter one."
+        0.0, ge=-10, le=10, description="Added for a completion of max_new_tokens, and in proportion for a shorter one."
     )
 
 
@@ -141,13 +155,15 @@ class OnPolicyConfig(TrainConfig):
 
     own_dropout: ClassVar[bool] = False
 
-    prompts_per_step: Positive = Field(16, description="Distinct prompts of one step, over all domains.")
-    group_size: Positive = Field(8, description="Completions sampled for each prompt.")
-    max_new_tokens: Positive = Field(64, description="Longest completion; a longer one is cut and has no EOS.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
+    prompts_per_step: Rows = Field(16, description="Distinct prompts of one step, over all domains.")
+    group_size: Annotated[int, Field(gt=0, le=2**14)] = Field(8, description="Completions sampled for each prompt.")
+    max_new_tokens: NewTokens = Field(64, description="Longest completion; a longer one is cut and has no EOS.")
+    temperature: Temperature = Field(1.0, description="Sampling temperature; the loss uses the same.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus sampling threshold.")
     stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
-    updates_per_batch: Positive = Field(1, description="Optimizer updates made on each batch of rollouts.")
+    updates_per_batch: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        1, description="Optimizer updates made on each batch of rollouts."
+    )
     sampler: SamplerConfig = Field(
         default_factory=SamplerConfig,
         description="What draws the completions.",
@@ -158,7 +174,7 @@ class OnPolicyConfig(TrainConfig):
         description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "
         "of each one's token mean, so that a domain of long answers does not own the gradient.",
     )
-    domain_shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    domain_shares: dict[str, Ratio] = Field(
         default_factory=dict,
         description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
         json_schema_extra=NEUTRAL_DEFAULT,
@@ -206,15 +222,14 @@ class OnPolicyConfig(TrainConfig):
 class RLConfig(OnPolicyConfig):
     """GRPO family: group-normalised verifiable reward, no critic, asymmetric clip."""
 
-    group_size: Annotated[int, Field(ge=2)] = Field(
+    group_size: Annotated[int, Field(ge=2, le=2**14)] = Field(
         8, description="Completions sampled for each prompt; their rewards are compared, so 2 or more."
     )
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
-    clip_high: float = Field(0.28, gt=0, description="The ratio is clipped above at 1 + clip_high (DAPO).")
+    clip_high: float = Field(0.28, gt=0, le=1e3, description="The ratio is clipped above at 1 + clip_high (DAPO).")
     normalise_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
-    reference_kl: float = Field(
+    reference_kl: Weight = Field(
         0.0,
-        ge=0,
         description="Weight of the reverse KL against the start checkpoint, exact over the vocabulary: the KL penalty.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )

@@ -4,11 +4,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.config import NEUTRAL_DEFAULT, NOT_IN_KEY, OptimizerConfig, Positive, Share, StrictModel
-from stages.on_policy.config import OnPolicyConfig
+from stages.config import NEUTRAL_DEFAULT, NOT_IN_KEY, OptimizerConfig, Positive, Rows, Share, StrictModel, Weight
+from stages.on_policy.config import OnPolicyConfig, Ratio
 
-# Only ratios count; the bounds keep them finite.
-TeacherWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
+TeacherWeight = Ratio
 
 
 class TopKConfig(StrictModel):
@@ -52,9 +51,8 @@ class ObjectiveConfig(StrictModel):
         description="jsd: weight of KL(teacher || mixture), and the teacher's share of the mixture.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
-    entropy_threshold: float = Field(
+    entropy_threshold: Weight = Field(
         0.8,
-        ge=0,
         description="entropy_aware: the teacher's entropy in nats above which forward KL is added.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
@@ -74,17 +72,15 @@ class ObjectiveConfig(StrictModel):
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     importance_band: tuple[float, float] = Field((0.5, 2.0), description="The band of the ratio: [low, high].")
-    outcome_weight: float = Field(0.0, ge=0, description="alpha: weight of the group-normalised outcome reward.")
-    extrapolation: float = Field(
+    outcome_weight: Weight = Field(0.0, description="alpha: weight of the group-normalised outcome reward.")
+    extrapolation: Weight = Field(
         1.0,
-        ge=0,
         description="lambda: beyond 1 the target lies beyond the teacher, away from the start checkpoint (ExOPD); 1 is "
         "the teacher itself.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
-    reference_kl: float = Field(
+    reference_kl: Weight = Field(
         0.0,
-        ge=0,
         description="Weight of the reverse KL against the start checkpoint, against length inflation (about 0.01).",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
@@ -133,9 +129,9 @@ class DistillConfig(OnPolicyConfig):
     """Multi-teacher on-policy distillation: the loop with the routed teacher's signal."""
 
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="The teacher's signal.")
-    group_size: Positive = Field(1, description="Completions sampled for each prompt.")
-    prompts_per_step: Positive = Field(80, description="Distinct prompts of one step, spread over the domains.")
-    domain_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    group_size: Annotated[int, Field(gt=0, le=2**14)] = Field(1, description="Completions sampled for each prompt.")
+    prompts_per_step: Rows = Field(80, description="Distinct prompts of one step, spread over the domains.")
+    domain_weights: dict[str, Ratio] = Field(
         default_factory=dict, description="Share of prompts of a domain, relative to 1."
     )
     teacher_weights: dict[str, dict[str, TeacherWeight]] = Field(

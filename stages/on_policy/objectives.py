@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stages.core.loss import TokenLoss
 from stages.core.training import Learner
+from stages.on_policy.config import HISTOGRAM
 from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
 from stages.on_policy.divergences import (
     diagnose,
@@ -220,7 +221,7 @@ class _RowsLoss:
         bins_C = torch.bucketize(advantages_C, edges)
         bounds = ["-inf", *(f"{edge:g}" for edge in ADVANTAGE_EDGES), "inf"]
         return {
-            f"advantage_from_{low}_to_{high}": (bins_C == i).float()
+            f"{HISTOGRAM}{low}_to_{high}": (bins_C == i).float()
             for i, (low, high) in enumerate(itertools.pairwise(bounds))
         }
 

@@ -1,21 +1,17 @@
 """A person gets into Prefect's pages with the home's secret, in headless Chromium, and only with it."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from flows import servers
 from flows.access import home_secret
-from tests.conftest import BROWSERS
+from tests.browsing import PATIENCE, chromium, fresh_page, log_in
 from tests.processes import standing
 
 pytestmark = pytest.mark.browser
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-PATIENCE = 240_000
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +27,14 @@ def server(home: Path) -> Iterator[servers.Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = next(path for name in BROWSERS if (path := shutil.which(name)))
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context()
-    context.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    yield context.new_page()
-    context.close()
-
-
-def log_in(page: Page, password: str) -> None:
-    page.get_by_placeholder("admin:pass").fill(password)
-    page.get_by_role("button", name="Login").click()
+    with fresh_page(browser) as page:
+        yield page
 
 
 def test_the_secret_opens_the_pages_once_for_a_browser(page, server, home):

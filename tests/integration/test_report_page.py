@@ -118,12 +118,31 @@ def _expected(domain: str, outcome: str) -> set[tuple[str, int]]:
 def test_it_opens_whole_and_what_models_say_is_text(page):
     assert page.locator("tr", has_text=NASTY).count() == len(DOMAINS)
     assert page.locator("main script, main img").count() == 0
-    assert page.locator("h2").all_text_contents()[:3] == ["Verdict", "Scores", "Merges of the same experts"]
+    assert page.locator("h2").all_text_contents()[:3] == ["Gate", "Scores", "Merges of the same experts"]
     assert {"Cost", "Training", "Lineage", "Samples"} <= set(page.locator("h2").all_text_contents())
     assert page.locator(".domain h3 small").first.text_content() == f"{EXAMPLES} of {DRAWN} examples"
 
 
+def test_the_first_screen_has_verdict_weakest_domain_and_what_next_and_folds_the_rest(page):
+    page.set_viewport_size({"width": 1280, "height": 800})
+    assert page.locator(".status").text_content().startswith("Not promoted, ")
+    assert page.locator(".goodness").text_content().startswith("Student has ")
+    assert page.locator(".domains tbody tr").count() == len(DOMAINS) + 1
+    assert page.locator(".domains .mark").count() == 1
+    assert {"Weakest domain", "Failed", "What next"} == set(page.locator(".first h3").all_text_contents())
+    bottom = page.evaluate("document.querySelector('#summary').getBoundingClientRect().bottom")
+    assert 0 < bottom <= 800 and page.locator("details.part[open]").count() == 0
+    assert page.locator(".samples:visible").count() == 0
+
+
+def test_a_link_into_the_page_opens_its_section(page):
+    page.evaluate("location.hash = '#samples'")
+    page.wait_for_selector("#samples[open]")
+    assert page.locator("details.part[open]").count() == 1 and page.locator("[name=text]").is_visible()
+
+
 def test_filters_show_exactly_the_rows_they_should(page):
+    page.click("#samples > summary")
     for domain in ("", *DOMAINS):
         page.select_option("[name=domain]", domain)
         for outcome in WANTED:
@@ -137,6 +156,7 @@ def test_filters_show_exactly_the_rows_they_should(page):
 
 
 def test_search_looks_in_prompts_answers_and_completions(page):
+    page.click("#samples > summary")
     page.fill("[name=text]", "  ASK B12; ")
     assert _shown(page) == {("b", 12)}
     page.fill("[name=text]", "experts/b wrote b3")
@@ -171,14 +191,16 @@ def test_dark_and_narrow_pages_are_legible(page, width):
 
 
 def test_paper_shows_everything_that_is_folded_or_filtered_away(page):
+    page.click("#samples > summary")
     page.fill("[name=text]", "nothing says this")
     assert _shown(page) == set()
+    page.click("#samples > summary")
     page.set_viewport_size(PAPER)
     page.emulate_media(media="print", color_scheme="dark")
     assert _shown(page) == _expected("", "")
     assert not page.is_visible(".filters") and page.locator("details[open]").count() == 0
     heights = page.eval_on_selector_all(
-        "details > :not(summary)", "all => all.map((one) => one.checkVisibility({ contentVisibilityAuto: true }))"
+        "details > :not(summary, form)", "all => all.map((one) => one.checkVisibility({ contentVisibilityAuto: true }))"
     )
     assert len(heights) > 5 and all(heights)
     cut = page.eval_on_selector_all(
@@ -192,6 +214,7 @@ def test_without_javascript_all_rows_are_readable(browser, report):
     context = browser.new_context(java_script_enabled=False)
     plain = context.new_page()
     plain.goto(report.as_uri())
+    plain.click("#samples > summary")
     assert plain.locator(".samples tbody tr:visible").count() == 3 * EXAMPLES
     assert not plain.is_visible(".filters")
     context.close()

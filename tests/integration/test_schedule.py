@@ -1,137 +1,40 @@
 """A run on a schedule: deployed, checked, worked off, cancelled, resumed; with a standing server and a real worker."""
 
 import json
-import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-import yaml
 
-from flows.access import client_secret
+from flows.access import home_secret
+from flows.mlflow_pages import page_lines
+from flows.plan import build_graph
+from flows.run_file import load_run_file
+from stages.core.checkpoint import Store
 from stages.core.journal import read
-from tests.integration.test_pipeline import RUN
 from tests.processes import ended, eventually, listening
+from tests.scored_home import finish, graph_of
+from tests.site import Hook, Site
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).parents[2]
-LONG = {"base": {"pretrain": {"max_steps": 4000, "save_every": 20}}}
+LONG = ["base.pretrain.max_steps=4000", "base.pretrain.save_every=20"]
 CANCEL_SECONDS = 10
-
-
-class Hook(BaseHTTPRequestHandler):
-    """A chat service's webhook."""
-
-    heard: ClassVar[list[dict[str, Any]]] = []
-
-    def do_POST(self) -> None:
-        """Keep what is said."""
-        self.heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
-
-
-class Site:
-    """A home with its servers and a worker, and the API that a person's browser talks to."""
-
-    def __init__(self, folder: Path, webhook: str) -> None:
-        self.home, self.file = folder / "home", folder / "run.yaml"
-        config = RUN | {"notify": {"events": ["failure", "promotion"]}, "gate": {"non_inferiority_margin": 0.99}}
-        self.file.write_text(yaml.safe_dump(config, sort_keys=False))
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
-        self.environment = clean | {"MOPD_WEBHOOK": webhook}
-        self.log = (folder / "log").open("wb")
-        self.folder = folder
-        self.worker: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pages(self) -> str:
-        """Where Prefect's pages are; `mopd ui` chose the port."""
-        return json.loads((self.home / "servers" / "prefect.json").read_text())["url"]
-
-    @property
-    def client(self) -> dict[str, str]:
-        """The environment of a client of Prefect's."""
-        place = {"PREFECT_API_URL": f"{self.pages}/api", "PREFECT_HOME": str(self.home / "prefect")}
-        return self.environment | place | client_secret(self.home)
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a command of `mopd` over the home, in a group of its own."""
-        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
-        return subprocess.Popen(
-            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
-        )
-
-    def mopd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of `mopd` to its end."""
-        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
-        return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=120
-        )
-
-    def ask(self, script: str) -> Any:
-        """Ask Prefect's API with its own client: `client` and `deployment` are there; the answer is JSON."""
-        head = (
-            "import json, sys\nfrom prefect import get_client\nfrom prefect.states import Cancelling\n"
-            "with get_client(sync_client=True) as client:\n"
-            "    deployment = client.read_deployment_by_name('mopd/tiny')\n"
-        )
-        body = "".join(f"    {line}\n" for line in script.splitlines())
-        done = subprocess.run(
-            [sys.executable, "-c", head + body],
-            env=self.client,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    def begin(self, changes: dict[str, Any]) -> str:
-        """Start a run of the deployment; its id."""
-        run = f"client.create_flow_run_from_deployment(deployment.id, parameters={{'changes': {changes!r}}})"
-        return self.ask(f"print(json.dumps(str({run}.id)))")
-
-    def state(self, run: str) -> str:
-        """The name of a run's state."""
-        return self.ask(f"print(json.dumps(client.read_flow_run({run!r}).state.name))")
-
-    def steps_saved(self) -> int:
-        """The latest step of which a stage's state is saved; 0 before."""
-        return max((int(p.name.partition("-")[2]) for p in (self.home / "work").glob("*/progress/step-*")), default=0)
-
-    def workers_of_stages(self) -> list[psutil.Process]:
-        """The stages' processes that work for this home, not those of another test or person."""
-        return [
-            process
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if "flows.forkserver" in " ".join(process.info["cmdline"] or ())
-            and (process.info["environ"] or {}).get("MOPD_HOME") == str(self.home)
-        ]
-
-    def flow(self, run: str) -> psutil.Process:
-        """The process of a run, which Prefect's worker started."""
-        return next(
-            process
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if "prefect.engine" in (process.info["cmdline"] or ())
-            and (process.info["environ"] or {}).get("PREFECT__FLOW_RUN_ID") == run
-        )
-
-    def cancel(self, run: str) -> None:
-        """What Cancel on its page does."""
-        self.ask(f"client.set_flow_run_state({run!r}, Cancelling())\nprint('null')")
+ENDS = ("Completed", "Failed", "Crashed")
+OWN_NAME, TEACHERS = "my own name", "merge.teachers={sort: sort, reverse: reverse}"
+CHANGED = ["merge.max_steps=4", TEACHERS]
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +80,8 @@ def test_a_paused_schedule_waits_for_somebody_and_is_kept(site: Site) -> None:
         "(now,) = client.read_deployment(found.id).schedules\n"
         "print(json.dumps([now.active, now.schedule.cron, now.schedule.timezone]))"
     )
+    again = site.mopd("deploy", str(site.file), "name=resting", "--cron", "30 4 * * 2")
+    assert again.returncode == 0 and ", paused" in again.stdout
     assert site.ask(look.format("")) == [False, "30 4 * * 2", "UTC"]
     resume = "client.update_deployment_schedule(found.id, each.id, active=True)\n"
     assert site.ask(look.format(resume)) == [True, "30 4 * * 2", "UTC"]
@@ -193,16 +98,12 @@ def test_what_cannot_be_scheduled_is_said_without_a_traceback(site: Site) -> Non
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_wrong_parameters_are_refused_before_a_run_begins(site: Site) -> None:
-    script = (
-        "changes = {'experts': {'sort': {'train': {'rl': {'max_step': 3}}}}}\n"
-        "try:\n"
-        "    client.create_flow_run_from_deployment(deployment.id, parameters={'changes': changes})\n"
-        "except Exception as error:\n"
-        "    print(json.dumps(str(error)))\n"
-    )
-    said = site.ask(script)
-    assert "changes.experts.sort.train.rl" in said and "'max_step' was unexpected" in said
+def test_what_the_form_cannot_check_fails_the_run_with_the_command_lines_message(site: Site) -> None:
+    run = site.begin(["experts.sort.train.rl.max_step=3"])
+    eventually(lambda: site.state(run) in ENDS, within=600)
+    said = site.ask(f"print(json.dumps(client.read_flow_run({run!r}).state.message))")
+    assert site.state(run) == "Failed" and "experts.sort.train.rl.max_step: unknown key" in said
+    assert "did you mean 'max_steps'" in said
 
 
 def test_a_cancelled_run_stops_its_stage_and_the_next_goes_on_from_its_checkpoint(site: Site) -> None:
@@ -261,10 +162,20 @@ def test_a_run_that_died_with_its_worker_does_not_keep_the_next_waiting(site: Si
     eventually(lambda: site.state(following) == "Cancelled", within=60)
 
 
+def make_by_hand(site: Site) -> None:
+    """Make what is missing of the run, with scores of experts and a student that learnt: a few steps teach nothing."""
+    graph, store = graph_of(site.file, site.home), Store(site.home)
+    for node in graph.nodes:
+        if node.stage == "evaluate":
+            shutil.rmtree(store.root / node.key, ignore_errors=True)
+    finish(graph, site.home)
+
+
 def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(site: Site) -> None:
+    make_by_hand(site)
     Hook.heard.clear()
-    run, other = site.begin({}), site.begin({})
-    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=600)
+    run, other = site.begin([]), site.begin([])
+    eventually(lambda: site.state(run) in ENDS, within=600)
     assert site.state(run) == "Completed"
     assert (site.home / "runs" / "tiny" / "champion.json").exists()
     (told,) = [each for each in Hook.heard if each["event"] == "promotion"]
@@ -275,7 +186,7 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
     # The other may have its link already.
     (page,) = site.ask(
         f"own = [a for a in client.read_artifacts() if str(a.flow_run_id) == {first!r}]\n"
-        "print(json.dumps([a.data for a in own if 'in MLflow' in str(a.data)]))"
+        "print(json.dumps([a.data for a in own if 'this run in MLflow' in str(a.data)]))"
     )
     assert told["mlflow"].split()[0] in page
     from mlflow import MlflowClient
@@ -283,7 +194,7 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
     tracked = MlflowClient(f"sqlite:///{site.home / 'mlflow.db'}").search_runs(["1"], "attributes.status = 'FINISHED'")
     assert told["flow_run"] in [each.data.tags.get("prefect") for each in tracked], "from MLflow to Prefect"
     # One waited for the other, and found everything made.
-    eventually(lambda: site.state(other) in ("Completed", "Failed", "Crashed"), within=600)
+    eventually(lambda: site.state(other) in ENDS, within=600)
     assert site.state(other) == "Completed"
     ends = site.ask(
         f"a, b = client.read_flow_run({run!r}), client.read_flow_run({other!r})\n"
@@ -292,10 +203,120 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
     assert ends is True
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    from tests.browsing import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: "Browser") -> Iterator["Page"]:
+    from tests.browsing import fresh_page
+
+    with fresh_page(browser) as page:
+        yield page
+
+
+def submitted(site: Site, page: "Page", fill: Callable[["Page"], None]) -> dict[str, Any]:
+    """Fill in the form of *Custom run* as a person does, submit it, and wait for the run's end: what Prefect took."""
+    from tests.browsing import log_in
+
+    page.goto(f"{site.pages}/login")
+    log_in(page, home_secret(site.home))
+    page.wait_for_url(lambda url: "/login" not in url)
+    deployment = re.search(r"/deployments/deployment/\S+", site.deployed.stdout)
+    assert deployment is not None
+    page.goto(site.pages + deployment[0])
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    page.get_by_text("merge_max_steps").wait_for()
+    fill(page)
+    with page.expect_response(lambda answer: "/create_flow_run" in answer.url) as answer:
+        page.get_by_role("button", name="Submit").click()
+    assert answer.value.status == 201, answer.value.text()
+    run: dict[str, Any] = answer.value.json()
+    eventually(lambda: site.state(run["id"]) in ENDS, within=600)
+    assert site.state(run["id"]) == "Completed"
+    return run
+
+
+@pytest.mark.browser
+def test_a_form_that_is_left_alone_runs_with_the_values_in_force(site: Site, page: "Page") -> None:
+    run = submitted(site, page, lambda page: None)
+    parameters = {"run_file": str(site.file), "overrides": [], "home": str(site.home.resolve()), "plain": True}
+    assert run["parameters"] == parameters
+
+
+@pytest.mark.browser
+def test_a_custom_run_has_the_value_that_was_changed_in_its_form(site: Site, page: "Page") -> None:
+    def fill(page: "Page") -> None:
+        page.locator("input[type=text]").first.fill(OWN_NAME)
+        # The order on the page: the merge, each expert, the cap.
+        page.locator("input[type=number]").first.fill("4")
+        page.get_by_role("button", name="Add item").click()
+        page.locator("textarea").last.fill(TEACHERS)
+
+    run = submitted(site, page, fill)
+    page.goto(f"{site.pages}/runs/flow-run/{run['id']}?tab=Parameters")
+    for shown in (OWN_NAME, '"merge_max_steps": 4', TEACHERS):
+        page.get_by_text(shown).first.wait_for()
+    student = build_graph(load_run_file(site.file, CHANGED), site.home).node("student@0")
+    made = Store(site.home).find(student.key)
+    assert made is not None and made.manifest["config"]["max_steps"] == 4
+
+
+@pytest.fixture(scope="module")
+def champion_page(site: Site) -> str:
+    """The printed address of the champion in MLflow; the custom run's student is made champion for it."""
+    done = site.mopd("promote", str(site.file), "student", *CHANGED, "--reason", "for the pages")
+    assert done.returncode == 0, done.stderr
+    url = json.loads((site.home / "servers" / "mlflow.json").read_text())["url"]
+    (line,) = [line for line in page_lines(url, site.home, "tiny") if "champion:" in line]
+    return line.split()[1]
+
+
+def followed(page: "Page", link: str) -> "Page":
+    """The page that a link of a description opens."""
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name=link, exact=True).first.click()
+    return opened.value
+
+
+@pytest.mark.browser
+def test_links_lead_from_the_champion_to_the_base_and_back(champion_page: str, page: "Page") -> None:
+    page.goto(champion_page)
+    page.get_by_text("@ champion").wait_for()
+    page.get_by_text("recovery, %").wait_for()
+    for name, title in (
+        ("experts/sort", "experts-sort-seed0"),
+        ("cold_start", "cold_start-seed0"),
+        ("base", "base-seed0"),
+        ("cold_start@0", "cold_start-seed0"),
+        ("experts/sort@0", "experts-sort-seed0"),
+    ):
+        page = followed(page, name)
+        page.get_by_text(title).first.wait_for()
+        # The side bar of MLflow's mode for training.
+        page.get_by_role("link", name="Models", exact=True).first.wait_for()
+
+
+@pytest.mark.browser
+def test_teacher_and_start_stand_beside_the_student_over_time_in_one_chart(champion_page: str, page: "Page") -> None:
+    page.goto(champion_page)
+    chart = followed(page, "reverse")
+    for role in ("student", "teacher", "start"):
+        chart.get_by_text(f"student@0 (curve/reverse/{role})").first.wait_for()
+        # All reach from the first step to the last.
+        chart.get_by_role("row", name=f"curve/reverse/{role}").get_by_text("(step=4)").first.wait_for()
+    assert chart.locator("path.js-line").count() >= 3
+
+
 def test_a_run_that_fails_tells_the_webhook_and_no_secret_is_kept(site: Site) -> None:
     Hook.heard.clear()
-    run = site.begin({"experts": {"sort": {"train": {"rl": {"optimizer": {"learning_rate": 1e30}}}}}})
-    eventually(lambda: site.state(run) in ("Completed", "Failed", "Crashed"), within=600)
+    run = site.begin(["experts.sort.train.rl.optimizer.learning_rate=1e30"])
+    eventually(lambda: site.state(run) in ENDS, within=600)
     assert site.state(run) == "Failed"
     (told,) = Hook.heard
     assert told["event"] == "failure" and "tiny failed: " in told["text"] and "experts/sort" in told["error"]
@@ -338,6 +359,6 @@ def test_a_schedule_begins_runs_by_itself(site: Site) -> None:
     waiting = ("Scheduled", "Late", "AwaitingConcurrencySlot")
     begun = eventually(lambda: [run for run in site.ask(look) if run[2] not in waiting], within=180)
     assert [run[1] for run in begun] == [True]
-    eventually(lambda: site.state(begun[0][0]) in ("Completed", "Failed", "Crashed"), within=600)
+    eventually(lambda: site.state(begun[0][0]) in ENDS, within=600)
     assert site.state(begun[0][0]) == "Completed"
     assert site.mopd("deploy", str(site.file), "name=ticking", "--remove").returncode == 0

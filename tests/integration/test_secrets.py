@@ -14,7 +14,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from flows import champion, commands, doctor, pipeline, servers, tracking
+from flows import champion, doctor, pipeline, servers, show, tracking
 from flows.notify import NotifyConfig
 from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
@@ -83,7 +83,7 @@ def test_what_a_person_reads_of_servers_that_answer_and_do_not(clean, tmp_path, 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@{host}")
         monkeypatch.setenv("PREFECT_API_URL", f"http://me:{SECRET}@{host}/api")
         doctor.examine(tmp_path, Console(file=screen, width=300))
-        screen.write("\n".join(commands.pages(tmp_path)))
+        screen.write("\n".join(show.pages(tmp_path, "tiny")))
     for line in (f"{place} answers", "http://127.0.0.1:9 does not answer", f"MLflow:  http://{place}", "9 does not"):
         assert line in screen.getvalue()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

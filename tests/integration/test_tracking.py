@@ -1,5 +1,6 @@
 """What a run leaves in MLflow, on a real SQLite store and against a server that does not answer."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -28,11 +29,11 @@ STEPS = {"student@0": 5000}
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run in which base and cold start were cached and the rest trained."""
     home = tmp_path_factory.mktemp("home")
-    graph = lab_graph()
+    graph = monitored(lab_graph())
     write_lock(graph, home)
     store = Store(home)
     cached = {id: commit(store, graph, graph.node(id)) for id in ("base@0", "cold_start@0")}
-    tracker = Tracker.start(graph, home, "name: lab\n")
+    tracker = Tracker.start(graph, home, run_file(home))
     for node_id, artifact in cached.items():
         tracker.stage_cached(graph.node(node_id), artifact)
     for node in graph.nodes:
@@ -47,11 +48,27 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"home": home, "graph": graph, "store": store, "tracker": tracker, "client": tracker.writer.client}
 
 
+def run_file(home: Path) -> Path:
+    path = home / "run.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("name: lab\n")
+    return path
+
+
+def monitored(graph: StageGraph) -> StageGraph:
+    """The graph with a student that is measured on six examples while it trains."""
+    student = graph.node("student@0")
+    config = {**student.config, "max_steps": STEPS["student@0"], "monitor": {"every": 50, "examples": 6}}
+    watched = dataclasses.replace(student, config=config)
+    nodes = tuple(watched if node is student else node for node in graph.nodes)
+    return dataclasses.replace(graph, nodes=nodes)
+
+
 def play(tracker: Tracker, store: Store, graph: StageGraph, node: Node) -> Artifact:
     """Let a node run: a journal in two pieces, then its artifact."""
     run = tracker.stage_started(node)
     records = [
-        {"time": 1000.0 + step, "step": step, "kind": "metrics", "values": {f"{node.stage}/loss/sort": 1.0 / step}}
+        {"time": 1000.0 + step, "step": step, "kind": "metrics", "values": values(node.stage, step)}
         for step in range(1, 1201)
     ]
     sample = {"time": 1.0, "step": 3, "kind": "sample", "prompt": "3 1 2", "completion": "1 2 3", "score": 1.0}
@@ -66,6 +83,14 @@ def play(tracker: Tracker, store: Store, graph: StageGraph, node: Node) -> Artif
     return artifact
 
 
+def values(stage: str, step: int) -> dict[str, float]:
+    found = {f"{stage}/loss": 1.0 / step, f"{stage}/loss/sort": 1.0 / step}
+    if stage == "distill":
+        found[f"{stage}/advantage_from_0.1_to_1/sort"] = 0.5
+        found |= {f"{stage}/score/sort": step / 1200} if step % 50 == 0 else {}
+    return found
+
+
 def children(tracked: dict[str, Any]) -> dict[str, Any]:
     client, tracker = tracked["client"], tracked["tracker"]
     found = client.search_runs([tracker.writer.experiment], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
@@ -75,6 +100,37 @@ def children(tracked: dict[str, Any]) -> dict[str, Any]:
 def models(tracked: dict[str, Any]) -> dict[str, Any]:
     found = tracked["client"].search_logged_models([tracked["tracker"].writer.experiment])
     return {model.tags["key"]: model for model in found}
+
+
+def history(tracked: dict[str, Any], node_id: str, metric: str) -> list[tuple[int, float]]:
+    run_id = children(tracked)[node_id].info.run_id
+    found = tracked["client"].get_metric_history(run_id, metric)
+    return [(point.step, point.value) for point in sorted(found, key=lambda point: (point.step, point.timestamp))]
+
+
+def test_final_metrics_stand_at_the_last_step_of_a_curve_and_not_at_its_first(tracked):
+    for node_id, stage in (("experts/sort@0", "rl"), ("experts/caesar@0", "sft"), ("student@0", "distill")):
+        points = history(tracked, node_id, f"{stage}/loss")
+        assert [step for step, _ in points] == [*range(1, 1201), 1200]
+        assert points[-1] == (1200, 0.25)
+        model = models(tracked)[tracked["graph"].node(node_id).key]
+        assert {(m.key, m.step) for m in model.metrics} >= {
+            (f"{stage}/loss", 1200),
+            ("eval/sort/held_out/greedy", 1200),
+        }
+        assert history(tracked, node_id, "eval/sort/held_out/greedy") == [(1200, 0.75)]
+
+
+def test_start_and_teacher_stand_beside_the_students_score_over_time(tracked):
+    points = history(tracked, "student@0", "curve/sort/student")
+    assert [step for step, _ in points] == list(range(50, 1201, 50))
+    # Of the monitor's six examples, not of the evaluation's eight.
+    for role in ("teacher", "start"):
+        for domain in ("sort", "caesar"):
+            assert history(tracked, "student@0", f"curve/{domain}/{role}") == [(0, pytest.approx(5 / 6)), (5000, 5 / 6)]
+    run = children(tracked)["student@0"]
+    assert "plot_metric_keys" in run.data.tags[NOTE] and "curve%2Fsort%2Fteacher" in run.data.tags[NOTE]
+    assert not [name for run in children(tracked).values() for name in run.data.metrics if "advantage_from" in name]
 
 
 def test_a_child_run_for_each_stage_that_trained_and_none_for_cached_or_evaluations(tracked):
@@ -109,7 +165,10 @@ def test_a_checkpoint_names_its_parents_data_and_files(tracked):
     assert model.params["uri"] == artifact.uri
     assert model.params["digest"] == artifact.digest
     for key in parents:
-        assert f"/#/experiments/{model.experiment_id}/models/{known[key].model_id}" in model.tags["mlflow.note.content"]
+        assert (
+            f"/#/experiments/{model.experiment_id}/models/{known[key].model_id}?workflowType="
+            in model.tags["mlflow.note.content"]
+        )
 
 
 def test_descriptions_end_with_the_scores_of_the_checkpoint(tracked):
@@ -166,7 +225,7 @@ def test_the_student_is_candidate_and_champion(tracked):
 def test_a_second_run_with_everything_cached_repeats_nothing(tracked):
     home, graph, store = tracked["home"], tracked["graph"], tracked["store"]
     before = models(tracked)
-    tracker = Tracker.start(graph, home, "name: lab\n")
+    tracker = Tracker.start(graph, home, run_file(home))
     for node in graph.nodes:
         tracker.stage_cached(node, store.find(node.key))
     tracker.finish("FINISHED", None, None)
@@ -182,7 +241,7 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = Tracker.start(graph, home, "name: lab\n")
+    tracker = Tracker.start(graph, home, run_file(home))
     for node in graph.nodes:
         play(tracker, tracker.store, graph, node)
     tracker.finish("FAILED", None, None)
@@ -192,7 +251,7 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
     assert len(kept) == 1
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracked["tracker"].writer.uri)
-    later = Tracker.start(graph, home, "name: lab\n")
+    later = Tracker.start(graph, home, run_file(home))
     later.finish("FINISHED", None, None)
     client = later.writer.client
     runs = {run.info.run_name: run.info for run in client.search_runs(["1"], f"tags.token = '{tracker.token}'")}
@@ -206,7 +265,7 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
 
 def test_a_second_home_of_one_process_has_a_store_of_its_own(tracked, tmp_path):
     graph, home = tracked["graph"], tmp_path / "home"
-    tracker = Tracker.start(graph, home, "name: lab\n")
+    tracker = Tracker.start(graph, home, run_file(home))
     commit(tracker.store, graph, graph.node("base@0"))
     play(tracker, tracker.store, graph, graph.node("cold_start@0"))
     tracker.finish("FINISHED", None, None)
@@ -218,9 +277,9 @@ def test_a_second_home_of_one_process_has_a_store_of_its_own(tracked, tmp_path):
 
 def test_a_run_whose_process_died_is_marked_killed_at_the_next_start(tracked):
     home, graph = tracked["home"], tracked["graph"]
-    dead = Tracker.start(graph, home, "name: lab\n")
+    dead = Tracker.start(graph, home, run_file(home))
     dead.outbox._owned.release()
-    after = Tracker.start(graph, home, "name: lab\n")
+    after = Tracker.start(graph, home, run_file(home))
     after.finish("FINISHED", None, None)
     assert tracked["client"].get_run(dead.run_id).info.status == "KILLED"
 
@@ -231,10 +290,10 @@ def test_a_run_of_another_host_whose_home_has_the_same_path_is_let_be(tracked, m
     elsewhere = os.uname_result((here.sysname, "elsewhere", here.release, here.version, here.machine))
     with monkeypatch.context() as patch:
         patch.setattr(os, "uname", lambda: elsewhere)
-        distant = Tracker.start(graph, home, "name: lab\n")
+        distant = Tracker.start(graph, home, run_file(home))
     # Its locks are on the other host's disk.
     distant.outbox._owned.release()
-    Tracker.start(graph, home, "name: lab\n").finish("FINISHED", None, None)
+    Tracker.start(graph, home, run_file(home)).finish("FINISHED", None, None)
     assert tracked["client"].get_run(distant.run_id).info.status == "RUNNING"
 
 
@@ -261,14 +320,16 @@ def test_what_never_was_a_tracking_server_is_waited_for(tracked, tmp_path, monke
 
 
 def test_the_run_in_mlflow_leads_to_the_flow_run(tracked):
-    tracker = Tracker.start(tracked["graph"], tracked["home"], "name: lab\n", "http://prefect/runs/flow-run/7")
+    tracker = Tracker.start(
+        tracked["graph"], tracked["home"], run_file(tracked["home"]), "http://prefect/runs/flow-run/7"
+    )
     tracker.finish("FINISHED", None, None)
     assert tracked["client"].get_run(tracker.run_id).data.tags["prefect"] == "http://prefect/runs/flow-run/7"
 
 
 def test_stages_may_speak_from_several_threads(tracked):
     home, graph = tracked["home"], tracked["graph"]
-    tracker = Tracker.start(graph, home, "name: lab\n")
+    tracker = Tracker.start(graph, home, run_file(home))
     runs = [tracker.stage_started(node) for node in graph.checkpoints]
 
     def speak(run):

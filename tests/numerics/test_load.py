@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from experts.errors import UserError
 from stages import load
@@ -38,7 +39,7 @@ def test_a_pickle_is_neither_planned_nor_read(tmp_path, workspace):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^base\.checkpoint: .*only pytorch_model\.bin, and a pickle can run any code"):
         resolve_checkpoint("base.checkpoint", str(folder), None, None)
-    with pytest.raises(UserError, match=r"no file named model\.safetensors"):
+    with pytest.raises(UserError, match=r"no safetensors file"):
         load.run(source, workspace("k", {}, {}))
 
 
@@ -146,3 +147,23 @@ def test_templates_in_a_folder_below_count_in_the_fingerprint(tmp_path):
     folder.mkdir()
     (folder / "tools.jinja").write_text("{{ messages }}")
     assert source.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.95}, {"temperature": 0.6, "top_p": 0.95, "do_sample": True}),
+        ({"num_beams": 1, "length_penalty": 2.0}, {"eos_token_id": [1, 7]}),
+    ],
+)
+def test_generation_settings_that_transformers_reads_and_refuses_to_write(tmp_path, workspace, store, settings, kept):
+    source = given(tmp_path / "given")
+    file = Path(source.location) / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [1, 7], **settings}))
+    model = AutoModelForCausalLM.from_pretrained(source.location)
+    with pytest.raises(ValueError, match="invalid"):
+        model.save_pretrained(tmp_path / "refused")
+    made = load.run(source, workspace("k", {}, {}))
+    written = json.loads((made.path / "generation_config.json").read_text())
+    assert {"eos_token_id": [1, 7]}.items() <= written.items() and kept.items() <= written.items()
+    assert set(load_policy(made, store).stop_ids) >= {1, 7}

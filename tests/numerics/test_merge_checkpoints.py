@@ -19,6 +19,7 @@ from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.workspace import Workspace
 from stages.merge import choose_experts, merge
 from stages.merge_config import WeightMergeConfig
+from tests.families import write_model
 from tests.numerics.conftest import tiny_policy
 
 METHODS = ["weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
@@ -245,3 +246,33 @@ def test_experts_of_another_shape_are_refused_by_name(store, workspace, checkpoi
     speaks = workspace("speaks", {}, {}).commit(folder, sources={}, metrics={})
     with pytest.raises(UserError, match=r"expert sort \(speaks\): its tokenizer differs from the start's: chat_temp"):
         stages.merge.run(method("weight_average"), place("merged", start, {"sort": speaks}))
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gemma3-nested"])
+def test_adapters_of_a_model_whose_files_have_other_names_are_merged(family: str, store, workspace, place) -> None:
+    """transformers joins the experts of a mixture into one tensor as it loads them, and nested models rename theirs."""
+    folder = store.staging("start")
+    write_model(family, folder)
+    start = workspace("start", {}, {}).commit(folder, sources={}, metrics={})
+
+    def adapter(key: str) -> Artifact:
+        policy = load_policy(start, store, lora=LoraConfig(rank=2), trainable=True)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(key)))
+        folder = store.staging(key)
+        policy.save(folder)
+        return workspace(key, {}, {}).commit(folder, sources={}, metrics={}, adapter_base=start.key)
+
+    def logits(checkpoint: Artifact) -> Tensor:
+        with torch.no_grad():
+            return load_policy(checkpoint, store).model(input_ids=torch.arange(5, 15)[None]).logits
+
+    one, other = adapter("one"), adapter("other")
+    alone = stages.merge.run(method("task_arithmetic", scale=1.0), place("alone", start, {"sort": one}))
+    assert not torch.allclose(logits(one), logits(start), atol=0.1)
+    assert torch.allclose(logits(alone), logits(one), atol=1e-3)
+    both = stages.merge.run(method("weight_average"), place("both", start, {"sort": one, "reverse": other}))
+    assert not torch.allclose(logits(both), logits(one), atol=0.01)
+    assert [path for path in (store.root / ".staging").iterdir() if any(path.iterdir())] == []

@@ -11,6 +11,7 @@ from flows.add_expert import NewExpert, add_expert, remove_expert
 from flows.lock import status
 from flows.run_file import load_run_file
 from stages.core.checkpoint import Store
+from tests.checkpoints import pretend_checkpoint
 from tests.scored_home import finish, graph_of
 
 TEXT = """\
@@ -95,10 +96,7 @@ def test_an_expert_in_a_domain_that_is_there_copies_the_settings_it_is_told_to(f
 
 
 def test_an_expert_trained_elsewhere_joins_by_its_checkpoint(file: Path, home: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model.safetensors").write_bytes(b"")
+    folder = pretend_checkpoint(tmp_path / "elsewhere")
     add_expert(file, NewExpert("upper", "strings", tasks=["uppercase"], checkpoint=str(folder)), home)
     assert load_run_file(file).experts["upper"].checkpoint == str(folder)
     assert {"experts/upper", "student@0"} <= waiting(file, home)

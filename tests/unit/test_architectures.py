@@ -18,8 +18,8 @@ WITHOUT_PRETRAINING = [*FEW[1:], SORT_ALONE]
 def said(tmp_path: Path, published: Path) -> str:
     """The check's message for a run on this checkpoint; empty if it passes."""
     config = load(tmp_path, WITHOUT_PRETRAINING, base={"checkpoint": str(published)})
-    graph = build_graph(config, tmp_path / "home")
     try:
+        graph = build_graph(config, tmp_path / "home")
         deep_check(graph, Store(tmp_path / "home"))
     except UserError as error:
         return str(error)

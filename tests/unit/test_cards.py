@@ -21,7 +21,7 @@ def student(home: Path, *, taught: bool) -> Artifact:
 def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
     made = student(tmp_path, taught=True)
     digest = Store(tmp_path).get(lab_graph().node("experts/caesar@0").key).digest[:12]
-    params, note = cards.model_params(made), cards.model_note(made, {})
+    params, note = cards.model_params(made), cards.model_note(made, cards.About())
     lesson = f"experts/caesar, digest {digest}, objective reverse_kl, weight 0.25, 50.0% of the prompts"
     assert params["teachers.sort.caesar"] == lesson
     assert {name for name in params if name.startswith("teachers.")} == {
@@ -36,7 +36,7 @@ def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
 def test_an_older_student_has_no_lessons(tmp_path: Path) -> None:
     made = student(tmp_path, taught=False)
     assert not [name for name in cards.model_params(made) if name.startswith("teachers.")]
-    assert "Taught" not in cards.model_note(made, {})
+    assert "Taught" not in cards.model_note(made, cards.About())
 
 
 def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Path) -> None:
@@ -45,7 +45,9 @@ def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Pa
     spent = {"seconds": 61.4, "device_seconds": 122.8, "tokens": 12345, "code": "c0de" * 16}
     shown = {"sort": [{"prompt": "sort cab:", "answer": "abc"}]}
     made = commit(store, graph, node, **spent, examples=shown, data={"sort": "f" * 64})
-    lines = cards.model_note(made, {}, {("sort", "held_out"): 0.875, ("caesar", "held_out"): 0.0}).splitlines()
+    lines = cards.model_note(
+        made, cards.About(scores={("sort", "held_out"): 0.875, ("caesar", "held_out"): 0.0})
+    ).splitlines()
     assert "| sort | held_out | 87.5 |" in lines and "| caesar | held_out | 0.0 |" in lines
     assert "Cost: 61 s, 123 device-seconds, 12,345 tokens; code `c0dec0dec0dec0de`" in lines
     assert "Some of it: `data.json` among the artifacts of its run." in lines

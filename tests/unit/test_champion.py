@@ -173,7 +173,7 @@ def test_the_gate_does_not_bring_back_what_a_person_rolled_back(graph, store):
     assert not promote_by_gate(graph, store, passed("baselines/ties"))
     promote(graph, store, "baselines/ties", "on second thought")
     assert rejected(read_history(store, "tiny")).keys() == {node(graph, "student").key}
-    assert conclude(graph, store, promote=True).verdict.promoted
+    assert conclude(graph, store, promote=True).verdict.reigns.endswith("UTC, by a person: on second thought")
 
 
 def test_a_decision_stands_only_until_there_is_a_new_candidate(graph, store, tmp_path):
@@ -186,6 +186,30 @@ def test_a_decision_stands_only_until_there_is_a_new_candidate(graph, store, tmp
     outcome = conclude(newer, store, promote=True)
     assert outcome.changed and outcome.champion.student == node(newer, "baselines/ties").key
     assert outcome.champion.student != node(graph, "baselines/ties").key
+
+
+def test_the_champion_is_no_candidate_for_its_own_place(graph, store):
+    first = conclude(graph, store, promote=True)
+    assert first.changed and first.verdict.conclusion == "Promoted to champion: baselines/ties passed"
+    before = champion_path(store, "tiny").read_text()
+    for promote_it in (True, False):
+        again = conclude(graph, store, promote=promote_it)
+        assert not again.changed and again.crowned and not again.verdict.promoted
+        since = again.champion.when[:16].replace("T", " ")
+        assert again.verdict.conclusion == f"baselines/ties is the champion, since {since} UTC, by the gate"
+        assert again.verdict.criteria[-1].text == "baselines/ties is the champion itself: not compared"
+        assert again.verdict.conclusion in again.report.read_text()
+    assert champion_path(store, "tiny").read_text() == before
+
+
+def test_a_champion_that_todays_gate_would_not_promote_is_said_to_be_one(graph, store):
+    promote(graph, store, "baselines/ties", "it reads better")
+    results = collect(graph, store)
+    whole = dataclasses.replace(results, cells={k: c for k, c in results.cells.items() if k[1] != "general"})
+    said = judge_run(graph, store, whole).conclusion
+    assert said.startswith("baselines/ties is the champion, since ") and said.endswith(
+        "by a person: it reads better; today's gate would not promote it: baselines/ties failed 2 of 7 criteria"
+    )
 
 
 def test_a_report_promotes_nobody_and_says_so(graph, store):

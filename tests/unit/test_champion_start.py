@@ -100,7 +100,7 @@ def test_what_the_incremental_merge_saved_is_said(file: Path, home: Path, first:
     assert "merged from the champion: 1 s and 100 tokens; the last full merge, of 3 teachers, took 1 s" in line
     assert "2 experts made before that champion were reused" in line
     # A full merge that was made since is the one to compare with.
-    with_one = graph_of(file, home, "merge.anchor={domains: []}")
+    with_one = graph_of(file, home, "merge.anchor=null")
     finish(with_one, home)
     assert "the last full merge, of 2 teachers, took" in savings(graph, store)[0]
     assert savings(graph_of(file, home), store) == []

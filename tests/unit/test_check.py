@@ -13,6 +13,7 @@ from flows.plan import build_graph
 from stages.core import extras
 from stages.core.checkpoint import Store
 from stages.core.tiny import character_tokenizer
+from tests.checkpoints import pretend_checkpoint
 from tests.devices import DRIVER, stand_in_driver
 from tests.installed import install_vllm
 from tests.unit.test_config import TWINS, load
@@ -203,8 +204,7 @@ def test_a_monitor_that_asks_for_more_than_there_is_is_named(tmp_path: Path) -> 
 def test_each_of_several_teachers_must_read_the_students_tokens(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     character_tokenizer().save_pretrained(foreign)
-    (foreign / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    (foreign / "model.safetensors").touch()
+    pretend_checkpoint(foreign, model_type="qwen3")
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_the_shell_completes_commands() -> None:
         [Path(sys.executable).with_name("mopd")], env=os.environ | asked, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["report", "remove-expert", "repin"]
+
+
+def test_version_and_exit_codes_are_told() -> None:
+    assert re.fullmatch(r"mopd \d+\.\d+\.\d+\n", mopd("--version").stdout)
+    assert "3 finished but not promoted" in " ".join(mopd("--help").stdout.split())
+    assert "--require-promotion" in mopd("run", "--help").stdout
 
 
 def test_plan_as_json_has_every_node(run_file: Path, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_an_expert_has_loss_shares_only_of_its_own_domain(tmp_path: Path) -> Non
 
 def test_a_name_with_a_slash_is_refused(tmp_path: Path) -> None:
     domains = MINIMAL["domains"] | {"a/b": MINIMAL["domains"]["sort"]}
-    assert "domains.a/b: a name may hold no '/'" in message(tmp_path, domains=domains)
+    assert "domains.'a/b': a name is made of letters" in message(tmp_path, domains=domains)
 
 
 def test_an_objectives_name_stands_for_its_defaults(tmp_path: Path) -> None:

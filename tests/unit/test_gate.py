@@ -8,6 +8,7 @@ from scipy import stats
 
 from evals.candidates import rivals
 from evals.gate import Verdict, judge
+from evals.hypotheses import mean_superiority
 from evals.results import Results
 from tests.scored import results, sheet
 
@@ -25,12 +26,67 @@ def _failed(scores, **options):
     [
         ({("student", "a"): 0.75}, "non-inferior to experts/a on a"),
         ({("student", "b"): 0.75}, "non-inferior to experts/b on b"),
-        ({("student", "b"): -1}, "non-inferior to experts/b on b"),
         ({("student", "g"): 0.4}, "forgetting"),
     ],
 )
 def test_one_criterion_fails_alone(scores, name):
     assert _failed(scores) == [name]
+
+
+def test_a_student_that_is_not_scored_everywhere_is_shown_nothing():
+    assert _failed({("student", "b"): -1}) == ["non-inferior to experts/b on b", "student above cold_start"]
+
+
+def of_shares(**shares: float) -> Results:
+    """Base, start, teachers and student at one score each, everywhere."""
+    names = {"base": ["base"], "start": ["cold_start"], "teachers": ["experts/a", "experts/b"], "student": ["student"]}
+    return results({(n, d): shares[who] for who, each in names.items() for n in each for d in ("a", "b", "g")})
+
+
+def test_teachers_and_a_student_that_learnt_nothing_promote_nobody():
+    """The student is equal to its teachers, forgets nothing, and scores 0 % everywhere."""
+    verdict = judge(of_shares(base=0.0, start=0.0, teachers=0.0, student=0.0), 0.08, 0.05)
+    assert verdict.failed == ["teachers above cold_start", "student above cold_start"] and not verdict.promoted
+    assert verdict.conclusion == "Not promoted: nothing was learnt: student failed 2 of 6 criteria"
+    assert verdict.criteria[3].brief == (
+        "the teachers at 0.0 %, cold_start at 0.0 %: +0.0 [+0.0, +0.0] points, not shown above cold_start: nothing was "
+        "learnt"
+    )
+
+
+def test_a_gain_within_chance_is_no_gain():
+    # Two more of a hundred in each domain: p = 0.02 one-sided of 200, below 0.025; one more is not.
+    assert judge(of_shares(base=0.5, start=0.5, teachers=0.53, student=0.53), 0.08, 0.05).promoted
+    verdict = judge(of_shares(base=0.5, start=0.5, teachers=0.51, student=0.51), 0.08, 0.05)
+    assert verdict.failed == ["teachers above cold_start", "student above cold_start"]
+
+
+def test_teachers_alone_above_the_start_do_not_promote_and_one_skill_at_its_ceiling_does_no_harm():
+    lazy = judge(of_shares(base=0.5, start=0.5, teachers=0.55, student=0.5), 0.15, 0.05)
+    assert lazy.failed == ["student above cold_start"] and "nothing was learnt" in lazy.conclusion
+    ceiling = {(name, "b"): 1.0 for name in ("cold_start", "experts/b", "student")}
+    assert judge(results(GOOD | ceiling), 0.08, 0.05).promoted
+
+
+def test_the_gain_is_welchs_t_over_the_experts_domains_of_the_seed_that_is_promoted():
+    whole = results(GOOD)
+    line = judge(whole, 0.08, 0.05).criteria[4]
+    pairs = {d: (whole.aligned(["student"], d)[0][:1], whole.aligned(["cold_start"], d)[0][:1]) for d in ("a", "b")}
+    assert f"p = {mean_superiority(pairs):.2g}, so above cold_start. Over all 2 seeds: +40.0 [" in line.text
+
+
+def test_without_experts_the_domains_taught_by_another_than_the_start_are_asked():
+    taught = dataclasses.replace(results(GOOD), experts={})
+    assert judge(taught, 0.08, 0.05).criteria[-2].name == "student above cold_start"
+    anchored = dataclasses.replace(taught, teachers={"g": {"cold_start": 1.0}})
+    verdict = judge(anchored, 0.08, 0.05)
+    assert verdict.failed == ["above cold_start"] and "there is nothing to learn" in verdict.criteria[-2].text
+
+
+def test_the_champion_is_not_compared_with_itself():
+    champion = {domain: sheet(domain, 0.9) for domain in ("a", "b")}
+    line = judge(results(GOOD), 0.08, 0.05, champion, "student").criteria[-1]
+    assert line.passed is None and line.text == "student is the champion itself: not compared"
 
 
 def with_rivals(shares: Mapping[str, float], forgotten: tuple[str, ...] = ()) -> Results:
@@ -88,7 +144,7 @@ def test_where_none_passes_the_best_is_the_candidate_and_not_promoted():
     cells = dict(whole.cells) | {("student", "g", "held_out"): {seed: sheet("g", 0.2) for seed in whole.seeds}}
     verdict = judge(dataclasses.replace(whole, cells=cells), 0.08, 0.05)
     assert (verdict.candidate, verdict.promoted, verdict.failed) == ("baselines/ties", False, ["forgetting"])
-    assert verdict.conclusion == "Not promoted: baselines/ties failed 1 of 4 criteria"
+    assert verdict.conclusion == "Not promoted: baselines/ties failed 1 of 6 criteria"
 
 
 def test_holm_asks_more_of_one_among_many():

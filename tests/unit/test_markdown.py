@@ -43,9 +43,9 @@ def student(tmp_path: Path) -> Artifact:
 
 
 def test_names_in_mlflows_notes_are_text(student):
-    note = cards.model_note(student, {}, {(NASTY, "held_out"): 0.5, ("sort", "held_out"): 1.0})
+    note = cards.model_note(student, cards.About(scores={(NASTY, "held_out"): 0.5, ("sort", "held_out"): 1.0}))
     harmless(note)
-    harmless(cards.model_note(student, dict.fromkeys(student.manifest["parents"], "/page")))
+    harmless(cards.model_note(student, cards.About(pages=dict.fromkeys(student.manifest["parents"], "/page"))))
     harmless(cards.run_note([(student, "/page")]))
     assert "a\\|b &lt;img src=x" in note
 

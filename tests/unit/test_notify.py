@@ -12,9 +12,9 @@ import pytest
 
 from evals.gate import Criterion, Verdict
 from flows import commands, notify
+from flows.asked import Asked
 from flows.champion import champion_path, promote_by_gate, read_history
 from flows.closing import conclude
-from flows.commands import Asked
 from flows.mlflow_writer import unsent_folder
 from flows.notify import NotifyConfig, owe_promotions, tell_promotions
 from flows.plan import StageGraph

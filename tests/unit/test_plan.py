@@ -10,6 +10,7 @@ from flows.lock import code_fingerprint, status, write_lock
 from flows.plan import StageGraph, build_graph
 from stages.core.checkpoint import Store
 from stages.on_policy.distill_config import DistillConfig
+from tests.checkpoints import pretend_checkpoint
 from tests.unit.test_config import MINIMAL, TWINS, load
 
 SORT_TREE = {"experts/sort@0", "student@0"}
@@ -212,14 +213,11 @@ def test_an_adapter_keeps_the_shape_of_its_start(tmp_path: Path) -> None:
 
 
 def test_a_local_base_is_keyed_by_its_content(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+    folder = pretend_checkpoint(tmp_path / "model")
     base = {"checkpoint": str(folder)}
     before = graph_of(tmp_path, base=base)
     assert changed(before, graph_of(tmp_path, base=base)) == set()
-    (folder / "config.json").write_text('{"changed": true}')
+    pretend_checkpoint(folder, changed=True)
     assert changed(before, graph_of(tmp_path, base=base)) == {node.id for node in before.nodes}
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="not a Hugging Face checkpoint"):

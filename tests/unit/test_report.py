@@ -19,7 +19,8 @@ def _written(tmp_path, whole):
 def test_report_holds_verdict_tables_figures_and_samples(tmp_path):
     text = _written(tmp_path, results())
     assert "Not promoted" in text and "non-inferior to experts/a on a" in text and "75.0 [" in text
-    assert text.count("<svg") == 4 and "rl/reward/a" in text and "currentColor" in text
+    # A picture of each domain and the mean, two figures, a curve and the lineage.
+    assert text.count("<svg") == 3 + 1 + 4 and "rl/reward/a" in text and "currentColor" in text
     assert "&lt;c0&gt;" in text and "<c0>" not in text and "contaminated" in text
 
 

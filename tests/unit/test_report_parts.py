@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import math
+import re
+from html import unescape
 
 import pytest
 
@@ -92,6 +94,32 @@ def test_scoring_costs_are_read_from_sheets_and_manifests(tmp_path):
     domains = len(graph.evaluations(graph.checkpoints[0].id))
     assert set(found) == {node.name for node in graph.checkpoints}
     assert found["base"].tokens == 3 * EXAMPLES * domains and 1.0 <= found["base"].seconds <= domains
+
+
+def test_a_students_mean_is_the_same_in_tables_drawing_data_and_metrics(tmp_path):
+    """0.8 on both experts' domains; the general domain, at 0.5, is in no mean."""
+    from evals.results import metrics
+    from flows import lineage
+    from flows.closing import conclude
+    from flows.results import collect
+
+    graph = graph_of(run_file(tmp_path), tmp_path)
+    store = finish(graph, tmp_path)
+    results = collect(graph, store)
+    rows = lineage.rows(store, [node.key for node in graph.checkpoints])
+    assert lineage.expert_domains(rows) == results.expert_domains == ("sort", "reverse")
+    student = next(row for row in rows if row.name == "student")
+    mean = lineage.mean_score(student, results.expert_domains)
+    assert mean == pytest.approx(0.8) == results.mean_score("student").mean == metrics(results)["eval/mean/student"]
+    assert "mean of experts' domains 80.0 %" in unescape(lineage.draw_html(store, [student.key], "tiny"))
+    outcome = conclude(graph, store, promote=False)
+    data = json.loads(outcome.report.with_name("report.json").read_text())
+    assert data["metrics"]["eval/mean/student"] == pytest.approx(0.8)
+    # Of the candidate, which is TIES here.
+    assert data["summary"]["mean"]["student"] == pytest.approx(0.95)
+    assert {"mean of experts' domains 80.0 %", "mean of experts' domains 95.0 %"} <= set(
+        re.findall(r"mean of experts' domains [\d.]+ %", unescape(outcome.report.read_text()))
+    )
 
 
 def test_a_thinned_curve_keeps_its_spikes():

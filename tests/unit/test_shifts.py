@@ -26,6 +26,7 @@ from experts.errors import UserError
 from flows.plan import StageGraph, build_graph
 from flows.results import collect
 from stages.core.checkpoint import Store
+from tests.checkpoints import pretend_checkpoint
 from tests.scored import results
 from tests.unit.test_cli import mopd
 from tests.unit.test_config import MINIMAL, load
@@ -120,10 +121,7 @@ def test_no_more_examples_are_drawn_than_are_scored(tmp_path: Path) -> None:
 def test_experts_of_another_start_have_no_cosine(tmp_path: Path) -> None:
     elsewhere = graph_of(tmp_path, ["experts.reverse.start_from=base"])
     assert "shift/experts/reverse@0" in shifts_of(elsewhere) and "cosines@0" not in shifts_of(elsewhere)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+    folder = pretend_checkpoint(tmp_path / "model")
     experts = MINIMAL["experts"] | {"reverse": {"domain": "reverse", "checkpoint": str(folder)}}
     assert shifts_of(graph_of(tmp_path, experts=experts)) == ["shift/experts/sort@0", "shift/student@0"]
 

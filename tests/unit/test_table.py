@@ -6,7 +6,8 @@ import io
 from rich.console import Console
 
 from evals.crossed import over_both
-from evals.table import render, render_markdown, roles_grid, statements
+from evals.grid import Grid
+from evals.table import fitted, render, render_markdown, roles_grid, statements
 from tests.scored import results, sheet
 
 
@@ -81,3 +82,32 @@ def test_the_tables_say_whose_intervals_they_have():
     text = render_markdown(results())
     assert "interval over examples, seeds fixed]" in text
     assert "Seeds 0, 1. The scores' intervals are bootstraps over examples with these seeds kept fixed" in text
+
+
+def test_a_table_too_wide_for_the_terminal_stands_in_parts_and_breaks_no_word():
+    names = [f"a_domain_of_a_long_name_{number}" for number in range(7)]
+    wide = Grid("Every checkpoint", ("checkpoint", *names, "mean"), (("student", *["86.2"] * 8), ("base", *["–"] * 8)))
+    parts = fitted(wide, 80)
+    assert [part.head[0] for part in parts] == ["checkpoint"] * len(parts) and len(parts) == 4
+    assert [name for part in parts for name in part.head[1:]] == [*names, "mean"]
+    assert parts[0].title == "Every checkpoint (part 1 of 4)" and parts[-1].rows[0] == ("student", "86.2", "86.2")
+    assert fitted(wide, 400) == [wide]
+    # A single column that is wider than the terminal stands alone.
+    assert [len(part.head) for part in fitted(wide, 20)] == [2] * 8
+
+
+def test_the_terminals_tables_fit_eighty_columns():
+    plain = results()
+    long = {d: f"{d}_is_a_domain_with_a_long_name" for d in plain.domains}
+    whole = dataclasses.replace(
+        plain,
+        domains=tuple(long.values()),
+        cells={(name, long[d], split): cell for (name, d, split), cell in plain.cells.items()},
+        experts={name: dataclasses.replace(one, domain=long[one.domain]) for name, one in plain.experts.items()},
+        teachers={long[d]: weights for d, weights in plain.teachers.items()},
+        anchored=(long["g"],),
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(whole, 80))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80 and all(name in text for name in whole.domains)

@@ -9,6 +9,7 @@ from flows.job import Job
 from flows.lock import lock_path, status, write_lock
 from flows.plan import StageGraph
 from stages.core.checkpoint import Store
+from tests.checkpoints import pretend_checkpoint
 from tests.unit.test_config import message
 from tests.unit.test_plan import changed, graph_of
 
@@ -24,10 +25,7 @@ def _first_day(monkeypatch) -> None:
 
 def imported(tmp_path: Path, template: str, overrides: list[str] | None = None, place: str = "jinja") -> StageGraph:
     """The graph of a run whose base is a checkpoint with a template."""
-    folder = tmp_path / "model"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+    folder = pretend_checkpoint(tmp_path / "model")
     if place == "jinja":
         (folder / "chat_template.jinja").write_text(template)
     else:

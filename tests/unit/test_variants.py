@@ -52,7 +52,7 @@ def test_settings_are_laid_over_and_teachers_replaced(tmp_path: Path) -> None:
             "merge.variants.a.teachers.sort: unknown expert 'sorte' — did you mean 'sort'?",
         ),
         ("{a: {baselines: [ties]}}", "merge.variants.a.baselines: belongs to the merge itself"),
-        ("{a/b: {}}", "merge.variants.a/b: a name may hold no '/'"),
+        ("{a/b: {}}", "merge.variants.'a/b': a name is made of letters"),
         ("{a: {objective: {outcome_weight: 1.0}}}", "outcome_weight needs a group_size of 2"),
     ],
 )

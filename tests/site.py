@@ -1,0 +1,127 @@
+"""A home with its standing servers and a worker, its run file deployed, and a chat service that listens."""
+
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import yaml
+
+from flows.access import client_secret
+from tests.integration.test_pipeline import RUN
+
+
+class Hook(BaseHTTPRequestHandler):
+    """A chat service's webhook."""
+
+    heard: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        """Keep what is said."""
+        self.heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+class Site:
+    """A home with its servers and a worker, and the API that a person's browser talks to."""
+
+    def __init__(self, folder: Path, webhook: str) -> None:
+        self.home, self.file = folder / "home", folder / "run.yaml"
+        merge = RUN["merge"] | {"monitor": {"every": 1, "examples": 8}}
+        # The scores of one of its runs are made by hand, which its shifts cannot be.
+        evaluate = {**RUN["evaluate"], "shift": None}
+        config = RUN | {"merge": merge, "evaluate": evaluate, "notify": {"events": ["failure", "promotion"]}}
+        config |= {"gate": {"non_inferiority_margin": 0.99}}
+        self.file.write_text(yaml.safe_dump(config, sort_keys=False))
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+        self.environment = clean | {"MOPD_WEBHOOK": webhook}
+        self.log = (folder / "log").open("wb")
+        self.folder = folder
+        self.worker: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pages(self) -> str:
+        """Where Prefect's pages are; `mopd ui` chose the port."""
+        return json.loads((self.home / "servers" / "prefect.json").read_text())["url"]
+
+    @property
+    def client(self) -> dict[str, str]:
+        """The environment of a client of Prefect's."""
+        place = {"PREFECT_API_URL": f"{self.pages}/api", "PREFECT_HOME": str(self.home / "prefect")}
+        return self.environment | place | client_secret(self.home)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command of `mopd` over the home, in a group of its own."""
+        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        return subprocess.Popen(
+            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
+        )
+
+    def mopd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of `mopd` to its end."""
+        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=120
+        )
+
+    def ask(self, script: str) -> Any:
+        """Ask Prefect's API with its own client: `client` and `deployment` are there; the answer is JSON."""
+        head = (
+            "import json, sys\nfrom prefect import get_client\nfrom prefect.states import Cancelling\n"
+            "with get_client(sync_client=True) as client:\n"
+            "    deployment = client.read_deployment_by_name('mopd/tiny')\n"
+        )
+        body = "".join(f"    {line}\n" for line in script.splitlines())
+        done = subprocess.run(
+            [sys.executable, "-c", head + body],
+            env=self.client,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def begin(self, overrides: list[str]) -> str:
+        """Start a run of the deployment; its id."""
+        run = f"client.create_flow_run_from_deployment(deployment.id, parameters={{'overrides': {overrides!r}}})"
+        return self.ask(f"print(json.dumps(str({run}.id)))")
+
+    def state(self, run: str) -> str:
+        """The name of a run's state."""
+        return self.ask(f"print(json.dumps(client.read_flow_run({run!r}).state.name))")
+
+    def steps_saved(self) -> int:
+        """The latest step of which a stage's state is saved; 0 before."""
+        return max((int(p.name.partition("-")[2]) for p in (self.home / "work").glob("*/progress/step-*")), default=0)
+
+    def workers_of_stages(self) -> list[psutil.Process]:
+        """The stages' processes that work for this home, not those of another test or person."""
+        return [
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if "flows.forkserver" in " ".join(process.info["cmdline"] or ())
+            and (process.info["environ"] or {}).get("MOPD_HOME") == str(self.home)
+        ]
+
+    def flow(self, run: str) -> psutil.Process:
+        """The process of a run, which Prefect's worker started."""
+        return next(
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if "prefect.engine" in (process.info["cmdline"] or ())
+            and (process.info["environ"] or {}).get("PREFECT__FLOW_RUN_ID") == run
+        )
+
+    def cancel(self, run: str) -> None:
+        """What Cancel on its page does."""
+        self.ask(f"client.set_flow_run_state({run!r}, Cancelling())\nprint('null')")
