@@ -109,7 +109,7 @@ def summarise(results: Results, verdict: Verdict | None, settings: Settings) -> 
     failed = [one for one in verdict.criteria if one.passed is False] if verdict else []
     failed.sort(key=lambda one: ranks.get(one.domain, (-2.0, -2.0)))
     return Summary(
-        sentence=f"{_status(verdict)}: {_goodness(results, candidate, mean)}.",
+        sentence=f"{_status(results, verdict)}: {_goodness(results, candidate, mean)}.",
         lines=lines,
         mean=mean,
         weakest=weakest.domain if weakest else "",
@@ -150,9 +150,9 @@ def _mean(results: Results, candidate: str) -> Line:
     return Line(MEAN, start, taught, own, gap)
 
 
-def _status(verdict: Verdict | None) -> str:
+def _status(results: Results, verdict: Verdict | None) -> str:
     if verdict is None:
-        return "No merge in this run"
+        return "The gate was not asked" if results.teachers else "No merge in this run"
     if verdict.unfinished:
         return f"Not judged yet, {verdict.unfinished}"
     failed = f"{len(verdict.failed)} of {len(verdict.criteria)} criteria failed"

@@ -1,6 +1,7 @@
 """Which overrides the last run of a run file had, kept in the home: what `report`, `status` and `plan` speak of."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ def remember(home: Path, run: str, file: Path, overrides: Sequence[str], max_ste
     path = lock_path(home, run).with_name(MEMORY_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     asked = LastRun(tuple(overrides), max_steps, time.time())
-    write_whole(path, json.dumps(read_json(path) | {str(file.resolve()): asdict(asked)}, indent=1))
+    write_whole(path, json.dumps(read_json(path) | {os.path.realpath(file): asdict(asked)}, indent=1))
 
 
 def newest_of(home: Path, run: str) -> tuple[Path, LastRun] | None:
@@ -53,7 +54,7 @@ def newest_of(home: Path, run: str) -> tuple[Path, LastRun] | None:
 
 def last_run(home: Path, file: Path) -> LastRun | None:
     """The newest run of a file, under whatever name its overrides gave it; None where there was none."""
-    place = str(file.resolve())
+    place = os.path.realpath(file)
     found = [read_json(path).get(place) for path in (home / "runs").glob(f"*/{MEMORY_FILE}")]
     return max((_read(one) for one in found if one), key=lambda run: run.time, default=None)
 

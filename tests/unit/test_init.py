@@ -107,7 +107,7 @@ def test_it_asks_for_what_is_missing(data, monkeypatch):
         (["--domain=c=empty.jsonl"], "empty.jsonl"),
         (["--base=./nowhere", "--domain=c=strings:sort"], "--base: no such folder './nowhere'"),
         (["--base=none.gguf", "--domain=c=strings:sort"], "--base: no such file 'none.gguf'"),
-        (["--domain=a/b=strings:sort"], "a name may hold no '/'"),
+        (["--domain=a/b=strings:sort"], "domains.'a/b': a name is made of letters"),
         (["--domain=c=long.jsonl"], "the largest tiny model reads 1024"),
         ([], "name --base and at least one --domain"),
     ],

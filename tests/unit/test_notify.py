@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -139,6 +140,7 @@ def test_a_finished_run_does_not_fail_because_prefect_is_away(graph, asked, caps
     outcome = conclude(graph, Store(asked.home), promote=True)
     away = {PREFECT_API_URL: "http://me:password@127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings(away):
-        pipeline._publish(graph, outcome, "http://mlflow/#/1")
+        tracker = SimpleNamespace(url="http://mlflow/#/1")
+        pipeline._publish(SimpleNamespace(graph=graph, store=Store(asked.home), tracker=tracker), outcome)
     said = capsys.readouterr().err
     assert "warning: scores and report of tiny are not on Prefect's page" in said and "password" not in said
