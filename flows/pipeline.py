@@ -15,6 +15,7 @@ import httpx
 from filelock import Timeout
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.context import TagsContext
 from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -188,7 +189,9 @@ def _supervised(supervisor: Supervisor) -> Outcome:
 
     def submit(job: Job) -> Future:
         parents = [futures[parent] for parent in job.parents]
-        futures[job.id] = task_of(supervisor, job, resources.retries).submit(return_state=False, wait_for=parents)
+        # Prefect asks its server for a slot of every tag of a task, and a run goes on without its server.
+        with TagsContext(current_tags=set()):
+            futures[job.id] = task_of(supervisor, job, resources.retries).submit(return_state=False, wait_for=parents)
         return futures[job.id]
 
     try:
