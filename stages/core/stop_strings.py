@@ -30,6 +30,12 @@ class StopStrings:
         texts = self.tokenizer.batch_decode([list(tail) for tail in tails], skip_special_tokens=True)
         return [any(string in text for string in self.strings) for text in texts]
 
+    def length(self, completion: Sequence[int]) -> int | None:
+        """Tokens of a completion up to the one that completes a stop string; None where none does."""
+        tails = [completion[max(0, end - self.window) : end] for end in range(1, len(completion) + 1)]
+        ended = self.ended(tails) if tails else []
+        return ended.index(True) + 1 if True in ended else None
+
 
 def before_stop(text: str, strings: Sequence[str]) -> str:
     """A completion's text up to the first stop string."""

@@ -19,6 +19,7 @@ from experts.domain import stable_hash
 from experts.errors import UserError
 from stages.core.extras import require_vllm
 from stages.core.policy import Policy, causal_lm
+from stages.core.stop_strings import StopStrings
 from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.handover import Probe, check_shapes, full_weights, weight_shapes
 from stages.on_policy.sampler import Gap, Sample, Sampling, told_logprobs
@@ -65,6 +66,7 @@ class VllmEngine:
         self.config = config
         self.shapes = weight_shapes(policy)
         self.stop_ids = list(policy.stop_ids)
+        self.tokenizer = policy.tokenizer
         self.bias = barring(policy.barred_ids)
         self.lora = config.lora
         shutil.rmtree(folder, ignore_errors=True)
@@ -205,25 +207,27 @@ class VllmEngine:
                 seed=prompt_seed(seed, index),
                 logprobs=0,
                 flat_logprobs=True,
-                stop=list(sampling.stop),
-                detokenize=bool(sampling.stop),
+                detokenize=False,
             )
             for index in range(len(prompts))
         ]
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         found = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self._request)
         self._sleep()
+        # The engine has no tokenizer, so completions are cut at stop strings once they are drawn.
+        stop = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         return [
-            [self._sample(prompt, output) for output in sorted(answer.outputs, key=lambda o: o.index)] * copies
+            [self._sample(prompt, output, stop) for output in sorted(answer.outputs, key=lambda o: o.index)] * copies
             for prompt, answer in zip(prompts, found, strict=True)
         ]
 
-    def _sample(self, prompt: list[int], output: Any) -> Sample:
+    def _sample(self, prompt: list[int], output: Any, stop: StopStrings | None) -> Sample:
         ids = list(output.token_ids)
+        cut = None if stop is None else stop.length(ids)
+        ids = ids[:cut]
         # A token's own log-probability comes first, the likeliest's may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
-        # vLLM tells a stop string as the reason, and of a stop token its id.
-        ended = bool(ids) and (ids[-1] in self.stop_ids or isinstance(output.stop_reason, str))
+        ended = cut is not None or (bool(ids) and ids[-1] in self.stop_ids)
         return Sample(prompt, ids, told_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
 
     def news(self) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from experts.domain import Example, load_domain
 from stages.core.chat import encode_prompt, encode_text
 from stages.core.policy import Policy, load_policy
+from stages.core.stop_strings import StopStrings
 from stages.export import export_weights
 from stages.on_policy.rollout import gather, score
 from stages.on_policy.sampler import Sampling, sample
@@ -166,6 +167,19 @@ def test_a_stop_string_ends_a_completion_and_is_not_scored(name, text, stop, see
     assert (len(cut.completion_ids) < len(plain.completion_ids)) == bool(found)
     if found:
         assert not any(string in tokenizer.decode(cut.completion_ids[:-1]) for string in stop)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"), [("42\nQuestion: 5", "\nQuestion:"), ("été", "té"), ("no stop", "yes"), ("", "a")]
+)
+def test_a_drawn_completion_is_cut_where_its_sampler_would_have_ended_it(text, stop):
+    tokenizer = make_policy("llama3").tokenizer
+    ids, stops = encode_text(tokenizer, text), StopStrings(tokenizer, [stop])
+    length = stops.length(ids)
+    assert (length is not None) == (stop in text)
+    if length is not None:
+        assert stop in tokenizer.decode(ids[:length])
+        assert stop not in tokenizer.decode(ids[: length - 1])
 
 
 def test_rows_of_a_batch_end_each_at_its_own_stop_string():
