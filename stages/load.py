@@ -45,6 +45,8 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         if find_adapter_config_file(location, revision=source.revision) is not None:
             raise UserError(refused_adapter(workspace.name, location))
     else:
+        if not Path(location).exists():
+            raise UserError(f"{workspace.name}: {source.location}: there is nothing of this name any more")
         refuse_paths(workspace.name, Path(location))
         if source.kind == "directory":
             check_folder(workspace.name, Path(location))
