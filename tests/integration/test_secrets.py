@@ -125,12 +125,14 @@ def test_the_database_of_mlflows_server_is_not_on_its_command_line(clean, tmp_pa
         assert len(lines) > 1 and not any(SECRET in line for line in lines)
 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("://", f"://me:{SECRET}@"))
-        tracker = tracking.Tracker.start(lab_graph(), tmp_path / "home", "name: lab\n")
+        file = tmp_path / "run.yaml"
+        file.write_text("name: lab\n")
+        tracker = tracking.Tracker.start(lab_graph(), tmp_path / "home", file)
         tracker.finish("FINISHED", None, None)
         assert tracker.url.startswith(f"{server.url}/#/experiments/")
         run = tracker.writer.client.get_run(tracker.run_id)
         assert run.info.status == "FINISHED" and SECRET not in str(run.to_dictionary())
-    late = tracking.Tracker.start(lab_graph(), tmp_path / "home", "name: lab\n")
+    late = tracking.Tracker.start(lab_graph(), tmp_path / "home", file)
     assert late.outbox.close() > 0 and "does not answer" in caplog.text
     said = capfd.readouterr()
     assert SECRET not in caplog.text + said.out + said.err
