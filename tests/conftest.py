@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = missing_extras()
     if config.getoption("--every-extra") and missing:
         raise pytest.UsageError(f"--every-extra: run {' and '.join(f'make setup-{name}' for name in missing)} first")
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored and threading.current_thread() is threading.main_thread():
+        # A shell lets what it starts in the background ignore Ctrl-C, and so would the commands under test.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
