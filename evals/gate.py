@@ -83,11 +83,16 @@ class Verdict:
         return [criterion.name for criterion in self.criteria if criterion.passed is False]
 
     @property
+    def nothing_learnt(self) -> bool:
+        """Whether teachers or candidate are not shown above the start."""
+        return any(criterion.kind == "gain" and criterion.passed is False for criterion in self.criteria)
+
+    @property
     def conclusion(self) -> str:
         """What follows from the criteria, in a few words."""
         if self.unfinished:
             return f"Not judged yet: {self.unfinished}"
-        nothing = f"{NOTHING}: " if any(one.kind == "gain" and one.passed is False for one in self.criteria) else ""
+        nothing = f"{NOTHING}: " if self.nothing_learnt else ""
         failed = f"{nothing}{self.candidate} failed {len(self.failed)} of {len(self.criteria)} criteria"
         if self.reigns:
             today = "" if self.passed else f"; today's gate would not promote it: {failed}"

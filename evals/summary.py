@@ -156,7 +156,7 @@ def _status(results: Results, verdict: Verdict | None) -> str:
     if verdict.unfinished:
         return f"Not judged yet, {verdict.unfinished}"
     failed = f"{len(verdict.failed)} of {len(verdict.criteria)} criteria failed"
-    if any(one.kind == "gain" and one.passed is False for one in verdict.criteria):
+    if verdict.nothing_learnt:
         failed = f"{NOTHING}, {failed}"
     if verdict.reigns:
         today = "" if verdict.passed else f" (by today's gate {failed})"

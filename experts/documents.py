@@ -70,6 +70,28 @@ def parse_yaml(text: str) -> Any:
         raise DocumentError(f"not valid YAML: {error}") from None
 
 
+def parse_value(assignment: str, text: str) -> Any:
+    """The value of a `KEY=VALUE` from the command line.
+
+    Args:
+        assignment: Option and words, as errors name it.
+        text: What stands behind the `=`.
+
+    Raises:
+        UserError: it is not valid YAML, or a limit is passed.
+    """
+    try:
+        return parse_yaml(text)
+    except DocumentError as error:
+        raise UserError(f"{assignment}: the value: {error}") from None
+
+
+def one_line(value: Any) -> str:
+    """A value in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def read_yaml(path: Path) -> Any:
     """The values of a YAML file; see `read_text` and `parse_yaml` for what raises."""
     return parse_yaml(read_text(path, LONGEST_YAML_BYTES))

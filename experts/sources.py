@@ -25,8 +25,23 @@ def placed(path: str, folder: Path) -> str:
 
 def located(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A domain's options as they stand in a run file, with the files they name found from that file's folder on."""
-    named = {key: options[key] for key in PATH_OPTIONS if isinstance(options.get(key), str)}
-    return {**options, **{key: placed(value, folder) for key, value in named.items()}}
+    return {**options, **{key: placed(value, folder) for key, value in _named(options).items()}}
+
+
+def typed(path: str, folder: Path) -> str:
+    """A path that was typed from the working folder, as a run file in `folder` names it; what is not there stays."""
+    if os.path.isabs(path) or not os.path.exists(path):
+        return path
+    return os.path.relpath(os.path.abspath(path), folder.resolve())
+
+
+def typed_options(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A domain's options as they were typed, with the files they name as `typed` names them."""
+    return {**options, **{key: typed(value, folder) for key, value in _named(options).items()}}
+
+
+def _named(options: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value for key in PATH_OPTIONS if isinstance(value := options.get(key), str)}
 
 
 def _is_local(path: str) -> bool:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from experts.documents import one_line, parse_value
 from experts.domain import KINDS, OWN_SUFFIX, TRAIN, load_domain
 from experts.errors import UserError, nearest
-from experts.sources import PATH_OPTIONS
+from experts.sources import typed_options
 from flows.config import RunConfig
-from flows.run_file import load_run_file
+from flows.run_file import load_run_file, replaced
 
 METHODS = ("rl", "sft", "rft")
 TEST_OF_SCAFFOLD = '''"""Distinct prompts, splits apart, and a score of 1 for the gold answer alone."""
@@ -166,10 +165,7 @@ def _domain(path: Path, config: RunConfig, asked: NewExpert) -> tuple[str, dict[
         options = _tasks(kind, asked.tasks)
     for assignment in asked.options:
         _assign(options, assignment, "--option")
-    for key in PATH_OPTIONS:
-        # Typed from the working folder, read from the run file's.
-        if isinstance(value := options.get(key), str) and not os.path.isabs(value) and os.path.exists(value):
-            options[key] = os.path.relpath(os.path.abspath(value), path.parent.resolve())
+    options = typed_options(options, path.parent)
     return asked.name, {"kind": kind} | ({"options": options} if options else {})
 
 
@@ -263,8 +259,7 @@ def _replace(path: Path, document: Any, home: Path, drawn: str | None = None) ->
     from flows.plan import EVALUATIONS, build_graph
     from stages.core.checkpoint import Store
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with replaced(path) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             _yaml().dump(document, file)
         try:
@@ -272,11 +267,8 @@ def _replace(path: Path, document: Any, home: Path, drawn: str | None = None) ->
             graph = build_graph(config, home)
             shown = _first_example(config, drawn) if drawn else []
         except UserError as error:
-            raise UserError(f"{path} is as it was: {str(error).replace(str(temporary), str(path))}") from None
+            raise UserError(f"{path} is as it was: {error}") from None
         shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     entries = status(graph, Store(home))
     waiting = [entry.node for entry in entries if not entry.cached]
     stages = [node.id for node in waiting if node.stage not in EVALUATIONS]
@@ -320,10 +312,7 @@ def _assign(values: dict[str, Any], assignment: str, option: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"{option} '{assignment}': '{part}' holds no keys")
         values = inner
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{option} '{assignment}': the value is not valid YAML: {error}") from None
+    values[last] = parse_value(f"{option} '{assignment:.200}'", text)
 
 
 def _yaml() -> Any:
@@ -361,5 +350,4 @@ def _inline(names: Sequence[str]) -> Any:
 
 def _flow(entry: Mapping[str, Any]) -> str:
     """An entry in one line."""
-    text = yaml.safe_dump(copy.deepcopy(dict(entry)), default_flow_style=True, sort_keys=False, width=10_000)
-    return text.strip()
+    return one_line(copy.deepcopy(dict(entry)))

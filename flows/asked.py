@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.last_run import last_run
+from flows.last_run import last_run, words
 from flows.plan import StageGraph, build_graph
 from flows.run_file import load_run_file
 
@@ -53,13 +53,12 @@ class Asked:
         found = None if overrides or max_steps or as_written else last_run(home, file)
         if found is None or not (found.overrides or found.max_steps):
             return cls(file, overrides, max_steps, home)
-        words = [*found.overrides, *(["--max-steps", str(found.max_steps)] if found.max_steps else [])]
-        sys.stderr.write(f"as in the last run of {file}: {shlex.join(words)} (--as-written leaves this out)\n")
+        had = shlex.join(words(found.overrides, found.max_steps))
+        sys.stderr.write(f"as in the last run of {file}: {had} (--as-written leaves this out)\n")
         return cls(file, found.overrides, found.max_steps, home)
 
     @property
     def command(self) -> str:
         """The command line that runs it again."""
-        words = ["mopd", "run", str(self.file), *self.overrides]
-        words += ["--max-steps", str(self.max_steps)] if self.max_steps else []
-        return shlex.join([*words, "--home", str(self.home)])
+        asked = words(self.overrides, self.max_steps)
+        return shlex.join(["mopd", "run", str(self.file), *asked, "--home", str(self.home)])

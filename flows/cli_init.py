@@ -42,6 +42,7 @@ def init(
     """Write a small, commented run file from a base and a few domains, and check it; asks for what is not named."""
     from experts.errors import UserError
     from flows import commands
+    from flows.asked import Asked
     from flows.init import init as write
 
     with errors_as_messages():
@@ -52,7 +53,7 @@ def init(
         for line in write(file, base, domains, option or (), gpus=_gpus() if gpus is None else gpus, force=force):
             sys.stdout.write(f"{line}\n")
         sys.stdout.write(f"{file} is written. What it would do:\n")
-        commands.plan(commands.Asked(file, (), None, home), check=True, as_json=False)
+        commands.plan(Asked(file, (), None, home), check=True, as_json=False)
         sys.stdout.write(f"Now: mopd run {file}\n")
 
 

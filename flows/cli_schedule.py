@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows import commands
+from flows.asked import Asked
 from flows.cli_options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
 
 Pool = Annotated[str, typer.Option("--pool", help="Prefect work pool; made, of type process, where it is missing.")]
@@ -36,7 +36,7 @@ def deploy(
     with errors_as_messages():
         from flows import deploy as work
 
-        asked = commands.Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
         if remove:
             said = work.retire(asked.graph().config, home)
         else:

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from experts.documents import parse_value
 from experts.domain import KINDS, OWN_SUFFIX, TRAIN, load_domain
 from experts.errors import UserError, nearest
 from experts.files import file_format
 from experts.guess import guess_options
-from experts.sources import located
+from experts.sources import located, typed, typed_options
 from flows.init_templates import Sizes, Skill, run_file
+from flows.run_file import load_run_file, replaced
 
 # A model pretrained by the run itself, as small as the lab's.
 TINY = "tiny"
@@ -47,23 +47,10 @@ def init(path: Path, base: str, domains: Sequence[str], options: Sequence[str], 
     skills = [_skill(name, data, given.get(name, {}), path.parent) for name, data in map(_split, domains)]
     sizes = _sizes(base, skills, gpus)
     text = run_file(path.stem, _base(base, path.parent, sizes), skills, sizes)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        _must_load(temporary, path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return [_told(skill) for skill in skills]
-
-
-def _must_load(temporary: Path, path: Path) -> None:
-    from flows.run_file import load_run_file
-
-    try:
         load_run_file(temporary)
-    except UserError as error:
-        raise UserError(str(error).replace(str(temporary), str(path))) from None
+    return [_told(skill) for skill in skills]
 
 
 def _split(asked: str) -> tuple[str, str]:
@@ -84,10 +71,7 @@ def _options(asked: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, 
             raise UserError(f"--option '{assignment}': write NAME.KEY=VALUE, such as maths.scorer=numeric")
         if name not in names:
             raise UserError(f"--option '{assignment}': no --domain '{name}'{nearest(name, names)}")
-        try:
-            found.setdefault(name, {})[option] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--option '{assignment}': the value is not valid YAML: {error}") from None
+        found.setdefault(name, {})[option] = parse_value(f"--option '{assignment:.200}'", text)
     return found
 
 
@@ -99,10 +83,7 @@ def _skill(name: str, data: str, options: Mapping[str, Any], folder: Path) -> Sk
         return _drawn(name, kind, {**own, **options}, folder)
     if data in KINDS and data not in ("hub", "judge"):
         return _drawn(name, data, options, folder)
-    path = data
-    if not os.path.isabs(data) and os.path.exists(data):
-        # Typed from the working folder, read from the run file's.
-        path = os.path.relpath(os.path.abspath(data), folder.resolve())
+    path = typed(data, folder)
     if data.endswith(OWN_SUFFIX):
         return _drawn(name, path, options, folder)
     if "/" not in data and not os.path.exists(data) and file_format(Path(data)) is None:
@@ -110,7 +91,7 @@ def _skill(name: str, data: str, options: Mapping[str, Any], folder: Path) -> Sk
             f"--domain {name}: '{data}' is no file, no Hub id (owner/name) and no kind{nearest(data, KINDS)}; tasks "
             f"are named as strings:sort or reasoning:spell_backward"
         )
-    return _drawn(name, "hub", guess_options(path, folder, options), folder)
+    return _drawn(name, "hub", guess_options(path, folder, typed_options(options, folder)), folder)
 
 
 def _drawn(name: str, kind: str, options: Mapping[str, Any], folder: Path) -> Skill:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from experts.documents import one_line
 from experts.domain import Example
 from experts.guess import free_text
 
@@ -86,7 +85,7 @@ def run_file(name: str, base: Mapping[str, Any], skills: Sequence[Skill], sizes:
 
 def _base(base: Mapping[str, Any], sizes: Sizes) -> str:
     if not sizes.tiny:
-        return f"base: {_flow(base)}"
+        return f"base: {one_line(base)}"
     return f"""\
 # Half a million parameters, pretrained here on rough answers of the domains.
 base:
@@ -117,17 +116,17 @@ def _domains(skills: Sequence[Skill], general: str, sizes: Sizes) -> str:
             "domains:",
             *lines,
             "  # No expert trains it: it shows what is forgotten. Put here what your model must keep.",
-            f"  {general}: {_flow(kept)}",
+            f"  {general}: {one_line(kept)}",
         ]
     )
 
 
 def _entry(name: str, kind: str, options: Mapping[str, Any]) -> str:
     entry = {"kind": kind, **({"options": dict(options)} if options else {})}
-    line = f"  {name}: {_flow(entry)}"
+    line = f"  {name}: {one_line(entry)}"
     if len(line) <= 110:
         return line
-    inner = "\n".join(f"      {key}: {_flow(value)}" for key, value in options.items())
+    inner = "\n".join(f"      {key}: {one_line(value)}" for key, value in options.items())
     return f"  {name}:\n    kind: {kind}\n    options:\n{inner}"
 
 
@@ -208,9 +207,3 @@ def _end(sizes: Sizes) -> str:
 evaluate: {{domains: all, examples: {examples}, samples: 4, max_new_tokens: {longest}}}
 gate: {{non_inferiority_margin: 0.08, max_forgetting: 0.05}}    # of each teacher's score; of the general skill
 resources: {{gpus: {sizes.gpus}, parallel_experts: {side_by_side}}}"""
-
-
-def _flow(value: Any) -> str:
-    """A value in one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")

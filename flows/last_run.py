@@ -46,6 +46,11 @@ def remember(home: Path, run: str, file: Path, overrides: Sequence[str], max_ste
     write_whole(path, json.dumps(read_json(path) | {os.path.realpath(file): asdict(asked)}, indent=1))
 
 
+def words(overrides: Sequence[str], max_steps: int | None) -> list[str]:
+    """What stands behind the run file on the command line."""
+    return [*overrides, *(["--max-steps", str(max_steps)] if max_steps else [])]
+
+
 def newest_of(home: Path, run: str) -> tuple[Path, LastRun] | None:
     """The run file of the last run of a name, and how it was run; None where there was none."""
     kept = read_json(lock_path(home, run).with_name(MEMORY_FILE))

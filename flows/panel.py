@@ -40,7 +40,8 @@ def scored_domains(config: RunConfig, runs: Iterable[RunConfig]) -> dict[str, li
     Returns:
         Domains by expert: its own, those it teaches, and the panel, as far as `evaluate.domains` has them.
     """
-    wanted = {name: {expert.domain, *panel(config)} for name, expert in config.experts.items()}
+    shared = panel(config)
+    wanted = {name: {expert.domain, *shared} for name, expert in config.experts.items()}
     for run in runs:
         for domain, weights in run.teachers().items():
             for teacher in weights.keys() & wanted.keys():

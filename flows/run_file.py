@@ -1,13 +1,15 @@
 """Reads a run file: YAML, dotted overrides, validation; every mistake is said in one message."""
 
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from experts.documents import MOST_DEPTH, DocumentError, parse_yaml, read_yaml, user_error
+from experts.documents import MOST_DEPTH, DocumentError, parse_value, read_yaml, user_error
 from experts.domain import KINDS, OWN_SUFFIX
 from experts.errors import UserError, nearest
 from experts.sources import located
@@ -79,6 +81,23 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: extends: {other} extends this file in turn")
     merged: dict[str, Any] = overlaid(_read(parent, (*below, own)), raw)
     return merged
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside a run file that takes its place at the end; after an error the run file is as it was.
+
+    Raises:
+        UserError: as the body does; it names the run file, not the one beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _unusable(value: Any, place: str = "") -> str | None:
@@ -161,10 +180,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override '{override}': '{part}' holds no keys")
     if not isinstance(node, dict):
         raise UserError(f"override '{override}': '{parents[-1]}' is not a mapping")
-    try:
-        node[last] = parse_yaml(text)
-    except DocumentError as error:
-        raise UserError(f"override '{override:.200}': the value: {error}") from None
+    node[last] = parse_value(f"override '{override:.200}'", text)
     if (fault := _unusable(node[last], key)) is not None:
         raise UserError(f"override '{override:.200}': {fault}")
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from flows.config import STUDENT
-from flows.last_run import newest_of
+from flows.last_run import newest_of, words
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, read
@@ -52,8 +52,7 @@ def settings_of(graph: StageGraph, store: Store, candidate: Node | None, command
 def command_line(file: Path, overrides: tuple[str, ...], max_steps: int | None) -> str:
     """`mopd run` with these arguments; a file below the working folder is named from there."""
     near = file.is_relative_to(Path.cwd())
-    words = ["mopd", "run", os.path.relpath(file) if near else str(file), *overrides]
-    return shlex.join([*words, *(["--max-steps", str(max_steps)] if max_steps else [])])
+    return shlex.join(["mopd", "run", os.path.relpath(file) if near else str(file), *words(overrides, max_steps)])
 
 
 def _last_command(home: Path, run: str) -> str:
@@ -65,12 +64,11 @@ def _entropies(store: Store, candidate: Node) -> Mapping[tuple[str, str], tuple[
     """(checkpoint, domain) -> mean token entropy of the first and of the last tenth of its training's records."""
     journal = store.home / "work" / candidate.key / JOURNAL_FILE
     found: dict[str, list[float]] = {}
-    for record in read(journal) if journal.exists() else ():
-        if record["kind"] == "metrics":
-            for name, value in record["values"].items():
-                stage, _, rest = name.partition("/")
-                if stage == candidate.stage and rest.startswith("entropy/"):
-                    found.setdefault(rest.partition("/")[2], []).append(value)
+    for record in read(journal, ("metrics",)) if journal.exists() else ():
+        for name, value in record["values"].items():
+            stage, _, rest = name.partition("/")
+            if stage == candidate.stage and rest.startswith("entropy/"):
+                found.setdefault(rest.partition("/")[2], []).append(value)
     ends = {domain: max(1, round(END_SHARE * len(values))) for domain, values in found.items()}
     return {
         (candidate.name, domain): (fmean(values[: ends[domain]]), fmean(values[-ends[domain] :]))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from flows.config import COLD_START, RunConfig
 from flows.listeners import start_of
-from flows.lock import lock_path, read_json
+from flows.lock import lock_path
+from flows.state_files import read_json
 from stages.core.checkpoint import Store
 
 OPEN = ".open"

@@ -80,6 +80,13 @@ def test_what_is_named_is_not_guessed(data):
     assert (options(data, "codes")["answer_field"], options(data, "codes")["few_shot"]) == ("prompt", 1)
 
 
+def test_every_path_that_was_typed_is_read_from_the_run_file(data):
+    (data / "data" / "apart.jsonl").write_text(f"{json.dumps({'prompt': 'code 99?', 'completion': '099'})}\n")
+    done = init(data, "--domain=codes=codes.jsonl", "--option=codes.held_out_path=apart.jsonl")
+    assert done.exit_code == 0, done.output
+    assert options(data, "codes")["held_out_path"] == "data/apart.jsonl"
+
+
 def test_it_asks_for_what_is_missing(data, monkeypatch):
     monkeypatch.setattr(cli_init, "_is_terminal", lambda: True)
     answers = iter(["tiny", "order=strings:sort", "back=strings:reverse", ""])
