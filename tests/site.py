@@ -1,18 +1,25 @@
 """A home with its standing servers and a worker, its run file deployed, and a chat service that listens."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import UUID
 
 import psutil
 import yaml
 
-from flows.access import client_secret
+from flows.access import client_secret, home_secret
 from tests.integration.test_pipeline import RUN
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
 
 
 class Hook(BaseHTTPRequestHandler):
@@ -72,33 +79,31 @@ class Site:
             command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=120
         )
 
-    def ask(self, script: str) -> Any:
-        """Ask Prefect's API with its own client: `client` and `deployment` are there; the answer is JSON."""
-        head = (
-            "import json, sys\nfrom prefect import get_client\nfrom prefect.states import Cancelling\n"
-            "with get_client(sync_client=True) as client:\n"
-            "    deployment = client.read_deployment_by_name('mopd/tiny')\n"
-        )
-        body = "".join(f"    {line}\n" for line in script.splitlines())
-        done = subprocess.run(
-            [sys.executable, "-c", head + body],
-            env=self.client,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
+    @contextlib.contextmanager
+    def prefect(self) -> Iterator["SyncPrefectClient"]:
+        """Prefect's own client for its API, in this process."""
+        from prefect.client.orchestration import SyncPrefectClient
+
+        with SyncPrefectClient(f"{self.pages}/api", auth_string=home_secret(self.home)) as client:
+            yield client
 
     def begin(self, overrides: list[str]) -> str:
         """Start a run of the deployment; its id."""
-        run = f"client.create_flow_run_from_deployment(deployment.id, parameters={{'overrides': {overrides!r}}})"
-        return self.ask(f"print(json.dumps(str({run}.id)))")
+        with self.prefect() as client:
+            deployment = client.read_deployment_by_name("mopd/tiny")
+            run = client.create_flow_run_from_deployment(deployment.id, parameters={"overrides": overrides})
+        return str(run.id)
+
+    def run(self, run: str) -> "FlowRun":
+        """What Prefect knows of a run."""
+        with self.prefect() as client:
+            return client.read_flow_run(UUID(run))
 
     def state(self, run: str) -> str:
         """The name of a run's state."""
-        return self.ask(f"print(json.dumps(client.read_flow_run({run!r}).state.name))")
+        state = self.run(run).state
+        assert state is not None
+        return str(state.name)
 
     def steps_saved(self) -> int:
         """The latest step of which a stage's state is saved; 0 before."""
@@ -124,4 +129,7 @@ class Site:
 
     def cancel(self, run: str) -> None:
         """What Cancel on its page does."""
-        self.ask(f"client.set_flow_run_state({run!r}, Cancelling())\nprint('null')")
+        from prefect.states import Cancelling
+
+        with self.prefect() as client:
+            client.set_flow_run_state(UUID(run), Cancelling())

@@ -29,6 +29,7 @@ from tests.site import Hook, Site
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+    from prefect.client.schemas.objects import FlowRun
 
 ROOT = Path(__file__).parents[2]
 LONG = ["base.pretrain.max_steps=4000", "base.pretrain.save_every=20"]
@@ -61,11 +62,11 @@ def test_a_deployment_says_when_it_runs_and_where_to_look(site: Site) -> None:
     assert site.deployed.returncode == 0, site.deployed.stderr
     assert f"deployment mopd/tiny: {site.pages}/deployments/deployment/" in site.deployed.stdout
     assert site.deployed.stdout.count("  next: Monday ") == 3
-    facts = site.ask(
-        "print(json.dumps([deployment.global_concurrency_limit.limit, deployment.enforce_parameter_schema,"
-        " deployment.schedules[0].active, deployment.schedules[0].schedule.cron]))"
-    )
-    assert facts == [1, True, True, "0 2 * * 1"]
+    with site.prefect() as client:
+        deployment = client.read_deployment_by_name("mopd/tiny")
+    (schedule,) = deployment.schedules
+    assert deployment.global_concurrency_limit.limit == 1 and deployment.enforce_parameter_schema
+    assert schedule.active and schedule.schedule.cron == "0 2 * * 1"
 
 
 def test_nobody_else_on_the_network_reaches_the_pages(site: Site) -> None:
@@ -75,17 +76,15 @@ def test_nobody_else_on_the_network_reaches_the_pages(site: Site) -> None:
 def test_a_paused_schedule_waits_for_somebody_and_is_kept(site: Site) -> None:
     done = site.mopd("deploy", str(site.file), "name=resting", "--cron", "30 4 * * 2", "--paused")
     assert done.returncode == 0 and "schedule: 30 4 * * 2 (UTC), paused" in done.stdout
-    look = (
-        "found = client.read_deployment_by_name('mopd/resting')\n"
-        "(each,) = found.schedules\n{}"
-        "(now,) = client.read_deployment(found.id).schedules\n"
-        "print(json.dumps([now.active, now.schedule.cron, now.schedule.timezone]))"
-    )
     again = site.mopd("deploy", str(site.file), "name=resting", "--cron", "30 4 * * 2")
     assert again.returncode == 0 and ", paused" in again.stdout
-    assert site.ask(look.format("")) == [False, "30 4 * * 2", "UTC"]
-    resume = "client.update_deployment_schedule(found.id, each.id, active=True)\n"
-    assert site.ask(look.format(resume)) == [True, "30 4 * * 2", "UTC"]
+    with site.prefect() as client:
+        found = client.read_deployment_by_name("mopd/resting")
+        (kept,) = found.schedules
+        assert (kept.active, kept.schedule.cron, kept.schedule.timezone) == (False, "30 4 * * 2", "UTC")
+        client.update_deployment_schedule(found.id, kept.id, active=True)
+        (kept,) = client.read_deployment(found.id).schedules
+        assert (kept.active, kept.schedule.cron, kept.schedule.timezone) == (True, "30 4 * * 2", "UTC")
     assert site.mopd("deploy", str(site.file), "name=resting", "--remove").returncode == 0
 
 
@@ -102,8 +101,9 @@ def test_what_cannot_be_scheduled_is_said_without_a_traceback(site: Site) -> Non
 def test_what_the_form_cannot_check_fails_the_run_with_the_command_lines_message(site: Site) -> None:
     run = site.begin(["experts.sort.train.rl.max_step=3"])
     eventually(lambda: site.state(run) in ENDS, within=600)
-    said = site.ask(f"print(json.dumps(client.read_flow_run({run!r}).state.message))")
-    assert site.state(run) == "Failed" and "experts.sort.train.rl.max_step: unknown key" in said
+    assert (state := site.run(run).state) is not None
+    said = state.message
+    assert state.name == "Failed" and "experts.sort.train.rl.max_step: unknown key" in said
     assert "did you mean 'max_steps'" in said
 
 
@@ -196,10 +196,9 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
         assert told["run"] == "tiny" and f"/flow-run/{first}" in told["flow_run"]
         assert "is champion" in told["text"] and told["mlflow"]
         # The other may have its link already.
-        (page,) = site.ask(
-            f"own = [a for a in client.read_artifacts() if str(a.flow_run_id) == {first!r}]\n"
-            "print(json.dumps([a.data for a in own if 'this run in MLflow' in str(a.data)]))"
-        )
+        with site.prefect() as client:
+            own = [made.data for made in client.read_artifacts() if str(made.flow_run_id) == first]
+        (page,) = [str(data) for data in own if "this run in MLflow" in str(data)]
         assert told["mlflow"].split()[0] in page
         from mlflow import MlflowClient
 
@@ -210,11 +209,8 @@ def test_a_scheduled_run_ends_with_a_champion_links_and_a_word_to_the_webhook(si
         # One waited for the other, and found everything made.
         eventually(lambda: site.state(other) in ENDS, within=600)
         assert site.state(other) == "Completed"
-        ends = site.ask(
-            f"a, b = client.read_flow_run({run!r}), client.read_flow_run({other!r})\n"
-            "print(json.dumps(b.start_time >= a.end_time or a.start_time >= b.end_time))"
-        )
-        assert ends is True
+        a, b = site.run(run), site.run(other)
+        assert b.start_time >= a.end_time or a.start_time >= b.end_time
 
 
 @pytest.fixture(scope="module")
@@ -357,29 +353,31 @@ def test_the_deployments_of_a_team_are_declared_in_one_file(site: Site) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    facts = site.ask(
-        "found = client.read_deployment_by_name('mopd/lab')\n"
-        "print(json.dumps([found.schedules[0].schedule.cron, found.parameters, found.enforce_parameter_schema,"
-        " found.global_concurrency_limit.limit, 'merge' in str(found.parameter_openapi_schema)]))"
-    )
-    parameters = {"run_file": "flows/runs/lab.yaml", "home": str(site.home), "plain": True}
-    assert facts == ["0 2 * * 1", parameters, True, 1, True]
+    with site.prefect() as client:
+        found = client.read_deployment_by_name("mopd/lab")
+    assert found.schedules[0].schedule.cron == "0 2 * * 1"
+    assert found.parameters == {"run_file": "flows/runs/lab.yaml", "home": str(site.home), "plain": True}
+    assert found.enforce_parameter_schema and found.global_concurrency_limit.limit == 1
+    assert "merge" in str(found.parameter_openapi_schema)
 
 
 def test_a_schedule_begins_runs_by_itself(site: Site) -> None:
     done = site.mopd("deploy", str(site.file), "name=ticking", "--cron", "* * * * *")
     assert done.returncode == 0, done.stderr
-    look = (
-        "from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId\n"
-        "found = client.read_deployment_by_name('mopd/ticking')\n"
-        "mine = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[found.id]))\n"
-        "runs = client.read_flow_runs(flow_run_filter=mine)\n"
-        "print(json.dumps([[str(run.id), run.auto_scheduled, run.state.name] for run in runs]))"
-    )
-    # The next one waits for its turn where a busy worker took up two at once.
-    waiting = ("Scheduled", "Late", "AwaitingConcurrencySlot")
-    begun = eventually(lambda: [run for run in site.ask(look) if run[2] not in waiting], within=180)
-    assert [run[1] for run in begun] == [True]
-    eventually(lambda: site.state(begun[0][0]) in ENDS, within=600)
-    assert site.state(begun[0][0]) == "Completed"
+    with site.prefect() as client:
+        found = client.read_deployment_by_name("mopd/ticking")
+
+    def begun() -> list["FlowRun"]:
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+
+        mine = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[found.id]))
+        with site.prefect() as client:
+            # The next one waits for its turn where a busy worker took up two at once.
+            waiting = ("Scheduled", "Late", "AwaitingConcurrencySlot")
+            return [run for run in client.read_flow_runs(flow_run_filter=mine) if run.state.name not in waiting]
+
+    (run,) = eventually(begun, within=180)
+    assert run.auto_scheduled
+    eventually(lambda: site.state(str(run.id)) in ENDS, within=600)
+    assert site.state(str(run.id)) == "Completed"
     assert site.mopd("deploy", str(site.file), "name=ticking", "--remove").returncode == 0
