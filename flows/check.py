@@ -4,22 +4,20 @@ Only what has to run is looked at, so that a run in which little is missing star
 """
 
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
+from experts.domain import load_domain
 from experts.errors import UserError, first_line
 from flows.architectures import architecture_problems, checkpoint_key
+from flows.check_draws import config_key, draw_examples
 from flows.check_tokens import TokenCheck
-from flows.config import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from flows.devices import host_devices
 from flows.gpus import gpu_problems, gpu_warnings
 from flows.harness import harness_problems
 from flows.memory import fit, origin
 from flows.plan import EVALUATIONS, Node, StageGraph
-from flows.rounds import without_round
 from flows.shifts import SHIFT
 from flows.vllm_commands import devices_of_each
 from stages.core.checkpoint import Store
@@ -57,11 +55,11 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         # What reads a model's config or tokenizer below relies on them.
         if unusable := list(architecture_problems(graph, store, missing)):
             raise UserError("\n".join(unusable))
-        draws, problems = _draw(graph, missing, warnings)
+        draws, problems = draw_examples(graph, missing, warnings)
         problems += _tokenizer_problems(graph, store, missing)
         tokens = TokenCheck(graph, store, draws, _tokenizer)
         for node in missing:
-            tokens.look(node, _config_key(node))
+            tokens.look(node, config_key(node))
         problems += tokens.problems
     problems += [
         *_scorer_problems(graph, missing),
@@ -87,58 +85,6 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         # Nodes that share a domain or a checkpoint share its faults.
         raise UserError("\n".join(dict.fromkeys(problems)))
     return warnings
-
-
-def _draw(
-    graph: StageGraph, missing: list[Node], warnings: list[str]
-) -> tuple[dict[tuple[str, str], list[Example]], list[str]]:
-    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds.
-
-    Args:
-        graph: The run.
-        missing: Nodes that have to run.
-        warnings: Gets a line for each domain with fewer examples than are asked for.
-
-    Returns:
-        Examples by domain and split, and problems.
-    """
-    wanted: dict[tuple[str, str], tuple[int, int, str]] = defaultdict(lambda: (0, 0, ""))
-    for node in missing:
-        split = str(node.config.get("split", TRAIN))
-        monitor = node.config.get("monitor")
-        key = _examples_key(node)
-        for domain in node.domains:
-            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, key))
-            if monitor:
-                asked = (int(monitor["examples"]), 0, f"{_config_key(node)}.monitor.examples")
-                wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], asked)
-    found: dict[tuple[str, str], list[Example]] = {}
-    problems = []
-    for (name, split), (count, seed, key) in wanted.items():
-        entry = graph.config.domains[name]
-        try:
-            source = load_domain(name, entry.kind, entry.options)
-            drawn = source.draw_up_to(count, split, seed)
-            if entry.kind.endswith(OWN_SUFFIX) and drawn and drawn[0].answer:
-                # A score that is none would be found by the first step of RL.
-                source.score(drawn[0], drawn[0].answer)
-        except (UserError, ConnectionError) as error:
-            problems.append(f"{key} {count}: {error}")
-            continue
-        found[name, split] = drawn
-        if not drawn:
-            other = TRAIN if split == HELD_OUT else HELD_OUT
-            problems.append(f"{key} {count}: domains.{name}: no {split} examples; {other} has {source.supply(other)}")
-        elif len(drawn) < count:
-            warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
-    return found, problems
-
-
-def _examples_key(node: Node) -> str:
-    """Where in the run file the number of a node's examples stands."""
-    if node.stage == SHIFT:
-        return "evaluate.shift.examples"
-    return "evaluate.examples" if node.stage in EVALUATIONS else f"{_config_key(node)}.examples"
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
@@ -175,26 +121,26 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
     taught = [node for node in missing if node.config.get("teacher_backend") == "vllm_server"]
     if graph.config.remote_code and (asking := [*inside, *rollouts, *taught]):
-        yield f"remote_code: {_config_key(asking[0])} asks for vLLM, which is not given the code of checkpoints here"
-    started = {f"{_config_key(node)}.sampler.backend": (node, min(1, resources.gpus)) for node in inside}
+        yield f"remote_code: {config_key(asking[0])} asks for vLLM, which is not given the code of checkpoints here"
+    started = {f"{config_key(node)}.sampler.backend": (node, min(1, resources.gpus)) for node in inside}
     if not resources.rollout_servers.urls:
         gpus = devices_of_each(resources.rollout_servers, resources)
-        started |= {f"{_config_key(node)}.sampler.backend": (node, gpus) for node in rollouts}
+        started |= {f"{config_key(node)}.sampler.backend": (node, gpus) for node in rollouts}
     if not resources.teacher_servers.urls:
         gpus = devices_of_each(resources.teacher_servers, resources)
-        started |= {f"{_config_key(node)}.teacher_backend": (node, gpus) for node in taught}
+        started |= {f"{config_key(node)}.teacher_backend": (node, gpus) for node in taught}
     for key, (node, gpus) in started.items():
         try:
             require_vllm(key, gpus)
         except UserError as error:
             yield str(error)
         yield from _narrow_heads(graph, node, key)
-    for key in dict.fromkeys(_config_key(node) for node in inside if resources.gpus > 1):
+    for key in dict.fromkeys(config_key(node) for node in inside if resources.gpus > 1):
         yield (
             f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is {resources.gpus}, with one "
             f"process each"
         )
-    asked = {_config_key(node): _devices_of(graph, node) for node in [*rollouts, *taught]}
+    asked = {config_key(node): _devices_of(graph, node) for node in [*rollouts, *taught]}
     for key, count in asked.items():
         if count > resources.gpus and count > (shown := len(host_devices())):
             yield f"{key}: the stage and its vLLM servers take {count} devices or more, this machine shows {shown}"
@@ -259,19 +205,8 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     gpus = graph.config.resources.gpus
     if gpus >= 2:
         return
-    for key in dict.fromkeys(_config_key(node) for node in missing if node.config.get("sharding") == "fsdp"):
+    for key in dict.fromkeys(config_key(node) for node in missing if node.config.get("sharding") == "fsdp"):
         yield f"{key}.sharding: fsdp shards over 2 devices or more; resources.gpus is {gpus}"
-
-
-def _config_key(node: Node) -> str:
-    """Where in the run file a training node's config stands."""
-    if node.stage in EVALUATIONS:
-        return "evaluate"
-    kind, _, name = without_round(node.name).partition("/")
-    if node.name.startswith((BASELINES, VARIANTS)):
-        return f"merge.{kind}.{name}"
-    keys = {BASE: "base.pretrain", COLD_START: "cold_start.sft", STUDENT: "merge"}
-    return keys.get(kind, f"experts.{name}.train.{node.stage}")
 
 
 def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) -> Iterator[str]:

@@ -31,6 +31,7 @@ import psutil
 from flows.access import client_secret, home_secret
 from flows.servers import Server, choose_port, start_mlflow, start_prefect, stop, wait_until_ready
 from stages.core.checkpoint import Store, hash_file
+from tests.homes import with_databases
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "flows" / "runs" / "smoke.yaml"
@@ -68,7 +69,7 @@ class Site:
     """A home with a standing MLflow server, a standing Prefect server, a worker, and one run on it."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home.resolve()
+        self.home = with_databases(home.resolve())
         self.home.mkdir(parents=True)
         self.ports = {name: choose_port("127.0.0.1", 6100 + offset, name) for offset, name in ((0, "a"), (100, "b"))}
         self.servers: dict[str, Server] = {}

@@ -15,6 +15,7 @@ import psutil
 import yaml
 
 from flows.access import client_secret, home_secret
+from tests.homes import with_databases
 from tests.integration.test_pipeline import RUN
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Site:
     """A home with its servers and a worker, and the API that a person's browser talks to."""
 
     def __init__(self, folder: Path, webhook: str) -> None:
-        self.home, self.file = folder / "home", folder / "run.yaml"
+        self.home, self.file = with_databases(folder / "home"), folder / "run.yaml"
         merge = RUN["merge"] | {"monitor": {"every": 1, "examples": 8}}
         # The scores of one of its runs are made by hand, which its shifts cannot be.
         evaluate = {**RUN["evaluate"], "shift": None}

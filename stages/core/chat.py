@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experts.domain import Message, Prompt
 from experts.errors import UserError
+from experts.time_limit import processor_limit
 from stages.core.literal import MARK, encode, mark
 from stages.core.rendering import template_arguments
 
@@ -21,6 +22,8 @@ from stages.core.rendering import template_arguments
 TEMPLATES_FAULTS = (
     TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
 )  # fmt: skip
+# Two nested loops of a template can run for years.
+TEMPLATE_SECONDS = 20.0
 # The contents of a chat whose rendering shows how the template ends a turn.
 ASKED, ANSWERED = "question", "answer"
 
@@ -184,12 +187,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     """The text of a chat as the template writes it.
 
     Raises:
-        UserError: the template refuses the messages, or is none.
+        UserError: the template refuses the messages, is none, or computes for too long.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_arguments()
-        )
+        with processor_limit(TEMPLATE_SECONDS, f"the chat template of {tokenizer.name_or_path}: to render one chat"):
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_arguments()
+            )
     except TemplateSyntaxError as error:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} is no template: line {error.lineno}: {error.message}"

@@ -13,6 +13,7 @@ from flows.cli import app
 from flows.plan import StageGraph
 from flows.tracking import Tracker
 from stages.core.checkpoint import Store
+from tests.homes import with_databases
 from tests.scored_home import finish, graph_of, run_file
 
 
@@ -20,7 +21,7 @@ from tests.scored_home import finish, graph_of, run_file
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A finished run that MLflow has not heard of."""
     folder = tmp_path_factory.mktemp("finished")
-    graph = graph_of(run_file(folder), folder / "home")
+    graph = graph_of(run_file(folder), with_databases(folder / "home"))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.core.checkpoint import Store, hash_file
+from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, Bench
 
 FROM_CHAMPION = "merge.start_from=champion"
@@ -35,6 +36,7 @@ def started(log: str) -> set[str]:
 @pytest.mark.timeout(900)
 def test_an_added_expert_costs_itself_the_merge_and_the_evaluations(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
+    with_databases(bench.home)
     assert bench.run().returncode == 0
     mopd(bench, "promote", str(bench.file), "student", "--reason", "the start of what follows")
     store, champion = Store(bench.home), bench.key("student@0")

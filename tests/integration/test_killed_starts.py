@@ -14,6 +14,7 @@ from flows.cli import app
 from flows.mlflow_models import tracking_store
 from flows.starts import begin, killed_starts
 from flows.tracking import Tracker
+from tests.homes import with_databases
 from tests.scored_home import finish, graph_of, run_file
 
 GONE = 4_194_304
@@ -46,7 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_next_start_closes_the_runs_in_prefect_and_in_mlflow(tmp_path, asked, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    file, home = run_file(tmp_path), tmp_path / "home"
+    file, home = run_file(tmp_path), with_databases(tmp_path / "home")
     graph = graph_of(file, home)
     finish(graph, home)
     dead = Tracker.start(graph, home, file)
@@ -66,7 +67,7 @@ def test_the_next_start_closes_the_runs_in_prefect_and_in_mlflow(tmp_path, asked
 
 def test_what_a_killed_start_could_not_send_is_sent_and_its_run_closed_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    file, home = run_file(tmp_path), tmp_path / "home"
+    file, home = run_file(tmp_path), with_databases(tmp_path / "home")
     graph = graph_of(file, home)
     dead = Tracker.start(graph, home, file)
     (kept := dead.outbox.path).write_text(

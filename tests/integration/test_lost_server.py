@@ -10,12 +10,14 @@ import psutil
 
 from flows import servers
 from stages.core.checkpoint import Store
+from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, Bench
 from tests.processes import HOST, eventually
 
 
 def test_a_run_goes_on_without_its_prefect_and_tells_no_other_home_anything(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
+    with_databases(bench.home)
     process = bench.start("experts.sort.train.rl.max_steps=120")
     stranger = None
     try:
@@ -27,7 +29,7 @@ def test_a_run_goes_on_without_its_prefect_and_tells_no_other_home_anything(tmp_
         for each in family:
             each.send_signal(signal.SIGKILL)
         eventually(lambda: servers.choose_port(HOST, port, "a test's server") == port)
-        stranger = servers.start_prefect(tmp_path / "other", HOST, port)
+        stranger = servers.start_prefect(with_databases(tmp_path / "other"), HOST, port)
         servers.wait_until_ready(stranger)
         assert process.wait(timeout=PATIENCE_SECONDS) == 0, bench.log
         assert "Traceback" not in bench.log and "student" in bench.log

@@ -12,6 +12,7 @@ from flows.access import client_secret
 from flows.servers import choose_port, start_prefect, stop, wait_until_ready
 from stages.core.checkpoint import Store
 from stages.core.journal import read
+from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, RUN, Bench, processes_of
 
 STEPS = 120
@@ -47,7 +48,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     for config in stages_of(run).values():
         config.update(max_steps=STEPS, save_every=5)
     bench.file.write_text(yaml.safe_dump(run, sort_keys=False))
-    elsewhere = bench.home.parent / "server"
+    elsewhere = with_databases(bench.home.parent / "server")
     server = start_prefect(elsewhere, "127.0.0.1", choose_port("127.0.0.1", 4300, "Prefect"))
     try:
         wait_until_ready(server)

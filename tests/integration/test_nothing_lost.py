@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from stages.core.journal import JOURNAL_FILE, read
+from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, RUN, Bench, processes_of
 
 # In a name space of its own a user may mount a disk of any size, and it is gone with its last process.
@@ -51,6 +52,7 @@ def may_mount() -> bool:
 @pytest.mark.timeout(600)
 def test_two_runs_of_the_same_stages_at_once_train_each_once(tmp_path: Path) -> None:
     one, two = Bench(tmp_path), Bench(tmp_path)
+    with_databases(one.home)
     two.file = tmp_path / "two.yaml"
     two.file.write_text(yaml.safe_dump(RUN | {"name": "other"}, sort_keys=False))
     logs = [tmp_path / "one.log", tmp_path / "two.log"]

@@ -13,6 +13,7 @@ from flows.mlflow_models import NOTE
 from flows.mlflow_pages import known_pages
 from flows.results import collect
 from flows.tracking import Tracker
+from tests.homes import with_databases
 from tests.scored_home import finish, graph_of, run_file
 
 TITLE = "tiny #3, + reverse"
@@ -22,7 +23,7 @@ TITLE = "tiny #3, + reverse"
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of which everything was in the store, told to MLflow."""
     folder = tmp_path_factory.mktemp("told")
-    file, home = run_file(folder), folder / "home"
+    file, home = run_file(folder), with_databases(folder / "home")
     graph = graph_of(file, home)
     store = finish(graph, home)
     results = collect(graph, store)

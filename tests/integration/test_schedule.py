@@ -101,9 +101,10 @@ def test_what_cannot_be_scheduled_is_said_without_a_traceback(site: Site) -> Non
 def test_what_the_form_cannot_check_fails_the_run_with_the_command_lines_message(site: Site) -> None:
     run = site.begin(["experts.sort.train.rl.max_step=3"])
     eventually(lambda: site.state(run) in ENDS, within=600)
-    assert (state := site.run(run).state) is not None
-    said = state.message
-    assert state.name == "Failed" and "experts.sort.train.rl.max_step: unknown key" in said
+    state = site.run(run).state
+    assert state is not None and state.name == "Failed"
+    said = str(state.message)
+    assert "experts.sort.train.rl.max_step: unknown key" in said
     assert "did you mean 'max_steps'" in said
 
 

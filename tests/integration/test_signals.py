@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from flows.children import ForkServer, child_environment
+from tests.homes import with_databases
 from tests.integration.test_pipeline import LONG, Bench, processes_of
 from tests.processes import ended, eventually
 
@@ -25,6 +26,7 @@ def catches_hangup(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_two_signals_in_the_first_second_leave_no_traceback(tmp_path, number):
     bench = Bench(tmp_path)
+    with_databases(bench.home)
     command = [sys.executable, "-m", "flows.entry", *bench.command()[3:]]
     with subprocess.Popen(command, env=bench.environment, stderr=subprocess.PIPE, text=True) as process:
         eventually(lambda: catches_hangup(process.pid))
@@ -36,6 +38,7 @@ def test_two_signals_in_the_first_second_leave_no_traceback(tmp_path, number):
 
 def test_a_terminal_that_closes_ends_a_run_as_ctrl_c_does(tmp_path):
     bench = Bench(tmp_path)
+    with_databases(bench.home)
     process = bench.start(LONG)
     try:
         bench.wait_for_steps("experts/sort@0")
@@ -52,6 +55,7 @@ def test_a_terminal_that_closes_ends_a_run_as_ctrl_c_does(tmp_path):
 
 def test_nohup_keeps_a_command_from_ending_with_its_terminal(tmp_path):
     bench = Bench(tmp_path)
+    with_databases(bench.home)
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )

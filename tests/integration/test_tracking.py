@@ -19,6 +19,7 @@ from flows.outbox import Doubtful, Rejected, Unreachable
 from flows.plan import Node, StageGraph
 from flows.tracking import Tracker
 from stages.core.checkpoint import Artifact, Store
+from tests.homes import with_databases
 from tests.lineage_home import commit, lab_graph
 
 # The student stops before its last step.
@@ -28,7 +29,7 @@ STEPS = {"student@0": 5000}
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run in which base and cold start were cached and the rest trained."""
-    home = tmp_path_factory.mktemp("home")
+    home = with_databases(tmp_path_factory.mktemp("home"))
     graph = monitored(lab_graph())
     write_lock(graph, home)
     store = Store(home)
@@ -236,7 +237,7 @@ def test_a_second_run_with_everything_cached_repeats_nothing(tracked):
 
 
 def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(tracked, tmp_path, monkeypatch):
-    home, graph = tmp_path / "home", tracked["graph"]
+    home, graph = with_databases(tmp_path / "home"), tracked["graph"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
@@ -264,7 +265,7 @@ def test_a_server_that_does_not_answer_stops_nothing_and_hears_it_all_later(trac
 
 
 def test_a_second_home_of_one_process_has_a_store_of_its_own(tracked, tmp_path):
-    graph, home = tracked["graph"], tmp_path / "home"
+    graph, home = tracked["graph"], with_databases(tmp_path / "home")
     tracker = Tracker.start(graph, home, run_file(home))
     commit(tracker.store, graph, graph.node("base@0"))
     play(tracker, tracker.store, graph, graph.node("cold_start@0"))

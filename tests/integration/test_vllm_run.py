@@ -27,6 +27,7 @@ from stages.core.journal import read
 from stages.core.tiny import character_tokenizer, tiny_model
 from stages.core.workspace import Workspace
 from stages.on_policy.distill_config import DistillConfig
+from tests.homes import with_databases
 from tests.integration.test_pipeline import RUN
 
 TOLERANCE = 1e-4
@@ -51,7 +52,7 @@ def on_vllm() -> dict:
 
 
 def test_a_run_with_rl_in_process_and_a_merge_on_servers_of_its_own(tmp_path):
-    file, home = tmp_path / "run.yaml", tmp_path / "home"
+    file, home = tmp_path / "run.yaml", with_databases(tmp_path / "home")
     file.write_text(yaml.safe_dump(on_vllm(), sort_keys=False))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
     done = subprocess.run(

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from tests.homes import with_databases
 from tests.integration.test_pipeline import RUN
 from tests.processes import eventually
 
@@ -34,7 +35,8 @@ class Place:
     """A home with its standing servers, a deployment and a worker."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.home, self.file = folder, folder / "home", folder / "run.yaml"
+        self.folder, self.file = folder, folder / "run.yaml"
+        self.home = with_databases(folder / "home")
         self.file.write_text(yaml.safe_dump(RUN, sort_keys=False))
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(PREFIXES)}
         self.deployment = ""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experts.errors import UserError
-from flows.check import _config_key
+from flows.check_draws import config_key
 from flows.plan import StageGraph, build_graph
 from flows.rounds import round_prefix, without_round
 from tests.unit.test_config import MINIMAL, load
@@ -57,7 +57,7 @@ def test_names_of_rounds(tmp_path: Path) -> None:
         "student",
     ]
     graph = graph_of(tmp_path, 2)
-    assert _config_key(graph.node("round1/experts/sort@0")) == _config_key(graph.node("experts/sort@0"))
+    assert config_key(graph.node("round1/experts/sort@0")) == config_key(graph.node("experts/sort@0"))
 
 
 def test_a_hypothesis_may_name_a_round_that_the_run_has(tmp_path: Path) -> None:
