@@ -265,12 +265,13 @@ def serve_teachers(
 def doctor(
     home: Home = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    threads: Annotated[bool, typer.Option("--threads", help="Also time a training step by threads.")] = False,
 ) -> None:
-    """Show versions, devices, servers, stores, how many threads pay off, and whether a run can start. 1 if not."""
+    """Show versions, devices, servers, stores, and whether a run can start. 1 if not."""
     from flows.doctor import examine
 
     with errors_as_messages():
-        healthy = examine(home, Console(), as_json=as_json)
+        healthy = examine(home, Console(), as_json=as_json, threads=threads)
     raise typer.Exit(0 if healthy else 1)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,14 +30,15 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "prefect", "mlflow", 
 LOW_DISK_BYTES = 2 * 2**30
 # One step of a tiny model in small; a process each, for torch fixes its thread pool when it is first used.
 MEASUREMENT = """
-import sys, time, torch
+import statistics, sys, time, torch
 torch.set_num_threads(int(sys.argv[1]))
 layers = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(12)))
-batch = torch.randn(2048, 128)
-for step in range(12):
-    if step == 2: began = time.perf_counter()
+batch, seconds = torch.randn(2048, 128), []
+for _ in range(30):
+    began = time.perf_counter()
     layers(batch).square().mean().backward()
-print((time.perf_counter() - began) / 10)
+    seconds.append(time.perf_counter() - began)
+print(statistics.median(seconds[2:]))
 """
 
 
@@ -59,14 +59,20 @@ class Finding:
     mend: str = ""
 
 
-def examine(home: Path, console: Console, *, as_json: bool = False) -> bool:
+def examine(home: Path, console: Console, *, as_json: bool = False, threads: bool = False) -> bool:
     """Print what this machine offers.
+
+    Args:
+        home: `$MOPD_HOME`.
+        console: Where it is printed.
+        as_json: Print JSON.
+        threads: Also time a small training step by number of threads, which takes seconds.
 
     Returns:
         Whether a run can start: the home is writable, the packages are there, and the servers and stores that the
         environment names answer.
     """
-    found = findings(home)
+    found = findings(home, threads)
     bad = [each.name for each in found if not each.well]
     if as_json:
         told = {"well": not bad, "findings": [dataclasses.asdict(each) for each in found]}
@@ -79,8 +85,8 @@ def examine(home: Path, console: Console, *, as_json: bool = False) -> bool:
     return not bad
 
 
-def findings(home: Path) -> list[Finding]:
-    """Everything that is looked at."""
+def findings(home: Path, threads: bool = False) -> list[Finding]:
+    """Everything that is looked at; see `examine`."""
     found = [Finding("python", f"{platform.python_version()} at {sys.executable}")]
     for package in PACKAGES:
         version = _optional(package)
@@ -93,7 +99,9 @@ def findings(home: Path) -> list[Finding]:
     for look in (_home, _store, _prefect, _mlflow):
         found.append(look(home))
     if importlib.util.find_spec("torch"):
-        found += [_devices(), Finding("threads", _threads())]
+        found.append(_devices())
+        if threads:
+            found.append(Finding("threads", _threads()))
     return found
 
 
@@ -207,15 +215,12 @@ def _threads() -> str:
 
 
 def _step_seconds(threads: int) -> float:
-    """Median of three processes' time for a step."""
-    times = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", MEASUREMENT, str(threads)],
-            capture_output=True,
-            check=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-        times.append(float(done.stdout))
-    return statistics.median(times)
+    """Median time of a step in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASUREMENT, str(threads)],
+        capture_output=True,
+        check=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
+    return float(done.stdout)

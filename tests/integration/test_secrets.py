@@ -77,7 +77,6 @@ def test_urls_are_shown_without_what_may_be_a_secret_in_them():
 
 
 def test_what_a_person_reads_of_servers_that_answer_and_do_not(clean, tmp_path, place, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_threads", lambda: "measured")
     screen = io.StringIO()
     for host in (place, "127.0.0.1:9"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@{host}")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ ASK_TORCH = gpus.ask_torch
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The threads' measurement and torch's import take seconds and decide nothing of what is tested here."""
-    monkeypatch.setattr(doctor, "_threads", lambda: "measured")
+    """The import of torch takes seconds and decides nothing of what is tested here."""
     monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch 2.13.0+cpu (CPU build)", ()))
 
 
@@ -84,7 +84,14 @@ def test_a_mirror_that_answers_is_counted_and_all_of_it_is_there_for_programs(
     told = json.loads(console.file.getvalue())
     by_name = {each["name"]: each for each in told["findings"]}
     assert told["well"] and by_name["store"]["text"].endswith("shared: 0 artifacts")
-    assert by_name["torch"]["well"] and by_name["threads"]["text"] == "measured"
+    assert by_name["torch"]["well"] and "threads" not in by_name
+
+
+def test_threads_are_timed_where_they_are_asked_for(tmp_path: Path) -> None:
+    (measured,) = [each for each in doctor.findings(tmp_path, threads=True) if each.name == "threads"]
+    assert re.fullmatch(
+        r"a small step takes (\d+: [\d.]+ ms(, )?)+; resources\.threads=\d+ is fastest .*", measured.text
+    )
 
 
 def test_devices_that_torch_cannot_use_are_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
