@@ -98,7 +98,7 @@ class Case:
     def enough(self) -> int:
         """Examples that show the candidate within the margin with a power of 80 %, at the gap and spread measured."""
         room = self.settings.margin + (self.gap.mean if self.gap else 0.0)
-        return examples_needed(room, self.settings.confidence, sd=self.spread) if room > 0 and self.spread > 0 else 0
+        return examples_needed(room, self.settings.confidence, sd=self.spread) if room > 0 else 0
 
     @property
     def remedy(self) -> str:

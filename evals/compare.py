@@ -1,10 +1,9 @@
-"""Intervals by paired bootstrap: percentile, over examples.
+"""Intervals of scores and of paired differences, for new examples.
 
-Examples are resampled jointly for all seeds and all checkpoints. Seeds are kept fixed, because three of them are too
-few to resample: an interval then speaks of new examples, not of new training runs. For those see `evals.crossed`.
+Seeds are kept fixed, because three of them are too few to say how others would differ: an interval then speaks of new
+examples, not of new training runs. For those see `evals.crossed`.
 
-`scipy.stats.bootstrap` is not used: it draws anew for every statistic, while here one set of resamples serves all
-checkpoints of a domain (which is what pairs them), and importing scipy would slow a fully cached run.
+An interval keeps a width where all examples agree: of 400 right answers out of 400 the next one may be wrong.
 
 Shape suffixes: `S` seeds, `N` examples, `R` resamples.
 """
@@ -13,6 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -34,39 +34,67 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95, stratum: str = "") -> Interval:
-    """Mean over seeds and examples.
+def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean over seeds and examples of scores in [0, 1]; see `mean_over_domains`."""
+    return mean_over_domains({"": scores_SN}, confidence)
+
+
+def mean_over_domains(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
+    """Unweighted mean over domains of the mean score of each, with the interval of Agresti & Coull for a proportion.
+
+    It is Wilson's (1927, JASA 22:209) but for a width that does not fall short near 0 and 1: z² / 2 right and as many
+    wrong answers are made up (1998, Am. Statistician 52:119). The number of examples is the one that has the variance
+    seen. Of right and wrong answers and one seed that is the number of examples itself; several seeds, scores between 0
+    and 1 and domains of different levels have less variance than a proportion, so they count for more.
 
     Args:
-        scores_SN: Scores in [0, 1].
+        strata: domain -> `[S, N]` or `[N]` scores in [0, 1]; seeds are averaged first.
         confidence: Level of the interval.
-        stratum: Names the examples; the same name gives the same resamples.
+
+    Raises:
+        ValueError: there are no domains, or no examples in one.
     """
-    return percentile(float(np.mean(scores_SN)), resampled_means(scores_SN, stratum), confidence)
+    rows = [np.atleast_2d(part_SN).mean(axis=0) for part_SN in strata.values()]
+    if not rows or not all(len(row_N) for row_N in rows):
+        raise ValueError("no examples")
+    mean = float(np.mean([row_N.mean() for row_N in rows]))
+    fewest = len(rows) * min(len(row_N) for row_N in rows)
+    seen = sum(float(row_N.var()) / len(row_N) for row_N in rows) / len(rows) ** 2
+    # One made-up example that is right and one that is wrong keep it above 0 where all scores are alike.
+    variance = seen + (mean**2 + (1 - mean) ** 2) / fewest**2
+    examples = max(fewest, mean * (1 - mean) / variance)
+    z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    centre = (mean + z_squared / (2 * examples)) / (1 + z_squared / examples)
+    half = (z_squared * centre * (1 - centre) / (examples + z_squared)) ** 0.5
+    return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def paired_difference(a_SN: np.ndarray, b_SN: np.ndarray, confidence: float = 0.95, stratum: str = "") -> Interval:
-    """Mean of `a - b` over the same examples; the numbers of seeds may differ.
+def paired_difference(a_SN: np.ndarray, b_SN: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean of `a - b` over the same examples; the numbers of seeds may differ. See `mean_over`.
 
     Raises:
         ValueError: the numbers of examples differ.
     """
     if a_SN.shape[-1] != b_SN.shape[-1]:
         raise ValueError(f"not paired: {a_SN.shape[-1]} and {b_SN.shape[-1]} examples")
-    difference_1N = np.atleast_2d(a_SN).mean(axis=0, keepdims=True) - np.atleast_2d(b_SN).mean(axis=0, keepdims=True)
-    return mean_interval(difference_1N, confidence, stratum)
+    return mean_over({"": np.atleast_2d(a_SN).mean(axis=0) - np.atleast_2d(b_SN).mean(axis=0)}, confidence)
 
 
 def mean_over(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
-    """Unweighted mean over strata (domains) of the mean of each; examples of strata are resampled independently.
+    """Unweighted mean over domains of the mean difference of each, with the t interval of `evals.crossed`.
 
     Args:
-        strata: stratum -> `[S, N]` scores or differences.
+        strata: domain -> `[S, N]` or `[N]` differences of scores in [0, 1].
         confidence: Level of the interval.
+
+    Returns:
+        -1 and 1 as bounds where a domain has a single example: nothing is known of how it varies.
     """
-    means = [float(np.mean(scores_SN)) for scores_SN in strata.values()]
-    draws_R = np.mean([resampled_means(scores_SN, name) for name, scores_SN in strata.items()], axis=0)
-    return percentile(float(np.mean(means)), draws_R, confidence)
+    from evals.crossed import over_examples
+
+    if any(np.shape(part_SN)[-1] < 2 for part_SN in strata.values()):
+        return Interval(float(np.mean([np.mean(part_SN) for part_SN in strata.values()])), -1.0, 1.0)
+    return over_examples(strata).interval(confidence)
 
 
 def percentile(estimate: float, draws_R: np.ndarray, confidence: float) -> Interval:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evals.compare import Interval
+from evals.power import MADE_UP
 
 # Means and standard errors below this are rounding: a t of two of them means nothing.
 ROUNDING = 1e-12
@@ -66,12 +67,15 @@ def over_seeds(values_S: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def over_examples(strata: Mapping[str, np.ndarray]) -> Estimate:
-    """Unweighted mean over strata (domains) of the mean of each, for new examples: seeds are averaged and kept.
+    """Unweighted mean over strata (domains) of the mean difference of each, for new examples: seeds are averaged.
 
-    Of one stratum the paired t-test's, of several Welch's.
+    Of one stratum the paired t-test's, of several Welch's, with `MADE_UP` examples added to the variance, half of them
+    won and half lost, as Agresti & Coull (1998, Am. Statistician 52:119) make up right and wrong answers for a
+    proportion; the mean stays as it is. Differences that are all equal have no variance of their own, and those of a
+    few examples too little. docs/evidence.md has the levels with and without.
 
     Args:
-        strata: stratum -> `[S, N]` or `[N]` scores or differences.
+        strata: stratum -> `[S, N]` or `[N]` differences of scores in [0, 1].
 
     Raises:
         ValueError: there are no strata, or fewer than two examples in one.
@@ -79,6 +83,8 @@ def over_examples(strata: Mapping[str, np.ndarray]) -> Estimate:
     rows = [np.atleast_2d(part_SN).mean(axis=0) for part_SN in strata.values()]
     _require(rows)
     parts = [_Part(float(row_N.var(ddof=1)) / len(row_N) / len(rows) ** 2, len(row_N) - 1) for row_N in rows]
+    heaviest = 1 / (len(rows) * min(len(row_N) for row_N in rows))
+    parts.append(_Part(MADE_UP * heaviest**2, sum(part.freedom for part in parts)))
     return _estimate(float(np.mean([row_N.mean() for row_N in rows])), parts)
 
 

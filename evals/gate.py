@@ -16,6 +16,7 @@ from evals.compare import Interval, mean_over
 from evals.crossed import over_examples
 from evals.forgetting import mean_drop
 from evals.hypotheses import differences, intersection_union, mean_superiority, non_inferiority
+from evals.power import fewest_examples
 from evals.results import STUDENT, Results
 from evals.scores import Scores
 from experts.domain import HELD_OUT
@@ -114,8 +115,9 @@ def judge(
     """Choose the candidate among the merges of a run and judge it; intervals are at the results' own confidence.
 
     Merges that are shown better than MOPD (`evals.candidates`) come first, the highest mean first, MOPD last. The first
-    that passes is the candidate; where none does, the first of all. The winner of several is judged on the scores that
-    chose it, so its differences lean upwards by a little.
+    that passes is the candidate; where none does, the first of all. The winner is chosen by the scores that judge it,
+    and each merge that is tried has its own chance to pass falsely. So where there are other merges half of the level
+    is MOPD's and the other half is shared by all of them, tried or not: together they pass falsely as seldom as one.
 
     A criterion whose scores are missing fails: nothing is promoted unmeasured. Teachers that learnt nothing are easy to
     equal, so both they and the candidate must be shown above the start, each by one test of the mean over the experts'
@@ -140,8 +142,9 @@ def judge(
     others = rivals(results)
     judged: dict[str, Verdict] = {}
     for name in (*(rival.name for rival in others if rival.shown), STUDENT):
-        criteria = [*_teachers(results, name, margin), _forgetting(results, name, max_forgetting)]
-        criteria += _gains(results, name)
+        shared = replace(results, confidence=1 - (1 - results.confidence) * _share(name, len(others)))
+        criteria = [*_teachers(shared, name, margin), _forgetting(results, name, max_forgetting)]
+        criteria += _gains(shared, name)
         criteria.append(_itself(name) if name == reigning else _champion(results, name, champion))
         judged[name] = Verdict(name, "", tuple(criteria))
         if judged[name].passed:
@@ -150,19 +153,27 @@ def judge(
     return Verdict(found.candidate, _why(judged, others), found.criteria)
 
 
+def _share(name: str, others: int) -> float:
+    """The share of the level at which a merge is judged beside so many others."""
+    if not others:
+        return 1.0
+    return 0.5 if name == STUDENT else 0.5 / others
+
+
 def _why(judged: Mapping[str, Verdict], others: Sequence[Rival]) -> str:
     if not others:
         return "no other merge to compare with"
     ahead = [rival for rival in others if rival.shown]
     mean = f"better than {STUDENT} on the mean of the experts' domains"
+    level = f"; half of the gate's level is {STUDENT}'s, the rest is shared by the others"
     if not ahead:
         nearest = min(others, key=lambda rival: rival.p_value)
-        return f"of {len(others)} other merges none is shown {mean}; nearest {_lead(nearest)}"
+        return f"of {len(others)} other merges none is shown {mean}; nearest {_lead(nearest)}{level}"
     failed = {name: ", ".join(verdict.failed) for name, verdict in judged.items() if not verdict.passed}
     leads = [
         _lead(rival) + (f", fails the gate ({failed[rival.name]})" if rival.name in failed else "") for rival in ahead
     ]
-    return f"{len(ahead)} of {len(others)} other merges shown {mean}: {'; '.join(leads)}"
+    return f"{len(ahead)} of {len(others)} other merges shown {mean}: {'; '.join(leads)}{level}"
 
 
 def _lead(rival: Rival) -> str:
@@ -232,16 +243,18 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
             continue
         passed = p_values[domain] < (1 - results.confidence) / 2
         difference = over_examples({domain: differences(*pair)}).interval(results.confidence)
+        fewest = fewest_examples(margin, results.confidence)
+        judged, shown = ("non-inferior", "shown") if passed else ("not shown non-inferior", "not shown")
+        if not passed and pair[0].shape[1] < fewest:
+            judged = f"cannot be judged: of fewer than {fewest} examples equal answers do not show it"
+            shown = f"cannot be judged with fewer than {fewest} examples, so not shown"
         text = (
             f"{domain}: {100 * pair[0].mean():.1f} % against its teacher's {100 * pair[1].mean():.1f} %"
             f"{_seed(results)}: difference {_points(difference)}, p = {p_values[domain]:.2g}, "
             f"{'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
-            f"so {'' if passed else 'not shown '}non-inferior{together}."
+            f"so {judged}{together}."
         )
-        brief = (
-            f"{domain}: {_points(difference)} to {results.teacher(domain)}, "
-            f"{'' if passed else 'not '}shown above {-100 * margin:.1f}"
-        )
+        brief = f"{domain}: {_points(difference)} to {results.teacher(domain)}, {shown} above {-100 * margin:.1f}"
         text += _over_all(results, results.difference(candidate, "teacher", domain))
         criteria.append(Criterion(name, passed, text, brief, "teacher", domain))
     return criteria

@@ -1,6 +1,6 @@
 """The ways one student was made of the same experts, side by side: how good, what was forgotten, what it cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evals.compare import Interval
 from evals.forgetting import mean_drop
@@ -47,3 +47,12 @@ def best(found: list[Merge]) -> Merge | None:
     """The one with the highest mean score; None where one was not scored."""
     scored = [(merge.score.mean, merge) for merge in found if merge.score is not None]
     return max(scored, key=lambda pair: pair[0])[1] if scored and len(scored) == len(found) else None
+
+
+def lead(results: Results, found: list[Merge], first: Merge) -> Interval | None:
+    """How far the best merge is ahead of MOPD, with an interval that holds for all comparisons with MOPD at once.
+
+    The winner's own interval would leave out 0 too often, for it is the best of several (Bonferroni).
+    """
+    together = replace(results, confidence=1 - (1 - results.confidence) / max(1, len(found) - 1))
+    return together.mean_difference(first.name, STUDENT, results.expert_domains)

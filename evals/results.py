@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evals.claim_config import HypothesisConfig
-from evals.compare import Interval, mean_interval, mean_over, paired_difference
+from evals.compare import Interval, mean_interval, mean_over, mean_over_domains, paired_difference
 from evals.crossed import over_both
 from evals.metrics import Triple, pass_at_k, recovery, recovery_over_seeds
 from evals.scores import Scores
@@ -148,7 +148,7 @@ class Results:
     def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Mean greedy score of a role or checkpoint on a domain."""
         found = self.aligned([self.checkpoint(role, domain)], domain, split)
-        return mean_interval(found[0], self.confidence, f"{domain}/{split}") if found else None
+        return mean_interval(found[0], self.confidence) if found else None
 
     def sampled(self, role: str, domain: str) -> tuple[Interval, Interval, int] | None:
         """Mean score of the sampled completions, pass@k and k, held out; None where nothing was sampled."""
@@ -160,8 +160,7 @@ class Results:
         drawn = [samples_NK for sheet in sheets if (samples_NK := sheet.samples_NK) is not None]
         tries = min(samples_NK.shape[1] for samples_NK in drawn)
         reached_SN = np.stack([pass_at_k(samples_NK, tries) for samples_NK in drawn])
-        stratum = f"{domain}/{HELD_OUT}"
-        mean, reached = (mean_interval(table_SN, self.confidence, stratum) for table_SN in (found[0], reached_SN))
+        mean, reached = (mean_interval(table_SN, self.confidence) for table_SN in (found[0], reached_SN))
         return mean, reached, tries
 
     def shifted(self, name: str, measure: str, domains: Sequence[str]) -> dict[int, float]:
@@ -176,12 +175,12 @@ class Results:
         """Mean over expert domains; None unless every one was scored."""
         found = {d: self.aligned([self.checkpoint(role, d)], d) for d in self.expert_domains}
         whole = {f"{domain}/{HELD_OUT}": scores[0] for domain, scores in found.items() if scores}
-        return mean_over(whole, self.confidence) if whole and len(whole) == len(found) else None
+        return mean_over_domains(whole, self.confidence) if whole and len(whole) == len(found) else None
 
     def difference(self, role: str, other: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Paired difference of two roles or checkpoints on a domain."""
         found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain, split)
-        return paired_difference(found[0], found[1], self.confidence, f"{domain}/{split}") if found else None
+        return paired_difference(found[0], found[1], self.confidence) if found else None
 
     def mean_difference(
         self, role: str, other: str, domains: Sequence[str], new_seeds: bool = False

@@ -8,7 +8,7 @@ from evals.compare import Interval
 from evals.forgetting import by_method, mean_drop
 from evals.grid import ABSENT, Grid
 from evals.markdown import plain
-from evals.merges import best, merges
+from evals.merges import best, lead, merges
 from evals.results import BASELINES, ROLES, STUDENT, VARIANTS, Results
 from evals.shifts import cosines_grid, shift_grid
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
@@ -137,7 +137,8 @@ def statements(results: Results) -> list[str]:
     )
     found = merges(results)
     if (first := best(found)) is not None:
-        ahead = "" if first.over_student is None else f", {difference(first.over_student)} over MOPD"
+        together = f" (interval for {len(found) - 1} comparisons at once)" if len(found) > 2 else ""
+        ahead = "" if first.name == STUDENT else f", {difference(lead(results, found, first))} over MOPD{together}"
         name = merge_title(first.name)
         lines.append(f"Best of {len(found)} merges of these experts by mean score: {name}{ahead}.")
     for method in by_method(results):

@@ -53,8 +53,7 @@ def _intervals(store: Store, keys: set[str]) -> dict[tuple[str, str], Interval]:
         except UserError:
             # A sheet of another release has a score in its manifest all the same.
             continue
-        place = f"{domain}/{split}"
-        found[parent, place] = mean_interval(sheet.greedy_N[None], CONFIDENCE, place)
+        found[parent, f"{domain}/{split}"] = mean_interval(sheet.greedy_N, CONFIDENCE)
     return found
 
 

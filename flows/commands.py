@@ -15,7 +15,7 @@ from evals.power import margin_notes, precision_notes
 from experts.errors import UserError
 from flows.asked import Asked
 from flows.champion_start import pin_note
-from flows.config import RunConfig
+from flows.config import STUDENT, RunConfig
 from flows.estimate import Estimate, estimate, summary
 from flows.last_run import remember
 from flows.lock import NodeStatus
@@ -238,7 +238,9 @@ def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
         console.print(f"{len(entries) - waiting} of {len(entries)} nodes are cached, {waiting} to run.")
         if graph.config.merge:
             gate, examples = graph.config.gate, graph.config.evaluate.examples
-            notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence)
+            roles = graph.node(f"{STUDENT}@{graph.config.seeds[0]}").parents
+            taught = {role.split("/")[1] for role in roles if role.startswith("teacher/")}
+            notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence, max(1, len(taught)))
             for line in [*notes, *margin_notes(graph.config.hypotheses, gate.confidence)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
         missing = [entry.node for entry in entries if not entry.cached]

@@ -115,7 +115,7 @@ def score_differences(store: Store, a: Artifact, b: Artifact) -> list[ScoreDiffe
         ours, theirs = (read_scores(sheets[key][domain, split].path, domain, split) for key in (a.key, b.key))
         means = float(ours.greedy_N.mean()), float(theirs.greedy_N.mean())
         paired = ours.ids == theirs.ids
-        interval = paired_difference(theirs.greedy_N, ours.greedy_N, stratum=domain) if paired else None
+        interval = paired_difference(theirs.greedy_N, ours.greedy_N) if paired else None
         found.append(ScoreDifference(domain, split, *means, interval))
     return found
 

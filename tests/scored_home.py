@@ -14,7 +14,7 @@ from stages.core.checkpoint import Store
 from tests.scored import row
 from tests.unit.test_config import MINIMAL
 
-EXAMPLES = 60
+EXAMPLES = 100
 BASELINES = ["ties", "mix_sft"]
 # Greedy score everywhere; the general domain is below.
 SHARES = {

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 import pytest
-from scipy import stats
 
 from evals.candidates import rivals
+from evals.compare import paired_difference
 from evals.gate import Verdict, judge
-from evals.hypotheses import mean_superiority
+from evals.hypotheses import mean_superiority, non_inferiority
 from evals.results import Results
 from tests.scored import results, sheet
 
@@ -49,14 +49,14 @@ def test_teachers_and_a_student_that_learnt_nothing_promote_nobody():
     assert verdict.failed == ["teachers above cold_start", "student above cold_start"] and not verdict.promoted
     assert verdict.conclusion == "Not promoted: nothing was learnt: student failed 2 of 6 criteria"
     assert verdict.criteria[3].brief == (
-        "the teachers at 0.0 %, cold_start at 0.0 %: +0.0 [+0.0, +0.0] points, not shown above cold_start: nothing was "
+        "the teachers at 0.0 %, cold_start at 0.0 %: +0.0 [-2.0, +2.0] points, not shown above cold_start: nothing was "
         "learnt"
     )
 
 
 def test_a_gain_within_chance_is_no_gain():
-    # Two more of a hundred in each domain: p = 0.02 one-sided of 200, below 0.025; one more is not.
-    assert judge(of_shares(base=0.5, start=0.5, teachers=0.53, student=0.53), 0.08, 0.05).promoted
+    # Four more of a hundred in each domain: p < 0.025 one-sided of 200; one more is not.
+    assert judge(of_shares(base=0.5, start=0.5, teachers=0.54, student=0.54), 0.08, 0.05).promoted
     verdict = judge(of_shares(base=0.5, start=0.5, teachers=0.51, student=0.51), 0.08, 0.05)
     assert verdict.failed == ["teachers above cold_start", "student above cold_start"]
 
@@ -148,10 +148,10 @@ def test_where_none_passes_the_best_is_the_candidate_and_not_promoted():
 
 
 def test_holm_asks_more_of_one_among_many():
-    # 3 of 100 examples better on each of two domains: p = 0.007, below 0.025 alone and above it times 5.
-    (alone,) = rivals(with_rivals({"baselines/ties": 0.93}))
-    assert alone.shown and alone.p_value == pytest.approx(0.0072, abs=5e-4)
-    among = rivals(with_rivals({"baselines/ties": 0.93} | {f"variants/{i}": 0.5 for i in range(4)}))
+    # 4 of 100 examples better on each of two domains: p = 0.010, below 0.025 alone and above it times 5.
+    (alone,) = rivals(with_rivals({"baselines/ties": 0.94}))
+    assert alone.shown and alone.p_value == pytest.approx(0.0101, abs=5e-4)
+    among = rivals(with_rivals({"baselines/ties": 0.94} | {f"variants/{i}": 0.5 for i in range(4)}))
     assert among[0].name == "baselines/ties" and among[0].p_value == pytest.approx(5 * alone.p_value)
     assert not any(rival.shown for rival in among)
 
@@ -166,26 +166,26 @@ def test_a_merge_that_was_not_scored_everywhere_is_no_rival():
 def test_a_sentence_a_domain_says_why():
     fine, bad = (judge(results(GOOD | {("student", "a"): share}), 0.08, 0.05).criteria[0].text for share in (0.9, 0.8))
     assert fine.startswith(
-        "a: 90.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference +0.0 [+0.0, +0.0] points, "
-        "p = 0, all of it above the allowed -8.0, so non-inferior"
+        "a: 90.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference +0.0 [-4.0, +4.0] points, "
+        "p = 6.1e-05, all of it above the allowed -8.0, so non-inferior"
     )
     assert bad.startswith(
-        "a: 80.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference -10.0 [-16.0, "
+        "a: 80.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference -10.0 [-17.1, "
     )
     assert "not all of it above the allowed -8.0, so not shown non-inferior" in bad
 
 
-def test_the_decision_is_scipys_paired_t_and_its_p_stands_beside_the_interval():
-    whole = dataclasses.replace(results(GOOD | {("student", "a"): 0.87}), seeds=(0,))
-    own_N, teachers_N = (whole.aligned([name], "a")[0][0] for name in ("student", "experts/a"))
-    expected = stats.ttest_rel(own_N + 0.08, teachers_N, alternative="greater").pvalue
-    low, high = stats.ttest_rel(own_N, teachers_N).confidence_interval(0.95)
+def test_the_decision_is_the_interval_and_its_p_stands_beside_it():
+    whole = dataclasses.replace(results(GOOD | {("student", "a"): 0.89}), seeds=(0,))
+    pair = [whole.aligned([name], "a")[0] for name in ("student", "experts/a")]
+    expected, found = non_inferiority(*pair, 0.08), paired_difference(*pair)
     first, other = judge(whole, 0.08, 0.05).criteria[:2]
-    assert first.passed == (expected < 0.025) == (low > -0.08)
-    assert f"difference -3.0 [{100 * low:+.1f}, {100 * high:+.1f}] points, p = {expected:.2g}, all of it" in first.text
+    assert first.passed and expected < 0.025 and found.low > -0.08
+    told = f"difference -1.0 [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points, p = {expected:.2g}, all of it"
+    assert told in first.text
     # Of all teachers together the largest p, on every line.
-    assert f"all of them: p = {expected:.2g})" in other.text and "p = 0, all of it" in other.text
-    assert judge(whole, 0.06, 0.05).criteria[0].passed == (low > -0.06)
+    assert f"all of them: p = {expected:.2g})" in other.text and "p = 6.1e-05, all of it" in other.text
+    assert found.low < -0.05 and not judge(whole, 0.05, 0.05).criteria[0].passed
 
 
 def of_seeds(shares: Mapping[tuple[str, str], tuple[float, float]]) -> Results:
@@ -201,7 +201,7 @@ def test_the_checkpoint_that_is_promoted_is_judged_and_not_the_mean_over_seeds()
     """A mean of 90 % over seeds, as its teacher has, hides a first seed at 80 %, and the other way round."""
     bad = judge(of_seeds({("student", "a"): (0.8, 1.0)}), 0.08, 0.05)
     assert bad.failed == ["non-inferior to experts/a on a"]
-    assert " Over all 2 seeds: +0.0 [-4." in bad.criteria[0].text
+    assert " Over all 2 seeds: +0.0 [-5." in bad.criteria[0].text
     assert judge(of_seeds({("student", "a"): (0.9, 0.5)}), 0.08, 0.05).promoted
     # Its own seed's teacher: the other seed's is worse and says nothing of it.
     assert not judge(of_seeds({("student", "a"): (0.8, 0.8), ("experts/a", "a"): (1.0, 0.6)}), 0.08, 0.05).promoted
@@ -245,7 +245,7 @@ def test_the_champion_is_compared_with_the_first_seeds_student():
     champion = {domain: cells["student", domain, "held_out"][0] for domain in ("a", "b")}
     line = judge(dataclasses.replace(whole, cells=cells), 0.5, 0.05, champion).criteria[-1]
     assert line.passed
-    assert "difference +0.0 [+0.0, +0.0]" in line.text
+    assert "difference +0.0 [-2.0, +2.0]" in line.text
 
 
 def test_all_met_promotes_and_a_missing_champion_is_said():

@@ -42,7 +42,7 @@ def test_it_has_base_intervals_and_the_verdict_of_the_gate_on_the_candidate(stor
     assert "Base: pretrained from scratch by this pipeline (100 tokens)." in card
     row = next(line for line in card.splitlines() if line.startswith("| sort | held out |"))
     # Columns: base, cold start, two teachers, the candidate.
-    assert row.count("[") == 5 and "95.0 [88.3, 100.0]" in row
+    assert row.count("[") == 5 and "95.0 [88.5, 98.1]" in row
     assert "## Verdict\n\n- Champion of run `tiny` since " in card and "UTC, by the gate." in card
     assert "- Gate of run `tiny`: Promoted to champion: baselines/ties passed." in card
     assert "  - met: teachers above cold_start: mean of sort, reverse" in card

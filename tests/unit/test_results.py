@@ -122,14 +122,14 @@ def test_sampled_scores_and_pass_at_k():
     mean, reached, tries = whole.sampled("student", "a")
     assert (mean.mean, tries) == (0.5, 2)
     assert reached.mean == pytest.approx(2 / 3)
-    # Three examples that pass or do not, resampled: none, or all of them.
-    assert (reached.low, reached.high) == (0.0, 1.0)
+    # Agresti & Coull's for two of three.
+    assert (reached.low, reached.high) == pytest.approx((0.2024, 0.9443), abs=1e-3)
     found = metrics(whole)
-    assert (found["eval/a/student_sampled"], found["eval/a/student_sampled_low"]) == (0.5, 0.0)
+    assert (found["eval/a/student_sampled"], found["eval/a/student_sampled_low"]) == (0.5, mean.low)
     assert found["eval/a/student_pass_at_2"] == pytest.approx(2 / 3)
     assert whole.sampled("base", "a") is None
     assert sampled_grid(results()) is None
     assert [(*cells[:2], cells[-1]) for cells in sampled_grid(whole).rows] == [
-        ("a", "mean score", "50.0 [0.0, 100.0]"),
-        ("a", "pass@2", "66.7 [0.0, 100.0]"),
+        ("a", "mean score", "50.0 [12.5, 87.5]"),
+        ("a", "pass@2", "66.7 [20.2, 94.4]"),
     ]

@@ -93,7 +93,7 @@ def test_the_table_has_a_line_a_domain_and_marks_the_weakest():
     assert found.weakest == "b" and found.weakest_text == "b, 70.0 % against its teacher's 90.0 %"
     lines = table(found)
     assert lines[1].split() == ["domain", "start", "teacher", "student", "gap"]
-    assert lines[3].split() == ["b", "50.0", "90.0", "70.0", "-20.0", "±8.0", "weakest"]
+    assert lines[3].split() == ["b", "50.0", "90.0", "70.0", "-20.0", "±8.9", "weakest"]
     assert lines[4].split()[:5] == ["g", "50.0", "–", "45.0", "-5.0"]
     assert lines[-1].split()[:5] == ["mean", "50.0", "90.0", "78.5", "-11.5"]
     assert sum("weakest" in line for line in lines) == 1
@@ -105,8 +105,8 @@ def test_of_many_domains_the_worst_are_shown_in_twelve_lines():
     assert len(lines) == 12 and lines[2].startswith("skill19") and lines[9].startswith("skill12")
     assert lines[10] == "and 12 more, gaps from -11.0 to +0.0"
     # Of what failed the worst few, so that what to do next is on the screen; programs get all.
-    assert len(found.failed) == 15 and found.failed[0].startswith("skill19: -19.0 [")
-    assert len(found.failures) == 4 and found.failures[-1] == "12 criteria more"
+    assert len(found.failed) == 17 and found.failed[0].startswith("skill19: -19.0 [")
+    assert len(found.failures) == 4 and found.failures[-1] == "14 criteria more"
     assert len(render(found)) <= 30
     assert len(table(screen(wide(8)))) == 11 and screen(wide(8)).more == ""
 
@@ -204,7 +204,7 @@ def test_too_few_examples_for_the_margin_name_the_number_that_would_do():
     said = advice(whole, judged(whole), dataclasses.replace(SETTINGS, examples=30))
     # sd 0.18, 0.08 - 0.033 of room: ((1.96 + 0.84) 0.1826 / 0.0467)^2.
     assert said[0] == (
-        "30 examples are too few to show a within 8 points: evaluate.examples=121 would, four times in five (also b)"
+        "30 examples are too few to show a within 8 points: evaluate.examples=195 would, four times in five (also b)"
     )
     assert said[-1] == "`mopd run lab.yaml seeds=[0,1,2]` shows how much of this is one seed's chance"
 
