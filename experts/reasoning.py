@@ -22,15 +22,17 @@ from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
 from experts.gym import PYCOSAT_TASKS, has_pycosat, import_reasoning_gym
+from experts.reasoning_answers import may_be_right, without_full_stop
 from experts.untrusted import REASONING, Losses, VerifierError, VerifierLostError
 
-VERSION = 2
+VERSION = 3
 # Some generators prepare all their items at once, so a stream is made of short data sets with seeds of their own.
 CHUNK = 256
 # Generators are slow and need not be uniform: a task counts as exhausted after this many repeats per distinct prompt.
 EXHAUSTION_FACTOR = 10
 TAGS_INSTRUCTION = "Give only the final answer between <answer> and </answer>."
 LONGEST_ANSWER = 20_000
+FULL_MARKS = 1 - 1e-9
 
 # The verifiers of these tasks pass the model's text to Python's `eval` or sympy's `parse_expr`, which runs code.
 LITERAL_VERIFIERS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
@@ -69,6 +71,9 @@ class Options(DomainOptions):
         min_length=1, description="reasoning-gym tasks and their parameters, e.g. {basic_arithmetic: {min_terms: 2}}."
     )
     held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of all prompts kept out of training.")
+    partial: bool = Field(
+        False, description="Give the verifier's partial credit instead of 0, also for the gold inside another answer."
+    )
     answer_format: Literal["plain", "tags"] = Field(
         "plain", description="`tags` asks in the prompt for <answer>…</answer>; the last such answer always counts."
     )
@@ -110,10 +115,14 @@ class ReasoningDomain(Domain):
         return [next(streams[position % len(streams)]) for position in range(count)]
 
     def score(self, example: Example, completion: str) -> float:
-        """The task's own verifier on the extracted answer, clamped to [0, 1]; some verifiers give partial credit."""
-        task = example.meta["task"]
-        answer = extract_answer(completion)
-        if not is_safe_to_verify(task, answer):
+        """1 where the task's own verifier gives the extracted answer full marks, else 0, or its credit if `partial`.
+
+        A full stop at the end is no part of an answer. What verifiers pay in full although it is wrong is 0
+        (`experts.reasoning_answers`).
+        """
+        task, gold = example.meta["task"], example.meta["answer"]
+        answer = without_full_stop(extract_answer(completion), gold)
+        if not is_safe_to_verify(task, answer) or not (self.options.partial or may_be_right(task, answer, gold)):
             return 0.0
         entry = {"question": example.source, "answer": example.meta["answer"], "metadata": example.meta["metadata"]}
         try:
@@ -124,6 +133,8 @@ class ReasoningDomain(Domain):
         except VerifierError as error:
             logger.debug("domains.%s: the verifier of %s refused an answer: %s", self.name, task, error)
             return 0.0
+        if not self.options.partial:
+            return float(FULL_MARKS <= value <= 1)
         return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
 
     def facts(self) -> dict[str, float]:
