@@ -7,44 +7,21 @@ nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from evals.candidates import Rival, rivals
-from evals.compare import Interval, mean_over
+from evals.champions import best_of_line, itself, previous
+from evals.compare import Interval
+from evals.criterion import Criterion, points
 from evals.crossed import over_examples
 from evals.forgetting import mean_drop
 from evals.hypotheses import differences, intersection_union, mean_superiority, non_inferiority
 from evals.power import fewest_examples
 from evals.results import STUDENT, Results
 from evals.scores import Scores
-from experts.domain import HELD_OUT
 
 NOTHING = "nothing was learnt"
-PREVIOUS = "not worse than the previous champion"
-Kind = Literal["gain", "teacher", "forgetting", "champion", "missing", ""]
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One line of the verdict.
-
-    Attributes:
-        name: What is asked.
-        passed: Whether it is met; None where there was nothing to compare with.
-        text: What was measured, with interval and p-value.
-        brief: The same in less than a line, for the first screen; `text` where it is empty.
-        kind: What is asked, for programs; `missing` where the scores it needs are not there.
-        domain: Of a teacher's criterion.
-    """
-
-    name: str
-    passed: bool | None
-    text: str
-    brief: str = ""
-    kind: Kind = ""
-    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +88,7 @@ def judge(
     max_forgetting: float,
     champion: Mapping[str, Scores] | None = None,
     reigning: str = "",
+    former: Mapping[str, Mapping[str, Scores]] | None = None,
 ) -> Verdict:
     """Choose the candidate among the merges of a run and judge it; intervals are at the results' own confidence.
 
@@ -138,6 +116,8 @@ def judge(
         max_forgetting: Allowed mean drop on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
         reigning: The merge that is this champion, which is not compared with itself; empty where none is.
+        former: Champions before the present one, by what they are called -> their held-out sheets. Each may be worse
+            than the last by what is not shown, and a line of them would sink step by step.
     """
     others = rivals(results)
     judged: dict[str, Verdict] = {}
@@ -145,7 +125,8 @@ def judge(
         shared = replace(results, confidence=1 - (1 - results.confidence) * _share(name, len(others)))
         criteria = [*_teachers(shared, name, margin), _forgetting(results, name, max_forgetting)]
         criteria += _gains(shared, name)
-        criteria.append(_itself(name) if name == reigning else _champion(results, name, champion))
+        criteria.append(itself(name) if name == reigning else previous(results, name, champion))
+        criteria += [] if name == reigning else best_of_line(results, name, former or {})
         judged[name] = Verdict(name, "", tuple(criteria))
         if judged[name].passed:
             break
@@ -213,9 +194,9 @@ def _gain(results: Results, role: str, name: str, called: str, domains: Sequence
     shown = f"above {start}" if passed else f"not shown above {start}: {NOTHING}"
     text = (
         f"mean of {', '.join(domains)}: {called} {own:.1f} % against {its:.1f} %{_seed(results)}: difference "
-        f"{_points(gain)}, p = {p_value:.2g}, so {shown}."
+        f"{points(gain)}, p = {p_value:.2g}, so {shown}."
     )
-    brief = f"{called} at {own:.1f} %, {start} at {its:.1f} %: {_points(gain)}, {shown}"
+    brief = f"{called} at {own:.1f} %, {start} at {its:.1f} %: {points(gain)}, {shown}"
     return Criterion(
         name, passed, text + _over_all(results, results.mean_difference(role, start, domains)), brief, "gain"
     )
@@ -250,11 +231,11 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
             shown = f"cannot be judged with fewer than {fewest} examples, so not shown"
         text = (
             f"{domain}: {100 * pair[0].mean():.1f} % against its teacher's {100 * pair[1].mean():.1f} %"
-            f"{_seed(results)}: difference {_points(difference)}, p = {p_values[domain]:.2g}, "
+            f"{_seed(results)}: difference {points(difference)}, p = {p_values[domain]:.2g}, "
             f"{'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
             f"so {judged}{together}."
         )
-        brief = f"{domain}: {_points(difference)} to {results.teacher(domain)}, {shown} above {-100 * margin:.1f}"
+        brief = f"{domain}: {points(difference)} to {results.teacher(domain)}, {shown} above {-100 * margin:.1f}"
         text += _over_all(results, results.difference(candidate, "teacher", domain))
         criteria.append(Criterion(name, passed, text, brief, "teacher", domain))
     return criteria
@@ -271,7 +252,7 @@ def _seed(results: Results) -> str:
 
 def _over_all(results: Results, value: Interval | None) -> str:
     """What the recipe does over all seeds, for information."""
-    return f" Over all {len(results.seeds)} seeds: {_points(value)}." if value and len(results.seeds) > 1 else ""
+    return f" Over all {len(results.seeds)} seeds: {points(value)}." if value and len(results.seeds) > 1 else ""
 
 
 def _forgetting(results: Results, candidate: str, allowed: float) -> Criterion:
@@ -283,38 +264,9 @@ def _forgetting(results: Results, candidate: str, allowed: float) -> Criterion:
     passed = lost.mean <= allowed
     unsure = ", past which the interval reaches" if passed and lost.high > allowed else ""
     text = (
-        f"mean drop {_points(lost)} on {', '.join(results.untrained)}{_seed(results)}; the estimate may be at most "
+        f"mean drop {points(lost)} on {', '.join(results.untrained)}{_seed(results)}; the estimate may be at most "
         f"{100 * allowed:.1f}{unsure}."
     )
-    brief = f"forgetting: a drop of {_points(lost)}, at most {100 * allowed:.1f} is allowed"
+    brief = f"forgetting: a drop of {points(lost)}, at most {100 * allowed:.1f} is allowed"
     text += _over_all(results, mean_drop(results, candidate))
     return Criterion("forgetting", passed, text, brief, "forgetting")
-
-
-def _itself(candidate: str) -> Criterion:
-    text = f"{candidate} is the champion itself: not compared"
-    return Criterion(PREVIOUS, None, text, kind="champion")
-
-
-def _champion(results: Results, candidate: str, champion: Mapping[str, Scores] | None) -> Criterion:
-    if not champion:
-        return Criterion(PREVIOUS, None, "no scores of a previous champion: not compared", kind="champion")
-    strata: dict[str, np.ndarray] = {}
-    for domain in results.expert_domains:
-        # One checkpoint can become champion: the first seed's.
-        own = results.cells.get((candidate, domain, HELD_OUT), {}).get(results.seeds[0])
-        sheet = champion.get(domain)
-        if own and sheet and sheet.ids == own.ids:
-            strata[f"{domain}/{HELD_OUT}"] = (own.greedy_N - sheet.greedy_N)[None]
-    if not strata:
-        text = "the champion was not scored on these examples: not compared"
-        return Criterion(PREVIOUS, None, text, kind="champion")
-    difference = mean_over(strata, results.confidence)
-    text = f"difference {_points(difference)} over {len(strata)} of {len(results.expert_domains)} expert domains"
-    passed = difference.high >= 0
-    brief = f"{'not ' if passed else ''}shown worse than the champion: {_points(difference)}"
-    return Criterion(PREVIOUS, passed, f"{text}; fails only when shown worse", brief, "champion")
-
-
-def _points(value: Interval) -> str:
-    return f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}] points"

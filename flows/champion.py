@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,11 +93,21 @@ def champion_path(store: Store, run: str) -> Path:
 
 def champion_scores(store: Store, history: Sequence[Reign]) -> "dict[str, Scores] | None":
     """domain -> held-out sheet of the present champion; None where there is no champion."""
+    return _sheets(store, history[-1]) if history else None
+
+
+def former_scores(store: Store, history: Sequence[Reign], but: Collection[str]) -> "dict[str, dict[str, Scores]]":
+    """Champions before the present one -> their sheets; without these keys and what a person decided against."""
+    left_out = {*but, *rejected(history), *(reign.student for reign in history[-1:])}
+    before = {reign.student: reign for reign in history if reign.student not in left_out}
+    found = {f"{reign.node} of {reign.when}": _sheets(store, reign) for reign in before.values()}
+    return {name: sheets for name, sheets in found.items() if sheets}
+
+
+def _sheets(store: Store, reign: Reign) -> "dict[str, Scores]":
     from evals.scores import read_scores
 
-    if not history:
-        return None
-    found = {domain: store.find(key) for domain, key in history[-1].scores.items()}
+    found = {domain: store.find(key) for domain, key in reign.scores.items()}
     return {domain: read_scores(sheet.path, domain, HELD_OUT) for domain, sheet in found.items() if sheet}
 
 
@@ -122,8 +132,9 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
     gate, history = graph.config.gate, read_history(store, graph.config.name)
     now = history[-1] if history else None
     reigning = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
+    former = former_scores(store, history, [node.key for node in merges_of(graph)])
     verdict = judge(
-        results, gate.non_inferiority_margin, gate.max_forgetting, champion_scores(store, history), reigning
+        results, gate.non_inferiority_margin, gate.max_forgetting, champion_scores(store, history), reigning, former
     )
     if now and verdict.candidate == reigning:
         return dataclasses.replace(verdict, reigns=now.since)

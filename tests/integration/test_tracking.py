@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from evals.gate import Criterion, Verdict
+from evals.criterion import Criterion
+from evals.gate import Verdict
 from flows.champion import promote_by_gate
 from flows.lock import write_lock
 from flows.mlflow_models import NOTE

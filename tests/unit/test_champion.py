@@ -7,10 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from evals.gate import Criterion, Verdict
+from evals.criterion import Criterion
+from evals.gate import Verdict
 from experts.errors import UserError
 from flows import champion
-from flows.champion import Reign, champion_path, judge_run, promote, promote_by_gate, read_history, rejected, rollback
+from flows.champion import (
+    Reign,
+    champion_path,
+    former_scores,
+    judge_run,
+    promote,
+    promote_by_gate,
+    read_history,
+    rejected,
+    rollback,
+)
 from flows.closing import conclude
 from flows.plan import Node, StageGraph
 from flows.results import collect
@@ -66,6 +77,20 @@ def test_the_gate_remembers_who_when_and_why_once(graph, store):
     assert reign.reason == "passed the gate; because" and reign.when.endswith("+00:00")
     sheets = {sheet.config["domain"]: sheet.key for sheet in graph.evaluations(ties.id)}
     assert reign.scores == sheets and set(sheets) == {"sort", "reverse", "general"}
+
+
+def test_the_line_is_of_champions_that_nobody_decided_against(graph, store):
+    for name in ("student", "baselines/mix_sft", "baselines/ties"):
+        assert promote_by_gate(graph, store, passed(name))
+    history = read_history(store, "tiny")
+    line = former_scores(store, history, [node(graph, "student").key])
+    assert [name.partition(" of ")[0] for name in line] == ["baselines/mix_sft@0"]
+    assert all(set(sheets) == {"sort", "reverse", "general"} for sheets in line.values())
+    rollback(graph, store)
+    # The person went back to mix_sft from ties: one is the champion again, the other is no part of the line.
+    assert [name.partition(" of ")[0] for name in former_scores(store, read_history(store, "tiny"), [])] == [
+        "student@0"
+    ]
 
 
 def test_who_fails_the_gate_does_not_become_champion(graph, store):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evals.gate import Criterion, Verdict
+from evals.criterion import Criterion
+from evals.gate import Verdict
 from experts.errors import UserError
 from flows.champion import promote_by_gate
 from flows.champion_start import pin_note, repin, savings

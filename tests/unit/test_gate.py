@@ -10,6 +10,7 @@ from evals.compare import paired_difference
 from evals.gate import Verdict, judge
 from evals.hypotheses import mean_superiority, non_inferiority
 from evals.results import Results
+from evals.scores import Scores
 from tests.scored import results, sheet
 
 GOOD = {("student", "a"): 0.9, ("student", "b"): 0.9}
@@ -255,9 +256,40 @@ def test_all_met_promotes_and_a_missing_champion_is_said():
     assert "+0.0" in verdict.criteria[0].text
 
 
-def test_a_champion_on_other_examples_is_not_compared():
-    verdict = judge(results(GOOD), 0.08, 0.05, {"a": sheet("a", 1.0, 30)})
-    assert verdict.promoted and "not scored on these examples" in verdict.criteria[-1].text
+def test_a_champion_is_compared_on_the_examples_both_have():
+    # The champion has 30 of the 100 and is right on all; of the other 70 nothing is known of it.
+    line = judge(results(GOOD | {("student", "a"): 0.0}), 0.99, 0.05, {"a": sheet("a", 1.0, 30)}).criteria[-1]
+    assert line.passed is False and "over 1 of 2 expert domains on the 30 of 100 examples that both have" in line.text
+
+
+def test_a_champion_on_none_of_the_examples_leaves_it_to_a_person():
+    others = dataclasses.replace(
+        sheet("a", 1.0), rows=[row | {"id": f"other {row['id']}"} for row in sheet("a", 1.0).rows]
+    )
+    verdict = judge(results(GOOD), 0.08, 0.05, {"a": others})
+    assert not verdict.promoted and verdict.failed == ["not worse than the previous champion"]
+    assert (
+        "scored on none of these examples: not compared, so `mopd promote` has to decide" in verdict.criteria[-1].text
+    )
+
+
+def champions(*shares: float) -> list[dict[str, Scores]]:
+    return [{domain: sheet(domain, share) for domain in ("a", "b")} for share in shares]
+
+
+def test_a_line_of_champions_that_sinks_point_by_point_is_stopped():
+    first, second, last = champions(0.99, 0.95, 0.93)
+    former = {"student@0 of Monday": first, "student@0 of Tuesday": second}
+    # Three points below the last one are not shown; nine below the first are.
+    verdict = judge(results(GOOD), 0.08, 0.05, last, former=former)
+    assert verdict.failed == ["not worse than the best champion before it"]
+    assert verdict.criteria[-1].text.startswith("student@0 of Monday: difference -9.0 [")
+    level = judge(results(GOOD), 0.08, 0.05, last, former={"student@0 of Tuesday": champions(0.92)[0]})
+    assert level.promoted and level.criteria[-1].passed
+
+
+def test_former_champions_that_share_no_examples_are_no_line():
+    assert len(judge(results(GOOD), 0.08, 0.05, champions(0.9)[0], former={"x": {}}).criteria) == 6
 
 
 def test_the_text_says_that_every_teacher_must_pass():

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from evals.gate import Criterion, Verdict
+from evals.criterion import Criterion
+from evals.gate import Verdict
 from flows import commands, notify
 from flows.asked import Asked
 from flows.champion import champion_path, promote_by_gate, read_history

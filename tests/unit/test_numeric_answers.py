@@ -7,7 +7,8 @@ import pytest
 
 from experts.domain import TRAIN, Domain, Example, load_domain
 
-RIGHT = ("72", "72.0", "72/1", "$72", "**72**", "72 apples", "The answer is 72", "73 no wait 72", "\\boxed{72}", "7200%")
+RIGHT = ("72", "72.0", "72/1", "$72", "**72**", "72 apples", "The answer is 72", "73 no wait 72", "\\boxed{72}")
+RIGHT += ("7200%",)
 WRONG = ("", "-72", "172", "1e2", "0.72", "72%", "not 72", "it is not 72", "the answer is not 72", "\\boxed{not 72}")
 WRONG += ("72 or 73", "72, 73", "72 no wait 73", "72 is wrong", "answer: 172", "none")
 
