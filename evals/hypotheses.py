@@ -1,8 +1,8 @@
 """Tests of paired scores: superiority over domains, non-inferiority, and several of them at once. All are t-based.
 
 The margin and the number of examples must be fixed before the scores are seen. Examples are the unit: seeds are
-averaged first, so that copies of a seed add no evidence. Differences that are all equal have no spread for a t-test to
-judge by; their p-value is then 0 or 1.
+averaged first, so that copies of a seed add no evidence. Differences of scores in [0, 1] keep a spread where they are
+all equal (`evals.crossed.over_examples`).
 
 Shape suffixes: `S` seeds, `N` examples.
 """

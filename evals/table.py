@@ -162,8 +162,8 @@ def statements(results: Results) -> list[str]:
     )
     lines.append(f"Contaminated examples (source seen in training): {seen}.")
     lines.append(
-        f"Seeds {', '.join(map(str, results.seeds))}. The scores' intervals are bootstraps over examples with these "
-        "seeds kept fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, are "
+        f"Seeds {', '.join(map(str, results.seeds))}. The intervals of scores and differences keep these "
+        "seeds fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, are "
         "t intervals of seeds and examples as crossed random effects."
     )
     return lines
