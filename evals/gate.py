@@ -89,6 +89,7 @@ def judge(
     champion: Mapping[str, Scores] | None = None,
     reigning: str = "",
     former: Mapping[str, Mapping[str, Scores]] | None = None,
+    tries: int = 1,
 ) -> Verdict:
     """Choose the candidate among the merges of a run and judge it; intervals are at the results' own confidence.
 
@@ -118,11 +119,14 @@ def judge(
         reigning: The merge that is this champion, which is not compared with itself; empty where none is.
         former: Champions before the present one, by what they are called -> their held-out sheets. Each may be worse
             than the last by what is not shown, and a line of them would sink step by step.
+        tries: Which student this is that is judged on these examples. Whoever tries until one passes finds one: later
+            tries have less of the level (`spent`).
     """
     others = rivals(results)
     judged: dict[str, Verdict] = {}
     for name in (*(rival.name for rival in others if rival.shown), STUDENT):
-        shared = replace(results, confidence=1 - (1 - results.confidence) * _share(name, len(others)))
+        share = _share(name, len(others)) * spent(tries)
+        shared = replace(results, confidence=1 - (1 - results.confidence) * share)
         criteria = [*_teachers(shared, name, margin), _forgetting(results, name, max_forgetting)]
         criteria += _gains(shared, name)
         criteria.append(itself(name) if name == reigning else previous(results, name, champion))
@@ -131,7 +135,17 @@ def judge(
         if judged[name].passed:
             break
     found = next((verdict for verdict in judged.values() if verdict.passed), next(iter(judged.values())))
-    return Verdict(found.candidate, _why(judged, others), found.criteria)
+    again = f"; try {tries} on these examples, at {spent(tries):.2g} of the gate's level" if tries > 1 else ""
+    return Verdict(found.candidate, _why(judged, others) + again, found.criteria)
+
+
+def spent(tries: int) -> float:
+    """The share of the level that a try has: 1 for the first, 1 / (2 t (t - 1)) for the t-th after it.
+
+    All later ones together have half of the level, however many they are (alpha spending, Lan & DeMets 1983, Biometrika
+    70:659), so a false promotion in any of them is at most one and a half times as likely as the level says.
+    """
+    return 1.0 if tries <= 1 else 0.5 / (tries * (tries - 1))
 
 
 def _share(name: str, others: int) -> float:

@@ -20,6 +20,7 @@ from flows.config import BASELINES, STUDENT, VARIANTS
 from flows.lock import lock_path
 from flows.plan import Node, StageGraph
 from flows.state_files import CHAMPION_FILE, read_json
+from flows.tries import try_number
 from stages.core.checkpoint import Store, write_whole
 
 if TYPE_CHECKING:
@@ -134,7 +135,13 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
     reigning = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
     former = former_scores(store, history, [node.key for node in merges_of(graph)])
     verdict = judge(
-        results, gate.non_inferiority_margin, gate.max_forgetting, champion_scores(store, history), reigning, former
+        results,
+        gate.non_inferiority_margin,
+        gate.max_forgetting,
+        champion_scores(store, history),
+        reigning,
+        former,
+        try_number(store, results, first_of(graph, STUDENT).key),
     )
     if now and verdict.candidate == reigning:
         return dataclasses.replace(verdict, reigns=now.since)

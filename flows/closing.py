@@ -11,10 +11,12 @@ from evals.markdown import code, plain
 from experts.errors import UserError
 from flows import lineage
 from flows.champion import Reign, first_of, judge_run, promote_by_gate, read_history
+from flows.config import STUDENT
 from flows.costs import scoring_costs
 from flows.lock import lock_path
 from flows.plan import Node, StageGraph
 from flows.state_files import read_json
+from flows.tries import note_try, read_tries
 from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, thinned_records
 
@@ -135,7 +137,7 @@ def conclude(
     missing = tuple(node.id for node in graph.nodes if store.find(node.key) is None)
     verdict, candidate, changed = None, None, False
     try:
-        history = read_history(store, run)
+        history, _ = read_history(store, run), read_tries(store, run)
     except UserError as error:
         if faults is None:
             raise
@@ -148,6 +150,8 @@ def conclude(
             unfinished = f"{len(missing)} of {len(graph.nodes)} parts are not made"
             verdict = dataclasses.replace(verdict, unfinished=unfinished)
         changed = promote and promote_by_gate(graph, store, verdict)
+        if promote and not missing:
+            note_try(store, results, first_of(graph, STUDENT).key)
     champion = next(reversed(read_history(store, run)), None) if history is not None else None
     if verdict and candidate and verdict.promoted and (champion is None or champion.student != candidate.key):
         verdict = dataclasses.replace(verdict, withheld="`mopd run` has yet to make it champion")

@@ -12,12 +12,14 @@ from experts.documents import DocumentError, read_object, user_error
 
 LOCK_FILE = "lock.json"
 CHAMPION_FILE = "champion.json"
+TRIES_FILE = "tries.json"
 MEND = "move it away; what writes it makes it anew"
 MENDS = {
     LOCK_FILE: "move it away, and the next `mopd run` writes it anew and pins anew what it had pinned: the champion a "
     "run starts from, Hub revisions, the date",
     CHAMPION_FILE: "move it away, and `mopd promote FILE --reason WHY` names a champion again; the checkpoints are in "
     "the store",
+    TRIES_FILE: "move it away, and the gate counts its tries on the held-out examples from one again",
 }
 
 
@@ -60,6 +62,17 @@ class _OneChampion(_Loose):
     scores: dict[str, str]
 
 
+class _Try(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    student: str
+    examples: dict[str, str]
+
+
+class _Tries(_Loose):
+    tries: list[_Try]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no file.
 
@@ -78,6 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
             _Lock.model_validate(found)
         elif path.name == CHAMPION_FILE:
             (_History if "history" in found else _OneChampion).model_validate(found)
+        elif path.name == TRIES_FILE:
+            _Tries.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
