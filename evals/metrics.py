@@ -6,7 +6,7 @@ from math import comb
 
 import numpy as np
 
-from evals.compare import Interval, percentile, resampled_means
+from evals.compare import Interval, mean_over, percentile, resampled_means
 from evals.crossed import over_both
 from evals.scores import Scores
 
@@ -33,6 +33,7 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interva
         return None
     gained, possible = 0.0, 0.0
     gained_R, possible_R = np.zeros(1), np.zeros(1)
+    to_gain: dict[str, np.ndarray] = {}
     for name, triple in domains.items():
         start_N, teacher_N, student_N = (
             np.atleast_2d(scores_SN).mean(axis=0)
@@ -40,9 +41,10 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interva
         )
         gained += float(np.mean(student_N - start_N))
         possible += float(np.mean(teacher_N - start_N))
+        to_gain[name] = teacher_N - start_N
         gained_R = gained_R + resampled_means(student_N - start_N, name)
         possible_R = possible_R + resampled_means(teacher_N - start_N, name)
-    if possible <= 0 or np.quantile(possible_R, (1 - confidence) / 2) <= 0:
+    if mean_over(to_gain, confidence).low <= 0:
         return None
     # Where a resample beyond the level has no gain its ratio counts as unbounded, on the side of the numerator.
     with np.errstate(divide="ignore", invalid="ignore"):

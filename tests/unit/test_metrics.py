@@ -91,3 +91,11 @@ def test_pass_at_k_refuses_more_than_was_drawn():
 def test_shape_of_completions():
     assert truncation_rate(sheet("a", 0.25)) == 0.75
     assert mean_length(sheet("a", 0.25)) == 3
+
+
+def test_recovery_of_a_gain_that_is_not_shown_is_left_out():
+    start_N, teacher_N = np.tile([0.0, 1.0], 20), np.tile([0.0, 1.0], 20)
+    teacher_N[:6] = [1, 0, 1, 1, 1, 1]
+    # Up by 3 of 40 net, within chance.
+    assert recovery({"a": Triple(start_N, teacher_N, start_N)}) is None
+    assert recovery({"a": Triple(start_N, np.ones(40), np.ones(40))}).mean == 1.0

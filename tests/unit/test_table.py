@@ -81,7 +81,7 @@ def test_what_is_said_for_new_seeds_is_the_t_interval_of_seeds_and_examples():
 def test_the_tables_say_whose_intervals_they_have():
     text = render_markdown(results())
     assert "interval over examples, seeds fixed]" in text
-    assert "Seeds 0, 1. The scores' intervals are bootstraps over examples with these seeds kept fixed" in text
+    assert "Seeds 0, 1. The intervals of scores and differences keep these seeds fixed" in text
 
 
 def test_a_table_too_wide_for_the_terminal_stands_in_parts_and_breaks_no_word():
