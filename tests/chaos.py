@@ -70,7 +70,6 @@ class Site:
 
     def __init__(self, home: Path) -> None:
         self.home = with_databases(home.resolve())
-        self.home.mkdir(parents=True)
         self.ports = {name: choose_port("127.0.0.1", 6100 + offset, name) for offset, name in ((0, "a"), (100, "b"))}
         self.servers: dict[str, Server] = {}
         self.worker: subprocess.Popen[bytes] | None = None
