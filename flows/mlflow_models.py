@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 NOTE = "mlflow.note.content"
+# What MLflow takes of a tag; it cuts the rest off in the midst of a line, with a warning on the terminal.
+LONGEST_NOTE = 8000
+CUT_OFF = "\n\n… the rest stands in the report, among the artifacts."
 VERSIONS = "mlflow.modelVersions"
 TABLES = "mlflow.loggedArtifacts"
 STEP, COMPARED, MADE_INTO = "step", "compared", "made_into."
@@ -53,6 +56,13 @@ def tracking_store(uri: str) -> Iterator[None]:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
         else:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def note_within(text: str) -> str:
+    """A page's description, cut at the end of a paragraph where MLflow would take no more."""
+    if len(text) <= LONGEST_NOTE:
+        return text
+    return text[: LONGEST_NOTE - len(CUT_OFF)].rpartition("\n\n")[0] + CUT_OFF
 
 
 class LoggedCheckpoints:
@@ -156,7 +166,7 @@ class LoggedCheckpoints:
             curves=self.curves(model, artifact),
             **json.loads(model.tags.get(COMPARED, "{}")),
         )
-        note = cards.model_note(artifact, about)
+        note = note_within(cards.model_note(artifact, about))
         if note == model.tags.get(NOTE):
             return
         self.client.set_logged_model_tags(model_id, {NOTE: note})

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from flows import cards
 from flows.champion import CHAMPION_ALIAS, read_history, registered_name
-from flows.mlflow_models import NOTE, SOURCE, STEP, LoggedCheckpoints, tracking_store
+from flows.mlflow_models import NOTE, SOURCE, STEP, LoggedCheckpoints, note_within, tracking_store
 from flows.mlflow_pages import model_page, remember_pages, run_page, version_page
 from flows.outbox import Doubtful, Operation, Rejected, Unreachable
 from flows.servers import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
@@ -264,7 +264,7 @@ class Writer:
                     for domain, page in self.checkpoints.curves(self.client.get_logged_model(model), artifact).items()
                 }
         note = cards.run_note(rows, operation.get("page", ""), charts)
-        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, note)
+        self.client.set_tag(_run_id(operation["ref"], ids), NOTE, note_within(note))
 
     def _compared(self, operation: Operation, ids: dict[str, str]) -> None:
         run_id = _run_id(operation["ref"], ids)

@@ -9,7 +9,7 @@ import pytest
 from evals.markdown import plain
 from flows.champion import first_of, judge_run, promote_by_gate
 from flows.curves import tracked_name
-from flows.mlflow_models import NOTE
+from flows.mlflow_models import LONGEST_NOTE, NOTE, note_within
 from flows.mlflow_pages import known_pages
 from flows.results import collect
 from flows.tracking import Tracker
@@ -125,3 +125,11 @@ def test_the_report_has_the_histograms(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", results(), None, Background(curves={"student@0": records}))
     kept = json.loads((tmp_path / "report.json").read_text())["histograms"]
     assert kept == {"student@0": [{"step": 1, "values": {"distill/advantage_from_1_to_5/sort": 0.25}}]}
+
+
+def test_a_long_description_is_cut_at_a_paragraph_and_says_so():
+    assert note_within("short") == "short"
+    long = "\n\n".join(["a paragraph of the report " * 20] * 40)
+    cut = note_within(long)
+    assert len(cut) <= LONGEST_NOTE and cut.endswith("among the artifacts.")
+    assert cut.partition("\n\n…")[0] == long[: len(cut.partition("\n\n…")[0])] and "report \n\n…" in cut
