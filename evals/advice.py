@@ -162,6 +162,15 @@ RULES = (
         "teacher",
     ),
     Rule(
+        "never right at the start",
+        lambda case: case.lags and case.start < NO_REWARD and not case.candidate.startswith(BASELINES),
+        lambda case: (
+            f"the start has {100 * case.start:.1f} % on {case.domain}, so the student's own completions give "
+            f"{case.teacher} little to teach by: merge.on_policy_fraction=0.5 lets teachers write the other half"
+        ),
+        "teacher",
+    ),
+    Rule(
         "behind its teacher",
         lambda case: case.lags,
         lambda case: (
