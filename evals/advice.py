@@ -166,7 +166,7 @@ RULES = (
         lambda case: case.lags and case.start < NO_REWARD and not case.candidate.startswith(BASELINES),
         lambda case: (
             f"the start has {100 * case.start:.1f} % on {case.domain}, so the student's own completions give "
-            f"{case.teacher} little to teach by: merge.on_policy_fraction=0.5 lets teachers write the other half"
+            f"{case.teacher} little to teach by: demonstrations of it in the cold start, cold_start.sft.domains"
         ),
         "teacher",
     ),

@@ -179,11 +179,11 @@ def test_a_gap_asks_for_a_longer_merge_and_with_a_collapse_of_entropy_for_a_lowe
     )
 
 
-def test_what_the_start_never_gets_right_is_to_be_written_by_the_teachers_too():
+def test_what_the_start_never_gets_right_is_to_be_shown_in_the_cold_start():
     whole = cut_nowhere(results({("cold_start", "a"): 0.0, ("student", "a"): 0.02, ("student", "b"): 0.9}))
     assert advice(whole, judged(whole), SETTINGS)[0] == (
         "the start has 0.0 % on a, so the student's own completions give experts/a little to teach by: "
-        "merge.on_policy_fraction=0.5 lets teachers write the other half"
+        "demonstrations of it in the cold start, cold_start.sft.domains"
     )
 
 
