@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from evals.compare import Interval
 from evals.evaluate import EXAMPLES_SEED
+from evals.interval import Interval
 from evals.results import Results
 from experts.domain import HELD_OUT, load_domain
 from experts.errors import UserError

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evals.compare import Interval
 from evals.criterion import Kind
 from evals.forgetting import drop
 from evals.gate import Verdict
+from evals.interval import Interval
 from evals.power import examples_needed
 from evals.results import BASELINES, STUDENT, Results
 from experts.domain import HELD_OUT

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.compare import Interval, mean_over
+from evals.compare import mean_over
 from evals.criterion import Criterion, points
+from evals.interval import Interval
 from evals.results import Results
 from evals.scores import Scores
 from experts.domain import HELD_OUT
@@ -25,7 +26,7 @@ def previous(results: Results, candidate: str, champion: Mapping[str, Scores] | 
     """Against the present champion, domain -> its held-out sheet."""
     if not champion:
         return Criterion(PREVIOUS, None, "no scores of a previous champion: not compared", kind="champion")
-    found = _against(results, candidate, champion, results.confidence)
+    found = _against(results, candidate, champion)
     if found is None:
         text = "the champion was scored on none of these examples: not compared, so `mopd promote` has to decide"
         return Criterion(PREVIOUS, False, text, kind="missing")
@@ -37,8 +38,8 @@ def previous(results: Results, candidate: str, champion: Mapping[str, Scores] | 
 
 def best_of_line(results: Results, candidate: str, former: Mapping[str, Mapping[str, Scores]]) -> list[Criterion]:
     """Against the best champion before the present one: each may be worse than the last by what is not shown."""
-    confidence = 1 - (1 - results.confidence) / max(1, len(former))
-    found = {name: _against(results, candidate, sheets, confidence) for name, sheets in former.items()}
+    shared = results.at_share(1 / max(1, len(former)))
+    found = {name: _against(shared, candidate, sheets) for name, sheets in former.items()}
     compared = {name: pair for name, pair in found.items() if pair is not None}
     if not compared:
         return []
@@ -61,7 +62,7 @@ class _Against:
     where: str
 
 
-def _against(results: Results, candidate: str, other: Mapping[str, Scores], confidence: float) -> _Against | None:
+def _against(results: Results, candidate: str, other: Mapping[str, Scores]) -> _Against | None:
     """The comparison with another run's sheets; None where no domain has two examples that both have."""
     strata: dict[str, np.ndarray] = {}
     shared = asked = 0
@@ -80,4 +81,4 @@ def _against(results: Results, candidate: str, other: Mapping[str, Scores], conf
         return None
     part = f" on the {shared} of {asked} examples that both have" if shared < asked else ""
     where = f"{len(strata)} of {len(results.expert_domains)} expert domains{part}"
-    return _Against(mean_over(strata, confidence), where)
+    return _Against(mean_over(strata, results.confidence), where)

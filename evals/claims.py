@@ -22,10 +22,10 @@ import numpy as np
 
 from evals.claim_config import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
 from evals.claim_measures import by_example, by_seed, start_score
-from evals.compare import Interval
 from evals.crossed import Estimate, over_both, over_examples, over_seeds
 from evals.fit import quadratic_fit
 from evals.hypotheses import holm
+from evals.interval import Interval
 from evals.results import MIN_SEEDS, Results
 
 Verdict = Literal["shown", "not shown", "contradicted", "not measured"]

@@ -15,7 +15,7 @@ import numpy as np
 from evals.claim_config import EXAMPLE_MEASURES
 from evals.claims import Finding
 from evals.claims_page import UNITS, short
-from evals.compare import Interval
+from evals.interval import Interval
 
 COLOURS = {"shown": "#2aa876", "contradicted": "#d9605a", "not shown": "#8a939b"}
 # Points a slope's axis spans at the least, so that a line of noise does not look steep.

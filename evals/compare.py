@@ -10,28 +10,16 @@ Shape suffixes: `S` seeds, `N` examples, `R` resamples.
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 
+from evals.crossed import over_examples
+from evals.interval import Interval
+
 RESAMPLES = 10_000
 CHUNK = 1_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its bounds."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def shows_difference(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
 
 
 def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -75,9 +63,20 @@ def paired_difference(a_SN: np.ndarray, b_SN: np.ndarray, confidence: float = 0.
     Raises:
         ValueError: the numbers of examples differ.
     """
-    if a_SN.shape[-1] != b_SN.shape[-1]:
-        raise ValueError(f"not paired: {a_SN.shape[-1]} and {b_SN.shape[-1]} examples")
-    return mean_over({"": np.atleast_2d(a_SN).mean(axis=0) - np.atleast_2d(b_SN).mean(axis=0)}, confidence)
+    return mean_over({"": differences(a_SN, b_SN)}, confidence)
+
+
+def differences(a_SN: np.ndarray, b_SN: np.ndarray) -> np.ndarray:
+    """The paired differences [N] of `a` and `b`, a mean over the seeds of each.
+
+    Raises:
+        ValueError: they have different numbers of examples.
+    """
+    a_N, b_N = (np.atleast_2d(scores_SN).mean(axis=0) for scores_SN in (a_SN, b_SN))
+    if a_N.shape != b_N.shape:
+        raise ValueError(f"not paired: {len(a_N)} and {len(b_N)} examples")
+    difference_N: np.ndarray = a_N - b_N
+    return difference_N
 
 
 def mean_over(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
@@ -90,8 +89,6 @@ def mean_over(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Int
     Returns:
         -1 and 1 as bounds where a domain has a single example: nothing is known of how it varies.
     """
-    from evals.crossed import over_examples
-
     if any(np.shape(part_SN)[-1] < 2 for part_SN in strata.values()):
         return Interval(float(np.mean([np.mean(part_SN) for part_SN in strata.values()])), -1.0, 1.0)
     return over_examples(strata).interval(confidence)

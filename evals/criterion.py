@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from evals.compare import Interval
+from evals.interval import Interval
 
 Kind = Literal["gain", "teacher", "forgetting", "champion", "missing", ""]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evals.compare import Interval
+from evals.interval import Interval
 from evals.power import MADE_UP
 
 # Means and standard errors below this are rounding: a t of two of them means nothing.

@@ -4,9 +4,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.compare import Interval
 from evals.costs import checkpoint_title
 from evals.forgetting import drop
+from evals.interval import Interval
 from evals.results import Results
 
 COLOURS = {"base": "#9aa0a6", "cold_start": "#d19a3d", "teacher": "#4c8bd6", "student": "#2aa876"}

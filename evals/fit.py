@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.compare import Interval
+from evals.interval import Interval
 
 MIN_POINTS = 5
 RESAMPLES = 2_000

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.compare import Interval, mean_over
+from evals.compare import mean_over
+from evals.interval import Interval
 from evals.results import Results
 from experts.domain import HELD_OUT
 

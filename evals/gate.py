@@ -12,11 +12,11 @@ import numpy as np
 
 from evals.candidates import Rival, rivals
 from evals.champions import best_of_line, itself, previous
-from evals.compare import Interval
+from evals.compare import differences, mean_over, paired_difference
 from evals.criterion import Criterion, points
-from evals.crossed import over_examples
 from evals.forgetting import mean_drop
-from evals.hypotheses import differences, intersection_union, mean_superiority, non_inferiority
+from evals.hypotheses import intersection_union, mean_superiority, non_inferiority
+from evals.interval import Interval
 from evals.power import fewest_examples
 from evals.results import STUDENT, Results
 from evals.scores import Scores
@@ -125,8 +125,7 @@ def judge(
     others = rivals(results)
     judged: dict[str, Verdict] = {}
     for name in (*(rival.name for rival in others if rival.shown), STUDENT):
-        share = _share(name, len(others)) * spent(tries)
-        shared = replace(results, confidence=1 - (1 - results.confidence) * share)
+        shared = results.at_share(_share(name, len(others)) * spent(tries))
         criteria = [*_teachers(shared, name, margin), _forgetting(results, name, max_forgetting)]
         criteria += _gains(shared, name)
         criteria.append(itself(name) if name == reigning else previous(results, name, champion))
@@ -202,7 +201,7 @@ def _gain(results: Results, role: str, name: str, called: str, domains: Sequence
         text = f"{', '.join(missing)}: not scored with two examples or more, so no gain is shown"
         return Criterion(name, False, text, kind="missing")
     own, its = (100 * float(np.mean([pair[index].mean() for pair in pairs.values()])) for index in (0, 1))
-    gain = over_examples({domain: differences(*pair) for domain, pair in pairs.items()}).interval(results.confidence)
+    gain = mean_over({domain: differences(*pair) for domain, pair in pairs.items()}, results.confidence)
     p_value = mean_superiority(pairs)
     passed = p_value < (1 - results.confidence) / 2
     shown = f"above {start}" if passed else f"not shown above {start}: {NOTHING}"
@@ -237,7 +236,7 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
             criteria.append(Criterion(name, False, f"{domain}: {few}, so not shown non-inferior.", kind="missing"))
             continue
         passed = p_values[domain] < (1 - results.confidence) / 2
-        difference = over_examples({domain: differences(*pair)}).interval(results.confidence)
+        difference = paired_difference(pair[0], pair[1], results.confidence)
         fewest = fewest_examples(margin, results.confidence)
         judged, shown = ("non-inferior", "shown") if passed else ("not shown non-inferior", "not shown")
         if not passed and pair[0].shape[1] < fewest:

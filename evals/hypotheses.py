@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from evals.compare import differences
 from evals.crossed import over_examples
 
 
@@ -68,16 +69,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = highest
     return {name: adjusted[name] for name in p_values}
-
-
-def differences(a_SN: np.ndarray, b_SN: np.ndarray) -> np.ndarray:
-    """The paired differences [N] of `a` and `b`, a mean over the seeds of each.
-
-    Raises:
-        ValueError: they have different numbers of examples.
-    """
-    a_N, b_N = (np.atleast_2d(scores_SN).mean(axis=0) for scores_SN in (a_SN, b_SN))
-    if a_N.shape != b_N.shape:
-        raise ValueError(f"not paired: {len(a_N)} and {len(b_N)} examples")
-    difference_N: np.ndarray = a_N - b_N
-    return difference_N

@@ -1,9 +1,9 @@
 """The ways one student was made of the same experts, side by side: how good, what was forgotten, what it cost."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from evals.compare import Interval
 from evals.forgetting import mean_drop
+from evals.interval import Interval
 from evals.results import BASELINES, STUDENT, VARIANTS, Cost, Results
 
 
@@ -54,5 +54,5 @@ def lead(results: Results, found: list[Merge], first: Merge) -> Interval | None:
 
     The winner's own interval would leave out 0 too often, for it is the best of several (Bonferroni).
     """
-    together = replace(results, confidence=1 - (1 - results.confidence) / max(1, len(found) - 1))
+    together = results.at_share(1 / max(1, len(found) - 1))
     return together.mean_difference(first.name, STUDENT, results.expert_domains)

@@ -6,8 +6,9 @@ from math import comb
 
 import numpy as np
 
-from evals.compare import Interval, mean_over, percentile, resampled_means
+from evals.compare import mean_over, percentile, resampled_means
 from evals.crossed import over_both
+from evals.interval import Interval
 from evals.scores import Scores
 
 

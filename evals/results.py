@@ -4,13 +4,14 @@ Shape suffixes: `S` seeds, `N` examples.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from evals.claim_config import HypothesisConfig
-from evals.compare import Interval, mean_interval, mean_over, mean_over_domains, paired_difference
+from evals.compare import mean_interval, mean_over, mean_over_domains, paired_difference
 from evals.crossed import over_both
+from evals.interval import Interval
 from evals.metrics import Triple, pass_at_k, recovery, recovery_over_seeds
 from evals.scores import Scores
 from evals.shifts import shift_metrics
@@ -144,6 +145,10 @@ class Results:
         rows = [[cell[seed].sampled_N if sampled else cell[seed].greedy_N for seed in shared] for cell in cells]
         whole = [[row_N for row_N in own if row_N is not None] for own in rows]
         return [np.stack(own) for own in whole] if all(len(own) == len(shared) for own in whole) else None
+
+    def at_share(self, share: float) -> "Results":
+        """The same results, judged at this share of their level: with wider intervals."""
+        return replace(self, confidence=1 - (1 - self.confidence) * share)
 
     def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Mean greedy score of a role or checkpoint on a domain."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evals.compare import Interval
 from evals.crossed import over_both
 from evals.grid import ABSENT, Grid
+from evals.interval import Interval
 
 if TYPE_CHECKING:
     from evals.results import Results

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evals.advice import Settings, advice
-from evals.compare import Interval
 from evals.gate import NOTHING, Verdict
 from evals.grid import ABSENT
+from evals.interval import Interval
 from evals.results import Results
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evals.claims_page import hypotheses_grid
-from evals.compare import Interval
 from evals.forgetting import by_method, mean_drop
 from evals.grid import ABSENT, Grid
+from evals.interval import Interval
 from evals.markdown import plain
 from evals.merges import best, lead, merges
 from evals.results import BASELINES, ROLES, STUDENT, VARIANTS, Results

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals.compare import Interval, mean_interval
+from evals.compare import mean_interval
 from evals.export import DATA_FILE
+from evals.interval import Interval
 from evals.markdown import code, plain
 from evals.scores import read_scores
 from experts.errors import UserError

@@ -16,7 +16,7 @@ from stages.core.checkpoint import Artifact, Store
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from evals.compare import Interval
+    from evals.interval import Interval
 
 HASH_LENGTH = 64
 COMPARED = ("stage", "seed", "config", "data", "packages", "code", "version", "world_size", "digest")

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from evals.compare import Interval, mean_over, mean_over_domains
+from evals.compare import mean_over, mean_over_domains
 from evals.gate import judge
 from evals.hypotheses import non_inferiority
+from evals.interval import Interval
 from evals.merges import best, lead, merges
 from evals.results import BASELINES, STUDENT, Expert, Results
 from evals.scores import Scores

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from flows.servers import choose_port, mlflow_uri, start_prefect, stop, wait_until_ready
+from flows.servers import choose_port, start_prefect, stop, wait_until_ready
 
 DATABASES = ("prefect/prefect.db", "mlflow.db")
 
 
 def with_databases(home: Path) -> Path:
-    """Put empty databases of Prefect and MLflow into a home; they are made once for all tests of these versions."""
+    """Put empty databases of Prefect and MLflow into a home that has none; they are made once for all tests."""
     versions = "-".join(importlib.metadata.version(name) for name in ("prefect", "mlflow"))
     kept = Path(tempfile.gettempdir()) / f"mopd-tests-{os.getuid()}" / versions
     kept.parent.mkdir(mode=0o700, exist_ok=True)
@@ -23,7 +23,8 @@ def with_databases(home: Path) -> Path:
         if not kept.exists():
             _make(kept)
     for name in DATABASES:
-        _copy(kept / name, home / name)
+        if not (home / name).exists():
+            _copy(kept / name, home / name)
     return home
 
 
@@ -36,8 +37,10 @@ def _make(kept: Path) -> None:
         home = Path(folder) / "home"
         server = start_prefect(home, "127.0.0.1", choose_port("127.0.0.1", 24300, "Prefect"))
         try:
-            with tracking_store(mlflow_uri(home)):
-                MlflowClient(mlflow_uri(home)).search_experiments()
+            # Not the store that the environment names.
+            uri = f"sqlite:///{home / 'mlflow.db'}"
+            with tracking_store(uri):
+                MlflowClient(uri).search_experiments()
             wait_until_ready(server)
         finally:
             stop([server])

@@ -18,8 +18,7 @@ HOST = "127.0.0.1"
 @contextlib.contextmanager
 def standing(start: Callable[[Path, str, int], servers.Server], home: Path, port: int) -> Iterator[servers.Server]:
     """MLflow's or Prefect's server over a home, at the first free port from this one on; gone afterwards."""
-    if not (home / "mlflow.db").exists():
-        with_databases(home)
+    with_databases(home)
     with contextlib.ExitStack() as held:
         with servers.one_start_at_a_time(home):
             server = start(home, HOST, servers.choose_port(HOST, port, "a test's server"))
