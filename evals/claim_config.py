@@ -29,13 +29,31 @@ Measure = Literal[
     "tokens",
 ]
 
+Expectation = Literal["above", "below", "within", "not_below", "not_above"]
+
 
 class FitConfig(StrictModel):
     """A quadratic of one measure over checkpoints on another: does it predict?"""
 
     x: Measure = Field("kl_start", description="What predicts.")
     x_domains: list[str] = Field(min_length=1, description="Domains it is averaged over.")
-    checkpoints: list[str] = Field(min_length=5, description="The points: one a checkpoint, a mean over seeds.")
+    checkpoints: list[str | list[str]] = Field(
+        min_length=2,
+        description="The points: one a checkpoint, a mean over seeds. A list inside holds checkpoints that are not "
+        "independent, such as those of one method: they count as one point.",
+    )
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The independent points, each the checkpoints of one."""
+        return [[one] if isinstance(one, str) else one for one in self.checkpoints]
+
+    @model_validator(mode="after")
+    def _has_points(self) -> Self:
+        names = [name for group in self.groups for name in group]
+        if len(set(names)) < max(5, len(names)):
+            raise ValueError("fit.checkpoints: at least five, each of them once")
+        return self
 
 
 class ComparisonConfig(StrictModel):
@@ -60,7 +78,7 @@ class ComparisonConfig(StrictModel):
         description="Domains averaged over; by default those with an expert, for a drop those without.",
     )
     split: Literal["held_out", "out_of_distribution"] = Field("held_out", description="Which examples.")
-    expect: Literal["above", "below", "within", "not_below", "not_above"] = Field(
+    expect: Expectation = Field(
         description="above or below 0 (for a fit: R squared above the margin); within ± margin (equivalence); "
         "not below -margin or not above +margin (non-inferiority)."
     )
@@ -99,7 +117,7 @@ class ComparisonConfig(StrictModel):
     @property
     def checkpoints(self) -> list[str]:
         """All checkpoints the test speaks of."""
-        return self.fit.checkpoints if self.fit else list(self.weights)
+        return [name for group in self.fit.groups for name in group] if self.fit else list(self.weights)
 
 
 class HypothesisConfig(StrictModel):

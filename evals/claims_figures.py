@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from evals.claim_config import EXAMPLE_MEASURES
-from evals.claims import Finding
 from evals.claims_page import UNITS, short
 from evals.interval import Interval
+from evals.verdicts import Finding
 
-COLOURS = {"shown": "#2aa876", "contradicted": "#d9605a", "not shown": "#8a939b"}
+COLOURS = {"shown": "#2aa876", "contradicted": "#d9605a"}
+UNDECIDED = "#8a939b"
 # Points a slope's axis spans at the least, so that a line of noise does not look steep.
 LEAST_SPAN = 10.0
 LINES = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9")
@@ -26,9 +27,9 @@ LINES = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9")
 def claim_figure(own: Sequence[Finding]) -> str | None:
     """The figure of one hypothesis as an SVG document, a panel for each kind of test; None where there is nothing."""
     measured = [one for one in own if one.interval is not None]
-    fits = [one for one in measured if one.curve]
+    fits = [one for one in measured if one.coefficients]
     slopes = [one for one in measured if one.config.slope]
-    plain = [one for one in measured if not one.curve and not one.config.slope]
+    plain = [one for one in measured if not one.coefficients and not one.config.slope]
     contrasts = [one for one in plain if one.config.measure in EXAMPLE_MEASURES]
     panels: list[tuple[float, Callable[[Any], None]]] = []
     if fits:
@@ -46,7 +47,7 @@ def _fits(fits: Sequence[Finding], axes: Any) -> None:
     """Every checkpoint by its two measures, and the least-squares parabola of each fit."""
     first = fits[0].config
     assert first.fit is not None
-    points = {name: point for one in fits if one.curve for name, point in one.curve.points.items()}
+    points = {name: point for one in fits for name, point in one.points.items()}
     axes.scatter([x for x, _ in points.values()], [100 * y for _, y in points.values()], color=LINES[0], zorder=3)
     ordered = sorted(points, key=lambda name: points[name])
     for number, name in enumerate(ordered, 1):
@@ -58,11 +59,11 @@ def _fits(fits: Sequence[Finding], axes: Any) -> None:
     legend = "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
     axes.text(1.03, 1, legend, transform=axes.transAxes, va="top", fontsize=8)
     for one, colour in zip(fits, cycle(LINES[1:]), strict=False):
-        assert one.curve is not None and one.interval is not None
-        own = [x for x, _ in one.curve.points.values()]
+        assert one.coefficients is not None and one.interval is not None
+        own = [x for x, _ in one.points.values()]
         grid = np.linspace(min(own), max(own), 100)
         label = f"{one.test.replace('_', ' ')}: R² {one.interval.mean:.2f}"
-        axes.plot(grid, 100 * np.polyval(one.curve.coefficients, grid), color=colour, linewidth=1.2, label=label)
+        axes.plot(grid, 100 * np.polyval(one.coefficients, grid), color=colour, linewidth=1.2, label=label)
     axes.set_xlabel(f"{first.fit.x.replace('_', ' ')} on {', '.join(first.fit.x_domains)}")
     axes.set_ylabel(f"{first.measure}, points")
     # Above the axes, where no point can be.
@@ -76,7 +77,7 @@ def _slopes(slopes: Sequence[Finding], axes: Any) -> None:
         points = sorted((setting, 100 * one.values[name]) for name, setting in one.config.slope.items())
         assert one.interval is not None
         mean, low, high = (f"{100 * bound:+.1f}" for bound in (one.interval.mean, one.interval.low, one.interval.high))
-        label = f"{one.test.replace('_', ' ')}: {mean} [{low}, {high}] a unit ({one.verdict})"
+        label = f"{one.test.replace('_', ' ')}: {mean} [{low}, {high}] a unit ({one.label})"
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=label)
     bottom, top = axes.get_ylim()
     missing = max(0.0, LEAST_SPAN - (top - bottom)) / 2
@@ -93,11 +94,11 @@ def _intervals(found: Sequence[Finding], axes: Any) -> None:
         assert one.interval is not None
         value = Interval(*(100 * bound for bound in (one.interval.mean, one.interval.low, one.interval.high)))
         error = [[value.mean - value.low], [value.high - value.mean]]
-        axes.errorbar([value.mean], [place], xerr=error, fmt="o", capsize=3, color=COLOURS[one.verdict])
+        axes.errorbar([value.mean], [place], xerr=error, fmt="o", capsize=3, color=COLOURS.get(one.verdict, UNDECIDED))
         for bound in {-one.config.margin, one.config.margin} if one.config.margin else ():
             axes.plot([100 * bound] * 2, [place - 0.35, place + 0.35], color="#b0b7bd", linewidth=1.2, linestyle=":")
     axes.axvline(0, color="#1d2329", linewidth=0.7)
-    names = [f"{one.test.replace('_', ' ')}\n({one.verdict})" for one in reversed(found)]
+    names = [f"{one.test.replace('_', ' ')}\n({one.label})" for one in reversed(found)]
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.set_ylim(-0.6, len(found) - 0.4)
     dotted = "; dotted: the margin" if any(one.config.margin for one in found) else ""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from evals.claim_config import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
 from evals.claim_measures import domains_of
-from evals.claims import Finding, findings
+from evals.claims import findings
 from evals.grid import ABSENT, Grid
 from evals.results import BASELINES, STUDENT, VARIANTS, Results
+from evals.verdicts import Finding
 
-MARKS = {"shown": "**shown**", "contradicted": "**contradicted**"}
 UNITS = {
     "kl_start": ("KL from the start", "nats a token", 1.0, 3),
     "kl_policy": ("KL to the start", "nats a token", 1.0, 3),
@@ -57,7 +57,7 @@ def hypotheses_grid(results: Results) -> Grid | None:
             expectation(one),
             measured(one),
             p_of(one),
-            one.verdict,
+            one.label,
         )
         for one in findings(results, results.hypotheses)
     ]
@@ -81,7 +81,8 @@ def what(results: Results, test: ComparisonConfig) -> str:
     assert test.fit is not None
     return (
         f"R² of {title} as a quadratic of {UNITS[test.fit.x][0]} on {', '.join(test.fit.x_domains)}, "
-        f"{len(test.fit.checkpoints)} checkpoints"
+        f"{len(test.checkpoints)} checkpoints"
+        + (f", {len(test.fit.groups)} of them independent" if len(test.fit.groups) < len(test.checkpoints) else "")
     )
 
 
@@ -112,8 +113,12 @@ def measured(finding: Finding) -> str:
 
 
 def p_of(finding: Finding) -> str:
-    """Holm's p."""
-    return ABSENT if finding.p is None else "<0.001" if finding.p < 0.001 else f"{finding.p:.3f}"
+    """Holm's p of what is expected, or of the opposite where that has the smaller one."""
+    p, other = finding.p, finding.opposite_p
+    if p is None or other is None:
+        return ABSENT
+    value = min(p, other)
+    return f"{'opposite: ' if other < p else ''}{'<0.001' if value < 0.001 else f'{value:.3f}'}"
 
 
 def claims_page(tested: Sequence[Judged], intro: str) -> str:
@@ -142,7 +147,7 @@ def _overview(tested: Sequence[Judged], claims: Mapping[str, str], ordered: Sequ
     rows = []
     for claim in ordered:
         verdicts = [
-            f"{MARKS.get(one.verdict, one.verdict)} ({run.file.stem}: {one.test.replace('_', ' ')})"
+            f"{_marked(one)} ({run.file.stem}: {one.test.replace('_', ' ')})"
             for run in tested
             for one in run.found
             if _claim(one.hypothesis) == claim
@@ -156,7 +161,7 @@ def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
     own = [one for one in run.found if one.hypothesis == key]
     rows = [
         f"| {one.test.replace('_', ' ')} | {what(run.results, one.config)} | {expectation(one)} | {measured(one)} | "
-        f"{p_of(one)} | {MARKS.get(one.verdict, one.verdict)} |"
+        f"{p_of(one)} | {_marked(one)} |"
         for one in own
     ]
     head = "| test | compared | expected | measured [interval] | p (Holm) | verdict |"
@@ -174,6 +179,11 @@ def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
     return [part for part in parts if part]
 
 
+def _marked(finding: Finding) -> str:
+    """The verdict as Markdown: what was shown or contradicted is bold."""
+    return f"**{finding.label}**" if finding.verdict in ("shown", "contradicted") else finding.label
+
+
 def _values(own: Sequence[Finding]) -> str:
     """Each checkpoint's own value, and the start's score: a start near 0 or 100 % leaves little to see."""
     lines = []
@@ -181,8 +191,8 @@ def _values(own: Sequence[Finding]) -> str:
         if not one.values:
             continue
         start = "" if one.start is None else f"; the start scores {100 * one.start:.1f} %"
-        if one.curve:
-            squared, linear, constant = one.curve.coefficients
+        if one.coefficients:
+            squared, linear, constant = one.coefficients
             said = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
             lines.append(f"- {one.test.replace('_', ' ')}: {said}{start}")
             continue

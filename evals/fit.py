@@ -1,4 +1,13 @@
-"""A quadratic fit of one measure on another over checkpoints, and how sure its R squared is."""
+"""A quadratic fit of one measure on another over checkpoints, and how sure its R squared is.
+
+The residual sum of squares of P points leaves `F = (R² / 2) / ((1 - R²) / (P - 3))`, for fixed x and normal errors
+noncentral F with 2 and P - 3 degrees of freedom and noncentrality `P ρ² / (1 - ρ²)`, where `ρ²` is the share of
+variance that the parabola truly explains. Its tails give the test of `ρ²` and, turned around, the interval (Steiger
+2004, Psychological Methods 9:164). A bootstrap of the points was left out: with five points and no relation its lower
+bound exceeded 0.5 in 32 % of simulations, because three coefficients always explain something.
+
+Shape suffix: `P` points.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +16,9 @@ import numpy as np
 
 from evals.interval import Interval
 
-MIN_POINTS = 5
-RESAMPLES = 2_000
+# Of fewer points a parabola's R squared says nothing: three coefficients take as many.
+MIN_POINTS = 7
+COEFFICIENTS = 3
 
 
 @dataclass(frozen=True)
@@ -17,22 +27,66 @@ class Fit:
 
     Attributes:
         coefficients: Of x², x and 1.
-        r_squared: 1 - residual sum of squares / total sum of squares, with its interval.
+        r_squared: 1 - residual sum of squares / total sum of squares.
+        points: How many points.
     """
 
     coefficients: tuple[float, float, float]
-    r_squared: Interval
+    r_squared: float
+    points: int
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the residuals."""
+        return self.points - COEFFICIENTS
+
+    def above(self, share: float) -> float:
+        """P-value that the parabola explains more than a share of the variance, of all such points.
+
+        Args:
+            share: In [0, 1).
+        """
+        return self._tail(self.points * share / (1 - share))
+
+    def interval(self, confidence: float) -> Interval:
+        """Of the share of variance explained: [0, 1] with fewer than `MIN_POINTS` points."""
+        if self.points < MIN_POINTS:
+            return Interval(self.r_squared, 0.0, 1.0)
+        tail = (1 - confidence) / 2
+        low, high = (self._share_at(level) for level in (tail, 1 - tail))
+        return Interval(self.r_squared, min(low, self.r_squared), max(high, self.r_squared))
+
+    def _tail(self, noncentrality: float) -> float:
+        """Probability of an F as large as this one."""
+        from scipy.special import ncfdtr
+
+        if self.freedom < 1:
+            return 1.0
+        if self.r_squared >= 1:
+            return 0.0
+        ratio = self.r_squared / (COEFFICIENTS - 1) / ((1 - self.r_squared) / self.freedom)
+        return float(1 - ncfdtr(COEFFICIENTS - 1, self.freedom, noncentrality, ratio))
+
+    def _share_at(self, level: float) -> float:
+        """The share of variance with which an F as large as this one has the probability `level`."""
+        from scipy.optimize import brentq
+
+        if self.r_squared >= 1:
+            return 1.0
+        if self._tail(0.0) >= level:
+            return 0.0
+        high = 1.0
+        while self._tail(high) < level:
+            high *= 2
+        found = float(brentq(lambda value: self._tail(value) - level, 0.0, high))
+        return found / (self.points + found)
 
 
-def quadratic_fit(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) -> Fit | None:
+def quadratic_fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
     """Fit y on x and x² (the form in which arXiv:2509.04259 relates forgetting to KL).
 
-    The interval is the percentile bootstrap over points; a resample with fewer than four different x, or without spread
-    in y, has no fit worth the name and is drawn again. R squared of a resample is that of its own fit, so with few
-    points the interval leans upwards: three coefficients always explain something.
-
     Returns:
-        None with fewer than five points, or where y or x has no spread.
+        None with fewer than four points, fewer than four different x, or where y has no spread.
 
     Raises:
         ValueError: x and y are not of one length.
@@ -40,21 +94,10 @@ def quadratic_fit(x: Sequence[float], y: Sequence[float], confidence: float = 0.
     if len(x) != len(y):
         raise ValueError(f"not paired: {len(x)} and {len(y)} points")
     x_P, y_P = np.asarray(x, float), np.asarray(y, float)
-    if len(x_P) < MIN_POINTS or len(np.unique(x_P)) < 4 or np.ptp(y_P) == 0:
+    if len(np.unique(x_P)) <= COEFFICIENTS or np.ptp(y_P) == 0:
         return None
-    coefficients, estimate = _fitted(x_P, y_P)
-    rng = np.random.default_rng(len(x_P))
-    draws: list[float] = []
-    while len(draws) < RESAMPLES:
-        drawn_P = rng.integers(len(x_P), size=len(x_P))
-        if len(np.unique(x_P[drawn_P])) >= 4 and np.ptp(y_P[drawn_P]) > 0:
-            draws.append(_fitted(x_P[drawn_P], y_P[drawn_P])[1])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Fit(coefficients, Interval(estimate, float(low), float(high)))
-
-
-def _fitted(x_P: np.ndarray, y_P: np.ndarray) -> tuple[tuple[float, float, float], float]:
     squared, linear, constant = (float(c) for c in np.polyfit(x_P, y_P, 2))
     residual_P = y_P - np.polyval([squared, linear, constant], x_P)
-    return (squared, linear, constant), 1 - float(np.sum(residual_P**2) / np.sum((y_P - y_P.mean()) ** 2))
+    share = 1 - float(np.sum(residual_P**2) / np.sum((y_P - y_P.mean()) ** 2))
+    # What is left of points on a parabola is rounding.
+    return Fit((squared, linear, constant), 1.0 if share > 1 - 1e-12 else share, len(x_P))

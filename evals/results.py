@@ -207,7 +207,9 @@ class Results:
         if not differences:
             return None
         return (
-            over_both(differences).interval(self.confidence) if new_seeds else mean_over(differences, self.confidence)
+            over_both(differences, 1.0).interval(self.confidence)
+            if new_seeds
+            else mean_over(differences, self.confidence)
         )
 
     def expert_gain(self, expert: str) -> Interval | None:

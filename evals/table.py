@@ -103,6 +103,22 @@ def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None 
     return Grid(title, head, tuple(rows))
 
 
+def seeds_grid(results: Results) -> Grid | None:
+    """The student against start and teacher for new seeds as well; None with fewer seeds than that takes."""
+    spans = {_label(results, domain, HELD_OUT): [domain] for domain in results.domains}
+    spans["mean of experts' domains"] = list(results.expert_domains)
+    rows = []
+    for name, domains in spans.items():
+        gain = results.mean_difference("student", results.start, domains, new_seeds=True)
+        taught = all(domain in results.teachers for domain in domains)
+        gap = results.mean_difference("student", "teacher", domains, new_seeds=True) if taught else None
+        if gain is not None:
+            rows.append((name, points(gain), points(gap)))
+    head = ("domain", f"student less {results.start}", "student less teacher")
+    title = "Student's differences, points, held out [for new examples and new seeds]"
+    return Grid(title, head, tuple(rows)) if rows else None
+
+
 def merge_title(name: str) -> str:
     """How a merge is called in a table: MOPD, MOPD with a variant's name, or the baseline's name."""
     if name == STUDENT or name.startswith(VARIANTS):
@@ -112,7 +128,16 @@ def merge_title(name: str) -> str:
 
 def grids(results: Results, cell: Callable[[Interval | None], str] | None = None) -> list[Grid]:
     """All tables of a run; `cell` as for `roles_grid`."""
-    between = [g for g in (merges_grid(results, cell), hypotheses_grid(results), sampled_grid(results, cell)) if g]
+    between = [
+        g
+        for g in (
+            seeds_grid(results),
+            merges_grid(results, cell),
+            hypotheses_grid(results),
+            sampled_grid(results, cell),
+        )
+        if g
+    ]
     after = [grid for grid in (shift_grid(results, narrow=cell is compact), cosines_grid(results)) if grid]
     return [roles_grid(results, cell), *between, checkpoints_grid(results), *after]
 
@@ -122,7 +147,9 @@ def statements(results: Results) -> list[str]:
     lines = []
     for name, expert in results.experts.items():
         gain = results.expert_gain(name)
-        lines.append(f"{name} ({expert.method}) over {results.start} on {expert.domain}: {difference(gain)}.")
+        over_seeds = results.mean_difference(name, results.start, [expert.domain], new_seeds=True)
+        also = f"; for new seeds too: {difference(over_seeds)}" if over_seeds else ""
+        lines.append(f"{name} ({expert.method}) over {results.start} on {expert.domain}: {difference(gain)}{also}.")
     over = results.mean_difference("student", results.start, results.expert_domains)
     over_seeds = results.mean_difference("student", results.start, results.expert_domains, new_seeds=True)
     also = f"; for new seeds too: {difference(over_seeds)}" if over_seeds else ""
@@ -163,8 +190,8 @@ def statements(results: Results) -> list[str]:
     lines.append(f"Contaminated examples (source seen in training): {seen}.")
     lines.append(
         f"Seeds {', '.join(map(str, results.seeds))}. The intervals of scores and differences keep these "
-        "seeds fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, are "
-        "t intervals of seeds and examples as crossed random effects."
+        "seeds fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, "
+        "take seeds and examples as crossed random effects."
     )
     return lines
 
@@ -240,8 +267,13 @@ def difference(value: Interval | None) -> str:
     """A difference in points with its bounds, and whether it is one."""
     if value is None:
         return "not measured"
-    text = f"{100 * value.mean:+.1f} points [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    text = points(value).replace(" [", " points [")
     return text if value.shows_difference else f"{text}, no difference shown"
+
+
+def points(value: Interval | None) -> str:
+    """A difference in points with its bounds."""
+    return f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]" if value else ABSENT
 
 
 def _label(results: Results, domain: str, split: str) -> str:

@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experts.documents import DocumentError, read_object, user_error
 from experts.errors import UserError
 from flows.plan import StageGraph, build_graph
 from flows.run_file import load_run_file
@@ -14,13 +14,15 @@ from stages.core.checkpoint import Store, write_whole
 
 if TYPE_CHECKING:
     from evals.claims_page import Judged
+    from evals.results import Results
+    from evals.verdicts import Finding
 
 FOLDER = Path(__file__).parent / "runs" / "claims"
 NOTES = "NOTES.md"
 PAGE = Path("docs/claims.md")
 
 
-def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path) -> Path:
+def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path, measured: Path | None = None) -> Path:
     """Test the hypotheses of every run file of a folder and write the page, its figures and its data.
 
     The data is a JSON file: for each run file its seeds, the level of its intervals, its tests with all a reader needs
@@ -32,24 +34,30 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path)
         overrides: Dotted assignments for each of them, such as `seeds=[0,1,2]`.
         home: Where the runs' scores are.
         page: The Markdown file; figures go into a folder of its name beside it, findings into a JSON file.
+        measured: The JSON file of an earlier page, whose measurements are judged in place of the home's scores.
 
     Raises:
-        UserError: there is no run file with hypotheses, or no scores of any are in the store.
+        UserError: there is no run file with hypotheses, no scores of any are in the store, or the measurements are of
+            other tests.
     """
-    from evals.claims import findings
     from evals.claims_figures import claim_figure
     from evals.claims_page import Judged, claims_page
     from flows.results import collect
 
     store, tested, made = Store(home), [], {}
+    earlier = _measurements(measured) if measured else None
     figures_folder = page.with_suffix("")
     for file in sorted(folder.glob("*.yaml")):
         config = load_run_file(file, list(overrides))
         if not config.hypotheses:
             continue
         graph = build_graph(config, home)
-        results, made[file.name] = collect(graph, store), _checkpoints(graph, store)
-        found = findings(results, config.hypotheses)
+        results = collect(graph, store)
+        if earlier is None:
+            made[file.name] = _checkpoints(graph, store)
+        else:
+            made[file.name] = earlier.get(file.name, {}).get("checkpoints", {})
+        found = _found(results, None if earlier is None else earlier.get(file.name, {}), file)
         for one in found:
             if one.verdict == "not measured":
                 sys.stderr.write(f"warning: {file}: hypotheses.{one.hypothesis}.tests.{one.test}: not measured\n")
@@ -63,7 +71,7 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path)
         tested.append(Judged(file, results, found, figures))
     if not tested:
         raise UserError(f"{folder}: no run file with hypotheses")
-    if not any(run.results.cells for run in tested):
+    if earlier is None and not any(run.results.cells for run in tested):
         file = tested[0].file
         raise UserError(f"{file}: nothing of it is in {home}; make it first: mopd run {file} --home {home}")
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +84,39 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path)
     return page
 
 
+def _found(results: "Results", measured: Mapping[str, Any] | None, file: Path) -> "list[Finding]":
+    """Measure and judge a run file's hypotheses, or judge what was measured of them."""
+    from evals.claim_data import findings_again
+    from evals.claims import findings
+
+    if measured is None:
+        return findings(results, results.hypotheses)
+    try:
+        return findings_again(measured.get("findings", []), results.hypotheses, results.confidence)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: its measurements lack or distort {error}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _measurements(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file '{path}'") from error
+    except DocumentError as error:
+        raise user_error(path, error) from error
+
+
 def _data(run: "Judged", checkpoints: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """A run file's part of the JSON file."""
+    from evals.claim_data import findings_data
+
     return {
         "run": run.results.run,
         "seeds": run.results.seeds,
         "confidence": run.results.confidence,
-        "findings": [{**asdict(one), "config": one.config.model_dump(mode="json")} for one in run.found],
+        "findings": findings_data(run.found),
         "checkpoints": checkpoints,
     }
 
@@ -102,11 +136,12 @@ def _intro(confidence: float) -> str:
         "the runs of `flows/runs/claims/`: margins, tests and numbers of examples stand in these run files, and their "
         "git history tells when they were fixed. The same numbers, by seed, are in the JSON file beside this page, and "
         "the content keys of the checkpoints with them.\n\n"
-        f"Intervals are at {100 * confidence:g} % (tests of equivalence: 90 %, two one-sided tests at 5 %). Scores are "
-        "paired by example and seed; with three seeds and more their t intervals, with seeds and examples as crossed "
-        "random effects and Satterthwaite's degrees of freedom, speak of new seeds and new examples. Measures with one "
-        "value a seed have the t interval over seeds. *above* and *below* are shown only with Holm's correction over "
-        "all such tests of a run file. A claim is *contradicted* where the interval lies wholly on the other side, and "
-        "*not shown* otherwise: that is a result too, and no evidence of the opposite. One model of half a million "
-        "parameters and two tasks decide nothing about large models."
+        f"Intervals are at {100 * confidence:g} %. Scores are paired by example and seed; with three seeds and more "
+        "they speak of new seeds and new examples, as crossed random effects, with fewer of new examples alone (*of "
+        "these seeds*). Measures with one value a seed have the t interval over seeds. Every test has a p-value of "
+        "what is expected and one of the opposite, both on the two-sided scale and after Holm's correction over all "
+        f"tests of its run file. *Shown* and *contradicted* need one below {1 - confidence:.2g}; *not shown* is a "
+        "result too, and no evidence of the opposite. A margin that the start itself would keep is *not informative*. "
+        "A fit of fewer than seven independent points *cannot be judged*: checkpoints of one method are one point. One "
+        "model of half a million parameters and two tasks decide nothing about large models."
     )

@@ -156,6 +156,12 @@ def report(
     full: Full = False,
     as_json: AsJson = False,
     page: Annotated[Path | None, typer.Option("--page", help="claims: where its page goes; docs/claims.md.")] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            "--measured", help="claims: judge the measurements of this page's JSON file, not the home's scores."
+        ),
+    ] = None,
 ) -> None:
     """Compare what is finished of the file's last run and write the HTML report; trains nothing.
 
@@ -166,7 +172,8 @@ def report(
             from flows import claims
 
             folder = claims.FOLDER if str(file) == "claims" else file
-            sys.stdout.write(f"{claims.write_claims(folder, overrides or [], home, page or claims.PAGE)}\n")
+            written = claims.write_claims(folder, overrides or [], home, page or claims.PAGE, measured)
+            sys.stdout.write(f"{written}\n")
             return
         asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
         commands.report(asked, Shown(full, as_json))

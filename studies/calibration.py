@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from evals.claim_config import ComparisonConfig, Expectation, FitConfig
 from evals.compare import mean_over, mean_over_domains
+from evals.crossed import over_both, over_examples
 from evals.gate import judge
 from evals.hypotheses import non_inferiority
 from evals.interval import Interval
 from evals.merges import best, lead, merges
-from evals.results import BASELINES, STUDENT, Expert, Results
+from evals.results import BASELINES, MIN_SEEDS, STUDENT, Expert, Results
 from evals.scores import Scores
+from evals.verdicts import Finding, judged
 from experts.domain import HELD_OUT
 
 # A 95 % interval may cover 92 % at the least; near 0 and 1 no width of it covers less than all.
@@ -170,7 +173,55 @@ def _run(rng: np.random.Generator, rivals: int, share: float, teacher: float, ex
     return Results("simulated", (0,), names, ("a",), cells, taught, experts, (), "cold_start", 0.95, {})
 
 
-SECTIONS = (scores, differences, levels, runs)
+def fits(rng: np.random.Generator, trials: int) -> Iterator[Case]:
+    """How often a parabola is shown to explain anything where x and y are unrelated; methods scatter, or not."""
+    for methods, each, scatter in ((5, 1, 0.0), (7, 1, 0.0), (9, 1, 0.0), (20, 1, 0.0), (5, 3, 3.0), (9, 3, 3.0)):
+        groups = [[f"{method}/{number}" for number in range(each)] for method in range(methods)]
+        asked = FitConfig(x_domains=["a"], checkpoints=list(groups))
+        test = ComparisonConfig(fit=asked, measure="drop", expect="above", margin=0.0)
+        shown = 0
+        for _ in range(trials):
+            centres = scatter * rng.normal(size=(methods, 2))
+            own = {name: centres[m] + rng.normal(size=2) for m, group in enumerate(groups) for name in group}
+            points = {name: (float(x), float(y)) for name, (x, y) in own.items()}
+            (found,) = judged([Finding("H", "fit", test, points=points)], 0.95)
+            shown += found.verdict == "shown"
+        setting = f"methods={methods} of {each} checkpoints"
+        yield Case("fit shown, no relation", setting, shown / trials, *WRONG, trials)
+
+
+def pages(rng: np.random.Generator, trials: int) -> Iterator[Case]:
+    """How often a page of thirty tests shows, or contradicts, anything where each is at its limit.
+
+    Ten differences are 0, ten are a margin below, ten are a margin apart; half of an example's answer is luck of the
+    seed, and with three seeds and more the seeds themselves scatter by 2 points.
+    """
+    kinds: tuple[tuple[Expectation, float], ...] = (("above", 0.0), ("not_below", -MARGIN), ("within", MARGIN))
+    for seeds, examples in ((1, 100), (2, 100), (3, 100), (5, 400)):
+        few = max(100, trials // 4)
+        shown = contradicted = 0
+        for _ in range(few):
+            tests = []
+            for number in range(30):
+                expect, truth = kinds[number % 3]
+                test = ComparisonConfig(compare=("a", "b"), expect=expect, margin=abs(truth))
+                moved_S1 = truth + (0.02 * rng.normal(size=(seeds, 1)) if seeds >= MIN_SEEDS else 0.0)
+                luck_SN = np.where(
+                    rng.random((seeds, examples)) < 0.5, rng.random(examples), rng.random((seeds, examples))
+                )
+                table_SN = (luck_SN < 0.2 + moved_S1 / 2).astype(float) - (luck_SN > 0.8 + moved_S1 / 2)
+                estimate = (over_both if seeds >= MIN_SEEDS else over_examples)({"": table_SN}, 1.0)
+                tests.append(
+                    Finding("H", str(number), test, estimate=estimate, seeds=seeds, values={"a": 0.0, "b": 0.0})
+                )
+            verdicts = {found.verdict for found in judged(tests, 0.95)}
+            shown, contradicted = shown + ("shown" in verdicts), contradicted + ("contradicted" in verdicts)
+        setting = f"30 tests, seeds={seeds} n={examples}"
+        yield Case("page shows what is not", setting, shown / few, *WRONG, few)
+        yield Case("page contradicts what is not", setting, contradicted / few, *WRONG, few)
+
+
+SECTIONS = (scores, differences, levels, runs, fits, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from scipy import stats
@@ -85,12 +86,41 @@ def test_a_reader_can_compute_it_again_from_the_data(tmp_path: Path) -> None:
     (first, second) = data["findings"]
     assert (first["verdict"], first["interval"]["mean"]) == ("shown", pytest.approx(-0.15))
     assert first["contrast"] == {seed: pytest.approx(-0.15) for seed in "012"}
-    # Seeds are equal here, so it is the t-test of 100 examples; two tests share Holm's correction.
-    expected = stats.ttest_1samp([-1.0] * 15 + [0.0] * 85, 0).pvalue
-    assert (first["freedom"], first["raw_p"], first["start"]) == pytest.approx((99, expected, 0.5))
+    # Seeds are equal here, so it is the t-test of 100 examples with four made up; two tests share Holm's correction.
+    variance = np.var([-1.0] * 15 + [0.0] * 85, ddof=1) / 100 + 4 / 100**2
+    assert first["estimate"]["examples"]["variance"] == pytest.approx(variance)
+    assert first["estimate"]["seeds"]["variance"] == 0
+    freedom = first["estimate"]["examples"]["freedom"]
+    expected = 2 * stats.t.sf(0.15 / variance**0.5, freedom)
+    assert (first["raw_p"], first["start"]) == pytest.approx((expected, 0.5)) and freedom > 99
     assert first["p"] == pytest.approx(max(expected, 2 * second["raw_p"]))
     assert second["values"] == pytest.approx({"experts/sort": 0.9, "cold_start": 0.5})
     assert second["by_seed"]["experts/sort"] == pytest.approx({"0": 0.9, "1": 0.9, "2": 0.9})
+
+
+def test_measurements_are_judged_again_without_the_home(tmp_path: Path) -> None:
+    folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
+    score(folder, home)
+    assert report(folder, home, page).exit_code == 0
+    again, nowhere = tmp_path / "again.md", tmp_path / "nowhere"
+
+    def judged(measured: Path) -> Result:
+        arguments = ["report", str(folder), "--home", str(nowhere), "--page", str(again), "--measured", str(measured)]
+        return CliRunner().invoke(app, arguments)
+
+    assert judged(page.with_suffix(".json")).exit_code == 0
+    assert again.with_suffix(".json").read_text() == page.with_suffix(".json").read_text()
+    assert again.read_text() == page.read_text().replace("(claims/", "(again/")
+    missing = judged(tmp_path / "no.json")
+    assert missing.exit_code == 2 and "no.json" in missing.output and "Traceback" not in missing.output
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"tests.yaml": {"findings": [{"hypothesis": "C1", "test": "general"}]}}')
+    assert judged(broken).exit_code == 2 and "lack or distort 'config'" in judged(broken).output
+    data = json.loads(page.with_suffix(".json").read_text())
+    data["tests.yaml"]["findings"][0]["config"]["compare"] = ["student", "base"]
+    broken.write_text(json.dumps(data))
+    other = judged(broken)
+    assert other.exit_code == 2 and "hypotheses.C1.tests.general: compare not as measured" in other.output
 
 
 def test_a_folders_notes_follow_the_introduction(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from evals.crossed import over_both
 from evals.grid import Grid
-from evals.table import fitted, render, render_markdown, roles_grid, statements
+from evals.table import fitted, render, render_markdown, roles_grid, seeds_grid, statements
 from tests.scored import results, sheet
 
 
@@ -61,7 +61,16 @@ def test_out_of_distribution_and_untouched_rows():
 
 def test_from_three_seeds_on_both_intervals_are_stated():
     found = [line for line in statements(results(seeds=(0, 1, 2))) if "for new seeds too" in line]
-    assert [line.split(",")[0].split(" of")[0] for line in found] == ["Student over cold_start", "Recovery"]
+    assert [line.split(",")[0].split(" of")[0].split(" (")[0] for line in found] == [
+        "experts/a",
+        "experts/b",
+        "Student over cold_start",
+        "Recovery",
+    ]
+    grid = seeds_grid(results(seeds=(0, 1, 2)))
+    assert [row[0] for row in grid.rows] == ["a", "b", "g, anchored", "mean of experts' domains"]
+    assert grid.rows[0][1].startswith("+30.0 [") and grid.rows[0][2].startswith("-10.0 [")
+    assert seeds_grid(results()) is None
     assert not any("for new seeds too" in line for line in statements(results()))
 
 
@@ -72,7 +81,7 @@ def test_what_is_said_for_new_seeds_is_the_t_interval_of_seeds_and_examples():
         cells["student", "a", "held_out"][seed] = sheet("a", share)
     moved = dataclasses.replace(whole, cells=cells)
     student_SN, start_SN = moved.aligned(["student", "cold_start"], "a")
-    expected = over_both({"a": student_SN - start_SN}).interval(0.95)
+    expected = over_both({"a": student_SN - start_SN}, 1.0).interval(0.95)
     assert moved.mean_difference("student", "cold_start", ["a"], new_seeds=True) == expected
     # Seeds at 0.1, 0.3 and 0.5: sure of new examples, not of new seeds.
     assert expected.low < 0 < moved.mean_difference("student", "cold_start", ["a"]).low
