@@ -71,6 +71,7 @@ class Results:
             value.
         kl_examples: (node name, domain) -> seed -> values [N] by example whose mean is the shift `kl_start`.
         cosines: Of the task vectors of two experts, (name, another) -> seed -> cosine; each pair once.
+        left_out: Seeds of the run of which some scores are not there yet, where `of_shared_seeds` left them out.
     """
 
     run: str
@@ -90,6 +91,7 @@ class Results:
     shift: Mapping[tuple[str, str, str], Mapping[int, float]] = field(default_factory=dict)
     kl_examples: Mapping[tuple[str, str], Mapping[int, np.ndarray]] = field(default_factory=dict)
     cosines: Mapping[tuple[str, str], Mapping[int, float]] = field(default_factory=dict)
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         order: dict[tuple[str, str], list[str]] = {}
@@ -145,6 +147,22 @@ class Results:
         rows = [[cell[seed].sampled_N if sampled else cell[seed].greedy_N for seed in shared] for cell in cells]
         whole = [[row_N for row_N in own if row_N is not None] for own in rows]
         return [np.stack(own) for own in whole] if all(len(own) == len(shared) for own in whole) else None
+
+    def of_shared_seeds(self) -> "Results":
+        """The results of the seeds that all scored cells have, so that the columns of a table are of the same models.
+
+        Unchanged where there is no such seed.
+        """
+        shared = tuple(seed for seed in self.seeds if all(seed in cell for cell in self.cells.values()))
+        if not shared or len(shared) == len(self.seeds):
+            return self
+        cells = {key: {seed: cell[seed] for seed in shared} for key, cell in self.cells.items()}
+        return replace(self, seeds=shared, cells=cells, left_out=tuple(set(self.seeds) - set(shared)))
+
+    @property
+    def mixes_seeds(self) -> bool:
+        """Whether some cells are of other seeds than others."""
+        return len({frozenset(cell) for cell in self.cells.values()}) > 1
 
     def at_share(self, share: float) -> "Results":
         """The same results, judged at this share of their level: with wider intervals."""

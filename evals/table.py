@@ -193,6 +193,10 @@ def statements(results: Results) -> list[str]:
         "seeds fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, "
         "take seeds and examples as crossed random effects."
     )
+    if results.left_out:
+        lines.append(f"Not all scored yet, so in no table: seeds {', '.join(map(str, sorted(results.left_out)))}.")
+    if results.mixes_seeds:
+        lines.append("No seed has all scores yet: columns of a table are of different seeds, so not to be compared.")
     return lines
 
 

@@ -155,6 +155,7 @@ def conclude(
     champion = next(reversed(read_history(store, run)), None) if history is not None else None
     if verdict and candidate and verdict.promoted and (champion is None or champion.student != candidate.key):
         verdict = dataclasses.replace(verdict, withheld="`mopd run` has yet to make it champion")
+    results = results.of_shared_seeds()
     summary = summarise(results, verdict, settings_of(graph, store, candidate, command))
     path = _place(store, run, missing)
     if rewrite or changed or not path.exists():

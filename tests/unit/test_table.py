@@ -87,6 +87,24 @@ def test_what_is_said_for_new_seeds_is_the_t_interval_of_seeds_and_examples():
     assert expected.low < 0 < moved.mean_difference("student", "cold_start", ["a"]).low
 
 
+def test_an_unfinished_run_does_not_mix_seeds():
+    """The student has seed 0 alone, where it scores 80 %; the start is worse in seed 1."""
+    whole = results(seeds=(0, 1))
+    cells = {key: dict(cell) for key, cell in whole.cells.items()}
+    cells["cold_start", "a", "held_out"][1] = sheet("a", 0.0)
+    for key in [key for key in cells if key[0] == "student"]:
+        del cells[key][1]
+    partial = dataclasses.replace(whole, cells=cells)
+    shown = partial.of_shared_seeds()
+    assert roles_grid(partial).rows[0][2].startswith("25.0 [") and partial.mixes_seeds
+    assert roles_grid(shown).rows[0][2].startswith("50.0 [") and not shown.mixes_seeds
+    assert statements(shown)[-1] == "Not all scored yet, so in no table: seeds 1."
+    del cells["base", "a", "held_out"][0]
+    torn = dataclasses.replace(whole, cells=cells)
+    assert torn.of_shared_seeds() is torn and "No seed has all scores yet" in statements(torn)[-1]
+    assert whole.of_shared_seeds() is whole and "Seeds 0, 1." in statements(whole)[-1]
+
+
 def test_the_tables_say_whose_intervals_they_have():
     text = render_markdown(results())
     assert "interval over examples, seeds fixed]" in text
