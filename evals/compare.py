@@ -5,21 +5,16 @@ examples, not of new training runs. For those see `evals.crossed`.
 
 An interval keeps a width where all examples agree: of 400 right answers out of 400 the next one may be wrong.
 
-Shape suffixes: `S` seeds, `N` examples, `R` resamples.
+Shape suffixes: `S` seeds, `N` examples.
 """
 
-import zlib
 from collections.abc import Mapping
-from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 
 from evals.crossed import over_examples
 from evals.interval import Interval
-
-RESAMPLES = 10_000
-CHUNK = 1_000
 
 
 def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -92,36 +87,3 @@ def mean_over(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Int
     if any(np.shape(part_SN)[-1] < 2 for part_SN in strata.values()):
         return Interval(float(np.mean([np.mean(part_SN) for part_SN in strata.values()])), -1.0, 1.0)
     return over_examples(strata).interval(confidence)
-
-
-def percentile(estimate: float, draws_R: np.ndarray, confidence: float) -> Interval:
-    """The percentile interval of resampled estimates around the estimate itself."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws_R, [tail, 1 - tail])
-    return Interval(estimate, float(low), float(high))
-
-
-def resampled_means(scores_SN: np.ndarray, stratum: str) -> np.ndarray:
-    """The mean over seeds and examples in each of the resamples: `[R]`.
-
-    Raises:
-        ValueError: there are no examples.
-    """
-    means_N = np.atleast_2d(scores_SN).mean(axis=0)
-    counts_RN = _counts(len(means_N), stratum)
-    chunks = [counts_RN[start : start + CHUNK] @ means_N for start in range(0, RESAMPLES, CHUNK)]
-    return np.concatenate(chunks) / len(means_N)
-
-
-@lru_cache(maxsize=16)
-def _counts(examples: int, stratum: str) -> np.ndarray:
-    """How often each example is drawn in each resample."""
-    if not examples:
-        raise ValueError("no examples to resample")
-    rng = np.random.default_rng(zlib.crc32(stratum.encode()))
-    counts_RN = np.empty((RESAMPLES, examples), dtype=np.uint16)
-    offsets_C1 = np.arange(CHUNK)[:, None] * examples
-    for start in range(0, RESAMPLES, CHUNK):
-        drawn_CN = rng.integers(examples, size=(CHUNK, examples)) + offsets_C1
-        counts_RN[start : start + CHUNK] = np.bincount(drawn_CN.ravel(), minlength=CHUNK * examples).reshape(CHUNK, -1)
-    return counts_RN

@@ -1,15 +1,17 @@
-"""Recovery, pass@k and the shape of completions. `S` seeds, `N` examples, `K` samples, `R` resamples."""
+"""Recovery, pass@k and the shape of completions. `S` seeds, `N` examples, `K` samples."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 
-from evals.compare import mean_over, percentile, resampled_means
-from evals.crossed import over_both
+from evals.crossed import Estimate, over_both, over_examples
 from evals.interval import Interval
 from evals.scores import Scores
+
+# A ratio this far from its estimate has no bound.
+LARGEST_STEP = 1e6
 
 
 @dataclass(frozen=True)
@@ -21,58 +23,52 @@ class Triple:
     student_SN: np.ndarray
 
 
-def recovery(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interval | None:
+def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, *, new_seeds: bool = False) -> Interval | None:
     """Share of the teachers' gain that the student has: mean(student - start) / mean(teacher - start).
 
-    A ratio of means over domains, seeds pooled; the bootstrap takes the ratio in every resample of examples.
+    A ratio of means over domains. Its interval holds the ratios r at which the mean of student - start -
+    r (teacher - start) is not shown to differ from 0 (Fieller 1954, J. R. Statist. Soc. B 16:175), so it keeps a width
+    where the student equals its teacher on every example. A percentile bootstrap was left out: with a perfect teacher
+    and a student at 98 % it covered 64 % for 95 % with 50 examples, and 34 % with 20.
+
+    Args:
+        domains: domain -> scores.
+        confidence: Of the interval.
+        new_seeds: For new seeds as well as new examples; seeds are averaged otherwise.
 
     Returns:
-        None where the ratio says nothing: the teachers' gain is not positive, or it may be 0 within the interval's
-        level (the ratio's denominator would cross 0).
-    """
-    if not domains:
-        return None
-    gained, possible = 0.0, 0.0
-    gained_R, possible_R = np.zeros(1), np.zeros(1)
-    to_gain: dict[str, np.ndarray] = {}
-    for name, triple in domains.items():
-        start_N, teacher_N, student_N = (
-            np.atleast_2d(scores_SN).mean(axis=0)
-            for scores_SN in (triple.start_SN, triple.teacher_SN, triple.student_SN)
-        )
-        gained += float(np.mean(student_N - start_N))
-        possible += float(np.mean(teacher_N - start_N))
-        to_gain[name] = teacher_N - start_N
-        gained_R = gained_R + resampled_means(student_N - start_N, name)
-        possible_R = possible_R + resampled_means(teacher_N - start_N, name)
-    if mean_over(to_gain, confidence).low <= 0:
-        return None
-    # Where a resample beyond the level has no gain its ratio counts as unbounded, on the side of the numerator.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio_R = np.where(possible_R > 0, gained_R / possible_R, np.sign(gained_R) * np.finfo(float).max)
-    return percentile(gained / possible, ratio_R, confidence)
-
-
-def recovery_over_seeds(domains: Mapping[str, Triple], confidence: float = 0.95) -> Interval | None:
-    """The same ratio with an interval for new seeds and examples.
-
-    By the delta method: with the ratio r = gained / possible, its variance is that of the mean of
-    (gained - r possible) / mean(possible), by `evals.crossed.over_both`.
-
-    Returns:
-        None as for `recovery`.
+        None where the ratio says nothing: the teachers' gain is not shown to be above 0 at the interval's level.
 
     Raises:
-        ValueError: as for `over_both`.
+        ValueError: as for `evals.crossed.over_both`, where it is for new seeds.
     """
+    over, tail = over_both if new_seeds else over_examples, (1 - confidence) / 2
     possible = {name: triple.teacher_SN - triple.start_SN for name, triple in domains.items()}
     gained = {name: triple.student_SN - triple.start_SN for name, triple in domains.items()}
-    whole = over_both(possible)
-    if whole.interval(confidence).low <= 0:
+    if not domains or over(possible, 1.0).above(0.0) >= tail:
         return None
-    ratio = over_both(gained).mean / whole.mean
-    around = over_both({name: (gained[name] - ratio * possible[name]) / whole.mean for name in domains})
-    return replace(around, mean=ratio).interval(confidence)
+
+    def short_of(ratio: float) -> Estimate:
+        # Student - ratio teacher - (1 - ratio) start: an example that is won counts for the weights above 0.
+        largest = (1 + abs(ratio) + abs(1 - ratio)) / 2
+        return over({name: gained[name] - ratio * possible[name] for name in domains}, largest)
+
+    estimate = over(gained, 1.0).mean / over(possible, 1.0).mean
+    low = _crossing(lambda step: short_of(estimate - step).above(0.0) - tail)
+    high = _crossing(lambda step: short_of(estimate + step).below(0.0) - tail)
+    return Interval(estimate, estimate - low, estimate + high)
+
+
+def _crossing(distance: Callable[[float], float]) -> float:
+    """The step from 0 up at which a falling function crosses 0."""
+    from scipy.optimize import brentq
+
+    step = 0.125
+    while distance(step) > 0:
+        step *= 2
+        if step > LARGEST_STEP:
+            return float("inf")
+    return float(brentq(distance, 0.0, step, xtol=1e-6))
 
 
 def pass_at_k(samples_NK: np.ndarray, k: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from evals.claim_config import HypothesisConfig
 from evals.compare import mean_interval, mean_over, mean_over_domains, paired_difference
 from evals.crossed import over_both
 from evals.interval import Interval
-from evals.metrics import Triple, pass_at_k, recovery, recovery_over_seeds
+from evals.metrics import Triple, pass_at_k, recovery
 from evals.scores import Scores
 from evals.shifts import shift_metrics
 from experts.domain import HELD_OUT
@@ -244,7 +244,7 @@ class Results:
             triples[f"{domain}/{HELD_OUT}"] = Triple(*found)
         if not triples:
             return None
-        return (recovery_over_seeds if new_seeds else recovery)(triples, self.confidence)
+        return recovery(triples, self.confidence, new_seeds=new_seeds)
 
     def speaks_of_seeds(self, scores_SN: np.ndarray) -> bool:
         """Whether scores are of every seed and of enough, and of enough examples, for an interval for new seeds."""

@@ -22,6 +22,7 @@ from evals.gate import judge
 from evals.hypotheses import non_inferiority
 from evals.interval import Interval
 from evals.merges import best, lead, merges
+from evals.metrics import Triple, recovery
 from evals.results import BASELINES, MIN_SEEDS, STUDENT, Expert, Results
 from evals.scores import Scores
 from evals.verdicts import Finding, judged
@@ -109,6 +110,23 @@ def differences(rng: np.random.Generator, trials: int) -> Iterator[Case]:
                 few = trials if domains < 20 else trials // 4
                 setting = f"won={won:g} lost={lost:g} n={examples} domains={domains}"
                 yield Case("difference covered", setting, covered(draw, won - lost, mean_over, few), *COVERED, few)
+
+
+def recoveries(rng: np.random.Generator, trials: int) -> Iterator[Case]:
+    """The interval of recovery where the teacher's gain over a start at 40 % is shown; two answers of three agree."""
+    start, few = 0.4, trials // 2
+    for examples in (20, 50, 100, 400):
+        for teacher, student in ((1.0, 0.98), (0.99, 0.99), (0.9, 0.8), (0.8, 0.85)):
+            truth = (student - start) / (teacher - start)
+            found = []
+            for _ in range(few):
+                luck_N = rng.random(examples)
+                own_N = np.where(rng.random(examples) < 2 / 3, luck_N, rng.random(examples))
+                right = rng.random(examples) < start, luck_N < teacher, own_N < student
+                told = recovery({"a": Triple(*(row_N[None].astype(float) for row_N in right))})
+                found += [told.low <= truth <= told.high] if told else []
+            setting = f"teacher={teacher:g} student={student:g} n={examples}"
+            yield Case("recovery covered", setting, float(np.mean(found)), *COVERED, len(found))
 
 
 def levels(rng: np.random.Generator, trials: int) -> Iterator[Case]:
@@ -221,7 +239,7 @@ def pages(rng: np.random.Generator, trials: int) -> Iterator[Case]:
         yield Case("page contradicts what is not", setting, contradicted / few, *WRONG, few)
 
 
-SECTIONS = (scores, differences, levels, runs, fits, pages)
+SECTIONS = (scores, differences, recoveries, levels, runs, fits, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
