@@ -11,6 +11,8 @@ from experts.final_answer import framed, visible
 SEVERAL = ""
 # Characters after "answer" within which its letter is looked for.
 REACH = 120
+# Second thoughts that are looked at, from the last on.
+MOST_THOUGHTS = 10
 
 _OPENING = r"[\s*_`\"'“‘„«$(\[{<>]*+(?:\\(?:text|mathrm|mathbf|textbf)\{)?[\s*_`\"'(\[]*+"
 _CLOSING = r"[\s*_`\"'”’“»$)\]}<>.,:;!]*+"
@@ -145,9 +147,10 @@ class _Reading:
 
     def taken_back(self, text: str) -> str | None:
         """The letter that replaces an earlier one: "A. No, B"."""
-        for match in reversed(list(_NO_LONGER.finditer(text))):
-            if not re.search(r"(?<!\w)[A-Z](?!\w)", text[: match.start() + 1]):
-                continue
+        first = re.search(r"(?<!\w)[A-Z](?!\w)", text)
+        if first is None:
+            return None
+        for match in list(_NO_LONGER.finditer(text, first.end()))[: -MOST_THOUGHTS - 1 : -1]:
             rest = text[match.end() :]
             if (letter := self.stated(rest)) is not None:
                 return letter
@@ -208,8 +211,8 @@ class _Reading:
 
     def _judged(self, text: str, match: re.Match[str]) -> str | None:
         """The letter that "is correct"; several where the sentence calls another one so as well."""
-        sentence = re.split(r"[.;!?\n]", text[match.end() :])[0]
-        before = re.split(r"[.;!?\n]", text[: match.start()])[-1]
+        sentence = re.split(r"[.;!?\n]", text[match.end() : match.end() + REACH])[0]
+        before = re.split(r"[.;!?\n]", text[max(0, match.start() - REACH) : match.start()])[-1]
         others = {other[1] for part in (before, sentence) for other in (*_JUDGED.finditer(part), *_ALSO.finditer(part))}
         letter = self._offered(match[1])
         return SEVERAL if letter and others - {letter} & set(self.letters) else letter
@@ -229,7 +232,7 @@ class _Reading:
         """A letter, where no other one is offered beside it and no other choice's text follows."""
         another = _ANOTHER.match(text, end)
         others = {another[1]} if another is not None else set()
-        sentence = re.split(r"[.;!?\n]", text[end:].lstrip(" *_`)].:"))[0]
+        sentence = re.split(r"[.;!?\n]", text[end : end + REACH].lstrip(" *_`)].:"))[0]
         others |= {also[1] for also in _ALSO.finditer(sentence)}
         named = self.by_text.get(_folded(sentence.strip(" ()-–—=>→")))
         if others & set(self.letters) - {letter} or (named is not None and self.texts[letter] != self.texts[named]):

@@ -12,6 +12,11 @@ _OVERRIDES = frozenset("\u202d\u202e")
 # Soft hyphen, zero-width space and joiners, direction marks, word joiner, byte order mark.
 ZERO_WIDTH = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _DROPPED = dict.fromkeys(map(ord, ZERO_WIDTH))
+# Characters of a long text that are read.
+HEAD, TAIL = 2_000, 8_000
+_REACH = 200
+_LINES = re.compile(r"\n[ \t]*+\n\s*+")
+_BLANKS = re.compile(r"[ \t\u00a0]{2,}+")
 # Written out by a model that never learned to end.
 _STOP_TOKENS = re.compile(r"(?:\s*(?:<\|[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -34,9 +39,17 @@ def without_thoughts(completion: str) -> str:
 
 
 def visible(completion: str) -> str:
-    """The answer part of a completion as a reader sees it, without stop tokens; empty with a direction override."""
-    text = _STOP_TOKENS.sub("", without_thoughts(completion))
-    return "" if _OVERRIDES.intersection(text) else text.translate(_DROPPED)
+    """The answer part of a completion as a reader sees it; empty with a direction override.
+
+    It has no stop tokens, no runs of white space, and of a long text the beginning and the end alone: where an answer
+    is looked for, the time to read a text may grow with its square.
+    """
+    text = without_thoughts(completion)
+    if _OVERRIDES.intersection(text):
+        return ""
+    text = _BLANKS.sub(lambda run: run[0][:1], _LINES.sub("\n\n", text.translate(_DROPPED)))
+    text = f"{text[:-_REACH]}{_STOP_TOKENS.sub('', text[-_REACH:])}"
+    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n{text[-TAIL:]}"
 
 
 def framed(text: str) -> str | None:

@@ -119,6 +119,8 @@ def numbers_in(text: str) -> list[Stated]:
 
 def whole_number(text: str) -> Stated | None:
     """The number that is all of a text, but for a unit in words and signs around it; None for anything else."""
+    if len(text) > LONGEST:
+        return None
     text = written_plainly(text).strip().strip("$*`\"'").strip()
     found = numbers_in(text)
     if len(found) != 1 or found[0].value is None:

@@ -1,6 +1,7 @@
 """Each adversarial answer gets its right mark: the scores are the rewards, so a wrong one is learned."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from experts.strings import TASKS
 from tests.unit.adversarial_answers import ANIMALS, CORRUPTED, IMITATIONS, REPLIES, ROWS, Row
 
 CASES = [(row, completion) for row in ROWS for completion in row.completions]
+# What is not bounded takes minutes; a busy machine may take some of these.
+SLACK_SECONDS = 20
 HUB = ("exact", "numeric", "multiple_choice")
 NUMBER = {"source_dataset": "", "source_index": 0}
 # What the verifiers of reasoning-gym read beside the answer.
@@ -78,6 +81,18 @@ def test_a_completion_that_imitates_the_judge_stays_between_its_tags(imitation):
     inside, _, behind = rest.partition("\n</completion-abcd>")
     assert inside == completion
     assert "10" not in before and behind.count("10") == 1 and behind.endswith("one integer from 0 to 10.")
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "\n", "1 ", "1\n", "no, ", "A wait ", "A is correct ", "not 1 ", "</s>", "\\boxed{1}", "1,1 "]
+)
+@pytest.mark.parametrize("scorer", HUB)
+def test_a_text_without_end_is_read_in_seconds(scorer, piece, tmp_path):
+    gold = "B" if scorer == "multiple_choice" else "72"
+    domain, example = hub(tmp_path, Row(scorer, gold, 0, "", ()))
+    started = time.monotonic()
+    assert domain.score(example, piece * (100_000 // len(piece))) == 0.0
+    assert time.monotonic() - started < SLACK_SECONDS
 
 
 @pytest.mark.parametrize("gold", ["", " ", "\u200b", "\u00a0\n", "<think>Paris</think>", ["Paris", ""]])
