@@ -215,7 +215,7 @@ class _Reading:
         before = re.split(r"[.;!?\n]", text[max(0, match.start() - REACH) : match.start()])[-1]
         others = {other[1] for part in (before, sentence) for other in (*_JUDGED.finditer(part), *_ALSO.finditer(part))}
         letter = self._offered(match[1])
-        return SEVERAL if letter and others - {letter} & set(self.letters) else letter
+        return SEVERAL if letter and others & (set(self.letters) - {letter}) else letter
 
     def _after(self, rest: str) -> str | None:
         """The letter of what follows "answer"; several where it names two."""
