@@ -1,41 +1,52 @@
-"""Comparing free text with gold answers, as values (math-verify) or as text."""
+"""Comparing free text with gold answers, as values or as text."""
 
 import logging
-import re
 import unicodedata
 from collections.abc import Sequence
 
+from experts.final_answer import ZERO_WIDTH, without_thoughts
+from experts.numbers import whole_number
 from experts.untrusted import PATTERNS, VALUES, VerifierError, VerifierLostError
 
 logger = logging.getLogger(__name__)
 
-_PLAIN_NUMBER = re.compile(r"\s*-?\d[\d,]*(\.\d+)?\s*")
+_BREAKS = str.maketrans({"\u00a0": " ", "\u202f": " "})
 
 
 def same_text(completion: str, golds: Sequence[str]) -> bool:
-    """Whether a completion is one of the gold answers, outer white space and Unicode's form (NFC, NFD) ignored."""
+    """Whether a completion is one of the gold answers.
+
+    Ignored are thoughts before it, white space and characters without width around it, the form of its line ends and
+    no-break spaces, and Unicode's form (NFC, NFD). Case, punctuation, quotes and fences count. An empty text is no
+    answer, and so right for no gold answer.
+    """
     given = _composed(completion)
-    return any(given == _composed(gold) for gold in golds)
+    return bool(given) and any(given == _composed(gold) for gold in golds)
 
 
-def same_value(completion: str, golds: Sequence[str]) -> bool:
+def is_blank(gold: str) -> bool:
+    """Whether nothing is left of a gold answer to compare with."""
+    return not _composed(gold)
+
+
+def same_value(completion: str, golds: Sequence[str], question: str = "") -> bool:
     """Whether a completion states one of the gold numbers or formulas; see `experts.values`.
 
-    math-verify computes what it reads, a tower of powers for hours, and therefore runs in a process that can be ended.
+    sympy computes what it reads, a tower of powers for hours, and therefore runs in a process that can be ended.
 
     Raises:
         VerifierLostError: that process ended or took longer than `untrusted.SECONDS`.
     """
-    return _asked("same_value", {"completion": completion, "golds": list(golds)})
+    return _asked("same_value", {"completion": completion, "golds": list(golds), "question": question})
 
 
 def has_value(gold: str) -> bool:
-    """Whether math-verify finds a number or formula in a gold answer.
+    """Whether a number or formula is found in a gold answer.
 
     Raises:
         VerifierLostError: see `same_value`.
     """
-    return bool(_PLAIN_NUMBER.fullmatch(gold)) or _asked("has_value", {"text": gold})
+    return whole_number(gold) is not None or _asked("has_value", {"text": gold})
 
 
 def last_match(pattern: str, completion: str) -> str | None:
@@ -51,7 +62,10 @@ def last_match(pattern: str, completion: str) -> str | None:
 
 
 def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text.strip())
+    answer = without_thoughts(text).replace("\r\n", "\n").translate(_BREAKS)
+    while answer != (answer := answer.strip().strip(ZERO_WIDTH)):
+        pass
+    return unicodedata.normalize("NFC", answer)
 
 
 def _asked(verifier: str, arguments: dict[str, str | list[str]]) -> bool:

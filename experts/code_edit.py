@@ -27,10 +27,11 @@ from experts.code_rewrites import code_tokens, edit_distance, rewrites
 from experts.domain import OUT_OF_DISTRIBUTION, TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
+from experts.final_answer import without_thoughts
 from experts.sandbox import Failure, Limits, passes, run_calls, same_value
 from experts.untrusted import Losses, VerifierLostError
 
-VERSION = 1
+VERSION = 2
 LONGEST_COMPLETION = 20_000
 OVER_EDIT_PENALTY = 0.7
 TOLERATED_EXCESS = 3
@@ -230,9 +231,10 @@ def excess_edit(example: Example, completion: str) -> int:
 
 
 def extract_code(completion: str) -> str:
-    """The code of a completion: its first fenced block if it has one, else all of it."""
-    fenced = FENCE.search(completion)
-    return (fenced.group(1) if fenced else completion).strip("\n").rstrip()
+    """The code of a completion behind its thoughts: the first fenced block if there is one, else all of it."""
+    answer = without_thoughts(completion)
+    fenced = FENCE.search(answer)
+    return (fenced.group(1) if fenced else answer).strip("\n").rstrip()
 
 
 @lru_cache(maxsize=4096)

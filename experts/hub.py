@@ -18,11 +18,13 @@ from experts.choices import chosen_letter, gold_letters, lettered
 from experts.domain import Example, stable_hash
 from experts.errors import UserError
 from experts.files import Number, Row
+from experts.final_answer import without_thoughts
 from experts.prompts import look_up, prompt_source, written
 from experts.rows import RowDomain, RowOptions, answers_of
 from experts.untrusted import Losses, VerifierLostError
 
-VERSION = 2
+# Raised with every change of the marks that a scorer gives.
+VERSION = 3
 # In an example's meta: the right answers where they are not its gold completion alone.
 ANSWERS = "answers"
 
@@ -90,12 +92,15 @@ class HubDomain(RowDomain):
         golds = example.meta.get(ANSWERS, [example.answer])
         try:
             if self.options.answer_pattern is not None:
-                completion = answers.last_match(self.options.answer_pattern, completion) or completion
+                completion = without_thoughts(completion)
+                found = answers.last_match(self.options.answer_pattern, completion)
+                # A match that is empty is an empty answer.
+                completion = completion if found is None else found
             if self.options.scorer == "multiple_choice":
                 return float(chosen_letter(completion, example.meta["choices"]) in golds)
             if self.options.scorer == "exact":
                 return float(answers.same_text(completion, golds))
-            return float(answers.same_value(completion, golds))
+            return float(answers.same_value(completion, golds, _question(example)))
         except VerifierLostError as error:
             self._losses.add(error)
             return 0.0
@@ -123,6 +128,8 @@ class HubDomain(RowDomain):
         here = f"{where}: '{self.options.answer_field or self.options.messages_field}'"
         texts = answers_of(gold, here)
         golds = [self._found(text, here) for text in texts]
+        if any(map(answers.is_blank, golds)):
+            raise UserError(f"{here} is empty but for thoughts or characters without width")
         if self.options.scorer == "numeric":
             for text in golds:
                 self._check_value(text, here)
@@ -170,6 +177,11 @@ def load(name: str, options: Options) -> HubDomain:
         UserError: a local file that does not exist.
     """
     return HubDomain(name, options)
+
+
+def _question(example: Example) -> str:
+    """What is asked, without the solved examples before it."""
+    return example.source if isinstance(example.prompt, str) else example.prompt[-1]["content"]
 
 
 def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:

@@ -21,11 +21,12 @@ from pydantic import Field, field_validator
 from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
+from experts.final_answer import without_thoughts
 from experts.gym import PYCOSAT_TASKS, has_pycosat, import_reasoning_gym
 from experts.reasoning_answers import may_be_right, without_full_stop
 from experts.untrusted import REASONING, Losses, VerifierError, VerifierLostError
 
-VERSION = 3
+VERSION = 4
 # Some generators prepare all their items at once, so a stream is made of short data sets with seeds of their own.
 CHUNK = 256
 # Generators are slow and need not be uniform: a task counts as exhausted after this many repeats per distinct prompt.
@@ -249,9 +250,10 @@ def load(name: str, options: Options) -> ReasoningDomain:
 
 
 def extract_answer(completion: str) -> str:
-    """The last `<answer>…</answer>` of a completion, or the whole of it, stripped."""
-    tagged = _TAGGED.findall(completion)
-    return (tagged[-1] if tagged else completion).strip()
+    """The last `<answer>…</answer>` behind a completion's thoughts, or all that stands there, stripped."""
+    answer = without_thoughts(completion)
+    tagged = _TAGGED.findall(answer)
+    return (tagged[-1] if tagged else answer).strip()
 
 
 def only_compares(task: str) -> bool:
@@ -270,7 +272,8 @@ def is_safe_to_verify(task: str, answer: str) -> bool:
     and no power whose value could fill the memory. Their process holds what this lets through (see
     `experts.untrusted_worker`), but only this keeps a text from telling that process what to answer.
     """
-    if len(answer) > LONGEST_ANSWER:
+    # complex_arithmetic's verifier takes the distance of NaN for none.
+    if len(answer) > LONGEST_ANSWER or (task == "complex_arithmetic" and "nan" in answer.casefold()):
         return False
     if task in LITERAL_VERIFIERS:
         return bool(_LITERAL.fullmatch(answer)) and not re.search(r"\bfor\b", answer)

@@ -187,11 +187,11 @@ def test_right_answers_in_bold_cost_no_process(caplog):
 @pytest.mark.parametrize("ending", ["an end", "a timeout"])
 def test_a_lost_verifier_is_counted_and_in_the_log_of_the_stage(ending, tmp_path, monkeypatch):
     rows = tmp_path / "sums.jsonl"
-    rows.write_text('{"q": "2+2?", "a": 4}\n{"q": "2+3?", "a": 5}\n')
+    rows.write_text('{"q": "2+2?", "a": "$4x$"}\n{"q": "2+3?", "a": "$5x$"}\n')
     options = {"path": str(rows), "prompt_field": "q", "answer_field": "a", "scorer": "numeric"}
     domain = load_domain("sums", "hub", options | {"held_out_share": 0.001})
-    example = next(one for one in domain.draw(TRAIN, 2, seed=0) if one.answer == "4")
-    assert domain.score(example, "4") == 1.0
+    example = next(one for one in domain.draw(TRAIN, 2, seed=0) if one.answer == "$4x$")
+    assert domain.score(example, "$4x$") == 1.0
     assert (domain.facts(), domain.news()) == ({}, [])
     with monkeypatch.context() as patch:
         if ending == "a timeout":
@@ -199,10 +199,10 @@ def test_a_lost_verifier_is_counted_and_in_the_log_of_the_stage(ending, tmp_path
             lost = "$9^{9^{9^{9^{9}}}}+1$"
         else:
             patch.setattr(untrusted._Worker, "hear", ended)
-            lost = "4"
+            lost = "$4x$"
         assert domain.score(example, lost) == 0.0
     assert domain.facts() == {"verifier_lost": 1.0}
-    rollout = Rollout(1, [example] * 2, [], ["4", "5"], own=[True] * 2, group_size=2)
+    rollout = Rollout(1, [example] * 2, [], ["$4x$", "$5x$"], own=[True] * 2, group_size=2)
     judgement = RewardSignal({"sums": domain}).judge(rollout, [])
     assert judgement.values["reward"] == [1.0, 0.0]
     assert judgement.facts == {"verifier_lost/sums": 1.0}
@@ -247,7 +247,7 @@ def test_a_tower_of_powers_ends_math_verify_in_any_thread(threaded, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         ask = pool.submit if threaded else lambda function, *given: function(*given)
         with pytest.raises(VerifierLostError, match="no answer within 1 s"):
-            told = ask(answers.same_value, "$9^{9^{9^{9^{9}}}}+1$", ["3"])
+            told = ask(answers.same_value, "$9^{9^{9^{9^{9}}}}+1$", ["$3x$"])
             if threaded:
                 told.result()
     assert time.monotonic() - started < SLACK_SECONDS
@@ -301,7 +301,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert same_value("$3$", ["3"]) and workers() == first
 print(*first, flush=True)
 untrusted.SECONDS = 600
-threading.Thread(target=same_value, args=("$9^{9^{9^{9^{9}}}}+1$", ["3"]), daemon=True).start()
+threading.Thread(target=same_value, args=("$9^{9^{9^{9^{9}}}}+1$", ["$3x$"]), daemon=True).start()
 used = psutil.Process(*first).cpu_times().user
 while psutil.Process(*first).cpu_times().user < used + 0.5:
     time.sleep(0.05)
