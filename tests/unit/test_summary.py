@@ -179,11 +179,12 @@ def test_a_gap_asks_for_a_longer_merge_and_with_a_collapse_of_entropy_for_a_lowe
     )
 
 
-def test_what_the_start_never_gets_right_is_to_be_shown_in_the_cold_start():
+def test_what_the_start_never_gets_right_is_taught_by_the_teachers_own_completions():
     whole = cut_nowhere(results({("cold_start", "a"): 0.0, ("student", "a"): 0.02, ("student", "b"): 0.9}))
     assert advice(whole, judged(whole), SETTINGS)[0] == (
         "the start has 0.0 % on a, so the student's own completions give experts/a little to teach by: "
-        "demonstrations of it in the cold start, cold_start.sft.domains"
+        "merge.on_policy_fraction=0.5, merge.domain_weights.a=4 and two to three times the "
+        "merge.optimizer.learning_rate; or demonstrations in the cold start"
     )
 
 
