@@ -10,6 +10,7 @@ from evals.scores import read_scores
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
 from stages.config import EvaluationConfig
 from stages.core.journal import read
+from stages.core.trained_on import TrainedOn
 from tests.chats import make_policy
 from tests.numerics.conftest import tiny_policy
 
@@ -25,7 +26,7 @@ def test_rows_are_paired_and_scored_by_the_domain(store, workspace, checkpoint, 
         )
         (artifact,) = evaluate([request], parent, store)
         sheets.append(read_scores(artifact.path, "sort", HELD_OUT))
-        assert "sources" not in artifact.manifest
+        assert "trained_on" not in artifact.manifest
     first, second = sheets
     assert first.ids == second.ids
     assert len(first.ids) == 12
@@ -40,7 +41,7 @@ def test_rows_are_paired_and_scored_by_the_domain(store, workspace, checkpoint, 
 def test_what_follows_a_stop_string_is_not_scored(store, workspace, domains):
     folder = store.staging("model")
     make_policy("llama3").save(folder)
-    parent = workspace("model", {}, {}).commit(folder, sources={}, metrics={})
+    parent = workspace("model", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
 
     def rows(name: str, stop: tuple[str, ...]) -> list[dict]:
         place = workspace(name, {"checkpoint": parent}, {"sort": domains["sort"]})
@@ -67,15 +68,17 @@ def test_stop_strings_are_part_of_the_key_where_there_are_some():
 @pytest.mark.parametrize("split", [HELD_OUT, OUT_OF_DISTRIBUTION])
 def test_functions_trained_on_are_flagged(store, workspace, split):
     domain = load_domain("code", "code_edit", {"held_out_families": ["swapped_operands"]})
-    seen = sorted({example.source for example in domain.draw(split, 12, 0)})[:4]
+    drawn = domain.draw(split, 12, 0)
+    seen = sorted({example.source for example in drawn})[:4]
+    trained = TrainedOn.of({"code": domain}, {"code": [example for example in drawn if example.source in seen]})
     place = workspace("trained", {}, {"code": domain})
     folder = store.staging("trained")
     tiny_policy(0).save(folder)
-    parent = place.commit(folder, sources={"code": seen}, metrics={})
+    parent = place.commit(folder, trained_on=trained, metrics={})
     # What its start was trained on counts as well.
     folder = store.staging("child")
     tiny_policy(0).save(folder)
-    child = workspace("child", {"start": parent}, {}).commit(folder, sources={"code": []}, metrics={})
+    child = workspace("child", {"start": parent}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
     config = EvaluationConfig(examples=12, samples=0, max_new_tokens=4)
     request = EvaluationRequest(workspace("eval", {"checkpoint": child}, {"code": domain}), config, "code", split)
     (artifact,) = evaluate([request], child, store)

@@ -21,6 +21,7 @@ from experts.errors import UserError
 from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact
 from stages.core.policy import Policy, load_policy
+from stages.core.trained_on import TrainedOn
 from tests.harness_home import QUESTIONS, write_tasks
 
 Score = Callable[..., Artifact]
@@ -137,7 +138,9 @@ def test_an_adapter_is_scored_on_its_base(store, workspace, checkpoint, score: S
                 weight.normal_(std=0.5)
     folder = store.staging("adapter")
     policy.save(folder)
-    adapter = workspace("adapter", {"start": start}, {}).commit(folder, sources={}, metrics={}, adapter_base="start")
+    adapter = workspace("adapter", {"start": start}, {}).commit(
+        folder, trained_on=TrainedOn(), metrics={}, adapter_base="start"
+    )
     found = sheet(score("scores", adapter, "choice", chat_template=True))
     loaded = load_policy(adapter, store)
     for row, question in zip(found.rows, QUESTIONS, strict=True):
