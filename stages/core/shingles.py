@@ -17,7 +17,7 @@ SHINGLE_WORDS = 3
 FEWEST_SHINGLES = 16
 # A run of more prompts than this, and than this share of them, belongs to their template.
 FEW_PROMPTS, SHARE_OF_PROMPTS = 2, 0.01
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w+|[^\w\s]+")
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
