@@ -9,6 +9,7 @@ from evals.evaluate import EvaluationRequest, evaluate
 from evals.scores import read_scores
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
 from stages.config import EvaluationConfig
+from stages.core.checkpoint import Artifact
 from stages.core.journal import read
 from stages.core.trained_on import TrainedOn
 from tests.chats import make_policy
@@ -86,6 +87,34 @@ def test_functions_trained_on_are_flagged(store, workspace, split):
     assert {row["source"] for row in rows if row["contaminated"]} == set(seen)
     assert artifact.manifest["metrics"]["contaminated"] == sum(row["contaminated"] for row in rows) / 12 > 0
     assert "sampled" not in artifact.manifest["metrics"]
+
+
+def test_what_an_import_was_trained_on_is_unknown_but_for_what_was_trained_here(store, workspace, domains):
+    sort = domains["sort"]
+    renamed = load_domain("order", "strings", {"task": "sort"})
+    drawn = renamed.draw(HELD_OUT, 3, 0)
+    folder = store.staging("base")
+    tiny_policy(0).save(folder)
+    base = workspace("base", {}, {}).commit(folder, trained_on=TrainedOn(unknown=("base",)), metrics={})
+    folder = store.staging("child")
+    tiny_policy(0).save(folder)
+    place = workspace("child", {"start": base}, {"order": renamed})
+    child = place.commit(folder, trained_on=TrainedOn.of({"order": renamed}, {"order": drawn}), metrics={})
+
+    def scored(name: str, parent: Artifact) -> tuple[list[dict], dict]:
+        request = EvaluationRequest(workspace(name, {"checkpoint": parent}, {"sort": sort}), CONFIG, "sort", HELD_OUT)
+        (artifact,) = evaluate([request], parent, store)
+        lines = (artifact.path / "scores.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], artifact.manifest["metrics"]
+
+    rows, metrics = scored("eval-base", base)
+    assert {row["contaminated"] for row in rows} == {None} and not [name for name in metrics if "contam" in name]
+    rows, metrics = scored("eval-child", child)
+    seen = {example.prompt for example in drawn}
+    assert {row["prompt"]: (row["contaminated"], row["copy"]) for row in rows} == {
+        row["prompt"]: (True, "prompt") if row["prompt"] in seen else (None, "") for row in rows
+    }
+    assert metrics["contaminated_at_least"] == 3 / 12 and "contaminated" not in metrics
 
 
 def test_what_scoring_tells_of_the_scorer_is_among_the_metrics(store, workspace, checkpoint, domains):

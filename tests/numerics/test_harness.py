@@ -91,6 +91,8 @@ def test_a_multiple_choice_task_is_scored_as_our_own_forward_scores_it(store, ch
         assert found.samples_NK is None
         assert artifact.manifest["metrics"]["greedy"] == pytest.approx(sum(wanted) / len(wanted))
         assert artifact.manifest["harness"] == {"metric": f"{metric},none", "task_version": 1.0}
+        assert {row["contaminated"] for row in found.rows} == {None}
+        assert "contaminated" not in artifact.manifest["metrics"]
     assert picks[0] != picks[1]
     for row, question in zip(found.rows, QUESTIONS, strict=True):
         choices = question["choices"]

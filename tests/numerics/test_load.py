@@ -64,6 +64,7 @@ def test_the_digest_is_the_same_with_and_without_the_hub_and_from_any_place(tmp_
         monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda offline=offline: offline)
         store = Store(tmp_path / f"home-{offline}")
         base = load.run(source, Workspace(store, "base", "base", 0, {}, {}, {}))
+        assert TrainedOn.read(base).unknown == ("base",)
         policy = load_policy(base, store, lora=LoraConfig(rank=2), seed=0)
         folder = store.staging("adapter")
         policy.save(folder)
