@@ -85,7 +85,7 @@ def make_teachers(store: Store, base: Artifact, number: int, lora: bool) -> list
         folder = store.staging(key)
         policy.save(folder)
         facts = {"adapter_base": base.key} if lora else {}
-        teachers.append(_workspace(store, key).commit(folder, sources=None, metrics={}, **facts))
+        teachers.append(_workspace(store, key).commit(folder, trained_on=None, metrics={}, **facts))
     return teachers
 
 

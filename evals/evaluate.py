@@ -2,7 +2,8 @@
 
 The examples of a domain and split are the same for every checkpoint and seed of a run, so that all comparisons are
 paired. The completions come from the sampler the on-policy loop uses and the scores from the domain's own scorer,
-which is also the reward. An example whose source a checkpoint was trained on is flagged as contaminated.
+which is also the reward. An example with a copy in what the checkpoint and its ancestors were trained on is flagged as
+contaminated; one without is clean only where all of that is recorded, else it is unknown.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evals.copies import NEAR, Copies
 from evals.scores import FILE
 from experts.domain import Example
 from experts.errors import UserError
@@ -19,6 +21,7 @@ from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact, Store
 from stages.core.device import accelerator
 from stages.core.policy import Policy, load_policy
+from stages.core.trained_on import TrainedOn
 from stages.core.training import step_seed
 from stages.core.workspace import Workspace
 from stages.on_policy.sampler import Sample, Sampling, sample
@@ -57,10 +60,12 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
     device = accelerator().device
     policy = load_policy(checkpoint, store)
     policy.model.to(device)
-    return [_evaluate(request, policy, checkpoint) for request in requests]
+    trained = TrainedOn.read(checkpoint)
+    copies = Copies(trained)
+    return [_evaluate(request, policy, copies, not trained.unknown) for request in requests]
 
 
-def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) -> Artifact:
+def _evaluate(request: EvaluationRequest, policy: Policy, copies: Copies, known: bool) -> Artifact:
     config, workspace = request.config, request.workspace
     journal = workspace.journal()
     domain = workspace.domains[request.domain]
@@ -77,7 +82,6 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
         seed = step_seed(workspace.seed, 0, f"evaluate {request.domain} {request.split}")
         drawn = sample(policy, prompts, config.samples, sampling, seed)
         journal.progress(2, total)
-    trained_on = set(checkpoint.manifest.get("sources", {}).get(request.domain, []))
     texts = [
         policy.texts((one.completion_ids for one in (best, *others)), config.stop)
         for (best,), others in zip(greedy, drawn, strict=True)
@@ -85,26 +89,37 @@ def _evaluate(request: EvaluationRequest, policy: Policy, checkpoint: Artifact) 
     pairs = [(example, text) for example, own in zip(examples, texts, strict=True) for text in own]
     scores = iter(domain.score_all(pairs))
     rows = []
-    for example, (best,), others, own in zip(examples, greedy, drawn, texts, strict=True):
+    kinds = copies.find(domain, examples)
+    for example, (best,), others, own, copy in zip(examples, greedy, drawn, texts, kinds, strict=True):
         judged = [_judged(one, text, next(scores)) for one, text in zip((best, *others), own, strict=True)]
-        rows.append(_row(example, judged, example.source in trained_on))
+        rows.append(_row(example, judged, copy, known))
     metrics = summary(rows) | domain.facts()
     for text in domain.news():
         journal.note(total, f"alarm: {text}")
     journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
     folder = workspace.store.staging(workspace.key)
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return workspace.commit(folder, sources=None, metrics=metrics, domain=request.domain, split=request.split)
+    return workspace.commit(folder, trained_on=None, metrics=metrics, domain=request.domain, split=request.split)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean greedy score, mean sampled score where there are samples, and the share of contaminated examples."""
-    values = {
-        "greedy": statistics.fmean(row["greedy"]["score"] for row in rows),
-        "contaminated": statistics.fmean(row["contaminated"] for row in rows),
-    }
+    """Mean greedy score, mean sampled score where there are samples, and the share of contaminated examples.
+
+    Where some are unknown that share is `contaminated_at_least`, and absent at 0. `near_copies` is the part of it that
+    near copies are, where there are some.
+    """
+    values = {"greedy": statistics.fmean(row["greedy"]["score"] for row in rows)}
     sampled = [completion["score"] for row in rows for completion in row["samples"]]
-    return values | ({"sampled": statistics.fmean(sampled)} if sampled else {})
+    if sampled:
+        values["sampled"] = statistics.fmean(sampled)
+    share = statistics.fmean(bool(row["contaminated"]) for row in rows)
+    if all(row["contaminated"] is not None for row in rows):
+        values["contaminated"] = share
+    elif share:
+        values["contaminated_at_least"] = share
+    if near := statistics.fmean(row.get("copy") == NEAR for row in rows):
+        values["near_copies"] = near
+    return values
 
 
 def _judged(drawn: Sample, completion: str, score: float) -> dict[str, Any]:
@@ -117,14 +132,15 @@ def _judged(drawn: Sample, completion: str, score: float) -> dict[str, Any]:
     }
 
 
-def _row(example: Example, judged: Sequence[Mapping[str, Any]], contaminated: bool) -> dict[str, Any]:
+def _row(example: Example, judged: Sequence[Mapping[str, Any]], copy: str, known: bool) -> dict[str, Any]:
     """All that is known of one example; the greedy completion comes first."""
     return {
         "id": example.id,
         "source": example.source,
         "prompt": example.prompt,
         "answer": example.answer,
-        "contaminated": contaminated,
+        "contaminated": True if copy else False if known else None,
+        "copy": copy,
         "greedy": judged[0],
         "samples": list(judged[1:]),
     }

@@ -10,7 +10,9 @@
 - `sampled_score`: mean score of the sampled completions; empty where none were drawn;
 - `tokens`: length of the greedy completion;
 - `truncated`: 1 where the greedy completion was cut off at the longest length allowed, else 0;
-- `contaminated`: 1 where the checkpoint was trained on the example's source, else 0.
+- `contaminated`: 1 where the checkpoint or an ancestor was trained on a copy of the example, 0 where not, empty where
+  that is unknown;
+- `copy`: what was found: the same `unit` that its domain splits by, the same `prompt`, or a `near` copy; else empty.
 
 `report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `summary` (the first screen: its
 sentence, a line for each domain, what failed, what next), `missing` (ids of the run's nodes that are not made yet),
@@ -48,6 +50,7 @@ COLUMNS = (
     "tokens",
     "truncated",
     "contaminated",
+    "copy",
 )
 
 
@@ -76,7 +79,8 @@ def _score_rows(results: Results) -> Iterator[tuple[Any, ...]]:
                     "" if sampled_N is None else f"{sampled_N[number]:.6g}",
                     greedy["tokens"],
                     int(greedy["truncated"]),
-                    int(row["contaminated"]),
+                    "" if row["contaminated"] is None else int(row["contaminated"]),
+                    row.get("copy", ""),
                 )
 
 

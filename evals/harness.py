@@ -3,9 +3,10 @@
 The harness loads the task, asks the model and judges each example; the value of the task's main metric is the
 example's score. What it measures is thus paired, compared and counted as forgetting like any other domain.
 
-Left out: sampled completions beside the harness's own, for its tasks fix how they are decoded; and contamination, for
-a task's sources are not known. The harness's `simple_evaluate` is left out as well: it adds a report of the machine
-(1.5 s) and asks the Hub for the model; its seeds and its rule for the number of shots are kept.
+Left out: sampled completions beside the harness's own, for its tasks fix how they are decoded; and contamination,
+which is unknown, for the prompts hold the task's own examples. The harness's `simple_evaluate` is left out as well: it
+adds a report of the machine (1.5 s) and asks the Hub for the model; its seeds and its rule for the number of shots are
+kept.
 """
 
 import contextlib
@@ -110,7 +111,7 @@ def _evaluate(request: HarnessRequest, policy: Policy) -> Artifact:
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {"metric": f"{metric},{kept[0]['filter']}", "task_version": results["versions"][config.task]}
     return workspace.commit(
-        folder, sources=None, metrics=metrics, domain=config.domain, split=config.split, harness=facts
+        folder, trained_on=None, metrics=metrics, domain=config.domain, split=config.split, harness=facts
     )
 
 
@@ -208,7 +209,7 @@ def _row(config: HarnessTaskConfig, sample: Mapping[str, Any], score: float, lm:
         "source": identity,
         "prompt": arguments[0][0],
         "answer": str(answer),
-        "contaminated": False,
+        "contaminated": None,
         "greedy": {
             "completion": completion,
             "score": score,

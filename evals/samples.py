@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from evals.copies import NEAR
 from evals.costs import checkpoint_title
 from evals.merges import merges
 from evals.results import STUDENT, Results
@@ -149,7 +150,7 @@ def _completion(title: str, row: Mapping[str, Any], longest: int) -> str:
     kind = standing(greedy["score"])
     said = [SIGNS[kind] + (f", {greedy['score']:.2f}" if kind == PARTLY else "")]
     said += ["cut off"] if greedy["truncated"] else []
-    said += ["contaminated"] if row["contaminated"] else []
+    said += ["contaminated (near copy)" if row.get("copy") == NEAR else "contaminated"] if row["contaminated"] else []
     return (
         f'<td class="{kind}" data-label="{escape(title)}"><span class="mark">{" · ".join(said)}</span>'
         f"{_text(greedy['completion'], longest)}</td>"

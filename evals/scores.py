@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evals.copies import NEAR
 from experts.errors import UserError
 
 FILE = "scores.jsonl"
@@ -57,8 +58,26 @@ class Scores:
 
     @property
     def contaminated(self) -> float:
-        """Share of examples whose source the checkpoint was trained on."""
-        return float(np.mean([row["contaminated"] for row in self.rows]))
+        """Share of examples with a copy in what the checkpoint was trained on, as far as that is known."""
+        return float(np.mean([bool(row["contaminated"]) for row in self.rows]))
+
+    @property
+    def near_copies(self) -> float:
+        """Share of examples of which there is no more than a near copy."""
+        return float(np.mean([row.get("copy") == NEAR for row in self.rows]))
+
+    @property
+    def unknown(self) -> bool:
+        """Whether examples without a known copy may have one: not all of the training is recorded."""
+        return any(row["contaminated"] is None for row in self.rows)
+
+    @property
+    def contamination(self) -> str:
+        """The share of contaminated examples in words."""
+        if not self.contaminated:
+            return "unknown" if self.unknown else "none"
+        near = f", {100 * self.near_copies:.1f} % near copies" if self.near_copies else ""
+        return f"{'at least ' if self.unknown else ''}{100 * self.contaminated:.1f} %{near}"
 
 
 def read_scores(folder: Path, domain: str, split: str) -> Scores:

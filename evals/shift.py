@@ -62,7 +62,7 @@ def run(config: ShiftRequest, workspace: Workspace) -> Artifact:
     journal.metrics(total, metrics)
     folder = store.staging(workspace.key)
     (folder / SHIFT_FILE).write_text(sheet.model_dump_json(indent=1))
-    return workspace.commit(folder, sources=None, metrics=metrics)
+    return workspace.commit(folder, trained_on=None, metrics=metrics)
 
 
 def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Domain, seed: int) -> DomainShift:

@@ -180,14 +180,7 @@ def statements(results: Results) -> list[str]:
         for domain, weights in results.teachers.items()
         if len(weights) > 1
     ]
-    flagged = contaminated(results)
-    worst = max(flagged, key=lambda name: flagged[name], default="")
-    seen = (
-        f"in {len(flagged)} of {len(results.cells)} cells, at most {100 * flagged[worst]:.1f} % ({worst})"
-        if worst
-        else "none"
-    )
-    lines.append(f"Contaminated examples (source seen in training): {seen}.")
+    lines.append(_contamination(results))
     lines.append(
         f"Seeds {', '.join(map(str, results.seeds))}. The intervals of scores and differences keep these "
         "seeds fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, "
@@ -200,10 +193,21 @@ def statements(results: Results) -> list[str]:
     return lines
 
 
-def contaminated(results: Results) -> dict[str, float]:
-    """Share of examples whose source a checkpoint was trained on, by `checkpoint/domain/split`, where above 0."""
-    shares = {"/".join(key): max(sheet.contaminated for sheet in cell.values()) for key, cell in results.cells.items()}
-    return {name: share for name, share in shares.items() if share > 0}
+def _contamination(results: Results) -> str:
+    """In how many cells there are copies of training data, and in how many that is unknown."""
+    cells = {"/".join(key): list(cell.values()) for key, cell in results.cells.items()}
+    flagged = {name: max(sheet.contaminated for sheet in sheets) for name, sheets in cells.items()}
+    worst = max(flagged, key=lambda name: flagged[name], default="")
+    count = sum(share > 0 for share in flagged.values())
+    near = max((sheet.near_copies for sheets in cells.values() for sheet in sheets), default=0.0)
+    unknown = sum(any(sheet.unknown for sheet in sheets) for sheets in cells.values())
+    found = [
+        f"in {count} of {len(cells)} cells, at most {100 * flagged[worst]:.1f} % ({worst})" if count else "",
+        f"near copies at most {100 * near:.1f} %" if near else "",
+        f"unknown in {unknown} of {len(cells)} cells, whose training data are not all recorded" if unknown else "",
+    ]
+    told = "; ".join(part for part in found if part) or "none"
+    return f"Contaminated examples (a copy in what the checkpoint or an ancestor was trained on): {told}."
 
 
 def render(results: Results, width: int = WIDTH) -> "Group":

@@ -138,4 +138,4 @@ def run(workspace: Workspace) -> Artifact:
     journal.progress(1, 1)
     folder = store.staging(workspace.key)
     (folder / COSINES_FILE).write_text(sheet.model_dump_json(indent=1))
-    return workspace.commit(folder, sources=None, metrics=metrics)
+    return workspace.commit(folder, trained_on=None, metrics=metrics)

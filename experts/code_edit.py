@@ -102,6 +102,11 @@ class CodeEditDomain(Domain):
         """Train and held-out, and out-of-distribution where families are held out."""
         return (*super().splits, OUT_OF_DISTRIBUTION) if self.options.held_out_families else super().splits
 
+    @property
+    def source_space(self) -> str:
+        """All domains of the same functions."""
+        return f"code_edit/{self.options.source}"
+
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
         """Draw distinct corrupted functions of one split; see `Domain.draw`."""
         if split not in self.splits:
@@ -208,7 +213,7 @@ class CodeEditDomain(Domain):
             "families": families,
             "tests": repr((function.arguments, function.expected)),
         }
-        return Example(prompt, self._answer(function.code), self.name, source=function.id, meta=meta)
+        return Example(prompt, self._answer(function.code), self.name, source=function.id, meta=meta, asked=corrupted)
 
     def _answer(self, code: str) -> str:
         return code if self.options.prompt_style == "compact" else f"```python\n{code}\n```"

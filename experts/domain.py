@@ -55,6 +55,7 @@ class Example:
         domain: Name of the domain that scores it.
         source: The unit the train/held-out split is made by: the prompt itself, or the source function of an edit.
         meta: JSON-serialisable facts for the scorer.
+        asked: The prompt without what stands before or behind every prompt of the domain, where that is known.
     """
 
     prompt: Prompt
@@ -62,6 +63,12 @@ class Example:
     domain: str
     source: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    asked: Prompt | None = None
+
+    @property
+    def question(self) -> Prompt:
+        """What is asked, by which copies of a prompt are found."""
+        return self.prompt if self.asked is None else self.asked
 
     @property
     def id(self) -> str:
@@ -91,6 +98,16 @@ class Domain(ABC):
     def splits(self) -> tuple[str, ...]:
         """The splits this domain can draw from."""
         return (TRAIN, HELD_OUT)
+
+    @property
+    def source_space(self) -> str:
+        """Domains with the same name for it split alike: their examples of one `source` are copies."""
+        return self.name
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What of the data the draws so far left out, a line each, for the journal and the plan."""
+        return ()
 
     def check_split(self, split: str) -> None:
         """See that this domain has a split.

@@ -47,6 +47,12 @@ class OwnDomain(Domain):
         with self._calling("splits"):
             return tuple(self.inner.splits)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The inner domain's."""
+        with self._calling("left_out"):
+            return tuple(str(line) for line in self.inner.left_out)
+
     def supply(self, split: str) -> int | None:
         """The inner domain's."""
         with self._calling("supply"):

@@ -119,6 +119,12 @@ class RowDomain(Domain):
         self._train_source = find_source(key, "path", options.path)
         self._held_out_source = None if apart is None else find_source(key, "held_out_path", apart)
         self._unused: Counter[str] = Counter()
+        self._left_out: list[str] = []
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Rows that are no examples, for others have their prompts."""
+        return tuple(self._left_out)
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
         """Draw rows of one split without repetition; see `Domain.draw`.
@@ -154,7 +160,7 @@ class RowDomain(Domain):
         if held_out is None:
             held_out = {source: e for source, e in train.items() if not in_train(self._unit(e), options.held_out_share)}
         elif shared := train.keys() & held_out.keys():
-            self._log(f"{len(shared)} prompts to train on are held-out ones too, and are left out of training")
+            self._leave_out(f"{len(shared)} prompts to train on are held-out ones too, and are left out of training")
         apart = {self._unit(example) for example in held_out.values()}
         trained = [example for example in train.values() if self._unit(example) not in apart]
         if self._unused:
@@ -198,7 +204,10 @@ class RowDomain(Domain):
         if system is None and not shots:
             return splits
         return {
-            split: [replace(example, prompt=with_context(example.prompt, system, shots)) for example in drawn]
+            split: [
+                replace(example, prompt=with_context(example.prompt, system, shots), asked=example.question)
+                for example in drawn
+            ]
             for split, drawn in splits.items()
         }
 
@@ -225,11 +234,14 @@ class RowDomain(Domain):
             tail = [f"domains.{self.name}: and {more} more rows of '{source.path}'"] if more > 0 else []
             raise UserError("\n".join([*problems[:MOST_NAMED], *tail]))
         if repeated:
-            self._log(
+            self._leave_out(
                 f"{repeated} rows of '{source.path}' repeat the prompt of an earlier row, {other} of them with another "
                 f"answer; the first one counts"
             )
         return examples
+
+    def _leave_out(self, text: str) -> None:
+        self._left_out.append(f"domains.{self.name}: {text}")
 
     def _log(self, text: str) -> None:
         logger.warning("domains.%s: %s", self.name, text)

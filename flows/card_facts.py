@@ -8,7 +8,7 @@ from evals.compare import mean_interval
 from evals.export import DATA_FILE
 from evals.interval import Interval
 from evals.markdown import code, plain
-from evals.scores import read_scores
+from evals.scores import Scores, read_scores
 from experts.errors import UserError
 from flows.champion import CHAMPION_FILE, read_history
 from flows.lineage import Row
@@ -28,10 +28,12 @@ class CardFacts:
     Attributes:
         intervals: (content key, `domain/split`) -> greedy score with its interval over examples.
         verdict: What became of it in its runs, a Markdown line each.
+        contamination: (content key, `domain/split`) -> how many of the examples have a copy in the training data.
     """
 
     intervals: Mapping[tuple[str, str], Interval] = field(default_factory=dict)
     verdict: Sequence[str] = ()
+    contamination: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 NO_FACTS = CardFacts()
@@ -39,10 +41,15 @@ NO_FACTS = CardFacts()
 
 def facts_of(store: Store, artifact: Artifact, lineage: Sequence[Row]) -> CardFacts:
     """Read the score sheets of a checkpoint and its ancestors, and what the runs of the home decided about it."""
-    return CardFacts(_intervals(store, {row.key for row in lineage}), _verdicts(store, artifact))
+    sheets = _sheets(store, {row.key for row in lineage})
+    return CardFacts(
+        {place: mean_interval(sheet.greedy_N, CONFIDENCE) for place, sheet in sheets.items()},
+        _verdicts(store, artifact),
+        {place: sheet.contamination for place, sheet in sheets.items()},
+    )
 
 
-def _intervals(store: Store, keys: set[str]) -> dict[tuple[str, str], Interval]:
+def _sheets(store: Store, keys: set[str]) -> dict[tuple[str, str], Scores]:
     found = {}
     for artifact in store.artifacts():
         parent = artifact.manifest.get("parents", {}).get("checkpoint", {}).get("key")
@@ -50,11 +57,10 @@ def _intervals(store: Store, keys: set[str]) -> dict[tuple[str, str], Interval]:
             continue
         domain, split = (str(artifact.manifest["config"][name]) for name in ("domain", "split"))
         try:
-            sheet = read_scores(artifact.path, domain, split)
+            found[parent, f"{domain}/{split}"] = read_scores(artifact.path, domain, split)
         except UserError:
             # A sheet of another release has a score in its manifest all the same.
             continue
-        found[parent, f"{domain}/{split}"] = mean_interval(sheet.greedy_N, CONFIDENCE)
     return found
 
 

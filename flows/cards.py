@@ -8,6 +8,7 @@ from typing import Any
 
 from evals.markdown import code, plain
 from stages.core.checkpoint import Artifact
+from stages.core.trained_on import FACT
 
 DIGEST_LENGTH = 16
 TEACHER_DIGEST_LENGTH = 12
@@ -55,7 +56,16 @@ def model_params(artifact: Artifact) -> dict[str, str]:
         metric_name(f"teachers.{entry['domain']}.{entry['teacher'].rpartition('/')[2]}"): lesson(entry)
         for entry in manifest.get("teachers", [])
     }
-    return flatten({**identity, **facts, **taught, "config": manifest.get("config", {})})
+    record = {"contamination": unrecorded(manifest)} if unrecorded(manifest) else {}
+    return flatten({**identity, **facts, **taught, **record, "config": manifest.get("config", {})})
+
+
+def unrecorded(manifest: Mapping[str, Any]) -> str:
+    """Why copies of held-out prompts in a checkpoint's training data are unknown; empty where all of it is recorded."""
+    facts = manifest.get(FACT)
+    if facts is None:
+        return "unknown: its training data are not recorded"
+    return f"unknown: the training data of {', '.join(facts['unknown'])} are not recorded" if facts["unknown"] else ""
 
 
 def lesson(entry: Mapping[str, Any]) -> str:
@@ -137,6 +147,8 @@ def model_note(artifact: Artifact, about: About) -> str:
         if manifest.get("examples"):
             lines.append(f"\nSome of it: `{DATA_FILE}` among the artifacts of its run.")
         lines.append("")
+    if unknown := unrecorded(manifest):
+        lines += [f"Contamination is {plain(unknown)}.", ""]
     if cost := _cost(manifest):
         lines += [f"Cost: {cost}; code `{str(manifest.get('code', '?'))[:DIGEST_LENGTH]}`", ""]
     lines.append(

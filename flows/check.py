@@ -11,6 +11,7 @@ from typing import Any
 from experts.domain import load_domain
 from experts.errors import UserError, first_line
 from flows.architectures import architecture_problems, checkpoint_key
+from flows.check_copies import copy_warnings
 from flows.check_draws import config_key, draw_examples
 from flows.check_tokens import TokenCheck
 from flows.devices import host_devices
@@ -56,6 +57,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         if unusable := list(architecture_problems(graph, store, missing)):
             raise UserError("\n".join(unusable))
         draws, problems = draw_examples(graph, missing, warnings)
+        warnings += copy_warnings(graph, draws)
         problems += _tokenizer_problems(graph, store, missing)
         tokens = TokenCheck(graph, store, draws, _tokenizer)
         for node in missing:

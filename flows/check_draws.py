@@ -57,6 +57,7 @@ def draw_examples(
             problems.append(f"{key} {count}: {error}")
             continue
         found[name, split] = drawn
+        warnings += [line for line in source.left_out if line not in warnings]
         if not drawn:
             other = TRAIN if split == HELD_OUT else HELD_OUT
             problems.append(f"{key} {count}: domains.{name}: no {split} examples; {other} has {source.supply(other)}")

@@ -169,7 +169,15 @@ def _scores(own: Row, lineage: Sequence[Row], facts: CardFacts) -> str:
         domain, _, split = place.rpartition("/")
         cells = (_score(row, place, facts) for row in columns)
         lines.append(_line([plain(domain), plain(split.replace("_", " ")), *cells]))
-    return "Greedy score in %, on the same examples in each row [95 % interval over examples].\n\n" + "\n".join(lines)
+    told = [
+        f"- {plain(place.rpartition('/')[0])}, {plain(place.rpartition('/')[2].replace('_', ' '))}: {text}"
+        for place in sorted(own.scores)
+        if (text := facts.contamination.get((own.key, place)))
+    ]
+    about = "Examples with a copy in what the checkpoint or an ancestor was trained on:"
+    copies = [f"\n\n{about}\n\n", "\n".join(told)] if told else []
+    title = "Greedy score in %, on the same examples in each row [95 % interval over examples].\n\n"
+    return "".join([title, "\n".join(lines), *copies])
 
 
 def _score(row: Row, place: str, facts: CardFacts) -> str:

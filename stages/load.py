@@ -21,6 +21,7 @@ from stages.core.foreign import check_folder
 from stages.core.policy import save_tokenizer
 from stages.core.remote_code import OWN_CODE, options
 from stages.core.source import Source, refuse_paths, refused_adapter
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 
 # What transformers, tokenizers and safetensors raise of files that are damaged or do not belong together.
@@ -70,7 +71,8 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     parameters = sum(p.numel() for p in model.parameters())
-    return workspace.commit(folder, sources={}, metrics={}, parameters=parameters, origin=source.location)
+    unknown = TrainedOn(unknown=(workspace.name,))
+    return workspace.commit(folder, trained_on=unknown, metrics={}, parameters=parameters, origin=source.location)
 
 
 def make_writable(model: PreTrainedModel) -> None:

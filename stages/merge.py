@@ -25,6 +25,7 @@ from experts.errors import UserError, nearest
 from stages.core.checkpoint import Artifact
 from stages.core.policy import Policy, load_policy, tokenizer_difference
 from stages.core.remote_code import options
+from stages.core.trained_on import TrainedOn
 from stages.core.weights import StoredWeights
 from stages.core.workspace import Workspace
 from stages.merge_config import WeightMergeConfig
@@ -80,7 +81,7 @@ def run(config: WeightMergeConfig, workspace: Workspace) -> Artifact:
     policy.save(folder)
     return workspace.commit(
         folder,
-        sources={},
+        trained_on=TrainedOn(),
         metrics=metrics,
         adapter_base=None,
         parameters=policy.size,

@@ -20,6 +20,7 @@ def row(number: int, score: float, samples: tuple[float, ...] = ()) -> dict[str,
         "prompt": f"prompt {number}",
         "answer": "x",
         "contaminated": number == 0,
+        "copy": "prompt" if number == 0 else "",
         "greedy": drawn(score),
         "samples": [drawn(value) for value in samples],
     }

@@ -235,7 +235,7 @@ def exported(store: Store, folder: Path, lora: LoraConfig) -> bool:
     staged = store.staging("adapter")
     policy.save(staged)
     place = Workspace(store, "adapter", "experts/sort", 0, {"start": start}, {}, {})
-    adapter = place.commit(staged, sources=None, metrics={}, adapter_base=start.key)
+    adapter = place.commit(staged, trained_on=None, metrics={}, adapter_base=start.key)
     export(store, "adapter", folder)
     engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=2**26)
     told = engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], SamplingParams(temperature=0, max_tokens=16))
@@ -252,7 +252,7 @@ def random_checkpoint(store: Store, name: str, seed: int) -> Artifact:
     tiny_model(SHAPE, tokenizer, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert AutoModelForCausalLM.from_pretrained(folder)
-    return Workspace(store, key, name, 0, {}, {}, {}).commit(folder, sources=None, metrics={})
+    return Workspace(store, key, name, 0, {}, {}, {}).commit(folder, trained_on=None, metrics={})
 
 
 def main() -> None:

@@ -64,7 +64,9 @@ def fit(domain: str, examples: Sequence[Example], limit: Limit, measure: Measure
             raise UserError(f"{text}; longer_prompts: drop leaves none")
         return kept, [f"{text}: dropped"]
     cut = [
-        replace(example, prompt=shorten(example.prompt, limit.tokens, measure)) if at in long else example
+        replace(example, prompt=shorten(example.prompt, limit.tokens, measure), asked=example.question)
+        if at in long
+        else example
         for at, example in enumerate(examples)
     ]
     return cut, [f"{text}: truncated"]

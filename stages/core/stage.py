@@ -11,6 +11,7 @@ from stages.core.checkpoint import Artifact
 from stages.core.journal import Journal
 from stages.core.lengths import Limit, fit
 from stages.core.policy import Policy
+from stages.core.trained_on import TrainedOn
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 
@@ -51,11 +52,17 @@ def draw_prompts(
         UserError: a domain has none, fewer than asked for, or prompts that are too long and refused.
     """
     limit = Limit.of(config.model_dump(), policy.context, new_tokens)
-    kept, notes = {}, []
-    for name, drawn in draw_training(workspace, config).items():
+    drawn_by_domain = draw_training(workspace, config)
+    kept, notes = {}, left_out(workspace)
+    for name, drawn in drawn_by_domain.items():
         kept[name], lines = fit(name, drawn, limit, lambda prompt: len(encode_prompt(policy.tokenizer, prompt)))
         notes += lines
     return kept, notes
+
+
+def left_out(workspace: Workspace) -> list[str]:
+    """What of the domains' data is in no draw, as lines for the journal; known once something was drawn."""
+    return [line for name in sorted(workspace.domains) for line in workspace.domains[name].left_out]
 
 
 def end_step(learner: Learner, journal: Journal, step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -80,7 +87,7 @@ def finish(
     """Commit the trained policy; the process that leads writes, the others wait for it.
 
     Args:
-        examples: What was trained on, by domain; their sources go into the manifest.
+        examples: What was trained on, by domain; the artifact records their hashes.
         metrics: Final metrics.
         facts: More for the manifest.
     """
@@ -90,7 +97,7 @@ def finish(
         learner.policy.save(folder, weights)
         workspace.commit(
             folder,
-            sources={domain: sorted({example.source for example in drawn}) for domain, drawn in examples.items()},
+            trained_on=TrainedOn.of(workspace.domains, examples),
             metrics=metrics,
             tokens=learner.tokens,
             adapter_base=learner.policy.adapter_base,

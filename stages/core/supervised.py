@@ -19,7 +19,7 @@ from stages.core.checkpoint import Artifact
 from stages.core.lengths import Limit, shorten
 from stages.core.loss import TokenLoss
 from stages.core.policy import Policy
-from stages.core.stage import end_step, finish
+from stages.core.stage import end_step, finish, left_out
 from stages.core.training import Learner, step_seed
 from stages.core.update import Row, accumulate
 from stages.core.workspace import Workspace
@@ -144,7 +144,7 @@ def demonstrations(
         UserError: prompts are too long and refused, or none is left; or the template refuses one. Names the domain.
     """
     rows: list[Demonstration] = []
-    notes: list[str] = []
+    notes = left_out(workspace)
     for name, drawn in examples.items():
         fitting = Fitting(policy, config)
         for example in drawn:

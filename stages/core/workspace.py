@@ -14,6 +14,7 @@ from experts.domain import Domain
 from stages.core.checkpoint import Artifact, Store
 from stages.core.energy import Meter
 from stages.core.journal import JOURNAL_FILE, Journal
+from stages.core.trained_on import TrainedOn, together
 
 SPENT_FILE = "spent.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -64,17 +65,20 @@ class Workspace:
         return MeteredJournal(self.folder / JOURNAL_FILE, resume_step, self._meter)
 
     def commit(
-        self, folder: Path, *, sources: Mapping[str, list[str]] | None, metrics: Mapping[str, float], **facts: Any
+        self, folder: Path, *, trained_on: TrainedOn | None, metrics: Mapping[str, float], **facts: Any
     ) -> Artifact:
         """Turn a staged folder into this node's artifact and drop its saved steps.
 
         Args:
             folder: Made by `store.staging(key)`, all files written.
-            sources: Units this node trained on, by domain; the parents' are added, so that a manifest names all
-                that its weights have ever seen. None where there are no weights.
+            trained_on: What this node trained on; the parents' is added, so that an artifact records all that its
+                weights have ever seen. None where there are no weights.
             metrics: Final metrics.
             facts: More to record (`tokens`, `adapter_base`, …).
         """
+        if trained_on is not None:
+            trained_on = together([trained_on, *map(TrainedOn.read, self.parents.values())])
+            trained_on.write(folder)
         manifest = dict(self.provenance) | {
             "name": self.name,
             "seed": self.seed,
@@ -84,20 +88,13 @@ class Workspace:
             **self._meter.used(),
             "peak_memory": peak_memory(),
             "metrics": dict(metrics),
-            **({} if sources is None else {"sources": self._all_sources(sources)}),
+            **({} if trained_on is None else trained_on.facts()),
             **facts,
         }
         artifact = self.store.commit(folder, self.key, manifest)
         shutil.rmtree(self.progress, ignore_errors=True)
         self._meter.close()
         return artifact
-
-    def _all_sources(self, own: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        seen = {domain: set(units) for domain, units in own.items()}
-        for parent in self.parents.values():
-            for domain, units in parent.manifest.get("sources", {}).items():
-                seen.setdefault(domain, set()).update(units)
-        return {domain: sorted(units) for domain, units in seen.items()}
 
 
 class MeteredJournal(Journal):

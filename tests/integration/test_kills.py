@@ -17,6 +17,7 @@ from flows.children import Child, ForkServer, child_environment
 from stages.config import OptimizerConfig, StrictModel
 from stages.core.checkpoint import Store
 from stages.core.journal import JOURNAL_FILE, read
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 from stages.on_policy.config import RLConfig
 from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
@@ -59,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, key in enumerate(("start", "sorter", "reverser")):
         staged = store.staging(key)
         tiny_policy(number).save(staged)
-        Workspace(store, key, key, 0, {}, {}, {"stage": "test"}).commit(staged, sources={}, metrics={})
+        Workspace(store, key, key, 0, {}, {}, {"stage": "test"}).commit(staged, trained_on=TrainedOn(), metrics={})
     return folder
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from stages.config import OptimizerConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 from stages.on_policy.config import RLConfig
 from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
@@ -86,7 +87,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, key in enumerate(("base", "teacher")):
         staged = store.staging(key)
         tiny_policy(number).save(staged)
-        Workspace(store, key, key, 0, {}, {}, {"stage": "test"}).commit(staged, sources={}, metrics={})
+        Workspace(store, key, key, 0, {}, {}, {"stage": "test"}).commit(staged, trained_on=TrainedOn(), metrics={})
     return folder
 
 

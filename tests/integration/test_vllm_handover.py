@@ -19,6 +19,7 @@ from stages.config import LoraConfig
 from stages.core.checkpoint import Store
 from stages.core.policy import Policy
 from stages.core.tiny import character_tokenizer, tiny_model
+from stages.core.trained_on import TrainedOn
 from stages.core.training import Learner
 from stages.core.workspace import Workspace
 from stages.on_policy.config import RLConfig, SamplerConfig
@@ -87,7 +88,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     store = Store(home)
     folder = store.staging("experts")
     mixture().save(folder)
-    experts = Workspace(store, "experts", "experts", 0, {}, {}, {}).commit(folder, sources={}, metrics={})
+    experts = Workspace(store, "experts", "experts", 0, {}, {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
     commands = rollout_servers(RLConfig(lora=LORA), random_checkpoint(store, "start", 0), store, ResourcesConfig())
     commands += rollout_servers(RLConfig(), experts, store, ResourcesConfig())
     fork_server = ForkServer(home / "fork.log", child_environment(1), preload=())

@@ -90,7 +90,7 @@ def adapter(store: Store, base: Artifact, name: str, seed: int) -> Artifact:
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     place = Workspace(store, name, name, 0, {}, {}, {})
-    return place.commit(folder, sources=None, metrics={}, adapter_base=base.key)
+    return place.commit(folder, trained_on=None, metrics={}, adapter_base=base.key)
 
 
 @pytest.fixture(scope="module")

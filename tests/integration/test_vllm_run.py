@@ -99,7 +99,7 @@ def judge_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
     tokenizer.save_pretrained(folder)
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(own | {"repetition_penalty": 2.0, "do_sample": True}))
-    model = Workspace(store, "judge", "judge", 0, {}, {}, {}).commit(folder, sources=None, metrics={})
+    model = Workspace(store, "judge", "judge", 0, {}, {}, {}).commit(folder, trained_on=None, metrics={})
     config = DistillConfig(objective="sampled_reverse_kl", teacher_backend="vllm_server")
     fork_server, over = ForkServer(home / "fork.log", child_environment(1), preload=()), threading.Event()
     (command,) = teacher_servers(config, [model], store, ResourcesConfig())

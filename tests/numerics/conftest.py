@@ -12,6 +12,7 @@ from stages.config import TinyModelConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.policy import Policy
 from stages.core.tiny import character_tokenizer, tiny_model
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 
 TINY = TinyModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=128)
@@ -61,6 +62,6 @@ def checkpoint(workspace: Callable[..., Workspace]) -> Callable[[str, int], Arti
         place = workspace(key, {}, {})
         folder = place.store.staging(key)
         tiny_policy(seed).save(folder)
-        return place.commit(folder, sources={}, metrics={})
+        return place.commit(folder, trained_on=TrainedOn(), metrics={})
 
     return make

@@ -11,6 +11,7 @@ from stages.config import LoraConfig, SFTConfig
 from stages.core.dropout import begin_update
 from stages.core.journal import read
 from stages.core.policy import Policy, peft_config
+from stages.core.trained_on import TrainedOn
 from stages.on_policy.config import RLConfig
 from stages.on_policy.distill_config import DistillConfig
 from tests.chats import make_policy
@@ -30,7 +31,7 @@ def gpt2(store, workspace):
     policy = make_policy("gpt2")
     assert policy.model.config.attn_pdrop == 0.1
     policy.save(folder)
-    return place.commit(folder, sources={}, metrics={})
+    return place.commit(folder, trained_on=TrainedOn(), metrics={})
 
 
 def first_step(place) -> dict[str, float]:

@@ -9,7 +9,9 @@ from evals.evaluate import EvaluationRequest, evaluate
 from evals.scores import read_scores
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
 from stages.config import EvaluationConfig
+from stages.core.checkpoint import Artifact
 from stages.core.journal import read
+from stages.core.trained_on import TrainedOn
 from tests.chats import make_policy
 from tests.numerics.conftest import tiny_policy
 
@@ -25,7 +27,7 @@ def test_rows_are_paired_and_scored_by_the_domain(store, workspace, checkpoint, 
         )
         (artifact,) = evaluate([request], parent, store)
         sheets.append(read_scores(artifact.path, "sort", HELD_OUT))
-        assert "sources" not in artifact.manifest
+        assert "trained_on" not in artifact.manifest
     first, second = sheets
     assert first.ids == second.ids
     assert len(first.ids) == 12
@@ -40,7 +42,7 @@ def test_rows_are_paired_and_scored_by_the_domain(store, workspace, checkpoint, 
 def test_what_follows_a_stop_string_is_not_scored(store, workspace, domains):
     folder = store.staging("model")
     make_policy("llama3").save(folder)
-    parent = workspace("model", {}, {}).commit(folder, sources={}, metrics={})
+    parent = workspace("model", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
 
     def rows(name: str, stop: tuple[str, ...]) -> list[dict]:
         place = workspace(name, {"checkpoint": parent}, {"sort": domains["sort"]})
@@ -67,15 +69,17 @@ def test_stop_strings_are_part_of_the_key_where_there_are_some():
 @pytest.mark.parametrize("split", [HELD_OUT, OUT_OF_DISTRIBUTION])
 def test_functions_trained_on_are_flagged(store, workspace, split):
     domain = load_domain("code", "code_edit", {"held_out_families": ["swapped_operands"]})
-    seen = sorted({example.source for example in domain.draw(split, 12, 0)})[:4]
+    drawn = domain.draw(split, 12, 0)
+    seen = sorted({example.source for example in drawn})[:4]
+    trained = TrainedOn.of({"code": domain}, {"code": [example for example in drawn if example.source in seen]})
     place = workspace("trained", {}, {"code": domain})
     folder = store.staging("trained")
     tiny_policy(0).save(folder)
-    parent = place.commit(folder, sources={"code": seen}, metrics={})
+    parent = place.commit(folder, trained_on=trained, metrics={})
     # What its start was trained on counts as well.
     folder = store.staging("child")
     tiny_policy(0).save(folder)
-    child = workspace("child", {"start": parent}, {}).commit(folder, sources={"code": []}, metrics={})
+    child = workspace("child", {"start": parent}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
     config = EvaluationConfig(examples=12, samples=0, max_new_tokens=4)
     request = EvaluationRequest(workspace("eval", {"checkpoint": child}, {"code": domain}), config, "code", split)
     (artifact,) = evaluate([request], child, store)
@@ -83,6 +87,34 @@ def test_functions_trained_on_are_flagged(store, workspace, split):
     assert {row["source"] for row in rows if row["contaminated"]} == set(seen)
     assert artifact.manifest["metrics"]["contaminated"] == sum(row["contaminated"] for row in rows) / 12 > 0
     assert "sampled" not in artifact.manifest["metrics"]
+
+
+def test_what_an_import_was_trained_on_is_unknown_but_for_what_was_trained_here(store, workspace, domains):
+    sort = domains["sort"]
+    renamed = load_domain("order", "strings", {"task": "sort"})
+    drawn = renamed.draw(HELD_OUT, 3, 0)
+    folder = store.staging("base")
+    tiny_policy(0).save(folder)
+    base = workspace("base", {}, {}).commit(folder, trained_on=TrainedOn(unknown=("base",)), metrics={})
+    folder = store.staging("child")
+    tiny_policy(0).save(folder)
+    place = workspace("child", {"start": base}, {"order": renamed})
+    child = place.commit(folder, trained_on=TrainedOn.of({"order": renamed}, {"order": drawn}), metrics={})
+
+    def scored(name: str, parent: Artifact) -> tuple[list[dict], dict]:
+        request = EvaluationRequest(workspace(name, {"checkpoint": parent}, {"sort": sort}), CONFIG, "sort", HELD_OUT)
+        (artifact,) = evaluate([request], parent, store)
+        lines = (artifact.path / "scores.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], artifact.manifest["metrics"]
+
+    rows, metrics = scored("eval-base", base)
+    assert {row["contaminated"] for row in rows} == {None} and not [name for name in metrics if "contam" in name]
+    rows, metrics = scored("eval-child", child)
+    seen = {example.prompt for example in drawn}
+    assert {row["prompt"]: (row["contaminated"], row["copy"]) for row in rows} == {
+        row["prompt"]: (True, "prompt") if row["prompt"] in seen else (None, "") for row in rows
+    }
+    assert metrics["contaminated_at_least"] == 3 / 12 and "contaminated" not in metrics
 
 
 def test_what_scoring_tells_of_the_scorer_is_among_the_metrics(store, workspace, checkpoint, domains):

@@ -21,6 +21,7 @@ from experts.errors import UserError
 from stages.config import LoraConfig
 from stages.core.checkpoint import Artifact
 from stages.core.policy import Policy, load_policy
+from stages.core.trained_on import TrainedOn
 from tests.harness_home import QUESTIONS, write_tasks
 
 Score = Callable[..., Artifact]
@@ -90,6 +91,8 @@ def test_a_multiple_choice_task_is_scored_as_our_own_forward_scores_it(store, ch
         assert found.samples_NK is None
         assert artifact.manifest["metrics"]["greedy"] == pytest.approx(sum(wanted) / len(wanted))
         assert artifact.manifest["harness"] == {"metric": f"{metric},none", "task_version": 1.0}
+        assert {row["contaminated"] for row in found.rows} == {None}
+        assert "contaminated" not in artifact.manifest["metrics"]
     assert picks[0] != picks[1]
     for row, question in zip(found.rows, QUESTIONS, strict=True):
         choices = question["choices"]
@@ -137,7 +140,9 @@ def test_an_adapter_is_scored_on_its_base(store, workspace, checkpoint, score: S
                 weight.normal_(std=0.5)
     folder = store.staging("adapter")
     policy.save(folder)
-    adapter = workspace("adapter", {"start": start}, {}).commit(folder, sources={}, metrics={}, adapter_base="start")
+    adapter = workspace("adapter", {"start": start}, {}).commit(
+        folder, trained_on=TrainedOn(), metrics={}, adapter_base="start"
+    )
     found = sheet(score("scores", adapter, "choice", chat_template=True))
     loaded = load_policy(adapter, store)
     for row, question in zip(found.rows, QUESTIONS, strict=True):

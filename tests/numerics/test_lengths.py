@@ -13,6 +13,7 @@ from stages.core.chat import encode_prompt
 from stages.core.journal import read
 from stages.core.lengths import Limit, fit, longer, shorten
 from stages.core.policy import load_policy
+from stages.core.trained_on import TrainedOn
 from stages.on_policy.config import RFTConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
 from tests.chats import CHATS, make_policy, make_tokenizer
@@ -100,6 +101,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_when_loaded(store, wor
     policy = make_policy("gpt2", padding=-2)
     place, folder = workspace("small", {}, {}), store.staging("small")
     policy.save(folder)
-    small = place.commit(folder, sources={}, metrics={})
+    small = place.commit(folder, trained_on=TrainedOn(), metrics={})
     with pytest.raises(UserError, match=r"small: its tokenizer has 2 tokens beyond the 305 rows .* id 305"):
         load_policy(small, store)

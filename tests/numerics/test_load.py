@@ -14,6 +14,7 @@ from stages.config import LoraConfig
 from stages.core.checkpoint import Store
 from stages.core.policy import load_policy
 from stages.core.source import Source, resolve_checkpoint, resolve_gguf
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 from stages.export import export_weights
 from tests.numerics.conftest import tiny_policy
@@ -63,11 +64,12 @@ def test_the_digest_is_the_same_with_and_without_the_hub_and_from_any_place(tmp_
         monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda offline=offline: offline)
         store = Store(tmp_path / f"home-{offline}")
         base = load.run(source, Workspace(store, "base", "base", 0, {}, {}, {}))
+        assert TrainedOn.read(base).unknown == ("base",)
         policy = load_policy(base, store, lora=LoraConfig(rank=2), seed=0)
         folder = store.staging("adapter")
         policy.save(folder)
         adapter = Workspace(store, "adapter", "adapter", 0, {}, {}, {}).commit(
-            folder, sources={}, metrics={}, adapter_base="base"
+            folder, trained_on=TrainedOn(), metrics={}, adapter_base="base"
         )
         exported = tmp_path / f"exported-{offline}"
         exported.mkdir()

@@ -16,6 +16,7 @@ from stages.core.checkpoint import Artifact, Store
 from stages.core.journal import read
 from stages.core.policy import Policy, load_policy, peft_config
 from stages.core.tiny import character_tokenizer, tiny_model
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 from stages.merge import choose_experts, merge
 from stages.merge_config import WeightMergeConfig
@@ -65,7 +66,9 @@ def adapter(store: Store, workspace: Callable[..., Workspace]) -> Make:
                     parameter.normal_(0.0, 0.1, generator=generator)
         folder = store.staging(key)
         Policy(model, character_tokenizer(), base.key).save(folder)
-        return workspace(key, {}, {}).commit(folder, sources={"sort": [key]}, metrics={}, adapter_base=base.key)
+        return workspace(key, {}, {}).commit(
+            folder, trained_on=TrainedOn(unknown=(key,)), metrics={}, adapter_base=base.key
+        )
 
     return make
 
@@ -140,7 +143,7 @@ def test_adapters_merge_as_the_weights_they_stand_for(store, checkpoint, workspa
     for expert, artifact in adapters.items():
         folder = store.staging(f"full-{expert}")
         load_policy(artifact, store, trainable=True).save(folder)
-        full[expert] = workspace(f"full-{expert}", {}, {}).commit(folder, sources={}, metrics={})
+        full[expert] = workspace(f"full-{expert}", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
     other = {"uppercase": checkpoint("other", 3)}
     assert distance(full["sort"], start) > 0.01
     from_adapters = stages.merge.run(method(name), place("from-adapters", start, adapters | other))
@@ -151,7 +154,7 @@ def test_adapters_merge_as_the_weights_they_stand_for(store, checkpoint, workspa
     assert off <= (4 if name == "ties" else 0)
     assert from_adapters.manifest["adapter_base"] is None
     # What the parents saw, the student's weights have seen.
-    assert from_adapters.manifest["sources"] == {"sort": ["reverse", "sort"]}
+    assert from_adapters.manifest["trained_on"]["unknown"] == ["sort", "reverse"]
 
 
 def test_an_adapter_that_is_more_than_low_rank_is_refused(store, workspace, checkpoint, place) -> None:
@@ -161,7 +164,7 @@ def test_an_adapter_that_is_more_than_low_rank_is_refused(store, workspace, chec
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(start.uri), shape)
     folder = store.staging("dora")
     Policy(model, character_tokenizer(), start.key).save(folder)
-    dora = workspace("dora", {}, {}).commit(folder, sources={}, metrics={}, adapter_base=start.key)
+    dora = workspace("dora", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={}, adapter_base=start.key)
     with pytest.raises(UserError, match=r"dora: its adapter holds .*magnitude.*, which is not a low-rank factor"):
         stages.merge.run(method("ties"), place("merged", start, {"sort": dora}))
 
@@ -227,7 +230,7 @@ def test_experts_of_another_shape_are_refused_by_name(store, workspace, checkpoi
         tokenizer = character_tokenizer()
         folder = store.staging(key)
         Policy(tiny_model(TinyModelConfig(**good | changes), tokenizer, 0), tokenizer).save(folder)
-        return workspace(key, {}, {}).commit(folder, sources={}, metrics={})
+        return workspace(key, {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
 
     for said, expert in {
         r"expert sort \(wide\): its model\.layers\.0\.mlp\..* is \(.*\), the start's": odd(
@@ -243,7 +246,7 @@ def test_experts_of_another_shape_are_refused_by_name(store, workspace, checkpoi
     policy.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     folder = store.staging("speaks")
     policy.save(folder)
-    speaks = workspace("speaks", {}, {}).commit(folder, sources={}, metrics={})
+    speaks = workspace("speaks", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
     with pytest.raises(UserError, match=r"expert sort \(speaks\): its tokenizer differs from the start's: chat_temp"):
         stages.merge.run(method("weight_average"), place("merged", start, {"sort": speaks}))
 
@@ -253,7 +256,7 @@ def test_adapters_of_a_model_whose_files_have_other_names_are_merged(family: str
     """transformers joins the experts of a mixture into one tensor as it loads them, and nested models rename theirs."""
     folder = store.staging("start")
     write_model(family, folder)
-    start = workspace("start", {}, {}).commit(folder, sources={}, metrics={})
+    start = workspace("start", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
 
     def adapter(key: str) -> Artifact:
         policy = load_policy(start, store, lora=LoraConfig(rank=2), trainable=True)
@@ -263,7 +266,7 @@ def test_adapters_of_a_model_whose_files_have_other_names_are_merged(family: str
                     parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(key)))
         folder = store.staging(key)
         policy.save(folder)
-        return workspace(key, {}, {}).commit(folder, sources={}, metrics={}, adapter_base=start.key)
+        return workspace(key, {}, {}).commit(folder, trained_on=TrainedOn(), metrics={}, adapter_base=start.key)
 
     def logits(checkpoint: Artifact) -> Tensor:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from stages.core.chat import encode_prompt
 from stages.core.checkpoint import Artifact
 from stages.core.journal import JOURNAL_FILE, read
 from stages.core.policy import Policy, load_policy, peft_config
+from stages.core.trained_on import TrainedOn
 from stages.core.weights import StoredWeights
 from stages.merge import Expert, Geometry
 from stages.on_policy.sampler import Sampling, sample
@@ -40,7 +41,7 @@ def edited(store, workspace) -> Callable[..., Artifact]:
         with torch.no_grad():
             change(policy.model.state_dict())
         policy.save(folder)
-        return workspace(key, {}, {}).commit(folder, sources={}, metrics={})
+        return workspace(key, {}, {}).commit(folder, trained_on=TrainedOn(), metrics={})
 
     return make
 
@@ -128,7 +129,7 @@ def test_an_adapter_counts_as_the_weights_it_stands_for(store, workspace, edited
                 parameter.fill_(0.1)
     folder = store.staging("adapter")
     Policy(model, tiny_policy(0).tokenizer, base.key).save(folder)
-    adapter = workspace("adapter", {}, {}).commit(folder, sources={}, metrics={}, adapter_base=base.key)
+    adapter = workspace("adapter", {}, {}).commit(folder, trained_on=TrainedOn(), metrics={}, adapter_base=base.key)
     parents = {"start": base, "checkpoint": adapter}
     place = workspace("shift", parents, {name: domains[name] for name in ("sort", "uppercase")})
     artifact = shift.run(REQUEST, place)
@@ -142,7 +143,7 @@ def test_an_adapter_counts_as_the_weights_it_stands_for(store, workspace, edited
     assert values["shift/changed_float32"] == found.weights.changed_float32
     records = list(read(place.folder / JOURNAL_FILE))
     assert [r["values"] for r in records if r["kind"] == "metrics"] == [values]
-    assert "sources" not in artifact.manifest
+    assert "trained_on" not in artifact.manifest
 
 
 def test_cosines_by_hand(store, workspace, edited):

@@ -13,6 +13,7 @@ from experts.domain import Example, load_domain
 from stages.core.chat import encode_prompt, encode_text
 from stages.core.policy import Policy, load_policy
 from stages.core.stop_strings import StopStrings
+from stages.core.trained_on import TrainedOn
 from stages.export import export_weights
 from stages.on_policy.rollout import gather, score
 from stages.on_policy.sampler import Sampling, sample
@@ -110,7 +111,7 @@ def test_a_checkpoint_generates_and_is_exported_with_the_stops_of_its_template(s
     policy = make_policy("chatml_base")
     end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
     policy.save(folder)
-    start = place.commit(folder, sources={}, metrics={})
+    start = place.commit(folder, trained_on=TrainedOn(), metrics={})
     loaded = load_policy(start, store)
     assert set(loaded.stop_ids) == {policy.eos_id, end}
     assert loaded.model.generation_config.eos_token_id == list(loaded.stop_ids)

@@ -17,6 +17,7 @@ from stages.config import LoraConfig, SFTConfig
 from stages.core.checkpoint import Artifact, Store
 from stages.core.policy import load_policy
 from stages.core.tiny import character_tokenizer
+from stages.core.trained_on import TrainedOn
 from stages.core.update import Row
 from stages.core.workspace import Workspace
 from stages.on_policy.distill_config import DistillConfig
@@ -250,6 +251,6 @@ def test_a_teacher_with_another_tokenizer_is_refused(store, workspace, checkpoin
     place = workspace("odd", {}, {})
     folder = store.staging("odd")
     policy.save(folder)
-    teacher = place.commit(folder, sources={}, metrics={})
+    teacher = place.commit(folder, trained_on=TrainedOn(), metrics={})
     with pytest.raises(UserError, match=r"merge\.teachers\.reverse: the tokenizer of teacher odd differs"):
         TeacherPool(routes({"sort": checkpoint("sort", 0), "reverse": teacher}), store, tiny_policy(9), DistillConfig())

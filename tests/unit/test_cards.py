@@ -33,6 +33,22 @@ def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
     assert "- teacher/sort/caesar: experts/caesar" in note
 
 
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({}, "unknown: its training data are not recorded"),
+        ({"trained_on": {"groups": {}, "unknown": ["base"]}}, "unknown: the training data of base are not recorded"),
+        ({"trained_on": {"groups": {}, "unknown": []}}, None),
+    ],
+)
+def test_unknown_contamination_is_among_parameters_and_in_the_note(tmp_path: Path, record, told) -> None:
+    graph, store = shared_graph(), Store(tmp_path)
+    made = commit(store, graph, graph.checkpoints[0], **record)
+    note = cards.model_note(made, cards.About())
+    assert cards.model_params(made).get("contamination") == told
+    assert (f"Contamination is {told}." in note) if told else ("Contamination" not in note)
+
+
 def test_an_older_student_has_no_lessons(tmp_path: Path) -> None:
     made = student(tmp_path, taught=False)
     assert not [name for name in cards.model_params(made) if name.startswith("teachers.")]

@@ -9,7 +9,7 @@ from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
 from flows.add_expert import NewExpert, add_expert
 from flows.run_file import load_run_file
-from stages.core.stage import draw_training
+from stages.core.stage import draw_training, left_out
 from tests.unit.test_cli import mopd
 from tests.unit.test_config import MINIMAL
 from tests.unit.test_hub import FIELDS, sums, write
@@ -120,3 +120,19 @@ def test_a_generated_domain_that_runs_out_names_the_key(tmp_path: Path):
     assert result.exit_code == 2
     shown = " ".join(result.stderr.split())
     assert "evaluate.examples 400: domains.sort: 400 examples were asked of split 'held_out', only" in shown
+
+
+def test_rows_with_the_prompt_of_an_earlier_one_are_counted_once(project, tmp_path):
+    rows = [*sums(40), *({"question": f"{n}+1?", "answer": 0} for n in range(3))]
+    write(project / "data" / "train.jsonl", rows)
+    file = run_file(project)
+    line = f"3 rows of '{project}/data/train.jsonl' repeat the prompt of an earlier row, 3 of them with another answer"
+    entry = load_run_file(file).domains["sort"]
+    domain = load_domain("sort", entry.kind, entry.options)
+    assert domain.left_out == ()
+    draw_training(Workspace(domain), Config())
+    draw_training(Workspace(domain), Config())
+    assert left_out(Workspace(domain)) == [f"domains.sort: {line}; the first one counts"]
+    small = ["cold_start.sft.domains=[reverse]", "base.pretrain.domains=[reverse]"]
+    result = mopd("plan", file, "--home", tmp_path / "home", "--check", *small)
+    assert " ".join((result.stdout + result.stderr).split()).count(f"domains.sort: {line}") == 1

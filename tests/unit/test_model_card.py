@@ -49,6 +49,12 @@ def test_it_has_base_intervals_and_the_verdict_of_the_gate_on_the_candidate(stor
     assert "## Verdict" not in card_of(store, graph, "student"), "the gate judged another merge"
 
 
+def test_it_says_which_scores_are_of_copies_of_training_data(store: Store, graph: StageGraph) -> None:
+    card = card_of(store, graph, "student")
+    assert "Examples with a copy in what the checkpoint or an ancestor was trained on:\n\n- " in card
+    assert "- sort, held out: 1.0 %" in card
+
+
 def test_a_former_champion_is_said_to_be_one(store: Store, graph: StageGraph) -> None:
     conclude(graph, store, promote=True)
     promote(graph, store, "student", "it reads better")

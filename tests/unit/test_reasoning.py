@@ -10,7 +10,7 @@ import pytest
 from experts.domain import HELD_OUT, TRAIN, load_domain
 from experts.errors import UserError
 from experts.gym import PYCOSAT_TASKS
-from experts.reasoning import extract_answer
+from experts.reasoning import SPLIT_BY_ANSWER, extract_answer
 
 ARITHMETIC = {"basic_arithmetic": {"min_terms": 2, "max_terms": 2}}
 MIXED = {**ARITHMETIC, "countdown": {}}
@@ -29,6 +29,30 @@ def test_a_mixture_is_even_repeatable_and_split_by_prompt():
     held_out = domain.draw(HELD_OUT, 60, seed=1)
     assert {example.source for example in train}.isdisjoint(example.source for example in held_out)
     assert len({example.prompt for example in train}) == 100
+
+
+@pytest.mark.parametrize("task", sorted(SPLIT_BY_ANSWER))
+def test_texts_of_a_short_list_are_split_by_the_answer(task):
+    domain = reasoning({task: {}}, answer_format="tags")
+    train, held_out = domain.draw(TRAIN, 150, seed=0), domain.draw(HELD_OUT, 50, seed=0)
+    assert {example.meta["answer"] for example in train}.isdisjoint(example.meta["answer"] for example in held_out)
+    assert len({example.prompt for example in (*train, *held_out)}) == 200
+    assert all(domain.score(example, example.answer) == 1.0 for example in held_out[:5])
+
+
+def test_too_few_answers_to_split_are_named():
+    few = {"sentence_reordering": {"min_words_in_sentence": 20, "max_words_in_sentence": 20}}
+    with pytest.raises(
+        UserError, match=r"split 'held_out', but of \d+ of task 'sentence_reordering' .* only 0 are in it"
+    ):
+        reasoning(few).draw(HELD_OUT, 10, seed=0)
+
+
+def test_a_change_of_the_split_changes_the_fingerprints_of_its_tasks_alone(monkeypatch):
+    tasks = ({"caesar_cipher": {}}, MIXED)
+    split, other = (reasoning(each).fingerprint() for each in tasks)
+    monkeypatch.setattr("experts.reasoning.SPLIT_BY_ANSWER", frozenset())
+    assert reasoning(tasks[0]).fingerprint() != split and reasoning(tasks[1]).fingerprint() == other
 
 
 @pytest.mark.parametrize("answer_format", ["plain", "tags"])

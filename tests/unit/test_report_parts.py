@@ -164,6 +164,7 @@ def test_data_stands_beside_the_page(tmp_path):
         "tokens": "3",
         "truncated": "0",
         "contaminated": "1",
+        "copy": "prompt",
     }
     assert (rows[2]["checkpoint"], rows[2]["sampled_score"]) == ("base", "")
     data = json.loads((tmp_path / "report.json").read_text())

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from evals.evaluate import summary
 from evals.gate import judge
 from evals.results import Results, metrics
 from evals.scores import Scores, read_scores
@@ -57,6 +58,30 @@ def test_sheet_is_read_and_checked(tmp_path):
     path.write_text(json.dumps({"id": "x"}) + "\n")
     with pytest.raises(UserError, match=r"scores\.jsonl:1: a row lacks"):
         read_scores(tmp_path, "a", "held_out")
+
+
+def test_contamination_is_told_in_words():
+    def told(*rows):
+        return Scores("a", "held_out", [{**row(n, 1.0), **changes} for n, changes in enumerate(rows)]).contamination
+
+    clean, unknown = {"contaminated": False, "copy": ""}, {"contaminated": None, "copy": ""}
+    near, same = {"contaminated": True, "copy": "near"}, {"contaminated": True, "copy": "prompt"}
+    assert told(clean, clean) == "none" and told(unknown, unknown) == "unknown"
+    assert told(near, same, clean, clean) == "50.0 %, 25.0 % near copies"
+    assert told(same, unknown) == "at least 50.0 %"
+
+
+def test_an_unknown_share_is_no_metric_of_0():
+    def found(*rows):
+        metrics = summary([{**row(n, 1.0), **changes} for n, changes in enumerate(rows)])
+        return {name: value for name, value in metrics.items() if name != "greedy"}
+
+    clean, unknown = {"contaminated": False, "copy": ""}, {"contaminated": None, "copy": ""}
+    near = {"contaminated": True, "copy": "near"}
+    assert found(clean, clean) == {"contaminated": 0.0}
+    assert found(unknown, unknown) == {}
+    assert found(near, clean) == {"contaminated": 0.5, "near_copies": 0.5}
+    assert found(near, unknown) == {"contaminated_at_least": 0.5, "near_copies": 0.5}
 
 
 def _node(node_id: str, parents: dict[str, str]) -> Node:

@@ -220,13 +220,14 @@ def test_exact_ignores_unicode_s_form_and_outer_space(tmp_path, other):
     assert domain.score(example, "cafe") == domain.score(example, "Caf\u00e9") == 0.0
 
 
-def test_train_and_held_out_rows_come_from_a_file_each(tmp_path, caplog):
+def test_train_and_held_out_rows_come_from_a_file_each(tmp_path):
     train = write(tmp_path / "train.jsonl", [{"question": f"q{n}", "answer": n} for n in range(8)])
     test = csv_file(tmp_path / "test.csv", [["question", "answer"], *[[f"q{n}", n] for n in range(6, 10)]])
     domain = hub(train, held_out_path=test)
     assert {example.prompt for example in domain.draw(HELD_OUT, 4, seed=0)} == {"q6", "q7", "q8", "q9"}
     assert {example.prompt for example in domain.draw(TRAIN, 6, seed=0)} == {f"q{n}" for n in range(6)}
-    assert "2 prompts to train on are held-out ones too" in caplog.text
+    told = "2 prompts to train on are held-out ones too, and are left out of training"
+    assert domain.left_out == (f"domains.web: {told}",)
     before = domain.fingerprint()
     csv_file(tmp_path / "test.csv", [["question", "answer"], ["q9", "9"]])
     assert hub(train, held_out_path=test).fingerprint() != before
@@ -238,10 +239,12 @@ def test_train_and_held_out_rows_come_from_a_file_each(tmp_path, caplog):
         hub(train, held_out_path=test, held_out_split="test")
 
 
-def test_a_second_answer_of_a_prompt_is_counted(tmp_path, caplog):
+def test_a_second_answer_of_a_prompt_is_counted(tmp_path):
     rows = [{"question": q, "answer": a} for q, a in [("q", "a"), ("q", "b"), ("q", "a"), ("p", "c")]]
-    assert answers_of(hub(write(tmp_path / "r.jsonl", rows))) == {"q": "a", "p": "c"}
-    assert "2 rows of" in caplog.text and "1 of them with another answer; the first one counts" in caplog.text
+    domain = hub(write(tmp_path / "r.jsonl", rows))
+    assert answers_of(domain) == {"q": "a", "p": "c"}
+    (line,) = domain.left_out
+    assert "2 rows of" in line and line.endswith("1 of them with another answer; the first one counts")
 
 
 def template(path, text, **options):

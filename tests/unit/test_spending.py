@@ -50,7 +50,7 @@ def attempt(store: Store) -> Workspace:
 def made(store: Store, place: Workspace) -> dict:
     folder = store.staging("key")
     (folder / "model.txt").write_text("weights")
-    return dict(place.commit(folder, sources=None, metrics={}).manifest)
+    return dict(place.commit(folder, trained_on=None, metrics={}).manifest)
 
 
 @pytest.mark.usefixtures("devices")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -138,3 +139,21 @@ def test_the_terminals_tables_fit_eighty_columns():
     console.print(render(whole, 80))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80 and all(name in text for name in whole.domains)
+
+
+def test_contamination_that_is_unknown_is_not_told_as_none():
+    whole = results()
+
+    def line(changes):
+        cells = {
+            key: {seed: replace(one, rows=[{**row, **changes} for row in one.rows]) for seed, one in cell.items()}
+            for key, cell in whole.cells.items()
+        }
+        return next(line for line in statements(replace(whole, cells=cells)) if line.startswith("Contaminated"))
+
+    count = len(whole.cells)
+    unknown = f"unknown in {count} of {count} cells, whose training data are not all recorded."
+    assert line({"contaminated": None, "copy": ""}).endswith(f": {unknown}")
+    assert line({"contaminated": False, "copy": ""}).endswith(": none.")
+    found = line({"contaminated": True, "copy": "near"})
+    assert f"in {count} of {count} cells, at most 100.0 % (" in found and "near copies at most 100.0 %" in found

@@ -13,6 +13,7 @@ from flows import worker
 from stages.core.checkpoint import CorruptedArtifactError, Store
 from stages.core.remote_code import options
 from stages.core.rendering import template_arguments
+from stages.core.trained_on import TrainedOn
 from stages.core.workspace import Workspace
 from stages.on_policy.config import MonitorConfig, RLConfig
 from stages.on_policy.distill_config import DistillConfig
@@ -43,7 +44,7 @@ def make(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> N
         workspace.journal().note(0, node["config"]["word"])
         folder = workspace.store.staging(workspace.key)
         (folder / "word.txt").write_text(node["config"]["word"])
-        workspace.commit(folder, sources={}, metrics={})
+        workspace.commit(folder, trained_on=TrainedOn(), metrics={})
 
 
 def error_of(home: Path, key: str) -> dict:
