@@ -166,8 +166,8 @@ RULES = (
         lambda case: case.lags and case.start < NO_REWARD and not case.candidate.startswith(BASELINES),
         lambda case: (
             f"the start has {100 * case.start:.1f} % on {case.domain}, so the student's own completions give "
-            f"{case.teacher} little to teach by: merge.on_policy_fraction=0.5, merge.domain_weights.{case.domain}=4 and "
-            "two to three times the merge.optimizer.learning_rate; or demonstrations in the cold start"
+            f"{case.teacher} little to teach by: merge.on_policy_fraction=0.5, merge.domain_weights.{case.domain}=6 "
+            "and three times the merge.optimizer.learning_rate; or demonstrations in the cold start"
         ),
         "teacher",
     ),
