@@ -153,21 +153,21 @@ RULES = (
         "teacher",
     ),
     Rule(
-        "entropy collapse",
-        lambda case: case.lags and case.entropies[1] < COLLAPSED * case.entropies[0],
-        lambda case: (
-            f"the student's entropy on {case.domain} fell from {case.entropies[0]:.2f} to {case.entropies[1]:.2f} nats "
-            f"while it is {-100 * _gap(case):.1f} points below {case.teacher}: a lower merge.optimizer.learning_rate"
-        ),
-        "teacher",
-    ),
-    Rule(
         "never right at the start",
         lambda case: case.lags and case.start < NO_REWARD and not case.candidate.startswith(BASELINES),
         lambda case: (
             f"the start has {100 * case.start:.1f} % on {case.domain}, so the student's own completions give "
             f"{case.teacher} little to teach by: merge.on_policy_fraction=0.5, merge.domain_weights.{case.domain}=6 "
             "and three times the merge.optimizer.learning_rate; or demonstrations in the cold start"
+        ),
+        "teacher",
+    ),
+    Rule(
+        "entropy collapse",
+        lambda case: case.lags and case.entropies[1] < COLLAPSED * case.entropies[0],
+        lambda case: (
+            f"the student's entropy on {case.domain} fell from {case.entropies[0]:.2f} to {case.entropies[1]:.2f} nats "
+            f"while it is {-100 * _gap(case):.1f} points below {case.teacher}: a lower merge.optimizer.learning_rate"
         ),
         "teacher",
     ),

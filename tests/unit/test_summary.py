@@ -186,6 +186,9 @@ def test_what_the_start_never_gets_right_is_taught_by_the_teachers_own_completio
         "merge.on_policy_fraction=0.5, merge.domain_weights.a=6 and three times the "
         "merge.optimizer.learning_rate; or demonstrations in the cold start"
     )
+    # What settles on answers from nothing loses entropy by learning.
+    settled = dataclasses.replace(SETTINGS, entropy={("student", "a"): (1.4, 0.2)})
+    assert advice(whole, judged(whole), settled)[0].startswith("the start has 0.0 % on a")
 
 
 def test_answers_that_are_cut_off_ask_for_room():
