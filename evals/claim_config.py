@@ -95,6 +95,8 @@ class ComparisonConfig(StrictModel):
             raise ValueError(f"expect: {self.expect} is against 0; a margin goes with within, not_below, not_above")
         if self.fit is not None and self.expect != "above":
             raise ValueError("a fit's R squared can only be expected above a margin")
+        if self.fit is not None and self.margin >= 1:
+            raise ValueError("the margin of a fit is a share of variance, below 1")
         if self.compare is not None and len(set(self.compare)) < 2:
             raise ValueError("compare: two different checkpoints")
         if self.slope is not None and (len(self.slope) < 3 or len(set(self.slope.values())) < 3):

@@ -328,6 +328,7 @@ def test_what_has_one_value_a_seed_is_drawn_by_seed():
         ({"slope": {"a": 0, "b": 1}, "expect": "above"}, "at least three"),
         ({"contrast": {"a": 1, "b": 1}, "expect": "above"}, "sum 0"),
         ({"fit": {"x_domains": ["d"], "checkpoints": list("abcde")}, "expect": "below"}, "only be expected above"),
+        ({"fit": {"x_domains": ["d"], "checkpoints": list("abcde")}, "expect": "above", "margin": 1}, "below 1"),
         ({"fit": {"x_domains": ["d"], "checkpoints": ["a"] * 5}, "expect": "above"}, "each of them once"),
         (
             {"fit": {"x_domains": ["d"], "checkpoints": ["a", ["b", "c", "b", "d"]]}, "expect": "above"},
