@@ -61,7 +61,8 @@ class Case:
         own: See `start`; None where it is not scored, as `gap`.
         gain: The teacher's score less the start's.
         gap: The candidate's score less the teacher's.
-        spread: Standard deviation of an example's difference between candidate and teacher.
+        spread: Standard deviation of a unit's difference between candidate and teacher (`evals.units`).
+        units: How many units the examples are of; 0 where the candidate is not scored.
         truncated: Share of the candidate's completions that were cut off.
         method: How the teacher was trained, `given` elsewhere; empty where it is no expert.
         settings: Of the run.
@@ -76,6 +77,7 @@ class Case:
     gain: Interval
     gap: Interval | None
     spread: float
+    units: int
     truncated: float
     method: str
     settings: Settings
@@ -96,8 +98,13 @@ class Case:
         return self.settings.entropy.get((self.candidate, self.domain), (0.0, 0.0))
 
     @property
+    def imprecise(self) -> bool:
+        """Whether the candidate is not shown within the margin, and more examples could."""
+        return self.gap is not None and self.gap.low <= -self.settings.margin and self.enough > 0
+
+    @property
     def enough(self) -> int:
-        """Examples that show the candidate within the margin with a power of 80 %, at the gap and spread measured."""
+        """Units that show the candidate within the margin with a power of 80 %, at the gap and spread measured."""
         room = self.settings.margin + (self.gap.mean if self.gap else 0.0)
         return examples_needed(room, self.settings.confidence, sd=self.spread) if room > 0 else 0
 
@@ -180,8 +187,18 @@ RULES = (
         "teacher",
     ),
     Rule(
+        "too few units",
+        lambda case: case.imprecise and case.units < case.settings.examples,
+        lambda case: (
+            f"the {case.settings.examples} examples of {case.domain} are of {case.units} units alone, too few to show "
+            f"it within {100 * case.settings.margin:.0f} points; about {case.enough} would, four times in five: more "
+            "data, or a larger held_out_share"
+        ),
+        "teacher",
+    ),
+    Rule(
         "too few examples",
-        lambda case: case.gap is not None and case.gap.low <= -case.settings.margin and case.enough > 0,
+        lambda case: case.imprecise,
         lambda case: (
             f"{case.settings.examples} examples are too few to show {case.domain} within "
             f"{100 * case.settings.margin:.0f} points: evaluate.examples={case.enough} would, four times in five"
@@ -242,6 +259,7 @@ def _case(results: Results, domain: str, candidate: str, settings: Settings) -> 
         gain=gain,
         gap=gap,
         spread=spread,
+        units=pair[0].shape[1] if pair else 0,
         truncated=cut,
         method=expert.method if expert else "",
         settings=settings,

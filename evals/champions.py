@@ -10,6 +10,7 @@ from evals.criterion import Criterion, points
 from evals.interval import Interval
 from evals.results import Results
 from evals.scores import Scores
+from evals.units import by_unit
 from experts.domain import HELD_OUT
 
 PREVIOUS = "not worse than the previous champion"
@@ -73,10 +74,12 @@ def _against(results: Results, candidate: str, other: Mapping[str, Scores]) -> _
         if own is None or sheet is None:
             continue
         theirs = dict(zip(sheet.ids, sheet.greedy_N, strict=True))
-        pairs = [score - theirs[each] for each, score in zip(own.ids, own.greedy_N, strict=True) if each in theirs]
-        shared, asked = shared + len(pairs), asked + len(own.ids)
-        if len(pairs) > 1:
-            strata[domain] = np.array(pairs)
+        both = [number for number, each in enumerate(own.ids) if each in theirs]
+        shared, asked = shared + len(both), asked + len(own.ids)
+        if len(both) > 1:
+            scores, ids, units = own.greedy_N, own.ids, own.units
+            pairs = np.array([scores[number] - theirs[ids[number]] for number in both])
+            strata[domain] = by_unit(pairs, [units[number] for number in both])
     if not strata:
         return None
     part = f" on the {shared} of {asked} examples that both have" if shared < asked else ""

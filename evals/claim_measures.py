@@ -36,12 +36,11 @@ def by_example(
     seeds = [seed for seed in results.seeds if cells and all(seed in cell for cell in cells)]
     tables = {}
     for domain, own in asked.items() if seeds else ():
-        found = results.aligned(own, domain, test.split, sampled=sampled, seeds=seeds)
+        passes = test.measure == "passes"
+        found = results.aligned(own, domain, test.split, sampled=sampled, seeds=seeds, passes=passes)
         if found is None:
             return None
         table_CSN = np.stack(found)
-        if test.measure == "passes":
-            table_CSN = (table_CSN > 0).astype(float)
         tables[domain] = table_CSN[-1] - table_CSN[:-1] if drop else table_CSN
     return (seeds, tables) if tables else None
 

@@ -20,6 +20,7 @@ from evals.interval import Interval
 from evals.power import fewest_examples
 from evals.results import STUDENT, Results
 from evals.scores import Scores
+from experts.domain import HELD_OUT
 
 NOTHING = "nothing was learnt"
 
@@ -240,8 +241,9 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         fewest = fewest_examples(margin, results.confidence)
         judged, shown = ("non-inferior", "shown") if passed else ("not shown non-inferior", "not shown")
         if not passed and pair[0].shape[1] < fewest:
-            judged = f"cannot be judged: of fewer than {fewest} examples equal answers do not show it"
-            shown = f"cannot be judged with fewer than {fewest} examples, so not shown"
+            what = "examples" if pair[0].shape[1] == _examples(one, domain) else f"units, here {pair[0].shape[1]},"
+            judged = f"cannot be judged: of fewer than {fewest} {what} equal answers do not show it"
+            shown = f"cannot be judged with fewer than {fewest} {what.rstrip(',')}, so not shown"
         text = (
             f"{domain}: {100 * pair[0].mean():.1f} % against its teacher's {100 * pair[1].mean():.1f} %"
             f"{_seed(results)}: difference {points(difference)}, p = {p_values[domain]:.2g}, "
@@ -252,6 +254,12 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         text += _over_all(results, results.difference(candidate, "teacher", domain))
         criteria.append(Criterion(name, passed, text, brief, "teacher", domain))
     return criteria
+
+
+def _examples(results: Results, domain: str) -> int:
+    """How many held-out examples of a domain were scored."""
+    cells = (cell for key, cell in results.cells.items() if key[1:] == (domain, HELD_OUT) and cell)
+    return next((len(next(iter(cell.values())).rows) for cell in cells), 0)
 
 
 def _promotable(results: Results) -> Results:

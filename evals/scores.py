@@ -39,6 +39,11 @@ class Scores:
         return [row["id"] for row in self.rows]
 
     @property
+    def units(self) -> list[str]:
+        """What each example is made from; those of one unit are no independent evidence (`evals.units`)."""
+        return [row["source"] for row in self.rows]
+
+    @property
     def greedy_N(self) -> np.ndarray:
         """Score of the greedy completion of each example."""
         return np.array([row["greedy"]["score"] for row in self.rows], dtype=float)

@@ -12,7 +12,7 @@ from experts.domain import load_domain
 from experts.errors import UserError, first_line
 from flows.architectures import architecture_problems, checkpoint_key
 from flows.check_copies import copy_warnings
-from flows.check_draws import config_key, draw_examples
+from flows.check_draws import config_key, draw_examples, unit_warnings
 from flows.check_tokens import TokenCheck
 from flows.devices import host_devices
 from flows.gpus import gpu_problems, gpu_warnings
@@ -58,6 +58,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
             raise UserError("\n".join(unusable))
         draws, problems = draw_examples(graph, missing, warnings)
         warnings += copy_warnings(graph, draws)
+        warnings += unit_warnings(graph, draws)
         problems += _tokenizer_problems(graph, store, missing)
         tokens = TokenCheck(graph, store, draws, _tokenizer)
         for node in missing:

@@ -1,7 +1,9 @@
 """Draws the examples that the missing nodes of a run will draw, before any of them starts."""
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
+from evals.power import fewest_examples
 from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
 from experts.errors import UserError
 from experts.time_limit import processor_limit
@@ -64,6 +66,26 @@ def draw_examples(
         elif len(drawn) < count:
             warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
     return found, problems
+
+
+def unit_warnings(graph: StageGraph, draws: Mapping[tuple[str, str], Sequence[Example]]) -> Iterator[str]:
+    """A line for each domain with a teacher whose held-out examples are of too few units to show anything of it.
+
+    Args:
+        graph: The run.
+        draws: What the missing nodes draw, by domain and split.
+    """
+    gate = graph.config.gate
+    fewest = fewest_examples(gate.non_inferiority_margin, gate.confidence)
+    for domain in graph.config.teachers():
+        drawn = draws.get((domain, HELD_OUT), [])
+        units = len({example.source for example in drawn})
+        if units < fewest and units < len(drawn):
+            yield (
+                f"domains.{domain}: the {len(drawn)} held_out examples are of {units} units "
+                f"({drawn[0].source}, …), and gate.non_inferiority_margin {gate.non_inferiority_margin:g} needs "
+                f"{fewest}, even of equal answers: more data, or a larger held_out_share"
+            )
 
 
 def _examples_key(node: Node) -> str:
