@@ -16,17 +16,13 @@ import numpy as np
 from evals.crossed import over_examples
 from evals.interval import Interval
 
-NONE_SHARED: Mapping[str, float] = {}
 
-
-def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95, units: float | None = None) -> Interval:
+def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95) -> Interval:
     """Mean over seeds and examples of scores in [0, 1]; see `mean_over_domains`."""
-    return mean_over_domains({"": scores_SN}, confidence, {} if units is None else {"": units})
+    return mean_over_domains({"": scores_SN}, confidence)
 
 
-def mean_over_domains(
-    strata: Mapping[str, np.ndarray], confidence: float = 0.95, units: Mapping[str, float] = NONE_SHARED
-) -> Interval:
+def mean_over_domains(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
     """Unweighted mean over domains of the mean score of each, with the interval of Agresti & Coull for a proportion.
 
     It is Wilson's (1927, JASA 22:209) but for a width that does not fall short near 0 and 1: z² / 2 right and as many
@@ -37,8 +33,6 @@ def mean_over_domains(
     Args:
         strata: domain -> `[S, N]` or `[N]` scores in [0, 1]; seeds are averaged first.
         confidence: Level of the interval.
-        units: domain -> how many examples its values are worth at the least, see `evals.units.effective_units`; by
-            default as many as there are.
 
     Raises:
         ValueError: there are no domains, or no examples in one.
@@ -47,7 +41,7 @@ def mean_over_domains(
     if not rows or not all(len(row_N) for row_N in rows):
         raise ValueError("no examples")
     mean = float(np.mean([row_N.mean() for row_N in rows]))
-    fewest = len(rows) * min(units.get(name, len(row_N)) for name, row_N in zip(strata, rows, strict=True))
+    fewest = len(rows) * min(len(row_N) for row_N in rows)
     seen = sum(float(row_N.var()) / len(row_N) for row_N in rows) / len(rows) ** 2
     # One made-up example that is right and one that is wrong keep it above 0 where all scores are alike.
     variance = seen + (mean**2 + (1 - mean) ** 2) / fewest**2

@@ -15,7 +15,7 @@ from evals.interval import Interval
 from evals.metrics import Triple, pass_at_k, recovery
 from evals.scores import Scores
 from evals.shifts import shift_metrics
-from evals.units import by_unit, effective_units
+from evals.units import by_unit
 from experts.domain import HELD_OUT
 from experts.errors import UserError
 
@@ -135,7 +135,7 @@ class Results:
     ) -> list[np.ndarray] | None:
         """Scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none.
 
-        Examples of one unit come as one value (`evals.units`), so N is the number of units.
+        Examples of one unit come as one value (`evals.units`), so N is the number of units, or fewer.
 
         Args:
             names: Node names.
@@ -156,12 +156,6 @@ class Results:
         units = cells[0][shared[0]].units
         tables = [np.stack(own) for own in whole]
         return [by_unit((table_SN > 0).astype(float) if passes else table_SN, units) for table_SN in tables]
-
-    def effective_units(self, domain: str, split: str = HELD_OUT) -> float:
-        """How many independent examples those of a domain are worth at the least; 0 where it was not scored."""
-        sheets = (next(iter(cell.values())) for key, cell in self.cells.items() if key[1:] == (domain, split) and cell)
-        sheet = next(sheets, None)
-        return effective_units(sheet.units) if sheet else 0.0
 
     def of_shared_seeds(self) -> "Results":
         """The results of the seeds that all scored cells have, so that the columns of a table are of the same models.
@@ -186,7 +180,7 @@ class Results:
     def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Mean greedy score of a role or checkpoint on a domain."""
         found = self.aligned([self.checkpoint(role, domain)], domain, split)
-        return mean_interval(found[0], self.confidence, self.effective_units(domain, split)) if found else None
+        return mean_interval(found[0], self.confidence) if found else None
 
     def sampled(self, role: str, domain: str) -> tuple[Interval, Interval, int] | None:
         """Mean score of the sampled completions, pass@k and k, held out; None where nothing was sampled."""
@@ -198,8 +192,7 @@ class Results:
         drawn = [samples_NK for sheet in sheets if (samples_NK := sheet.samples_NK) is not None]
         tries = min(samples_NK.shape[1] for samples_NK in drawn)
         reached_SN = by_unit(np.stack([pass_at_k(samples_NK, tries) for samples_NK in drawn]), sheets[0].units)
-        worth = self.effective_units(domain)
-        mean, reached = (mean_interval(table_SN, self.confidence, worth) for table_SN in (found[0], reached_SN))
+        mean, reached = (mean_interval(table_SN, self.confidence) for table_SN in (found[0], reached_SN))
         return mean, reached, tries
 
     def shifted(self, name: str, measure: str, domains: Sequence[str]) -> dict[int, float]:
@@ -214,10 +207,7 @@ class Results:
         """Mean over expert domains; None unless every one was scored."""
         found = {d: self.aligned([self.checkpoint(role, d)], d) for d in self.expert_domains}
         whole = {f"{domain}/{HELD_OUT}": scores[0] for domain, scores in found.items() if scores}
-        if not whole or len(whole) < len(found):
-            return None
-        worth = {f"{domain}/{HELD_OUT}": self.effective_units(domain) for domain in found}
-        return mean_over_domains(whole, self.confidence, worth)
+        return mean_over_domains(whole, self.confidence) if whole and len(whole) == len(found) else None
 
     def difference(self, role: str, other: str, domain: str, split: str = HELD_OUT) -> Interval | None:
         """Paired difference of two roles or checkpoints on a domain."""

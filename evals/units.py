@@ -1,13 +1,15 @@
 """Examples of one unit, such as the corruptions of one function, tell less than as many of their own.
 
-Their scores move together, so the unit is what a new sample would draw anew. `by_unit` turns examples into one value a
-unit whose mean is the examples' mean and whose variance is the cluster-robust one (Liang & Zeger 1986, Biometrika
-73:13, with the factor G / (G - 1)): what is computed of examples is computed of these values. Where every example has a
-unit of its own they are the examples themselves.
+Their scores move together, so the unit is what a new sample would draw anew. `by_unit` puts the units into groups of
+about one size, as many as they are worth if all examples of a unit agree (Kish 1965, Survey Sampling), and turns the
+examples into one value a group. Their mean is the examples' mean and their variance the jackknife's over groups
+(MacKinnon & White 1985, J. Econometrics 29:305): what is computed of examples is computed of these values. Where every
+example has a unit of its own they are the examples themselves.
 
-Shape suffixes: `S` seeds, `N` examples, `G` units.
+Shape suffixes: `S` seeds, `N` examples, `G` groups.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,7 +17,7 @@ import numpy as np
 
 
 def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """One value a unit: the mean of all, plus G / N times the sum of the unit's distances from it.
+    """One value a group: the mean of all, plus G - 1 times what it moves by where the group is left out.
 
     It is linear in the scores, so the values of a difference are the difference of the values.
 
@@ -24,18 +26,31 @@ def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
         units: Of each example.
 
     Returns:
-        `[S, G]` or `[G]`, units in the order in which they come first.
+        `[S, G]` or `[G]`.
     """
-    order = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
-    if len(order) == len(units):
+    groups_N = _groups(units)
+    count = int(groups_N.max(initial=0)) + 1
+    if count == len(units):
         return scores_SN
-    is_of_NG = np.array([order[unit] for unit in units])[:, None] == np.arange(len(order))
     means_S1 = scores_SN.mean(axis=-1, keepdims=True)
-    values_SG: np.ndarray = means_S1 + len(order) / len(units) * ((scores_SN - means_S1) @ is_of_NG)
+    if count == 1:
+        return means_S1
+    is_of_NG = groups_N[:, None] == np.arange(count)
+    moved_SG = (scores_SN - means_S1) @ is_of_NG * (count - 1) / (len(units) - is_of_NG.sum(axis=0))
+    values_SG: np.ndarray = means_S1 + moved_SG - moved_SG.mean(axis=-1, keepdims=True)
     return values_SG
 
 
-def effective_units(units: Sequence[str]) -> float:
-    """How many units of one size tell as much, if all examples of a unit agree (Kish 1965, Survey Sampling)."""
-    sizes = Counter(units).values()
-    return len(units) ** 2 / sum(size**2 for size in sizes)
+def _groups(units: Sequence[str]) -> np.ndarray:
+    """The group of each example: units from the largest on, each into the smallest group so far."""
+    sizes = Counter(units)
+    if len(sizes) == len(units):
+        return np.arange(len(units))
+    worth = len(units) ** 2 / sum(size**2 for size in sizes.values())
+    smallest = [(0, group) for group in range(max(min(2, len(sizes)), int(worth)))]
+    group_of: dict[str, int] = {}
+    for unit, size in sizes.most_common():
+        held, group = heapq.heappop(smallest)
+        group_of[unit] = group
+        heapq.heappush(smallest, (held + size, group))
+    return np.array([group_of[unit] for unit in units])

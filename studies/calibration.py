@@ -25,6 +25,7 @@ from evals.merges import best, lead, merges
 from evals.metrics import Triple, recovery
 from evals.results import BASELINES, MIN_SEEDS, STUDENT, Expert, Results
 from evals.scores import Scores
+from evals.units import by_unit
 from evals.verdicts import Finding, judged
 from experts.domain import HELD_OUT
 
@@ -153,6 +154,22 @@ def levels(rng: np.random.Generator, trials: int) -> Iterator[Case]:
         )
 
 
+def unit_levels(rng: np.random.Generator, trials: int) -> Iterator[Case]:
+    """How often a student at the margin passes where examples are of unequal units, whose answers agree or not."""
+    for examples, units, few in ((400, 30, trials), (400, 350, trials // 4)):
+        places_N = np.sort(np.minimum(rng.geometric(2 / units, examples), units) - 1)
+        names = [str(place) for place in places_N]
+        for agreement in (0.0, 0.5, 1.0):
+            passed = 0
+            for _ in range(few):
+                luck_N = np.where(rng.random(examples) < agreement, rng.random(units)[places_N], rng.random(examples))
+                lost_N = (luck_N < MARGIN).astype(float)
+                values_G = by_unit(-lost_N, names)
+                passed += non_inferiority(values_G, np.zeros(len(values_G)), MARGIN) < LEVEL
+            setting = f"n={examples} of {len(set(names))} units, agree={agreement:g}"
+            yield Case("passes at the margin, by unit", setting, passed / few, *WRONG, few)
+
+
 def runs(rng: np.random.Generator, trials: int) -> Iterator[Case]:
     """Whole runs with several merges: the winner's interval, and the gate that may take any of them."""
     for rivals in (1, 4, 9):
@@ -239,7 +256,7 @@ def pages(rng: np.random.Generator, trials: int) -> Iterator[Case]:
         yield Case("page contradicts what is not", setting, contradicted / few, *WRONG, few)
 
 
-SECTIONS = (scores, differences, recoveries, levels, runs, fits, pages)
+SECTIONS = (scores, differences, recoveries, levels, unit_levels, runs, fits, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from studies.calibration import Case, main
 
 def test_every_case_is_inside_its_bounds(capsys):
     assert main(["--trials", "100"]) == 0
-    assert "198 cases, 0 outside their bounds" in capsys.readouterr().out
+    assert "204 cases, 0 outside their bounds" in capsys.readouterr().out
 
 
 def test_a_case_outside_its_bounds_is_seen():

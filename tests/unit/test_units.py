@@ -10,7 +10,7 @@ from evals.crossed import over_both, over_examples
 from evals.gate import judge
 from evals.results import Results
 from evals.scores import Scores
-from evals.units import by_unit, effective_units
+from evals.units import by_unit
 from flows.check import deep_check
 from flows.plan import build_graph
 from flows.run_file import load_run_file
@@ -21,17 +21,16 @@ from tests.scored import results, row
 def test_examples_of_their_own_units_stay_as_they_are():
     scores_SN = np.random.default_rng(0).random((2, 5))
     assert by_unit(scores_SN, list("abcde")) is scores_SN
-    assert effective_units(list("abcde")) == 5
 
 
-def test_the_values_have_the_mean_and_the_cluster_robust_variance():
-    units, scores_N = list("aabcccd"), np.array([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    values_G = by_unit(scores_N, units)
-    assert values_G.shape == (4,) and values_G.mean() == pytest.approx(scores_N.mean())
-    rest_N = scores_N - scores_N.mean()
-    sums = [rest_N[:2].sum(), rest_N[2:3].sum(), rest_N[3:6].sum(), rest_N[6:].sum()]
-    assert values_G.var(ddof=1) / 4 == pytest.approx(4 / 3 * np.sum(np.square(sums)) / 7**2)
-    assert effective_units(units) == pytest.approx(49 / (4 + 1 + 9 + 1))
+def test_the_values_have_the_mean_and_the_jackknifes_variance():
+    """Seven examples of units of 3, 2, 1 and 1 are worth 49 / 15 = 3.3: the two small ones are one group."""
+    scores_N = np.array([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    values_G = by_unit(scores_N, list("aabcccd"))
+    assert values_G.shape == (3,) and values_G.mean() == pytest.approx(scores_N.mean())
+    left_out = [np.delete(scores_N, own).mean() for own in ([3, 4, 5], [0, 1], [2, 6])]
+    expected = 2 / 3 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2)
+    assert values_G.var(ddof=1) / 3 == pytest.approx(expected)
 
 
 def test_copies_of_an_example_count_once():
@@ -39,9 +38,13 @@ def test_copies_of_an_example_count_once():
     scores_SN = np.random.default_rng(1).integers(0, 2, (3, 30)).astype(float)
     fourfold_SN, units = np.repeat(scores_SN, 4, axis=1), [str(n) for n in range(30) for _ in range(4)]
     values_SG = by_unit(fourfold_SN, units)
-    assert values_SG == pytest.approx(scores_SN) and effective_units(units) == 30
+    assert values_SG == pytest.approx(scores_SN)
     assert over_examples({"": values_SG}).variance == pytest.approx(over_examples({"": scores_SN}).variance)
     assert over_both({"": values_SG}).variance == pytest.approx(over_both({"": scores_SN}).variance)
+
+
+def test_a_single_unit_is_a_single_value():
+    assert by_unit(np.array([[1.0, 0.0], [1.0, 1.0]]), ["a", "a"]) == pytest.approx(np.array([[0.5], [1.0]]))
 
 
 def test_it_is_linear():
@@ -103,7 +106,7 @@ def test_an_interval_knows_units_of_unequal_size():
     cells = {key: cell for key, cell in whole.cells.items() if key[1] != "a"}
     cells["student", "a", "held_out"] = {0: Scores("a", "held_out", rows)}
     found = dataclasses.replace(whole, cells=cells).score("student", "a")
-    assert found.mean == pytest.approx(0.5) and found.high - found.low > 0.7
+    assert found.mean == pytest.approx(0.5) and found.high - found.low > 0.6
 
 
 def test_the_plan_warns_of_too_few_units(tmp_path: Path):
