@@ -62,7 +62,7 @@ class Case:
         gain: The teacher's score less the start's.
         gap: The candidate's score less the teacher's.
         spread: Standard deviation of a unit's difference between candidate and teacher (`evals.units`).
-        units: How many units the examples are of; 0 where the candidate is not scored.
+        units: How many examples those of few units are worth; 0 where the candidate is not scored.
         truncated: Share of the candidate's completions that were cut off.
         method: How the teacher was trained, `given` elsewhere; empty where it is no expert.
         settings: Of the run.
@@ -190,7 +190,7 @@ RULES = (
         "too few units",
         lambda case: case.imprecise and case.units < case.settings.examples,
         lambda case: (
-            f"the {case.settings.examples} examples of {case.domain} are of {case.units} units alone, too few to show "
+            f"the {case.settings.examples} examples of {case.domain} are worth {case.units} alone, too few to show "
             f"it within {100 * case.settings.margin:.0f} points; about {case.enough} would, four times in five: more "
             "data, or a larger held_out_share"
         ),

@@ -29,7 +29,7 @@ def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
         `[S, G]` or `[G]`.
     """
     groups_N = _groups(units)
-    count = int(groups_N.max(initial=0)) + 1
+    count = int(groups_N.max(initial=-1)) + 1
     if count == len(units):
         return scores_SN
     means_S1 = scores_SN.mean(axis=-1, keepdims=True)
@@ -39,6 +39,11 @@ def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
     moved_SG = (scores_SN - means_S1) @ is_of_NG * (count - 1) / (len(units) - is_of_NG.sum(axis=0))
     values_SG: np.ndarray = means_S1 + moved_SG - moved_SG.mean(axis=-1, keepdims=True)
     return values_SG
+
+
+def independent(units: Sequence[str]) -> int:
+    """How many values `by_unit` makes of examples of these units."""
+    return int(_groups(units).max(initial=-1)) + 1
 
 
 def _groups(units: Sequence[str]) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from evals.power import fewest_examples
+from evals.units import independent
 from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
 from experts.errors import UserError
 from experts.time_limit import processor_limit
@@ -79,12 +80,12 @@ def unit_warnings(graph: StageGraph, draws: Mapping[tuple[str, str], Sequence[Ex
     fewest = fewest_examples(gate.non_inferiority_margin, gate.confidence)
     for domain in graph.config.teachers():
         drawn = draws.get((domain, HELD_OUT), [])
-        units = len({example.source for example in drawn})
-        if units < fewest and units < len(drawn):
+        units = [example.source for example in drawn]
+        if (worth := independent(units)) < min(fewest, len(drawn)):
             yield (
-                f"domains.{domain}: the {len(drawn)} held_out examples are of {units} units "
-                f"({drawn[0].source}, …), and gate.non_inferiority_margin {gate.non_inferiority_margin:g} needs "
-                f"{fewest}, even of equal answers: more data, or a larger held_out_share"
+                f"domains.{domain}: the {len(drawn)} held_out examples are of {len(set(units))} units ({units[0]}, …), "
+                f"worth {worth} examples, and gate.non_inferiority_margin {gate.non_inferiority_margin:g} needs {fewest}, "
+                "even of equal answers: more data, or a larger held_out_share"
             )
 
 

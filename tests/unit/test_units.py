@@ -92,7 +92,7 @@ def test_tables_and_gate_count_units():
     met = {one.name: one for one in judge(whole, 0.08, 0.05).criteria}["non-inferior to experts/a on a"]
     few = {one.name: one for one in judge(four, 0.08, 0.05).criteria}["non-inferior to experts/a on a"]
     assert met.passed and not few.passed
-    assert "cannot be judged: of fewer than 51 units, here 25, equal answers do not show it" in few.text
+    assert "cannot be judged: of fewer than 51 independent examples, here 25, equal answers do not show it" in few.text
     difference = four.difference("student", "cold_start", "a")
     assert difference.high - difference.low > 1.7 * np.ptp(
         [whole.difference("student", "cold_start", "a").low, whole.difference("student", "cold_start", "a").high]
