@@ -241,11 +241,8 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         fewest = fewest_examples(margin, results.confidence)
         judged, shown = ("non-inferior", "shown") if passed else ("not shown non-inferior", "not shown")
         if not passed and pair[0].shape[1] < fewest:
-            what = (
-                "examples"
-                if pair[0].shape[1] == _examples(one, domain)
-                else f"independent examples, here {pair[0].shape[1]},"
-            )
+            shared = pair[0].shape[1] < _examples(one, domain)
+            what = f"independent examples, here {pair[0].shape[1]}," if shared else "examples"
             judged = f"cannot be judged: of fewer than {fewest} {what} equal answers do not show it"
             shown = f"cannot be judged with fewer than {fewest} {what.rstrip(',')}, so not shown"
         text = (

@@ -84,8 +84,8 @@ def unit_warnings(graph: StageGraph, draws: Mapping[tuple[str, str], Sequence[Ex
         if (worth := independent(units)) < min(fewest, len(drawn)):
             yield (
                 f"domains.{domain}: the {len(drawn)} held_out examples are of {len(set(units))} units ({units[0]}, …), "
-                f"worth {worth} examples, and gate.non_inferiority_margin {gate.non_inferiority_margin:g} needs {fewest}, "
-                "even of equal answers: more data, or a larger held_out_share"
+                f"worth {worth} examples; gate.non_inferiority_margin {gate.non_inferiority_margin:g} needs "
+                f"{fewest}, even of equal answers: more data, or a larger held_out_share"
             )
 
 
