@@ -62,6 +62,7 @@ class Case:
         gain: The teacher's score less the start's.
         gap: The candidate's score less the teacher's.
         spread: Standard deviation of a unit's difference between candidate and teacher (`evals.units`).
+        examples: How many were scored.
         units: How many examples those of few units are worth; 0 where the candidate is not scored.
         truncated: Share of the candidate's completions that were cut off.
         method: How the teacher was trained, `given` elsewhere; empty where it is no expert.
@@ -77,6 +78,7 @@ class Case:
     gain: Interval
     gap: Interval | None
     spread: float
+    examples: int
     units: int
     truncated: float
     method: str
@@ -188,10 +190,10 @@ RULES = (
     ),
     Rule(
         "too few units",
-        lambda case: case.imprecise and case.units < case.settings.examples,
+        lambda case: case.imprecise and case.units < case.examples,
         lambda case: (
-            f"the {case.settings.examples} examples of {case.domain} are worth {case.units} alone, too few to show "
-            f"it within {100 * case.settings.margin:.0f} points; about {case.enough} would, four times in five: more "
+            f"the {case.examples} examples of {case.domain} are worth {case.units} alone, too few to show it "
+            f"within {100 * case.settings.margin:.0f} points; about {case.enough} would, four times in five: more "
             "data, or a larger held_out_share"
         ),
         "teacher",
@@ -200,7 +202,7 @@ RULES = (
         "too few examples",
         lambda case: case.imprecise,
         lambda case: (
-            f"{case.settings.examples} examples are too few to show {case.domain} within "
+            f"{case.examples} examples are too few to show {case.domain} within "
             f"{100 * case.settings.margin:.0f} points: evaluate.examples={case.enough} would, four times in five"
         ),
         "teacher",
@@ -259,6 +261,7 @@ def _case(results: Results, domain: str, candidate: str, settings: Settings) -> 
         gain=gain,
         gap=gap,
         spread=spread,
+        examples=max((len(sheet.rows) for sheet in sheets), default=0),
         units=pair[0].shape[1] if pair else 0,
         truncated=cut,
         method=expert.method if expert else "",

@@ -41,7 +41,11 @@ def _again(blank: Finding, row: Mapping[str, Any]) -> Finding:
     test = blank.config
     same = ("measure", "split", "domains", "compare", "slope", "contrast")
     now = test.model_dump(mode="json")
-    if other := [key for key in same if now[key] != row["config"][key]]:
+    other = [key for key in same if now[key] != row["config"][key]]
+    if test.fit is not None:
+        kept = row["config"]["fit"] or {}
+        other += [f"fit.{key}" for key in ("x", "x_domains") if now["fit"][key] != kept.get(key)]
+    if other:
         raise ValueError(f"hypotheses.{blank.hypothesis}.tests.{blank.test}: {', '.join(other)} not as measured")
     if row["points"] and set(row["points"]) != set(test.checkpoints):
         raise ValueError(f"hypotheses.{blank.hypothesis}.tests.{blank.test}: fit.checkpoints not as measured")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evals.copies import NEAR, Copies
-from evals.scores import FILE
+from evals.scores import EXAMPLES_SEED, FILE
 from experts.domain import Example
 from experts.errors import UserError
 from stages.config import EvaluationConfig
@@ -25,9 +25,6 @@ from stages.core.trained_on import TrainedOn
 from stages.core.training import step_seed
 from stages.core.workspace import Workspace
 from stages.on_policy.sampler import Sample, Sampling, sample
-
-# Everyone is measured on the same examples, whatever the seed of its training.
-EXAMPLES_SEED = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from evals.interval import Interval
 # Of fewer points a parabola's R squared says nothing: three coefficients take as many.
 MIN_POINTS = 7
 COEFFICIENTS = 3
+# The noncentral F of a smaller rest cannot be computed.
+ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -99,5 +101,5 @@ def quadratic_fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
     squared, linear, constant = (float(c) for c in np.polyfit(x_P, y_P, 2))
     residual_P = y_P - np.polyval([squared, linear, constant], x_P)
     share = 1 - float(np.sum(residual_P**2) / np.sum((y_P - y_P.mean()) ** 2))
-    # What is left of points on a parabola is rounding.
-    return Fit((squared, linear, constant), 1.0 if share > 1 - 1e-12 else share, len(x_P))
+    # What is left of points on a parabola is rounding, and so is what is explained of points that know nothing of it.
+    return Fit((squared, linear, constant), 1.0 if share > 1 - ROUNDING else max(0.0, share), len(x_P))

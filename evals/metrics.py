@@ -37,7 +37,8 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, *, new_see
         new_seeds: For new seeds as well as new examples; seeds are averaged otherwise.
 
     Returns:
-        None where the ratio says nothing: the teachers' gain is not shown to be above 0 at the interval's level.
+        None where the ratio says nothing: the teachers' gain is not shown to be above 0 at the interval's level, or a
+        domain has a single example.
 
     Raises:
         ValueError: as for `evals.crossed.over_both`, where it is for new seeds.
@@ -45,7 +46,9 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, *, new_see
     over, tail = over_both if new_seeds else over_examples, (1 - confidence) / 2
     possible = {name: triple.teacher_SN - triple.start_SN for name, triple in domains.items()}
     gained = {name: triple.student_SN - triple.start_SN for name, triple in domains.items()}
-    if not domains or over(possible, 1.0).above(0.0) >= tail:
+    if not domains or any(gain_SN.shape[-1] < 2 for gain_SN in possible.values()):
+        return None
+    if over(possible, 1.0).above(0.0) >= tail:
         return None
 
     def short_of(ratio: float) -> Estimate:

@@ -7,7 +7,7 @@ weights do not depend on it. Under several processes each computes the same scor
 import statistics
 from collections.abc import Mapping, Sequence
 
-from evals.evaluate import EXAMPLES_SEED
+from evals.scores import EXAMPLES_SEED
 from experts.domain import HELD_OUT, Domain, Example
 from experts.errors import UserError
 from stages.core.chat import encode_prompt

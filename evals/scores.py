@@ -15,6 +15,8 @@ from evals.copies import NEAR
 from experts.errors import UserError
 
 FILE = "scores.jsonl"
+# Everyone is measured on the same examples, whatever the seed of its training.
+EXAMPLES_SEED = 0
 ROW_KEYS = {"id", "source", "prompt", "answer", "contaminated", "greedy", "samples"}
 COMPLETION_KEYS = {"completion", "score", "tokens", "truncated"}
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evals.evaluate import EXAMPLES_SEED
+from evals.scores import EXAMPLES_SEED
 from evals.shift_sheet import SHIFT_FILE, DomainShift, ExampleShift, ShiftSheet
 from evals.task_vectors import weight_shift
 from experts.domain import HELD_OUT, Domain

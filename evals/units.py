@@ -12,6 +12,7 @@ Shape suffixes: `S` seeds, `N` examples, `G` groups.
 import heapq
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,25 +29,28 @@ def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
     Returns:
         `[S, G]` or `[G]`.
     """
-    groups_N = _groups(units)
+    groups_N = _groups(tuple(units))
     count = int(groups_N.max(initial=-1)) + 1
     if count == len(units):
         return scores_SN
     means_S1 = scores_SN.mean(axis=-1, keepdims=True)
     if count == 1:
         return means_S1
-    is_of_NG = groups_N[:, None] == np.arange(count)
-    moved_SG = (scores_SN - means_S1) @ is_of_NG * (count - 1) / (len(units) - is_of_NG.sum(axis=0))
+    sizes_G = np.bincount(groups_N, minlength=count)
+    rows = np.atleast_2d(scores_SN - means_S1)
+    sums_SG = np.stack([np.bincount(groups_N, weights=row_N, minlength=count) for row_N in rows])
+    moved_SG = (sums_SG * (count - 1) / (len(units) - sizes_G)).reshape(*scores_SN.shape[:-1], count)
     values_SG: np.ndarray = means_S1 + moved_SG - moved_SG.mean(axis=-1, keepdims=True)
     return values_SG
 
 
 def independent(units: Sequence[str]) -> int:
     """How many values `by_unit` makes of examples of these units."""
-    return int(_groups(units).max(initial=-1)) + 1
+    return int(_groups(tuple(units)).max(initial=-1)) + 1
 
 
-def _groups(units: Sequence[str]) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _groups(units: tuple[str, ...]) -> np.ndarray:
     """The group of each example: units from the largest on, each into the smallest group so far."""
     sizes = Counter(units)
     if len(sizes) == len(units):

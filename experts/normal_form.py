@@ -22,7 +22,7 @@ _ONE_STYLE = str.maketrans(
 _CHOICE = re.compile(r"(?:\(([a-z])\)|([a-z])[.)]) (\S.*)")
 # Behind a word of two letters or more: `5!` and `x.` may be mathematics, and `x,` a tuple.
 _AFTER_WORD = re.compile(r"(?<=[^\W\d_]{2})(?:[.;:!?]+(?=\s|$)|,(?=[ \t]+[^\W\d_]))")
-_END = re.compile(r"[\s.?:=…]+$")
+_END = " \t\n\r\f\v.?:=…"
 _NUMBER = re.compile(r"\d+")
 
 
@@ -58,7 +58,7 @@ def _text(text: str) -> str:
     lines = [_line(line) for line in text.translate(_ONE_STYLE).casefold().splitlines()]
     joined = _joined(_with_sorted_choices([line for line in lines if line]))
     if joined and any(map(str.isalnum, joined[-1])):
-        joined[-1] = _END.sub("", joined[-1])
+        joined[-1] = joined[-1].rstrip(_END)
     return "\n".join(joined)
 
 

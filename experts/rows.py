@@ -201,6 +201,8 @@ class RowDomain(Domain):
         shots = sorted(train, key=lambda example: stable_hash(example.source))[:count] if count else []
         left_out = {example.source for example in shots}
         splits = {TRAIN: [e for e in train if e.source not in left_out], HELD_OUT: held_out}
+        # Answers of one chat are no independent examples: their source is the chat.
+        splits = {split: [replace(e, source=self._unit(e)) for e in drawn] for split, drawn in splits.items()}
         if system is None and not shots:
             return splits
         return {

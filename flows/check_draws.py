@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from evals.power import fewest_examples
+from evals.scores import EXAMPLES_SEED
 from evals.units import independent
 from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
 from experts.errors import UserError
@@ -37,7 +38,8 @@ def draw_examples(
         monitor = node.config.get("monitor")
         key = _examples_key(node)
         for domain in node.domains:
-            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), node.seed, key))
+            seed = EXAMPLES_SEED if node.stage in (*EVALUATIONS, SHIFT) else node.seed
+            wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), seed, key))
             if monitor:
                 asked = (int(monitor["examples"]), 0, f"{config_key(node)}.monitor.examples")
                 wanted[domain, HELD_OUT] = max(wanted[domain, HELD_OUT], asked)

@@ -62,6 +62,18 @@ def test_the_level_and_the_coverage_are_as_told(points, share):
     assert 1860 <= covered <= (2000 if share == 0 else 1940)
 
 
+def test_what_explains_nothing_or_nearly_all_has_an_interval():
+    """An R² that rounding makes negative, and one whose rest is as small as rounding."""
+    x = np.arange(7) - 3.0
+    cubic = x**3 - 7 * x
+    found = quadratic_fit(x, cubic)
+    assert found.r_squared == pytest.approx(0, abs=1e-9) and found.r_squared >= 0
+    assert found.interval(0.95).low == 0 and found.above(0.0) > 0.9
+    for rest in (1e-3, 1e-5, 1e-7):
+        near = quadratic_fit(x, x**2 + rest * cubic)
+        assert 0.9 < near.interval(0.95).low <= near.r_squared <= 1
+
+
 def test_six_points_say_nothing():
     found = quadratic_fit(range(6), [0, 1, 4, 9, 16, 24])
     interval = found.interval(0.95)

@@ -99,6 +99,11 @@ def test_recovery_for_new_seeds_needs_a_gain_shown_over_seeds():
     assert recovery({"a": Triple(flat_SN, flat_SN + teacher_S1, flat_SN + 0.2)}, new_seeds=True) is None
 
 
+def test_recovery_says_nothing_of_a_single_example():
+    one = Triple(np.zeros((1, 1)), np.ones((1, 1)), np.ones((1, 1)))
+    assert recovery({"a": one}) is None and recovery({"a": one}, new_seeds=True) is None
+
+
 def test_recovery_says_nothing_where_the_teacher_gained_nothing():
     assert recovery({"a": Triple(_share(0.5), _share(0.5), _share(0.7))}) is None
     assert recovery({"a": Triple(_share(0.50), _share(0.51), _share(0.7))}) is None

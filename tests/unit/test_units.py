@@ -1,6 +1,7 @@
 """Examples of one unit are no independent evidence: values by unit, and what intervals, gate and plan make of them."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 from evals.crossed import over_both, over_examples
 from evals.gate import judge
-from evals.results import Results
+from evals.results import Results, metrics
 from evals.scores import Scores
-from evals.units import by_unit
+from evals.table import render_markdown
+from evals.units import by_unit, independent
+from experts.domain import load_domain
 from flows.check import deep_check
 from flows.plan import build_graph
 from flows.run_file import load_run_file
@@ -97,6 +100,29 @@ def test_tables_and_gate_count_units():
     assert difference.high - difference.low > 1.7 * np.ptp(
         [whole.difference("student", "cold_start", "a").low, whole.difference("student", "cold_start", "a").high]
     )
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_a_domain_of_one_unit_has_tables_and_fails_the_gate(size):
+    single = grouped(results(), size)
+    assert "| a |" in render_markdown(single) and single.recovery() is None
+    assert isinstance(metrics(single), dict)
+    assert not judge(single, 0.08, 0.05).promoted
+
+
+def test_the_answers_of_a_chat_are_one_unit(tmp_path: Path):
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")]
+    chats = [
+        {"messages": [{"role": turn["role"], "content": f"chat {chat}: {turn['content']}"} for turn in turns]}
+        for chat in range(20)
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    options = {"path": str(file), "messages_field": "messages", "assistant_turns": "all", "held_out_share": 0.5}
+    drawn = load_domain("chats", "hub", options).draw_up_to(1000, "held_out", 0)
+    units = [example.source for example in drawn]
+    assert len(drawn) == 4 * len(set(units)) == 4 * independent(units)
+    assert len({example.id for example in drawn}) == len(drawn)
 
 
 def test_an_interval_knows_units_of_unequal_size():
