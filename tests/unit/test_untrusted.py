@@ -79,12 +79,22 @@ def examples():
     return {task: (domain, domain.draw(TRAIN, 1, seed=0)[0]) for task, domain in domains.items()}
 
 
+OTHERS: set[int] = set()
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def others() -> set[int]:
+    """Processes that other files of tests left in this one, such as sandboxes."""
+    OTHERS.update(child.pid for child in psutil.Process().children(recursive=True))
+    return OTHERS
+
+
 def children() -> int:
-    return len(psutil.Process().children(recursive=True))
+    return sum(child.pid not in OTHERS for child in psutil.Process().children(recursive=True))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
