@@ -21,23 +21,24 @@ _ANCHOR = re.compile(
     r"(?i:\banswers?\b|\bchoose\b|\bpick\b|\bselect\b|\bgo\s+with\b|\bantwort\b|\bréponse\b|\brespuesta\b"
     r"|\bsolution\s*(?:is\b|:)|\b(?:correct|right|best)(?:\s+(?:one|letter|option|choice))?\s*(?:is\b|:))|答案[是为]?|选择?|正确的?是"
     # `So B.`, and not `So B cells divide`.
-    rf"|(?i:\b(?:so|thus|hence|therefore))\b,?(?={_OPENING}[A-Z][*_`)\]\s]*(?:[.!]|$))",
+    rf"|(?i:\b(?:so|thus|hence|therefore|i\s+(?:think|believe|guess)))\b,?(?={_OPENING}[A-Z][*_`)\]\s]*(?:[.!]|$))",
     re.MULTILINE,
 )
 _MENTION = re.compile(
-    rf"\b(?i:(?:option|choice)[\"']?(?:\s+is\b)?|it(?:'s|\s+is))\s*:?{_OPENING}([A-Z])\b(?!['’]|\s+(?i:is|was)\s+(?i:wrong|incorrect|not\b))"
+    rf"\b(?i:(?:option|choice)[\"']?(?:\s+is\b)?|it(?:'s|\s+is|\s+(?:must|should|has\s+to)\s+be))\s*:?{_OPENING}([A-Z])\b(?!['’]|\s+(?i:is|was)\s+(?i:wrong|incorrect|not\b))"
 )
 _JUDGED = re.compile(
-    r"(?<![A-Za-zÀ-ɏ\d_'’])([A-Z])[*_`)\].]*\s+(?i:is|was)\s+(?i:(?:the\s+|clearly\s+)?(?:right|correct|best|final|answer))\b"
+    r"(?<![A-Za-zÀ-ɏ\d_'’])([A-Z])[*_`)\].]*\s+(?i:is|was)\s+(?i:(?:the\s+|clearly\s+)?(?:only\s+)?(?:right|correct|best|final|answer))\b"
 )
 # A capital that is no word of the sentence: `I think` and `A cow` are none.
 _LETTER = re.compile(
     r"(?<![A-Za-zÀ-ɏ\d_'’])([A-Z])(?![A-Za-zÀ-ɏ\d_'’])"
-    r"(?!\s+(?!(?:because|since|as|is|which|for|due|and|or|by|from|with|in|but|not|–|—)\b)[a-z])"
+    r"(?!\s+(?!(?:because|since|as|is|which|for|due|and|or|by|from|with|in|but|not|over|rather|while|whereas|instead|–|—)\b)[a-z])"
 )
 _SMALL = re.compile(rf"{_OPENING}(?::|(?:is|are)\b)?{_OPENING}([a-z])[*_`\"')\]}}]*(?:[.,:;!]|\s*$)")
 _DENIAL = re.compile(
-    r"(?:\bnot|n['’]t|\bnever|\bcannot|\bneither|\bnor|\bthan|\banything\s+but|\bexcept|\binstead\s+of|\bunlike)"
+    r"(?:\bnot|n['’]t|\bnever|\bcannot|\bneither|\bnor|\bthan|\banything\s+but|\bexcept|\binstead\s+of|\bunlike|\bover"
+    r"|\bwhile|\bwhereas|\bcompared\s+(?:with|to)|\bversus|\bvs\.?)"
     r"(?:\s+(?:be|is|the|option|choice|answer|really|definitely))*[\s*_`(\[]*$",
     re.IGNORECASE,
 )
@@ -55,7 +56,7 @@ _ANOTHER = re.compile(
     r"(?!\s+(?!(?:or|and|is|are|also|could|may|might|because|since|as|but)\b)[a-z])"
 )
 _ALSO = re.compile(
-    r"(?<!\w)([A-Z])[)\]*]*\s+(?:is|could\s+be|may\s+be|might\s+be|would\s+be|works?)\s*(?:also|possible|too|as\s+well|correct)\b"
+    r"(?<!\w)([A-Z])[)\]*]*\s+(?:is|could\s+be|may\s+be|might\s+be|would\s+be|works?)\s*(?:also|possible|too(?!\s+\w)|as\s+well|correct)\b"
 )
 _NO_LONGER = re.compile(
     r"(?:^|[.,;:!?…—–(-]|\s)\s*(?:wait|actually|correction|sorry|oops|scratch\s+that|i\s+mean|on\s+second\s+thought"
@@ -194,6 +195,7 @@ class _Reading:
             for letter, choice in self.texts.items()
             if choice.strip()
             for match in re.finditer(rf"(?<!\w){letter}[)\].:*]+\s*{re.escape(choice.strip())}(?!\w)", text)
+            if not _DENIAL.search(text, max(0, match.start() - REACH), match.start())
         ]
         if len({match[0][0] for match in found}) < 2:
             return text

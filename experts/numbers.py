@@ -19,6 +19,7 @@ _SIGNS = str.maketrans({
 })  # fmt: skip
 _LATEX = [
     (re.compile(r"\\left|\\right|\\displaystyle|\\!"), ""),
+    (re.compile(r"(?<=\d)!(?=\s*\\[)\]])"), "!$"),
     (re.compile(r"\\[,;:> ]|\\q?quad\b|~(?=\S)(?<=[\w}]~)"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\([$%#&{}])"), r"\1"),
@@ -63,6 +64,19 @@ _UNITS = "mshglLtCKFNVAWJ"
 _VARIABLE = re.compile(
     rf"(?![{_UNITS}](?![A-Za-z]))[A-Za-z](?![A-Za-z])|\s[xyz](?![A-Za-z])|\s?(?:π|\\?pi\b|√|\\[a-z]*sqrt)|_"
 )
+# What makes a number a part of a formula with a variable: `x^5`, `x + 5`, `\\frac{x}{5}`, `f(5)`, `\\log_2 5`.
+_INSIDE = re.compile(
+    r"(?:\^|[A-Za-z)}\]]\s*[*/+]|(?:(?<![A-Za-z])[A-Za-z]|[)}])\s*-)\s*[({]*$|(?<![A-Za-z])[A-Za-z]\($"
+    r"|(?:\\[A-Za-z]{1,10}|\blog)_(?:\{[^{}]*\}|\w)\s*[({]*$"
+)
+# `2^x`, `5 + x`, `5/x`, `5 - x`, `5 t^2`, and a factorial between the signs around mathematics.
+_GOES_ON = re.compile(
+    r"\s?\^|\s?[+*]\s?(?:\\[a-z]|[A-Za-z](?![A-Za-z]))|\s?/\s?(?![hsdmL](?!\w))[A-Za-z](?![A-Za-z])"
+    r"|\s?-\s?[b-hj-z](?![A-Za-z])|\s?(?!m)[A-Za-z]\s?\^|!\s*\$"
+)
+_UNIT_POWER = re.compile(
+    r"(?<=\s)([kcdm]?m|ft|in|yd|mi|units?|feet|inch(?:es)?|met(?:er|re)s?)\s?\^\s?[({]?[23][)}]?(?=[\s.$]*$)"
+)
 _OPEN_END = re.compile(
     r"[‰:]\d?|\s?(?:±|\+/?-)|\+(?!\d)|\s(?:or|and)\s(?:more|less|fewer|above|over|below|higher|lower|up)\b"
 )
@@ -101,14 +115,20 @@ class Stated:
 
 def written_plainly(text: str) -> str:
     """The text with ASCII digits and signs, and without LaTeX around numbers."""
-    if not text.isascii():
-        text = _SUPERSCRIPTS.sub(lambda match: f"^({unicodedata.normalize('NFKC', match[1])})", text)
-        text = "".join(map(_ascii, text)).translate(_SIGNS)
-        text = re.sub(r"(\S?)([ \t]*)\u2013(?=[$€£]?[\d.])", _dash, text)
+    text = with_plain_signs(text)
     if "\\" in text or "~" in text or "{,}" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
         text = _MINUS_FRACTION.sub("-", text)
+    return text
+
+
+def with_plain_signs(text: str) -> str:
+    """The text with ASCII digits and signs."""
+    if not text.isascii():
+        text = _SUPERSCRIPTS.sub(lambda match: f"^({unicodedata.normalize('NFKC', match[1])})", text)
+        text = "".join(map(_ascii, text)).translate(_SIGNS)
+        text = re.sub(r"(\S?)([ \t]*)\u2013(?=[$€£]?[\d.])", _dash, text)
     return text
 
 
@@ -121,7 +141,7 @@ def whole_number(text: str) -> Stated | None:
     """The number that is all of a text, but for a unit in words and signs around it; None for anything else."""
     if len(text) > LONGEST:
         return None
-    text = written_plainly(text).strip().strip("$*`\"'").strip()
+    text = _UNIT_POWER.sub(r"\1", written_plainly(text)).strip().strip("$*`\"'").strip()
     found = numbers_in(text)
     if len(found) != 1 or found[0].value is None:
         return None
@@ -152,6 +172,9 @@ def _stated(text: str, match: re.Match[str]) -> Stated:
         or (match[0][0] in "([{" and before[-1:].isalpha())
     ):
         return nothing
+    is_group = match[0][0] == "{" and before[-1:] == "}"
+    if value is not None and (_GOES_ON.match(behind) or ("=" not in match[0] and (is_group or _INSIDE.search(before)))):
+        return Stated(start, end, None, is_formula=True)
     if magnitude := _MAGNITUDE.match(behind):
         value = None if value is None else value * _MAGNITUDES[magnitude[0].strip().lower()]
         end += magnitude.end()

@@ -24,6 +24,7 @@ _NOT = (
 )
 _DENIED = re.compile(
     rf"{_NOT}(?:\s{{1,3}}(?:be|is|equals?|equal\s+to|exactly|necessarily|really|definitely)){{0,2}}\s{{0,3}}{_FORMULA}"
+    rf"(?:\s{{0,3}},?\s{{0,3}}\bn?or\s{{1,3}}{_FORMULA}){{0,5}}"
     rf"|{_FORMULA}\s{{1,3}}(?:is|was|would\s+be|can(?:not|['’]t)\s+be)\s+"
     r"(?:wrong|incorrect|false|right['’]?s?\s+not|not\b(?!\s+only))(?:\s+(?:right|correct))?",
     re.IGNORECASE,
@@ -57,6 +58,11 @@ _JOINS = re.compile(
     rf"|\s*,?\s*(?:maybe|perhaps|possibly|alternatively)\s+",
     re.IGNORECASE,
 )
+# How a number came about, behind it: `72 (48 + 24)`, `540 meters a week (9 sprints * 60 meters)`.
+_REMARK = re.compile(
+    r"(?<=[\w%*$)])\s{1,3}\(\$?(?=\d)(?![^()\n]*\b(?:or|maybe|perhaps|possibly)\b)[^()\n=]{1,80}\s[-+*/]\s[^()\n=]{1,80}\)"
+)
+_FACTORIAL = re.compile(r"(?<=[\d)}])\s?!(?!=)")
 _WRAPPING = re.compile(r"[()\[\]{}$\"'`*_\\]")
 # `In 2020, 72 people came` has a comma and no two answers.
 _AT_A_PLACE = re.compile(
@@ -83,6 +89,7 @@ def stated_number(text: str) -> tuple[Stated, str] | None:
     if frame is not None and (denied := _DENIED.search(text)) and "\\boxed" in denied[0] and frame in denied[0]:
         return None
     plain = written_plainly(without_denied(text if frame is None else frame))
+    plain = _REMARK.sub("", plain) if frame is None else _FACTORIAL.sub("!$", plain)
     found = numbers_in(plain)
     if frame is not None:
         stated = _only(plain, found)

@@ -19,13 +19,16 @@ from math_verify import parse, verify
 from math_verify.grader import get_pct_val
 
 from experts.final_answer import framed, visible
-from experts.numbers import Stated, same_number, whole_number, written_plainly
+from experts.numbers import Stated, same_number, whole_number, with_plain_signs
 from experts.stated_number import stated_number, without_denied
 
 _LATEX = re.compile(r"[\\^_={}()+*/]|\d")
 _OR = re.compile(r"\s(?:or|oder|ou)\s|\\text\s*\{\s*or\s*\}", re.IGNORECASE)
 # No words but LaTeX's.
 _BARE = re.compile(r"(?:[^$\nA-Za-z]|\\[A-Za-z]+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){1,300}")
+_UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{(?!\s*(?:and|or)\b)[^{}]*\}(?:\s*\^\s*\{?\d\}?)?")
+_MARKED = re.compile(r"\$|\\[(\[]|\\boxed")
+_TIME = re.compile(r"\d\s*(?:\\text\s*\{)?\s*:\s*\}?\s*\d")
 _OPERATION = re.compile(r"[-+*/^=\\]")
 
 
@@ -82,16 +85,31 @@ def _same_formula(text: str, golds: Sequence[str], asked: str) -> bool:
 
 def _formula(text: str) -> list[Any]:
     """What math-verify reads in a text; one that is a formula and nothing else it gets as LaTeX, or reads in part."""
-    bare = re.sub(
-        r"\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", written_plainly(text).strip().rstrip(".").replace("∞", "\\infty")
-    )
+    bare = with_plain_signs(text).strip().rstrip(".").replace("∞", "\\infty")
+    bare = re.sub(r"\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", re.sub(r"(?<!\\)\bpi\b", r"\\pi", bare))
+    bare = _UNIT.sub("", bare) if _UNIT.sub("", bare).strip() else bare
     is_bare = _BARE.fullmatch(bare) and _LATEX.search(bare)
     return (_parsed(f"${bare}$") if is_bare else []) or _parsed(text)
 
 
 def _gold(text: str) -> list[Any]:
-    """A gold answer as math-verify reads it; LaTeX without signs around it is read as well."""
-    return _parsed(text) or (_parsed(f"${text}$") if _LATEX.search(text) and "$" not in text else [])
+    """A gold answer as math-verify reads it, with or without signs around its LaTeX; nothing where it reads a part."""
+    if _TIME.search(text):
+        return []
+    if _MARKED.search(text):
+        return _parsed(text)
+    found = _formula(text)
+    if "\\" in text and (not found or _is_part(text, found)):
+        return _parsed(f"${text}$")
+    return [] if _is_part(text, found) else found
+
+
+def _is_part(text: str, found: list[Any]) -> bool:
+    """Whether a formula was read in a text that has more digits or signs than it."""
+    read = found[-1] if found and isinstance(found[-1], str) else ""
+    bare = re.sub(r"(?<!\\)\bpi\b", r"\\pi", with_plain_signs(text))
+    rest = bare.replace(read, " ", 1) if read and read in bare else ""
+    return re.search(r"[\d\\^=*/+]", _UNIT.sub("", rest)) is not None
 
 
 def _same(stated: list[Any], gold: list[Any]) -> bool:

@@ -99,3 +99,9 @@ def test_a_text_without_end_is_read_in_seconds(scorer, piece, tmp_path):
 def test_a_gold_answer_without_text_is_refused_by_its_row(gold, tmp_path):
     with pytest.raises(UserError, match=r"domains\.web: row 1 \(line 1\) of .*rows\.jsonl'?: 'a' is empty"):
         hub(tmp_path, Row("exact", gold, 0, "", ()))
+
+
+@pytest.mark.parametrize("gold", ["12:30", "12:30 PM", "3 or 4", "5 apples or 6"])
+def test_a_gold_answer_of_which_only_a_part_is_read_is_refused(gold, tmp_path):
+    with pytest.raises(UserError, match="no number or formula in the answer"):
+        hub(tmp_path, Row("numeric", gold, 0, "", ()))
