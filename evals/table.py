@@ -115,7 +115,7 @@ def seeds_grid(results: Results) -> Grid | None:
         if gain is not None:
             rows.append((name, points(gain), points(gap)))
     head = ("domain", f"student less {results.start}", "student less teacher")
-    title = "Student's differences, points, held out [for new examples and new seeds]"
+    title = "Student's differences: points, held out [for new examples and new seeds]"
     return Grid(title, head, tuple(rows)) if rows else None
 
 
