@@ -38,9 +38,10 @@ _LATEX = [
 _MINUS_FRACTION = re.compile(r"([-−])\s+(?=\d+/\d+ )")
 _SUPERSCRIPTS = re.compile(r"(?<=[\w)}])([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
 
+# Groups are never possessive: Python before 3.11.5 keeps what a repetition that failed had consumed (gh-106052).
 _DECIMAL = (
-    r"(?:(?<!\d )\d{1,3}(?:[ ']\d{3})++(?:[.,]\d++)?(?![ ']?\d)"  # 1 234 567,8
-    r"|\d++(?:[.,'_]\d++)*+|\.\d++)"
+    r"(?:(?<!\d )\d{1,3}(?:[ ']\d{3})+(?:[.,]\d++)?(?![ ']?\d)"  # 1 234 567,8
+    r"|\d++(?:[.,'_]\d++)*|\.\d++)"
 )
 _POWER = r"(?:[eE][-+]?\d{1,4}(?!\w)|\s?\*\s?10\s?(?:\^|\*\*)\s?[({]?-?\d{1,4}[)}]?)"
 _ATOM = rf"[-+]?[(\[{{]{{0,3}}[-+]?[$€£¥₹]?[-+]?{_DECIMAL}{_POWER}?[)\]}}]{{0,3}}(?:\s?(?:%|percent\b|pct\b))?"

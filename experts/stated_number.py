@@ -13,7 +13,7 @@ from experts.final_answer import framed
 from experts.numbers import Stated, numbers_in, same_number, written_plainly
 
 # Possessive and bounded, so that no text costs more than its length.
-_NUMBER = r"[-+]?\$?(?:\d[\d,]*+(?:\.\d++)?+|\.\d++)%?"
+_NUMBER = r"[-+]?\$?(?:\d[\d,]*+(?:\.\d++)?|\.\d++)%?"
 _OPENING = r"(?:[*_`$({\[]|\\\(|\\boxed\{){0,6}"
 _CLOSING = r"(?:[*_`$)}\]]|\\\)){0,6}"
 _TERM = rf"{_OPENING}{_NUMBER}{_CLOSING}"

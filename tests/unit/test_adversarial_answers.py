@@ -1,6 +1,7 @@
 """Each adversarial answer gets its right mark: the scores are the rewards, so a wrong one is learned."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -105,3 +106,10 @@ def test_a_gold_answer_without_text_is_refused_by_its_row(gold, tmp_path):
 def test_a_gold_answer_of_which_only_a_part_is_read_is_refused(gold, tmp_path):
     with pytest.raises(UserError, match="no number or formula in the answer"):
         hub(tmp_path, Row("numeric", gold, 0, "", ()))
+
+
+def test_no_pattern_repeats_a_group_possessively():
+    """Python before 3.11.5, as in Debian 12, keeps what such a repetition consumed before it failed (gh-106052)."""
+    sources = (Path(__file__).parents[2] / "experts").glob("*.py")
+    lines = [(path.name, line) for path in sources for line in path.read_text().splitlines()]
+    assert [pair for pair in lines if re.search(r"\)(?:[?*+]|\{[\d,]+\})\+", pair[1])] == []
