@@ -261,7 +261,7 @@ def _case(results: Results, domain: str, candidate: str, settings: Settings) -> 
         gain=gain,
         gap=gap,
         spread=spread,
-        examples=max((len(sheet.rows) for sheet in sheets), default=0),
+        examples=results.examples(domain),
         units=pair[0].shape[1] if pair else 0,
         truncated=cut,
         method=expert.method if expert else "",

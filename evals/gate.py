@@ -20,7 +20,6 @@ from evals.interval import Interval
 from evals.power import fewest_examples
 from evals.results import STUDENT, Results
 from evals.scores import Scores
-from experts.domain import HELD_OUT
 
 NOTHING = "nothing was learnt"
 
@@ -241,7 +240,7 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         fewest = fewest_examples(margin, results.confidence)
         judged, shown = ("non-inferior", "shown") if passed else ("not shown non-inferior", "not shown")
         if not passed and pair[0].shape[1] < fewest:
-            shared = pair[0].shape[1] < _examples(one, domain)
+            shared = pair[0].shape[1] < one.examples(domain)
             what = f"independent examples, here {pair[0].shape[1]}," if shared else "examples"
             judged = f"cannot be judged: of fewer than {fewest} {what} equal answers do not show it"
             shown = f"cannot be judged with fewer than {fewest} {what.rstrip(',')}, so not shown"
@@ -255,12 +254,6 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         text += _over_all(results, results.difference(candidate, "teacher", domain))
         criteria.append(Criterion(name, passed, text, brief, "teacher", domain))
     return criteria
-
-
-def _examples(results: Results, domain: str) -> int:
-    """How many held-out examples of a domain were scored."""
-    cells = (cell for key, cell in results.cells.items() if key[1:] == (domain, HELD_OUT) and cell)
-    return next((len(next(iter(cell.values())).rows) for cell in cells), 0)
 
 
 def _promotable(results: Results) -> Results:

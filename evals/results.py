@@ -112,6 +112,11 @@ class Results:
         """Domains that no expert trains: where forgetting shows."""
         return tuple(domain for domain in self.domains if domain not in self.expert_domains)
 
+    def examples(self, domain: str) -> int:
+        """How many held-out examples of a domain were scored."""
+        sheets = (sheet for key, cell in self.cells.items() if key[1:] == (domain, HELD_OUT) for sheet in cell.values())
+        return next((len(sheet.rows) for sheet in sheets), 0)
+
     def teacher(self, domain: str) -> str | None:
         """The teacher a domain's student is measured by: of several the heaviest, of equals the first in the run file.
 

@@ -1,6 +1,6 @@
 """Score sheets: what an evaluation wrote, read back and checked. Free of torch.
 
-Shape suffixes: `N` examples, `K` samples of each, `S` seeds.
+Shape suffixes: `N` examples, `G` groups of them, `K` samples of each, `S` seeds.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from evals.copies import NEAR
+from evals.units import by_unit
 from experts.errors import UserError
 
 FILE = "scores.jsonl"
@@ -49,6 +50,11 @@ class Scores:
     def greedy_N(self) -> np.ndarray:
         """Score of the greedy completion of each example."""
         return np.array([row["greedy"]["score"] for row in self.rows], dtype=float)
+
+    @property
+    def greedy_G(self) -> np.ndarray:
+        """The same as one value for each independent example; see `evals.units.by_unit`."""
+        return by_unit(self.greedy_N, self.units)
 
     @property
     def samples_NK(self) -> np.ndarray | None:

@@ -180,8 +180,9 @@ def load(name: str, options: Options) -> HubDomain:
 
 
 def _question(example: Example) -> str:
-    """What is asked, without the solved examples before it."""
-    return example.source if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+    """The text of what is asked: of a chat its last message."""
+    asked = example.question
+    return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
 def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:

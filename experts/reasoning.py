@@ -137,8 +137,7 @@ class ReasoningDomain(Domain):
         answer = without_full_stop(extract_answer(completion), gold)
         if not is_safe_to_verify(task, answer) or not (self.options.partial or may_be_right(task, answer, gold)):
             return 0.0
-        question = example.source if example.asked is None else example.asked
-        entry = {"question": question, "answer": example.meta["answer"], "metadata": example.meta["metadata"]}
+        entry = {"question": example.question, "answer": example.meta["answer"], "metadata": example.meta["metadata"]}
         try:
             value = self._verify(task, answer, entry)
         except VerifierLostError as error:

@@ -9,7 +9,6 @@ from evals.export import DATA_FILE
 from evals.interval import Interval
 from evals.markdown import code, plain
 from evals.scores import Scores, read_scores
-from evals.units import by_unit
 from experts.errors import UserError
 from flows.champion import CHAMPION_FILE, read_history
 from flows.lineage import Row
@@ -44,7 +43,7 @@ def facts_of(store: Store, artifact: Artifact, lineage: Sequence[Row]) -> CardFa
     """Read the score sheets of a checkpoint and its ancestors, and what the runs of the home decided about it."""
     sheets = _sheets(store, {row.key for row in lineage})
     return CardFacts(
-        {place: mean_interval(by_unit(sheet.greedy_N, sheet.units), CONFIDENCE) for place, sheet in sheets.items()},
+        {place: mean_interval(sheet.greedy_G, CONFIDENCE) for place, sheet in sheets.items()},
         _verdicts(store, artifact),
         {place: sheet.contamination for place, sheet in sheets.items()},
     )

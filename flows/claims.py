@@ -52,12 +52,9 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path,
         if not config.hypotheses:
             continue
         graph = build_graph(config, home)
-        results = collect(graph, store)
-        if earlier is None:
-            made[file.name] = _checkpoints(graph, store)
-        else:
-            made[file.name] = earlier.get(file.name, {}).get("checkpoints", {})
-        found = _found(results, None if earlier is None else earlier.get(file.name, {}), file)
+        results, kept = collect(graph, store), None if earlier is None else earlier.get(file.name, {})
+        made[file.name] = _checkpoints(graph, store) if kept is None else kept.get("checkpoints", {})
+        found = _found(results, kept, file)
         for one in found:
             if one.verdict == "not measured":
                 sys.stderr.write(f"warning: {file}: hypotheses.{one.hypothesis}.tests.{one.test}: not measured\n")

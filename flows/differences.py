@@ -102,7 +102,6 @@ def score_differences(store: Store, a: Artifact, b: Artifact) -> list[ScoreDiffe
     """
     from evals.compare import paired_difference
     from evals.scores import read_scores
-    from evals.units import by_unit
 
     sheets: dict[str, dict[tuple[str, str], Artifact]] = {a.key: {}, b.key: {}}
     for artifact in store.artifacts():
@@ -116,8 +115,7 @@ def score_differences(store: Store, a: Artifact, b: Artifact) -> list[ScoreDiffe
         ours, theirs = (read_scores(sheets[key][domain, split].path, domain, split) for key in (a.key, b.key))
         means = float(ours.greedy_N.mean()), float(theirs.greedy_N.mean())
         paired = ours.ids == theirs.ids
-        own_G, other_G = (by_unit(sheet.greedy_N, sheet.units) for sheet in (ours, theirs))
-        interval = paired_difference(other_G, own_G) if paired else None
+        interval = paired_difference(theirs.greedy_G, ours.greedy_G) if paired else None
         found.append(ScoreDifference(domain, split, *means, interval))
     return found
 

@@ -87,10 +87,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def others() -> set[int]:
+def others() -> None:
     """Processes that other files of tests left in this one, such as sandboxes."""
     OTHERS.update(child.pid for child in psutil.Process().children(recursive=True))
-    return OTHERS
 
 
 def children() -> int:
