@@ -118,19 +118,28 @@ def local_url(port: int, host: str = "127.0.0.1") -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
-def choose_port(host: str, wanted: int, name: str, exact: bool = False, alone: bool = False) -> int:
+def choose_port(
+    host: str,
+    wanted: int,
+    name: str,
+    exact: bool = False,
+    alone: bool = False,
+    held: contextlib.ExitStack | None = None,
+) -> int:
     """Find a free port.
 
     Args:
         wanted: The first choice.
         exact: The user named this port, so no other will do.
         alone: Nobody may even have bound it: vLLM binds its port long before it listens.
+        held: Until it is closed, no other start of this user's homes gets the port. A server listens only seconds
+            after its port is chosen.
 
     Raises:
         UserError: the named port is taken, or none of the next fifty is free.
     """
     for port in range(wanted, min(wanted + (1 if exact else PORTS_TRIED), LAST_PORT + 1)):
-        if _is_free(host, port, alone):
+        if _is_free(host, port, alone) and (held is None or _claim(port, held)):
             return port
     if exact:
         raise UserError(f"{name}: port {wanted} on {host} is taken; choose another one")
@@ -164,9 +173,8 @@ def start_prefect(home: Path, host: str, port: int) -> Server:
 def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
     """Held from the choice of a port until the server answers: `close` what is yielded then.
 
-    Two servers that start at once over one new home would create the same tables, and two of one user's homes would
-    choose the same port. The first must not be; a port that another server took is found by `wait_until_ready`, so the
-    lock that all homes share is only waited for a while.
+    Two servers that start at once over one new home would create the same tables. Pass what is yielded to
+    `choose_port`, so that starts over two homes do not choose the same port.
 
     Raises:
         UserError: another start over this home does not come to its end.
@@ -175,11 +183,6 @@ def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
     home_lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         _take(FileLock(home_lock), held)
-        if (ports := _ports_lock()) is not None:
-            try:
-                held.enter_context(ports.acquire(timeout=LOCK_SECONDS))
-            except Timeout:
-                logger.warning("%s is held by another program; not waiting for it", ports.lock_file)
         yield held
 
 
@@ -198,18 +201,21 @@ def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
             ) from None
 
 
-def _ports_lock() -> FileLock | None:
-    """The lock that this user's homes share; None where its folder is somebody else's."""
+def _claim(port: int, held: contextlib.ExitStack) -> bool:
+    """Take the lock of a port, which this user's homes share; False where another start holds it."""
     folder = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            return FileLock(folder / "ports.lock")
+            held.enter_context(FileLock(folder / f"port-{port}.lock").acquire(timeout=0))
+            return True
+    except Timeout:
+        return False
     except OSError as error:
         logger.debug("%s cannot be used: %s", folder, error)
     logger.warning("%s belongs to another user; two starts at once may choose the same port", folder)
-    return None
+    return True
 
 
 def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
@@ -303,5 +309,7 @@ def _signal(server: Server, number: signal.Signals) -> None:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The end of a server's log, as it may be shown."""
-    return without_secrets("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))
+    """What a log tells of a server's end, as it may be shown: from its first error on, else its last lines."""
+    told = log.read_text(errors="replace").splitlines()
+    first = next((i for i, line in enumerate(told) if line.startswith("ERROR:")), max(0, len(told) - lines))
+    return without_secrets("\n".join(told[first : first + lines]))

@@ -72,7 +72,7 @@ def _server(home: Path) -> Iterator[str]:
             yield without_secrets(settings["PREFECT_API_URL"].removesuffix("/api"))
         return
     with one_start_at_a_time(home) as starting:
-        server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect"))
+        server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect", held=starting))
         with _variables({"PREFECT_API_URL": f"{server.url}/api"} | client_secret(home)):
             try:
                 # The import takes seconds, in which the server starts.

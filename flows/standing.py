@@ -59,11 +59,13 @@ def ui(
     # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
     held.enter_context(interruptible(background=True))
     try:
-        with one_start_at_a_time(home):
+        with one_start_at_a_time(home) as starting:
             if present := standing(home, "mlflow") or standing(home, "prefect"):
                 raise UserError(f"`mopd ui` serves {home} already: {present}")
-            mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", exact=mlflow_port is not None)
-            prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", exact=prefect_port is not None)
+            named = mlflow_port is not None
+            mlflow_at = choose_port(host, mlflow_port or MLFLOW_PORT, "MLflow", named, held=starting)
+            named = prefect_port is not None
+            prefect_at = choose_port(host, prefect_port or PREFECT_PORT, "Prefect", named, held=starting)
             servers.append(start_mlflow(home, host, mlflow_at))
             lent = _of_run(home)
             if lent is None:
@@ -96,8 +98,8 @@ def ui(
 
 def _take_over(home: Path, host: str, port: int, *, exact: bool) -> Server:
     """Start Prefect's server after that of a run has ended."""
-    with one_start_at_a_time(home):
-        server = start_prefect(home, host, choose_port(host, port, "Prefect", exact=exact))
+    with one_start_at_a_time(home) as starting:
+        server = start_prefect(home, host, choose_port(host, port, "Prefect", exact, held=starting))
         wait_until_ready(server)
         _record(home, server)
     _say(f"Prefect  {server.url} (the run that served it has ended)")

@@ -20,8 +20,8 @@ def standing(start: Callable[[Path, str, int], servers.Server], home: Path, port
     """MLflow's or Prefect's server over a home, at the first free port from this one on; gone afterwards."""
     with_databases(home)
     with contextlib.ExitStack() as held:
-        with servers.one_start_at_a_time(home):
-            server = start(home, HOST, servers.choose_port(HOST, port, "a test's server"))
+        with servers.one_start_at_a_time(home) as starting:
+            server = start(home, HOST, servers.choose_port(HOST, port, "a test's server", held=starting))
             held.callback(servers.stop, [server])
             servers.wait_until_ready(server)
         yield server

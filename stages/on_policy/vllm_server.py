@@ -234,8 +234,18 @@ class VllmServer:
         timeout: float,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
+        def request() -> httpx.Response:
+            return self._client.request(method, path, json=body, timeout=timeout, headers=headers)
+
         try:
-            answer = self._client.request(method, path, json=body, timeout=timeout, headers=headers)
+            try:
+                answer = request()
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # It ended, or closed an idle connection while the request was under way: a new connection tells which.
+                # A request that changes the server is not made twice.
+                if method != "GET" and path != COMPLETIONS:
+                    raise
+                answer = request()
         except httpx.TransportError as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         gone = answer.status_code == httpx.codes.NOT_FOUND and path == COMPLETIONS

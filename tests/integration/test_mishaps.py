@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from flows.access import client_secret
-from flows.servers import choose_port, start_prefect, stop, wait_until_ready
+from flows.servers import start_prefect
 from stages.core.checkpoint import Store
 from stages.core.journal import read
-from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, RUN, Bench, processes_of
+from tests.processes import standing
 
 STEPS = 120
 EVALUATION = "eval/student/sort/held_out@0"
@@ -48,15 +48,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     for config in stages_of(run).values():
         config.update(max_steps=STEPS, save_every=5)
     bench.file.write_text(yaml.safe_dump(run, sort_keys=False))
-    elsewhere = with_databases(bench.home.parent / "server")
-    server = start_prefect(elsewhere, "127.0.0.1", choose_port("127.0.0.1", 4300, "Prefect"))
-    try:
-        wait_until_ready(server)
+    elsewhere = bench.home.parent / "server"
+    with standing(start_prefect, elsewhere, 4300) as server:
         bench.environment |= {"PREFECT_API_URL": f"{server.url}/api", **client_secret(elsewhere)}
         bench.environment |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
         yield bench
-    finally:
-        stop([server])
 
 
 def kill_in(bench: Bench, node_id: str, steps: int) -> float:

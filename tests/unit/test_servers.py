@@ -70,6 +70,15 @@ def test_a_server_that_ends_early_shows_the_end_of_its_log(tmp_path):
         servers.wait_until_ready(server, 20)
 
 
+def test_a_log_is_shown_from_its_first_error_on(tmp_path):
+    log = tmp_path / "log"
+    trace = "".join(f"  File {i}\n" for i in range(30))
+    log.write_text("welcome\nERROR:    address already in use\nERROR:    Traceback\n" + trace)
+    assert servers.tail(log).startswith("ERROR:    address already in use\nERROR:    Traceback\n")
+    log.write_text(trace)
+    assert servers.tail(log).splitlines() == [f"  File {i}" for i in range(15, 30)]
+
+
 def test_a_server_is_ready_when_it_answers_and_gone_after_stop(tmp_path):
     port = servers.choose_port(HOST, 23400, "Test")
     child = f"from http.server import *; HTTPServer(('{HOST}', {port}), SimpleHTTPRequestHandler).serve_forever()"

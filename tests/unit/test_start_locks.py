@@ -12,6 +12,8 @@ from filelock import FileLock
 from experts.errors import UserError
 from flows import servers
 
+HOST = "127.0.0.1"
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
@@ -20,12 +22,15 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(servers.tempfile, "gettempdir", lambda: str(tmp_path))
 
 
-def test_a_held_lock_of_ports_is_named_and_not_waited_for_long(tmp_path, caplog):
-    folder = tmp_path / f"mopd-{servers.os.getuid()}"
-    folder.mkdir()
-    held, home = FileLock(folder / "ports.lock"), tmp_path / "home"
-    with held, caplog.at_level(logging.WARNING), servers.one_start_at_a_time(home):
-        assert f"{folder}/ports.lock is held by another program" in caplog.text
+def test_a_start_does_not_choose_the_port_that_another_is_about_to_listen_on(tmp_path):
+    port = servers.choose_port(HOST, 23450, "Test")
+    with servers.one_start_at_a_time(tmp_path / "one") as one, servers.one_start_at_a_time(tmp_path / "two") as two:
+        assert servers.choose_port(HOST, port, "Test", held=one) == port
+        with pytest.raises(UserError, match=f"Test: port {port} on {HOST} is taken"):
+            servers.choose_port(HOST, port, "Test", exact=True, held=two)
+        assert servers.choose_port(HOST, port, "Test", held=two) > port
+        one.close()
+        assert servers.choose_port(HOST, port, "Test", held=two) == port
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "foreign"])
@@ -41,7 +46,8 @@ def test_a_folder_of_locks_that_is_somebody_elses_is_not_used(tmp_path, caplog, 
         mine = servers.os.getuid()
         monkeypatch.setattr(servers.os, "getuid", lambda: mine + 1)
         folder.rename(folder.with_name(f"mopd-{mine + 1}"))
-    with caplog.at_level(logging.WARNING), servers.one_start_at_a_time(tmp_path / "home"):
+    with caplog.at_level(logging.WARNING), servers.one_start_at_a_time(tmp_path / "home") as held:
+        assert servers.choose_port(HOST, 23450, "Test", held=held) >= 23450
         assert "belongs to another user" in caplog.text
     assert list(elsewhere.iterdir()) == []
 

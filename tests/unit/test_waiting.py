@@ -2,13 +2,13 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
 
+from stages.on_policy import vllm_server
 from stages.on_policy.vllm_server import ServerLostError, VllmServer, wait_for_any
 
 
@@ -69,21 +69,25 @@ def test_none_in_time_is_an_error():
 
 
 class Impatient(BaseHTTPRequestHandler):
-    """Ends a connection nobody has used for three seconds, in the moment somebody does."""
+    """Answers once on a connection, and ends it without an answer when it is used again."""
 
     protocol_version = "HTTP/1.1"
-    used = 0.0
-    told: ClassVar[list[bool]] = []
+    served = False
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self):
-        now = time.monotonic()
-        again = self.used > 0
-        if again and now > self.used + 3:
+        self.answer(b'{"weight_version": "1"}')
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(b"{}")
+
+    def answer(self, body):
+        self.asked.append(self.path)
+        if self.served:
             self.close_connection = True
             return
-        self.used = now
-        self.told.append(again)
-        body = b'{"weight_version": "1"}'
+        self.served = True
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -93,11 +97,17 @@ class Impatient(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_connection_that_lay_idle_is_not_trusted(monkeypatch):
-    monkeypatch.setattr(Impatient, "told", [])
-    with listening(Impatient) as url, contextlib.closing(VllmServer(url, 5)) as server:
-        for pause in (0.0, 0.0, 3.2):
-            time.sleep(pause)
-            assert server.weight_version() == "1"
-    # Without a pause it is used again.
-    assert Impatient.told == [False, True, False]
+def test_a_question_is_put_again_where_the_server_closed_the_connection(monkeypatch):
+    monkeypatch.setattr(Impatient, "asked", [])
+    with listening(Impatient) as url, contextlib.closing(VllmServer(url, 60)) as server:
+        assert [server.weight_version() for _ in range(3)] == ["1", "1", "1"]
+
+
+def test_a_request_that_changes_the_server_is_made_once(monkeypatch):
+    monkeypatch.setattr(vllm_server, "IDLE_SECONDS", 600.0)
+    monkeypatch.setattr(Impatient, "asked", [])
+    with listening(Impatient) as url, contextlib.closing(VllmServer(url, 60)) as server:
+        assert server.weight_version() == "1"
+        with pytest.raises(ServerLostError, match="/update_weight_version: RemoteProtocolError"):
+            server.set_weight_version("2")
+        assert Impatient.asked[1:] == ["/update_weight_version"]
