@@ -167,7 +167,7 @@ def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
     head = "| test | compared | expected | measured [interval] | p (Holm) | verdict |"
     seeds = max((one.seeds for one in own), default=0)
     examples = max((one.examples for one in own), default=0)
-    size = f"{seeds} seeds" + (f", {examples} examples a domain and seed" if examples else "")
+    size = f"{seeds} seeds" + (f", {examples} independent examples a domain and seed" if examples else "")
     parts = [
         f"`{run.file.name}`, {size}. {hypothesis.claim if _claim(key) != key else ''}".rstrip(),
         "\n".join([head, "| --- | --- | --- | --- | ---: | --- |", *rows]),

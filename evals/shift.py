@@ -88,6 +88,7 @@ def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Do
     rows = [
         ExampleShift(
             id=example.id,
+            source=example.source,
             kl_start=float(on_theirs["forward_kl"][i].mean()),
             start_tokens=len(theirs[i].completion_ids),
             kl_policy=float(on_ours["reverse_kl"][i].mean()),

@@ -1,6 +1,6 @@
 """How far a checkpoint moved from the run's start: `shift.json` and `cosines.json`, and their reading. Free of torch.
 
-Shape suffix: `N` examples.
+Shape suffixes: `N` examples, `G` independent ones.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from evals.units import by_unit
 from experts.errors import UserError
 from stages.config import Positive, Share, StrictModel
 
@@ -25,6 +26,7 @@ class ExampleShift(StrictModel):
     """One prompt: a completion by the start and one by the checkpoint; divergences in nats, mean over its tokens."""
 
     id: str = Field(description="The example's.")
+    source: str = Field(description="What the example is made from; see `evals.units`.")
     kl_start: float = Field(description="KL(start || checkpoint) on the start's completion.")
     start_tokens: Positive = Field(description="Tokens of that completion.")
     kl_policy: float = Field(description="KL(checkpoint || start) on the checkpoint's completion.")
@@ -54,6 +56,11 @@ class DomainShift(StrictModel):
         ratio = float(np.sum(kl_N * tokens_N) / np.sum(tokens_N))
         values_N: np.ndarray = ratio + (kl_N - ratio) * tokens_N / np.mean(tokens_N)
         return values_N
+
+    @property
+    def kl_start_G(self) -> np.ndarray:
+        """The same as one value for each independent example; see `evals.units.by_unit`."""
+        return by_unit(self.kl_start_N, [example.source for example in self.examples])
 
 
 class WeightChange(StrictModel):

@@ -49,7 +49,7 @@ class Finding:
         contrast: seed -> the contrast, a mean over examples and domains.
         start: The start's mean score on the same examples, where the measure is a score or a drop.
         seeds: How many seeds it rests on.
-        examples: How many examples of each seed; 0 for measures without.
+        examples: How many independent examples of each seed; 0 for measures without.
         points: Of a fit: checkpoint -> what predicts and what is predicted, means over seeds.
         coefficients: Of a fit: of x², x and 1.
     """

@@ -53,6 +53,12 @@ class OwnDomain(Domain):
         with self._calling("left_out"):
             return tuple(str(line) for line in self.inner.left_out)
 
+    @property
+    def source_space(self) -> str:
+        """The inner domain's."""
+        with self._calling("source_space"):
+            return str(self.inner.source_space)
+
     def supply(self, split: str) -> int | None:
         """The inner domain's."""
         with self._calling("supply"):

@@ -32,7 +32,7 @@ _DENIED = re.compile(
 # Emphasis around a number, and the single marks that are left.
 _EMPHASIS = re.compile(r"(?<![\w*_`])([*_`]{1,3})(?=[-+$.\d])([-+$.,\d\s*/^=×÷%()]{1,200}?)\1(?![\w*_`])")
 _MARKS = re.compile(
-    r"(?<![\d)\s])\s?\*{1,3}|`+|\*{1,3}(?![\d\s(*])|(?<![\w*])_{1,3}|_{1,3}(?!\w)|(?<=\d)\*{2,3}(?=\s|$)"
+    r"(?<![\d)\s])(?:\s?\*{2,3}|\*|\s\*(?!\s))|`+|\*{1,3}(?![\d\s(*])|(?<![\w*])_{1,3}|_{1,3}(?!\w)|(?<=\d)\*{2,3}(?=\s|$)"
 )
 # Of HTML, and GSM8K's notes for a calculator.
 _TAG = re.compile(r"</?[a-z]{1,10}/?>|<<[^<>\n]{0,200}>>", re.IGNORECASE)
@@ -62,6 +62,7 @@ _JOINS = re.compile(
 _REMARK = re.compile(
     r"(?<=[\w%*$)])\s{1,3}\(\$?(?=\d)(?![^()\n]*\b(?:or|maybe|perhaps|possibly)\b)[^()\n=]{1,80}\s[-+*/]\s[^()\n=]{1,80}\)"
 )
+_OPERATOR_BEHIND_UNIT = re.compile(r"(?:\s?[^\W\d_]{1,20}[²³]?){1,3}\s{1,3}([+*/×÷])\s{1,3}\$?")
 _FACTORIAL = re.compile(r"(?<=[\d)}])\s?!(?!=)")
 _WRAPPING = re.compile(r"[()\[\]{}$\"'`*_\\]")
 # `In 2020, 72 people came` has a comma and no two answers.
@@ -149,10 +150,16 @@ def _sentence_end(text: str, start: int) -> int:
 
 def _last(text: str, found: Sequence[Stated]) -> Stated | None:
     """The last number, where it is not one of several on offer; formulas that are not worked out are passed over."""
-    values = [stated for stated in found if not stated.is_formula]
+    values = [stated for stated in found if not (stated.is_formula or _is_term(text, stated, found))]
     if not values or _offers_another(text, found, found.index(values[-1]), forward=False):
         return None
     return values[-1]
+
+
+def _is_term(text: str, stated: Stated, found: Sequence[Stated]) -> bool:
+    """Whether a number with its unit is the first term of a formula: `8 ft * 9 ft`, which `numbers_in` does not join."""
+    behind = _OPERATOR_BEHIND_UNIT.match(text, stated.end)
+    return behind is not None and any(behind.start(1) <= other.start <= behind.end() for other in found)
 
 
 def _offers_another(text: str, found: Sequence[Stated], place: int, forward: bool) -> bool:

@@ -33,8 +33,8 @@ from stages.on_policy.distill_config import DistillConfig
 
 # A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
 VERSIONS = {
-    **dict.fromkeys(("load", "pretrain", "sft", "rl", "rft", "distill", "merge_weights", SHIFT, COSINES), 1),
-    **dict.fromkeys(("evaluate", "harness"), 2),
+    **dict.fromkeys(("load", "pretrain", "sft", "rl", "rft", "distill", "merge_weights", COSINES), 1),
+    **dict.fromkeys(("evaluate", "harness", SHIFT), 2),
 }
 # What scores a checkpoint, and all that measure checkpoints instead of making one.
 SCORINGS = ("evaluate", "harness")

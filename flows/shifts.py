@@ -103,7 +103,7 @@ class Shifts:
 
     Attributes:
         values: (checkpoint, measure, domain or "") -> seed -> value.
-        kl_examples: (checkpoint, domain) -> seed -> values by example whose mean is `kl_start`.
+        kl_examples: (checkpoint, domain) -> seed -> values by independent example whose mean is `kl_start`.
         cosines: (expert, another) -> seed -> cosine.
         provenance: Content key and digest by node id.
     """
@@ -138,4 +138,4 @@ def _take_shift(found: Shifts, name: str, seed: int, artifact: Artifact) -> None
     for key, value in sheet.values().items():
         found.values.setdefault((name, *key), {})[seed] = value
     for domain, part in sheet.domains.items():
-        found.kl_examples.setdefault((name, domain), {})[seed] = part.kl_start_N
+        found.kl_examples.setdefault((name, domain), {})[seed] = part.kl_start_G

@@ -61,7 +61,7 @@ def test_the_page_tells_every_claim_with_figure_and_data(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     text = page.read_text()
     assert "| C1 | The student forgets less than the expert. | **shown** (tests: general) |" in text
-    assert "`tests.yaml`, 3 seeds, 100 examples a domain and seed." in text
+    assert "`tests.yaml`, 3 seeds, 100 independent examples a domain and seed." in text
     assert "student − expert reverse: drop from the start on general | below 0 | -15.0 [" in text
     assert text.count("On ten examples.") == 1
     for figure in ("C1", "C2"):

@@ -55,7 +55,7 @@ def shifts_of(graph: StageGraph) -> list[str]:
 def sheet(*kl: float) -> ShiftSheet:
     """A sheet of one domain `sort` with an example of three tokens for each KL."""
     rows = [
-        ExampleShift(id=f"e{i}", kl_start=value, start_tokens=3, kl_policy=1.0, entropy=0.5, tokens=4)
+        ExampleShift(id=f"e{i}", source=f"e{i}", kl_start=value, start_tokens=3, kl_policy=1.0, entropy=0.5, tokens=4)
         for i, value in enumerate(kl)
     ]
     mean = float(np.mean(kl))
@@ -134,12 +134,20 @@ def test_the_plan_has_a_line_for_each(tmp_path: Path) -> None:
 
 def test_values_by_example_have_the_mean_over_tokens() -> None:
     rows = [
-        ExampleShift(id=str(tokens), kl_start=kl, start_tokens=tokens, kl_policy=0, entropy=0, tokens=1)
+        ExampleShift(id=str(tokens), source=str(tokens), kl_start=kl, start_tokens=tokens, kl_policy=0, entropy=0, tokens=1)
         for kl, tokens in ((1.0, 1), (0.0, 3))
     ]
     found = DomainShift(kl_start=0.25, kl_policy=0, entropy=0, length=1, repetition=None, examples=rows).kl_start_N
     # r = 1/4; 1/4 + 3/4 · 1/2 and 1/4 - 1/4 · 3/2.
     assert found == pytest.approx([0.625, -0.125])
+
+
+def test_prompts_of_one_unit_are_one_value() -> None:
+    own = sheet(0.1, 0.3, 0.2, 0.6).domains["sort"]
+    assert own.kl_start_G == pytest.approx([0.1, 0.3, 0.2, 0.6])
+    twins = [row.model_copy(update={"source": str(i // 2)}) for i, row in enumerate(own.examples)]
+    paired = own.model_copy(update={"examples": twins})
+    assert sorted(paired.kl_start_G) == pytest.approx([0.2, 0.4])
 
 
 def test_finished_sheets_reach_the_results(tmp_path: Path) -> None:
