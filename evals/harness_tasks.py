@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from experts.domain import stable_hash
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from stages.core.checkpoint import hash_file
 from stages.core.extras import harness_version
 

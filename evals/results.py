@@ -70,7 +70,8 @@ class Results:
         hypotheses: What the run file fixed beforehand.
         shift: How far a checkpoint moved from the start: (node name, measure, domain, or "" for its weights) -> seed ->
             value.
-        kl_examples: (node name, domain) -> seed -> values [G] by independent example whose mean is the shift `kl_start`.
+        kl_examples: (node name, domain) -> seed -> values [G] by independent example; their mean is the
+            shift `kl_start`.
         cosines: Of the task vectors of two experts, (name, another) -> seed -> cosine; each pair once.
         left_out: Seeds of the run of which some scores are not there yet, where `of_shared_seeds` left them out.
     """

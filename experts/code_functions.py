@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from experts.domain import stable_hash
+from experts.hashing import stable_hash
 from experts.sandbox import Failure, Limits, run_calls, same_value
 
 ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "//", "mod": "%"}

@@ -7,7 +7,6 @@ evaluation, so the two can never drift apart. A kind of domain is one module wit
 
 import hashlib
 import importlib
-import json
 import random
 import re
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experts.errors import UserError, nearest
+from experts.hashing import stable_hash
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -173,11 +173,6 @@ class Domain(ABC):
     def identity(self) -> str:
         """The fingerprint, and with it the code of a domain of one's own: another scorer is another reward."""
         return stable_hash([self.fingerprint(), self.code]) if self.code else self.fingerprint()
-
-
-def stable_hash(value: Any) -> str:
-    """SHA-256 of a JSON-serialisable value, key order ignored."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def in_train(source: str, held_out_share: float) -> bool:

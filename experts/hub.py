@@ -15,10 +15,11 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from experts import answers
 from experts.choices import chosen_letter, gold_letters, lettered
-from experts.domain import Example, stable_hash
+from experts.domain import Example
 from experts.errors import UserError
 from experts.files import Number, Row
 from experts.final_answer import without_thoughts
+from experts.hashing import stable_hash
 from experts.prompts import look_up, prompt_source, written
 from experts.rows import RowDomain, RowOptions, answers_of
 from experts.untrusted import Losses, VerifierLostError

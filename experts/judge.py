@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from experts.domain import Example, Message, Prompt, stable_hash
+from experts.domain import Example, Message, Prompt
 from experts.endpoint import ContentRefusedError, Endpoint
 from experts.errors import UserError, nearest
 from experts.files import Row
+from experts.hashing import stable_hash
 from experts.prompts import prompt_source
 from experts.rows import RowDomain, RowOptions, answers_of
 

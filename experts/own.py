@@ -18,8 +18,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from experts.domain import OWN_SUFFIX, Domain, Example, stable_hash
+from experts.domain import OWN_SUFFIX, Domain, Example
 from experts.errors import UserError, nearest
+from experts.hashing import stable_hash
 from experts.prompts import chat, check_text
 
 # A sum of shares in float32 may be this far above 1.

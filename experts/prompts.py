@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experts.domain import Example, Message, Prompt, stable_hash
+from experts.domain import Example, Message, Prompt
 from experts.errors import UserError, nearest
 from experts.files import Row
+from experts.hashing import stable_hash
 
 # Characters of a prompt, or of an answer; more is a mistake in the data, and no model's context.
 LONGEST_TEXT = 500_000

@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
+from experts.domain import TRAIN, Domain, Example, in_train
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
 from experts.final_answer import without_thoughts
 from experts.gym import PYCOSAT_TASKS, has_pycosat, import_reasoning_gym
+from experts.hashing import stable_hash
 from experts.normal_form import normal_form
 from experts.reasoning_answers import may_be_right, without_full_stop
 from experts.untrusted import REASONING, Losses, VerifierError, VerifierLostError

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from experts.domain import HELD_OUT, TRAIN, Domain, Example, Prompt, in_train, stable_hash
+from experts.domain import HELD_OUT, TRAIN, Domain, Example, Prompt, in_train
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError, nearest
 from experts.files import Place, Row, file_format
+from experts.hashing import stable_hash
 from experts.prompts import chat, filled, look_up, template_fields, with_context, written
 from experts.sources import Source, find_source
 

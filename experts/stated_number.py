@@ -157,7 +157,7 @@ def _last(text: str, found: Sequence[Stated]) -> Stated | None:
 
 
 def _is_term(text: str, stated: Stated, found: Sequence[Stated]) -> bool:
-    """Whether a number with its unit is the first term of a formula: `8 ft * 9 ft`, which `numbers_in` does not join."""
+    """Whether a number with its unit is the first term of a formula that `numbers_in` does not join: `8 ft * 9 ft`."""
     behind = _OPERATOR_BEHIND_UNIT.match(text, stated.end)
     return behind is not None and any(behind.start(1) <= other.start <= behind.end() for other in found)
 

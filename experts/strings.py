@@ -13,9 +13,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from experts.domain import TRAIN, Domain, Example, in_train, stable_hash
+from experts.domain import TRAIN, Domain, Example, in_train
 from experts.domain import Options as DomainOptions
 from experts.errors import UserError
+from experts.hashing import stable_hash
 
 VERSION = 1
 VOWELS = "aeiou"

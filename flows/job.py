@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from experts.domain import stable_hash
+from experts.hashing import stable_hash
 from flows.lock import code_fingerprint
 from flows.plan import EVALUATIONS, VERSIONS, Node, StageGraph
 from stages.core.checkpoint import write_whole

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experts.documents import DocumentError, read_object
-from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain, stable_hash
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from flows.baselines import baseline_config
 from flows.champion_start import champion_facts, names_champion, pinned_champion
 from flows.config import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig

@@ -4,7 +4,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from experts.domain import stable_hash
+from experts.hashing import stable_hash
 from flows import cards, lineage
 from flows.config import STUDENT
 from flows.curves import tracked

@@ -20,8 +20,8 @@ from peft.utils import merge_utils
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from experts.domain import stable_hash
 from experts.errors import UserError, nearest
+from experts.hashing import stable_hash
 from stages.core.checkpoint import Artifact
 from stages.core.policy import Policy, load_policy, tokenizer_difference
 from stages.core.remote_code import options

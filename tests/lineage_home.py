@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from evals.scores import FILE
-from experts.domain import stable_hash
+from experts.hashing import stable_hash
 from flows.config import RunConfig
 from flows.plan import Node, StageGraph
 from stages.core.checkpoint import Artifact, Store

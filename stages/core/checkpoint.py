@@ -21,8 +21,8 @@ from typing import Any
 from filelock import FileLock
 
 from experts.documents import DocumentError, read_object
-from experts.domain import stable_hash
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from stages.core.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
 from stages.core.private import keep_private, require_folder
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from experts.documents import DocumentError, read_object
-from experts.domain import stable_hash
 from experts.errors import UserError, is_unreachable, nearest
+from experts.hashing import stable_hash
 from stages.core.checkpoint import hash_file
 from stages.core.foreign import check_folder
 

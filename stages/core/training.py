@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from experts.domain import stable_hash
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from stages.config import TrainConfig
 from stages.core import sharding
 from stages.core.checkpoint import sync_to_disk

@@ -15,8 +15,8 @@ from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from experts.domain import stable_hash
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from stages.core.checkpoint import write_whole
 from stages.core.policy import Policy
 from stages.on_policy.config import OnPolicyConfig

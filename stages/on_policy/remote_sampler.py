@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from filelock import FileLock, Timeout
 
-from experts.domain import stable_hash
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from stages.core.policy import Policy
 from stages.core.training import Learner
 from stages.core.workspace import Workspace

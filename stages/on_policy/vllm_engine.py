@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from experts.domain import stable_hash
 from experts.errors import UserError
+from experts.hashing import stable_hash
 from stages.core.extras import require_vllm
 from stages.core.policy import Policy, causal_lm
 from stages.core.stop_strings import StopStrings

@@ -9,7 +9,7 @@ from peft.utils import merge_utils
 from pydantic import ValidationError
 
 import stages.merge
-from experts.domain import stable_hash
+from experts.hashing import stable_hash
 from stages.merge import merge
 from stages.merge_config import WeightMergeConfig
 

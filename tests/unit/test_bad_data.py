@@ -8,7 +8,8 @@ import pytest
 from tests.desk import RL, RUN, Desk, Value
 
 OWN = """
-from experts.domain import Domain, Example, Options, stable_hash
+from experts.domain import Domain, Example, Options
+from experts.hashing import stable_hash
 {imports}
 
 class Mine(Domain):

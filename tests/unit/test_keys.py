@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experts.domain import stable_hash
+from experts.hashing import stable_hash
 from flows.lock import lock_path, status, write_lock
 from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from stages.core.checkpoint import Store

@@ -18,7 +18,8 @@ from tests.unit.test_config import MINIMAL
 
 SOURCE = '''
 import numpy, torch
-from experts.domain import Domain, Example, Options as Base, stable_hash
+from experts.domain import Domain, Example, Options as Base
+from experts.hashing import stable_hash
 
 
 class Options(Base):

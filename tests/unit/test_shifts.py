@@ -134,7 +134,9 @@ def test_the_plan_has_a_line_for_each(tmp_path: Path) -> None:
 
 def test_values_by_example_have_the_mean_over_tokens() -> None:
     rows = [
-        ExampleShift(id=str(tokens), source=str(tokens), kl_start=kl, start_tokens=tokens, kl_policy=0, entropy=0, tokens=1)
+        ExampleShift(
+            id=str(tokens), source=str(tokens), kl_start=kl, start_tokens=tokens, kl_policy=0, entropy=0, tokens=1
+        )
         for kl, tokens in ((1.0, 1), (0.0, 3))
     ]
     found = DomainShift(kl_start=0.25, kl_policy=0, entropy=0, length=1, repetition=None, examples=rows).kl_start_N
