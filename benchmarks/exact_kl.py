@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.core.loss import chunked_token_loss
-from stages.on_policy.divergences import reverse_kl
-from stages.on_policy.losses import Losses
+from stages.losses.chunked import chunked_token_loss
+from stages.losses.divergences import reverse_kl
+from stages.losses.log_probabilities import Losses
 
 MIB = 2**20
 WARM_UP_TOKENS = 64

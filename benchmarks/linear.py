@@ -1,7 +1,7 @@
-"""Matrix products of `stages.core.linear` beside torch's own, at the shapes of the lab model and of SmolLM2-135M.
+"""Matrix products of `stages.model.linear` beside torch's own, at the shapes of the lab model and of SmolLM2-135M.
 
 Forward as a decoding step runs it, and forward with both gradients as training does; the two take turns in one process
-and a figure is the ratio of their medians. Where `stages.core.linear` leaves the choice to torch it is about 1.
+and a figure is the ratio of their medians. Where `stages.model.linear` leaves the choice to torch it is about 1.
 
     python benchmarks/linear.py [--rows 16 64 256 1664] [--threads 1] [--turns 9] [--json FILE]
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.core.linear import product
+from stages.model.linear import product
 
 # Inputs and outputs of the models' linear layers.
 SHAPES = [(128, 128), (128, 256), (256, 128), (576, 576), (576, 1536), (1536, 576)]

@@ -27,14 +27,14 @@ from pathlib import Path
 
 from objectives_table import Outcome, figures, ratios, read_outcome, sheets, table
 
-from experts.errors import UserError
-from flows.config import STUDENT
-from flows.launch import Launcher, NodeFailedError
-from flows.plan import Node, StageGraph, build_graph
-from flows.progress import duration
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store, write_whole
-from stages.core.workspace import PACKAGES
+from base.errors import UserError
+from base.store.checkpoint import Store, write_whole
+from flows.engines.launch import Launcher, NodeFailedError
+from flows.plan.graph import Node, StageGraph, build_graph
+from flows.run.progress import duration
+from flows.run_file.load import load_run_file
+from flows.run_file.schema import STUDENT
+from stages.learner.workspace import PACKAGES
 
 VARIANTS: Mapping[str, Sequence[str]] = {
     "reverse_kl": ["objective.name=reverse_kl"],

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from evals.evaluate import EXAMPLES_SEED
-from evals.interval import Interval
-from evals.results import Results
+from base.errors import UserError
+from base.store.checkpoint import Store
+from base.store.journal import JOURNAL_FILE, read
+from evals.comparison.results import Results
+from evals.measure.evaluate import EXAMPLES_SEED
+from evals.statistics.interval import Interval
 from experts.domain import HELD_OUT, load_domain
-from experts.errors import UserError
-from flows.config import STUDENT
-from flows.plan import Node, StageGraph
-from flows.results import collect
-from stages.core.checkpoint import Store
-from stages.core.journal import JOURNAL_FILE, read
+from flows.champion.results import collect
+from flows.plan.graph import Node, StageGraph
+from flows.run_file.schema import STUDENT
 
 RECOVERED = (0.5, 0.8)
 LAST_STEPS = 25

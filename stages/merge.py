@@ -20,15 +20,15 @@ from peft.utils import merge_utils
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from experts.errors import UserError, nearest
-from experts.hashing import stable_hash
-from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy, load_policy, tokenizer_difference
-from stages.core.remote_code import options
-from stages.core.trained_on import TrainedOn
-from stages.core.weights import StoredWeights
-from stages.core.workspace import Workspace
-from stages.merge_config import WeightMergeConfig
+from base.errors import UserError, nearest
+from base.hashing import stable_hash
+from base.store.checkpoint import Artifact
+from stages.config.merge import WeightMergeConfig
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy, load_policy, tokenizer_difference
+from stages.model.remote_code import options
+from stages.model.weights import StoredWeights
+from stages.rows.trained_on import TrainedOn
 
 ROLE = "teacher/"
 # Entries worked on at a time.

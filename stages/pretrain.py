@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 import torch
 
-from stages.config import PretrainConfig
-from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy
-from stages.core.stage import draw_training
-from stages.core.supervised import Demonstration, demonstrations, imitate
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.training import Learner, epochs
-from stages.core.update import Row
-from stages.core.workspace import Workspace
+from base.store.checkpoint import Artifact
+from stages.config.training import PretrainConfig
+from stages.learner.stage import draw_training
+from stages.learner.supervised import Demonstration, demonstrations, imitate
+from stages.learner.training import Learner, epochs
+from stages.learner.update import Row
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy
+from stages.model.tiny import character_tokenizer, tiny_model
 
 
 def train(config: PretrainConfig, workspace: Workspace) -> Artifact:

@@ -13,23 +13,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.core.checkpoint import Artifact
-from stages.core.loss import TokenLoss
-from stages.core.policy import load_policy
-from stages.core.stage import draw_prompts
-from stages.core.training import Learner
-from stages.core.workspace import Workspace
+from base.store.checkpoint import Artifact
+from stages.config.on_policy import RLConfig
+from stages.learner.stage import draw_prompts
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
+from stages.losses.chunked import TokenLoss
+from stages.losses.divergences import reverse_kl
+from stages.losses.log_probabilities import clipped_surrogate, entropy, token_logprobs
+from stages.model.policy import load_policy
 from stages.on_policy.backends import make_sampler
-from stages.on_policy.config import RLConfig
-from stages.on_policy.divergences import reverse_kl
 from stages.on_policy.loop import Monitor, Practice, train_on_policy
-from stages.on_policy.losses import clipped_surrogate, entropy, token_logprobs
 from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.preflight import SamplerCheck
-from stages.on_policy.residency import Held
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Judgement, ReferenceSignal, RewardSignal, Signal, SumSignal
-from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
+from stages.teachers.residency import Held
+from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
 
 def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None) -> Artifact:

@@ -9,14 +9,14 @@ is sure of. Left out: packing, for the loss must not depend on neighbours.
 import itertools
 from collections.abc import Iterator
 
-from stages.config import SFTConfig
-from stages.core.checkpoint import Artifact
-from stages.core.policy import load_policy
-from stages.core.stage import draw_training
-from stages.core.supervised import demonstrations, imitate
-from stages.core.training import Learner, epochs
-from stages.core.update import Row, token_weights
-from stages.core.workspace import Workspace
+from base.store.checkpoint import Artifact
+from stages.config.training import SFTConfig
+from stages.learner.stage import draw_training
+from stages.learner.supervised import demonstrations, imitate
+from stages.learner.training import Learner, epochs
+from stages.learner.update import Row, token_weights
+from stages.learner.workspace import Workspace
+from stages.model.policy import load_policy
 
 
 def train(config: SFTConfig, workspace: Workspace) -> Artifact:

@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from evals.claim_config import ComparisonConfig, Expectation, FitConfig
-from evals.compare import mean_over, mean_over_domains
-from evals.crossed import over_both, over_examples
-from evals.gate import judge
-from evals.hypotheses import non_inferiority
-from evals.interval import Interval
-from evals.merges import best, lead, merges
-from evals.metrics import Triple, recovery
-from evals.results import BASELINES, MIN_SEEDS, STUDENT, Expert, Results
-from evals.scores import Scores
-from evals.units import by_unit
-from evals.verdicts import Finding, judged
+from evals.claims.verdicts import Finding, judged
+from evals.comparison.merges import best, lead, merges
+from evals.comparison.metrics import Triple, recovery
+from evals.comparison.results import BASELINES, MIN_SEEDS, STUDENT, Expert, Results
+from evals.comparison.scores import Scores
+from evals.config.claims import ComparisonConfig, Expectation, FitConfig
+from evals.promotion.gate import judge
+from evals.statistics.crossed import over_both, over_examples
+from evals.statistics.hypotheses import non_inferiority
+from evals.statistics.interval import Interval
+from evals.statistics.intervals import mean_over, mean_over_domains
+from evals.statistics.units import by_unit
 from experts.domain import HELD_OUT
 
 # A 95 % interval may cover 92 % at the least; near 0 and 1 no width of it covers less than all.

@@ -28,9 +28,9 @@ from typing import Any
 
 import psutil
 
-from flows.access import client_secret, home_secret
-from flows.servers import Server, choose_port, start_mlflow, start_prefect, stop, wait_until_ready
-from stages.core.checkpoint import Store, hash_file
+from base.store.checkpoint import Store, hash_file
+from flows.servers.access import client_secret, home_secret
+from flows.servers.start import Server, choose_port, start_mlflow, start_prefect, stop, wait_until_ready
 from tests.homes import with_databases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,7 +203,7 @@ class Site:
         return found
 
     def _mopd(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
         return subprocess.Popen(
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=ROOT, start_new_session=True
         )

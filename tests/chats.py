@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stages.core.policy import Policy
+from stages.model.policy import Policy
 
 CORPUS = ["the answer is 42", "sort up 3 1 2:", "user assistant system", "what is the sum of these numbers?"] * 5
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import yaml
 from typer.testing import CliRunner, Result
 
-from flows.cli import app
+from flows.cli.app import app
 from tests.unit.test_config import MINIMAL
 
 MISTAKE = 2

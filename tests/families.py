@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.core.tiny import character_tokenizer
+from stages.model.tiny import character_tokenizer
 
 WINDOW = 6
 SIZES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from flows.servers import choose_port, start_prefect, stop, wait_until_ready
+from flows.servers.start import choose_port, start_prefect, stop, wait_until_ready
 
 DATABASES = ("prefect/prefect.db", "mlflow.db")
 
@@ -31,7 +31,7 @@ def with_databases(home: Path) -> Path:
 def _make(kept: Path) -> None:
     from mlflow import MlflowClient
 
-    from flows.mlflow_models import tracking_store
+    from flows.tracking.models import tracking_store
 
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         home = Path(folder) / "home"

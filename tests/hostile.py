@@ -106,7 +106,7 @@ ABSENT = {
     "gc": "import gc\ndef f(a): return gc.get_objects()",
     "_exit": "import os\ndef f(a): os._exit(0)",
     "sys.exit": "import sys\nsys.exit(0)",
-    "sys.path": "import sys\nsys.path.insert(0, '/')\nimport experts.sandbox\ndef f(a): return a",
+    "sys.path": "import sys\nsys.path.insert(0, '/')\nimport experts.isolation.sandbox\ndef f(a): return a",
     "sys.modules": "import sys\ndef f(a): return sys.modules['os'].system('true')",
     "frames": "import sys\ndef f(a): return sys._getframe(1).f_locals",
     "__import__": "def f(a): return __import__('os').getpid()",
@@ -115,7 +115,7 @@ ABSENT = {
     "compile": "def f(a): return compile('1', 'x', 'eval')",
     "breakpoint": "def f(a): return breakpoint()",
     "input": "def f(a): return input()",
-    "our own modules": "import experts.sandbox\nexperts.sandbox.same_value = lambda *a: True\ndef f(a): return 0",
+    "our own modules": "from experts.isolation import sandbox\nsandbox.same_value = max\ndef f(a): return 0",
 }
 # Text that is no program.
 SOURCES = {

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from stages.core import extras
+from base import extras
 
 
 def install_vllm(monkeypatch: pytest.MonkeyPatch, build: str | None) -> None:

@@ -4,11 +4,11 @@ import dataclasses
 import json
 from typing import Any
 
-from evals.scores import FILE
-from experts.hashing import stable_hash
-from flows.config import RunConfig
-from flows.plan import Node, StageGraph
-from stages.core.checkpoint import Artifact, Store
+from base.hashing import stable_hash
+from base.store.checkpoint import Artifact, Store
+from evals.comparison.scores import FILE
+from flows.plan.graph import Node, StageGraph
+from flows.run_file.schema import RunConfig
 from tests.scored import row
 
 DOMAINS = ("sort", "caesar")

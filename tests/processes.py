@@ -8,8 +8,8 @@ from typing import Any
 
 import psutil
 
-from flows import servers
-from flows.access import home_secret
+from flows.servers import start as servers
+from flows.servers.access import home_secret
 from tests.homes import with_databases
 
 HOST = "127.0.0.1"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from evals.results import Expert, Results
-from evals.scores import Scores
+from evals.comparison.results import Expert, Results
+from evals.comparison.scores import Scores
 
 SCORES = {"base": 0.2, "cold_start": 0.5, "experts/a": 0.9, "experts/b": 0.4, "student": 0.8}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from evals.scores import FILE
-from flows.lock import write_lock
-from flows.plan import StageGraph, build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from evals.comparison.scores import FILE
+from flows.plan.graph import StageGraph, build_graph
+from flows.plan.lock import write_lock
+from flows.run_file.load import load_run_file
 from tests.scored import row
 from tests.unit.test_config import MINIMAL
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import psutil
 import yaml
 
-from flows.access import client_secret, home_secret
+from flows.servers.access import client_secret, home_secret
 from tests.homes import with_databases
 from tests.integration.test_pipeline import RUN
 
@@ -68,14 +68,14 @@ class Site:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command of `mopd` over the home, in a group of its own."""
-        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
         return subprocess.Popen(
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
         )
 
     def mopd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `mopd` to its end."""
-        command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
         return subprocess.run(
             command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=120
         )
@@ -115,7 +115,7 @@ class Site:
         return [
             process
             for process in psutil.process_iter(["cmdline", "environ"])
-            if "flows.forkserver" in " ".join(process.info["cmdline"] or ())
+            if "flows.engines.forkserver" in " ".join(process.info["cmdline"] or ())
             and (process.info["environ"] or {}).get("MOPD_HOME") == str(self.home)
         ]
 

@@ -11,19 +11,19 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import stages.distill
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from base.store.journal import read
 from experts.domain import load_domain
-from experts.errors import UserError
-from flows.export import export
-from stages.config import LoraConfig, OptimizerConfig, TinyModelConfig
-from stages.core.checkpoint import Artifact, Store
-from stages.core.journal import read
-from stages.core.policy import Policy, load_policy, peft_config
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.workspace import Workspace
-from stages.on_policy.config import RLConfig, SamplerConfig
-from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.sampler import Sample, Sampling, sample
-from stages.on_policy.vllm_engine import VllmEngine
+from flows.lineage.export import export
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RLConfig, SamplerConfig
+from stages.config.training import LoraConfig, OptimizerConfig, TinyModelConfig
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy, load_policy, peft_config
+from stages.model.tiny import character_tokenizer, tiny_model
+from stages.sampling.sampler import Sample, Sampling, sample
+from stages.vllm.engine import VllmEngine
 
 # vLLM's attention on a CPU takes heads of 32 and more.
 SHAPE = TinyModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=64, max_length=128)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+from base.errors import UserError
 from experts.domain import Example
-from experts.errors import UserError
-from stages.core.training import Learner
-from stages.core.workspace import Workspace
-from stages.on_policy.ahead import AheadSampler
-from stages.on_policy.config import OnPolicyConfig
+from stages.config.on_policy import OnPolicyConfig
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
 from stages.on_policy.rollout import request
-from stages.on_policy.sampler import Request, Sampler, TransformersSampler
+from stages.sampling.ahead import AheadSampler
+from stages.sampling.sampler import Request, Sampler, TransformersSampler
 
 
 def make_sampler(
@@ -33,7 +33,7 @@ def make_sampler(
         return request(learner, prompts_of(step), config, step) if step <= config.max_steps else None
 
     if config.sampler.backend == "vllm_server":
-        from stages.on_policy.remote_sampler import RemoteSampler
+        from stages.vllm.remote_sampler import RemoteSampler
 
         servers = RemoteSampler(learner, config, workspace)
         if not config.sampler.ahead:
@@ -47,6 +47,6 @@ def make_sampler(
             f"{learner.world_size}; sample with backend: transformers"
         )
     # vLLM takes seconds to import.
-    from stages.on_policy.vllm_engine import VllmEngine
+    from stages.vllm.engine import VllmEngine
 
     return VllmEngine(learner.policy, config, workspace.folder / "engine")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.core.training import Learner
-from stages.on_policy.config import OnPolicyConfig
+from stages.config.on_policy import OnPolicyConfig
+from stages.learner.training import Learner
 from stages.on_policy.shares import capped_shares
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from stages.on_policy.config import HealthConfig
+from stages.config.on_policy import HealthConfig
 
 # Below this the zlib header and the cold dictionary decide the ratio, not the text.
 COMPRESSIBLE_BYTES = 200

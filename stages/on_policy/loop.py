@@ -12,23 +12,23 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from base.store.checkpoint import Artifact
+from base.store.journal import Journal
 from experts.domain import Example
-from stages.core.checkpoint import Artifact
-from stages.core.journal import Journal
-from stages.core.loss import TokenLoss
-from stages.core.policy import Policy
-from stages.core.stage import end_step, finish
-from stages.core.supervised import cross_entropy
-from stages.core.training import Learner
-from stages.core.update import Row, accumulate
-from stages.core.workspace import Workspace
+from stages.config.on_policy import OnPolicyConfig
+from stages.learner.stage import end_step, finish
+from stages.learner.supervised import cross_entropy
+from stages.learner.training import Learner
+from stages.learner.update import Row, accumulate
+from stages.learner.workspace import Workspace
+from stages.losses.chunked import TokenLoss
+from stages.model.policy import Policy
 from stages.on_policy.balance import loss_weights
-from stages.on_policy.config import OnPolicyConfig
 from stages.on_policy.health import Health, Vitals, compression
-from stages.on_policy.mismatch import hands_over, largest, may_differ, with_mismatch
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
-from stages.on_policy.sampler import Sampler, TransformersSampler
 from stages.on_policy.signals import Judgement, Signal
+from stages.sampling.mismatch import hands_over, largest, may_differ, with_mismatch
+from stages.sampling.sampler import Sampler, TransformersSampler
 
 SAMPLE_EVERY = 25
 # What a learner remembers of a stage.

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.core.training import step_seed
-from stages.on_policy.config import OnPolicyConfig, RewardNoiseConfig
+from stages.config.on_policy import OnPolicyConfig, RewardNoiseConfig
+from stages.learner.training import step_seed
 from stages.on_policy.rollout import Rollout
 
 

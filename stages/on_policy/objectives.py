@@ -15,20 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.loss import TokenLoss
-from stages.core.training import Learner
-from stages.on_policy.config import HISTOGRAM
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
-from stages.on_policy.divergences import (
-    diagnose,
-    entropy_aware,
-    forward_kl,
-    jsd,
-    reverse_kl,
-    support,
-    top_k_divergence,
-)
-from stages.on_policy.losses import (
+from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.on_policy import HISTOGRAM
+from stages.learner.training import Learner
+from stages.losses.chunked import TokenLoss
+from stages.losses.divergences import diagnose, entropy_aware, forward_kl, jsd, reverse_kl, support, top_k_divergence
+from stages.losses.log_probabilities import (
     Losses,
     entropy,
     extrapolate,

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from experts.domain import Domain, Example
-from stages.core.chat import encode_demonstration, encode_prompt
-from stages.core.policy import Policy
-from stages.core.training import Learner, step_seed
-from stages.core.update import Row
-from stages.on_policy.distill_config import DistillConfig
+from stages.config.distill import DistillConfig
+from stages.learner.training import Learner, step_seed
+from stages.learner.update import Row
+from stages.model.policy import Policy
 from stages.on_policy.rollout import Rollout, gather
-from stages.on_policy.sampler import Sample, Sampling, sample
-from stages.on_policy.teachers import TeacherPool
+from stages.rows.chat import encode_demonstration, encode_prompt
+from stages.sampling.sampler import Sample, Sampling, sample
+from stages.teachers.scoring import TeacherPool
 
 
 class TeacherWriter:

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from base.errors import UserError
 from experts.domain import Example
-from experts.errors import UserError
-from stages.core.chat import encode_prompt
-from stages.core.policy import Policy
-from stages.core.update import Row
-from stages.on_policy.config import OnPolicyConfig
-from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.losses import token_logprobs
-from stages.on_policy.mismatch import agreement_tolerance, plain_logits
-from stages.on_policy.sampler import Sample, Sampler, Sampling
-from stages.on_policy.teachers import REFERENCE, Routed, TeacherPool
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import OnPolicyConfig
+from stages.learner.update import Row
+from stages.losses.log_probabilities import token_logprobs
+from stages.model.policy import Policy
+from stages.rows.chat import encode_prompt
+from stages.sampling.mismatch import agreement_tolerance, plain_logits
+from stages.sampling.sampler import Sample, Sampler, Sampling
+from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
 PROMPTS_A_DOMAIN = 2
 LONGEST = 32

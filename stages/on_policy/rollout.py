@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from base.errors import UserError
 from experts.domain import Domain, Example
-from experts.errors import UserError
-from stages.core.chat import encode_prompt
-from stages.core.policy import Policy
-from stages.core.training import Item, Learner, epochs, step_seed
-from stages.on_policy.config import OnPolicyConfig
-from stages.on_policy.sampler import Request, Sample, Sampler, Sampling
+from stages.config.on_policy import OnPolicyConfig
+from stages.learner.training import Item, Learner, epochs, step_seed
+from stages.model.policy import Policy
 from stages.on_policy.shares import apportion, without_prompts
+from stages.rows.chat import encode_prompt
+from stages.sampling.sampler import Request, Sample, Sampler, Sampling
 
 
 @dataclass(frozen=True)

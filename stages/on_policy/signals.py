@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from experts.domain import Domain
-from stages.core.linear import product
-from stages.core.loss import chunk_length
-from stages.core.packing import micro_batches, pack
-from stages.core.policy import HiddenStates
-from stages.core.training import Learner
-from stages.core.update import Row
-from stages.on_policy.advantages import group_advantages
-from stages.on_policy.losses import token_logprobs
+from stages.learner.training import Learner
+from stages.learner.update import Row
+from stages.losses.advantages import group_advantages
+from stages.losses.chunked import chunk_length
+from stages.losses.log_probabilities import token_logprobs
+from stages.model.linear import product
+from stages.model.policy import HiddenStates
 from stages.on_policy.noise import RewardNoise
 from stages.on_policy.rollout import Rollout, score
-from stages.on_policy.teachers import REFERENCE, Scores, TeacherPool
+from stages.rows.packing import micro_batches, pack
+from stages.teachers.scoring import REFERENCE, Scores, TeacherPool
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from flows.champion import read_history
-from flows.cli import app
-from flows.plan import StageGraph
-from flows.tracking import Tracker
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.champion.champion import read_history
+from flows.cli.app import app
+from flows.plan.graph import StageGraph
+from flows.tracking.tracker import Tracker
 from tests.homes import with_databases
 from tests.scored_home import finish, graph_of, run_file
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.config import ResourcesConfig
-from flows.launch import Launcher
-from flows.plan import StageGraph
-from stages.core.checkpoint import Artifact, Store
-from stages.core.trained_on import TrainedOn
+from base.store.checkpoint import Artifact, Store
+from flows.engines.launch import Launcher
+from flows.plan.graph import StageGraph
+from flows.run_file.schema import ResourcesConfig
+from stages.rows.trained_on import TrainedOn
 from tests.integration.test_launch import silent
 from tests.integration.test_pipeline import RUN
 from tests.scored_home import graph_of
@@ -56,7 +56,7 @@ class Lab:
 
     def mopd(self, *words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *words, "--home", str(self.home)],
+            [sys.executable, "-m", "flows.cli.app", *words, "--home", str(self.home)],
             env={k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))},
             capture_output=True,
             text=True,

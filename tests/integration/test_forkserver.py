@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experts.errors import UserError
-from flows.children import Child, ForkServer, ServerDiedError, child_environment
-from flows.devices import DeviceLeases, WaitCancelledError, host_devices, lock_folder
+from base.errors import UserError
+from flows.engines.children import Child, ForkServer, ServerDiedError, child_environment
+from flows.engines.devices import DeviceLeases, WaitCancelledError, host_devices, lock_folder
 from tests.devices import stand_in_driver
 from tests.processes import ended, eventually
 

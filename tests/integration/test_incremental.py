@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.checkpoint import Store, hash_file
+from base.store.checkpoint import Store, hash_file
 from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, Bench
 
@@ -17,7 +17,7 @@ FROM_CHAMPION = "merge.start_from=champion"
 def mopd(bench: Bench, *words: str) -> str:
     """Output of a command over the bench's home."""
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words, "--home", str(bench.home)],
+        [sys.executable, "-m", "flows.cli.app", *words, "--home", str(bench.home)],
         env=bench.environment,
         capture_output=True,
         text=True,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from base.store.checkpoint import Store
 from experts.domain import HELD_OUT
-from flows.config import ResourcesConfig, RunConfig
-from flows.launch import Launcher
-from flows.plan import build_graph
-from stages.core.checkpoint import Store
+from flows.engines.launch import Launcher
+from flows.plan.graph import build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.integration.test_launch import RUN, silent
 from tests.judge_server import Judge
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows import orphans, session
-from flows.cli import app
-from flows.mlflow_models import tracking_store
-from flows.starts import begin, killed_starts
-from flows.tracking import Tracker
+from flows.cli.app import app
+from flows.run import orphans, session
+from flows.run.starts import begin, killed_starts
+from flows.tracking.models import tracking_store
+from flows.tracking.tracker import Tracker
 from tests.homes import with_databases
 from tests.scored_home import finish, graph_of, run_file
 

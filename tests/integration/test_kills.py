@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from flows.children import Child, ForkServer, child_environment
-from stages.config import OptimizerConfig, StrictModel
-from stages.core.checkpoint import Store
-from stages.core.journal import JOURNAL_FILE, read
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
-from stages.on_policy.config import RLConfig
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
+from base.store.checkpoint import Store
+from base.store.journal import JOURNAL_FILE, read
+from flows.engines.children import Child, ForkServer, child_environment
+from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import OptimizerConfig, StrictModel
+from stages.learner.workspace import Workspace
+from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy
 from tests.processes import ended, eventually
 

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.config import ResourcesConfig, RunConfig
-from flows.devices import FOLDER_VARIABLE
-from flows.launch import Launcher, NodeFailedError
-from flows.plan import Node, StageGraph, build_graph
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.engines.devices import FOLDER_VARIABLE
+from flows.engines.launch import Launcher, NodeFailedError
+from flows.plan.graph import Node, StageGraph, build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.devices import claimed_devices
 from tests.processes import ended, eventually, jobs_of
 
@@ -197,9 +197,9 @@ def test_stop_all_and_timeout(graph, home):
 SUPERVISOR = """
 import sys
 from pathlib import Path
-from flows.config import ResourcesConfig, RunConfig
-from flows.launch import Launcher
-from flows.plan import build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.engines.launch import Launcher
+from flows.plan.graph import build_graph
 from tests.integration.test_launch import RUN, silent, unmade
 
 home = Path(sys.argv[1])

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-import flows.launch
-from flows.config import ResourcesConfig, RunConfig
-from flows.launch import Launcher
-from flows.plan import StageGraph, build_graph
-from flows.vllm_commands import Needs, ServerCommand
-from flows.vllm_servers import MOST_RESTARTS
-from stages.core.checkpoint import Store
+import flows.engines.launch
+from base.store.checkpoint import Store
+from flows.engines.launch import Launcher
+from flows.engines.vllm_commands import Needs, ServerCommand
+from flows.engines.vllm_servers import MOST_RESTARTS
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests import health_server
 from tests.integration.test_launch import RUN, Run, unmade
 from tests.processes import below, ended, eventually
@@ -46,7 +46,7 @@ def launcher(home: Path) -> Iterator[Launcher]:
 @pytest.fixture
 def needed(monkeypatch: pytest.MonkeyPatch) -> Needs:
     """A node that asks for a small program in vLLM's place."""
-    monkeypatch.setattr(flows.launch, "node_needs", lambda *asked: NEEDS)
+    monkeypatch.setattr(flows.engines.launch, "node_needs", lambda *asked: NEEDS)
     return NEEDS
 
 
@@ -133,16 +133,16 @@ def test_stop_all_ends_the_servers_too(graph, home):
 SUPERVISOR = """
 import sys
 from pathlib import Path
-import flows.launch
-from flows.config import ResourcesConfig, RunConfig
-from flows.plan import build_graph
+import flows.engines.launch
+from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.plan.graph import build_graph
 from tests.integration.test_launch import RUN, silent, unmade
 from tests.integration.test_launch_servers import NEEDS
 
-flows.launch.node_needs = lambda *asked: NEEDS
+flows.engines.launch.node_needs = lambda *asked: NEEDS
 home = Path(sys.argv[1])
 graph = build_graph(RunConfig.model_validate(RUN), home)
-with flows.launch.Launcher(home, ResourcesConfig()) as launcher:
+with flows.engines.launch.Launcher(home, ResourcesConfig()) as launcher:
     launcher.run(graph, [unmade(graph.node("base@0"), "orphan")], silent)
 """
 

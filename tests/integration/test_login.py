@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from flows import servers
-from flows.access import home_secret
+from flows.servers import start as servers
+from flows.servers.access import home_secret
 from tests.browsing import PATIENCE, chromium, fresh_page, log_in
 from tests.processes import standing
 

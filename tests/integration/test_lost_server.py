@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from flows import servers
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.servers import start as servers
 from tests.homes import with_databases
 from tests.integration.test_pipeline import PATIENCE_SECONDS, Bench
 from tests.processes import HOST, eventually

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.access import client_secret
-from flows.servers import start_prefect
-from stages.core.checkpoint import Store
-from stages.core.journal import read
+from base.store.checkpoint import Store
+from base.store.journal import read
+from flows.servers.access import client_secret
+from flows.servers.start import start_prefect
 from tests.integration.test_pipeline import PATIENCE_SECONDS, RUN, Bench, processes_of
 from tests.processes import standing
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.config import ResourcesConfig, RunConfig
-from flows.devices import FOLDER_VARIABLE
-from flows.job import Job
-from flows.launch import Launcher, NodeFailedError
-from flows.plan import StageGraph, build_graph
-from flows.worker import ERROR_FILE, USER_ERROR
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.engines.devices import FOLDER_VARIABLE
+from flows.engines.job import Job
+from flows.engines.launch import Launcher, NodeFailedError
+from flows.engines.worker import ERROR_FILE, USER_ERROR
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.devices import DRIVER, stand_in_driver
 from tests.integration.test_launch import RUN, silent, unmade
 from tests.integration.test_pipeline import PATIENCE_SECONDS
@@ -63,7 +63,7 @@ def test_a_run_is_refused_before_anything_is_trained(
 ) -> None:
     home = tmp_path / "home"
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *command, "--home", str(home), str(SMOKE), "resources.gpus=1"],
+        [sys.executable, "-m", "flows.cli.app", *command, "--home", str(home), str(SMOKE), "resources.gpus=1"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -99,7 +99,7 @@ def test_a_stage_that_misses_its_device_names_driver_build_and_variable(
     before = left_in(home)
     spec = Job.of(graph, [node], home, 1).write(Store(home).work(node.key), {})
     done = subprocess.run(
-        [sys.executable, "-m", "flows.worker", str(spec)],
+        [sys.executable, "-m", "flows.engines.worker", str(spec)],
         cwd=ROOT,
         env=environment | {"CUDA_VISIBLE_DEVICES": "0"},
         capture_output=True,

@@ -16,10 +16,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Completed, Pending, Running, State
 
-from flows import orphans, servers
-from flows.deploy import _look
-from flows.listeners import start_of
-from flows.orphans import Lookout, Processes, mark_crashed_runs, run_tags, worker_name
+from base.listeners import start_of
+from flows.run import orphans
+from flows.run.deploy import _look
+from flows.run.orphans import Lookout, Processes, mark_crashed_runs, run_tags, worker_name
+from flows.servers import start as servers
 from tests.processes import eventually, prefect_of
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
@@ -211,7 +212,7 @@ def test_a_run_that_ended_or_was_deleted_meanwhile_is_let_be(client):
 
 
 def test_a_server_that_is_away_stops_no_worker(server, caplog):
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), caplog.at_level("DEBUG", "flows.deploy"):
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), caplog.at_level("DEBUG", "flows.run.deploy"):
         _look(Lookout())
     assert "did not answer" in caplog.text
 

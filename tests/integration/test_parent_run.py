@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from evals.markdown import plain
-from flows.champion import first_of, judge_run, promote_by_gate
-from flows.curves import tracked_name
-from flows.mlflow_models import LONGEST_NOTE, NOTE, note_within
-from flows.mlflow_pages import known_pages
-from flows.results import collect
-from flows.tracking import Tracker
+from evals.tables.markdown import plain
+from flows.champion.champion import first_of, judge_run, promote_by_gate
+from flows.champion.results import collect
+from flows.servers.pages import known_pages
+from flows.tracking.curves import tracked_name
+from flows.tracking.models import LONGEST_NOTE, NOTE, note_within
+from flows.tracking.tracker import Tracker
 from tests.homes import with_databases
 from tests.scored_home import finish, graph_of, run_file
 
@@ -118,7 +118,7 @@ def test_histograms_have_no_name_in_mlflow_and_scores_over_time_share_one() -> N
 
 
 def test_the_report_has_the_histograms(tmp_path: Path) -> None:
-    from evals.report import Background, write_report
+    from evals.report.page import Background, write_report
     from tests.scored import results
 
     records = [{"step": 1, "values": {"distill/advantage_from_1_to_5/sort": 0.25, "distill/loss": 1.0}}]

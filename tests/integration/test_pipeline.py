@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from flows.plan import build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
 
 RUN = {
     "name": "tiny",
@@ -66,7 +66,7 @@ class Bench:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
 
     def command(self, *overrides: str) -> list[str]:
-        mopd = [sys.executable, "-m", "flows.cli", "run", "--plain", "--home", str(self.home)]
+        mopd = [sys.executable, "-m", "flows.cli.app", "run", "--plain", "--home", str(self.home)]
         return [*mopd, str(self.file), *overrides]
 
     def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:

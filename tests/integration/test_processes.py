@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from stages.config import OptimizerConfig, SFTConfig, StrictModel
-from stages.core.checkpoint import Artifact, Store
-from stages.core.journal import read
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
-from stages.on_policy.config import RLConfig
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
+from base.store.checkpoint import Artifact, Store
+from base.store.journal import read
+from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import OptimizerConfig, SFTConfig, StrictModel
+from stages.learner.workspace import Workspace
+from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def run(home: Path, processes: int, key: str, stage: str, config: StrictModel) -
     spec = home / f"{key}.json"
     spec.write_text(json.dumps({"home": str(home), "threads": 1, "nodes": [node]}))
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
-    start(["-m", *launch, "flows.worker", str(spec)])
+    start(["-m", *launch, "flows.engines.worker", str(spec)])
     return Store(home).get(key)
 
 
@@ -124,13 +124,13 @@ import json, sys
 from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
-from stages.config import LoraConfig, TrainConfig
-from stages.core.checkpoint import Store
-from stages.core.policy import load_policy
-from stages.core.supervised import cross_entropy
-from stages.core.training import Learner
-from stages.core.update import Row, accumulate, token_weights
-from stages.on_policy.sampler import Sampling, sample
+from stages.config.training import LoraConfig, TrainConfig
+from base.store.checkpoint import Store
+from stages.model.policy import load_policy
+from stages.learner.supervised import cross_entropy
+from stages.learner.training import Learner
+from stages.learner.update import Row, accumulate, token_weights
+from stages.sampling.sampler import Sampling, sample
 
 home = Path(sys.argv[1])
 store, found = Store(home), {}

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from evals.gate import judge
-from evals.report import Background, write_report
-from evals.results import Cost
-from evals.samples import EXAMPLES
-from evals.scores import Scores
-from flows.drawing import drawing
-from flows.lineage import Row
+from evals.comparison.results import Cost
+from evals.comparison.scores import Scores
+from evals.promotion.gate import judge
+from evals.report.page import Background, write_report
+from evals.report.samples import EXAMPLES
+from flows.lineage.drawing import drawing
+from flows.lineage.rows import Row
 from tests.conftest import BROWSERS
 from tests.scored import results, row
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from flows import launch, tasks
-from flows.config import ResourcesConfig, RunConfig
-from flows.launch import Launcher, NodeFailedError
-from flows.pipeline import jobs_of
-from flows.plan import Node, build_graph
-from flows.tasks import Job, task_of
-from flows.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR
+from flows.engines import launch
+from flows.engines.launch import Launcher, NodeFailedError
+from flows.engines.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR
+from flows.plan.graph import Node, build_graph
+from flows.run import tasks
+from flows.run.pipeline import jobs_of
+from flows.run.tasks import Job, task_of
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.integration.test_launch import RUN
 from tests.processes import prefect_of
 
@@ -60,7 +61,7 @@ def test_a_fault_that_passes_is_forgotten(making, tmp_path, monkeypatch):
     program = (
         f"import pathlib, runpy, sys\nmark = pathlib.Path({str(mark)!r})\n"
         "if not mark.exists():\n    mark.touch()\n    raise SystemExit(75)\n"
-        "sys.argv[0] = 'worker'\nrunpy.run_module('flows.worker', run_name='__main__')"
+        "sys.argv[0] = 'worker'\nrunpy.run_module('flows.engines.worker', run_name='__main__')"
     )
     monkeypatch.setattr(
         launch, "_program", lambda spec, devices: {"command": [sys.executable, "-c", program, str(spec)]}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from flows.plan import StageGraph, build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
-from stages.core.journal import read
+from base.store.checkpoint import Store
+from base.store.journal import read
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.load import load_run_file
 
 RUNS = Path(__file__).parents[2] / "flows" / "runs"
 FEW_STEPS = [
@@ -38,7 +38,7 @@ FEW_STEPS = [
 def run(file: str, home: Path, overrides: list[str], *options: str) -> StageGraph:
     """Run a shipped file through the command line; all of it must be in the store afterwards."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
-    command = [sys.executable, "-m", "flows.cli", "run", "--plain", "--home", str(home), *options]
+    command = [sys.executable, "-m", "flows.cli.app", "run", "--plain", "--home", str(home), *options]
     done = subprocess.run(
         [*command, str(RUNS / file), *overrides], capture_output=True, text=True, env=environment, check=False
     )

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from flows.access import home_secret
-from flows.mlflow_pages import page_lines
-from flows.plan import build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
-from stages.core.journal import read
+from base.store.checkpoint import Store
+from base.store.journal import read
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
+from flows.servers.access import home_secret
+from flows.servers.pages import page_lines
 from tests.processes import ended, eventually, listening
 from tests.scored_home import finish, graph_of
 from tests.site import Hook, Site

@@ -14,10 +14,15 @@ import psutil
 import pytest
 from rich.console import Console
 
-from flows import champion, doctor, pipeline, servers, show, tracking
-from flows.notify import NotifyConfig
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.champion import champion
+from flows.champion.notify import NotifyConfig
+from flows.cli import show
+from flows.cli.app import doctor
+from flows.run import pipeline
+from flows.run_file.load import load_run_file
+from flows.servers import start as servers
+from flows.tracking import tracker as tracking
 from tests.lineage_home import lab_graph
 from tests.processes import below, standing
 from tests.scored_home import run_file
@@ -105,7 +110,7 @@ def test_what_commands_say_of_a_server_that_is_away(clean, tmp_path, words, vari
     file = str(run_file(tmp_path))
     (tmp_path / "home" / "store").mkdir(parents=True)
     arguments = [file if word == "FILE" else word for word in words]
-    command = [sys.executable, "-m", "flows.cli", *arguments, "--home", str(tmp_path / "home")]
+    command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(tmp_path / "home")]
     environment = os.environ | {variable: f"{AWAY}/api" if "API" in variable else AWAY}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)

@@ -12,10 +12,10 @@ import httpx
 import psutil
 import pytest
 
-from flows import vllm_servers
-from flows.children import ForkServer, ServerDiedError, child_environment
-from flows.vllm_commands import ServerCommand
-from flows.vllm_servers import MOST_RESTARTS, Health, VllmServerError, VllmServers, ask_health
+from flows.engines import vllm_servers
+from flows.engines.children import ForkServer, ServerDiedError, child_environment
+from flows.engines.vllm_commands import ServerCommand
+from flows.engines.vllm_servers import MOST_RESTARTS, Health, VllmServerError, VllmServers, ask_health
 from tests import health_server
 from tests.processes import ended, eventually
 
@@ -162,8 +162,8 @@ def test_nothing_is_left_when_the_fork_server_is_killed(tmp_path):
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
-from flows.children import ForkServer, child_environment
-from flows.vllm_servers import VllmServers
+from flows.engines.children import ForkServer, child_environment
+from flows.engines.vllm_servers import VllmServers
 from tests.integration.test_server_group import ONE, group, up
 
 home = Path(sys.argv[1])

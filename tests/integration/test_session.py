@@ -9,17 +9,17 @@ SCRIPT = """
 import json, logging, sys
 from pathlib import Path
 import psutil
-from flows.session import prefect_session
+from flows.run.session import prefect_session
 
 with prefect_session(Path(sys.argv[1])):
     from prefect.logging.configuration import setup_logging
 
     setup_logging()
-    logging.getLogger("flows.outbox").warning("the tracking server does not answer")
+    logging.getLogger("flows.tracking.outbox").warning("the tracking server does not answer")
     below = psutil.Process().children(recursive=True)
     listening = [c.laddr.ip for p in below for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     print(json.dumps(listening))
-logging.getLogger("flows.outbox").warning("after it")
+logging.getLogger("flows.tracking.outbox").warning("after it")
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.children import ForkServer, child_environment
+from flows.engines.children import ForkServer, child_environment
 from tests.homes import with_databases
 from tests.integration.test_pipeline import LONG, Bench, processes_of
 from tests.processes import ended, eventually
@@ -27,7 +27,7 @@ def catches_hangup(pid: int) -> bool:
 def test_two_signals_in_the_first_second_leave_no_traceback(tmp_path, number):
     bench = Bench(tmp_path)
     with_databases(bench.home)
-    command = [sys.executable, "-m", "flows.entry", *bench.command()[3:]]
+    command = [sys.executable, "-m", "flows.cli.entry", *bench.command()[3:]]
     with subprocess.Popen(command, env=bench.environment, stderr=subprocess.PIPE, text=True) as process:
         eventually(lambda: catches_hangup(process.pid))
         process.send_signal(number)
@@ -59,7 +59,7 @@ def test_nohup_keeps_a_command_from_ending_with_its_terminal(tmp_path):
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    plan = [sys.executable, "-m", "flows.entry", "ui", "--home", str(bench.home)]
+    plan = [sys.executable, "-m", "flows.cli.entry", "ui", "--home", str(bench.home)]
     with subprocess.Popen([sys.executable, "-c", ignoring, *plan], env=bench.environment, stdout=-3) as process:
         try:
             eventually((bench.home / "servers" / "prefect.json").exists, within=600)

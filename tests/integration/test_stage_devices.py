@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import ResourcesConfig, RunConfig
-from flows.launch import Launcher
-from flows.plan import StageGraph, build_graph
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.engines.launch import Launcher
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.devices import claimed_devices
 from tests.integration.test_launch import RUN, Run, unmade
 from tests.processes import eventually, jobs_of

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from evals.criterion import Criterion
-from evals.gate import Verdict
-from flows.champion import promote_by_gate
-from flows.lock import write_lock
-from flows.mlflow_models import NOTE
-from flows.mlflow_writer import Writer
-from flows.outbox import Doubtful, Rejected, Unreachable
-from flows.plan import Node, StageGraph
-from flows.tracking import Tracker
-from stages.core.checkpoint import Artifact, Store
+from base.store.checkpoint import Artifact, Store
+from evals.promotion.criterion import Criterion
+from evals.promotion.gate import Verdict
+from flows.champion.champion import promote_by_gate
+from flows.plan.graph import Node, StageGraph
+from flows.plan.lock import write_lock
+from flows.tracking.models import NOTE
+from flows.tracking.outbox import Doubtful, Rejected, Unreachable
+from flows.tracking.tracker import Tracker
+from flows.tracking.writer import Writer
 from tests.homes import with_databases
 from tests.lineage_home import commit, lab_graph
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import stages.core.extras
-from experts.errors import UserError
-from stages.core.extras import require_vllm
-from stages.on_policy.vllm_settings import logprobs_mode
+import base.extras
+from base.errors import UserError
+from base.extras import require_vllm
+from stages.vllm.settings import logprobs_mode
 from tests import vllm_scenario
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_an_exported_adapter_is_loaded_by_vllm_as_it_is(facts):
 
 
 def test_without_vllm_the_error_names_the_key_and_the_extra(monkeypatch):
-    monkeypatch.setattr(stages.core.extras.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base.extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"merge\.sampler\.backend: vLLM is not installed; `make setup-vllm`"):
         require_vllm("merge.sampler.backend", gpus=0)
 

@@ -10,25 +10,25 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
-from experts.errors import UserError
-from flows.children import ForkServer, child_environment
-from flows.config import ResourcesConfig
-from flows.vllm_commands import rollout_servers
-from flows.vllm_servers import Health, RunningServer, VllmServers, ask_health
-from stages.config import LoraConfig
-from stages.core.checkpoint import Store
-from stages.core.policy import Policy
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.trained_on import TrainedOn
-from stages.core.training import Learner
-from stages.core.workspace import Workspace
-from stages.on_policy.config import RLConfig, SamplerConfig
-from stages.on_policy.handover import Probe
-from stages.on_policy.remote_handover import save_weights
-from stages.on_policy.remote_sampler import RemoteSampler
-from stages.on_policy.sampler import Sampling
-from stages.on_policy.vllm_server import Ends, ServerFailedError, ServerLostError, VllmServer
-from stages.on_policy.vllm_settings import NO_VERSION
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.engines.children import ForkServer, child_environment
+from flows.engines.vllm_commands import rollout_servers
+from flows.engines.vllm_servers import Health, RunningServer, VllmServers, ask_health
+from flows.run_file.schema import ResourcesConfig
+from stages.config.on_policy import RLConfig, SamplerConfig
+from stages.config.training import LoraConfig
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy
+from stages.model.tiny import character_tokenizer, tiny_model
+from stages.rows.trained_on import TrainedOn
+from stages.sampling.sampler import Sampling
+from stages.vllm.handover import Probe
+from stages.vllm.remote_handover import save_weights
+from stages.vllm.remote_sampler import RemoteSampler
+from stages.vllm.server import Ends, ServerFailedError, ServerLostError, VllmServer
+from stages.vllm.settings import NO_VERSION
 from tests.processes import eventually
 from tests.vllm_scenario import PROMPTS, SHAPE, gap, make_moe, make_policy, move, random_checkpoint
 

@@ -12,27 +12,27 @@ import torch
 from peft import get_peft_model
 
 import stages.distill
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from base.store.journal import read
 from experts.domain import load_domain
-from experts.errors import UserError
-from flows.children import ForkServer, child_environment
-from flows.config import ResourcesConfig
-from flows.vllm_commands import rollout_servers, teacher_servers
-from flows.vllm_servers import VllmServers
-from stages.config import LoraConfig, OptimizerConfig
-from stages.core.checkpoint import Artifact, Store
-from stages.core.journal import read
-from stages.core.policy import peft_config
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.training import Learner
-from stages.core.update import Row
-from stages.core.workspace import Workspace
-from stages.on_policy.config import SamplerConfig
-from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.remote_sampler import RemoteSampler
-from stages.on_policy.remote_teachers import RemoteTeachers
-from stages.on_policy.sampler import Sample, Sampling, sample
-from stages.on_policy.teachers import Routed, TeacherPool
-from stages.on_policy.vllm_settings import rows_at_a_time
+from flows.engines.children import ForkServer, child_environment
+from flows.engines.vllm_commands import rollout_servers, teacher_servers
+from flows.engines.vllm_servers import VllmServers
+from flows.run_file.schema import ResourcesConfig
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import SamplerConfig
+from stages.config.training import LoraConfig, OptimizerConfig
+from stages.learner.training import Learner
+from stages.learner.update import Row
+from stages.learner.workspace import Workspace
+from stages.model.policy import peft_config
+from stages.model.tiny import character_tokenizer, tiny_model
+from stages.sampling.sampler import Sample, Sampling, sample
+from stages.teachers.remote_teachers import RemoteTeachers
+from stages.teachers.scoring import Routed, TeacherPool
+from stages.vllm.remote_sampler import RemoteSampler
+from stages.vllm.settings import rows_at_a_time
 from tests.processes import eventually
 from tests.vllm_scenario import (
     LONG,

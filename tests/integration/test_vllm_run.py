@@ -15,18 +15,18 @@ import psutil
 import pytest
 import yaml
 
+from base.store.checkpoint import Store
+from base.store.journal import read
 from experts.domain import Example, load_domain
 from experts.endpoint import NEUTRAL, Endpoint
-from flows.children import ForkServer, child_environment
-from flows.config import ResourcesConfig
-from flows.vllm_commands import teacher_servers
-from flows.vllm_servers import VllmServers
-from stages.config import TinyModelConfig
-from stages.core.checkpoint import Store
-from stages.core.journal import read
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.workspace import Workspace
-from stages.on_policy.distill_config import DistillConfig
+from flows.engines.children import ForkServer, child_environment
+from flows.engines.vllm_commands import teacher_servers
+from flows.engines.vllm_servers import VllmServers
+from flows.run_file.schema import ResourcesConfig
+from stages.config.distill import DistillConfig
+from stages.config.training import TinyModelConfig
+from stages.learner.workspace import Workspace
+from stages.model.tiny import character_tokenizer, tiny_model
 from tests.homes import with_databases
 from tests.integration.test_pipeline import RUN
 
@@ -56,7 +56,7 @@ def test_a_run_with_rl_in_process_and_a_merge_on_servers_of_its_own(tmp_path):
     file.write_text(yaml.safe_dump(on_vllm(), sort_keys=False))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", "--plain", "--home", str(home), str(file)],
+        [sys.executable, "-m", "flows.cli.app", "run", "--plain", "--home", str(home), str(file)],
         env=clean,
         capture_output=True,
         text=True,

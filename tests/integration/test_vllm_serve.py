@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 
-from flows.config import ResourcesConfig
-from flows.launch import Launcher
-from flows.plan import build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
-from stages.core.policy import load_policy
-from stages.on_policy.vllm_server import VllmServer
+from base.store.checkpoint import Store
+from flows.engines.launch import Launcher
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
+from flows.run_file.schema import ResourcesConfig
+from stages.model.policy import load_policy
+from stages.vllm.server import VllmServer
 from tests.processes import ended, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
             launcher.run(graph, [graph.node(node)], lambda node, records: None)
     with output.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "serve", "teachers", str(file), "--home", str(home)],
+            [sys.executable, "-m", "flows.cli.app", "serve", "teachers", str(file), "--home", str(home)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=out,

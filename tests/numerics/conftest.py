@@ -7,13 +7,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from base.store.checkpoint import Artifact, Store
 from experts.domain import Domain, load_domain
-from stages.config import TinyModelConfig
-from stages.core.checkpoint import Artifact, Store
-from stages.core.policy import Policy
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
+from stages.config.training import TinyModelConfig
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy
+from stages.model.tiny import character_tokenizer, tiny_model
+from stages.rows.trained_on import TrainedOn
 
 TINY = TinyModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=128)
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages.config.distill import DistillConfig
 from stages.on_policy.balance import loss_weights
-from stages.on_policy.distill_config import DistillConfig
 from stages.on_policy.shares import capped_shares
 
 DOMAINS, LENGTHS = ["long", "long", "short"], [6, 3, 1]

@@ -4,11 +4,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experts.errors import UserError
-from stages.core.chat import controls, decode_completions, encode_demonstration, encode_prompt, stop_ids
-from stages.core.policy import tokenizer_difference
-from stages.core.rendering import Rendering, rendering, template_arguments
-from stages.core.tiny import character_tokenizer
+from base.errors import UserError
+from stages.model.policy import tokenizer_difference
+from stages.model.tiny import character_tokenizer
+from stages.rows.chat import controls, decode_completions, encode_demonstration, encode_prompt, stop_ids
+from stages.rows.rendering import Rendering, rendering, template_arguments
 from tests.chats import CHATML, CHATS, CORPUS, FAMILIES, make_tokenizer
 
 DIALOGUE = [

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 
 import stages.sft
-from stages.config import ConflictMaskConfig, SFTConfig
-from stages.core.journal import read
-from stages.core.supervised import _update_on_kept, cross_entropy
-from stages.core.update import Row, accumulate
+from base.store.journal import read
+from stages.config.training import ConflictMaskConfig, SFTConfig
+from stages.learner.supervised import _update_on_kept, cross_entropy
+from stages.learner.update import Row, accumulate
 from tests.numerics.test_update import make_learner, make_rows
 
 # Sure of token 0; sure between 0 and 1; unsure.

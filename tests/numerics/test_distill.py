@@ -5,14 +5,14 @@ import pytest
 import stages.distill
 import stages.on_policy.loop
 import stages.rl
+from base.store.checkpoint import Artifact
+from base.store.journal import read
 from experts.domain import Domain
-from stages.config import OptimizerConfig
-from stages.core.checkpoint import Artifact
-from stages.core.journal import read
-from stages.core.policy import Policy
-from stages.core.workspace import Workspace
-from stages.on_policy.config import HealthConfig, RLConfig
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.config.on_policy import HealthConfig, RLConfig
+from stages.config.training import OptimizerConfig
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy
 
 SMALL = {"max_steps": 2, "examples": 40, "prompts_per_step": 6, "max_new_tokens": 8}
 OBJECTIVES = {

@@ -9,17 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.core.loss import chunked_token_loss
-from stages.on_policy.divergences import (
-    diagnose,
-    entropy_aware,
-    forward_kl,
-    jsd,
-    reverse_kl,
-    support,
-    top_k_divergence,
-)
-from stages.on_policy.losses import Losses
+from stages.losses.chunked import chunked_token_loss
+from stages.losses.divergences import diagnose, entropy_aware, forward_kl, jsd, reverse_kl, support, top_k_divergence
+from stages.losses.log_probabilities import Losses
 
 BETA, THRESHOLD = 1 / 3, 1.2
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")

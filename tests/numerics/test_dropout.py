@@ -7,13 +7,13 @@ from peft import get_peft_model
 import stages.distill
 import stages.rl
 import stages.sft
-from stages.config import LoraConfig, SFTConfig
-from stages.core.dropout import begin_update
-from stages.core.journal import read
-from stages.core.policy import Policy, peft_config
-from stages.core.trained_on import TrainedOn
-from stages.on_policy.config import RLConfig
-from stages.on_policy.distill_config import DistillConfig
+from base.store.journal import read
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import LoraConfig, SFTConfig
+from stages.learner.dropout import begin_update
+from stages.model.policy import Policy, peft_config
+from stages.rows.trained_on import TrainedOn
 from tests.chats import make_policy
 
 SMALL = {"max_steps": 1, "examples": 40, "prompts_per_step": 6, "max_new_tokens": 12}

@@ -5,13 +5,13 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from evals.evaluate import EvaluationRequest, evaluate
-from evals.scores import read_scores
+from base.store.checkpoint import Artifact
+from base.store.journal import read
+from evals.comparison.scores import read_scores
+from evals.measure.evaluate import EvaluationRequest, evaluate
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
-from stages.config import EvaluationConfig
-from stages.core.checkpoint import Artifact
-from stages.core.journal import read
-from stages.core.trained_on import TrainedOn
+from stages.config.training import EvaluationConfig
+from stages.rows.trained_on import TrainedOn
 from tests.chats import make_policy
 from tests.numerics.conftest import tiny_policy
 

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stages.sft
-from experts.errors import UserError
-from flows.export import export
-from stages.config import LoraConfig, SFTConfig
-from stages.core.policy import load_policy
+from base.errors import UserError
+from flows.lineage.export import export
+from stages.config.training import LoraConfig, SFTConfig
+from stages.model.policy import load_policy
 
 TOKENS = torch.tensor([[7, 30, 60, 12]])
 

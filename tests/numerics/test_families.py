@@ -8,18 +8,18 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import stages.load
 import stages.rl
-from experts.errors import UserError
-from stages.config import LoraConfig, SFTConfig
-from stages.core.architecture import unsupported
-from stages.core.packing import pack
-from stages.core.policy import HiddenStates, Policy, head_weight, load_policy
-from stages.core.source import Source
-from stages.core.tiny import character_tokenizer
+from base.errors import UserError
+from base.store.source import Source
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import LoraConfig, SFTConfig
 from stages.distill import train as distill
 from stages.export import export_weights
-from stages.on_policy.config import RLConfig
-from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.sampler import Sampling, sample
+from stages.model.architecture import unsupported
+from stages.model.policy import HiddenStates, Policy, head_weight, load_policy
+from stages.model.tiny import character_tokenizer
+from stages.rows.packing import pack
+from stages.sampling.sampler import Sampling, sample
 from stages.sft import train as sft
 from tests.families import REFUSED, SUPPORTED, WINDOW, config_of, random_model, write_model
 

@@ -12,16 +12,16 @@ pytest.importorskip("lm_eval", reason="needs make setup-harness")
 
 from lm_eval.tasks import TaskManager
 
-from evals.harness import HarnessRequest, evaluate_tasks
-from evals.harness_config import HarnessConfig, HarnessTaskConfig
-from evals.harness_tasks import index_tasks
-from evals.scores import Scores, read_scores
+from base.errors import UserError
+from base.store.checkpoint import Artifact
+from evals.comparison.scores import Scores, read_scores
+from evals.config.harness import HarnessConfig, HarnessTaskConfig
+from evals.measure.harness import HarnessRequest, evaluate_tasks
+from evals.measure.harness_tasks import index_tasks
 from experts.domain import HELD_OUT
-from experts.errors import UserError
-from stages.config import LoraConfig
-from stages.core.checkpoint import Artifact
-from stages.core.policy import Policy, load_policy
-from stages.core.trained_on import TrainedOn
+from stages.config.training import LoraConfig
+from stages.model.policy import Policy, load_policy
+from stages.rows.trained_on import TrainedOn
 from tests.harness_home import QUESTIONS, write_tasks
 
 Score = Callable[..., Artifact]

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from experts.errors import UserError
-from stages.config import OptimizerConfig, TrainConfig
-from stages.core.supervised import cross_entropy
-from stages.core.training import Learner
-from stages.core.update import Row, accumulate, token_weights
+from base.errors import UserError
+from stages.config.training import OptimizerConfig, TrainConfig
+from stages.learner.supervised import cross_entropy
+from stages.learner.training import Learner
+from stages.learner.update import Row, accumulate, token_weights
 from stages.on_policy.rollout import Rollout
-from stages.on_policy.sampler import Sample
 from stages.on_policy.signals import TrainerSignal
+from stages.sampling.sampler import Sample
 from tests.numerics.conftest import tiny_policy
 
 LENGTHS = [5, 9, 3, 12, 7]

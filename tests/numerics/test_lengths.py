@@ -6,16 +6,16 @@ import stages.distill
 import stages.rft
 import stages.rl
 import stages.sft
+from base.errors import UserError
+from base.store.journal import read
 from experts.domain import Domain, Example
-from experts.errors import UserError
-from stages.config import SFTConfig
-from stages.core.chat import encode_prompt
-from stages.core.journal import read
-from stages.core.lengths import Limit, fit, longer, shorten
-from stages.core.policy import load_policy
-from stages.core.trained_on import TrainedOn
-from stages.on_policy.config import RFTConfig, RLConfig
-from stages.on_policy.distill_config import DistillConfig
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RFTConfig, RLConfig
+from stages.config.training import SFTConfig
+from stages.model.policy import load_policy
+from stages.rows.chat import encode_prompt
+from stages.rows.lengths import Limit, fit, longer, shorten
+from stages.rows.trained_on import TrainedOn
 from tests.chats import CHATS, make_policy, make_tokenizer
 
 SMALL = {"max_steps": 1, "examples": 6}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import stages.core.linear
-from stages.core.linear import WORTHWHILE, product, use_onednn
+import stages.model.linear
+from stages.model.linear import WORTHWHILE, product, use_onednn
 from tests.numerics.conftest import tiny_policy
 
 SHAPE = (3, 96, 128, 256)
@@ -14,20 +14,20 @@ SHAPE = (3, 96, 128, 256)
 @pytest.fixture(autouse=True)
 def _slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor whose wide units MKL leaves unused."""
-    monkeypatch.setattr(stages.core.linear, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(stages.model.linear, "_mkl_is_slow", lambda: True)
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of the left factors that went to oneDNN."""
     seen: list[torch.Size] = []
-    run = stages.core.linear._run
+    run = stages.model.linear._run
 
     def noted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         seen.append(left.shape)
         return run(left, right)
 
-    monkeypatch.setattr(stages.core.linear, "_run", noted)
+    monkeypatch.setattr(stages.model.linear, "_run", noted)
     return seen
 
 

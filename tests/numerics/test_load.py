@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from experts.errors import UserError
+from base.errors import UserError
+from base.store.checkpoint import Store
+from base.store.source import Source, resolve_checkpoint, resolve_gguf
 from stages import load
-from stages.config import LoraConfig
-from stages.core.checkpoint import Store
-from stages.core.policy import load_policy
-from stages.core.source import Source, resolve_checkpoint, resolve_gguf
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
+from stages.config.training import LoraConfig
 from stages.export import export_weights
+from stages.learner.workspace import Workspace
+from stages.model.policy import load_policy
+from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy
 
 

@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from stages.on_policy.advantages import group_advantages
-from stages.on_policy.losses import (
-    clipped_surrogate,
-    entropy,
-    policy_gradient,
-    sampled_advantages,
-)
+from stages.losses.advantages import group_advantages
+from stages.losses.log_probabilities import clipped_surrogate, entropy, policy_gradient, sampled_advantages
 
 
 def test_clipped_surrogate_by_hand():

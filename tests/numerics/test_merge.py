@@ -9,9 +9,9 @@ from peft.utils import merge_utils
 from pydantic import ValidationError
 
 import stages.merge
-from experts.hashing import stable_hash
+from base.hashing import stable_hash
+from stages.config.merge import WeightMergeConfig
 from stages.merge import merge
-from stages.merge_config import WeightMergeConfig
 
 METHODS = ["weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 

@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stages.merge
-from experts.errors import UserError
-from stages.config import LoraConfig, TinyModelConfig
-from stages.core.checkpoint import Artifact, Store
-from stages.core.journal import read
-from stages.core.policy import Policy, load_policy, peft_config
-from stages.core.tiny import character_tokenizer, tiny_model
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from base.store.journal import read
+from stages.config.merge import WeightMergeConfig
+from stages.config.training import LoraConfig, TinyModelConfig
+from stages.learner.workspace import Workspace
 from stages.merge import choose_experts, merge
-from stages.merge_config import WeightMergeConfig
+from stages.model.policy import Policy, load_policy, peft_config
+from stages.model.tiny import character_tokenizer, tiny_model
+from stages.rows.trained_on import TrainedOn
 from tests.families import write_model
 from tests.numerics.conftest import tiny_policy
 

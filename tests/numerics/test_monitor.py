@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from evals.evaluate import EvaluationRequest, evaluate
-from evals.monitor import Monitor
+from base.errors import UserError
+from evals.measure.evaluate import EvaluationRequest, evaluate
+from evals.measure.monitor import Monitor
 from experts.domain import HELD_OUT, load_domain
-from experts.errors import UserError
-from stages.config import EvaluationConfig
-from stages.on_policy.config import MonitorConfig
+from stages.config.on_policy import MonitorConfig
+from stages.config.training import EvaluationConfig
 from tests.numerics.conftest import tiny_policy
 
 
@@ -52,7 +52,7 @@ def test_prompts_are_encoded_once(domains, monkeypatch):
         encoded.append(prompt)
         return list(tokenizer(prompt)["input_ids"])
 
-    monkeypatch.setattr("evals.monitor.encode_prompt", counting)
+    monkeypatch.setattr("evals.measure.monitor.encode_prompt", counting)
     monitor = Monitor({"sort": domains["sort"]}, MonitorConfig(examples=5), max_new_tokens=3)
     for step in (0, 50, 100):
         monitor(tiny_policy(0), step)

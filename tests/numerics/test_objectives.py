@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from experts.domain import Example
-from stages.core.loss import chunked_token_loss
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig, TopKConfig
-from stages.on_policy.divergences import reverse_kl
-from stages.on_policy.losses import (
+from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.losses.chunked import chunked_token_loss
+from stages.losses.divergences import reverse_kl
+from stages.losses.log_probabilities import (
     extrapolate,
     importance_weights,
     policy_gradient,
@@ -21,8 +21,8 @@ from stages.on_policy.losses import (
 )
 from stages.on_policy.objectives import DIAGNOSE_EVERY, distillation_objective, needs_trainer_logprobs
 from stages.on_policy.rollout import Rollout
-from stages.on_policy.sampler import Sample
 from stages.on_policy.signals import Judgement
+from stages.sampling.sampler import Sample
 
 VOCABULARY, LENGTHS = 11, (3, 1, 4)
 CPU = SimpleNamespace(device=torch.device("cpu"))

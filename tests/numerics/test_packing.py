@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.core.packing import Packed, first_fit, micro_batches, pack
-from stages.core.policy import HiddenStates, Policy
+from stages.model.policy import HiddenStates, Policy
+from stages.rows.packing import Packed, first_fit, micro_batches, pack
 from tests.numerics.conftest import tiny_policy
 
 LENGTHS = (24, 5, 11, 9, 23, 3, 8)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import stages.sft
-from experts.errors import UserError
-from stages.config import LoraConfig, SFTConfig
-from stages.core.characters import KEYWORDS
-from stages.core.policy import check_head, load_policy, tokenizer_difference
-from stages.core.tiny import character_tokenizer
+from base.errors import UserError
+from stages.config.training import LoraConfig, SFTConfig
+from stages.model.characters import KEYWORDS
+from stages.model.policy import check_head, load_policy, tokenizer_difference
+from stages.model.tiny import character_tokenizer
 from tests.numerics.conftest import tiny_policy
 
 LORA = LoraConfig(rank=4)
@@ -74,7 +74,7 @@ def test_logits_that_are_more_than_a_linear_head_are_refused(store, checkpoint):
 def test_an_adapters_files_are_the_same_from_every_process(tmp_path):
     code = (
         "import sys; from pathlib import Path; from peft import get_peft_model; import torch; "
-        "from stages.config import LoraConfig; from stages.core.policy import Policy, peft_config; "
+        "from stages.config.training import LoraConfig; from stages.model.policy import Policy, peft_config; "
         "from tests.numerics.conftest import tiny_policy; policy = tiny_policy(0); torch.manual_seed(0); "
         "model = get_peft_model(policy.model, peft_config(LoraConfig(rank=4))); "
         "Policy(model, policy.tokenizer, 'start').save(Path(sys.argv[1]))"

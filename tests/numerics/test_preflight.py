@@ -10,14 +10,14 @@ import torch
 import stages.distill
 import stages.rft
 import stages.rl
-from experts.errors import UserError
-from flows.worker import USER_ERROR, exit_code_of
-from stages.core.journal import read
-from stages.on_policy.config import RFTConfig, RLConfig, SamplerConfig
-from stages.on_policy.distill_config import DistillConfig
+from base.errors import UserError
+from base.store.journal import read
+from flows.engines.worker import USER_ERROR, exit_code_of
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RFTConfig, RLConfig, SamplerConfig
 from stages.on_policy.preflight import SamplerCheck, preflight
-from stages.on_policy.sampler import Sample, TransformersSampler
-from stages.on_policy.teachers import Routed, TeacherPool
+from stages.sampling.sampler import Sample, TransformersSampler
+from stages.teachers.scoring import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 
 

@@ -8,15 +8,15 @@ from safetensors.torch import load_file, save_file
 
 import stages.distill
 import stages.sft
-from evals.evaluate import EvaluationRequest, evaluate
-from experts.errors import UserError
-from flows.export import export
+from base.errors import UserError
+from base.store.source import Source
+from evals.measure.evaluate import EvaluationRequest, evaluate
+from flows.lineage.export import export
 from stages import load
-from stages.config import EvaluationConfig, LoraConfig, SFTConfig
-from stages.core.policy import load_policy
-from stages.core.remote_code import options, remote_code
-from stages.core.source import Source
-from stages.on_policy.distill_config import DistillConfig
+from stages.config.distill import DistillConfig
+from stages.config.training import EvaluationConfig, LoraConfig, SFTConfig
+from stages.model.policy import load_policy
+from stages.model.remote_code import options, remote_code
 from tests.numerics.conftest import tiny_policy
 
 OWN = """

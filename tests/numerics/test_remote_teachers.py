@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig, TopKConfig
-from stages.on_policy.losses import token_logprobs
+from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.losses.log_probabilities import token_logprobs
 from stages.on_policy.objectives import distillation_objective
-from stages.on_policy.remote_teachers import Known, RemoteScores
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import Judgement
+from stages.teachers.remote_teachers import Known, RemoteScores
 from tests.numerics.test_objectives import CPU, LENGTHS, VOCABULARY, Logits, evaluate, make_rollout, random_logits
 
 TOP_K = [

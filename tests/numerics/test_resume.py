@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-import stages.core.supervised
 import stages.distill
+import stages.learner.supervised
 import stages.on_policy.loop
 import stages.pretrain
 import stages.rl
 import stages.sft
+from base.store.checkpoint import Artifact
+from base.store.journal import read
 from experts.domain import Domain
-from stages.config import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
-from stages.core.checkpoint import Artifact
-from stages.core.journal import read
-from stages.core.workspace import SPENT_FILE, Workspace
-from stages.on_policy.config import RLConfig
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
+from stages.learner.workspace import SPENT_FILE, Workspace
 
 DAY_SECONDS = 86400.0
 SMALL = {"max_steps": 6, "examples": 60, "save_every": 2}
@@ -83,7 +83,7 @@ def test_resumed_equals_uninterrupted(
         parents |= {f"teacher/{domain}": checkpoint(f"teacher-{domain}", i + 1) for i, domain in enumerate(domains)}
     whole = train(config, workspace("whole", parents, domains))
     with monkeypatch.context() as patch, pytest.raises(CutOffError):
-        for module in (stages.core.supervised, stages.on_policy.loop):
+        for module in (stages.learner.supervised, stages.on_policy.loop):
             patch.setattr(module, "end_step", cut_after(module.end_step, 5))
         train(config, workspace("cut", parents, domains))
     place = workspace("cut", parents, domains)
@@ -125,7 +125,7 @@ def test_resuming_reads_no_pickle(
     parents = {"start": checkpoint("start", 0)}
     whole = train(config, workspace("whole", parents, domains))
     with monkeypatch.context() as patch, pytest.raises(CutOffError):
-        patch.setattr(stages.core.supervised, "end_step", cut_after(stages.core.supervised.end_step, 5))
+        patch.setattr(stages.learner.supervised, "end_step", cut_after(stages.learner.supervised.end_step, 5))
         train(config, workspace("cut", parents, domains))
     place = workspace("cut", parents, domains)
     (folder,) = place.progress.glob("step-*")

@@ -7,12 +7,12 @@ import torch
 import stages.on_policy.loop
 import stages.rl
 from experts.domain import Example
-from stages.on_policy.config import RewardNoiseConfig, RFTConfig, RLConfig
-from stages.on_policy.distill_config import DistillConfig
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RewardNoiseConfig, RFTConfig, RLConfig
 from stages.on_policy.noise import RewardNoise, reward_noise
 from stages.on_policy.rollout import Rollout
-from stages.on_policy.sampler import Sample
 from stages.on_policy.signals import RewardSignal, SuccessSignal
+from stages.sampling.sampler import Sample
 from tests.numerics.test_resume import CutOffError, Scattered, cut_after, metrics_of
 
 

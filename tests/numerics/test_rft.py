@@ -3,8 +3,8 @@
 import torch
 
 import stages.rft
-from stages.core.journal import read
-from stages.on_policy.config import RFTConfig
+from base.store.journal import read
+from stages.config.on_policy import RFTConfig
 from stages.on_policy.signals import SuccessSignal
 from tests.numerics.test_objectives import make_rollout, random_logits
 

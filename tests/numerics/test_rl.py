@@ -3,10 +3,10 @@
 import torch
 
 import stages.rl
+from base.store.journal import read
 from experts.domain import Domain
-from experts.untrusted import Losses, VerifierLostError
-from stages.core.journal import read
-from stages.on_policy.config import RLConfig
+from experts.isolation.untrusted import Losses, VerifierLostError
+from stages.config.on_policy import RLConfig
 
 LIKED = "abcdefgh"
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from experts.errors import UserError
-from stages.core.chat import encode_prompt
-from stages.core.policy import Policy
-from stages.on_policy.losses import token_logprobs
-from stages.on_policy.sampler import Sample, Sampling, draw, sample, truncate
+from base.errors import UserError
+from stages.losses.log_probabilities import token_logprobs
+from stages.model.policy import Policy
+from stages.rows.chat import encode_prompt
+from stages.sampling.sampler import Sample, Sampling, draw, sample, truncate
 from tests.numerics.conftest import tiny_policy
 
 PROMPTS = ("sort up 3 1 2:", "reverse abcdefgh ijk:", "x", "upper kotap:")

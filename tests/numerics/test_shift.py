@@ -9,21 +9,21 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evals import shift, task_vectors
-from evals.shift import divergences, domain_shift
-from evals.shift_sheet import read_cosines, read_shift
-from evals.task_vectors import cosines, part_of, weight_shift
+from base.store.checkpoint import Artifact
+from base.store.journal import JOURNAL_FILE, read
+from evals.comparison.shift_sheet import read_cosines, read_shift
+from evals.measure import shift, task_vectors
+from evals.measure.shift import divergences, domain_shift
+from evals.measure.task_vectors import cosines, part_of, weight_shift
 from experts.domain import HELD_OUT
-from stages.config import LoraConfig
-from stages.core.chat import encode_prompt
-from stages.core.checkpoint import Artifact
-from stages.core.journal import JOURNAL_FILE, read
-from stages.core.policy import Policy, load_policy, peft_config
-from stages.core.trained_on import TrainedOn
-from stages.core.weights import StoredWeights
+from stages.config.shift import ShiftRequest
+from stages.config.training import LoraConfig
 from stages.merge import Expert, Geometry
-from stages.on_policy.sampler import Sampling, sample
-from stages.shift_config import ShiftRequest
+from stages.model.policy import Policy, load_policy, peft_config
+from stages.model.weights import StoredWeights
+from stages.rows.chat import encode_prompt
+from stages.rows.trained_on import TrainedOn
+from stages.sampling.sampler import Sampling, sample
 from tests.numerics.conftest import tiny_policy
 
 REQUEST = ShiftRequest(examples=5, max_new_tokens=8, batch_size=64)

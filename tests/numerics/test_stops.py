@@ -10,14 +10,14 @@ import torch
 from transformers import GenerationConfig
 
 from experts.domain import Example, load_domain
-from stages.core.chat import encode_prompt, encode_text
-from stages.core.policy import Policy, load_policy
-from stages.core.stop_strings import StopStrings
-from stages.core.trained_on import TrainedOn
 from stages.export import export_weights
+from stages.model.policy import Policy, load_policy
+from stages.model.stop_strings import StopStrings
 from stages.on_policy.rollout import gather, score
-from stages.on_policy.sampler import Sampling, sample
-from stages.on_policy.vllm_server import Ends, VllmServer
+from stages.rows.chat import encode_prompt, encode_text
+from stages.rows.trained_on import TrainedOn
+from stages.sampling.sampler import Sampling, sample
+from stages.vllm.server import Ends, VllmServer
 from tests.chats import CHATS, FAMILIES, make_policy
 from tests.numerics.conftest import tiny_policy
 

@@ -10,23 +10,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-import stages.on_policy.residency
 import stages.sft
-from experts.errors import UserError
-from stages.config import LoraConfig, SFTConfig
-from stages.core.checkpoint import Artifact, Store
-from stages.core.policy import load_policy
-from stages.core.tiny import character_tokenizer
-from stages.core.trained_on import TrainedOn
-from stages.core.update import Row
-from stages.core.workspace import Workspace
-from stages.on_policy.distill_config import DistillConfig
-from stages.on_policy.divergences import reverse_kl
-from stages.on_policy.losses import token_logprobs
+import stages.teachers.residency
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from stages.config.distill import DistillConfig
+from stages.config.training import LoraConfig, SFTConfig
+from stages.learner.update import Row
+from stages.learner.workspace import Workspace
+from stages.losses.divergences import reverse_kl
+from stages.losses.log_probabilities import token_logprobs
+from stages.model.policy import load_policy
+from stages.model.tiny import character_tokenizer
 from stages.on_policy.off_policy import TeacherWriter
 from stages.on_policy.preflight import SamplerCheck, preflight
-from stages.on_policy.sampler import TransformersSampler
-from stages.on_policy.teachers import Routed, TeacherPool
+from stages.rows.trained_on import TrainedOn
+from stages.sampling.sampler import TransformersSampler
+from stages.teachers.scoring import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 
 DOMAINS = ["sort", "reverse", "uppercase", "reverse", "sort"]
@@ -141,14 +141,14 @@ def test_the_next_teacher_is_read_while_one_scores(store, checkpoint, monkeypatc
     teachers = {name: checkpoint(name, seed) for seed, name in enumerate(("sort", "reverse", "uppercase"))}
     pool = TeacherPool(routes(teachers), store, tiny_policy(9), DistillConfig(max_resident=2))
     readers: list[str] = []
-    read = stages.on_policy.residency._read
+    read = stages.teachers.residency._read
 
     def noted(base: Artifact) -> dict[str, torch.Tensor]:
         readers.append(threading.current_thread().name)
         assert len(pool.residents.bases) <= 2
         return read(base)
 
-    monkeypatch.setattr(stages.on_policy.residency, "_read", noted)
+    monkeypatch.setattr(stages.teachers.residency, "_read", noted)
     pool.score(make_rows(), DOMAINS)
     # Two were in memory from the check of their heads; the third comes by the thread, and nothing else is read.
     assert len(readers) == 1
@@ -174,7 +174,7 @@ def test_never_more_bases_in_memory_than_allowed(
     gc.freeze()
     request.addfinalizer(gc.unfreeze)
     peaks: list[int] = []
-    read, forward = stages.on_policy.residency._read, TeacherPool._forward
+    read, forward = stages.teachers.residency._read, TeacherPool._forward
 
     def noted_read(base: Artifact) -> dict[str, torch.Tensor]:
         peaks.append(_new_models() + 1)
@@ -184,7 +184,7 @@ def test_never_more_bases_in_memory_than_allowed(
         peaks.append(_new_models())
         return forward(pool, model, rows)
 
-    monkeypatch.setattr(stages.on_policy.residency, "_read", noted_read)
+    monkeypatch.setattr(stages.teachers.residency, "_read", noted_read)
     monkeypatch.setattr(TeacherPool, "_forward", noted_forward)
     config = DistillConfig(max_resident=max_resident, max_new_tokens=4, preflight_tolerance=100.0)
     # One domain has two teachers, so that the preflight too asks several in turn.

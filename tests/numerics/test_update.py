@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.config import TrainConfig
-from stages.core.loss import chunked_token_loss
-from stages.core.packing import micro_batches
-from stages.core.supervised import cross_entropy
-from stages.core.training import Learner
-from stages.core.update import Row, accumulate, token_weights
+from stages.config.training import TrainConfig
+from stages.learner.supervised import cross_entropy
+from stages.learner.training import Learner
+from stages.learner.update import Row, accumulate, token_weights
+from stages.losses.chunked import chunked_token_loss
+from stages.rows.packing import micro_batches
 from tests.numerics.conftest import tiny_policy
 
 

@@ -283,7 +283,8 @@ CODE = [
         "class A(int):\n def __eq__(s,o): return True\ndef f(a,b): return A(0)", "def f(a,b): return outputs[0]",
         "import builtins\nbuiltins.all = lambda x: True\ndef f(a,b): return 0",
         "def f(a,b): return open('tests').read()",
-        "calls = []\ndef f(a,b): return 0", "import experts.sandbox\ndef f(a,b): return 0", "print('1 passed')",
+        "calls = []\ndef f(a,b): return 0", "import experts.isolation.sandbox\ndef f(a,b): return 0",
+        "print('1 passed')",
     )),
 ]  # fmt: skip
 

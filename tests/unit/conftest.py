@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import session
+from flows.run import session
 from tests.desk import Desk
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows.add_expert import NewExpert, add_expert, remove_expert
-from flows.lock import status
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.plan.lock import status
+from flows.run_file.load import load_run_file
+from flows.scaffold.add_expert import NewExpert, add_expert, remove_expert
 from tests.checkpoints import pretend_checkpoint
 from tests.scored_home import finish, graph_of
 

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from experts.errors import UserError
-from flows.addresses import holds_password
-from flows.run_file import load_run_file
+from base.errors import UserError
+from flows.run_file.addresses import holds_password
+from flows.run_file.load import load_run_file
 from tests.integration.test_pipeline import RUN
 
 SECRET = "nobody-may-see-this"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from experts.code_functions import Function
+from base.errors import UserError
+from experts.code.functions import Function
 from experts.domain import TRAIN, Domain, Example, load_domain
-from experts.errors import UserError
-from experts.judge import chat, read_mark
-from experts.strings import TASKS
+from experts.kinds.judge import chat, read_mark
+from experts.kinds.strings import TASKS
 from tests.unit.adversarial_answers import ANIMALS, CORRUPTED, IMITATIONS, REPLIES, ROWS, Row
 
 CASES = [(row, completion) for row in ROWS for completion in row.completions]
@@ -110,6 +110,6 @@ def test_a_gold_answer_of_which_only_a_part_is_read_is_refused(gold, tmp_path):
 
 def test_no_pattern_repeats_a_group_possessively():
     """Python before 3.11.5, as in Debian 12, keeps what such a repetition consumed before it failed (gh-106052)."""
-    sources = (Path(__file__).parents[2] / "experts").glob("*.py")
+    sources = (Path(__file__).parents[2] / "experts").rglob("*.py")
     lines = [(path.name, line) for path in sources for line in path.read_text().splitlines()]
     assert [pair for pair in lines if re.search(r"\)(?:[?*+]|\{[\d,]+\})\+", pair[1])] == []

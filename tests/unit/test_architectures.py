@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows.check import deep_check
-from flows.plan import build_graph
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.check.check import deep_check
+from flows.plan.graph import build_graph
 from tests.families import REFUSED, write_model, write_refused
 from tests.unit.test_check import FEW, SORT_ALONE
 from tests.unit.test_config import load

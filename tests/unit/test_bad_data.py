@@ -9,7 +9,7 @@ from tests.desk import RL, RUN, Desk, Value
 
 OWN = """
 from experts.domain import Domain, Example, Options
-from experts.hashing import stable_hash
+from base.hashing import stable_hash
 {imports}
 
 class Mine(Domain):

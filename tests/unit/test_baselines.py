@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows.plan import Node, StageGraph, build_graph
+from base.errors import UserError
+from flows.plan.graph import Node, StageGraph, build_graph
 from tests.unit.test_config import load
 
 ALL = "merge.baselines=[weight_average, task_arithmetic, ties, dare_linear, dare_ties, seqkd, mix_sft, mix_rl]"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import cards
-from stages.core.checkpoint import Artifact, Store
+from base.store.checkpoint import Artifact, Store
+from flows.lineage import cards
 from tests.lineage_home import commit, lab_graph, lessons, shared_graph
 
 

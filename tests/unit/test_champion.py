@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from evals.criterion import Criterion
-from evals.gate import Verdict
-from experts.errors import UserError
-from flows import champion
-from flows.champion import (
+from base.errors import UserError
+from base.store.checkpoint import Store
+from evals.promotion.criterion import Criterion
+from evals.promotion.gate import Verdict
+from flows.champion import champion
+from flows.champion.champion import (
     Reign,
     champion_path,
     former_scores,
@@ -22,10 +23,9 @@ from flows.champion import (
     rejected,
     rollback,
 )
-from flows.closing import conclude
-from flows.plan import Node, StageGraph
-from flows.results import collect
-from stages.core.checkpoint import Store
+from flows.champion.results import collect
+from flows.plan.graph import Node, StageGraph
+from flows.run.closing import conclude
 from tests.scored_home import finish, graph_of, run_file
 
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from evals.criterion import Criterion
-from evals.gate import Verdict
-from experts.errors import UserError
-from flows.champion import promote_by_gate
-from flows.champion_start import pin_note, repin, savings
-from flows.lineage import resolve, rows
-from flows.lock import status
-from flows.plan import StageGraph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from evals.promotion.criterion import Criterion
+from evals.promotion.gate import Verdict
+from flows.champion.champion import promote_by_gate
+from flows.lineage.rows import resolve, rows
+from flows.plan.champion_start import pin_note, repin, savings
+from flows.plan.graph import StageGraph
+from flows.plan.lock import status
+from flows.run_file.load import load_run_file
 from tests.scored_home import SHARES, finish, graph_of, run_file
 
 FROM_CHAMPION = "merge.start_from=champion"

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows import gpus
-from flows.check import deep_check
-from flows.devices import host_devices
-from flows.plan import build_graph
-from stages.core import extras
-from stages.core.checkpoint import Store
-from stages.core.tiny import character_tokenizer
+from base import extras
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.check.check import deep_check
+from flows.engines import gpus
+from flows.engines.devices import host_devices
+from flows.plan.graph import build_graph
+from stages.model.tiny import character_tokenizer
 from tests.checkpoints import pretend_checkpoint
 from tests.devices import DRIVER, stand_in_driver
 from tests.installed import install_vllm

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows.check import deep_check
-from flows.plan import build_graph
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.check.check import deep_check
+from flows.plan.graph import build_graph
 from tests.chats import CHATML, GEMMA, make_policy
 from tests.unit.test_config import load
 

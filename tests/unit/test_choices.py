@@ -2,9 +2,9 @@
 
 import pytest
 
-from experts.choices import chosen_letter, gold_letters
+from base.errors import UserError
 from experts.domain import TRAIN, load_domain
-from experts.errors import UserError
+from experts.scoring.choices import chosen_letter, gold_letters
 from tests.unit.test_hub import write
 
 ANIMALS = ["ant", "cow", "dog"]

@@ -9,14 +9,14 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from evals.claim_config import ComparisonConfig, HypothesisConfig
-from evals.claim_data import findings_again, findings_data
-from evals.claims import findings
-from evals.claims_figures import claim_figure
-from evals.claims_page import Judged, claims_page, hypotheses_grid
-from evals.crossed import over_both, over_examples
-from evals.results import Cost, Expert, Results
-from evals.scores import Scores
+from evals.claims.data import findings_again, findings_data
+from evals.claims.figures import claim_figure
+from evals.claims.findings import findings
+from evals.claims.page import Judged, claims_page, hypotheses_grid
+from evals.comparison.results import Cost, Expert, Results
+from evals.comparison.scores import Scores
+from evals.config.claims import ComparisonConfig, HypothesisConfig
+from evals.statistics.crossed import over_both, over_examples
 from tests.scored import row, sheet
 from tests.unit.test_config import load, message
 

@@ -9,10 +9,10 @@ import yaml
 from scipy import stats
 from typer.testing import CliRunner, Result
 
-from flows.cli import app
-from flows.plan import build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.cli.app import app
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
 from tests.scored import sheet
 from tests.unit.test_config import MINIMAL
 

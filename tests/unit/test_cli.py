@@ -11,8 +11,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from flows.cli import app
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.cli.app import app
 from tests.unit.test_config import MINIMAL
 
 HEAVY = ("torch", "transformers", "datasets", "reasoning_gym", "prefect", "mlflow", "scipy", "matplotlib")
@@ -111,7 +111,7 @@ def test_an_unknown_lineage_is_a_users_mistake(tmp_path: Path) -> None:
 
 def test_planning_imports_nothing_heavy(run_file: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom flows.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom flows.cli.app import app\n"
         f"result = CliRunner().invoke(app, ['plan', {str(run_file)!r}, '--home', {str(tmp_path / 'home')!r}])\n"
         f"assert result.exit_code == 0, result.output\nprint([name for name in {HEAVY} if name in sys.modules])"
     )

@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from experts.code_edit import CodeEditDomain, excess_edit, extract_code
-from experts.code_functions import Function
-from experts.code_humaneval import human_eval_functions, without_docstrings
-from experts.code_mutations import FAMILIES, corruptions
-from experts.code_rewrites import code_tokens, edit_distance
+from base.errors import UserError
+from experts.code.functions import Function
+from experts.code.humaneval import human_eval_functions, without_docstrings
+from experts.code.mutations import FAMILIES, corruptions
+from experts.code.rewrites import code_tokens, edit_distance
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, TRAIN, Example, in_train, load_domain
-from experts.errors import UserError
+from experts.kinds.code_edit import CodeEditDomain, excess_edit, extract_code
 
 
 def make(**options) -> CodeEditDomain:

@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from experts.code_mutations import FAMILIES, corruptions, parses
-from experts.sandbox import passes
+from experts.code.mutations import FAMILIES, corruptions, parses
+from experts.isolation.sandbox import passes
 
 # One function a family can corrupt, with odd spacing and a comment that must survive.
 MATERIAL = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.compare import mean_interval, mean_over, mean_over_domains, paired_difference
+from evals.statistics.intervals import mean_interval, mean_over, mean_over_domains, paired_difference
 
 
 def test_the_interval_of_right_and_wrong_answers_by_hand():

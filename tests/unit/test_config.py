@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experts.errors import UserError
-from flows.config import RunConfig
-from flows.plan import build_graph
-from flows.run_file import load_run_file
+from base.errors import UserError
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
+from flows.run_file.schema import RunConfig
 
 RUNS = Path(__file__).parents[2] / "flows" / "runs"
 MINIMAL = {

@@ -6,14 +6,14 @@ import random
 import numpy as np
 import pytest
 
-from evals.copies import NEAR, NONE, PROMPT, UNIT, Copies
+from base.store.checkpoint import Artifact, Store
+from evals.comparison.copies import NEAR, NONE, PROMPT, UNIT, Copies
 from experts.domain import HELD_OUT, TRAIN, Example, load_domain
-from experts.strings import TASKS
-from flows.check_copies import copy_warnings
-from flows.plan import build_graph
-from stages.core.checkpoint import Artifact, Store
-from stages.core.trained_on import FILE, TrainedOn, together
-from stages.core.workspace import Workspace
+from experts.kinds.strings import TASKS
+from flows.check.copies import copy_warnings
+from flows.plan.graph import build_graph
+from stages.learner.workspace import Workspace
+from stages.rows.trained_on import FILE, TrainedOn, together
 from tests.unit.test_config import load
 
 SORT, CODE = load_domain("sort", "strings", {"task": "sort"}), load_domain("code", "code_edit", {})

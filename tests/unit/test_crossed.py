@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.crossed import over_both, over_examples, over_seeds
+from evals.statistics.crossed import over_both, over_examples, over_seeds
 
 SEEDS_S1 = np.array([0.1, 0.25, 0.2, -0.05, 0.15])[:, None]
 EXAMPLES_1N = np.random.default_rng(0).normal(0.1, 0.4, (1, 80))

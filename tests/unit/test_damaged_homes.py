@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
 from tests.desk import MISTAKE, RUN, Desk
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from base.errors import UserError
 from experts.domain import HELD_OUT, TRAIN, load_domain
-from experts.errors import UserError
-from flows.add_expert import NewExpert, add_expert
-from flows.run_file import load_run_file
-from stages.core.stage import draw_training, left_out
+from flows.run_file.load import load_run_file
+from flows.scaffold.add_expert import NewExpert, add_expert
+from stages.learner.stage import draw_training, left_out
 from tests.unit.test_cli import mopd
 from tests.unit.test_config import MINIMAL
 from tests.unit.test_hub import FIELDS, sums, write

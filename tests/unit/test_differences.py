@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experts.errors import UserError
-from flows.cli import app
-from flows.differences import as_lines, differences, score_differences
-from flows.lineage import resolve, resolve_one, rows
-from flows.mermaid import mermaid
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.cli.app import app
+from flows.lineage.differences import as_lines, differences, score_differences
+from flows.lineage.mermaid import mermaid
+from flows.lineage.rows import resolve, resolve_one, rows
 from tests.lineage_home import commit, lab_graph
 from tests.scored_home import SHARES, finish, graph_of, run_file
 from tests.unit.test_champion_start import crown

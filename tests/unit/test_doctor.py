@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows import doctor, gpus
+from flows.cli import doctor
+from flows.engines import gpus
 from tests.devices import DRIVER, stand_in_driver
 
 ASK_TORCH = gpus.ask_torch

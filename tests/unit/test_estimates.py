@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows import memory
-from flows.cli import app
-from flows.estimate import estimate, summary, work
-from flows.memory import fit, needs, shape_of
-from flows.plan import StageGraph
-from stages.core import energy
-from stages.core.checkpoint import Store
+from base.store import energy
+from base.store.checkpoint import Store
+from flows.cli.app import app
+from flows.engines import memory
+from flows.engines.memory import fit, needs, shape_of
+from flows.plan.graph import StageGraph
+from flows.run.estimate import estimate, summary, work
 from tests.scored_home import finish, graph_of, run_file
 
 GIB = 2**30

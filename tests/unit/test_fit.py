@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import f, linregress, ncf
 
-from evals.fit import quadratic_fit
+from evals.statistics.fit import quadratic_fit
 
 
 def test_points_on_a_parabola_are_fitted_exactly():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evals.forgetting import by_method, drop, mean_drop
+from evals.comparison.forgetting import by_method, drop, mean_drop
 from tests.scored import results
 
 

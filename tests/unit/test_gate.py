@@ -5,12 +5,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from evals.candidates import rivals
-from evals.compare import paired_difference
-from evals.gate import Verdict, judge
-from evals.hypotheses import mean_superiority, non_inferiority
-from evals.results import Results
-from evals.scores import Scores
+from evals.comparison.results import Results
+from evals.comparison.scores import Scores
+from evals.promotion.candidates import rivals
+from evals.promotion.gate import Verdict, judge
+from evals.statistics.hypotheses import mean_superiority, non_inferiority
+from evals.statistics.intervals import paired_difference
 from tests.scored import results, sheet
 
 GOOD = {("student", "a"): 0.9, ("student", "b"): 0.9}

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experts.errors import UserError
-from flows.cli import app
-from flows.gc import find_garbage, plan_lock, registered_keys, remove
-from flows.lock import status
-from flows.plan import StageGraph
-from stages.core import mirror
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store import mirror
+from base.store.checkpoint import Store
+from flows.cli.app import app
+from flows.plan.graph import StageGraph
+from flows.plan.lock import status
+from flows.tracking.gc import find_garbage, plan_lock, registered_keys, remove
 from tests.scored_home import SHARES, finish, graph_of, run_file
 from tests.unit.test_champion_start import crown
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from evals.harness_tasks import index_tasks, task_fingerprint
+from base.errors import UserError
+from base.store.checkpoint import Store
+from evals.measure.harness_tasks import index_tasks, task_fingerprint
 from experts.domain import HELD_OUT
-from experts.errors import UserError
-from flows import plan
-from flows.check import deep_check
-from flows.job import Job
-from flows.plan import StageGraph, build_graph
-from flows.results import collect
-from stages.core.checkpoint import Store
+from flows.champion.results import collect
+from flows.check.check import deep_check
+from flows.engines.job import Job
+from flows.plan import graph as plan
+from flows.plan.graph import StageGraph, build_graph
 from tests.harness_home import write_tasks
 from tests.unit.test_check import FEW, SORT_ALONE
 from tests.unit.test_config import MINIMAL, load, message
@@ -66,7 +66,7 @@ def test_every_checkpoint_is_scored_on_every_task_and_nothing_else_changes(tmp_p
 
 @pytest.mark.harness
 def test_the_harness_has_a_process_of_its_own(tmp_path: Path, folder: Path) -> None:
-    from flows.pipeline import jobs_of
+    from flows.run.pipeline import jobs_of
 
     graph = graph_of(tmp_path, folder)
     of_student = {job.id: {node.stage for node in job.nodes} for job in jobs_of(graph) if "student@0" in job.parents}
@@ -184,7 +184,7 @@ def test_mistakes_in_the_run_file_are_named(tmp_path: Path, folder: Path) -> Non
 
 def load_domains(entries: dict) -> dict:
     """Entries of a run file's domains, validated."""
-    from flows.config import DomainConfig
+    from flows.run_file.schema import DomainConfig
 
     return {name: DomainConfig.model_validate(entry) for name, entry in entries.items()}
 

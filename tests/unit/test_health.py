@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.on_policy.config import HealthConfig
+from stages.config.on_policy import HealthConfig
 from stages.on_policy.health import Health, Verdict, Vitals, compression
 
 

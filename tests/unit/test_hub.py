@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from base.errors import UserError
 from experts.domain import HELD_OUT, TRAIN, load_domain
-from experts.errors import UserError
 
 FIELDS = {"prompt_field": "question", "answer_field": "answer"}
 

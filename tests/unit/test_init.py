@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import cli_init
-from flows.run_file import load_run_file
+from flows.cli import init as cli_init
+from flows.run_file.load import load_run_file
 from tests.numerics.conftest import tiny_policy
 from tests.unit.test_cli import mopd
 

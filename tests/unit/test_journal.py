@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.core import journal
-from stages.core.journal import Journal, JournalReader, last_records, read, thinned_records
+from base.store import journal
+from base.store.journal import Journal, JournalReader, last_records, read, thinned_records
 
 
 @pytest.fixture

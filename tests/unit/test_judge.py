@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from base.errors import UserError
+from base.store.checkpoint import Store
 from experts import endpoint
 from experts.domain import TRAIN, Example, load_domain
-from experts.errors import UserError
-from experts.judge import read_mark
-from flows.check import deep_check
-from flows.plan import build_graph
-from flows.worker import INFRASTRUCTURE_FAULT, exit_code_of
-from stages.core.checkpoint import Store
+from experts.kinds.judge import read_mark
+from flows.check.check import deep_check
+from flows.engines.worker import INFRASTRUCTURE_FAULT, exit_code_of
+from flows.plan.graph import build_graph
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import RewardSignal
 from tests.judge_server import Judge

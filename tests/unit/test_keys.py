@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from experts.hashing import stable_hash
-from flows.lock import lock_path, status, write_lock
-from stages.config import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
-from stages.core.checkpoint import Store
-from stages.on_policy.config import RLConfig
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
+from base.hashing import stable_hash
+from base.store.checkpoint import Store
+from flows.plan.lock import lock_path, status, write_lock
+from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
 from tests.unit.test_plan import changed, graph_of, with_evaluations
 
 

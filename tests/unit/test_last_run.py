@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from flows import champion
-from flows.champion import read_history
-from flows.cli import app
-from flows.last_run import last_run, newest_of, remember
-from flows.plan import StageGraph
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.champion import champion
+from flows.champion.champion import read_history
+from flows.cli.app import app
+from flows.plan.graph import StageGraph
+from flows.run.last_run import last_run, newest_of, remember
 from tests.scored_home import finish, graph_of, run_file
 
 OVERRIDES = ("merge.max_steps=9", "gate.non_inferiority_margin=0.3")

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from experts.errors import UserError
-from flows import lineage
-from flows.cli import app
-from flows.lock import write_lock
-from flows.plan import StageGraph
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.cli.app import app
+from flows.lineage import rows as lineage
+from flows.plan.graph import StageGraph
+from flows.plan.lock import write_lock
 from tests.lineage_home import commit, lab_graph, lessons, shared_graph
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from evals.markdown import code, plain
-from evals.table import render_markdown
-from flows import cards, export, lineage
-from flows.closing import Outcome
-from stages.core.checkpoint import Artifact, Store
+from base.store.checkpoint import Artifact, Store
+from evals.report.table import render_markdown
+from evals.tables.markdown import code, plain
+from flows.lineage import cards, export
+from flows.lineage import rows as lineage
+from flows.run.closing import Outcome
 from tests.lineage_home import commit, lessons, shared_graph
 from tests.scored import results
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from evals.merges import best, merges
-from evals.results import Cost, Results
-from evals.table import merges_grid, render_markdown, statements
+from evals.comparison.merges import best, merges
+from evals.comparison.results import Cost, Results
+from evals.report.table import merges_grid, render_markdown, statements
 from tests.scored import results, sheet
 
 

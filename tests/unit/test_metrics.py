@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.metrics import Triple, mean_length, pass_at_k, recovery, truncation_rate
+from evals.comparison.metrics import Triple, mean_length, pass_at_k, recovery, truncation_rate
 from tests.scored import sheet
 
 

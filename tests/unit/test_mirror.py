@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from stages.core import mirror
-from stages.core.checkpoint import Artifact, CorruptedArtifactError, Store
-from stages.core.mirror import Mirror
+from base.errors import UserError
+from base.store import mirror
+from base.store.checkpoint import Artifact, CorruptedArtifactError, Store
+from base.store.mirror import Mirror
 
 HERE, THERE = "here", "there"
 

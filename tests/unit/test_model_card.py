@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from flows import lineage
-from flows.card_facts import base_of, facts_of
-from flows.champion import promote
-from flows.closing import conclude
-from flows.export import model_card
-from flows.lineage import Row
-from flows.plan import StageGraph
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.champion.champion import promote
+from flows.lineage.card_facts import base_of, facts_of
+from flows.lineage.export import model_card
+from flows.lineage.rows import Row
+from flows.lineage import rows as lineage
+from flows.plan.graph import StageGraph
+from flows.run.closing import conclude
 from tests.scored_home import finish, graph_of, run_file
 
 
@@ -25,7 +25,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> StageGraph:
 
 @pytest.fixture
 def store(graph: StageGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr("flows.champion.tell_mlflow", lambda store, run, candidate=None: None)
+    monkeypatch.setattr("flows.champion.champion.tell_mlflow", lambda store, run, candidate=None: None)
     return finish(graph, tmp_path)
 
 

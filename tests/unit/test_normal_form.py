@@ -2,9 +2,9 @@
 
 import pytest
 
+from experts.data.normal_form import normal_form
 from experts.domain import HELD_OUT, TRAIN, load_domain
-from experts.normal_form import normal_form
-from experts.strings import TASKS
+from experts.kinds.strings import TASKS
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}]
 

@@ -11,16 +11,17 @@ from typing import Any, ClassVar
 
 import pytest
 
-from evals.criterion import Criterion
-from evals.gate import Verdict
-from flows import commands, notify
-from flows.asked import Asked
-from flows.champion import champion_path, promote_by_gate, read_history
-from flows.closing import conclude
-from flows.mlflow_writer import unsent_folder
-from flows.notify import NotifyConfig, owe_promotions, tell_promotions
-from flows.plan import StageGraph
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from evals.promotion.criterion import Criterion
+from evals.promotion.gate import Verdict
+from flows.champion import notify
+from flows.champion.champion import champion_path, promote_by_gate, read_history
+from flows.champion.notify import NotifyConfig, owe_promotions, tell_promotions
+from flows.cli import runs as commands
+from flows.plan.graph import StageGraph
+from flows.run.asked import Asked
+from flows.run.closing import conclude
+from flows.tracking.writer import unsent_folder
 from tests.scored_home import finish, graph_of, run_file
 
 PASSED = Verdict("student", "because", (Criterion("all", True, ""),))
@@ -106,7 +107,7 @@ def test_nothing_is_owed_to_who_did_not_ask(graph, asked, config):
 
 
 def test_a_champion_of_before_or_by_a_person_is_not_news(graph, asked, hook):
-    from flows.champion import promote
+    from flows.champion.champion import promote
 
     store = Store(asked.home)
     promote_by_gate(graph, store, PASSED)
@@ -136,7 +137,7 @@ def test_a_run_in_which_everything_is_cached_sends_what_mlflow_has_not_taken(ask
 def test_a_finished_run_does_not_fail_because_prefect_is_away(graph, asked, capsys):
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    from flows import pipeline
+    from flows.run import pipeline
 
     outcome = conclude(graph, Store(asked.home), promote=True)
     away = {PREFECT_API_URL: "http://me:password@127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}

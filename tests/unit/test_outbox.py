@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from flows import outbox
-from flows.outbox import Doubtful, Outbox, Rejected, Unreachable, send_left_over
+from flows.tracking import outbox
+from flows.tracking.outbox import Doubtful, Outbox, Rejected, Unreachable, send_left_over
 
 
 class Server:

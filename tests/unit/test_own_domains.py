@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evals.monitor import Monitor
+from base.errors import UserError
+from evals.measure.monitor import Monitor
 from experts.domain import TRAIN, load_domain
-from experts.errors import UserError
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.rollout import score as rewards
 from tests.unit.test_cli import mopd
@@ -19,7 +19,7 @@ from tests.unit.test_config import MINIMAL
 SOURCE = '''
 import numpy, torch
 from experts.domain import Domain, Example, Options as Base
-from experts.hashing import stable_hash
+from base.hashing import stable_hash
 
 
 class Options(Base):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from flows.panel import FEW_EXPERTS
-from flows.plan import StageGraph
+from flows.plan.graph import StageGraph
+from flows.run_file.panel import FEW_EXPERTS
 from tests.unit.test_config import message
 from tests.unit.test_plan import graph_of
 

@@ -6,10 +6,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from experts.errors import UserError
-from flows.config import RunConfig
-from flows.parameters import as_lines, form_overrides, form_schema
-from flows.run_file import load_run_file
+from base.errors import UserError
+from flows.run_file.load import load_run_file
+from flows.run_file.parameters import as_lines, form_overrides, form_schema
+from flows.run_file.schema import RunConfig
 from tests.scored_home import run_file
 
 

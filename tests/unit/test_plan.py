@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows import plan
-from flows.lock import code_fingerprint, status, write_lock
-from flows.plan import StageGraph, build_graph
-from stages.core.checkpoint import Store
-from stages.on_policy.distill_config import DistillConfig
+from base.errors import UserError
+from base.store.checkpoint import Store
+from flows.plan import graph as plan
+from flows.plan.graph import StageGraph, build_graph
+from flows.plan.lock import code_fingerprint, status, write_lock
+from stages.config.distill import DistillConfig
 from tests.checkpoints import pretend_checkpoint
 from tests.unit.test_config import MINIMAL, TWINS, load
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from evals.claim_config import HypothesisConfig
-from evals.hypotheses import non_inferiority
-from evals.power import (
+from evals.config.claims import HypothesisConfig
+from evals.statistics.hypotheses import non_inferiority
+from evals.statistics.power import (
     BINARY_SD,
     equivalence_needed,
     examples_needed,

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flows.access import home_secret, login, secret_path
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.servers.access import home_secret, login, secret_path
 
 
 def mode(path):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.plan import Node
-from flows.progress import Meter, ProgressDisplay, duration, notes
+from flows.plan.graph import Node
+from flows.run.progress import Meter, ProgressDisplay, duration, notes
 
 
 def node(name: str, stage: str = "rl") -> Node:

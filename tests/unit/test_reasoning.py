@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from base.errors import UserError
 from experts.domain import HELD_OUT, TRAIN, load_domain
-from experts.errors import UserError
-from experts.gym import PYCOSAT_TASKS
-from experts.reasoning import SPLIT_BY_ANSWER, extract_answer
+from experts.isolation.gym import PYCOSAT_TASKS
+from experts.kinds.reasoning import SPLIT_BY_ANSWER, extract_answer
 
 ARITHMETIC = {"basic_arithmetic": {"min_terms": 2, "max_terms": 2}}
 MIXED = {**ARITHMETIC, "countdown": {}}
@@ -51,7 +51,7 @@ def test_too_few_answers_to_split_are_named():
 def test_a_change_of_the_split_changes_the_fingerprints_of_its_tasks_alone(monkeypatch):
     tasks = ({"caesar_cipher": {}}, MIXED)
     split, other = (reasoning(each).fingerprint() for each in tasks)
-    monkeypatch.setattr("experts.reasoning.SPLIT_BY_ANSWER", frozenset())
+    monkeypatch.setattr("experts.kinds.reasoning.SPLIT_BY_ANSWER", frozenset())
     assert reasoning(tasks[0]).fingerprint() != split and reasoning(tasks[1]).fingerprint() == other
 
 
@@ -127,8 +127,8 @@ WITHOUT_PYCOSAT = """
 import sys
 sys.modules["pycosat"] = None
 from experts.domain import load_domain
-from experts.errors import UserError
-from experts.gym import import_reasoning_gym
+from base.errors import UserError
+from experts.isolation.gym import import_reasoning_gym
 gym = import_reasoning_gym()
 from reasoning_gym.factory import DATASETS
 refused = []

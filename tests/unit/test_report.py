@@ -3,9 +3,9 @@
 import dataclasses
 import re
 
-from evals.gate import judge
-from evals.report import Background, write_report
-from evals.results import Cost
+from evals.comparison.results import Cost
+from evals.promotion.gate import judge
+from evals.report.page import Background, write_report
 from tests.scored import results, sheet
 
 CURVES = {"experts/a": [{"step": step, "values": {"rl/reward/a": step / 9}} for step in range(10)]}

@@ -9,15 +9,15 @@ from html import unescape
 
 import pytest
 
-from evals.costs import spendings, totals
-from evals.curves import BUCKETS, curves_cards, thinned
-from evals.gate import judge
-from evals.report import Background, write_report
-from evals.results import Cost
-from evals.samples import best_other, columns_of, outcomes, samples_section, standing
-from evals.scores import Scores
-from flows.costs import busy_seconds, scoring_costs
-from stages.core.checkpoint import Artifact, Store
+from base.store.checkpoint import Artifact, Store
+from evals.comparison.results import Cost
+from evals.comparison.scores import Scores
+from evals.promotion.gate import judge
+from evals.report.costs import spendings, totals
+from evals.report.curves import BUCKETS, curves_cards, thinned
+from evals.report.page import Background, write_report
+from evals.report.samples import best_other, columns_of, outcomes, samples_section, standing
+from flows.champion.costs import busy_seconds, scoring_costs
 from tests.scored import results, row, sheet
 from tests.scored_home import EXAMPLES, finish, graph_of, run_file
 
@@ -86,7 +86,7 @@ def test_evaluations_of_one_process_are_counted_once(tmp_path):
 
 
 def test_scoring_costs_are_read_from_sheets_and_manifests(tmp_path):
-    from flows.results import collect
+    from flows.champion.results import collect
 
     graph = graph_of(run_file(tmp_path), tmp_path)
     store: Store = finish(graph, tmp_path)
@@ -98,10 +98,10 @@ def test_scoring_costs_are_read_from_sheets_and_manifests(tmp_path):
 
 def test_a_students_mean_is_the_same_in_tables_drawing_data_and_metrics(tmp_path):
     """0.8 on both experts' domains; the general domain, at 0.5, is in no mean."""
-    from evals.results import metrics
-    from flows import lineage
-    from flows.closing import conclude
-    from flows.results import collect
+    from evals.comparison.results import metrics
+    from flows.champion.results import collect
+    from flows.lineage import rows as lineage
+    from flows.run.closing import conclude
 
     graph = graph_of(run_file(tmp_path), tmp_path)
     store = finish(graph, tmp_path)

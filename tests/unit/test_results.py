@@ -5,16 +5,16 @@ import json
 
 import pytest
 
-from evals.evaluate import summary
-from evals.gate import judge
-from evals.results import Results, metrics
-from evals.scores import Scores, read_scores
-from evals.table import sampled_grid
-from experts.errors import UserError
-from flows.config import RunConfig
-from flows.plan import Node, StageGraph
-from flows.results import collect
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from evals.comparison.results import Results, metrics
+from evals.comparison.scores import Scores, read_scores
+from evals.measure.evaluate import summary
+from evals.promotion.gate import judge
+from evals.report.table import sampled_grid
+from flows.champion.results import collect
+from flows.plan.graph import Node, StageGraph
+from flows.run_file.schema import RunConfig
 from tests.scored import results, row, sheet
 
 

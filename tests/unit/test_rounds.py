@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows.check_draws import config_key
-from flows.plan import StageGraph, build_graph
-from flows.rounds import round_prefix, without_round
+from base.errors import UserError
+from flows.check.draws import config_key
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.rounds import round_prefix, without_round
 from tests.unit.test_config import MINIMAL, load
 
 

@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from base.errors import UserError
 from experts.domain import HELD_OUT, TRAIN, load_domain
-from experts.errors import UserError
 from tests.unit.test_hub import FIELDS, hub, write
 
 WRITTEN = ["2024-05-01", "2024-05-01T10:00:00Z", "007", "3.10", "1e5", "true", "null", "NaN", "1,234", "  x ", "½"]
@@ -203,7 +203,7 @@ def test_a_pattern_that_finds_nothing_names_the_row(tmp_path):
 
 
 def test_a_pattern_without_end_is_ended_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("experts.untrusted.SECONDS", 1.0)
+    monkeypatch.setattr("experts.isolation.untrusted.SECONDS", 1.0)
     path = write(tmp_path / "r.jsonl", [{"question": "q", "answer": "aa!"}])
     domain = hub(path, answer_pattern=r"^((?:a+)+)!$", held_out_share=0.001)
     (example,) = domain.draw(TRAIN, 1, seed=0)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from prefect.utilities.names import generate_slug
 
-from flows import orphans
-from flows.orphans import is_generated, name_flow_run
+from flows.run import orphans
+from flows.run.orphans import is_generated, name_flow_run
 
 TITLE = "lab #3, + digits, from champion"
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from experts.domain import TRAIN, Example, load_domain
-from experts.sandbox import Failure, Limits, passes, run_calls, same_value
+from experts.isolation.sandbox import Failure, Limits, passes, run_calls, same_value
 from tests.hostile import ENDS, GROUPS, HOSTILE, SCORED_ONE, VALUES
 
 # What never ends is ended soon; of the others the time is not what is shown, and they may be slow.
@@ -165,7 +165,7 @@ def test_values_are_compared_by_exact_type(left, right, same):
 
 CHILDREN = """
 import multiprocessing, os, psutil
-from experts.sandbox import run_calls
+from experts.isolation.sandbox import run_calls
 
 def work(queue):
     ok = run_calls("def f(a): return a", "f", [[1]]) == [1]
@@ -199,7 +199,7 @@ def test_workers_end_with_the_process_and_a_fork_after_the_import_works(tmp_path
 
 FORK_AFTER_USE = """
 import os, sys
-from experts.sandbox import run_calls
+from experts.isolation.sandbox import run_calls
 run_calls("def f(a): return a", "f", [[1]])
 if os.fork() == 0:
     try:

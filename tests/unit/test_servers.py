@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows import mlflow_pages, servers
+from base.errors import UserError
+from flows.servers import pages as mlflow_pages
+from flows.servers import start as servers
 
 HOST = "127.0.0.1"
 

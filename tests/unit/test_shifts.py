@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.crossed import over_both
-from evals.results import Results, metrics
-from evals.shift_sheet import (
+from base.errors import UserError
+from base.store.checkpoint import Store
+from evals.comparison.results import Results, metrics
+from evals.comparison.shift_sheet import (
     COSINES_FILE,
     SHIFT_FILE,
     CosineSheet,
@@ -20,12 +21,11 @@ from evals.shift_sheet import (
     read_cosines,
     read_shift,
 )
-from evals.shifts import cosines_grid, shift_grid
-from evals.table import render_markdown
-from experts.errors import UserError
-from flows.plan import StageGraph, build_graph
-from flows.results import collect
-from stages.core.checkpoint import Store
+from evals.comparison.shifts import cosines_grid, shift_grid
+from evals.report.table import render_markdown
+from evals.statistics.crossed import over_both
+from flows.champion.results import collect
+from flows.plan.graph import StageGraph, build_graph
 from tests.checkpoints import pretend_checkpoint
 from tests.scored import results
 from tests.unit.test_cli import mopd

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.plan import build_graph
-from flows.run_file import load_run_file
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
 
 RUNS = Path(__file__).parents[2] / "flows" / "runs"
 FILES = sorted(RUNS.rglob("*.yaml"))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.checkpoint import Store
-from stages.core.energy import Meter
-from stages.core.workspace import SPENT_FILE, Workspace
+from base.store.checkpoint import Store
+from base.store.energy import Meter
+from stages.learner.workspace import SPENT_FILE, Workspace
 
 
 class Clock:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from experts.errors import UserError
-from stages.on_policy.spread import spread
-from stages.on_policy.vllm_server import ServerLostError
+from base.errors import UserError
+from stages.vllm.server import ServerLostError
+from stages.vllm.spread import spread
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows import standing
-from flows.servers import Server, choose_port, local_url, wait_until_ready
+from base.errors import UserError
+from flows.servers import standing
+from flows.servers.start import Server, choose_port, local_url, wait_until_ready
 from tests.processes import HOST, eventually
 
 ANSWERS = """
@@ -90,7 +90,7 @@ def test_the_server_of_a_run_under_way_is_used_and_replaced_at_its_address(tmp_p
 
 
 def test_it_prints_the_pages_of_the_homes_runs(tmp_path, started, capsys):
-    from flows.mlflow_pages import remember_pages
+    from flows.servers.pages import remember_pages
 
     remember_pages(tmp_path, "lab", {"run": "/#/r", "champion": "/#/c", "lineage": "/#/l"})
     server = started.start("MLflow", tmp_path, choose_port(HOST, 25300, "a test's server"))

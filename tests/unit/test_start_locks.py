@@ -9,8 +9,8 @@ from threading import Thread
 import pytest
 from filelock import FileLock
 
-from experts.errors import UserError
-from flows import servers
+from base.errors import UserError
+from flows.servers import start as servers
 
 HOST = "127.0.0.1"
 

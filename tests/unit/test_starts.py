@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import champion, starts
-from flows.checkout import COMMIT, DIRTY, git_tags
-from flows.lock import write_lock
-from flows.run_file import load_run_file
-from flows.starts import begin, close_killed, killed_starts, planned_experts, run_title
+from flows.champion import champion
+from flows.plan.lock import write_lock
+from flows.run import starts
+from flows.run.starts import begin, close_killed, killed_starts, planned_experts, run_title
+from flows.run_file.load import load_run_file
+from flows.tracking.checkout import COMMIT, DIRTY, git_tags
 from tests.scored_home import graph_of, run_file
 
 

@@ -5,9 +5,9 @@ import string
 
 import pytest
 
+from base.errors import UserError
 from experts.domain import HELD_OUT, TRAIN, load_domain
-from experts.errors import UserError
-from experts.strings import TASKS
+from experts.kinds.strings import TASKS
 
 SOLUTIONS = {
     "sort up 5 3 9 1:": "1 3 5 9",

@@ -6,10 +6,10 @@ import io
 import pytest
 from rich.console import Console
 
-from evals.advice import Settings, advice
-from evals.gate import Verdict, judge
-from evals.results import Expert, Results
-from evals.summary import NAME_CHARACTERS, Summary, render, summarise, table
+from evals.comparison.results import Expert, Results
+from evals.promotion.advice import Settings, advice
+from evals.promotion.gate import Verdict, judge
+from evals.report.summary import NAME_CHARACTERS, Summary, render, summarise, table
 from tests.scored import results, sheet
 
 GOOD = {("student", "a"): 0.9, ("student", "b"): 0.9}

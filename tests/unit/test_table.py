@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from evals.crossed import over_both
-from evals.grid import Grid
-from evals.table import fitted, render, render_markdown, roles_grid, seeds_grid, statements
+from evals.report.table import fitted, render, render_markdown, roles_grid, seeds_grid, statements
+from evals.statistics.crossed import over_both
+from evals.tables.grid import Grid
 from tests.scored import results, sheet
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.job import Job
-from flows.lock import lock_path, status, write_lock
-from flows.plan import StageGraph
-from stages.core.checkpoint import Store
+from base.store.checkpoint import Store
+from flows.engines.job import Job
+from flows.plan.graph import StageGraph
+from flows.plan.lock import lock_path, status, write_lock
 from tests.checkpoints import pretend_checkpoint
 from tests.unit.test_config import message
 from tests.unit.test_plan import changed, graph_of
@@ -20,7 +20,7 @@ KWARGS = "chat_template_kwargs={enable_thinking: false}"
 
 @pytest.fixture(autouse=True)
 def _first_day(monkeypatch) -> None:
-    monkeypatch.setattr("flows.templates.today", lambda: "2026-11-28")
+    monkeypatch.setattr("flows.plan.templates.today", lambda: "2026-11-28")
 
 
 def imported(tmp_path: Path, template: str, overrides: list[str] | None = None, place: str = "jinja") -> StageGraph:
@@ -43,7 +43,7 @@ def test_the_date_of_a_template_is_pinned_by_the_lock(tmp_path: Path, monkeypatc
     assert first.pins == {"date": "2026-11-28"}
     assert first.rendering.date == "2026-11-28"
     write_lock(first, tmp_path / "home")
-    monkeypatch.setattr("flows.templates.today", lambda: "2026-11-29")
+    monkeypatch.setattr("flows.plan.templates.today", lambda: "2026-11-29")
     later = imported(tmp_path, DATED, place=place)
     assert later.pins == first.pins
     assert changed(first, later) == set()
@@ -60,7 +60,7 @@ def test_the_date_of_a_template_is_pinned_by_the_lock(tmp_path: Path, monkeypatc
 
 def test_a_template_without_a_date_has_none_in_its_keys(tmp_path: Path, monkeypatch) -> None:
     first = imported(tmp_path, UNDATED)
-    monkeypatch.setattr("flows.templates.today", lambda: "2026-11-29")
+    monkeypatch.setattr("flows.plan.templates.today", lambda: "2026-11-29")
     assert changed(first, imported(tmp_path, UNDATED)) == set()
     assert first.pins == {}
     assert not any("date" in node.ingredients for node in first.nodes)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from experts.gym import import_reasoning_gym
-from experts.time_limit import processor_limit
-from flows import check_draws
-from stages.core import chat
-from stages.core.tiny import character_tokenizer
+from base.errors import UserError
+from experts.isolation.gym import import_reasoning_gym
+from experts.isolation.time_limit import processor_limit
+from flows.check import draws as check_draws
+from stages.model.tiny import character_tokenizer
+from stages.rows import chat
 from tests.unit.test_check import SORT_ALONE, said
 from tests.unit.test_own_domains import source
 

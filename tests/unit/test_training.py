@@ -2,7 +2,7 @@
 
 import itertools
 
-from stages.core.training import epochs, step_seed
+from stages.learner.training import epochs, step_seed
 
 
 def test_epochs_visit_every_item_once_each_in_orders_of_their_own():

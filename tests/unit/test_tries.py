@@ -6,24 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.gate import judge, spent
-from experts.errors import UserError
-from flows.champion import first_of, judge_run
-from flows.closing import conclude
-from flows.config import STUDENT
-from flows.lock import lock_path
-from flows.plan import StageGraph
-from flows.results import collect
-from flows.state_files import TRIES_FILE
-from flows.tries import read_tries, try_number
-from stages.core.checkpoint import Store
+from base.errors import UserError
+from base.store.checkpoint import Store
+from evals.promotion.gate import judge, spent
+from flows.champion.champion import first_of, judge_run
+from flows.champion.results import collect
+from flows.champion.tries import read_tries, try_number
+from flows.plan.graph import StageGraph
+from flows.plan.lock import lock_path
+from flows.plan.state_files import TRIES_FILE
+from flows.run.closing import conclude
+from flows.run_file.schema import STUDENT
 from tests.scored import results
 from tests.scored_home import finish, graph_of, run_file
 
 
 @pytest.fixture(autouse=True)
 def _nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.champion.tell_mlflow", lambda store, run, candidate=None: None)
+    monkeypatch.setattr("flows.champion.champion.tell_mlflow", lambda store, run, candidate=None: None)
 
 
 def made(tmp_path: Path, *overrides: str) -> tuple[StageGraph, Store]:

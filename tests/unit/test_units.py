@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.crossed import over_both, over_examples
-from evals.gate import judge
-from evals.results import Results, metrics
-from evals.scores import Scores
-from evals.table import render_markdown
-from evals.units import by_unit, independent
+from base.store.checkpoint import Store
+from evals.comparison.results import Results, metrics
+from evals.comparison.scores import Scores
+from evals.promotion.gate import judge
+from evals.report.table import render_markdown
+from evals.statistics.crossed import over_both, over_examples
+from evals.statistics.units import by_unit, independent
 from experts.domain import load_domain
-from flows.check import deep_check
-from flows.plan import build_graph
-from flows.run_file import load_run_file
-from stages.core.checkpoint import Store
+from flows.check.check import deep_check
+from flows.plan.graph import build_graph
+from flows.run_file.load import load_run_file
 from tests.scored import results, row
 
 

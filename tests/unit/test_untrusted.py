@@ -13,17 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experts import answers, untrusted, untrusted_worker
 from experts.domain import TRAIN, load_domain
-from experts.gym import import_reasoning_gym
-from experts.reasoning import is_safe_to_verify, only_compares
-from experts.untrusted import REASONING, VerifierError, VerifierLostError
+from experts.isolation import untrusted, untrusted_worker
+from experts.isolation.gym import import_reasoning_gym
+from experts.isolation.untrusted import REASONING, VerifierError, VerifierLostError
+from experts.kinds import answers
+from experts.kinds.reasoning import is_safe_to_verify, only_compares
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import RewardSignal
 from tests.processes import below
 
 SECRET = "MOPD_TEST_SECRET"
-WORKER = "experts.untrusted_worker reasoning"
+WORKER = "experts.isolation.untrusted_worker reasoning"
 # A worker may have to be started first, on a busy machine.
 SLACK_SECONDS = 30
 PARTIAL_CREDIT = 0.05
@@ -152,7 +153,7 @@ def worker_pids(library=WORKER):
     ],
 )
 def test_what_a_worker_may_not_do_is_refused_named_and_costs_no_process(text, action, caplog):
-    caplog.set_level("DEBUG", "experts.untrusted")
+    caplog.set_level("DEBUG", "experts.isolation.untrusted")
     bare_score("1+2")
     before = worker_pids()
     assert bare_score(text) <= PARTIAL_CREDIT
@@ -187,9 +188,9 @@ def bold(count):
 
 def test_right_answers_in_bold_cost_no_process(caplog):
     assert answers.same_value("3", ["3"])
-    before = worker_pids("experts.untrusted_worker values")
+    before = worker_pids("experts.isolation.untrusted_worker values")
     assert [answers.same_value(text, [gold]) for text, gold in bold(60)] == [True] * 60
-    assert worker_pids("experts.untrusted_worker values") == before
+    assert worker_pids("experts.isolation.untrusted_worker values") == before
     assert "replaced" not in caplog.text
 
 
@@ -236,7 +237,7 @@ def test_a_reasoning_verifier_that_is_lost_is_counted(examples, monkeypatch):
 
 def test_a_worker_has_neither_secrets_nor_room(folder):
     assert bare_score("1+2") == 1.0
-    (worker,) = below(psutil.Process(), "experts.untrusted_worker")[-1:]
+    (worker,) = below(psutil.Process(), "experts.isolation.untrusted_worker")[-1:]
     assert SECRET in os.environ and SECRET not in worker.environ()
     assert set(worker.environ()) <= {
         "PYTHONPATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS",
@@ -295,8 +296,8 @@ def test_a_worker_that_was_killed_is_replaced_unnoticed():
 
 CHILDREN = """
 import os, sys, threading, time, psutil
-from experts import untrusted
-from experts.answers import same_value
+from experts.isolation import untrusted
+from experts.kinds.answers import same_value
 def workers():
     return {child.pid for child in psutil.Process().children() if "values" in child.cmdline()}
 assert same_value("$3$", ["3"])
@@ -349,7 +350,7 @@ def test_the_guard_knows_every_verifier_that_evaluates_text():
     import_reasoning_gym()
     from reasoning_gym.factory import DATASETS
 
-    from experts.reasoning import EXPRESSION_VERIFIERS, LITERAL_VERIFIERS, UNREPEATABLE
+    from experts.kinds.reasoning import EXPRESSION_VERIFIERS, LITERAL_VERIFIERS, UNREPEATABLE
 
     evaluating = {
         task

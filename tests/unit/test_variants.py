@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experts.errors import UserError
-from flows.plan import StageGraph, build_graph
-from flows.run_file import load_run_file
+from base.errors import UserError
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.load import load_run_file
 from tests.unit.test_config import TWINS, load, message
 
 

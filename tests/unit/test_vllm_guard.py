@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from stages.on_policy.vllm_guard import CHANGES, Guard
-from stages.on_policy.vllm_settings import NO_VERSION, PROBE_HEADER
+from stages.vllm.guard import CHANGES, Guard
+from stages.vllm.settings import NO_VERSION, PROBE_HEADER
 
 NUMBERS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/invocations", "/a/path/of/tomorrow")
 FATAL = [path for path, fatal in CHANGES.items() if fatal]

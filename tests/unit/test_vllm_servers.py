@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from experts.errors import UserError
-from flows.config import ResourcesConfig, RunConfig
-from flows.devices import Lease
-from flows.job import Job
-from flows.plan import StageGraph, build_graph
-from flows.vllm_commands import Needs, ServerCommand, node_needs
-from flows.vllm_servers import PORTS, VllmServers, free_ports, tail
-from stages.core.checkpoint import Artifact, Store
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from flows.engines.devices import Lease
+from flows.engines.job import Job
+from flows.engines.vllm_commands import Needs, ServerCommand, node_needs
+from flows.engines.vllm_servers import PORTS, VllmServers, free_ports, tail
+from flows.plan.graph import StageGraph, build_graph
+from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.installed import install_vllm
 
 HOST = "127.0.0.1"

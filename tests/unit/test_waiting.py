@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import pytest
 
-from stages.on_policy import vllm_server
-from stages.on_policy.vllm_server import ServerLostError, VllmServer, wait_for_any
+from stages.vllm import server as vllm_server
+from stages.vllm.server import ServerLostError, VllmServer, wait_for_any
 
 
 class Healthy(BaseHTTPRequestHandler):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from experts.errors import UserError
-from flows import worker
-from stages.core.checkpoint import CorruptedArtifactError, Store
-from stages.core.remote_code import options
-from stages.core.rendering import template_arguments
-from stages.core.trained_on import TrainedOn
-from stages.core.workspace import Workspace
-from stages.on_policy.config import MonitorConfig, RLConfig
-from stages.on_policy.distill_config import DistillConfig
+from base.errors import UserError
+from base.store.checkpoint import CorruptedArtifactError, Store
+from flows.engines import worker
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import MonitorConfig, RLConfig
+from stages.learner.workspace import Workspace
+from stages.model.remote_code import options
+from stages.rows.rendering import template_arguments
+from stages.rows.trained_on import TrainedOn
 
 
 def write_spec(home: Path, *keys: str, parents: dict[str, str] | None = None) -> Path:

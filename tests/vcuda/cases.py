@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-import evals.evaluate
-import evals.monitor
-import evals.shift
-import evals.task_vectors
+import evals.measure.evaluate
+import evals.measure.monitor
+import evals.measure.shift
+import evals.measure.task_vectors
 import stages.distill
 import stages.load
 import stages.merge
@@ -35,17 +35,24 @@ import stages.pretrain
 import stages.rft
 import stages.rl
 import stages.sft
+from base.store.checkpoint import Artifact, Store
+from base.store.source import Source
 from experts.domain import load_domain
-from stages.config import EvaluationConfig, LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
-from stages.core.checkpoint import Artifact, Store
-from stages.core.source import Source
-from stages.core.training import Learner
-from stages.core.workspace import Workspace
-from stages.merge_config import WeightMergeConfig
-from stages.on_policy.config import MonitorConfig, RFTConfig, RLConfig
-from stages.on_policy.distill_config import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.merge import WeightMergeConfig
+from stages.config.on_policy import MonitorConfig, RFTConfig, RLConfig
+from stages.config.training import (
+    EvaluationConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SFTConfig,
+    TinyModelConfig,
+)
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
 from stages.on_policy.objectives import divergence
-from stages.on_policy.remote_teachers import Known, RemoteScores
+from stages.teachers.remote_teachers import Known, RemoteScores
 from tests.vcuda.device import CUDA, marks, pretend, record, watching
 from tests.vcuda.families import FAMILIES, random_model
 from tests.vcuda.faults import FAULTS, HARMLESS
@@ -117,7 +124,7 @@ class Bench:
         mine = parents or {"teacher/sort": start, "teacher/reverse": other}
         names = dict.fromkeys(role.split("/")[1] for role in mine if role != "start")
         space = self.place(key, {"start": start, **mine}, list(names))
-        watch = evals.monitor.Monitor(space.domains, MonitorConfig(every=1, examples=2), 5) if monitor else None
+        watch = evals.measure.monitor.Monitor(space.domains, MonitorConfig(every=1, examples=2), 5) if monitor else None
         return stages.distill.train(DistillConfig(**{**ON_POLICY, **over}), space, monitor=watch)
 
     def merged(self, key: str, method: str) -> Artifact:
@@ -127,12 +134,12 @@ class Bench:
     def evaluate(self, key: str, checkpoint: Artifact, **over: Any) -> None:
         config = EvaluationConfig(**{"examples": 4, "samples": 2, "max_new_tokens": 5, **over})
         space = self.place(key, {"checkpoint": checkpoint}, ["sort"])
-        request = evals.evaluate.EvaluationRequest(space, config, "sort", "held_out")
-        evals.evaluate.evaluate([request], checkpoint, self.store)
+        request = evals.measure.evaluate.EvaluationRequest(space, config, "sort", "held_out")
+        evals.measure.evaluate.evaluate([request], checkpoint, self.store)
 
     def shift(self, key: str, checkpoint: Artifact) -> None:
         space = self.place(key, {"start": self.start, "checkpoint": checkpoint}, ["sort"])
-        evals.shift.run(evals.shift.ShiftRequest(examples=4, max_new_tokens=5, batch_size=4), space)
+        evals.measure.shift.run(evals.measure.shift.ShiftRequest(examples=4, max_new_tokens=5, batch_size=4), space)
 
     def imported(self, key: str, family: str) -> Artifact:
         folder = self.home / f"{key}-source"
@@ -152,8 +159,8 @@ class Bench:
         """A task of lm-evaluation-harness."""
         import datasets
 
-        from evals.harness import HarnessRequest, evaluate_tasks
-        from evals.harness_config import HarnessConfig, HarnessTaskConfig
+        from evals.config.harness import HarnessConfig, HarnessTaskConfig
+        from evals.measure.harness import HarnessRequest, evaluate_tasks
         from tests.harness_home import write_tasks
 
         datasets.config.HF_DATASETS_CACHE = self.home / "datasets"
@@ -215,7 +222,7 @@ def cases() -> dict[str, Callable[[Bench, str], Any]]:
         "shift-adapter": lambda b, key: b.shift(key, b.adapters[0]),
         "harness": lambda b, key: b.harness(key),
         "load": lambda b, key: b.imported(key, "llama"),
-        "cosines": lambda b, key: evals.task_vectors.run(
+        "cosines": lambda b, key: evals.measure.task_vectors.run(
             b.place(key, {"start": b.start, "expert/a": b.other, "expert/b": b.adapters[0]}, [])
         ),
         "remote-scores": lambda b, _: remote_scores(),

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stages.core.tiny import character_tokenizer
+from stages.model.tiny import character_tokenizer
 
 SIZES = {
     "hidden_size": 32,

@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 
-import stages.core.supervised
 import stages.distill
+import stages.learner.supervised
 import stages.on_policy.loop
-import stages.on_policy.sampler
-import stages.on_policy.teachers
-from stages.core.training import Learner
+import stages.sampling.sampler
+import stages.teachers.scoring
+from stages.learner.training import Learner
 from tests.vcuda.device import record
 
 
@@ -23,10 +23,10 @@ def _phase(name: str) -> Iterator[None]:
 
 def label() -> None:
     """Wrap the parts of a step, for the rest of the process."""
-    loop, sampler = stages.on_policy.loop, stages.on_policy.sampler
+    loop, sampler = stages.on_policy.loop, stages.sampling.sampler
     parts = [(sampler._Batch, "_prefill", "prefill"), (sampler._Batch, "_decode", "decode")]
-    parts += [(loop, "accumulate", "update"), (stages.core.supervised, "accumulate", "update")]
+    parts += [(loop, "accumulate", "update"), (stages.learner.supervised, "accumulate", "update")]
     parts += [(Learner, name, name) for name in ("update", "save", "resume")]
-    parts += [(stages.on_policy.teachers.TeacherPool, "score", "teachers"), (stages.distill, "preflight", "preflight")]
+    parts += [(stages.teachers.scoring.TeacherPool, "score", "teachers"), (stages.distill, "preflight", "preflight")]
     for owner, name, phase in parts:
         setattr(owner, name, _phase(phase)(getattr(owner, name)))

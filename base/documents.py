@@ -1,0 +1,199 @@
+"""Reads files that people or other programs write, YAML and JSON, within bounds.
+
+A file is regular and small, no key stands twice, nothing is nested deeply, and aliases do not multiply: what is read
+takes time and memory in proportion to the limits below, whatever the file holds.
+"""
+
+import json
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from base.errors import UserError
+
+LONGEST_YAML_BYTES = 2**20
+LONGEST_JSON_BYTES = 64 * 2**20
+MOST_DEPTH = 50
+# Values of a file with every alias written out.
+MOST_VALUES = 100_000
+
+
+class DocumentError(Exception):
+    """A text that cannot be used, in one line that does not name the file."""
+
+
+def read_text(path: Path, most: int) -> str:
+    """A regular file's UTF-8 text, without a byte order mark.
+
+    Args:
+        path: May be a symbolic link to a regular file.
+        most: Bytes it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DocumentError: it is no regular file, too large, unreadable or no UTF-8 text.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise DocumentError("is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is no regular file")
+        if found.st_size > most:
+            raise DocumentError(f"has {found.st_size:,} bytes, the most are {most:,}")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"is no UTF-8 text: byte {error.start}: {error.reason}") from None
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        # A path may hold a null byte, or links that lead in a circle.
+        raise DocumentError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text; every alias has values of its own.
+
+    Raises:
+        DocumentError: it is not valid YAML, a key stands twice, or a limit is passed.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _Size().of(node)
+        return _unshared(loader.construct_document(node))
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError) as error:
+        # PyYAML lets through what Python says of a date that is none, or of a number of thousands of digits.
+        raise DocumentError(f"not valid YAML: {error}") from None
+
+
+def parse_value(assignment: str, text: str) -> Any:
+    """The value of a `KEY=VALUE` from the command line.
+
+    Args:
+        assignment: Option and words, as errors name it.
+        text: What stands behind the `=`.
+
+    Raises:
+        UserError: it is not valid YAML, or a limit is passed.
+    """
+    try:
+        return parse_yaml(text)
+    except DocumentError as error:
+        raise UserError(f"{assignment}: the value: {error}") from None
+
+
+def one_line(value: Any) -> str:
+    """A value in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file; see `read_text` and `parse_yaml` for what raises."""
+    return parse_yaml(read_text(path, LONGEST_YAML_BYTES))
+
+
+def parse_json(text: str) -> Any:
+    """The values of a JSON text.
+
+    Raises:
+        DocumentError: it is not valid JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DocumentError(f"not readable as JSON: {error}") from None
+    except RecursionError:
+        raise DocumentError("not readable as JSON: it is nested too deeply") from None
+
+
+def read_object(path: Path, most: int = LONGEST_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DocumentError: see `read_text` and `parse_json`; or it is no object.
+    """
+    value = parse_json(read_text(path, most))
+    if not isinstance(value, dict):
+        raise DocumentError(f"holds no JSON object but {value!r:.40}")
+    return value
+
+
+def user_error(path: Path | str, error: DocumentError, mend: str = "") -> UserError:
+    """The message for a file that cannot be used, with what mends it."""
+    return UserError(f"{path}: {error}{f'; {mend}' if mend else ''}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops composing at a depth, so that no text uses up Python's stack."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} deep{_place(self.peek_event().start_mark)}")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _Size:
+    """Counts the values of a composed document with every alias written out, each node once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int | None] = {}
+
+    def of(self, node: yaml.Node) -> int:
+        """The number of values below a node.
+
+        Raises:
+            yaml.YAMLError: there are too many, a node holds itself, or a key stands twice.
+        """
+        if id(node) in self._known:
+            known = self._known[id(node)]
+            if known is None:
+                raise yaml.YAMLError(f"an alias holds itself{_place(node.start_mark)}")
+            return known
+        self._known[id(node)] = None
+        total = 1
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeats(node)
+            total += sum(self.of(key) + self.of(value) for key, value in node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            total += sum(self.of(each) for each in node.value)
+        if total > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values with its aliases written out")
+        self._known[id(node)] = total
+        return total
+
+
+def _refuse_repeats(node: yaml.MappingNode) -> None:
+    seen: dict[tuple[str, str], yaml.Mark] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        name = (key.tag, key.value)
+        if name in seen:
+            raise yaml.YAMLError(
+                f"the key '{key.value:.60}' stands twice in one mapping, in lines {seen[name].line + 1} and "
+                f"{key.start_mark.line + 1}"
+            )
+        seen[name] = key.start_mark
+
+
+def _place(mark: yaml.Mark | None) -> str:
+    return "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,225 @@
+"""What became of a run's hypotheses, for people: a table of the report, and the page of claims as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evals.claims.findings import findings
+from evals.claims.measures import domains_of
+from evals.claims.verdicts import Finding
+from evals.comparison.results import BASELINES, STUDENT, VARIANTS, Results
+from evals.config.claims import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
+from evals.tables.grid import ABSENT, Grid
+
+UNITS = {
+    "kl_start": ("KL from the start", "nats a token", 1.0, 3),
+    "kl_policy": ("KL to the start", "nats a token", 1.0, 3),
+    "entropy": ("entropy", "nats a token", 1.0, 3),
+    "length": ("length", "tokens", 1.0, 1),
+    "repetition": ("repetition", "compression", 1.0, 2),
+    "changed_bfloat16": ("weights changed at bfloat16", "%", 100.0, 1),
+    "changed_float32": ("weights changed at float32", "%", 100.0, 1),
+    "rounded_away": ("weights changed at float32 less those at bfloat16", "%", 100.0, 1),
+    "seconds": ("seconds", "s", 1.0, 1),
+    "tokens": ("tokens trained on", "k", 1e-3, 0),
+    "score": ("greedy score", "points", 100.0, 1),
+    "sampled": ("score of sampled completions", "points", 100.0, 1),
+    "passes": ("share with a score above 0", "points", 100.0, 1),
+    "drop": ("drop from the start", "points", 100.0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run whose hypotheses were tested.
+
+    Attributes:
+        file: The run file.
+        results: Its results.
+        found: Its findings.
+        figures: hypothesis -> an image, as a path beside the page.
+    """
+
+    file: Path
+    results: Results
+    found: Sequence[Finding]
+    figures: Mapping[str, Path]
+
+
+def hypotheses_grid(results: Results) -> Grid | None:
+    """Every test of the run's hypotheses; None where there are none."""
+    if not results.hypotheses:
+        return None
+    rows = [
+        (
+            f"{one.hypothesis} {one.test}",
+            what(results, one.config),
+            expectation(one),
+            measured(one),
+            p_of(one),
+            one.label,
+        )
+        for one in findings(results, results.hypotheses)
+    ]
+    head = ("hypothesis", "compared", "expected", "measured", "p", "verdict")
+    return Grid("Hypotheses in the run file (p after Holm's correction)", head, tuple(rows))
+
+
+def what(results: Results, test: ComparisonConfig) -> str:
+    """What is compared, in words."""
+    title = UNITS[test.measure][0]
+    if test.measure in EXAMPLE_MEASURES or test.measure.startswith(("kl", "entropy", "length", "repetition")):
+        split = ", unseen kind" if test.split != "held_out" else ""
+        title = f"{title} on {', '.join(domains_of(results, test))}{split}"
+    if test.compare:
+        return f"{short(test.compare[0])} − {short(test.compare[1])}: {title}"
+    if test.slope:
+        settings = ", ".join(f"{short(name)} at {setting:g}" for name, setting in test.slope.items())
+        return f"slope of {title} over {settings}"
+    if test.contrast:
+        return f"{' '.join(f'{weight:+.3g} {short(name)}' for name, weight in test.contrast.items())}: {title}"
+    assert test.fit is not None
+    return (
+        f"R² of {title} as a quadratic of {UNITS[test.fit.x][0]} on {', '.join(test.fit.x_domains)}, "
+        f"{len(test.checkpoints)} checkpoints"
+        + (f", {len(test.fit.groups)} of them independent" if len(test.fit.groups) < len(test.checkpoints) else "")
+    )
+
+
+def expectation(finding: Finding) -> str:
+    """What was expected, with the margin in the measure's unit."""
+    test = finding.config
+    margin = f"{test.margin:g}" if test.fit else _number(test.margin, test)
+    return {
+        "above": f"above {margin}" if test.fit else "above 0",
+        "below": "below 0",
+        "within": f"within ±{margin}",
+        "not_below": f"above -{margin}",
+        "not_above": f"below +{margin}",
+    }[test.expect]
+
+
+def measured(finding: Finding) -> str:
+    """The estimate with its bounds and unit."""
+    value, test = finding.interval, finding.config
+    if value is None:
+        return ABSENT
+    if test.fit:
+        return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    unit = UNITS[test.measure][1]
+    per = " per unit" if test.slope else ""
+    mean, low, high = (_number(bound, test, True) for bound in (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}] {unit}{per}"
+
+
+def p_of(finding: Finding) -> str:
+    """Holm's p of what is expected, or of the opposite where that has the smaller one."""
+    p, other = finding.p, finding.opposite_p
+    if p is None or other is None:
+        return ABSENT
+    value = min(p, other)
+    return f"{'opposite: ' if other < p else ''}{'<0.001' if value < 0.001 else f'{value:.3f}'}"
+
+
+def claims_page(tested: Sequence[Judged], intro: str) -> str:
+    """The page of claims: an overview, then each claim with its tests, values and figures.
+
+    Args:
+        tested: Runs in the order in which they are told.
+        intro: How it was made, as Markdown.
+    """
+    claims: dict[str, str] = {}
+    for run in tested:
+        for key, hypothesis in run.results.hypotheses.items():
+            claims.setdefault(_claim(key), hypothesis.claim)
+    ordered = sorted(claims, key=_number_of)
+    parts = ["# Claims put to the test", intro, "## Overview", _overview(tested, claims, ordered)]
+    for claim in ordered:
+        parts.append(f"## {claim}: {claims[claim]}")
+        for run in tested:
+            for key, hypothesis in run.results.hypotheses.items():
+                if _claim(key) == claim:
+                    parts += _told(run, key, hypothesis)
+    return "\n\n".join(parts) + "\n"
+
+
+def _overview(tested: Sequence[Judged], claims: Mapping[str, str], ordered: Sequence[str]) -> str:
+    rows = []
+    for claim in ordered:
+        verdicts = [
+            f"{_marked(one)} ({run.file.stem}: {one.test.replace('_', ' ')})"
+            for run in tested
+            for one in run.found
+            if _claim(one.hypothesis) == claim
+        ]
+        rows.append(f"| {claim} | {claims[claim]} | {'<br>'.join(verdicts)} |")
+    return "\n".join(["| claim | says | verdicts |", "| --- | --- | --- |", *rows])
+
+
+def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
+    """A run's tests of one claim: what was compared, found and judged; then each checkpoint's own value."""
+    own = [one for one in run.found if one.hypothesis == key]
+    rows = [
+        f"| {one.test.replace('_', ' ')} | {what(run.results, one.config)} | {expectation(one)} | {measured(one)} | "
+        f"{p_of(one)} | {_marked(one)} |"
+        for one in own
+    ]
+    head = "| test | compared | expected | measured [interval] | p (Holm) | verdict |"
+    seeds = max((one.seeds for one in own), default=0)
+    examples = max((one.examples for one in own), default=0)
+    size = f"{seeds} seeds" + (f", {examples} independent examples a domain and seed" if examples else "")
+    parts = [
+        f"`{run.file.name}`, {size}. {hypothesis.claim if _claim(key) != key else ''}".rstrip(),
+        "\n".join([head, "| --- | --- | --- | --- | ---: | --- |", *rows]),
+        _values(own),
+        hypothesis.note,
+    ]
+    if figure := run.figures.get(key):
+        parts.append(f"![{key}: {hypothesis.claim}]({figure.as_posix()})")
+    return [part for part in parts if part]
+
+
+def _marked(finding: Finding) -> str:
+    """The verdict as Markdown: what was shown or contradicted is bold."""
+    return f"**{finding.label}**" if finding.verdict in ("shown", "contradicted") else finding.label
+
+
+def _values(own: Sequence[Finding]) -> str:
+    """Each checkpoint's own value, and the start's score: a start near 0 or 100 % leaves little to see."""
+    lines = []
+    for one in own:
+        if not one.values:
+            continue
+        start = "" if one.start is None else f"; the start scores {100 * one.start:.1f} %"
+        if one.coefficients:
+            squared, linear, constant = one.coefficients
+            said = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
+            lines.append(f"- {one.test.replace('_', ' ')}: {said}{start}")
+            continue
+        unit = UNITS[one.config.measure][1].replace("points", "%")
+        said = ", ".join(f"{short(name)} {_number(value, one.config)}" for name, value in one.values.items())
+        lines.append(f"- {one.test.replace('_', ' ')}: {said} ({unit}; {UNITS[one.config.measure][0]}){start}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _number(value: float, test: ComparisonConfig, signed: bool = False) -> str:
+    _, _, scale, digits = UNITS[test.measure]
+    return f"{value * scale:{'+' if signed else ''}.{digits}f}"
+
+
+def short(name: str) -> str:
+    """A checkpoint as a reader calls it: `expert sort`, `student half`, `baseline ties`."""
+    for prefix, role in (("experts/", "expert"), (VARIANTS, STUDENT), (BASELINES, "baseline")):
+        if name.startswith(prefix):
+            return f"{role} {name.removeprefix(prefix).replace('_', ' ')}"
+    return name.replace("_", " ")
+
+
+def _claim(key: str) -> str:
+    """The claim a hypothesis speaks of: `C1` of `C1_spelling`."""
+    return key.partition("_")[0]
+
+
+def _number_of(claim: str) -> tuple[int, str]:
+    digits = "".join(filter(str.isdigit, claim))
+    return int(digits) if digits else 0, claim

@@ -1,0 +1,143 @@
+"""Score one checkpoint on held-out examples: a greedy and several sampled completions of each, kept one by one.
+
+The examples of a domain and split are the same for every checkpoint and seed of a run, so that all comparisons are
+paired. The completions come from the sampler the on-policy loop uses and the scores from the domain's own scorer,
+which is also the reward. An example with a copy in what the checkpoint and its ancestors were trained on is flagged as
+contaminated; one without is clean only where all of that is recorded, else it is unknown.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from evals.comparison.copies import NEAR, Copies
+from evals.comparison.scores import EXAMPLES_SEED, FILE
+from experts.domain import Example
+from stages.config.training import EvaluationConfig
+from stages.learner.device import accelerator
+from stages.learner.training import step_seed
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy, load_policy
+from stages.rows.chat import encode_prompt
+from stages.rows.trained_on import TrainedOn
+from stages.sampling.sampler import Sample, Sampling, sample
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One node of the graph: score the checkpoint on a domain's split.
+
+    Attributes:
+        workspace: Where the scores go; its parent `checkpoint` is scored.
+        config: How completions are drawn.
+        domain: Name of the domain.
+        split: `held_out` or `out_of_distribution`.
+    """
+
+    workspace: Workspace
+    config: EvaluationConfig
+    domain: str
+    split: str
+
+
+def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store: Store) -> list[Artifact]:
+    """Score one checkpoint on several domains and splits.
+
+    Returns:
+        One artifact a request: `scores.jsonl` with a row per example, and mean scores in its manifest.
+
+    Raises:
+        UserError: a domain cannot supply the examples, a prompt does not fit the model, or CUDA does not show the
+            device that was leased.
+    """
+    device = accelerator().device
+    policy = load_policy(checkpoint, store)
+    policy.model.to(device)
+    trained = TrainedOn.read(checkpoint)
+    copies = Copies(trained)
+    return [_evaluate(request, policy, copies, not trained.unknown) for request in requests]
+
+
+def _evaluate(request: EvaluationRequest, policy: Policy, copies: Copies, known: bool) -> Artifact:
+    config, workspace = request.config, request.workspace
+    journal = workspace.journal()
+    domain = workspace.domains[request.domain]
+    examples = domain.draw_up_to(config.examples, request.split, EXAMPLES_SEED)
+    if not examples:
+        raise UserError(f"domains.{request.domain}: no {request.split} examples")
+    prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
+    total = 1 + (config.samples > 0)
+    greedy = sample(policy, prompts, 1, Sampling(config.max_new_tokens, 0.0, 1.0, config.batch_size, config.stop), 0)
+    journal.progress(1, total)
+    drawn: list[list[Sample]] = [[] for _ in examples]
+    if config.samples:
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.stop)
+        seed = step_seed(workspace.seed, 0, f"evaluate {request.domain} {request.split}")
+        drawn = sample(policy, prompts, config.samples, sampling, seed)
+        journal.progress(2, total)
+    texts = [
+        policy.texts((one.completion_ids for one in (best, *others)), config.stop)
+        for (best,), others in zip(greedy, drawn, strict=True)
+    ]
+    pairs = [(example, text) for example, own in zip(examples, texts, strict=True) for text in own]
+    scores = iter(domain.score_all(pairs))
+    rows = []
+    kinds = copies.find(domain, examples)
+    for example, (best,), others, own, copy in zip(examples, greedy, drawn, texts, kinds, strict=True):
+        judged = [_judged(one, text, next(scores)) for one, text in zip((best, *others), own, strict=True)]
+        rows.append(_row(example, judged, copy, known))
+    metrics = summary(rows) | domain.facts()
+    for text in domain.news():
+        journal.note(total, f"alarm: {text}")
+    journal.metrics(total, {f"eval/{name}/{request.domain}": value for name, value in metrics.items()})
+    folder = workspace.store.staging(workspace.key)
+    (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return workspace.commit(folder, trained_on=None, metrics=metrics, domain=request.domain, split=request.split)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean greedy score, mean sampled score where there are samples, and the share of contaminated examples.
+
+    Where some are unknown that share is `contaminated_at_least`, and absent at 0. `near_copies` is the part of it that
+    near copies are, where there are some.
+    """
+    values = {"greedy": statistics.fmean(row["greedy"]["score"] for row in rows)}
+    sampled = [completion["score"] for row in rows for completion in row["samples"]]
+    if sampled:
+        values["sampled"] = statistics.fmean(sampled)
+    share = statistics.fmean(bool(row["contaminated"]) for row in rows)
+    if all(row["contaminated"] is not None for row in rows):
+        values["contaminated"] = share
+    elif share:
+        values["contaminated_at_least"] = share
+    if near := statistics.fmean(row.get("copy") == NEAR for row in rows):
+        values["near_copies"] = near
+    return values
+
+
+def _judged(drawn: Sample, completion: str, score: float) -> dict[str, Any]:
+    """All that is known of one completion."""
+    return {
+        "completion": completion,
+        "score": score,
+        "tokens": len(drawn.completion_ids),
+        "truncated": not drawn.finished,
+    }
+
+
+def _row(example: Example, judged: Sequence[Mapping[str, Any]], copy: str, known: bool) -> dict[str, Any]:
+    """All that is known of one example; the greedy completion comes first."""
+    return {
+        "id": example.id,
+        "source": example.source,
+        "prompt": example.prompt,
+        "answer": example.answer,
+        "contaminated": True if copy else False if known else None,
+        "copy": copy,
+        "greedy": judged[0],
+        "samples": list(judged[1:]),
+    }

@@ -1,0 +1,141 @@
+"""What training did to the weights: how many of them changed, by how much, and whether experts moved the same way.
+
+A checkpoint's task vector is its weights less the start's (Ilharco et al. 2023). Weights count as changed where they
+differ by more than 1e-5, in float32 or after both were rounded to bfloat16, as in arXiv:2505.11711 on how sparse RL's
+updates are: rounding hides what is small beside its weight.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from base.store.checkpoint import Artifact
+from evals.comparison.shift_sheet import COSINES_FILE, CosineSheet, WeightChange, WeightShift
+from stages.learner.workspace import Workspace
+from stages.merge import Expert, Geometry
+from stages.model.weights import StoredWeights
+
+TOLERANCE = 1e-5
+EXPERT_ROLE = "expert/"
+# Weights worked on at a time.
+_SLICE = 2**20
+_LAYER = re.compile(r"\.(\d+)\.")
+_EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
+_HEAD = re.compile(r"^(lm_head|embed_out)\.")
+
+
+@dataclass
+class Tally:
+    """Counts over some tensors.
+
+    Attributes:
+        weights: Weights seen.
+        bfloat16: Those changed, rounded to bfloat16.
+        float32: Those changed as they are.
+        moved: Sum of squares of the task vector.
+        size: Sum of squares of the start's weights.
+    """
+
+    weights: int = 0
+    bfloat16: int = 0
+    float32: int = 0
+    moved: float = 0.0
+    size: float = 0.0
+
+    def add(self, start: Tensor, trained: Tensor) -> None:
+        """Count in one tensor of the start and of the checkpoint, both float32, slice by slice."""
+        self.weights += start.numel()
+        for before, after in zip(start.flatten().split(_SLICE), trained.flatten().split(_SLICE), strict=True):
+            difference = after - before
+            rounded = after.bfloat16().float() - before.bfloat16().float()
+            self.bfloat16 += int((rounded.abs() > TOLERANCE).sum())
+            self.float32 += int((difference.abs() > TOLERANCE).sum())
+            self.moved += float(difference.double().square().sum())
+            self.size += float(before.double().square().sum())
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def change(self) -> WeightChange:
+        """The shares; a start of zeros counts as of norm 1."""
+        return WeightChange(
+            weights=self.weights,
+            changed_bfloat16=self.bfloat16 / self.weights,
+            changed_float32=self.float32 / self.weights,
+            relative_norm=(self.moved / (self.size or 1.0)) ** 0.5,
+        )
+
+
+def weight_shift(start: StoredWeights, checkpoint: StoredWeights) -> WeightShift:
+    """How a checkpoint's weights differ from the start's, by part of the model.
+
+    Beside the counts one tensor of each is in memory at a time. An adapter counts as the full weights it stands for.
+
+    Args:
+        start: The run's start.
+        checkpoint: Trained from it, so of the same architecture.
+    """
+    parts = defaultdict[str, Tally](Tally)
+    for name in distinct_names(start):
+        origin, trained = start.read(name), checkpoint.read(name)
+        parts[part_of(name)].add(origin, trained)
+    layers = sorted((part for part in parts if part.isdigit()), key=int)
+    named = {part: parts[part].change() if part in parts else None for part in ("embeddings", "head", "rest")}
+    changes = [parts[layer].change() for layer in layers]
+    whole = sum(parts.values(), start=Tally())
+    return WeightShift(**dict(whole.change()), layers=changes, **named)
+
+
+def distinct_names(weights: StoredWeights) -> Iterator[str]:
+    """Names of the tensors, without a head that is the embedding's other name."""
+    tied = bool(weights.config.get("tie_word_embeddings"))
+    return (name for name in weights.shapes if not (tied and _HEAD.search(name)))
+
+
+def part_of(name: str) -> str:
+    """`embeddings`, `head`, `rest`, or the number of a decoder layer."""
+    if layer := _LAYER.search(name):
+        return layer[1]
+    if _HEAD.search(name):
+        return "head"
+    return "embeddings" if _EMBEDDINGS.search(name) else "rest"
+
+
+def cosines(start: StoredWeights, experts: Mapping[str, StoredWeights], geometry: Geometry) -> CosineSheet:
+    """Cosine of the task vectors of every two experts.
+
+    Args:
+        start: What all were trained from.
+        experts: By name.
+        geometry: An empty one over the same experts.
+    """
+    for name in distinct_names(start):
+        origin = start.read(name)
+        geometry.add(origin, [expert.read(name) for expert in experts.values()], origin)
+    count = range(len(experts))
+    return CosineSheet(experts=list(experts), cosines=[[geometry.cosine(i, j) for j in count] for i in count])
+
+
+@torch.no_grad()
+def run(workspace: Workspace) -> Artifact:
+    """Compare the task vectors of the parents `expert/NAME` from the parent `start`.
+
+    Returns:
+        `cosines.json`, and each pair's cosine among the metrics.
+    """
+    store, parents = workspace.store, workspace.parents
+    named = {role.removeprefix(EXPERT_ROLE): parent for role, parent in parents.items() if role != "start"}
+    journal = workspace.journal()
+    geometry = Geometry([Expert(name, parent, 1.0) for name, parent in named.items()])
+    stored = {name: StoredWeights(parent, store) for name, parent in named.items()}
+    sheet = cosines(StoredWeights(parents["start"], store), stored, geometry)
+    metrics = {f"cosine/{one}/{other}": value for (one, other), value in sheet.values().items()}
+    journal.metrics(1, metrics)
+    journal.progress(1, 1)
+    folder = store.staging(workspace.key)
+    (folder / COSINES_FILE).write_text(sheet.model_dump_json(indent=1))
+    return workspace.commit(folder, trained_on=None, metrics=metrics)

@@ -1,0 +1,56 @@
+"""Which merge of a run is the better one: MOPD, unless another is shown better on the mean of the experts' domains."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.comparison.results import BASELINES, STUDENT, VARIANTS, Results
+from evals.statistics.hypotheses import holm, mean_superiority
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A merge of the same experts beside MOPD.
+
+    Attributes:
+        name: `baselines/NAME` or `variants/NAME`.
+        gain: Its mean score over the experts' domains less MOPD's, on the same examples; a share.
+        p_value: One-sided, that the gain is above 0; after Holm's correction over all rivals that were scored.
+        level: What the p-value must be below.
+    """
+
+    name: str
+    gain: float
+    p_value: float
+    level: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is the better merge for new examples, beyond chance."""
+        return self.p_value < self.level
+
+
+def rivals(results: Results) -> list[Rival]:
+    """The run's other merges that were scored on every expert's domain, the highest gain first.
+
+    The level is that of one tail of the results' intervals, (1 - confidence) / 2, as everywhere in the gate: one false
+    claim among all rivals has at most this probability.
+    """
+    pairs = {name: whole for name in results.checkpoints if (whole := _pairs(results, name))}
+    p_values = holm({name: mean_superiority(pairs[name]) for name in pairs})
+    level = (1 - results.confidence) / 2
+    found = [Rival(name, _gain(pairs[name]), p_value, level) for name, p_value in p_values.items()]
+    return sorted(found, key=lambda rival: -rival.gain)
+
+
+def _pairs(results: Results, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """domain -> scores of a rival and of MOPD; empty for another checkpoint, or where a domain was not scored."""
+    if not name.startswith((BASELINES, VARIANTS)):
+        return {}
+    aligned = {domain: results.aligned([name, STUDENT], domain) for domain in results.expert_domains}
+    whole = {domain: (found[0], found[1]) for domain, found in aligned.items() if found}
+    return whole if len(whole) == len(aligned) else {}
+
+
+def _gain(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
+    return float(np.mean([a_SN.mean() - b_SN.mean() for a_SN, b_SN in pairs.values()]))

@@ -1,0 +1,120 @@
+"""Training curves as small inline SVG panels: one a metric, one line a seed.
+
+Drawn here and not by matplotlib: a run of three seeds has some 400 panels, which take matplotlib 17 s and 3 MB.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from evals.tables.markup import card
+
+Points = list[tuple[int, float]]
+
+COLOURS = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9", "#d9605a", "#7f8c97")
+# What a reader looks for first.
+FIRST = ("loss", "reward", "reverse_kl", "entropy", "length", "grad_norm")
+# As many panels as a reader will look at, and as many points as a panel has room for.
+PANELS, BUCKETS = 12, 80
+WIDTH, HEIGHT = 240, 120
+LEFT, RIGHT, TOP, BOTTOM = 42, 236, 20, 104
+
+
+def curves_cards(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A folded card for every checkpoint with its curves and what its training noted.
+
+    Args:
+        curves: node id (`NAME@SEED`, or `NAME`) -> its journal's metric records `{"step", "values"}` and notes
+            `{"step", "text"}`.
+    """
+    names: dict[str, dict[str, Sequence[Mapping[str, Any]]]] = {}
+    for node, records in curves.items():
+        name, _, seed = node.partition("@")
+        names.setdefault(name, {})[f"seed {seed}" if seed else ""] = records
+    return "".join(card(name, _panels(seeds) + _notes(seeds)) for name, seeds in names.items())
+
+
+def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    metrics: dict[str, dict[str, Points]] = {}
+    for seed, records in seeds.items():
+        for record in records:
+            for name, value in record.get("values", {}).items():
+                if math.isfinite(value):
+                    metrics.setdefault(name, {}).setdefault(seed, []).append((record["step"], value))
+    lines = _telling(metrics)
+    if not lines:
+        return ""
+    colours = {seed: COLOURS[index % len(COLOURS)] for index, seed in enumerate(seeds)}
+    keys = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{escape(seed)}</span>'
+        for seed, colour in colours.items()
+        if seed
+    )
+    panels = "".join(_panel(name, own, colours) for name, own in list(lines.items())[:PANELS])
+    more = (
+        f'<p class="soft">{len(lines) - PANELS} more that change stand in the journal.</p>'
+        if len(lines) > PANELS
+        else ""
+    )
+    return f'{keys}<div class="panels">{panels}</div>{more}'
+
+
+def _telling(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, Points]]:
+    """The metrics that change, the well-known first; of two with equal values (one domain and the whole) the first."""
+    known = {name: index for index, name in enumerate(FIRST)}
+    found: dict[str, dict[str, Points]] = {}
+    for name in sorted(metrics, key=lambda name: known.get(name.partition("/")[2].partition("/")[0], len(FIRST))):
+        changes = any(len({value for _, value in points}) > 1 for points in metrics[name].values())
+        if changes and metrics[name] not in found.values():
+            found[name] = metrics[name]
+    return found
+
+
+def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -> str:
+    steps = [step for points in lines.values() for step, _ in points]
+    values = [value for points in lines.values() for _, value in points]
+    first, last, low, high = min(steps), max(steps), min(values), max(values)
+
+    def place(points: Iterable[tuple[int, float]]) -> str:
+        across, up = (RIGHT - LEFT) / ((last - first) or 1), (BOTTOM - TOP) / ((high - low) or 1)
+        return " ".join(f"{LEFT + (x - first) * across:.1f},{BOTTOM - (y - low) * up:.1f}" for x, y in points)
+
+    drawn = "".join(
+        f'<polyline stroke="{colours[seed]}" points="{place(thinned(points))}"/>' for seed, points in lines.items()
+    )
+    labels = [
+        ("start", 2, 10, name, ' class="title"'),
+        ("end", LEFT - 4, TOP + 4, f"{high:.2g}", ""),
+        ("end", LEFT - 4, BOTTOM, f"{low:.2g}", ""),
+        ("start", LEFT, HEIGHT - 4, f"step {first}", ""),
+        ("end", RIGHT, HEIGHT - 4, str(last), ""),
+    ]
+    texts = "".join(
+        f'<text text-anchor="{side}" x="{x}" y="{y}"{style}>{escape(text)}</text>' for side, x, y, text, style in labels
+    )
+    axis = f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{axis}{drawn}{texts}</svg>'
+
+
+def thinned(points: Points) -> Points:
+    """At most `2 * BUCKETS` points: of each stretch the lowest and the highest, so that spikes stay."""
+    if len(points) <= 2 * BUCKETS:
+        return points
+    size = math.ceil(len(points) / BUCKETS)
+    kept: Points = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+        kept.extend(sorted(ends))
+    return kept
+
+
+def _notes(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    said = []
+    for seed, records in seeds.items():
+        where = f"{seed}, step" if seed else "step"
+        said += [
+            f"<li>{where} {record['step']}: {escape(record['text'])}</li>" for record in records if "text" in record
+        ]
+    return f"<ul>{''.join(said)}</ul>" if said else ""

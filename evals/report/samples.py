@@ -1,0 +1,174 @@
+"""The samples of a report: what base, cold start, teacher and student wrote to the same prompts, side by side.
+
+A row carries its outcomes as tokens, so that the page's script only compares words; without the script all rows show.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from evals.comparison.copies import NEAR
+from evals.comparison.merges import merges
+from evals.comparison.results import STUDENT, Results
+from evals.comparison.scores import Scores
+from evals.report.costs import checkpoint_title
+from experts.domain import HELD_OUT, Prompt
+
+EXAMPLES = 40
+# Characters of all samples together, and of one completion: a page stays below 5 MB.
+BUDGET, LONGEST, SHORTEST = 1_200_000, 4000, 120
+# What stands unfolded.
+OPEN_CHARACTERS, OPEN_LINES = 240, 8
+RIGHT, PARTLY, WRONG = "right", "partly", "wrong"
+SIGNS = {RIGHT: "✓ correct", PARTLY: "◐ partly", WRONG: "✗ wrong"}
+OUTCOMES = {
+    "lost": "student wrong, teacher right",
+    "gained": "student right, teacher wrong",
+    "all-right": "all right",
+    "all-wrong": "all wrong",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One checkpoint beside others: its title and its sheet of the domain."""
+
+    role: str
+    title: str
+    sheet: Scores
+
+
+def samples_section(results: Results) -> str:
+    """The filters and a table for each domain, of the run's first seed; empty where nothing was scored."""
+    seed = results.seeds[0]
+    other = best_other(results)
+    columns = {domain: found for domain in results.domains if (found := columns_of(results, domain, seed, other))}
+    if not columns:
+        return ""
+    total = sum(len(found[0].sheet.rows) for found in columns.values())
+    shown = sum(min(EXAMPLES, len(found[0].sheet.rows)) for found in columns.values())
+    texts = sum((2 + len(found)) * min(EXAMPLES, len(found[0].sheet.rows)) for found in columns.values())
+    longest = max(SHORTEST, min(LONGEST, BUDGET // texts))
+    tables = "".join(_domain(domain, found, longest) for domain, found in columns.items())
+    return f"{_explained(seed, shown, total)}{_filters(list(columns))}{tables}"
+
+
+def columns_of(results: Results, domain: str, seed: int, other: str | None) -> list[Column]:
+    """Base, cold start, the domain's teacher, the student and another merge, as far as they were scored."""
+    teacher = results.teacher(domain)
+    found = [("base", "base", "base"), ("cold_start", "cold start", "cold_start")]
+    if teacher:
+        found.append(("teacher", f"teacher: {checkpoint_title(teacher)}", teacher))
+    found.append((STUDENT, "student: MOPD", STUDENT))
+    if other:
+        found.append(("other", checkpoint_title(other), other))
+    return [
+        Column(role, title, sheet)
+        for role, title, name in found
+        if (sheet := results.cells.get((name, domain, HELD_OUT), {}).get(seed)) is not None
+    ]
+
+
+def best_other(results: Results) -> str | None:
+    """The merge beside MOPD with the highest mean score; None where there is none."""
+    scored = [(m.score.mean, m.name) for m in merges(results) if m.score is not None and m.name != STUDENT]
+    return max(scored)[1] if scored else None
+
+
+def outcomes(standings: Mapping[str, str]) -> list[str]:
+    """Which of the filters' outcomes a row has; `partly` counts as wrong.
+
+    Args:
+        standings: role -> `right`, `partly` or `wrong`.
+    """
+    right = {role: standing == RIGHT for role, standing in standings.items()}
+    student, teacher = right.get(STUDENT), right.get("teacher")
+    held = {
+        "lost": student is False and teacher is True,
+        "gained": student is True and teacher is False,
+        "all-right": all(right.values()),
+        "all-wrong": not any(right.values()),
+    }
+    return [name for name, holds in held.items() if holds]
+
+
+def standing(score: float) -> str:
+    """`right` at the full score of 1, `wrong` at 0, else `partly`."""
+    return RIGHT if score >= 1 else PARTLY if score > 0 else WRONG
+
+
+def _explained(seed: int, shown: int, total: int) -> str:
+    return (
+        f'<p class="soft">Greedy completions of seed {seed} on held-out examples, at most the first {EXAMPLES} of each '
+        f"domain: {shown:,} of {total:,}. The last column is the best other merge by mean score, where there is one. "
+        f"{SIGNS[RIGHT]}: the full score of 1; {SIGNS[PARTLY]}: a score between; filters count it as wrong.</p>"
+    )
+
+
+def _filters(domains: Sequence[str]) -> str:
+    def options(first: str, values: Mapping[str, str]) -> str:
+        others = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in values.items())
+        return f'<option value="">{first}</option>{others}'
+
+    named = {name: name for name in domains}
+    return (
+        '<form class="filters" hidden>'
+        f'<label>Domain <select name="domain">{options("all domains", named)}</select></label>'
+        f'<label>Outcome <select name="outcome">{options("all", OUTCOMES)}</select></label>'
+        '<label>Search <input type="search" name="text" placeholder="prompt, answer, completion"></label>'
+        '<output aria-live="polite"></output></form>'
+    )
+
+
+def _domain(domain: str, columns: Sequence[Column], longest: int) -> str:
+    total = len(columns[0].sheet.rows)
+    rows = "".join(_row(columns, number, longest) for number in range(min(EXAMPLES, total)))
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("prompt", "answer", *(c.title for c in columns)))
+    return (
+        f'<div class="domain" data-domain="{escape(domain)}"><h3>{escape(domain)} '
+        f"<small>{min(EXAMPLES, total)} of {total:,} examples</small></h3>"
+        f'<div class="scroll"><table class="samples"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        "</div>"
+    )
+
+
+def _row(columns: Sequence[Column], number: int, longest: int) -> str:
+    own = [(column, column.sheet.rows[number]) for column in columns]
+    asked = own[0][1]
+    tokens = outcomes({column.role: standing(row["greedy"]["score"]) for column, row in own})
+    cells = [
+        f'<td data-label="prompt">{_text(prompt_text(asked["prompt"]), longest)}</td>',
+        f'<td data-label="answer">{_text(str(asked["answer"]), longest)}</td>',
+        *(_completion(column.title, row, longest) for column, row in own),
+    ]
+    return f'<tr data-outcomes="{" ".join(tokens)}">{"".join(cells)}</tr>'
+
+
+def _completion(title: str, row: Mapping[str, Any], longest: int) -> str:
+    greedy = row["greedy"]
+    kind = standing(greedy["score"])
+    said = [SIGNS[kind] + (f", {greedy['score']:.2f}" if kind == PARTLY else "")]
+    said += ["cut off"] if greedy["truncated"] else []
+    said += ["contaminated (near copy)" if row.get("copy") == NEAR else "contaminated"] if row["contaminated"] else []
+    return (
+        f'<td class="{kind}" data-label="{escape(title)}"><span class="mark">{" · ".join(said)}</span>'
+        f"{_text(greedy['completion'], longest)}</td>"
+    )
+
+
+def _text(text: str, longest: int) -> str:
+    """A text as it is; a long one folded under its beginning, a very long one cut."""
+    whole = text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
+    block = f"<pre>{escape(whole)}</pre>"
+    if len(whole) <= OPEN_CHARACTERS and whole.count("\n") < OPEN_LINES:
+        return block
+    start = " ".join(whole[:OPEN_CHARACTERS].split())[:80]
+    return f'<details class="fold"><summary>{escape(start)}…</summary>{block}</details>'
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as text; of a conversation each message after its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

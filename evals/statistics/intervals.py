@@ -1,0 +1,89 @@
+"""Intervals of scores and of paired differences, for new examples.
+
+Seeds are kept fixed, because three of them are too few to say how others would differ: an interval then speaks of new
+examples, not of new training runs. For those see `evals.statistics.crossed`.
+
+An interval keeps a width where all examples agree: of 400 right answers out of 400 the next one may be wrong.
+
+Shape suffixes: `S` seeds, `N` examples.
+"""
+
+from collections.abc import Mapping
+from statistics import NormalDist
+
+import numpy as np
+
+from evals.statistics.crossed import over_examples
+from evals.statistics.interval import Interval
+
+
+def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean over seeds and examples of scores in [0, 1]; see `mean_over_domains`."""
+    return mean_over_domains({"": scores_SN}, confidence)
+
+
+def mean_over_domains(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
+    """Unweighted mean over domains of the mean score of each, with the interval of Agresti & Coull for a proportion.
+
+    It is Wilson's (1927, JASA 22:209) but for a width that does not fall short near 0 and 1: z² / 2 right and as many
+    wrong answers are made up (1998, Am. Statistician 52:119). The number of examples is the one that has the variance
+    seen. Of right and wrong answers and one seed that is the number of examples itself; several seeds, scores between 0
+    and 1 and domains of different levels have less variance than a proportion, so they count for more.
+
+    Args:
+        strata: domain -> `[S, N]` or `[N]` scores in [0, 1]; seeds are averaged first.
+        confidence: Level of the interval.
+
+    Raises:
+        ValueError: there are no domains, or no examples in one.
+    """
+    rows = [np.atleast_2d(part_SN).mean(axis=0) for part_SN in strata.values()]
+    if not rows or not all(len(row_N) for row_N in rows):
+        raise ValueError("no examples")
+    mean = float(np.mean([row_N.mean() for row_N in rows]))
+    fewest = len(rows) * min(len(row_N) for row_N in rows)
+    seen = sum(float(row_N.var()) / len(row_N) for row_N in rows) / len(rows) ** 2
+    # One made-up example that is right and one that is wrong keep it above 0 where all scores are alike.
+    variance = seen + (mean**2 + (1 - mean) ** 2) / fewest**2
+    examples = max(fewest, mean * (1 - mean) / variance)
+    z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    centre = (mean + z_squared / (2 * examples)) / (1 + z_squared / examples)
+    half = (z_squared * centre * (1 - centre) / (examples + z_squared)) ** 0.5
+    return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def paired_difference(a_SN: np.ndarray, b_SN: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean of `a - b` over the same examples; the numbers of seeds may differ. See `mean_over`.
+
+    Raises:
+        ValueError: the numbers of examples differ.
+    """
+    return mean_over({"": differences(a_SN, b_SN)}, confidence)
+
+
+def differences(a_SN: np.ndarray, b_SN: np.ndarray) -> np.ndarray:
+    """The paired differences [N] of `a` and `b`, a mean over the seeds of each.
+
+    Raises:
+        ValueError: they have different numbers of examples.
+    """
+    a_N, b_N = (np.atleast_2d(scores_SN).mean(axis=0) for scores_SN in (a_SN, b_SN))
+    if a_N.shape != b_N.shape:
+        raise ValueError(f"not paired: {len(a_N)} and {len(b_N)} examples")
+    difference_N: np.ndarray = a_N - b_N
+    return difference_N
+
+
+def mean_over(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
+    """Unweighted mean over domains of the mean difference of each, with the t interval of `evals.statistics.crossed`.
+
+    Args:
+        strata: domain -> `[S, N]` or `[N]` differences of scores in [0, 1].
+        confidence: Level of the interval.
+
+    Returns:
+        -1 and 1 as bounds where a domain has a single example: nothing is known of how it varies.
+    """
+    if any(np.shape(part_SN)[-1] < 2 for part_SN in strata.values()):
+        return Interval(float(np.mean([np.mean(part_SN) for part_SN in strata.values()])), -1.0, 1.0)
+    return over_examples(strata).interval(confidence)

@@ -1,0 +1,350 @@
+"""The champion of a run: who it is, who it was before, and a person's word on it. Free of prefect and mlflow.
+
+The file is the truth; the alias in MLflow follows it. What a person decides stands: the gate does not bring back a
+checkpoint that a person decided against, only one that is new since.
+"""
+
+import dataclasses
+import json
+import sys
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from base.errors import UserError, nearest
+from base.store.checkpoint import Store, write_whole
+from experts.domain import HELD_OUT
+from flows.champion.tries import try_number
+from flows.plan.graph import Node, StageGraph
+from flows.plan.lock import lock_path
+from flows.plan.state_files import CHAMPION_FILE, read_json
+from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
+
+if TYPE_CHECKING:
+    from evals.comparison.results import Results
+    from evals.comparison.scores import Scores
+    from evals.promotion.gate import Verdict
+
+CANDIDATE_ALIAS, CHAMPION_ALIAS = "candidate", "champion"
+By = Literal["gate", "person"]
+
+
+@dataclass(frozen=True)
+class Reign:
+    """One entry of the history: from `when` on, this checkpoint is champion.
+
+    Attributes:
+        student: Its content key.
+        node: Its node id in the run that made it, such as `student@0` or `baselines/ties@0`.
+        scores: domain -> content key of its held-out sheet, which the next candidate is compared with.
+        when: UTC, ISO 8601, to the second.
+        by: Who decided.
+        reason: Why.
+        action: `promote`, or `rollback` for a former champion that came back.
+        against: Content keys a person decided against: the champion left, and the run's candidate of that time.
+    """
+
+    student: str
+    node: str
+    scores: Mapping[str, str]
+    when: str
+    by: By
+    reason: str
+    action: Literal["promote", "rollback"] = "promote"
+    against: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.node} (key {self.student})"
+
+    @property
+    def decision(self) -> str:
+        """Who decided when, and why."""
+        who = "by the gate" if self.by == "gate" else "by a person"
+        return f"{who}, {self.when}: {self.reason}"
+
+    @property
+    def since(self) -> str:
+        """Since when, by whom, and a person's reason."""
+        who = "by the gate" if self.by == "gate" else f"by a person: {self.reason}"
+        return f"{datetime.fromisoformat(self.when):%Y-%m-%d %H:%M} UTC, {who}"
+
+
+def read_history(store: Store, run: str) -> list[Reign]:
+    """The champions of a run, the present one last; empty where there was none."""
+    path = champion_path(store, run)
+    if not path.exists():
+        return []
+    record = read_json(path)
+    if "history" in record:
+        return [Reign(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
+    # Written before there was a history: one champion, a student by MOPD, promoted when the file was written.
+    artifact = store.find(record["student"])
+    seed = f"@{artifact.manifest.get('seed', 0)}" if artifact else ""
+    when = _time(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    return [Reign(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
+
+
+def champion_path(store: Store, run: str) -> Path:
+    """The file that holds the history."""
+    return lock_path(store.home, run).with_name(CHAMPION_FILE)
+
+
+def champion_scores(store: Store, history: Sequence[Reign]) -> "dict[str, Scores] | None":
+    """domain -> held-out sheet of the present champion; None where there is no champion."""
+    return _sheets(store, history[-1]) if history else None
+
+
+def former_scores(store: Store, history: Sequence[Reign], but: Collection[str]) -> "dict[str, dict[str, Scores]]":
+    """Champions before the present one -> their sheets; without these keys and what a person decided against."""
+    left_out = {*but, *rejected(history), *(reign.student for reign in history[-1:])}
+    before = {reign.student: reign for reign in history if reign.student not in left_out}
+    found = {f"{reign.node} of {reign.when}": _sheets(store, reign) for reign in before.values()}
+    return {name: sheets for name, sheets in found.items() if sheets}
+
+
+def _sheets(store: Store, reign: Reign) -> "dict[str, Scores]":
+    from evals.comparison.scores import read_scores
+
+    found = {domain: store.find(key) for domain, key in reign.scores.items()}
+    return {domain: read_scores(sheet.path, domain, HELD_OUT) for domain, sheet in found.items() if sheet}
+
+
+def rejected(history: Sequence[Reign]) -> dict[str, Reign]:
+    """Content keys a person decided against, and has not promoted since -> that decision."""
+    standing: dict[str, Reign] = {}
+    for reign in history:
+        if reign.by == "person":
+            standing |= dict.fromkeys(reign.against, reign)
+            standing.pop(reign.student, None)
+    return standing
+
+
+def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
+    """What the gate says of the run's merges, with what a person has decided before.
+
+    Raises:
+        UserError: a score sheet of the champion is malformed.
+    """
+    from evals.promotion.gate import judge
+
+    gate, history = graph.config.gate, read_history(store, graph.config.name)
+    now = history[-1] if history else None
+    reigning = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
+    former = former_scores(store, history, [node.key for node in merges_of(graph)])
+    verdict = judge(
+        results,
+        gate.non_inferiority_margin,
+        gate.max_forgetting,
+        champion_scores(store, history),
+        reigning,
+        former,
+        try_number(store, results, first_of(graph, STUDENT).key),
+    )
+    if now and verdict.candidate == reigning:
+        return dataclasses.replace(verdict, reigns=now.since)
+    decision = rejected(history).get(first_of(graph, verdict.candidate).key)
+    if decision is None or not verdict.passed:
+        return verdict
+    withheld = (
+        f"a person chose {decision.node} instead, {decision.when}: {decision.reason}; `mopd promote` overrules that"
+    )
+    return dataclasses.replace(verdict, withheld=withheld)
+
+
+def merges_of(graph: StageGraph) -> list[Node]:
+    """The merges of the first seed, which alone can become champion, in the graph's order."""
+    seed = graph.config.seeds[0]
+    names = [node for node in graph.checkpoints if node.name == STUDENT or node.name.startswith((BASELINES, VARIANTS))]
+    return [node for node in names if node.seed == seed]
+
+
+def first_of(graph: StageGraph, name: str) -> Node:
+    """The node of this name that can become champion: the first seed's."""
+    return next(node for node in graph.checkpoints if node.name == name)
+
+
+def promote_by_gate(graph: StageGraph, store: Store, verdict: "Verdict") -> bool:
+    """Make the candidate champion where the gate lets it pass.
+
+    Returns:
+        Whether the champion changed.
+    """
+    if not verdict.promoted:
+        return False
+    node, run = first_of(graph, verdict.candidate), graph.config.name
+    with store.lock(f"champion-{run}"):
+        history = read_history(store, run)
+        # Somebody may have spoken since the verdict.
+        if (history and history[-1].student == node.key) or node.key in rejected(history):
+            return False
+        _write(store, run, [*history, _reign(graph, node, "gate", f"passed the gate; {verdict.why}")])
+    return True
+
+
+def promote(graph: StageGraph, store: Store, name: str | None, reason: str) -> None:
+    """Make a merge of the run champion, whatever the gate says, and say so; once more changes nothing.
+
+    Args:
+        graph: The run.
+        store: Where its artifacts are.
+        name: A merge by node name (the first seed's) or id, or a former champion by content key; the run's candidate
+            when None.
+        reason: Why, for the history.
+
+    Raises:
+        UserError: no such merge, or it is not made or not evaluated yet; no reason.
+    """
+    run = graph.config.name
+    if not reason.strip():
+        raise UserError("--reason: say why, for the champion's history")
+    candidate = _candidate(graph, store)
+    with store.lock(f"champion-{run}"):
+        history = read_history(store, run)
+        now = history[-1] if history else None
+        former = next((reign for reign in history if reign.student == name), None)
+        if former is not None:
+            chosen = _again(store, former, reason, "promote")
+        else:
+            chosen = _reign(graph, _chosen(graph, store, name or candidate.id), "person", reason)
+        if changed := now is None or now.student != chosen.student:
+            _write(store, run, [*history, _against(chosen, now, candidate, store)])
+    before = f"; before: {now}" if now and changed else ""
+    _say(f"{run}: {chosen} is champion{before}" if changed else f"{run}: {chosen} is champion already")
+    tell_mlflow(store, run)
+
+
+def rollback(graph: StageGraph, store: Store) -> None:
+    """Bring the champion before the present one back, and say so; once more changes nothing.
+
+    Raises:
+        UserError: there is no former champion, or its checkpoint is gone.
+    """
+    run = graph.config.name
+    candidate = _candidate(graph, store)
+    with store.lock(f"champion-{run}"):
+        history = read_history(store, run)
+        if len(history) < 2:
+            what = f"{history[-1]} is its first champion" if history else "it has no champion yet"
+            raise UserError(f"{run}: {what}; there is none to roll back to")
+        now = history[-1]
+        if changed := now.action != "rollback":
+            back = _again(store, history[-2], f"rolled back from {now}", "rollback")
+            _write(store, run, [*history, _against(back, now, candidate, store)])
+    if changed:
+        _say(f"{run}: {back} is champion again; rolled back from {now}")
+    else:
+        _say(f"{run}: rolled back to {now} already; to go further back: mopd promote RUN.yaml KEY, with a KEY of")
+        for reign in history:
+            _say(f"  {reign.student}  {reign.node}, {reign.decision}")
+    tell_mlflow(store, run)
+
+
+def operations(run: str, candidate: Node | None) -> list[dict[str, Any]]:
+    """What the tracker's outbox is told: whose version is the candidate, and to look who is champion."""
+    said: list[dict[str, Any]] = []
+    if candidate is not None:
+        about = {"name": registered_name(run), "key": candidate.key}
+        said.append({"op": "version", **about, "seed": str(candidate.seed)})
+        said.append({"op": "alias", **about, "alias": CANDIDATE_ALIAS})
+    return [*said, {"op": "champion", "run": run}]
+
+
+def registered_name(run: str) -> str:
+    """The registered model of a run's merges."""
+    return f"{run}-{STUDENT}"
+
+
+def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
+    """Move the aliases of the registered model; what MLflow does not take now, the run's next start sends."""
+    tell(store, run, operations(run, candidate))
+
+
+def tell(store: Store, run: str, said: Sequence[Mapping[str, Any]]) -> None:
+    """Send operations to MLflow outside of a run; what it does not take now, the run's next start sends."""
+    from flows.servers.start import without_secrets
+    from flows.tracking.outbox import Outbox, send_left_over
+    from flows.tracking.writer import Writer, unsent_folder
+
+    writer, folder = Writer(store), unsent_folder(store.home, run)
+    unsent = send_left_over(folder, writer)
+    outbox = Outbox(folder / f"{uuid.uuid4().hex}.jsonl", writer)
+    for operation in said:
+        outbox.submit(operation)
+    if unsent + outbox.close():
+        sys.stderr.write(
+            f"warning: MLflow at {without_secrets(writer.uri)} was not reached; its aliases are as before. What to "
+            f"tell it is kept in {folder}: the next run of {run} sends it, or this command again\n"
+        )
+
+
+def send_kept(store: Store, run: str) -> None:
+    """Send what MLflow has not taken from earlier runs of this name; where that is nothing, it is not even loaded."""
+    from flows.servers.start import without_secrets
+    from flows.tracking.outbox import send_left_over
+    from flows.tracking.writer import Writer, unsent_folder
+
+    folder = unsent_folder(store.home, run)
+    if not any(folder.glob("*.jsonl")):
+        return
+    writer = Writer(store)
+    if send_left_over(folder, writer):
+        sys.stderr.write(f"warning: MLflow at {without_secrets(writer.uri)} was not reached; {folder} keeps the rest\n")
+
+
+def _candidate(graph: StageGraph, store: Store) -> Node:
+    from flows.champion.results import collect
+
+    if graph.config.merge is None:
+        raise UserError(f"{graph.config.name}: it has no merge, so no champion")
+    return first_of(graph, judge_run(graph, store, collect(graph, store)).candidate)
+
+
+def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
+    """The merge a person means, if it is made and evaluated."""
+    merges = [n for n in graph.checkpoints if n.name == STUDENT or n.name.startswith((BASELINES, VARIANTS))]
+    node = next((node for node in merges if name in (node.name, node.id)), None)
+    if node is None:
+        names = {node.name for node in merges} | ({node.id for node in merges} if "@" in name else set())
+        raise UserError(f"{graph.config.name}: '{name}' is no merge of this run{nearest(name, names)}")
+    missing = [other.id for other in (node, *graph.evaluations(node.id)) if store.find(other.key) is None]
+    if missing:
+        raise UserError(f"{graph.config.name}: {', '.join(missing)}: not finished; `mopd run` makes what is missing")
+    return node
+
+
+def _reign(graph: StageGraph, node: Node, by: By, reason: str) -> Reign:
+    sheets = [sheet for sheet in graph.evaluations(node.id) if sheet.config["split"] == HELD_OUT]
+    scores = {str(sheet.config["domain"]): sheet.key for sheet in sheets}
+    return Reign(node.key, node.id, scores, _time(datetime.now(UTC)), by, reason)
+
+
+def _again(store: Store, former: Reign, reason: str, action: Literal["promote", "rollback"]) -> Reign:
+    """A former champion's new reign, by a person."""
+    if store.find(former.student) is None:
+        raise UserError(f"{former}: this former champion is no longer in {store.root}")
+    when = _time(datetime.now(UTC))
+    return Reign(former.student, former.node, former.scores, when, "person", reason, action)
+
+
+def _against(chosen: Reign, now: Reign | None, candidate: Node, store: Store) -> Reign:
+    """A person's choice with what it was made against."""
+    others = [now.student] if now else []
+    others += [candidate.key] if store.find(candidate.key) else []
+    return dataclasses.replace(chosen, against=tuple(key for key in dict.fromkeys(others) if key != chosen.student))
+
+
+def _write(store: Store, run: str, history: Sequence[Reign]) -> None:
+    path = champion_path(store, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"history": [dataclasses.asdict(reign) for reign in history]}, indent=1))
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,88 @@
+"""Whether checkpoints from elsewhere are of an architecture that stages can train, read from their configs alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from base.documents import DocumentError, read_object
+from base.errors import UserError, first_line
+from base.store.checkpoint import Store
+from base.store.foreign import CONFIG, MOST_BYTES, config_fault
+from flows.plan.graph import Node, StageGraph
+from flows.plan.templates import of_hub
+from flows.run_file.rounds import without_round
+from flows.run_file.schema import BASE
+from stages.model.remote_code import OWN_CODE, options
+
+
+def architecture_problems(graph: StageGraph, store: Store, missing: Sequence[Node]) -> Iterator[str]:
+    """A message for each imported checkpoint that missing nodes rest on and that no stage can use.
+
+    A GGUF file is looked at when it is imported.
+    """
+    loads = {node.id: node for node in missing if node.stage == "load"}
+    for parent in (parent for node in missing for parent in node.parents.values()):
+        if (node := graph.node(parent)).stage == "load":
+            loads[node.id] = node
+    for node in loads.values():
+        try:
+            _check(node, store)
+        except UserError as error:
+            yield str(error)
+
+
+def _check(node: Node, store: Store) -> None:
+    """Read the config of an imported checkpoint, if it is there to be read.
+
+    Raises:
+        UserError: no stage can use it.
+    """
+    artifact = store.find(node.key)
+    if artifact is None and node.config["kind"] == "gguf":
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from stages.model.architecture import unsupported
+
+    place = f"{checkpoint_key(node)}: {node.config['location']}"
+    if artifact is None and node.config["kind"] == "hub":
+        # A directory was looked at when it was found.
+        _check_hub(place, node.config["location"], node.config["revision"])
+    config = _config(place, artifact.uri if artifact else node.config["location"], node, artifact is None)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if not getattr(config, "auto_map", None):
+            raise UserError(f"{place}: {config.model_type} is no causal language model")
+        if not options()["trust_remote_code"]:
+            raise UserError(f"{place}: {OWN_CODE}")
+    try:
+        fault = unsupported(config)
+    except Exception as error:  # it reads what any class of config may lack
+        raise UserError(f"{place}: its config.json cannot be used: {first_line(error)}") from error
+    if fault:
+        raise UserError(f"{place}: {config.model_type} {fault}")
+
+
+def _config(place: str, location: str, node: Node, revised: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(location, revision=node.config["revision"] if revised else None, **options())
+    except Exception as error:  # each config class has checks, and errors, of its own
+        code = "trust_remote_code" in str(error)
+        said = OWN_CODE if code else f"its config.json cannot be used: {first_line(error)}"
+        raise UserError(f"{place}: {said}") from error
+
+
+def _check_hub(place: str, location: str, revision: str | None) -> None:
+    file = of_hub(location, revision, CONFIG)
+    try:
+        fault = None if file is None else config_fault(read_object(file, MOST_BYTES[CONFIG]))
+    except DocumentError as error:
+        fault = str(error)
+    if fault:
+        raise UserError(f"{place}: {CONFIG}: {fault}")
+
+
+def checkpoint_key(node: Node) -> str:
+    """Where in the run file an imported checkpoint stands."""
+    kind, _, name = without_round(node.name).partition("/")
+    return "base.checkpoint" if kind == BASE else f"experts.{name}.checkpoint"

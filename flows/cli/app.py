@@ -1,0 +1,303 @@
+"""`mopd`: from a run file to one merged student.
+
+Free of prefect, mlflow and torch until a command needs them, so that `mopd plan` and `--help` answer at once.
+"""
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from base.errors import UserError
+from base.signals import interrupt_once
+from base.store.checkpoint import Store
+from flows.cli import checkpoints as cli_checkpoints
+from flows.cli import experts as cli_experts
+from flows.cli import init as cli_init
+from flows.cli import runs as commands
+from flows.cli import schedule as cli_schedule
+from flows.cli.options import (
+    DEFAULT_HOME,
+    AsJson,
+    AsWritten,
+    Full,
+    Home,
+    MaxSteps,
+    Overrides,
+    RunFile,
+    errors_as_messages,
+)
+from flows.cli.show import Shown
+from flows.run.asked import Asked
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 1 a stage failed or something is not ready, 2 a mistake in what was asked for, "
+    "3 finished but not promoted (`run --require-promotion` only), 130 stopped from outside. "
+    "Everything finished is kept in any case; the same command resumes.",
+)
+serve = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Run vLLM servers for a run's merge until Ctrl-C; a run without `urls` of its own starts them itself.",
+)
+app.add_typer(serve, name="serve")
+
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+Port = Annotated[
+    int | None, typer.Option("--port", min=1, max=65535, help="The first server's port; the others' follow.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Which seed's merge; the run's first by default.")]
+
+
+def _show_schema(value: bool) -> None:
+    if value:
+        commands.show_schema(Console())
+        raise typer.Exit
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"mopd {version('mopd')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def mopd(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """From one base checkpoint to one merged student: SFT cold start, per-domain experts, MOPD."""
+    del show_version
+
+
+@app.command()
+def run(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    discard_corrupted: Annotated[
+        bool, typer.Option("--discard-corrupted", help="Set corrupted artifacts aside and make them anew.")
+    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain progress lines, no live display.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log as well.")] = False,
+    require_promotion: Annotated[
+        bool, typer.Option("--require-promotion", help="Exit code 3 unless the candidate is champion at the end.")
+    ] = False,
+    full: Full = False,
+    as_json: AsJson = False,
+    help_config: Annotated[
+        bool,
+        typer.Option("--help-config", is_eager=True, callback=_show_schema, help="Show every key of a run file."),
+    ] = False,
+) -> None:
+    """Make what is missing, merge, compare and report. Run again after a failure or Ctrl-C: it resumes."""
+    del help_config
+    with errors_as_messages():
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        code = commands.run(
+            asked,
+            discard_corrupted=discard_corrupted,
+            plain=plain,
+            verbose=verbose,
+            require_promotion=require_promotion,
+            shown=Shown(full, as_json),
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also draw the data, compare tokenizers and look at the disk.")
+    ] = False,
+    as_written: AsWritten = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is cached, what would run, and why: of the file's last run, unless overrides are given.
+
+    Starts nothing.
+    """
+    with errors_as_messages():
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        commands.plan(asked, check=check, as_json=as_json)
+
+
+@app.command()
+def status(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    as_written: AsWritten = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far each node of the file's last run is: done, at which step it stands, or what ended it."""
+    with errors_as_messages():
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        commands.status(asked, as_json=as_json)
+
+
+@app.command()
+def report(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    as_written: AsWritten = False,
+    full: Full = False,
+    as_json: AsJson = False,
+    page: Annotated[Path | None, typer.Option("--page", help="claims: where its page goes; docs/claims.md.")] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            "--measured", help="claims: judge the measurements of this page's JSON file, not the home's scores."
+        ),
+    ] = None,
+) -> None:
+    """Compare what is finished of the file's last run and write the HTML report; trains nothing.
+
+    Given a folder, or the word `claims` for flows/runs/claims: test the hypotheses of its run files on one page.
+    """
+    with errors_as_messages():
+        if file.is_dir() or str(file) == "claims":
+            from flows.cli import claims
+
+            folder = claims.FOLDER if str(file) == "claims" else file
+            written = claims.write_claims(folder, overrides or [], home, page or claims.PAGE, measured)
+            sys.stdout.write(f"{written}\n")
+            return
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        commands.report(asked, Shown(full, as_json))
+
+
+@app.command()
+def promote(
+    file: RunFile,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the champion's history.", show_default=False)],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NODE] [OVERRIDES]...",
+            help="A merge of the run, such as baselines/ties (the gate's candidate by default), or a former champion's "
+            "key; and dotted assignments.",
+            show_default=False,
+        ),
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+) -> None:
+    """Make a merge of a run its champion, whatever the gate says; a new candidate may still replace it."""
+    from flows.champion import champion
+
+    with errors_as_messages():
+        overrides = tuple(word for word in words or () if "=" in word)
+        names = [word for word in words or () if "=" not in word]
+        if len(names) > 1:
+            raise UserError(f"name one merge, not {len(names)}: {', '.join(names)}")
+        asked = Asked.last(file, overrides, max_steps, home)
+        champion.promote(asked.graph(), Store(home), next(iter(names), None), reason)
+
+
+@app.command()
+def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
+    """Bring the champion before the present one back; the gate does not promote again what was rolled back."""
+    from flows.champion import champion
+
+    with errors_as_messages():
+        asked = Asked.last(file, tuple(overrides or ()), max_steps, home)
+        champion.rollback(asked.graph(), Store(home))
+
+
+@app.command()
+def ui(
+    home: Home = DEFAULT_HOME,
+    host: Host = "127.0.0.1",
+    mlflow_port: Annotated[int | None, typer.Option("--mlflow-port", help="MLflow's port.")] = None,
+    prefect_port: Annotated[int | None, typer.Option("--prefect-port", help="Prefect's port.")] = None,
+) -> None:
+    """Serve MLflow's and Prefect's pages until Ctrl-C."""
+    from flows.servers import standing
+
+    with errors_as_messages():
+        standing.ui(home, host, mlflow_port, prefect_port)
+
+
+@serve.command("rollout")
+def serve_rollout(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="How many servers.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Serve the merge's rollouts; a stage hands the servers its student's weights."""
+    from flows.engines.serve import Place, rollout
+
+    with errors_as_messages():
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        rollout(asked, Place(host, port), count=count, seed=seed)
+
+
+@serve.command("teachers")
+def serve_teachers(
+    file: RunFile,
+    overrides: Overrides = None,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    seed: Seed = None,
+) -> None:
+    """Serve the merge's teachers, which must be made already; adapters of one base share a server."""
+    from flows.engines.serve import Place, teachers
+
+    with errors_as_messages():
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        teachers(asked, Place(host, port), seed=seed)
+
+
+@app.command()
+def doctor(
+    home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    threads: Annotated[bool, typer.Option("--threads", help="Also time a training step by threads.")] = False,
+) -> None:
+    """Show versions, devices, servers, stores, and whether a run can start. 1 if not."""
+    from flows.cli.doctor import examine
+
+    with errors_as_messages():
+        healthy = examine(home, Console(), as_json=as_json, threads=threads)
+    raise typer.Exit(0 if healthy else 1)
+
+
+cli_init.add_to(app)
+cli_experts.add_to(app)
+cli_checkpoints.add_to(app)
+cli_schedule.add_to(app)
+
+
+def main() -> None:
+    """Entry of `python -m flows.cli.app`."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    interrupt_once()
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The commands that read what is in the store: from what a checkpoint was made, what differs, and a way out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from base.errors import UserError, nearest
+from base.store.checkpoint import Store
+from flows.cli import store as store_commands
+from flows.cli.options import DEFAULT_HOME, Home, errors_as_messages
+from stages.model.remote_code import remote_code
+
+FORMATS = ("text", "mermaid", "json", "html")
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A run, a node (lab:experts/sort), a run's champion (lab:champion), or a content key.",
+        show_default=False,
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Declare the commands."""
+    app.command()(lineage)
+    app.command()(diff)
+    app.command()(export)
+    app.command()(gc)
+
+
+def lineage(
+    name: Reference,
+    home: Home = DEFAULT_HOME,
+    format_: Annotated[str, typer.Option("--format", help="text, mermaid, json or html.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Draw it into this file instead.")] = None,
+) -> None:
+    """Print from what a checkpoint was made: its teachers, their data, the base."""
+    with errors_as_messages():
+        if format_ not in FORMATS:
+            raise UserError(f"--format: '{format_}' is none of {', '.join(FORMATS)}{nearest(format_, FORMATS)}")
+        store_commands.lineage(name, home, form="json" if as_json else format_, html=html)
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, named as for lineage.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.", show_default=False)],
+    home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what differs between two checkpoints: settings, data, code, parents, scores."""
+    with errors_as_messages():
+        store_commands.diff(a, b, home, as_json=as_json)
+
+
+def export(
+    name: Reference,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.", show_default=False)],
+    home: Home = DEFAULT_HOME,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    push: Annotated[str | None, typer.Option("--push", help="Also to this Hub repository, OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made is public.")] = False,
+    code: Annotated[bool, typer.Option("--remote-code", help="Let it run the Python code it brings.")] = False,
+) -> None:
+    """Write a checkpoint for other programs: adapters merged, safetensors, tokenizer, a model card with its lineage."""
+    with errors_as_messages():
+        from flows.lineage.export import export as work
+
+        with remote_code(code):
+            for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public):
+                sys.stdout.write(f"{line}\n")
+
+
+def gc(
+    home: Home = DEFAULT_HOME,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
+    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; what is younger stays.")] = 0.0,
+    corrupted: Annotated[bool, typer.Option("--corrupted", help="Also what was set aside as corrupted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what no run plans and no registered student descends from; with --yes, remove it."""
+    with errors_as_messages():
+        store_commands.gc(home, yes=yes, days=days, corrupted=corrupted, as_json=as_json)

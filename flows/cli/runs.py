@@ -1,0 +1,370 @@
+"""What the commands of `mopd` do; `flows.cli.app` declares them. Heavy imports wait until they are needed."""
+
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from base.errors import UserError
+from base.signals import interruptible
+from base.store.checkpoint import CorruptedArtifactError, Store
+from base.store.journal import JOURNAL_FILE, last_records
+from evals.statistics.power import margin_notes, precision_notes
+from flows.cli.show import TEXT, Shown, show_outcome
+from flows.plan.champion_start import pin_note
+from flows.plan.graph import EVALUATIONS, Node, StageGraph
+from flows.plan.lock import NodeStatus
+from flows.plan.lock import status as node_status
+from flows.plan.shifts import COSINES, SHIFT
+from flows.plan.state_files import read_json
+from flows.run.asked import Asked
+from flows.run.estimate import Estimate, estimate, summary
+from flows.run.last_run import remember
+from flows.run.starts import close_killed
+from flows.run_file.load import schema_keys
+from flows.run_file.schema import STUDENT, RunConfig
+
+if TYPE_CHECKING:
+    from flows.run.closing import Outcome
+    from flows.run.pipeline import PipelineFailedError
+
+DONE, FAILED, MISTAKE, UNPROMOTED, INTERRUPTED = 0, 1, 2, 3, 130
+SHORT_KEY = 10
+# Less than this, and a database can no longer write a page.
+NOTHING_FREE_BYTES = 2**20
+
+
+def run(
+    asked: Asked,
+    *,
+    discard_corrupted: bool,
+    plain: bool,
+    verbose: bool,
+    require_promotion: bool = False,
+    shown: Shown = TEXT,
+) -> int:
+    """Make a run; returns the exit code.
+
+    Raises:
+        UserError: a mistake in the run file; or a promotion is required of a run without a merge.
+    """
+    with interruptible():
+        try:
+            graph = asked.graph()
+            if require_promotion and graph.config.merge is None:
+                raise UserError(f"--require-promotion: {asked.file} has no merge, so nothing can be promoted")
+            verify(graph, Store(asked.home), discard_corrupted)
+            outcome = _finished(asked, graph, plain=plain, verbose=verbose, quiet=shown.as_json)
+        except KeyboardInterrupt:
+            return _stopped(asked)
+        if isinstance(outcome, int):
+            return outcome
+        show_outcome(graph, outcome, asked.home, Console(), shown)
+        return UNPROMOTED if require_promotion and not outcome.crowned else DONE
+
+
+def _finished(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool, quiet: bool) -> "Outcome | int":
+    """What a run came to; or the exit code of one that did not finish."""
+    store = Store(asked.home)
+    if not all(entry.cached for entry in node_status(graph, store)):
+        return _run_pipeline(asked, graph, plain=plain, verbose=verbose)
+    close_killed(asked.home, graph.config.name)
+    if not quiet:
+        sys.stdout.write("Everything is in the store already; nothing was started.\n")
+        sys.stdout.flush()
+    remember(asked.home, graph.config.name, asked.file, asked.overrides, asked.max_steps)
+    return _conclude_cached(graph, store)
+
+
+def _conclude_cached(graph: StageGraph, store: Store) -> "Outcome":
+    """What a run comes to that makes nothing; it sends what earlier ones could not, or did not live to send."""
+    from filelock import Timeout
+
+    from flows.champion.champion import send_kept, tell_mlflow
+    from flows.champion.notify import owe_promotions, tell_promotions
+    from flows.run.closing import conclude
+
+    config = graph.config
+    owe_promotions(store, config, {})
+    outcome = conclude(graph, store, promote=True, rewrite=False)
+    if outcome.changed:
+        # The gate of today lets pass what that of the last run did not.
+        tell_mlflow(store, config.name, outcome.candidate)
+    else:
+        send_kept(store, config.name)
+    lock = store.lock(f"run-{config.name}")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        # A run of this name is under way, and tells what is owed at its end.
+        return outcome
+    try:
+        tell_promotions(store, config)
+    finally:
+        lock.release()
+    return outcome
+
+
+def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
+    """Verify every cached artifact of a run.
+
+    Raises:
+        CorruptedArtifactError: names the file; or it is set aside, if that was asked for.
+    """
+    for node in graph.nodes:
+        try:
+            artifact = store.find(node.key)
+            if artifact is not None:
+                store.verify(artifact)
+        except CorruptedArtifactError as error:
+            if not discard_corrupted:
+                raise
+            sys.stderr.write(f"{node.id}: corrupted; moved to {store.set_aside(error.key)}\n")
+
+
+def _run_pipeline(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool) -> "Outcome | int":
+    from flows.run.session import prefect_session
+
+    for entry in node_status(graph, Store(asked.home)):
+        if not entry.cached and entry.node.stage not in EVALUATIONS:
+            sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
+    sys.stderr.write("starting Prefect …\n")
+    with prefect_session(asked.home, verbose) as pages:
+        from httpx import HTTPError
+        from prefect import tags
+        from prefect.exceptions import CancelledRun, PrefectException
+
+        from flows.run.orphans import run_tags
+        from flows.run.pipeline import PipelineFailedError, ending, pipeline
+
+        sys.stderr.write(f"Prefect: {pages}\n")
+        try:
+            with tags(*run_tags(graph.config.name)):
+                return pipeline(
+                    str(asked.file), list(asked.overrides), asked.max_steps, str(asked.home.resolve()), plain
+                )
+        except CancelledRun:
+            return _stopped(asked)
+        except PipelineFailedError as error:
+            return _report_failures(error, asked)
+        except (PrefectException, HTTPError) as error:
+            # What the run came to counts, not whether Prefect could record it.
+            return _unrecorded(error, asked, ending())
+
+
+def _unrecorded(error: Exception, asked: Asked, ended: object) -> "Outcome | int":
+    """What a run came to whose end Prefect could not record; or its exit code.
+
+    Raises:
+        UserError: it ended by a mistake.
+    """
+    from prefect.states import State
+
+    from flows.run.closing import Outcome
+    from flows.run.pipeline import PipelineFailedError
+    from flows.servers.start import without_secrets
+
+    match ended:
+        case PipelineFailedError() as failure:
+            return _report_failures(failure, asked)
+        case UserError() as mistake:
+            raise mistake from None
+        case State():
+            return _stopped(asked)
+        case Outcome() as outcome:
+            said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
+            sys.stderr.write(f"warning: Prefect did not record the end of this run: {said}\n")
+            return outcome
+    return _report_silence(error, asked)
+
+
+def _stopped(asked: Asked) -> int:
+    sys.stderr.write(f"stopped; `{asked.command}` resumes where it was\n")
+    return INTERRUPTED
+
+
+def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
+    from flows.engines.launch import NodeFailedError
+    from flows.engines.worker import DISK_FAULT
+
+    mistakes = []
+    for job, failure in error.failures.items():
+        text = str(failure)
+        full = isinstance(failure, OSError) and failure.errno == errno.ENOSPC
+        if full or (isinstance(failure, NodeFailedError) and failure.exit_code == DISK_FAULT):
+            text = f"the disk of {asked.home} is full or failing: {text}"
+        sys.stderr.write(f"error: {text if text.startswith(job) else f'{job}: {text}'}\n")
+        mistakes.append(isinstance(failure, UserError) or getattr(failure, "user_error", False))
+    if error.not_started:
+        sys.stderr.write(f"not started, for they need what failed: {', '.join(error.not_started)}\n")
+    sys.stderr.write(f"all else is finished and kept; `{asked.command}` resumes where it was\n")
+    return MISTAKE if all(mistakes) else FAILED
+
+
+def _report_silence(error: Exception, asked: Asked) -> int:
+    """Say why Prefect's server does not answer: its database lies in the home, so a full disk ends it first."""
+    from flows.servers.start import without_secrets
+
+    if shutil.disk_usage(asked.home).free < NOTHING_FREE_BYTES:
+        cause = f"the disk of {asked.home} is full; free some space"
+    else:
+        said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
+        cause = f"Prefect's server no longer answers as it should ({said}); its log is in {asked.home}/servers"
+    sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{asked.command}` resumes where it was\n")
+    return FAILED
+
+
+def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
+    """Print what is cached, what would run, and why."""
+    graph, store = asked.graph(), Store(asked.home)
+    entries = node_status(graph, store)
+    if as_json:
+        missing = [entry.node for entry in entries if not entry.cached]
+        costs = {each.node: each for each in estimate(graph, store, missing)}
+        sys.stdout.write(json.dumps([_plan_entry(entry, costs) for entry in entries], indent=1) + "\n")
+    else:
+        console = Console()
+        table = Table("stage", "status", "why", "key")
+        for row in _plan_rows(graph, entries):
+            table.add_row(*row)
+        console.print(table)
+        waiting = sum(not entry.cached for entry in entries)
+        console.print(f"{len(entries) - waiting} of {len(entries)} nodes are cached, {waiting} to run.")
+        if graph.config.merge:
+            gate, examples = graph.config.gate, graph.config.evaluate.examples
+            roles = graph.node(f"{STUDENT}@{graph.config.seeds[0]}").parents
+            taught = {role.split("/")[1] for role in roles if role.startswith("teacher/")}
+            notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence, max(1, len(taught)))
+            for line in [*notes, *margin_notes(graph.config.hypotheses, gate.confidence)]:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        missing = [entry.node for entry in entries if not entry.cached]
+        for line in [*summary(estimate(graph, store, missing)), *pin_note(graph, store)]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if check:
+        from flows.check.check import deep_check
+        from flows.engines.memory import needs
+
+        warnings = deep_check(graph, store)
+        for need in needs(graph, store, [entry.node for entry in entries if not entry.cached]):
+            sys.stderr.write(f"memory: {need}\n")
+        for warning in warnings:
+            sys.stderr.write(f"warning: {warning}\n")
+        sys.stderr.write("check passed: data, tokenizers, memory and disk space\n")
+
+
+def _plan_entry(entry: NodeStatus, costs: Mapping[str, Estimate]) -> dict[str, Any]:
+    """A node for programs; `about_seconds` and `about_tokens` are null where nothing like it was made before."""
+    node, cost = entry.node, costs.get(entry.node.id)
+    return {
+        "node": node.id,
+        "stage": node.stage,
+        "key": node.key,
+        "cached": entry.cached,
+        "why": entry.why,
+        "code_changed": entry.code_changed,
+        "parents": dict(node.parents),
+        "about_seconds": cost.seconds if cost else 0.0,
+        "about_tokens": (cost.tokens if cost.like else None) if cost else 0,
+    }
+
+
+def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[str, str, str, str]]:
+    """A row for each training node and one for all evaluations of its checkpoint; then the other measurements."""
+    by_id = {entry.node.id: entry for entry in entries}
+
+    def row(node: Node) -> tuple[str, str, str, str]:
+        entry = by_id[node.id]
+        return node.id, "cached" if entry.cached else "to run", entry.why, node.key[:SHORT_KEY]
+
+    for node in graph.checkpoints:
+        yield row(node)
+        evaluations = [by_id[evaluation.id] for evaluation in graph.evaluations(node.id)]
+        if evaluations:
+            waiting = [evaluation for evaluation in evaluations if not evaluation.cached]
+            state = f"{len(waiting)} of {len(evaluations)} to run" if waiting else "cached"
+            reasons = "; ".join(dict.fromkeys(evaluation.why for evaluation in waiting or evaluations))
+            yield f"  eval of {node.id}", state, reasons, ""
+    yield from (row(node) for node in graph.nodes if node.stage in (SHIFT, COSINES))
+
+
+def status(asked: Asked, *, as_json: bool = False) -> None:
+    """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
+    faults: list[str] = []
+    graph, store = asked.graph(faults), Store(asked.home, faults)
+    found: list[dict[str, Any]] = []
+    for entry in node_status(graph, store, faults):
+        node = entry.node
+        if node.stage in EVALUATIONS:
+            continue
+        work = store.home / "work" / node.key
+        step, total, word = _position(work / JOURNAL_FILE)
+        state = "done" if entry.cached else "under way" if _is_locked(store, node.key) else "to run"
+        if not entry.cached:
+            word = _ended_by(work / "error.json", faults) or word
+        found.append({"node": node.id, "status": state, "step": step, "total": total, "last_word": word})
+    _warn(faults)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    table = Table("stage", "status", "steps", "last word")
+    for each in found:
+        steps = f"{each['step']}/{each['total']}" if each["total"] else ""
+        table.add_row(each["node"], each["status"], steps, each["last_word"])
+    Console().print(table)
+
+
+def _position(journal: Path) -> tuple[int, int, str]:
+    """The steps done, of how many, and the last note."""
+    last = last_records(journal, ("progress", "note"))
+    progress, note = last.get("progress", {}), last.get("note", {})
+    return progress.get("step", 0), progress.get("total", 0), note.get("text", "")
+
+
+def _ended_by(path: Path, faults: list[str]) -> str:
+    """What ended a node's last attempt; empty where nothing did."""
+    try:
+        return str(read_json(path).get("message", ""))
+    except UserError as error:
+        faults.append(str(error))
+        return ""
+
+
+def _warn(lines: Iterable[str]) -> None:
+    sys.stderr.write("".join(f"warning: {line}\n" for line in lines))
+
+
+def _is_locked(store: Store, key: str) -> bool:
+    from filelock import Timeout
+
+    lock = store.lock(key)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def report(asked: Asked, shown: Shown = TEXT) -> None:
+    """Compare what is finished, print it and write the report."""
+    from flows.run.closing import conclude
+    from flows.run.run_settings import command_line
+
+    faults: list[str] = []
+    graph, store = asked.graph(faults), Store(asked.home, faults)
+    command = command_line(asked.file, asked.overrides, asked.max_steps)
+    outcome = conclude(graph, store, promote=False, command=command, faults=faults)
+    _warn(faults)
+    show_outcome(graph, outcome, asked.home, Console(), shown)
+
+
+def show_schema(console: Console) -> None:
+    """Print every key of a run file with its default and what it means."""
+    for key, default, description in schema_keys(RunConfig):
+        console.print(f"[bold]{key}[/bold]  [dim]{default}[/dim]\n    {description}", soft_wrap=True, highlight=False)

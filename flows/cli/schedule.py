@@ -1,0 +1,56 @@
+"""The commands that put a run on a schedule and work it off."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flows.cli.options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
+from flows.run.asked import Asked
+
+Pool = Annotated[str, typer.Option("--pool", help="Prefect work pool; made, of type process, where it is missing.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Declare the commands."""
+    app.command()(deploy)
+    app.command()(worker)
+
+
+def deploy(
+    file: RunFile,
+    overrides: Overrides = None,
+    cron: Annotated[
+        str | None, typer.Option("--cron", help="'0 2 * * 1' is Mondays at two; none: started by hand.")
+    ] = None,
+    timezone: Annotated[
+        str, typer.Option("--timezone", help="In which the schedule is read: Europe/Berlin, …")
+    ] = "UTC",
+    paused: Annotated[bool, typer.Option("--paused", help="The schedule waits until it is started.")] = False,
+    pool: Pool = "mopd",
+    remove: Annotated[bool, typer.Option("--remove", help="Take the deployment away instead.")] = False,
+    home: Home = DEFAULT_HOME,
+    max_steps: MaxSteps = None,
+) -> None:
+    """Put a run on a schedule in Prefect; the standing server is `mopd ui`, or the one of PREFECT_API_URL."""
+    with errors_as_messages():
+        from flows.run import deploy as work
+
+        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        if remove:
+            said = work.retire(asked.graph().config, home)
+        else:
+            said = work.deploy(asked, work.Plan(cron, timezone, paused, pool))
+        sys.stdout.write("".join(f"{line}\n" for line in said))
+
+
+def worker(
+    pool: Pool = "mopd",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Runs at one time; no limit by default.")] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Work off the scheduled runs of a pool until Ctrl-C."""
+    with errors_as_messages():
+        from flows.run.deploy import work
+
+        work(home, pool, limit)

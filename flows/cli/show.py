@@ -1,0 +1,83 @@
+"""The end of a run on the terminal: what it came to, as text or as JSON, and where to read on."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from base.store.checkpoint import Store
+from flows.plan.champion_start import savings
+from flows.plan.graph import StageGraph
+
+if TYPE_CHECKING:
+    from flows.run.closing import Outcome
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How the end of a run is shown.
+
+    Attributes:
+        full: All tables, statements and criteria, too.
+        as_json: JSON in place of text.
+    """
+
+    full: bool = False
+    as_json: bool = False
+
+
+TEXT = Shown()
+
+
+def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console, shown: Shown = TEXT) -> None:
+    """Print how good the candidate is, what became of it, what to do next and where to read on.
+
+    Args:
+        graph: The run.
+        outcome: What it came to.
+        home: `$MOPD_HOME`.
+        console: Where to.
+        shown: How.
+    """
+    from evals.report.summary import WIDTH, render
+
+    if shown.as_json:
+        from pydantic_core import to_json
+
+        facts = to_json(outcome.facts(), indent=1, inf_nan_mode="null").decode()
+        sys.stdout.write(facts + "\n")
+        return
+    if shown.full:
+        from evals.report.table import render as render_tables
+
+        console.print(render_tables(outcome.results, console.width))
+        for line in outcome.verdict_lines():
+            console.print(line, markup=False, highlight=False)
+        console.print()
+    for text in render(outcome.summary, min(WIDTH, console.width)):
+        console.print(text, highlight=False)
+    places = [*savings(graph, Store(home)), f"Report: {outcome.report}", *pages(home, graph.config.name)]
+    for line in [*places, *([] if shown.full else ["All tables and criteria: --full"])]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def pages(home: Path, run: str) -> list[str]:
+    """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
+    from flows.servers.pages import home_page, page_lines
+    from flows.servers.standing import standing
+    from flows.servers.start import without_secrets
+
+    tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
+    # A database is no page: only a server's address is one.
+    places = {
+        "MLflow": tracking if tracking.startswith("http") else standing(home, "mlflow"),
+        "Prefect": api.rstrip("/").removesuffix("/api") or standing(home, "prefect"),
+    }
+    lines = [f"{name + ':':8} {without_secrets(place)}" for name, place in places.items() if place]
+    if tracked := without_secrets(places["MLflow"]).rstrip("/"):
+        lines[:1] = [f"MLflow:  {home_page(tracked)}", *page_lines(tracked, home, run)]
+    missing = " and ".join(f"{name}'s" for name, place in places.items() if not place)
+    return [*lines, f"{missing} pages: mopd ui --home {home}"] if missing else lines

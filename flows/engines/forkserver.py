@@ -1,0 +1,246 @@
+"""A process that has torch and the stages imported and forks one child per job: the import is paid once.
+
+The client (`flows.engines.children`) talks to the server over a socket and hands it, for each job, one end of a further
+socket of its own. On that the server reports the child's pid and exit code and hears when to end it. If the job's
+socket closes, its supervisor is gone and the child's group is ended; if the server is gone, the kernel kills its
+children. So nothing outlives the main process, however that died. The children of multiprocessing's fork server keep
+their server alive, re-import the caller's `__main__` and share its environment; hence this one.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import math
+import os
+import select
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.engines.worker import DISK_FAULT, die_with_parent, run_spec
+
+GRACE_SECONDS = 10.0
+PRELOAD = (
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "stages.load",
+    "stages.pretrain",
+    "stages.sft",
+    "stages.rl",
+    "stages.rft",
+    "stages.distill",
+    "stages.merge",
+    "evals.measure.evaluate",
+)
+MESSAGE_BYTES = 65536
+_MOST_DESCRIPTORS = 64
+_log = logging.getLogger("flows.engines.forkserver")
+
+
+@dataclass(eq=False)
+class _Running:
+    """The server's record of one child."""
+
+    pid: int
+    pidfd: int
+    supervisor: socket.socket
+    kill_at: float = math.inf
+
+
+class _Server:
+    """One thread, one selector: requests, the supervisors' words and the children's ends."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+        self._children: dict[int, _Running] = {}
+        self._open = True
+
+    def serve(self) -> dict[str, Any] | None:
+        """Serve until the client is gone and every child has ended.
+
+        Returns:
+            In a child: the request it was forked for. In the server: None, at the end.
+        """
+        while self._open or self._children:
+            for key, _ in self._selector.select(self._patience()):
+                if key.fileobj is self._control:
+                    request = self._take_request()
+                    if request is not None:
+                        return request
+                elif key.data.pid not in self._children:
+                    continue
+                elif key.fd == key.data.pidfd:
+                    self._report_end(key.data)
+                else:
+                    self._hear_supervisor(key.data)
+            for child in self._children.values():
+                if child.kill_at <= time.monotonic():
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.kill_at = math.inf
+        return None
+
+    def _patience(self) -> float | None:
+        soonest = min((child.kill_at for child in self._children.values()), default=math.inf)
+        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+
+    def _take_request(self) -> dict[str, Any] | None:
+        message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, _MOST_DESCRIPTORS)
+        if not message:
+            self._selector.unregister(self._control)
+            self._open = False
+            for child in self._children.values():
+                _end(child, GRACE_SECONDS)
+            return None
+        server = os.getpid()
+        supervisor = socket.socket(fileno=descriptors[0])
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # No memory or no process id for this one: its supervisor hears of it, the others' jobs go on.
+            _log.error("cannot fork: %s", error)
+            for descriptor in (supervisor.detach(), *descriptors[1:]):
+                os.close(descriptor)
+            return None
+        if pid == 0:
+            os.setpgid(0, 0)
+            die_with_parent(server)
+            supervisor.close()
+            self._let_go()
+            request: dict[str, Any] = json.loads(message)
+            return request | {"descriptors": descriptors[1:]}
+        # The child does the same: whoever comes first, the group is there before anyone signals it.
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpgid(pid, pid)
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
+        child = _Running(pid, os.pidfd_open(pid), supervisor)
+        self._children[pid] = child
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+        self._selector.register(supervisor, selectors.EVENT_READ, child)
+        _tell(child, {"pid": pid})
+        return None
+
+    def _let_go(self) -> None:
+        """Close the server's descriptors in a fresh child, so that each end of a socket has one owner."""
+        for child in self._children.values():
+            child.supervisor.close()
+            os.close(child.pidfd)
+        self._selector.close()
+        self._control.close()
+
+    def _hear_supervisor(self, child: _Running) -> None:
+        try:
+            message = child.supervisor.recv(MESSAGE_BYTES)
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self._selector.unregister(child.supervisor)
+        _end(child, json.loads(message)["grace"] if message else GRACE_SECONDS)
+
+    def _report_end(self, child: _Running) -> None:
+        # Before the leader is reaped its group id cannot be given to another: what it left behind goes now.
+        os.killpg(child.pid, signal.SIGKILL)
+        _, status = os.waitpid(child.pid, 0)
+        del self._children[child.pid]
+        for registered in (child.pidfd, child.supervisor):
+            if registered in self._selector.get_map():
+                self._selector.unregister(registered)
+        os.close(child.pidfd)
+        _tell(child, {"exit_code": os.waitstatus_to_exitcode(status)})
+        child.supervisor.close()
+
+
+def _end(child: _Running, grace: float) -> None:
+    os.killpg(child.pid, signal.SIGTERM)
+    child.kill_at = min(child.kill_at, time.monotonic() + grace)
+
+
+def _tell(child: _Running, report: Mapping[str, int]) -> None:
+    # A supervisor that is gone is noticed by the end of its socket.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        child.supervisor.send(json.dumps(report).encode())
+
+
+@contextlib.contextmanager
+def _ended_with_client(control: socket.socket) -> Iterator[None]:
+    """End this process when its client goes while it lasts. The thread that looks is gone before the first fork."""
+    looks, wake = os.pipe()
+    poll = select.poll()
+    poll.register(control, select.POLLRDHUP)
+    poll.register(looks, select.POLLHUP)
+
+    def look() -> None:
+        if any(descriptor == control.fileno() for descriptor, _ in poll.poll()):
+            os._exit(0)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(wake)
+        thread.join()
+        os.close(looks)
+
+
+def _preload(modules: Sequence[str]) -> None:
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            # The job that needs the module will fail and say so; the others run.
+            _log.warning("cannot preload %s: %s", name, error)
+    # Collections in the children need not touch, and so copy, the pages they share.
+    gc.freeze()
+
+
+def _become(request: Mapping[str, Any]) -> int:
+    """Turn a fresh child into its job."""
+    try:
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        _log.error("cannot open %s: %s", request["log"], error)
+        return DISK_FAULT
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.environ.update(request["environment"])
+    if request["command"]:
+        for descriptor in request["descriptors"]:
+            os.set_inheritable(descriptor, True)
+        os.execvp(request["command"][0], request["command"])
+    return run_spec(Path(request["spec"]))
+
+
+def main(preload: Sequence[str]) -> int:
+    """Serve on standard input, which is a socket; a forked child leaves the loop with its request.
+
+    Args:
+        preload: Modules to import first.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    control = socket.socket(fileno=os.dup(0))
+    with _ended_with_client(control):
+        _preload(preload)
+    request = _Server(control).serve()
+    return 0 if request is None else _become(request)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""What one node process makes, written down for `flows.engines.worker`: the spec file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from base.hashing import stable_hash
+from base.store.checkpoint import write_whole
+from flows.plan.graph import EVALUATIONS, VERSIONS, Node, StageGraph
+from flows.plan.lock import code_fingerprint
+from stages.rows.rendering import Rendering
+
+
+@dataclass(frozen=True)
+class Job:
+    """The nodes that one process makes, with what the worker must know of them.
+
+    Attributes:
+        nodes: One training node, or several evaluations of one checkpoint.
+        spec: The contents of the spec file, but for the servers.
+    """
+
+    nodes: tuple[Node, ...]
+    spec: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, graph: StageGraph, nodes: Sequence[Node], home: Path, threads: int) -> Self:
+        """Write down what a process needs to make `nodes`.
+
+        Raises:
+            ValueError: nodes that cannot share a process.
+        """
+        kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
+        if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage not in EVALUATIONS):
+            raise ValueError("one process makes one training node or evaluations of one checkpoint")
+        spec: dict[str, Any] = {
+            "home": str(home),
+            "threads": threads,
+            "nodes": [_node_spec(graph, node) for node in nodes],
+        }
+        if graph.rendering != Rendering():
+            spec["rendering"] = asdict(graph.rendering)
+        if graph.config.remote_code:
+            spec["remote_code"] = True
+        return cls(tuple(nodes), spec)
+
+    @property
+    def training(self) -> bool:
+        """Whether it may use several devices."""
+        return self.nodes[0].stage not in ("load", "merge_weights", *EVALUATIONS)
+
+    def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
+        """Write the spec file; the same spec gets the same name, so that repeated runs leave one file.
+
+        Args:
+            folder: Where it goes.
+            servers: URLs of the vLLM servers the nodes may ask, by what they do; two runs at a time have their own.
+        """
+        spec = {**self.spec, "servers": servers}
+        path = folder / f"spec-{stable_hash(spec if servers else self.spec)[:12]}.json"
+        write_whole(path, json.dumps(spec, indent=1))
+        return path
+
+
+def _node_spec(graph: StageGraph, node: Node) -> dict[str, Any]:
+    provenance = {
+        "stage": node.stage,
+        "version": VERSIONS[node.stage],
+        "config": node.config,
+        "ingredients": node.ingredients,
+        "code": code_fingerprint(),
+        "node": node.id,
+    }
+    return {
+        "name": node.name,
+        "stage": node.stage,
+        "key": node.key,
+        "seed": node.seed,
+        "config": node.config,
+        "parents": {role: graph.node(parent).key for role, parent in node.parents.items()},
+        "domains": node.domains,
+        "provenance": provenance,
+    }

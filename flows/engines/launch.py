@@ -1,0 +1,286 @@
+"""How a node's process starts, is watched and is ended.
+
+A node runs in its own process group, forked from a warm server (`flows.engines.forkserver`), or under torchrun for
+several devices. The thread that asked for it only supervises: it forwards the journal, enforces the timeout, tends the
+vLLM servers the node asked for and turns the exit code into an error for people.
+"""
+
+import contextlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from base.documents import DocumentError, read_object
+from base.store.checkpoint import Store
+from base.store.journal import JOURNAL_FILE, JournalReader
+from flows.engines.children import Child, ForkServer, ServerDiedError, child_environment
+from flows.engines.devices import DeviceLeases, WaitCancelledError
+from flows.engines.forkserver import GRACE_SECONDS
+from flows.engines.job import Job
+from flows.engines.vllm_commands import Needs, node_needs
+from flows.engines.vllm_servers import VllmServerError, VllmServers
+from flows.engines.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
+from flows.plan.graph import Node, StageGraph
+from flows.run_file.schema import ResourcesConfig
+
+POLL_SECONDS = 0.3
+LOG_FILE = "log.txt"
+SERVER_LOG = "forkserver.log"
+
+_TORCHRUN_EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+)", re.MULTILINE)
+
+OnRecords = Callable[[Node, list[dict[str, Any]]], None]
+
+
+class NodeFailedError(Exception):
+    """A node's process did not do its work.
+
+    Attributes:
+        node: Id of the node (of several evaluations, the first).
+        exit_code: The process's exit code; negative for a signal.
+        message: What went wrong, for people.
+        log: The file with its output and traceback.
+        user_error: The user can mend it; no traceback is of use.
+        retryable: An infrastructure fault: a new attempt may succeed.
+    """
+
+    def __init__(self, node: str, exit_code: int, message: str, log: Path, *, retryable: bool) -> None:
+        super().__init__(f"{node}: {message}" if exit_code == USER_ERROR else f"{node}: {message} (log: {log})")
+        self.node = node
+        self.exit_code = exit_code
+        self.message = message
+        self.log = log
+        self.user_error = exit_code == USER_ERROR
+        self.retryable = retryable
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Why a process was ended before its time."""
+
+    message: str
+    log: Path
+    retryable: bool
+
+
+class Launcher:
+    """Starts and supervises node processes; as a context manager it leaves none behind."""
+
+    def __init__(self, home: Path, resources: ResourcesConfig) -> None:
+        """Nothing is started before the first `run`.
+
+        Args:
+            home: `$MOPD_HOME`.
+            resources: Devices, threads and the timeout of each node.
+        """
+        self.home = home.resolve()
+        self.store = Store(self.home)
+        self.resources = resources
+        self._devices = DeviceLeases()
+        self._server: ForkServer | None = None
+        self._starting = threading.Lock()
+        self._live: dict[int, Child] = {}
+        self._groups: dict[int, VllmServers] = {}
+        self._stopped = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_all()
+        with self._starting:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+
+    def run(self, graph: StageGraph, nodes: Sequence[Node], on_records: OnRecords) -> None:
+        """Make the nodes in one process; returns when it has ended. Several threads may call this at once.
+
+        Args:
+            graph: The graph the nodes are of; their parents must stand in the store.
+            nodes: One training node, or several evaluations of one checkpoint.
+            on_records: Called in this thread with each node's new journal records, in order; the last call comes
+                after the end. A resumed node's earlier records come first.
+
+        Raises:
+            NodeFailedError: the process failed, took longer than the timeout, was killed or was stopped, or its vLLM
+                servers cannot be kept up.
+            UserError: fewer devices than asked for; or vLLM is to serve and is not installed or cannot.
+        """
+        job = Job.of(graph, nodes, self.home, self.resources.threads)
+        needs = node_needs(graph, job.nodes[0], self.store, self.resources)
+        first = job.nodes[0].id
+        log = self.home / "work" / job.nodes[0].key / LOG_FILE
+
+        def say(line: str) -> None:
+            on_records(job.nodes[0], [{"time": time.time(), "step": 0, "kind": "note", "text": line}])
+
+        with contextlib.ExitStack() as held:
+            try:
+                child, servers = self._start(job, needs, log, say, held)
+                verdict = self._supervise(job, child, servers, on_records)
+            except ServerDiedError:
+                message = "stopped" if self._stopped else f"its fork server ended; see {self.home / SERVER_LOG}"
+                raise NodeFailedError(first, FAILED, message, log, retryable=not self._stopped) from None
+            except WaitCancelledError:
+                raise NodeFailedError(first, FAILED, "stopped before it started", log, retryable=False) from None
+        if child.exit_code != 0:
+            raise self._failure(job, child, log, verdict)
+
+    def stop_all(self) -> None:
+        """End every live process group, SIGTERM then SIGKILL, and let no new one start. Returns when all are gone.
+
+        Idempotent; takes no lock, so that a signal handler may call it.
+        """
+        self._stopped = True
+        children, groups = list(self._live.values()), list(self._groups.values())
+        for child in children:
+            child.end(GRACE_SECONDS)
+        for group in groups:
+            group.stop()
+            children += group.children
+        deadline = time.monotonic() + GRACE_SECONDS + 2
+        while time.monotonic() < deadline and any(_runs(child) for child in children):
+            time.sleep(0.05)
+
+    def _start(
+        self, job: Job, needs: Needs, log: Path, say: Callable[[str], None], held: contextlib.ExitStack
+    ) -> tuple[Child, VllmServers]:
+        """Start the process and the servers that are its own; `held` ends them all."""
+        own = self.resources.gpus if job.training else min(1, self.resources.gpus)
+        theirs = sum(command.gpus for command in needs.commands)
+        # All at once, so that two stages cannot each hold what the other waits for.
+        lease, rest = self._devices.acquire(own + theirs, lambda: self._stopped).split([own, theirs])
+        held.callback(rest.close)
+        try:
+            fork_server = self._running_server()
+            servers = VllmServers(needs.commands, self.home, lease=rest, say=say)
+            self._groups[id(servers)] = servers
+            held.callback(self._groups.pop, id(servers))
+            held.enter_context(servers)
+            spec = self._prepare(job, needs, servers, log)
+            servers.start(fork_server)
+            child = fork_server.start(
+                log, **_program(spec, own), environment=lease.environment, descriptors=lease.descriptors
+            )
+        finally:
+            lease.close()
+        held.callback(child.close)
+        self._live[id(child)] = child
+        held.callback(self._live.pop, id(child))
+        if self._stopped:
+            child.end(0)
+            servers.stop()
+        return child, servers
+
+    def _prepare(self, job: Job, needs: Needs, servers: VllmServers, log: Path) -> Path:
+        """Write the spec and clear what an earlier attempt said."""
+        try:
+            for node in job.nodes:
+                (self.store.work(node.key) / ERROR_FILE).unlink(missing_ok=True)
+            return job.write(self.store.work(job.nodes[0].key), {**needs.given, **servers.urls})
+        except OSError as error:
+            code, message = exit_code_of(error), f"cannot be started: {error}"
+            raise NodeFailedError(job.nodes[0].id, code, message, log, retryable=False) from error
+
+    def _running_server(self) -> ForkServer:
+        with self._starting:
+            if self._stopped:
+                raise WaitCancelledError
+            if self._server is None or not self._server.alive:
+                environment = child_environment(self.resources.threads) | {"MOPD_HOME": str(self.home)}
+                self._server = ForkServer(self.home / SERVER_LOG, environment)
+            return self._server
+
+    def _supervise(self, job: Job, child: Child, servers: VllmServers, on_records: OnRecords) -> _Verdict | None:
+        """Forward the journals until the end; says why the process was ended, if it was.
+
+        The clock starts with the process; time in which it waits for another run's lock counts.
+        """
+        readers = [(node, JournalReader(self.store.work(node.key) / JOURNAL_FILE)) for node in job.nodes]
+        deadline: float | None = None
+        verdict: _Verdict | None = None
+        while True:
+            ended = child.wait(POLL_SECONDS) is not None
+            for node, reader in readers:
+                if records := reader.new_records():
+                    on_records(node, records)
+            if ended:
+                return verdict
+            if child.pid is not None and deadline is None:
+                deadline = time.monotonic() + self.resources.timeout_minutes * 60
+            if verdict is None and (verdict := self._judge(job, servers, deadline)) is not None:
+                child.end(GRACE_SECONDS)
+
+    def _judge(self, job: Job, servers: VllmServers, deadline: float | None) -> _Verdict | None:
+        """Tend the servers and look at the clock: why the process is to be ended now, if it is."""
+        try:
+            servers.tend()
+        except VllmServerError as error:
+            return _Verdict(str(error), error.log, retryable=error.passing)
+        if deadline is None or time.monotonic() <= deadline:
+            return None
+        message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"
+        return _Verdict(message, self.home / "work" / job.nodes[0].key / LOG_FILE, retryable=False)
+
+    def _failure(self, job: Job, child: Child, log: Path, verdict: _Verdict | None) -> NodeFailedError:
+        assert child.exit_code is not None
+        first, code = job.nodes[0].id, child.exit_code
+        if self._stopped:
+            return NodeFailedError(first, code, "stopped", log, retryable=False)
+        if verdict is not None:
+            return NodeFailedError(first, code, verdict.message, verdict.log, retryable=verdict.retryable)
+        said = _read_error(self.store.work(job.nodes[0].key) / ERROR_FILE)
+        if code == FAILED:
+            # torchrun's own exit code is 1 whatever its workers' are.
+            code = said["exit_code"] if said else _reported_by_torchrun(log)
+        if code < 0:
+            return NodeFailedError(first, code, f"its process was killed by signal {-code}", log, retryable=True)
+        message = said["message"] if said else _last_line(log)
+        return NodeFailedError(first, code, message, log, retryable=code == INFRASTRUCTURE_FAULT)
+
+
+def _program(spec: Path, devices: int) -> dict[str, Any]:
+    """What the fork server is to run: the spec itself, or torchrun for several devices."""
+    if devices <= 1:
+        return {"spec": spec}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    return {"command": [*torchrun, "-m", "flows.engines.worker", str(spec)]}
+
+
+def _runs(child: Child) -> bool:
+    # Whoever has not read yet which process it is will read of its end too.
+    return child.exit_code is None and (child.pid is None or psutil.pid_exists(child.pid))
+
+
+def _read_error(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(path)
+    except (FileNotFoundError, DocumentError):
+        # A process that was killed while it wrote has said nothing; its log is read then.
+        return None
+
+
+def _reported_by_torchrun(log: Path) -> int:
+    """The exit code of the first worker that failed, from torchrun's report; 1 where there is none."""
+    codes = _TORCHRUN_EXIT_CODE.findall(_text(log))
+    return int(codes[-1]) if codes else FAILED
+
+
+def _last_line(log: Path) -> str:
+    """What a process that could not write its error said last."""
+    return next((line for line in reversed(_text(log).split("\n")) if line.strip()), "ended without a word")
+
+
+def _text(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""

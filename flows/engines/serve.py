@@ -1,0 +1,176 @@
+"""`mopd serve`: standing vLLM servers for a run's merge, until Ctrl-C. Free of torch, prefect and vLLM itself."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import yaml
+
+from base.errors import UserError
+from base.signals import interruptible
+from base.store.checkpoint import Store
+from flows.engines.children import ForkServer, ServerDiedError, child_environment
+from flows.engines.devices import DeviceLeases
+from flows.engines.vllm_commands import (
+    TEACHER_ROLE,
+    ServerCommand,
+    parents,
+    rollout_servers,
+    teacher_servers,
+    teachers_of,
+)
+from flows.engines.vllm_servers import HOST, VllmServerError, VllmServers, free_ports, tail
+from flows.plan.graph import Node, StageGraph
+from flows.run.asked import Asked
+from flows.run_file.schema import STUDENT
+from stages.config.distill import DistillConfig
+
+FIRST_PORT = 8100
+LOG_FILE = "serve.log"
+_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where servers listen.
+
+    Attributes:
+        host: Address.
+        port: The first server's, the others' follow; where it is absent, free ones are chosen.
+    """
+
+    host: str = HOST
+    port: int | None = None
+
+    def ports(self, count: int) -> list[int]:
+        """So many ports.
+
+        Raises:
+            UserError: one that was named is taken.
+        """
+        return free_ports(self.host, count, self.port or FIRST_PORT, exact=self.port is not None)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The merge that is served."""
+
+    asked: Asked
+    graph: StageGraph
+    node: Node
+    store: Store
+
+    @classmethod
+    def of(cls, asked: Asked, seed: int | None, backend: str) -> Self:
+        """Read the run as it will be once it uses the servers, for not every merge can.
+
+        Args:
+            asked: The run as it stands.
+            seed: Of which seed; the run's first when absent.
+            backend: The assignment that has it use the servers.
+        """
+        if asked.graph().config.merge is None:
+            raise UserError(f"{asked.file}: the run has no merge, so there is nothing to serve")
+        graph = replace(asked, overrides=(*asked.overrides, backend)).graph()
+        students = {node.seed: node for node in graph.nodes if node.name == STUDENT}
+        wanted = graph.config.seeds[0] if seed is None else seed
+        if wanted not in students:
+            raise UserError(f"--seed {seed}: the run's seeds are {', '.join(map(str, students))}")
+        return cls(asked, graph, students[wanted], Store(asked.home.resolve()))
+
+    @property
+    def config(self) -> DistillConfig:
+        return DistillConfig.model_validate(self.node.config)
+
+    def need(self, prefix: str) -> Node:
+        """The merge with only the parents whose role begins so, all of them in the store.
+
+        Raises:
+            UserError: names those that are not.
+        """
+        roles = {role: parent for role, parent in self.node.parents.items() if role.startswith(prefix)}
+        missing = [parent for parent in roles.values() if self.store.find(self.graph.node(parent).key) is None]
+        if missing:
+            names = ", ".join(dict.fromkeys(missing))
+            raise UserError(f"{names}: not in the store of {self.asked.home} yet; `{self.asked.command}` makes it")
+        return replace(self.node, parents=roles)
+
+
+def rollout(asked: Asked, place: Place, *, count: int | None = None, seed: int | None = None) -> None:
+    """Serve the rollouts of a run's merge until Ctrl-C or SIGTERM.
+
+    Args:
+        asked: The run.
+        place: Where the servers listen.
+        count: How many; as many as `resources.rollout_servers` says when absent.
+        seed: Which seed's merge; the run's first when absent. The start's shape is all that matters.
+
+    Raises:
+        UserError: no merge, a checkpoint that is not made yet, no vLLM, a port that is taken, a server that fails.
+    """
+    merge = _Merge.of(asked, seed, "merge.sampler.backend=vllm_server")
+    resources = merge.graph.config.resources
+    if count is not None:
+        settings = resources.rollout_servers.model_copy(update={"count": count})
+        resources = resources.model_copy(update={"rollout_servers": settings})
+    start = parents(merge.graph, merge.need("start"), merge.store)["start"]
+    commands = rollout_servers(merge.config, start, merge.store, resources)
+    _serve(merge, commands, place, "rollout_servers", {"sampler": {"backend": "vllm_server"}})
+
+
+def teachers(asked: Asked, place: Place, *, seed: int | None = None) -> None:
+    """Serve the teachers of a run's merge until Ctrl-C or SIGTERM; arguments and errors as for `rollout`."""
+    merge = _Merge.of(asked, seed, "merge.teacher_backend=vllm_server")
+    artifacts = teachers_of(parents(merge.graph, merge.need(TEACHER_ROLE), merge.store))
+    commands = teacher_servers(merge.config, artifacts, merge.store, merge.graph.config.resources)
+    _serve(merge, commands, place, "teacher_servers", {"teacher_backend": "vllm_server"})
+
+
+def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: str, backend: dict[str, Any]) -> None:
+    home, config = merge.store.home, merge.graph.config
+    ports = place.ports(len(commands))
+    with interruptible(background=True), contextlib.ExitStack() as held:
+        try:
+            lease = DeviceLeases().acquire(sum(command.gpus for command in commands))
+            held.callback(lease.close)
+            log = home / "servers" / LOG_FILE
+            fork_server = ForkServer(log, child_environment(config.resources.threads), preload=())
+            held.callback(fork_server.close)
+            servers = held.enter_context(
+                VllmServers(commands, home, lease=lease, host=place.host, ports=ports, say=_say)
+            )
+            servers.start(fork_server)
+            _wait_until_ready(servers, merge.config.sampler.timeout_seconds)
+            urls = [server.url for server in servers.servers]
+            _say(f"ready; in {merge.asked.file} they are used by\n")
+            _say(yaml.safe_dump({"merge": backend, "resources": {key: {"urls": urls}}}, default_flow_style=None))
+            _say("Ctrl-C ends them.")
+            while True:
+                servers.tend()
+                time.sleep(_SECONDS)
+        except KeyboardInterrupt:
+            _say("ending the servers")
+        except VllmServerError as error:
+            raise UserError(str(error)) from error
+        except ServerDiedError as error:
+            raise UserError(f"the process that holds the servers was killed, and they with it (log: {log})") from error
+
+
+def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    servers.tend()
+    while not servers.ready():
+        if time.monotonic() > deadline:
+            late = next(server for server in servers.servers if not server.answered)
+            message = f"{late.label} did not answer within {seconds:g} s:\n{tail(late.log)}"
+            raise VllmServerError(message, late.log, passing=True)
+        time.sleep(_SECONDS)
+        servers.tend()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

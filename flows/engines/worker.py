@@ -1,0 +1,330 @@
+"""The child's entry: one training node of the graph, or several evaluations of one checkpoint. Free of Prefect.
+
+`python -m flows.engines.worker SPEC.json`. The spec is what the launcher knows of the nodes; the answer is an artifact
+in the store, a journal, and an exit code that says whose fault a failure was. Under torchrun every rank runs the stage;
+rank 0 alone takes the lock and tells the others whether there is work.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import Timeout
+
+from base.errors import UserError, is_unreachable
+from base.store.checkpoint import Artifact, Store, write_whole
+from base.store.journal import JOURNAL_FILE
+from base.store.source import Source
+from evals.config.harness import HarnessTaskConfig
+from experts.domain import load_domain
+from stages.config.distill import DistillConfig
+from stages.config.merge import WeightMergeConfig
+from stages.config.on_policy import OnPolicyConfig, RFTConfig, RLConfig
+from stages.config.shift import ShiftRequest
+from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig
+from stages.learner.workspace import Workspace
+from stages.model.remote_code import remote_code
+from stages.rows.rendering import Rendering, rendering
+
+if TYPE_CHECKING:
+    from evals.measure.monitor import Monitor
+
+DONE, FAILED, USER_ERROR, DISK_FAULT, INFRASTRUCTURE_FAULT = 0, 1, 2, 74, 75
+ERROR_FILE = "error.json"
+
+NodeSpec = Mapping[str, Any]
+Runner = Callable[[Sequence[NodeSpec], Sequence[Workspace]], None]
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+# What the Rust and C++ writers of weights say in place of an errno.
+_DISK_TEXTS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+_INFRASTRUCTURE_TYPES = {
+    "torch.distributed.DistBackendError",
+    "torch.distributed.DistNetworkError",
+    "torch.distributed.DistStoreError",
+}
+_PR_SET_PDEATHSIG = 1
+_LONGEST_WAIT = timedelta(days=30)
+
+
+def _load(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import load
+
+    load.run(Source(**nodes[0]["config"]), workspaces[0])
+
+
+def _pretrain(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import pretrain
+
+    pretrain.train(PretrainConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _sft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import sft
+
+    sft.train(SFTConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _rl(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import rl
+
+    config = RLConfig.model_validate(nodes[0]["config"])
+    rl.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
+
+
+def _rft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import rft
+
+    config = RFTConfig.model_validate(nodes[0]["config"])
+    rft.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
+
+
+def _distill(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import distill
+
+    config = DistillConfig.model_validate(nodes[0]["config"])
+    distill.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
+
+
+def _merge_weights(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from stages import merge
+
+    merge.run(WeightMergeConfig.model_validate(nodes[0]["config"]), workspaces[0])
+
+
+def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
+    """What scores the student while it trains; made here, for stages do not import evals."""
+    if config.monitor is None:
+        return None
+    from evals.measure.monitor import Monitor
+
+    return Monitor(workspace.domains, config.monitor, config.max_new_tokens, config.stop)
+
+
+def _evaluate(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals.measure.evaluate import EvaluationRequest, evaluate
+
+    requests = []
+    for node, workspace in zip(nodes, workspaces, strict=True):
+        settings = dict(node["config"])
+        domain, split = settings.pop("domain"), settings.pop("split")
+        requests.append(EvaluationRequest(workspace, EvaluationConfig.model_validate(settings), domain, split))
+    evaluate(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
+
+
+def _harness(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals.measure.harness import HarnessRequest, evaluate_tasks
+
+    requests = [
+        HarnessRequest(workspace, HarnessTaskConfig.model_validate(node["config"]))
+        for node, workspace in zip(nodes, workspaces, strict=True)
+    ]
+    evaluate_tasks(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
+
+
+def _shift(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals.measure import shift
+
+    settings = {name: value for name, value in nodes[0]["config"].items() if name != "split"}
+    shift.run(ShiftRequest.model_validate(settings), workspaces[0])
+
+
+def _cosines(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    from evals.measure import task_vectors
+
+    task_vectors.run(workspaces[0])
+
+
+RUNNERS: Mapping[str, Runner] = {
+    "load": _load,
+    "pretrain": _pretrain,
+    "sft": _sft,
+    "rl": _rl,
+    "rft": _rft,
+    "distill": _distill,
+    "merge_weights": _merge_weights,
+    "evaluate": _evaluate,
+    "harness": _harness,
+    "shift": _shift,
+    "cosines": _cosines,
+}
+
+
+def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
+    """Run the nodes of a spec.
+
+    Args:
+        path: The spec, as written by `flows.engines.launch`.
+        runners: What runs each kind of stage.
+
+    Returns:
+        The exit code: 0 done, 2 a user's mistake, 74 a full or failing disk, 75 an infrastructure fault that is
+        worth a new attempt, 1 anything else. A failure leaves `error.json` in the work folder of each node and its
+        traceback on stderr.
+    """
+    spec = json.loads(path.read_text())
+    store = Store(Path(spec["home"]))
+    nodes: list[NodeSpec] = spec["nodes"]
+    try:
+        with remote_code(bool(spec.get("remote_code"))), rendering(Rendering(**spec.get("rendering", {}))):
+            _run(nodes, store, int(spec["threads"]), runners, spec.get("servers", {}))
+    except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
+        code = exit_code_of(error)
+        if code == USER_ERROR:
+            sys.stderr.write(f"error: {error}\n")
+        else:
+            traceback.print_exc()
+        _write_errors(store, nodes, error, code)
+        return code
+    return DONE
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Say whose fault an exception is, as an exit code. A disk fault counts wherever it stands among the causes."""
+    causes = list(_causes(error))
+    if any(_is_disk_fault(cause) for cause in causes):
+        return DISK_FAULT
+    if isinstance(error, UserError):
+        return USER_ERROR
+    if any(_is_infrastructure_fault(cause) for cause in causes):
+        return INFRASTRUCTURE_FAULT
+    return FAILED
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when the process that started it is gone (Linux).
+
+    Args:
+        parent: Process id of the parent; if it is gone already, this process ends at once.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(
+    nodes: Sequence[NodeSpec],
+    store: Store,
+    threads: int,
+    runners: Mapping[str, Runner],
+    servers: Mapping[str, Sequence[str]],
+) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    with contextlib.ExitStack() as held:
+        waiting = _agree(lambda: _lock_unmade(nodes, store, held))
+        missing = [node for node in nodes if node["key"] in waiting]
+        if not missing:
+            return
+        # Evaluations of one checkpoint share it; it is verified once.
+        parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
+        runners[missing[0]["stage"]](missing, [_workspace(node, store, parents, servers) for node in missing])
+
+
+def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitStack) -> list[str]:
+    """Lock every node, in one order for all so that two runs cannot wait for each other; say which are unmade."""
+    for key in sorted(node["key"] for node in nodes):
+        lock = store.lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _note(store.work(key) / JOURNAL_FILE, "waiting for another run that makes this node")
+            lock.acquire()
+        held.callback(lock.release)
+    return [node["key"] for node in nodes if store.find(node["key"]) is None]
+
+
+def _agree(decide: Callable[[], list[str]]) -> list[str]:
+    """Let rank 0 decide and the other ranks of torchrun hear it, before any of them enters a collective."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return decide()
+    from torch.distributed import PrefixStore, TCPStore
+
+    rendezvous = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_LONGEST_WAIT
+    )
+    board = PrefixStore("mopd", rendezvous)
+    if os.environ["RANK"] == "0":
+        board.set("unmade", json.dumps(decide()))
+    unmade: list[str] = json.loads(board.get("unmade"))
+    return unmade
+
+
+def _workspace(
+    node: NodeSpec, store: Store, parents: Mapping[str, Artifact], servers: Mapping[str, Sequence[str]]
+) -> Workspace:
+    return Workspace(
+        store=store,
+        key=node["key"],
+        name=node["name"],
+        seed=node["seed"],
+        parents={role: parents[key] for role, key in node["parents"].items()},
+        domains={name: load_domain(name, d["kind"], d["options"]) for name, d in node["domains"].items()},
+        provenance=node["provenance"],
+        servers=servers,
+    )
+
+
+def _note(journal: Path, text: str) -> None:
+    """Append a note without opening the journal as its owner, for the owner is the other run."""
+    record = {"time": time.time(), "step": 0, "kind": "note", "text": text}
+    with journal.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _write_errors(store: Store, nodes: Sequence[NodeSpec], error: Exception, code: int) -> None:
+    """Leave the message for the supervisor; of several ranks the first to fail knows the cause."""
+    message = str(error) or type(error).__name__
+    text = json.dumps({"type": type(error).__name__, "message": message, "exit_code": code})
+    try:
+        for node in nodes:
+            path = store.work(node["key"]) / ERROR_FILE
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and path.exists():
+                continue
+            write_whole(path, text)
+    except OSError as fault:
+        sys.stderr.write(f"{ERROR_FILE} could not be written: {fault}\n")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _is_disk_fault(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        return True
+    return any(text in str(error) for text in _DISK_TEXTS)
+
+
+def _is_infrastructure_fault(error: BaseException) -> bool:
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    return is_unreachable(error) or not kinds.isdisjoint(_INFRASTRUCTURE_TYPES) or "NCCL error" in str(error)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the spec named on the command line."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m flows.engines.worker SPEC.json\n")
+        return USER_ERROR
+    # torchrun puts its workers in sessions of their own, out of reach of a signal to its group.
+    die_with_parent(os.getppid())
+    return run_spec(Path(arguments[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""How configs, checkpoints and data are worded in the tracking store: flat names, markdown notes. Free of mlflow."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from base.store.checkpoint import Artifact
+from evals.tables.markdown import code, plain
+from stages.rows.trained_on import FACT
+
+DIGEST_LENGTH = 16
+TEACHER_DIGEST_LENGTH = 12
+DATA_FILE = "data.json"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested config values as dotted keys; what is absent (None, an empty mapping) is left out."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif value is not None:
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def metric_name(name: str) -> str:
+    """A name the tracking store takes: characters it refuses become underscores."""
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def model_name(artifact: Artifact) -> str:
+    """A checkpoint's name among LoggedModels, which allow no slashes."""
+    stem = re.sub(r"[^\w\-]", "-", artifact.name)
+    return f"{stem}-seed{artifact.manifest.get('seed', 0)}"
+
+
+def dataset_digest(fingerprint: str) -> str:
+    """A domain's fingerprint as a dataset digest, which has at most 36 characters."""
+    return fingerprint[:DIGEST_LENGTH]
+
+
+def model_params(artifact: Artifact) -> dict[str, str]:
+    """What a checkpoint's page lists: where it is, what it is, how it was made."""
+    manifest = artifact.manifest
+    facts = {
+        name: manifest[name]
+        for name in ("stage", "seed", "tokens", "seconds", "device_seconds", "joules", "code")
+        if name in manifest
+    }
+    identity = {"uri": artifact.uri, "digest": artifact.digest, "key": artifact.key}
+    taught = {
+        metric_name(f"teachers.{entry['domain']}.{entry['teacher'].rpartition('/')[2]}"): lesson(entry)
+        for entry in manifest.get("teachers", [])
+    }
+    record = {"contamination": unrecorded(manifest)} if unrecorded(manifest) else {}
+    return flatten({**identity, **facts, **taught, **record, "config": manifest.get("config", {})})
+
+
+def unrecorded(manifest: Mapping[str, Any]) -> str:
+    """Why copies of held-out prompts in a checkpoint's training data are unknown; empty where all of it is recorded."""
+    facts = manifest.get(FACT)
+    if facts is None:
+        return "unknown: its training data are not recorded"
+    return f"unknown: the training data of {', '.join(facts['unknown'])} are not recorded" if facts["unknown"] else ""
+
+
+def lesson(entry: Mapping[str, Any]) -> str:
+    """Who taught a domain, in words: the teacher and its digest, the objective, its weight and share.
+
+    Args:
+        entry: One of a student manifest's `teachers`.
+    """
+    facts = [entry["teacher"], f"digest {entry['digest'][:TEACHER_DIGEST_LENGTH]}"]
+    if objective := entry.get("objective"):
+        facts.append(f"objective {objective['name'] if isinstance(objective, Mapping) else objective}")
+    if "weight" in entry:
+        facts.append(f"weight {entry['weight']:.3g}")
+    shares = {"prompt_share": "of the prompts", "loss_share": "of the loss"}
+    facts += [f"{entry[name]:.1%} {of}" for name, of in shares.items() if name in entry]
+    return ", ".join(facts)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the tracking store knows of a checkpoint beside its manifest.
+
+    Attributes:
+        pages: role -> address of the parent's page; a parent unknown to the tracking store has none.
+        scores: (domain, split) -> greedy score; empty until it is evaluated.
+        children: Name and address of each checkpoint that was made from it.
+        curves: domain -> address of the chart of its scores while it was trained.
+        rows: Scores beside those of teacher and start, as `evals.comparison.headline.Compared` has them; of merges
+        alone.
+        verdict: What the gate said of it; empty where it was not the candidate.
+        title: The run that compared it.
+        run: The address of that run's page.
+        report: The address of that run's report; empty where there is none.
+    """
+
+    pages: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    children: Sequence[tuple[str, str]] = ()
+    curves: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    verdict: str = ""
+    title: str = ""
+    run: str = ""
+    report: str = ""
+
+
+def model_note(artifact: Artifact, about: About) -> str:
+    """A checkpoint's description: what it is, what it scores, what it was made from and into, each with its link."""
+    manifest = artifact.manifest
+    lines = [f"**{plain(artifact.name)}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
+    if about.verdict:
+        lines += [f"{plain(about.verdict)}.", ""]
+    if about.run:
+        report = f", its [report]({about.report})" if about.report else ""
+        lines += [f"Compared in the run [{plain(about.title)}]({about.run}){report}.", ""]
+    lines += _score_table(about)
+    if about.curves:
+        charts = " · ".join(f"[{plain(domain)}]({page})" for domain, page in about.curves.items())
+        lines += [f"Score over time, beside teacher and start: {charts}", ""]
+    if parents := manifest.get("parents", {}):
+        lines.append("Made from:")
+        for role, parent in parents.items():
+            name = plain(parent["name"])
+            name = f"[{name}]({about.pages[role]})" if role in about.pages else name
+            lines.append(f"- {plain(role)}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
+        lines.append("")
+    if about.children:
+        made = " · ".join(f"[{plain(name)}]({page})" for name, page in about.children)
+        lines += [f"Made into: {made}", ""]
+    if taught := manifest.get("teachers", []):
+        lines.append("Taught by domain:")
+        lines += [f"- {plain(entry['domain'])}: {plain(lesson(entry))}" for entry in taught]
+        lines.append("")
+    if data := manifest.get("data", {}):
+        lines.append("Data by domain:")
+        lines += [
+            f"- {plain(domain)}: fingerprint {code(dataset_digest(fingerprint))}"
+            for domain, fingerprint in data.items()
+        ]
+        if manifest.get("examples"):
+            lines.append(f"\nSome of it: `{DATA_FILE}` among the artifacts of its run.")
+        lines.append("")
+    if unknown := unrecorded(manifest):
+        lines += [f"Contamination is {plain(unknown)}.", ""]
+    if cost := _cost(manifest):
+        lines += [f"Cost: {cost}; code `{str(manifest.get('code', '?'))[:DIGEST_LENGTH]}`", ""]
+    lines.append(
+        f"Weights: {code(artifact.uri)}, digest `{artifact.digest[:DIGEST_LENGTH]}`, content key `{artifact.key}`"
+    )
+    return "\n".join(lines)
+
+
+def _score_table(about: About) -> list[str]:
+    """Greedy scores in percent, with those of teacher and start where they are known."""
+    if about.rows:
+        head = ["| domain | split | greedy score, % | teacher | start | recovery, % |", "|---|---|---:|---:|---:|---:|"]
+        columns = ("own", "teacher", "start", "recovery")
+        rows = [
+            f"| {plain(row['domain'])} | {row['split']} | {' | '.join(_percent(row[name]) for name in columns)} |"
+            for row in about.rows
+        ]
+        return [*head, *rows, ""]
+    rows = [f"| {plain(domain)} | {split} | {_percent(score)} |" for (domain, split), score in about.scores.items()]
+    return ["| domain | split | greedy score, % |", "|---|---|---:|", *rows, ""] if rows else []
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _cost(manifest: Mapping[str, Any]) -> str:
+    """Time, tokens and energy, as far as they are recorded."""
+    units = {"seconds": "s", "device_seconds": "device-seconds", "tokens": "tokens", "joules": "J"}
+    return ", ".join(f"{manifest[name]:,.0f} {unit}" for name, unit in units.items() if manifest.get(name) is not None)
+
+
+def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "", charts: Mapping[str, str] | None = None) -> str:
+    """A run's description: its checkpoints, each with a link to its page.
+
+    Args:
+        rows: A checkpoint and the address of its page, parents first.
+        flow_run: Address of the flow run in Prefect's pages.
+        charts: What a chart shows -> its address: scores over time beside those of teacher and start.
+    """
+    lines = [f"[The flow run in Prefect]({flow_run})", ""] if flow_run else []
+    if charts:
+        links = " · ".join(f"[{plain(name)}]({page})" for name, page in charts.items())
+        lines += [f"Score over time, beside teacher and start: {links}", ""]
+    lines += ["Checkpoints, student first (`lineage.html` among the artifacts draws how they were made):"]
+    for artifact, page in reversed(rows):
+        manifest = artifact.manifest
+        made = f"{manifest.get('stage', '?')}, seed {manifest.get('seed', 0)}"
+        lines.append(f"- [{plain(artifact.name)}]({page}): {made}, digest `{artifact.digest[:DIGEST_LENGTH]}`")
+    return "\n".join(lines)
+
+
+def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """A journal's sample records as MLflow's table: `columns` and rows of `data`, every row as long as the others."""
+    columns = list(dict.fromkeys(name for sample in samples for name in sample if name not in ("kind", "time")))
+    return {"columns": columns, "data": [[_cell(sample.get(name)) for name in columns] for sample in samples]}
+
+
+def data_table(artifact: Artifact) -> dict[str, list[Any]]:
+    """Some of the data a checkpoint was trained on as MLflow's table; no rows where its manifest shows none."""
+    drawn = artifact.manifest.get("examples", {})
+    rows = [[domain, each["prompt"], each["answer"]] for domain, shown in drawn.items() for each in shown]
+    return {"columns": ["domain", "prompt", "answer"], "data": rows}
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    return value if value is None or isinstance(value, (str, int, float, bool)) else json.dumps(value)

@@ -1,0 +1,251 @@
+"""A checkpoint leaves the house: a Hugging Face directory with a model card that says where it came from."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from base.errors import UserError, is_unreachable
+from base.store.checkpoint import Artifact, Store
+from evals.report.table import percent
+from evals.tables.grid import ABSENT
+from evals.tables.markdown import code, plain
+from experts.domain import HELD_OUT
+from flows.lineage import cards
+from flows.lineage.card_facts import NO_FACTS, CardFacts, base_of, example_prompt, facts_of
+from flows.lineage.mermaid import mermaid
+from flows.lineage.rows import SHORT, Row, resolve_one, rows
+from flows.run_file.schema import BASE, COLD_START
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+CARD, LINEAGE = "README.md", "lineage.json"
+TAGS = ("mopd", "on-policy-distillation")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def export(
+    store: Store, reference: str, folder: Path, *, dtype: str = "auto", push: str | None = None, public: bool = False
+) -> list[str]:
+    """Write a checkpoint as a directory that transformers and vLLM load as it is.
+
+    Args:
+        store: The artifact store.
+        reference: As for `flows.lineage.rows.resolve_one`.
+        folder: Where to; must not exist, or be empty. It appears whole or not at all.
+        dtype: Type of the weights; see `stages.export`.
+        push: A Hub repository, `OWNER/NAME`, the directory is uploaded to; made where it is missing.
+        public: Whether a repository that is made is public.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: nothing is called so, the folder is in use, or the Hub does not take it; what was written stays.
+    """
+    artifact = resolve_one(store, reference)
+    store.verify(artifact)
+    if artifact.manifest.get("stage") in ("evaluate", "harness", "shift", "cosines"):
+        raise UserError(f"{reference}: {artifact.name} is a measurement, not a checkpoint")
+    if push is not None and not REPOSITORY.fullmatch(push):
+        raise UserError(f"--push: '{push}': name a repository of the Hub as OWNER/NAME")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: there is something there already; name a new directory")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    temporary.mkdir(parents=True)
+    try:
+        from stages.export import export_weights
+
+        parameters = export_weights(artifact, store, temporary, dtype)
+        found = rows(store, [artifact.key])
+        (temporary / LINEAGE).write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+        card = model_card(artifact, found, _title(artifact, reference), facts_of(store, artifact, found))
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    said = [f"{folder}: {artifact.name} (key {artifact.key}), {parameters:,} parameters, read back with equal logits"]
+    if push is not None:
+        said.append(f"pushed to {_push(folder, push, public)}")
+    return said
+
+
+def _title(artifact: Artifact, reference: str) -> str:
+    """A name for the model: what it was asked for by, or its own and its digest where that was a content key."""
+    if ":" in reference or not artifact.key.startswith(reference):
+        return reference.replace(":", "-").replace("/", "-").replace("@", "-")
+    return f"{artifact.name.replace('/', '-')}-{artifact.digest[:SHORT]}"
+
+
+def model_card(artifact: Artifact, lineage: Sequence[Row], name: str, facts: CardFacts = NO_FACTS) -> str:
+    """The model card: how to load it, scores beside those it came from, the gate's verdict, lineage and cost.
+
+    Args:
+        artifact: The checkpoint.
+        lineage: It and its ancestors, parents first.
+        name: Title.
+        facts: What the store and its runs know of it beside the lineage.
+    """
+    from huggingface_hub import ModelCardData
+
+    own = next(row for row in lineage if row.key == artifact.key)
+    origins = [str(each) for row in lineage if row.name == BASE and (each := _origin(row))]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        base_model=origins[0] if origins else None,
+        model_name=name,
+        eval_results=_results(own) or None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {plain(name)}",
+        _intro(own, lineage),
+        f"## Scores\n\n{_scores(own, lineage, facts)}",
+        f"## Lineage\n\n```mermaid\n{mermaid(lineage)}\n```\n\n{_checkpoints(lineage)}",
+    ]
+    if own.teachers:
+        taught = "\n".join(f"- {plain(entry['domain'])}: {plain(cards.lesson(entry))}" for entry in own.teachers)
+        parts.insert(3, f"## Taught by\n\n{taught}")
+    if facts.verdict:
+        parts.insert(3, "## Verdict\n\n" + "\n".join(facts.verdict))
+    parts.insert(2, _use(artifact))
+    return "\n\n".join(parts) + "\n"
+
+
+def _intro(own: Row, lineage: Sequence[Row]) -> str:
+    seconds, tokens = sum(row.seconds for row in lineage), sum(row.tokens for row in lineage)
+    base = f"Base: {origin}.\n\n" if (origin := base_of(lineage)) else ""
+    return base + (
+        f"{code(own.name)} of stage `{own.stage}`, seed {own.seed}; digest `{own.digest[:SHORT]}`, key `{own.key}`. "
+        f"It and all it was made from took {tokens:,} tokens and {seconds:,.0f} s of training. `{LINEAGE}` has the "
+        f"settings and the data's fingerprints of each checkpoint."
+    )
+
+
+def _use(artifact: Artifact) -> str:
+    files = artifact.manifest.get("files", {})
+    chat = any("chat_template" in name for name in files)
+    prompt = (
+        "chat messages, rendered by the tokenizer's chat template" if chat else "plain text; there is no chat template"
+    )
+    shown, answer = example_prompt(artifact) or ("…", "")
+    # A backtick would end the block.
+    literal = json.dumps(shown, ensure_ascii=False).replace("`", "\\u0060")
+    encoded = (
+        'tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, '
+        'return_tensors="pt", return_dict=True)'
+        if chat
+        else 'tokenizer(prompt, return_tensors="pt")'
+    )
+    expected = (
+        f"  # trained to answer {json.dumps(answer, ensure_ascii=False)}".replace("`", "\\u0060") if answer else ""
+    )
+    return (
+        f"## Use\n\nPrompts are {prompt}.\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f"prompt = {literal}{expected}\ninputs = {encoded}\n"
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n\n'
+        "```sh\nvllm serve .\n```"
+    )
+
+
+def _scores(own: Row, lineage: Sequence[Row], facts: CardFacts) -> str:
+    """Greedy accuracy by domain and split of this checkpoint, its teachers, the cold start and the base."""
+    if not own.scores:
+        return "Not evaluated."
+    teachers = {parent for role, parent in own.parents.items() if role.startswith("teacher/")}
+    columns = [row for row in lineage if row.name in (BASE, COLD_START) or row.key in teachers or row.key == own.key]
+    head = ["domain", "split", *(f"**{plain(row.name)}**" if row is own else _called(row, columns) for row in columns)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for place in sorted(own.scores):
+        domain, _, split = place.rpartition("/")
+        cells = (_score(row, place, facts) for row in columns)
+        lines.append(_line([plain(domain), plain(split.replace("_", " ")), *cells]))
+    told = [
+        f"- {plain(place.rpartition('/')[0])}, {plain(place.rpartition('/')[2].replace('_', ' '))}: {text}"
+        for place in sorted(own.scores)
+        if (text := facts.contamination.get((own.key, place)))
+    ]
+    about = "Examples with a copy in what the checkpoint or an ancestor was trained on:"
+    copies = [f"\n\n{about}\n\n", "\n".join(told)] if told else []
+    title = "Greedy score in %, on the same examples in each row [95 % interval over examples].\n\n"
+    return "".join([title, "\n".join(lines), *copies])
+
+
+def _score(row: Row, place: str, facts: CardFacts) -> str:
+    if (found := facts.intervals.get((row.key, place))) is not None:
+        return percent(found)
+    return f"{100 * row.scores[place]:.1f}" if place in row.scores else ABSENT
+
+
+def _checkpoints(lineage: Sequence[Row]) -> str:
+    head = ["checkpoint", "stage", "seed", "digest", "content key", "made from"]
+    names = {row.key: _called(row, lineage) for row in lineage}
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in reversed(lineage):
+        made = ", ".join(f"{plain(row.label(role))}: {names.get(key, key)}" for role, key in row.parents.items())
+        lines.append(
+            _line([plain(row.name), row.stage, str(row.seed), f"`{row.digest[:SHORT]}`", f"`{row.key}`", made or "–"])
+        )
+    return "\n".join(lines)
+
+
+def _results(own: Row) -> "list[EvalResult]":
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=domain,
+            dataset_name=domain,
+            dataset_split=split,
+            metric_type="accuracy",
+            metric_name="greedy accuracy",
+            metric_value=round(score, 4),
+        )
+        for place, score in sorted(own.scores.items())
+        for domain, _, split in [place.rpartition("/")]
+        if split == HELD_OUT
+    ]
+
+
+def _origin(row: Row) -> str | None:
+    """The Hub id a base was loaded from."""
+    source: Mapping[str, Any] = row.config
+    return source.get("location") if row.stage == "load" and source.get("kind") == "hub" else None
+
+
+def _called(row: Row, others: Sequence[Row]) -> str:
+    """Its name, with its key where another is called so too."""
+    name = plain(row.name)
+    return name if sum(row.name == other.name for other in others) == 1 else f"{name} `{row.key[:SHORT]}`"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _push(folder: Path, repository: str, public: bool) -> str:
+    """Upload a directory to the Hub; the token is huggingface_hub's own (`HF_TOKEN`, or `hf auth login`)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"mopd export {folder.name}")
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError)) and not is_unreachable(error):
+            raise
+        raise UserError(
+            f"--push {repository}: {error}; {folder} is written: `hf upload {repository} {folder} .` sends it later"
+        ) from error
+    return str(address)

@@ -1,0 +1,202 @@
+"""`champion` as a start or a teacher: the run's champion, resolved once and pinned, as a node of the graph. Torch-free.
+
+A merge that starts from the champion, with the champion or the old experts as teachers of their domains, costs the new
+expert and a short merge. The name is mutable, so the lock file pins the checkpoint it stood for when the run was first
+planned with it; `mopd repin` moves it.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store, write_whole
+from flows.plan.lock import lock_path
+from flows.plan.state_files import read_json
+from flows.run_file.schema import CHAMPION, STUDENT, RunConfig
+
+if TYPE_CHECKING:
+    from flows.plan.graph import Node, StageGraph
+
+
+def names_champion(config: RunConfig) -> str | None:
+    """The first key of a run file that says `champion`; None where none does."""
+    for name, expert in config.experts.items():
+        if expert.start_from == CHAMPION:
+            return f"experts.{name}.start_from"
+    merge = config.merge
+    if merge is None:
+        return None
+    if merge.start_from == CHAMPION:
+        return "merge.start_from"
+    if merge.fallback_teacher == CHAMPION:
+        return "merge.fallback_teacher"
+    taught = (domain for domain, weights in (merge.teachers or {}).items() if CHAMPION in weights)
+    return next((f"merge.teachers.{domain}" for domain in taught), None)
+
+
+def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, str]) -> Artifact:
+    """The champion this run is pinned to, or today's.
+
+    Args:
+        config: The run.
+        home: `$MOPD_HOME`.
+        key: The key of the run file that asks for it; errors name it.
+        pins: What the run's lock pins.
+
+    Raises:
+        UserError: the run has no champion yet, or its checkpoint is no longer in the store.
+    """
+    from flows.champion.champion import read_history
+
+    store = Store(home)
+    pinned = pins.get(CHAMPION)
+    if pinned is None:
+        history = read_history(store, config.name)
+        if not history:
+            raise UserError(
+                f"{key}: run '{config.name}' has no champion in {home} yet; run it once from cold_start or base, and "
+                f"the gate or `mopd promote` makes one"
+            )
+        pinned = history[-1].student
+    artifact = store.find(pinned)
+    if artifact is None:
+        raise UserError(f"{key}: the champion {pinned} is no longer in {store.root}; `mopd repin` takes today's")
+    return artifact
+
+
+def champion_facts(artifact: Artifact, store: Store, start: tuple[str, str]) -> dict[str, Any]:
+    """The node of a champion: its own key, and the run's start as its parent where it was made from that.
+
+    Args:
+        artifact: The champion.
+        store: For its ancestors.
+        start: Node id and content key of the run's start.
+
+    Returns:
+        Arguments of `flows.plan.graph.Node`.
+    """
+    manifest = artifact.manifest
+    parents = {role: parent["key"] for role, parent in manifest.get("parents", {}).items()}
+    stage, seed, config = str(manifest["stage"]), int(manifest.get("seed", 0)), manifest.get("config", {})
+    facts = {"stage": stage, "seed": seed, "config": config, "parents": parents, "domains": manifest.get("data", {})}
+    return {
+        "id": CHAMPION,
+        "name": CHAMPION,
+        "stage": stage,
+        "seed": seed,
+        "config": config,
+        "parents": {"start": start[0]} if _descends(artifact, store, start[1]) else {},
+        "domains": {},
+        "ingredients": facts,
+        "key": artifact.key,
+    }
+
+
+def _descends(artifact: Artifact | None, store: Store, start: str) -> bool:
+    """Whether a checkpoint's chain of starts leads to another."""
+    while artifact is not None and artifact.key != start:
+        artifact = _started_from(artifact, store)
+    return artifact is not None
+
+
+def repin(config: RunConfig, home: Path) -> None:
+    """Let the mutable names of a run (`champion`, a Hub branch) stand for what they are today, and say what moved.
+
+    Raises:
+        UserError: one of them stands for nothing today; then nothing is moved.
+    """
+    from flows.plan.graph import build_graph
+
+    path = lock_path(home, config.name)
+    lock = read_json(path)
+    before: dict[str, str] = lock.get("pins", {})
+    text = path.read_text() if path.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_pins(path, lock, {})
+    try:
+        now = dict(build_graph(config, home).pins)
+        _write_pins(path, lock, now)
+    except BaseException:
+        if text is None:
+            path.unlink()
+        else:
+            write_whole(path, text)
+        raise
+    for name, value in sorted(now.items()):
+        old = before.get(name)
+        said = f"{value} as before" if old == value else f"{old} → {value}" if old else value
+        sys.stdout.write(f"{name}: {said}\n")
+    if not now:
+        sys.stdout.write(f"{config.name}: the run file holds no mutable name\n")
+
+
+def _write_pins(path: Path, lock: Mapping[str, Any], pins: Mapping[str, str]) -> None:
+    write_whole(path, json.dumps({"nodes": {}, **lock, "pins": dict(pins)}, indent=1, sort_keys=True))
+
+
+def pin_note(graph: "StageGraph", store: Store) -> list[str]:
+    """A line where the run is pinned to a former champion; else empty."""
+    from flows.champion.champion import read_history
+
+    pinned, history = graph.pins.get(CHAMPION), read_history(store, graph.config.name)
+    if pinned is None or not history or history[-1].student == pinned:
+        return []
+    return [f"champion: pinned to {pinned}; today's is {history[-1]}. `mopd repin` moves the run to it."]
+
+
+def savings(graph: "StageGraph", store: Store) -> list[str]:
+    """What an incremental merge cost beside the newest full one from the same start; empty for other runs."""
+    merge = graph.config.merge
+    if merge is None or merge.start_from != CHAMPION:
+        return []
+    student = next((store.find(node.key) for node in graph.checkpoints if node.name == STUDENT), None)
+    full = _full_merge(store.find(graph.node(CHAMPION).key), store)
+    if student is None or full is None:
+        return []
+    told = [f"{found.manifest['seconds']:,.0f} s and {found.manifest['tokens']:,} tokens" for found in (student, full)]
+    reused = [node for node in graph.checkpoints if node.name.startswith("experts/") and not _new(node, student, store)]
+    kept = sum(float(artifact.manifest["seconds"]) for node in reused if (artifact := store.find(node.key)))
+    return [
+        f"merged from the champion: {told[0]}; the last full merge, of {_teachers(full)} teachers, took {told[1]}; "
+        f"{len(reused)} experts made before that champion were reused ({kept:,.0f} s)"
+    ]
+
+
+def _full_merge(artifact: Artifact | None, store: Store) -> Artifact | None:
+    """The newest student made from the start that a champion's chain of merges began with."""
+    head = None
+    while artifact is not None and artifact.manifest.get("stage") == "distill":
+        head = artifact
+        artifact = _started_from(artifact, store)
+    if head is None:
+        return None
+    alike = [each for each in store.artifacts() if each.name == head.name and _start_key(each) == _start_key(head)]
+    return max(alike, key=lambda each: float(each.manifest["created"]), default=head)
+
+
+def _start_key(artifact: Artifact) -> str | None:
+    """Content key of what a checkpoint started from; None where it started from nothing."""
+    key: str | None = artifact.manifest.get("parents", {}).get("start", {}).get("key")
+    return key
+
+
+def _started_from(artifact: Artifact, store: Store) -> Artifact | None:
+    """What a checkpoint started from; None where it started from nothing, or that is no longer in the store."""
+    key = _start_key(artifact)
+    return store.find(key) if key else None
+
+
+def _teachers(artifact: Artifact) -> int:
+    """How many checkpoints taught it."""
+    parents = artifact.manifest.get("parents", {})
+    return len({parent["key"] for role, parent in parents.items() if role.startswith("teacher/")})
+
+
+def _new(node: "Node", student: Artifact, store: Store) -> bool:
+    """Whether an expert was made after the champion that the student starts from."""
+    champion = _started_from(student, store)
+    expert = store.find(node.key)
+    return bool(champion and expert and expert.manifest["created"] > champion.manifest["created"])

@@ -1,0 +1,79 @@
+"""lm-evaluation-harness tasks in the graph: what each contributes to its nodes' keys, and what is checked of them.
+
+Planning looks only at the tasks' own files; the harness's thousands are indexed by the deep check.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from base.errors import UserError, nearest
+from base.extras import harness_version
+from evals.config.harness import HarnessTaskConfig
+from evals.measure.harness_tasks import TaskIndex, index_tasks, own_tasks, task_fingerprint
+from flows.run_file.schema import RunConfig
+
+if TYPE_CHECKING:
+    from flows.plan.graph import Node
+
+KEY = "evaluate.harness"
+
+
+def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any]]]:
+    """The tasks of a run file.
+
+    Returns:
+        Of each task its config and, beside it, what goes into its nodes' content keys: that config, the harness's
+        version, and the hash of the task's files where it is the user's own.
+
+    Raises:
+        UserError: the harness is not installed, include_path is no directory, a file of a task is not there, or a
+            domain of the run has a task's name.
+    """
+    config = run.evaluate.harness
+    if config is None:
+        return []
+    if taken := next((name for name in run.evaluate.harness_domains if name in run.domains), None):
+        raise UserError(f"domains.{taken}: this is the name of a task of {KEY}")
+    version = harness_version(KEY)
+    local = _local_tasks(config.include_path)
+    tasks = []
+    for name in config.tasks:
+        file = local.tasks.get(name)
+        if file is None and (group := local.groups.get(name)):
+            raise UserError(f"{KEY}.tasks: {group}: {name} is a group; name its tasks")
+        own = HarnessTaskConfig.of(config, name, str(file) if file else None)
+        content = task_fingerprint(file) if file else None
+        tasks.append((own, {"config": own.key_fields(), "harness": version, "task": content}))
+    return tasks
+
+
+def harness_problems(run: RunConfig, missing: Sequence["Node"]) -> Iterator[str]:
+    """Tasks that are neither the user's own nor the harness's."""
+    asked = dict.fromkeys(
+        str(node.config["task"]) for node in missing if node.stage == "harness" and node.config["file"] is None
+    )
+    if not asked:
+        return
+    assert run.evaluate.harness is not None
+    index, local = own_tasks(KEY), _local_tasks(run.evaluate.harness.include_path)
+    for name in asked:
+        if name in index.groups:
+            yield f"{KEY}.tasks: {name} is a group; name its tasks ({index.groups[name]})"
+        elif name not in index.tasks:
+            yield f"{KEY}.tasks: no task '{name}'{_nearest(name, [*index.tasks, *local.tasks])}"
+
+
+def _local_tasks(include_path: str | None) -> TaskIndex:
+    if include_path is None:
+        return TaskIndex({}, {})
+    folder = Path(include_path).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"{KEY}.include_path: {include_path}: no such directory")
+    return index_tasks(folder)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """The nearest of all tasks; they are too many to list where none is near."""
+    found = nearest(name, known)
+    return found if "did you mean" in found else "; `lm_eval ls tasks` lists the harness's own"

@@ -1,0 +1,141 @@
+"""How far checkpoints moved from the run's start, as nodes of the graph, and what the store knows of it.
+
+Every checkpoint trained here, but the start and what the start was made from, has a node `shift`; experts trained from
+the start share one node `cosines` a seed. Free of torch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from base.store.checkpoint import Artifact, Store
+from evals.comparison.shift_sheet import read_cosines, read_shift
+from experts.domain import HELD_OUT
+from flows.run_file.schema import BASE, EvaluateConfig
+from stages.config.shift import ShiftRequest
+
+if TYPE_CHECKING:
+    from flows.plan.graph import Node, StageGraph
+
+SHIFT, COSINES = "shift", "cosines"
+# The samples are the same whatever the seed of the training.
+SEED = 0
+
+
+def shift_request(evaluate: EvaluateConfig) -> ShiftRequest | None:
+    """The nodes' config; None where the run file turns them off."""
+    asked = evaluate.shift
+    if asked is None:
+        return None
+    return ShiftRequest(
+        examples=min(asked.examples, evaluate.examples),
+        temperature=asked.temperature,
+        max_new_tokens=evaluate.max_new_tokens,
+        batch_size=evaluate.batch_size,
+    )
+
+
+def shift_nodes(
+    request: ShiftRequest,
+    nodes: Mapping[str, "Node"],
+    made: Mapping[str, list[str]],
+    start: str,
+    expert_start: str,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """The nodes of one seed, as arguments of the plan's own addition of a node.
+
+    Args:
+        request: How it is measured.
+        nodes: The graph so far, by id.
+        made: Ids of the seed's checkpoints, with the domains each is measured on.
+        start: Id of the run's start.
+        expert_start: Id of what the experts start from, for their task vectors: the start, or the student of the round
+            before.
+        seed: Of the run.
+    """
+    trained = [nodes[i] for i in made if _descends(nodes, i, start) and i != start and nodes[i].name != BASE]
+    full = request.model_dump(mode="json") | {"split": HELD_OUT}
+    for node in trained:
+        name = f"{SHIFT}/{node.name}"
+        yield {
+            "node_id": f"{name}@{seed}",
+            "name": name,
+            "stage": SHIFT,
+            "seed": SEED,
+            "config": full,
+            "facts": {"config": request.key_fields()},
+            "parents": {"start": start, "checkpoint": node.id},
+            "domains": made[node.id],
+        }
+    experts = [
+        node for node in trained if node.name.startswith("experts/") and node.parents.get("start") == expert_start
+    ]
+    if len(experts) >= 2:
+        yield {
+            "node_id": f"{COSINES}@{seed}",
+            "name": COSINES,
+            "stage": COSINES,
+            "seed": SEED,
+            "config": {},
+            "facts": {},
+            "parents": {"start": expert_start} | {f"expert/{node.name.partition('/')[2]}": node.id for node in experts},
+            "domains": [],
+        }
+
+
+def _descends(nodes: Mapping[str, "Node"], node_id: str, start: str) -> bool:
+    """Whether a checkpoint was trained here on what the start is made from, so that the two can be compared."""
+    return nodes[node_id].stage != "load" and _origin(nodes, node_id) == _origin(nodes, start)
+
+
+def _origin(nodes: Mapping[str, "Node"], node_id: str) -> str:
+    while parent := nodes[node_id].parents.get("start"):
+        node_id = parent
+    return node_id
+
+
+@dataclass
+class Shifts:
+    """What is finished, in the terms of `evals.comparison.results.Results`.
+
+    Attributes:
+        values: (checkpoint, measure, domain or "") -> seed -> value.
+        kl_examples: (checkpoint, domain) -> seed -> values by independent example whose mean is `kl_start`.
+        cosines: (expert, another) -> seed -> cosine.
+        provenance: Content key and digest by node id.
+    """
+
+    values: dict[tuple[str, str, str], dict[int, float]] = field(default_factory=dict)
+    kl_examples: dict[tuple[str, str], dict[int, np.ndarray]] = field(default_factory=dict)
+    cosines: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    provenance: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def collect_shifts(graph: "StageGraph", store: Store) -> Shifts:
+    """Read every finished node; one that is not finished is absent.
+
+    Raises:
+        UserError: a sheet is malformed.
+    """
+    found = Shifts()
+    for node in graph.nodes:
+        if node.stage in (SHIFT, COSINES) and (artifact := store.find(node.key)):
+            seed = int(node.id.rpartition("@")[2])
+            found.provenance[node.id] = (artifact.key, artifact.digest)
+            if node.stage == SHIFT:
+                _take_shift(found, node.name.partition("/")[2], seed, artifact)
+            else:
+                for pair, value in read_cosines(artifact.path).values().items():
+                    found.cosines.setdefault(pair, {})[seed] = value
+    return found
+
+
+def _take_shift(found: Shifts, name: str, seed: int, artifact: Artifact) -> None:
+    sheet = read_shift(artifact.path)
+    for key, value in sheet.values().items():
+        found.values.setdefault((name, *key), {})[seed] = value
+    for domain, part in sheet.domains.items():
+        found.kl_examples.setdefault((name, domain), {})[seed] = part.kl_start_G

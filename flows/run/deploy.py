@@ -1,0 +1,285 @@
+"""A run file as a Prefect deployment: a schedule, a work pool of processes, and parameters with the run file's schema.
+
+The servers and the worker are standing ones: `mopd ui` and `mopd worker`, or those of the environment.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zoneinfo
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from base.errors import UserError, nearest
+from base.signals import interrupt_once
+from evals.tables.markdown import code, plain
+from flows.cli.runs import Asked
+from flows.run.session import expect_answer
+from flows.run_file.parameters import form_schema
+from flows.run_file.schema import RunConfig
+from flows.servers.access import secret_path
+from flows.servers.standing import prefect_client
+from flows.servers.start import end_with_parent, mlflow_environment, prefect_environment, without_secrets
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from flows.run.orphans import Lookout
+
+POOL = "mopd"
+ENTRYPOINT = "flows.run.pipeline.pipeline"
+SET_FOLDER = "prefect.deployments.steps.set_working_directory"
+NEXT_RUNS = 3
+LOOK_SECONDS = 10.0
+# A worker that ends sooner than this, the first time, cannot work at all.
+SHORT_LIFE_SECONDS = 10.0
+RESTART_SECONDS = 2.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When and where a run is started.
+
+    Attributes:
+        cron: Five fields; None for runs that a person or a program starts.
+        timezone: IANA name that the schedule is read in.
+        paused: Whether the schedule waits for somebody to start it; one that is paused already stays so.
+        pool: The work pool.
+    """
+
+    cron: str | None = None
+    timezone: str = "UTC"
+    paused: bool = False
+    pool: str = POOL
+
+
+def deploy(asked: Asked, plan: Plan) -> list[str]:
+    """Make or replace the deployment of a run file, and its work pool where there is none.
+
+    Args:
+        asked: The run; it is planned first, so what is wrong with it is said now and not on Monday at two.
+        plan: When and where.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: the run file is wrong, the schedule cannot be read, or no Prefect server answers.
+    """
+    graph = asked.graph()
+    with _client(asked.home) as (client, pages):
+        from prefect.client.schemas.actions import DeploymentScheduleCreate
+        from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+
+        from flows.run.pipeline import pipeline
+        from flows.run.pool import make_pool
+
+        schedule = _schedule(plan)
+        make_pool(client, plan.pool)
+        name = graph.config.name
+        paused = plan.paused or _is_paused(client, name)
+        deployment = client.create_deployment(
+            client.create_flow(pipeline),
+            name,
+            schedules=[DeploymentScheduleCreate(schedule=schedule, active=not paused)] if schedule else [],
+            # One at a time of a name; the next waits.
+            concurrency_limit=1,
+            concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+            parameters=_parameters(asked),
+            parameter_openapi_schema=form_schema(graph.config),
+            enforce_parameter_schema=True,
+            entrypoint=ENTRYPOINT,
+            # The paths of a run file are relative to this folder.
+            pull_steps=[{SET_FOLDER: {"directory": str(Path.cwd())}}],
+            work_pool_name=plan.pool,
+            description=_description(graph.config, asked),
+            tags=[f"mopd:{name}"],
+        )
+        said = [f"deployment mopd/{name}: {pages}/deployments/deployment/{deployment}"]
+    if schedule:
+        said.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if paused else ''}")
+        said += [f"  next: {moment}" for moment in _next_runs(schedule)]
+    said.append(f"start it now: Run on its page, or {_by_hand(asked.home, pages)} prefect deployment run 'mopd/{name}'")
+    said.append(f"a worker makes the runs: mopd worker --home {asked.home}" + _pool_option(plan.pool))
+    return said
+
+
+def retire(config: RunConfig, home: Path) -> list[str]:
+    """Take a run's deployment away; runs that are under way go on.
+
+    Raises:
+        UserError: there is none, or no Prefect server answers.
+    """
+    with _client(home) as (client, _):
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            client.delete_deployment(client.read_deployment_by_name(f"mopd/{config.name}").id)
+        except ObjectNotFound:
+            raise UserError(f"{config.name}: there is no deployment mopd/{config.name}") from None
+    return [f"deployment mopd/{config.name}: removed"]
+
+
+def work(home: Path, pool: str, limit: int | None) -> None:
+    """Be a worker of a pool until Ctrl-C or TERM: Prefect's own in a process of its own, started again when it ends.
+
+    It ends itself when its server is away for long. Between two looks at it, runs of this host are looked at that no
+    worker of Prefect sees to any more, for they would keep the later ones waiting (`flows.run.orphans`).
+
+    Raises:
+        UserError: no Prefect server answers, or the worker does not start.
+    """
+    with _client(home) as (client, _):
+        from flows.run.pool import POOL_TYPE, make_pool
+
+        make_pool(client, pool)
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", POOL_TYPE]
+    command += ["--install-policy", "never"]
+    command += ["--limit", str(limit)] if limit else []
+    from flows.run.orphans import Lookout, worker_name
+
+    # One started in the background inherits an ignored SIGINT, by which Prefect's worker ends itself on TERM.
+    interrupt_once(background=True)
+    first, lookout = True, Lookout()
+    while True:
+        started, process = time.monotonic(), _start_worker([*command, "--name", worker_name()])
+        try:
+            while _lives(process):
+                _look(lookout)
+            if first and time.monotonic() - started < SHORT_LIFE_SECONDS:
+                raise UserError(f"Prefect's worker ended with code {process.returncode}; what it said stands above")
+            first = False
+            sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is started again\n")
+            time.sleep(RESTART_SECONDS)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            return
+
+
+def _lives(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether a process is still there a while from now; says so at once when it ends."""
+    try:
+        process.wait(LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _start_worker(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        # A Ctrl-C is for this process alone, which passes it on.
+        start_new_session=True,
+        preexec_fn=_killed_with_parent,  # noqa: PLW1509 - nothing but a system call
+    )
+
+
+def _killed_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent(signal.SIGKILL)
+
+
+def _look(lookout: "Lookout") -> None:
+    """Look at the runs of this host, if the server answers just now."""
+    from httpx import HTTPError
+
+    try:
+        for line in lookout.look():
+            sys.stderr.write(line + "\n")
+    except HTTPError as error:
+        logger.debug("Prefect's server did not answer: %s", error)
+
+
+def _settings(home: Path) -> dict[str, str]:
+    """Environment of a client of the standing servers."""
+    return prefect_environment(home) | mlflow_environment() | prefect_client(home)
+
+
+@contextmanager
+def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
+    """A client of the standing server, and the address of its pages, to be shown."""
+    settings = _settings(home)
+    # Prefect reads its settings once, at its import.
+    os.environ.update(settings)
+    from prefect import get_client
+
+    with get_client(sync_client=True) as client:
+        expect_answer(client, settings["PREFECT_API_URL"])
+        yield client, without_secrets(settings["PREFECT_API_URL"].removesuffix("/api"))
+
+
+def _is_paused(client: "SyncPrefectClient", name: str) -> bool:
+    """Whether a deployment stands whose schedule somebody has paused: deploying again does not start it."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        schedules = client.read_deployment_by_name(f"mopd/{name}").schedules
+    except ObjectNotFound:
+        return False
+    return bool(schedules) and not any(schedule.active for schedule in schedules)
+
+
+def _schedule(plan: Plan) -> Any:
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    if plan.cron is None:
+        return None
+    if plan.timezone not in (known := zoneinfo.available_timezones()):
+        raise UserError(f"--timezone: '{plan.timezone}' is no IANA time zone{nearest(plan.timezone, known)}")
+    try:
+        return CronSchedule(cron=plan.cron, timezone=plan.timezone)
+    except ValidationError as error:
+        told = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
+        raise UserError(
+            f"--cron '{plan.cron}': {told}; write minute, hour, day, month and weekday, "
+            f"such as '0 2 * * 1' for Mondays at two"
+        ) from None
+
+
+def _next_runs(schedule: Any) -> list[str]:
+    import asyncio
+
+    from prefect.server.schemas.schedules import CronSchedule
+
+    moments = asyncio.run(CronSchedule(cron=schedule.cron, timezone=schedule.timezone).get_dates(NEXT_RUNS))
+    return [moment.strftime("%A %Y-%m-%d %H:%M %Z") for moment in moments]
+
+
+def _parameters(asked: Asked) -> dict[str, Any]:
+    return {
+        "run_file": str(asked.file.resolve()),
+        "overrides": list(asked.overrides),
+        **({} if asked.max_steps is None else {"max_steps": asked.max_steps}),
+        "home": str(asked.home.resolve()),
+        "plain": True,
+    }
+
+
+def _description(config: RunConfig, asked: Asked) -> str:
+    experts = ", ".join(f"{name} ({expert.domain})" for name, expert in config.experts.items())
+    changed = f" with {code(json.dumps(list(asked.overrides)))}" if asked.overrides else ""
+    return f"Run file {code(str(asked.file))}{changed}. Experts: {plain(experts or 'none')}. Seeds {config.seeds}."
+
+
+def _by_hand(home: Path, pages: str) -> str:
+    """Variables for Prefect's own command line; a password is named by its place."""
+    variables = f"PREFECT_API_URL={pages}/api"
+    if "PREFECT_API_AUTH_STRING" in prefect_client(home):
+        variables += f' PREFECT_API_AUTH_STRING="$(cat {shlex.quote(str(secret_path(home)))})"'
+    return variables
+
+
+def _pool_option(pool: str) -> str:
+    return "" if pool == POOL else f" --pool {pool}"

@@ -1,0 +1,203 @@
+"""What a person sees while nodes run: one live line for each on a terminal, plain lines now and then elsewhere."""
+
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from flows.plan.graph import Node
+
+PLAIN_SECONDS = 10.0
+PLAIN_SHARE = 0.1
+BAR_CELLS = 20
+REFRESH_PER_SECOND = 2
+# The number of a stage that says how it goes: the metric's name behind `stage/`, averaged over domains.
+MEASURES = {"pretrain": "loss", "sft": "loss", "rl": "reward", "rft": "reward", "distill": "reverse_kl"}
+
+
+class Meter:
+    """How far the nodes of one job are, from their journals' records.
+
+    Attributes:
+        label: Name for people.
+        share: Part that is done, 0 to 1.
+    """
+
+    def __init__(self, label: str, nodes: Sequence[Node], now: float | None = None) -> None:
+        self.label = label
+        self.share = 0.0
+        self._stage = nodes[0].stage
+        self._steps: dict[str, tuple[int, int]] = {node.id: (0, 0) for node in nodes}
+        self._measure: float | None = None
+        self._started = time.time() if now is None else now
+        self._first: tuple[float, float] | None = None
+        self._seconds_a_share: float | None = None
+        self._complete = False
+
+    def read(self, node: Node, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take in a node's new records. Those of an earlier attempt set the starting point, not the speed."""
+        for record in records:
+            if record["kind"] == "progress":
+                self._steps[node.id] = (record["step"], record["total"])
+                self._moved(record["time"])
+            elif record["kind"] == "metrics":
+                self._measured(record["values"])
+
+    def complete(self) -> None:
+        """Say that the job is done, whatever its last step was: a stage may stop early."""
+        self._complete = True
+        self.share = 1.0
+
+    @property
+    def stopped_early(self) -> str:
+        """Where a finished node stopped before its last step, such as `stopped early at step 40 of 100`; else empty."""
+        if not self._complete or len(self._steps) != 1:
+            return ""
+        step, total = next(iter(self._steps.values()))
+        return f"stopped early at step {step} of {total}" if step < total else ""
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the end at the speed so far; None before the speed is known."""
+        if self._seconds_a_share is None:
+            return None
+        return (1 - self.share) * self._seconds_a_share
+
+    @property
+    def position(self) -> str:
+        """Steps of a single node, finished nodes of several."""
+        if len(self._steps) == 1:
+            step, total = next(iter(self._steps.values()))
+            return f"{step}/{total}" if total else "done" if self._complete else "starting"
+        done = sum(step == total > 0 for step, total in self._steps.values())
+        return f"{done}/{len(self._steps)} domains"
+
+    @property
+    def measure(self) -> str:
+        """The stage's telling number, such as `reward 0.41`; empty before the first."""
+        if self._measure is None:
+            return ""
+        return f"{MEASURES[self._stage].replace('_', ' ')} {self._measure:.3g}"
+
+    def line(self) -> str:
+        """All in one line of text."""
+        eta = self.eta_seconds
+        left = f"ETA {duration(eta)}" if eta is not None and self.share < 1 else ""
+        parts = [self.stopped_early or self.position, self.measure, left]
+        return "  ".join(part for part in parts if part)
+
+    def _moved(self, when: float) -> None:
+        self.share = fmean(step / total if total else 0.0 for step, total in self._steps.values())
+        if self._first is None or when <= max(self._started, self._first[0]):
+            self._first = (when, self.share)
+            return
+        began, before = self._first
+        if self.share > before:
+            self._seconds_a_share = (when - began) / (self.share - before)
+
+    def _measured(self, values: Mapping[str, float]) -> None:
+        name = MEASURES.get(self._stage)
+        if name is None:
+            return
+        whole = f"{self._stage}/{name}"
+        by_domain = [value for key, value in values.items() if key.startswith(f"{whole}/")]
+        if whole in values:
+            self._measure = values[whole]
+        elif by_domain:
+            self._measure = fmean(by_domain)
+
+
+class ProgressDisplay:
+    """The lines of all running jobs; safe to call from several threads."""
+
+    def __init__(self, console: Console, plain: bool = False) -> None:
+        """Shows live lines on a terminal, plain ones if told so or where there is no terminal."""
+        self.console = console
+        self.plain = plain or not console.is_terminal
+        self._lock = threading.Lock()
+        self._meters: dict[str, Meter] = {}
+        self._said: dict[str, tuple[float, float]] = {}
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=REFRESH_PER_SECOND)
+
+    def __enter__(self) -> Self:
+        if not self.plain:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.plain:
+            self._live.stop()
+
+    def started(self, meter: Meter) -> None:
+        """Show a job."""
+        with self._lock:
+            self._meters[meter.label] = meter
+            self._said[meter.label] = (time.monotonic(), 0.0)
+        if self.plain:
+            self.say(f"{meter.label}: started")
+
+    def moved(self, meter: Meter) -> None:
+        """Show a job's new position: at once on a terminal, else when it is time for a line."""
+        if not self.plain:
+            return
+        now = time.monotonic()
+        when, share = self._said[meter.label]
+        if meter.share > share and (now - when >= PLAIN_SECONDS or meter.share - share >= PLAIN_SHARE):
+            self._said[meter.label] = (now, meter.share)
+            self.say(f"{meter.label}: {meter.line()}")
+
+    def finished(self, meter: Meter, outcome: str) -> None:
+        """Take a job's line away and say how it ended."""
+        with self._lock:
+            self._meters.pop(meter.label, None)
+        self.say(f"{meter.label}: {outcome}")
+
+    def say(self, text: str) -> None:
+        """Print a line of text above the live ones."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self.plain:
+            sys.stdout.flush()
+
+    def _render(self) -> Group:
+        with self._lock:
+            meters = list(self._meters.values())
+        width = max((len(meter.label) for meter in meters), default=0)
+        return Group(*(_bar(meter, width) for meter in meters))
+
+
+def notes(node: Node, records: Sequence[Mapping[str, Any]], since: float) -> list[str]:
+    """What a node has to say to a person (alarms, an early stop), a line for each note.
+
+    Args:
+        node: The node.
+        records: New records of its journal.
+        since: When this attempt started, in seconds since the epoch; what an earlier one said is not repeated.
+    """
+    said = [record for record in records if record["kind"] == "note" and record["time"] >= since]
+    return [f"{node.id}: step {record['step']}: {record['text']}" for record in said]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `42s`, `3m05s`, `2h10m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _bar(meter: Meter, width: int) -> Text:
+    filled = round(meter.share * BAR_CELLS)
+    text = Text(f"{meter.label:<{width}}  ", no_wrap=True, overflow="ellipsis")
+    text.append("━" * filled, style="green").append("━" * (BAR_CELLS - filled), style="grey37")
+    return text.append(f"  {meter.line()}")

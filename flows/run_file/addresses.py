@@ -1,0 +1,64 @@
+"""Addresses of a run file that hold a password. A run file is copied into manifests, MLflow and Prefect."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from flows.servers.start import without_secrets
+
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://\S+")
+SECRET = re.compile(
+    r"(^|[_-])(api_?key|apikey|key|token|secret|password|passwd|pwd|pass|sig|signature|auth|credential)s?$"
+)
+VARIABLES = {"api_key_env", "webhook_env"}
+VARIABLE = re.compile(r"[A-Za-z_]\w*")
+INSTEAD = {
+    "domains": "name an environment variable that holds the key in this domain's `api_key_env`",
+    "notify": "name an environment variable that holds the whole address in `notify.webhook_env`",
+    "resources": "vLLM's servers take no password; let them listen on the loopback or behind a network of your own",
+}
+OTHERWISE = "leave it out; what opens the files belongs into the environment (AWS_…, HF_TOKEN)"
+
+
+def password_problems(raw: Any) -> list[str]:
+    """What of a run file would be kept though it is a secret, a line for each key.
+
+    Args:
+        raw: The run file as it was read, with its overrides.
+    """
+    problems = []
+    for keys, value in _texts(raw):
+        name, top = ".".join(keys), keys[0] if keys else ""
+        if keys and keys[-1] in VARIABLES and not VARIABLE.fullmatch(value):
+            problems.append(f"{name}: this is the name of an environment variable, such as JUDGE_API_KEY, not a key")
+        elif ADDRESS.fullmatch(value) and holds_password(value):
+            shown = without_secrets(value).partition("#")[0]
+            problems.append(f"{name}: {shown} holds a password, which would be kept; {INSTEAD.get(top, OTHERWISE)}")
+    return problems
+
+
+def holds_password(address: str) -> bool:
+    """Whether an address has a user, or a key among its query."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        # Such as a bracket that is not closed; a password may stand anywhere in it.
+        return "@" in address
+    place, colon, port = parts.netloc.rpartition(":")
+    # A password with a slash in it ends what counts as the place.
+    has_user = "@" in parts.netloc or ("@" in address and bool(colon and place) and not port.isdigit())
+    queries = parse_qsl(parts.query, keep_blank_values=True) + parse_qsl(parts.fragment, keep_blank_values=True)
+    return has_user or any(SECRET.search(name.lower()) for name, _ in queries)
+
+
+def _texts(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text below a value, with the keys that lead to it."""
+    if isinstance(value, str):
+        yield keys, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, (*keys, str(key)))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, keys)

@@ -1,0 +1,91 @@
+"""Other ways to make one student of the same experts, from the same prompts and as many completions: torch-free.
+
+Each baseline takes from the merge what both need (steps, prompts, completions, lengths, precision, optimizer, adapter)
+and its own settings from `merge.baselines.NAME`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from base.errors import UserError, nearest
+from flows.run_file.schema import MergeConfig, RunConfig
+from stages.config.distill import DistillConfig
+from stages.config.merge import WeightMergeConfig
+from stages.config.on_policy import RLConfig
+from stages.config.training import SFTConfig, StrictModel, TrainConfig
+
+WEIGHT_MERGES = ("weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
+# Of the merge's own settings, what would not mean the same to a learner of what others wrote.
+_NOT_SHARED = {"objective", "sampler", "health", "monitor", "teacher_backend", "updates_per_batch"}
+GROUP_SIZE = 8
+
+
+def baseline_config(config: RunConfig, name: str) -> StrictModel:
+    """The stage config of a baseline that the run names.
+
+    Raises:
+        UserError: its settings are wrong.
+    """
+    merge = config.merge
+    assert merge is not None
+    settings: Mapping[str, Any] = getattr(merge.baselines, name) or {}
+    try:
+        if name in WEIGHT_MERGES:
+            weighed = WeightMergeConfig.model_validate({"method": name, **settings})
+            _check_weights(config, name, weighed)
+            return weighed
+        if name == SEQKD:
+            return DistillConfig.model_validate({**_seqkd(merge), **settings})
+        if name == MIX_SFT:
+            batch = {"batch_size": merge.prompts_per_step * merge.group_size}
+            return SFTConfig.model_validate({**_shared(merge, SFTConfig), **batch, **settings})
+        return RLConfig.model_validate({**_mix_rl(config, merge), **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["merge.baselines", name, *map(str, first["loc"])])
+        raise UserError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _check_weights(config: RunConfig, name: str, own: WeightMergeConfig) -> None:
+    """See that every weight is that of an expert the merge takes: a teacher, or the start of the merge."""
+    merge = config.merge
+    assert merge is not None
+    taken = {teacher for weights in config.teachers().values() for teacher in weights} | {merge.start_from}
+    merged = [expert for expert in config.experts if expert in taken]
+    if unknown := next((expert for expert in own.weights if expert not in merged), None):
+        here = "an expert, but no teacher of the merge" if unknown in config.experts else "no expert of the run"
+        raise UserError(f"merge.baselines.{name}.weights: '{unknown}' is {here}{nearest(unknown, merged)}")
+
+
+def _seqkd(merge: MergeConfig) -> dict[str, Any]:
+    """Sequence-level distillation (Kim & Rush 2016): the teachers answer every prompt, the student imitates them."""
+    own = {name: getattr(merge, name) for name in DistillConfig.model_fields if name not in _NOT_SHARED}
+    own.pop("teacher_weights")
+    if merge.anchor:
+        own["domain_weights"] = dict.fromkeys(merge.anchor.domains, merge.anchor.weight) | merge.domain_weights
+    return {**own, "objective": {"name": "imitation"}, "on_policy_fraction": 0.0, "off_policy": "teacher"}
+
+
+def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
+    """RL on all domains, as the run's first RL expert was trained, with as many completions a step as the merge has."""
+    experts = (expert.train.rl for expert in config.experts.values() if expert.train and expert.train.rl)
+    template = next(experts, None)
+    own: dict[str, Any] = {}
+    if template is not None:
+        own = {
+            name: getattr(template, name) for name in RLConfig.model_fields if name not in ("monitor", "domain_shares")
+        }
+    group = template.group_size if template else GROUP_SIZE
+    prompts = max(len(config.practised()), round(merge.prompts_per_step * merge.group_size / group))
+    same = {"max_steps", "examples", "lora", "dtype", "sharding", "max_new_tokens", "temperature", "top_p"}
+    shared = {name: value for name, value in _shared(merge, RLConfig).items() if name in same or not own}
+    return {**own, **shared, "group_size": group, "prompts_per_step": prompts}
+
+
+def _shared(merge: MergeConfig, schema: type[TrainConfig]) -> dict[str, Any]:
+    """What the merge and another stage both have."""
+    names = (schema.model_fields.keys() & MergeConfig.model_fields.keys()) - _NOT_SHARED
+    return {name: getattr(merge, name) for name in names if name not in ("group_size", "prompts_per_step")}

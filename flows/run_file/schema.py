@@ -1,0 +1,393 @@
+"""The run file's schema: one base, a cold start, experts, a merge, and how they are measured. Free of torch.
+
+`flows.run_file.load` reads one.
+"""
+
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+
+from base.errors import UserError
+from evals.config.claims import HypothesisConfig
+from evals.config.harness import PREFIX, HarnessConfig
+from experts.domain import KINDS
+from flows.champion.notify import NotifyConfig
+from stages.config.distill import DistillConfig, TeacherWeight
+from stages.config.on_policy import MOST_SECONDS, Ratio, RFTConfig, RLConfig
+from stages.config.shift import ShiftConfig
+from stages.config.training import AllOrNames, EvaluationConfig, Names, PretrainConfig, SFTConfig, StrictModel
+from stages.rows.rendering import OWN_ARGUMENTS
+
+COLD_START = "cold_start"
+BASE = "base"
+STUDENT = "student"
+CHAMPION = "champion"
+BASELINES = "baselines/"
+VARIANTS = "variants/"
+MOST_ROUNDS = 100
+MOST_DEVICES = 4096
+# numpy takes no larger ones.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class BaseConfig(StrictModel):
+    """Where the run starts: exactly one of a fresh pretraining, a checkpoint, or a GGUF file."""
+
+    pretrain: PretrainConfig | None = Field(None, description="Pretrain a tiny model from scratch.")
+    checkpoint: str | None = Field(None, description="A Hugging Face id or a local directory.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id.")
+    gguf: str | None = Field(None, description="A GGUF file: a path, or package://PACKAGE/FILE for an installed one.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(source is not None for source in (self.pretrain, self.checkpoint, self.gguf)) != 1:
+            raise ValueError("give exactly one of pretrain, checkpoint, gguf")
+        if self.revision and not self.checkpoint:
+            raise ValueError("revision goes with checkpoint")
+        return self
+
+
+class DomainConfig(StrictModel):
+    """One skill: a kind of domain and its options."""
+
+    kind: str = Field(description=f"One of {', '.join(KINDS)}; or a Python file of one's own.")
+    options: dict[str, Any] = Field(default_factory=dict, description="The kind's own options.")
+
+
+class ColdStartSFT(SFTConfig):
+    """The cold start: SFT on a few demonstrations of many domains."""
+
+    domains: AllOrNames = Field("all", description="Domains demonstrated.")
+    demonstrations: Literal["gold", "rough"] = Field("rough", description="What is imitated.")
+
+
+class ColdStartConfig(StrictModel):
+    """The common start of all experts and of the merge."""
+
+    sft: ColdStartSFT = Field(description="Supervised fine-tuning on demonstrations.")
+
+
+class TrainMethod(StrictModel):
+    """How an expert is trained: exactly one of SFT, RL and RFT."""
+
+    sft: SFTConfig | None = Field(None, description="Supervised fine-tuning on gold answers.")
+    rl: RLConfig | None = Field(None, description="Reinforcement learning from the domain's verifiable reward.")
+    rft: RFTConfig | None = Field(None, description="Rejection-sampled fine-tuning on its own successes.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(method is not None for method in (self.sft, self.rl, self.rft)) != 1:
+            raise ValueError("give exactly one of sft, rl, rft")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, SFTConfig | RLConfig | RFTConfig]:
+        """The method's name and its config."""
+        named = (("sft", self.sft), ("rl", self.rl), ("rft", self.rft))
+        return next((name, method) for name, method in named if method is not None)
+
+
+class ExpertConfig(StrictModel):
+    """Who learns what, and how."""
+
+    domain: str = Field(description="The domain it is trained in.")
+    train: TrainMethod | None = Field(None, description="sft, rl or rft.")
+    checkpoint: str | None = Field(None, description="An expert trained elsewhere: a Hugging Face id or a directory.")
+    start_from: str | None = Field(None, description="cold_start, base or champion; the cold start when there is one.")
+
+    @model_validator(mode="after")
+    def _trained_or_given(self) -> Self:
+        if (self.train is None) == (self.checkpoint is None):
+            raise ValueError("give exactly one of train, checkpoint")
+        return self
+
+
+class AnchorConfig(StrictModel):
+    """The start checkpoint teaches its own general prompts, so that the student does not forget them."""
+
+    domains: Names = Field(description="Domains whose teacher is the checkpoint the merge starts from.")
+    weight: Ratio = Field(1.0, description="Share of prompts of an anchor domain, relative to an expert's domain.")
+
+
+def _as_weights(value: Any) -> Any:
+    """One teacher's bare name as a mapping; an empty mapping is refused."""
+    if isinstance(value, str):
+        return {value: 1.0}
+    if not isinstance(value, dict) or not value:
+        raise ValueError("name an expert, or several with their weights: {ONE: 0.7, OTHER: 0.3}")
+    return value
+
+
+Teachers = Annotated[dict[str, TeacherWeight], BeforeValidator(_as_weights)]
+
+
+Settings = dict[str, Any] | None
+
+
+class BaselinesConfig(StrictModel):
+    """Other ways to make one student of the same experts, each with its own settings; a list of names takes the
+    defaults."""
+
+    weight_average: Settings = Field(None, description="Mean of the experts' weights.")
+    task_arithmetic: Settings = Field(None, description="The start plus the scaled sum of the experts' task vectors.")
+    ties: Settings = Field(None, description="TIES: task vectors trimmed, signs elected, disjoint mean.")
+    dare_linear: Settings = Field(None, description="DARE: task vectors dropped at random and rescaled, then summed.")
+    dare_ties: Settings = Field(None, description="DARE's drop, then TIES' election of signs.")
+    seqkd: Settings = Field(None, description="SFT on the teachers' own completions of the merge's prompts.")
+    mix_sft: Settings = Field(None, description="SFT on demonstrations of all domains practised.")
+    mix_rl: Settings = Field(None, description="RL on all domains practised, as the run's first RL expert is trained.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_names(cls, value: Any) -> Any:
+        return {str(name): {} for name in value} if isinstance(value, list) else value
+
+    @property
+    def named(self) -> list[str]:
+        """Those the run file names, in the order of the fields."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
+class MergeConfig(DistillConfig):
+    """The student: many teachers, one on-policy loop."""
+
+    method: Literal["mopd"] = Field("mopd", description="Multi-teacher on-policy distillation.")
+    start_from: str | None = Field(
+        None,
+        description="cold_start, base, an expert, or champion (the run's, pinned in its lock file: an incremental "
+        "merge); the cold start when there is one.",
+    )
+    domains: Names | None = Field(None, description="Domains practised; those with an expert when absent.")
+    teachers: dict[str, Teachers] | None = Field(
+        None,
+        description="domain -> expert, or a mapping of several experts to their weights, of which only the ratio "
+        "counts; by default the domain's own expert.",
+    )
+    teacher_weights: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="Not for the run file: it follows from merge.teachers."
+    )
+    fallback_teacher: str | None = Field(
+        None, description="Expert, cold_start, base or champion for domains without a teacher."
+    )
+    anchor: AnchorConfig | None = Field(None, description="Domains kept by the start checkpoint itself.")
+    rounds: int = Field(
+        1,
+        gt=0,
+        le=MOST_ROUNDS,
+        description="Co-evolution: so often are experts trained and merged, each round's experts (and merge, unless "
+        "start_from says where) starting from the student before.",
+    )
+    baselines: BaselinesConfig = Field(
+        default_factory=BaselinesConfig, description="Other merges of the same experts, beside it."
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="The same merge with other settings, as students of their own beside it: NAME -> the keys that "
+        "differ.",
+    )
+
+    @field_validator("teacher_weights")
+    @classmethod
+    def _follows_from_teachers(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        if value:
+            raise ValueError("write the mapping in merge.teachers instead: {DOMAIN: {ONE: 0.7, OTHER: 0.3}}")
+        return value
+
+
+class EvaluateConfig(EvaluationConfig):
+    """What is measured on every checkpoint."""
+
+    domains: AllOrNames = Field("all", description="Domains scored.")
+    expert_panel: Literal["all"] | list[str] | None = Field(
+        None,
+        description="Domains on which every expert is scored beside its own and those it teaches: all, or a list; "
+        "when absent all with up to 8 experts, and with more at most 4 that no expert trains.",
+    )
+    shift: ShiftConfig | None = Field(
+        default_factory=ShiftConfig, description="How far trained checkpoints moved from the start; null measures none."
+    )
+    harness: HarnessConfig | None = Field(None, description="Tasks of lm-evaluation-harness, scored beside them.")
+
+    @property
+    def harness_domains(self) -> list[str]:
+        """Names under which the harness's tasks stand among the domains."""
+        return [f"{PREFIX}{task}" for task in self.harness.tasks] if self.harness else []
+
+
+class GateConfig(StrictModel):
+    """What a student must show to become champion."""
+
+    non_inferiority_margin: float = Field(
+        0.08, gt=0, lt=1, description="Allowed deficit to each teacher (lower bound)."
+    )
+    max_forgetting: float = Field(0.05, ge=0, lt=1, description="Allowed mean drop on domains no expert trains.")
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="Level of all intervals.")
+
+
+class ServersConfig(StrictModel):
+    """vLLM servers: given, or started by the pipeline for the time a stage needs them."""
+
+    urls: list[str] = Field(
+        default_factory=list, description="Servers that run already (`mopd serve`); started when there are none."
+    )
+    gpus: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_DEVICES,
+        description="Devices of each server that is started, 0 for the CPU; one where the stages train on devices.",
+    )
+    memory_share: float = Field(0.9, gt=0, lt=1, description="Of its devices' memory, what a started server takes.")
+
+    @field_validator("urls")
+    @classmethod
+    def _are_addresses(cls, value: list[str]) -> list[str]:
+        found = [url.rstrip("/").removesuffix("/v1") for url in value]
+        for url in found:
+            try:
+                parts = urlsplit(url)
+                fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                fine = False
+            if not fine:
+                raise ValueError(f"{url!r} is no address; write http://HOST:PORT")
+        if twice := next((url for url in found if found.count(url) > 1), None):
+            raise ValueError(f"{twice!r} is named twice")
+        return found
+
+
+class RolloutServersConfig(ServersConfig):
+    """Servers that draw a student's completions."""
+
+    count: int = Field(1, gt=0, le=MOST_DEVICES, description="How many are started for a stage.")
+
+
+class ResourcesConfig(StrictModel):
+    """What the run may use. Of a content key only the number of devices of a stage and its sampler are part."""
+
+    gpus: int = Field(0, ge=0, le=MOST_DEVICES, description="Devices of each training stage; 0 trains on the CPU.")
+    parallel_experts: int = Field(2, ge=1, le=MOST_DEVICES, description="Nodes that run side by side.")
+    sampler: Literal["transformers", "vllm", "vllm_server"] = Field(
+        "transformers", description="What draws completions in RL and merge, unless a stage's own `sampler` says so."
+    )
+    rollout_servers: RolloutServersConfig = Field(
+        default_factory=RolloutServersConfig, description="vLLM servers of the sampler `vllm_server`."
+    )
+    teacher_servers: ServersConfig = Field(
+        default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
+    )
+    threads: int = Field(1, ge=1, le=MOST_DEVICES, description="CPU threads of each node's process.")
+    timeout_minutes: float = Field(120, gt=0, le=MOST_SECONDS / 60, description="A node that takes longer is ended.")
+    retries: int = Field(2, ge=0, le=1000, description="New attempts after an infrastructure fault.")
+
+
+class RunConfig(StrictModel):
+    """A whole run."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="Names the run, its lock and its student."
+    )
+    seeds: list[Seed] = Field(
+        default_factory=lambda: [0], min_length=1, max_length=100, description="The graph is run once per seed."
+    )
+    base: BaseConfig = Field(description="Where everything starts.")
+    domains: dict[str, DomainConfig] = Field(min_length=1, description="What there is to learn and to measure.")
+    cold_start: ColdStartConfig | None = Field(None, description="The common start of the experts.")
+    experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="Who learns what, how.")
+    merge: MergeConfig | None = Field(None, description="How the student is made.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What is measured.")
+    gate: GateConfig = Field(default_factory=GateConfig, description="When a student is promoted.")
+    hypotheses: dict[str, HypothesisConfig] = Field(
+        default_factory=dict, description="What the run is to show, fixed before it is measured."
+    )
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Given to imported checkpoints' chat templates wherever prompts are rendered, such as "
+        "{enable_thinking: false}.",
+    )
+    remote_code: bool = Field(
+        False, description="Run the Python code that imported checkpoints bring. Read it first: it may do anything."
+    )
+    notify: NotifyConfig | None = Field(None, description="A webhook that hears of failures and promotions.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_different(cls, value: list[int]) -> list[int]:
+        if twice := [seed for at, seed in enumerate(value) if seed in value[:at]]:
+            raise ValueError(f"{twice[0]} is named twice, and would count as two seeds")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_messages_alone(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := sorted(value.keys() & OWN_ARGUMENTS):
+            raise ValueError(f"{taken[0]} is set by the stages; here are only variables of the template itself")
+        return value
+
+    def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:
+        """Resolve `all` or a list to domain names."""
+        return list(self.domains) if choice == "all" else list(choice)
+
+    def default_start(self) -> str:
+        """The checkpoint that experts and merge start from unless told otherwise."""
+        return COLD_START if self.cold_start else BASE
+
+    def practised(self) -> list[str]:
+        """The domains the student practises: those it is taught, and the anchors."""
+        merge = self.merge
+        if merge is None:
+            return []
+        return list(dict.fromkeys([*self._taught_domains(merge), *(merge.anchor.domains if merge.anchor else [])]))
+
+    def teachers(self) -> dict[str, dict[str, float]]:
+        """Route every domain the student practises to its teachers: experts' names, `cold_start` or `base`.
+
+        Returns:
+            domain -> teacher -> weight; the weights of a domain sum to 1.
+
+        Raises:
+            UserError: a domain has no teacher, or several experts could teach it.
+        """
+        merge = self.merge
+        if merge is None:
+            return {}
+        routes = {domain: self._routed(merge, domain) for domain in self._taught_domains(merge)}
+        for domain in merge.anchor.domains if merge.anchor else []:
+            if taken := routes.get(domain):
+                raise UserError(f"merge.anchor.domains: '{domain}' already has the teacher '{', '.join(taken)}'")
+            routes[domain] = {merge.start_from or self.default_start(): 1.0}
+        if not routes:
+            raise UserError("merge: there is no teacher; add experts, merge.teachers or merge.anchor")
+        return {
+            domain: {name: weight / sum(weights.values()) for name, weight in weights.items()}
+            for domain, weights in routes.items()
+        }
+
+    def _taught_domains(self, merge: MergeConfig) -> list[str]:
+        """`merge.domains`; by default those with a teacher, and without any word on teachers those of the experts."""
+        if merge.domains:
+            return merge.domains
+        own = [expert.domain for expert in self.experts.values()]
+        return list(dict.fromkeys(own if merge.teachers is None else merge.teachers))
+
+    def _routed(self, merge: MergeConfig, domain: str) -> dict[str, float]:
+        """The teachers of a domain with their weights; none where the anchor teaches it."""
+        if merge.teachers and domain in merge.teachers:
+            return merge.teachers[domain]
+        own = [name for name, expert in self.experts.items() if expert.domain == domain]
+        if domain in own or len(own) == 1:
+            return {domain if domain in own else own[0]: 1.0}
+        if own:
+            raise UserError(
+                f"merge.teachers: domain '{domain}' has {len(own)} experts ({', '.join(own)}); name one, or several "
+                f"with their weights: {{{domain}: {{{', '.join(f'{name}: 1.0' for name in own)}}}}}"
+            )
+        if merge.fallback_teacher:
+            return {merge.fallback_teacher: 1.0}
+        if merge.anchor is None or domain not in merge.anchor.domains:
+            raise UserError(
+                f"merge.domains: domain '{domain}' has no teacher; route it in merge.teachers, "
+                f"add it to merge.anchor.domains, or set merge.fallback_teacher"
+            )
+        return {}

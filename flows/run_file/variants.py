@@ -1,0 +1,52 @@
+"""The same merge with other settings, as students of their own beside it: `merge.variants`. Free of torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from base.errors import UserError
+from flows.run_file.schema import MergeConfig, RunConfig
+
+# What stands beside the merge has no place within it.
+_BESIDE = {"baselines", "variants", "rounds"}
+
+
+def variant_run(config: RunConfig, name: str) -> RunConfig:
+    """The run as it would be if the variant were its merge.
+
+    Args:
+        config: The run.
+        name: A key of `merge.variants`; its value holds the keys of the merge that differ, mappings merged key by key.
+            `teachers` replaces the merge's as a whole: another route is another teacher, not one more.
+
+    Raises:
+        UserError: a key or value is wrong; names it.
+    """
+    merge = config.merge
+    assert merge is not None
+    changes = merge.variants[name]
+    if taken := _BESIDE & changes.keys():
+        raise UserError(f"merge.variants.{name}.{min(taken)}: belongs to the merge itself")
+    own = {field: getattr(merge, field) for field in merge.model_fields_set - _BESIDE}
+    own = {field: _plain(value) for field, value in own.items()}
+    try:
+        routes = {"teachers": changes["teachers"]} if "teachers" in changes else {}
+        variant = MergeConfig.model_validate({**overlaid(own, changes), **routes})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(["merge.variants", name, *map(str, problem["loc"])])
+        raise UserError(f"{key}: {problem['msg'].removeprefix('Value error, ')}") from None
+    return config.model_copy(update={"merge": variant})
+
+
+def _plain(value: Any) -> Any:
+    """A setting as the run file says it, without the defaults around it."""
+    return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
+
+
+def overlaid(below: Any, above: Any) -> Any:
+    """One config over another: mappings key by key, anything else whole."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{key: overlaid(below[key], value) if key in below else value for key, value in above.items()}}

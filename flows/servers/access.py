@@ -1,0 +1,125 @@
+"""Who may use the servers of a home: the secret that Prefect's API asks for, and the origins and names it answers to.
+
+Every program of the home sends the secret, and a browser is let in by it. A page of another origin has none, and a
+page behind a rebound name has none either, because browsers keep what was typed for each origin apart. MLflow has no
+such secret, so the names and origins of its server are limited. Free of torch, prefect and mlflow.
+"""
+
+import contextlib
+import ipaddress
+import os
+import secrets
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from base.errors import UserError
+from base.private import is_shared, keep_private
+
+USER = "mopd"
+SECRET_FILE = "prefect.secret"
+SECRET_BYTES = 32
+
+
+def secret_path(home: Path) -> Path:
+    """The file that keeps the secret of a home."""
+    return home.resolve() / "servers" / SECRET_FILE
+
+
+def home_secret(home: Path) -> str:
+    """The secret of a home, `USER:TOKEN`; made at its first use.
+
+    The file is open to the owner alone, or to the group of a home that a team shares.
+
+    Raises:
+        UserError: the file belongs to somebody else.
+    """
+    keep_private(home)
+    path = secret_path(home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _make(path, 0o660 if is_shared(home) else 0o600)
+    try:
+        return path.read_text().strip()
+    except PermissionError:
+        raise UserError(
+            f"{path}: it is not readable; set PREFECT_API_URL and PREFECT_API_AUTH_STRING for that server, or choose "
+            f"another --home"
+        ) from None
+
+
+def _make(path: Path, mode: int) -> None:
+    """Write a new secret; of several processes that do so at once the first one wins."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{USER}:{secrets.token_urlsafe(SECRET_BYTES)}\n")
+        temporary.chmod(mode)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink()
+
+
+def login(home: Path) -> str:
+    """How a person gets into Prefect's pages. The secret itself is for a terminal; a log gets the place of its file."""
+    path = secret_path(home)
+    if not sys.stdout.isatty():
+        return f"its pages ask for a password once in each browser: the line in {path}"
+    return f"its pages ask for a password once in each browser: {home_secret(home)}"
+
+
+def client_secret(home: Path) -> dict[str, str]:
+    """Environment that lets a client of Prefect into a server of the home."""
+    return {"PREFECT_API_AUTH_STRING": home_secret(home)}
+
+
+def prefect_server_access(home: Path, host: str, port: int) -> dict[str, str]:
+    """Environment of a Prefect server: it answers to the secret alone, and names its own pages' origins to browsers."""
+    secret = home_secret(home)
+    origins = ",".join(f"http://{name}" for name in _places(host, port))
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": secret,
+        "PREFECT_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
+    }
+
+
+def mlflow_server_access(host: str, port: int) -> dict[str, str]:
+    """Environment of an MLflow server: the names and origins it answers to, where the user has set none.
+
+    Its own default lets `10.*` pass as a private address, and with it the name `10.attacker.example`.
+    """
+    places = _places(host, port)
+    wanted = {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(places),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{place}" for place in places),
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def _places(host: str, port: int) -> list[str]:
+    """Every `NAME:PORT` by which a browser may open a server that listens on this host."""
+    names = ["127.0.0.1", "localhost"]
+    if host not in names:
+        names += _names_of_this_machine() if _is_everywhere(host) else [host]
+    bracketed = (f"[{name}]" if ":" in name and not name.startswith("[") else name for name in dict.fromkeys(names))
+    return [f"{name}:{port}" for name in bracketed]
+
+
+def _is_everywhere(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _names_of_this_machine() -> list[str]:
+    families = (socket.AF_INET, socket.AF_INET6)
+    addresses = [each.address for found in psutil.net_if_addrs().values() for each in found if each.family in families]
+    # An address of a link has the link's name behind it, which no browser sends.
+    return [os.uname().nodename, socket.getfqdn(), *(address.partition("%")[0] for address in addresses)]

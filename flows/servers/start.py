@@ -1,0 +1,315 @@
+"""MLflow's and Prefect's servers over one home, and the settings both read.
+
+Torch-free and free of both libraries: the servers are started as processes, in groups of their own, and end with
+the process that started them.
+"""
+
+import base64
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from base.errors import UserError
+from base.listeners import listens
+from flows.servers.access import mlflow_server_access, prefect_server_access
+
+MLFLOW_PORT = 5000
+PREFECT_PORT = 4200
+START_SECONDS = 240.0
+STOP_SECONDS = 5.0
+LOCK_SECONDS = 5.0
+PORTS_TRIED = 50
+LAST_PORT = 65535
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+logger = logging.getLogger(__name__)
+
+QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+# MLflow's jobs evaluate traces of applications, which nothing here makes; seven processes of 290 MB wait for them.
+WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+# An unreachable MLflow server costs a stage seconds: one retry of ten seconds, then the outbox waits.
+MLFLOW_CLIENT = {
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # It shows the server's address as it is, with a password in it, at the end of every run.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# What follows a # is the page's own and is sent to no server: the pages' addresses keep it.
+CREDENTIALS, QUERY = re.compile(r"(?<=://)[^\s'\"<>]*@"), re.compile(r"(://[^\s'\"<>?#]*)\?[^\s'\"<>#]*")
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server under our care.
+
+    Attributes:
+        name: For messages.
+        process: Leader of its own process group.
+        url: Where a browser opens it.
+        health: Address that answers 200 once it is ready.
+        log: File with its output.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    url: str
+    health: str
+    log: Path
+
+
+def mlflow_uri(home: Path) -> str:
+    """The tracking store: `MLFLOW_TRACKING_URI` where it is set, else SQLite in the home."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs in it, as it may be shown: without users, passwords and queries."""
+    return QUERY.sub(r"\1?…", CREDENTIALS.sub("", text))
+
+
+def mlflow_artifacts(home: Path) -> Path:
+    """Where the home's own tracking store keeps artifacts."""
+    return home.resolve() / "mlartifacts"
+
+
+def mlflow_environment() -> dict[str, str]:
+    """Settings of the MLflow client; to be set before mlflow is imported, never over the user's own."""
+    return {name: value for name, value in (QUIET | MLFLOW_CLIENT).items() if name not in os.environ}
+
+
+def prefect_environment(home: Path) -> dict[str, str]:
+    """Settings of Prefect: its files under the home, no analytics, a start-up time-out for slow machines.
+
+    The user's own settings win; `PREFECT_API_URL` in the environment selects a standing server.
+    """
+    wanted = QUIET | {
+        "PREFECT_HOME": str(home.resolve() / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def prefect_run_page(base: str, flow_run_id: str) -> str:
+    """Address of a flow run in Prefect's pages."""
+    return f"{base}/runs/flow-run/{flow_run_id}"
+
+
+def local_url(port: int, host: str = "127.0.0.1") -> str:
+    """Address of a server on this machine; one that listens everywhere is opened through the loopback."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def choose_port(
+    host: str,
+    wanted: int,
+    name: str,
+    exact: bool = False,
+    alone: bool = False,
+    held: contextlib.ExitStack | None = None,
+) -> int:
+    """Find a free port.
+
+    Args:
+        wanted: The first choice.
+        exact: The user named this port, so no other will do.
+        alone: Nobody may even have bound it: vLLM binds its port long before it listens.
+        held: Until it is closed, no other start of this user's homes gets the port. A server listens only seconds
+            after its port is chosen.
+
+    Raises:
+        UserError: the named port is taken, or none of the next fifty is free.
+    """
+    for port in range(wanted, min(wanted + (1 if exact else PORTS_TRIED), LAST_PORT + 1)):
+        if _is_free(host, port, alone) and (held is None or _claim(port, held)):
+            return port
+    if exact:
+        raise UserError(f"{name}: port {wanted} on {host} is taken; choose another one")
+    raise UserError(f"{name}: no free port on {host} from {wanted} to {wanted + PORTS_TRIED - 1}")
+
+
+def start_mlflow(home: Path, host: str, port: int) -> Server:
+    """Start MLflow's server over the home's tracking store; `wait_until_ready` says when it answers."""
+    uri = mlflow_uri(home)
+    if "://" in uri and uri.split("://", 1)[0] in ("http", "https"):
+        shown = without_secrets(uri)
+        raise UserError(f"MLFLOW_TRACKING_URI={shown}: that server has pages of its own; open it in a browser")
+    command = ["mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
+    command += ["--artifacts-destination", str(mlflow_artifacts(home))]
+    # Not on the command line, which every user of the machine can read.
+    environment = WITHOUT_JOBS | os.environ | QUIET | mlflow_server_access(host, port)
+    environment["MLFLOW_BACKEND_STORE_URI"] = uri
+    return _start("MLflow", command, environment, home, local_url(port, host), "/health")
+
+
+def start_prefect(home: Path, host: str, port: int) -> Server:
+    """Start Prefect's server over the home's database; `wait_until_ready` says when it answers."""
+    url = local_url(port, host)
+    environment = os.environ | prefect_environment(home) | prefect_server_access(home, host, port)
+    environment |= {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
+    command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
+    return _start("Prefect", command, environment, home, url, "/api/health")
+
+
+@contextlib.contextmanager
+def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
+    """Held from the choice of a port until the server answers: `close` what is yielded then.
+
+    Two servers that start at once over one new home would create the same tables. Pass what is yielded to
+    `choose_port`, so that starts over two homes do not choose the same port.
+
+    Raises:
+        UserError: another start over this home does not come to its end.
+    """
+    home_lock = home.resolve() / "locks" / "servers.lock"
+    home_lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        _take(FileLock(home_lock), held)
+        yield held
+
+
+def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
+    """Take a home's lock, with a word when that lasts."""
+    try:
+        held.enter_context(lock.acquire(timeout=LOCK_SECONDS))
+    except Timeout:
+        logger.warning("another start of a server over this home is under way (%s); waiting for it", lock.lock_file)
+        try:
+            held.enter_context(lock.acquire(timeout=START_SECONDS))
+        except Timeout:
+            raise UserError(
+                f"{lock.lock_file}: another program has held it for {START_SECONDS:.0f} s; `fuser` with this path "
+                f"names it"
+            ) from None
+
+
+def _claim(port: int, held: contextlib.ExitStack) -> bool:
+    """Take the lock of a port, which this user's homes share; False where another start holds it."""
+    folder = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            held.enter_context(FileLock(folder / f"port-{port}.lock").acquire(timeout=0))
+            return True
+    except Timeout:
+        return False
+    except OSError as error:
+        logger.debug("%s cannot be used: %s", folder, error)
+    logger.warning("%s belongs to another user; two starts at once may choose the same port", folder)
+    return True
+
+
+def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
+    """Wait until a server answers, and not another one on its port.
+
+    Raises:
+        UserError: it ended, or did not answer in time; the message has the end of its log.
+    """
+    deadline, port = time.monotonic() + seconds, urllib.parse.urlsplit(server.url).port
+    assert port is not None
+    while not (listens(server.process.pid, port) and answers(server.health)):
+        if server.process.poll() is not None:
+            raise UserError(f"{server.name} ended with code {server.process.returncode}:\n{tail(server.log)}")
+        if time.monotonic() > deadline:
+            raise UserError(f"{server.name} did not answer within {seconds:.0f} s:\n{tail(server.log)}")
+        time.sleep(0.2)
+
+
+def stop(servers: Sequence[Server]) -> None:
+    """End servers by group: TERM, then KILL for those that stay."""
+    for server in servers:
+        _signal(server, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for server in servers:
+        try:
+            server.process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.info("%s does not stop; it is killed", server.name)
+        _signal(server, signal.SIGKILL)
+        server.process.wait()
+
+
+def _start(
+    name: str, arguments: Sequence[str], environment: Mapping[str, str], home: Path, url: str, health: str
+) -> Server:
+    log = home.resolve() / "servers" / f"{name.lower()}-{urllib.parse.urlsplit(url).port}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - only the main thread, alone, starts servers
+        )
+    return Server(name, process, url, url + health, log)
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Let the kernel send this process a signal when its parent is gone; for a child that is about to start."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+def _is_free(host: str, port: int, alone: bool) -> bool:
+    with socket.socket() as probe:
+        if not alone:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(address: str, password: str = "") -> bool:
+    """Whether an address answers a GET with 200 within seconds.
+
+    Args:
+        address: A user and password in it are sent as such.
+        password: `USER:PASSWORD` to send where the address has none.
+    """
+    scheme, _, rest = address.partition("://")
+    credentials, _, place = rest.rpartition("@")
+    request = urllib.request.Request(f"{scheme}://{place}")
+    if login := urllib.parse.unquote(credentials) or password:
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _signal(server: Server, number: signal.Signals) -> None:
+    try:
+        os.killpg(server.process.pid, number)
+    except ProcessLookupError:
+        logger.debug("%s is gone already", server.name)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """What a log tells of a server's end, as it may be shown: from its first error on, else its last lines."""
+    told = log.read_text(errors="replace").splitlines()
+    first = next((i for i, line in enumerate(told) if line.startswith("ERROR:")), max(0, len(told) - lines))
+    return without_secrets("\n".join(told[first : first + lines]))

@@ -1,0 +1,23 @@
+"""The config of the shift, how far a checkpoint moved from the run's start. Free of torch."""
+
+from pydantic import Field
+
+from stages.config.training import NewTokens, Positive, Rows, StrictModel, Temperature
+
+
+class ShiftConfig(StrictModel):
+    """What the run file may say about it."""
+
+    examples: Positive = Field(
+        64, description="Held-out examples of each domain, one completion each; at most evaluate.examples."
+    )
+    temperature: Temperature = Field(
+        1.0, description="Temperature of the completions and of the distributions that are compared."
+    )
+
+
+class ShiftRequest(ShiftConfig):
+    """What the node needs beside that; taken from `evaluate`."""
+
+    max_new_tokens: NewTokens = Field(description="Longest completion.")
+    batch_size: Rows = Field(description="Sequences sampled together.")

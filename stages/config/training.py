@@ -1,0 +1,262 @@
+"""The stages' configs: what a run file may say about each stage, with defaults. Free of torch. Those of the on-policy
+stages stand in `stages.config.on_policy` and `.distill_config`.
+
+A field marked `not_in_key` changes how a stage runs, never its result, and stays out of the content key. One marked
+`neutral_default` was added after checkpoints had been made without it: at its default it means what its absence meant,
+and stays out of the key, so that a new option makes no finished stage run again.
+"""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+# Bounds that no use comes near: what lies beyond is a slip of the hand, and would fill memory or never end.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Steps = Annotated[int, Field(gt=0, le=10**7)]
+Rows = Annotated[int, Field(gt=0, le=2**20)]
+StepTokens = Annotated[int, Field(gt=0, le=2**24)]
+NewTokens = Annotated[int, Field(gt=0, le=2**20)]
+Temperature = Annotated[float, Field(ge=1e-3, le=100)]
+Weight = Annotated[float, Field(ge=0, le=1e3)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
+StopList = tuple[Annotated[str, Field(min_length=1, max_length=100)], ...]
+STOP = "Texts that end a completion beside the model's own end, such as a few-shot prompt's next question; not scored."
+NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
+
+
+def _named_once(value: Any) -> Any:
+    """A list of names, each of them once; what is no list is left to the type."""
+    if not isinstance(value, list):
+        return value
+    if not value:
+        raise ValueError("the list is empty; name one or more, or leave the key out")
+    if twice := next((name for at, name in enumerate(value) if name in value[:at]), None):
+        raise ValueError(f"'{twice}' is named twice")
+    if odd := next((name for name in value if not isinstance(name, str)), None):
+        raise ValueError(f"{odd!r:.60} is no name")
+    return value
+
+
+def _all_or_names(value: Any) -> Any:
+    if value != "all" and not isinstance(value, list):
+        raise ValueError(f"write `all`, or a list of names (given: {value!r:.60})")
+    return _named_once(value)
+
+
+Names = Annotated[list[str], BeforeValidator(_named_once)]
+AllOrNames = Annotated[Literal["all"] | list[str], BeforeValidator(_all_or_names)]
+
+
+class StrictModel(BaseModel):
+    """A config whose unknown keys are errors and whose values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` and `on` are no numbers, though Python counts with them."""
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"a number is wanted, not {str(value).lower()}")
+        return value
+
+    def key_fields(self) -> dict[str, Any]:
+        """The fields that decide the result, as JSON-serialisable values."""
+        values = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            default = field.get_default(call_default_factory=True, validated_data={})
+            at_default = _key_value(getattr(self, name)) == _key_value(default)
+            if extra.get("not_in_key") or (extra.get("neutral_default") and at_default):
+                del values[name]
+            elif isinstance(nested := getattr(self, name), StrictModel):
+                values[name] = nested.key_fields()
+        return values
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, without those inside of containers."""
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(annotation.__origin__)
+    arguments = get_args(annotation)
+    if not arguments or isinstance(getattr(annotation, "__origin__", None), type):
+        return {annotation}
+    return set().union(*(_kinds(argument) for argument in arguments))
+
+
+def _key_value(value: Any) -> Any:
+    return value.key_fields() if isinstance(value, StrictModel) else value
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with a learning-rate schedule."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, le=10**7, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="Decoupled weight decay.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's beta1 and beta2.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Gradients are clipped to this global norm; .inf clips nothing."
+    )
+
+    @model_validator(mode="after")
+    def _decays_less_than_all(self) -> Self:
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay: {self.weight_decay:g} at a learning rate of {self.learning_rate:g} takes all of a "
+                f"weight at each step"
+            )
+        return self
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adapters (peft) instead of full fine-tuning."""
+
+    rank: int = Field(16, gt=0, le=2**14, description="Rank of the adapters.")
+    alpha: int = Field(32, gt=0, le=2**20, description="Scale numerator: the update is scaled by alpha / rank.")
+    dropout: Beta = Field(0.0, description="Dropout on the adapters' input.")
+    target_modules: str | Names = Field("all-linear", description="Modules that get an adapter.")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _name_modules(cls, value: str | list[str]) -> str | list[str]:
+        if not all([value] if isinstance(value, str) else value):
+            raise ValueError("name modules, or write all-linear")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r:.60} is no regular expression: {error}") from None
+        return value
+
+
+class TrainConfig(StrictModel):
+    """What every training stage shares.
+
+    Attributes:
+        own_dropout: Whether the dropout that a model's config brings is on in its updates.
+    """
+
+    own_dropout: ClassVar[bool] = True
+
+    max_steps: Steps = Field(100, description="Optimizer steps (SFT) or rollout steps (on-policy).")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer and schedule.")
+    lora: LoraConfig | None = Field(None, description="Train adapters; full fine-tuning when absent.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Autocast type; weights stay float32.")
+    micro_batch_tokens: Positive = Field(
+        16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
+    )
+    examples: Positive = Field(
+        3000, description="Distinct training examples of each domain; all where its data have fewer."
+    )
+    max_prompt_tokens: Positive | None = Field(
+        None,
+        description="Longest prompt, in tokens; what max_new_tokens (SFT: the answer) leaves of the model's context "
+        "when absent.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    longer_prompts: Literal["refuse", "drop", "truncate"] = Field(
+        "refuse",
+        description="What becomes of longer prompts: an error that counts them; left out; or their longest message cut "
+        "at its beginning. The journal counts them.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="Over several devices: a whole copy on each (DDP), or weights, gradients and optimizer state "
+        "sharded over them (FSDP2).",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, about a third more time.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+
+
+class TinyModelConfig(StrictModel):
+    """A small Qwen3 made from scratch."""
+
+    hidden_size: int = Field(128, gt=0, le=2**15, description="Width.")
+    layers: int = Field(3, gt=0, le=1000, description="Decoder layers.")
+    heads: int = Field(4, gt=0, le=1024, description="Attention heads (and key-value heads).")
+    intermediate_size: int = Field(256, gt=0, le=2**18, description="Width of the feed-forward layer.")
+    max_length: int = Field(512, ge=8, le=2**22, description="Longest sequence.")
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} is no multiple of 2 * heads ({2 * self.heads}); a head has an even "
+                f"width, of which rotary positions turn pairs"
+            )
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """Pretraining of a tiny model from scratch on rough demonstrations of the domains."""
+
+    model: TinyModelConfig = Field(default_factory=TinyModelConfig, description="The architecture.")
+    domains: AllOrNames = Field("all", description="Domains in the corpus.")
+    max_steps: Steps = Field(450, description="Optimizer steps.")
+    batch_tokens: StepTokens = Field(2048, description="Tokens of one step.")
+    prompt_weight: Share = Field(0.2, description="Loss weight of prompt tokens.")
+    lora: None = Field(None, description="A model from scratch has no base for adapters.")
+    wrong_answers: Share = Field(0.05, description="Share of documents that end in another example's answer.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=6e-3, schedule="cosine", warmup_steps=20),
+        description="Optimizer and schedule.",
+    )
+
+
+class ConflictMaskConfig(StrictModel):
+    """Which demonstrated tokens conflict with what the model in training is sure of (EAFT, arXiv:2601.02151)."""
+
+    probability: Share = Field(0.1, description="A conflicting token has less than this probability.")
+    entropy: float = Field(0.5, gt=0, le=100, description="The model is sure where its entropy is below this, in nats.")
+
+
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on demonstrations; the loss is on completion tokens only."""
+
+    batch_size: Rows = Field(64, description="Examples of one step.")
+    demonstrations: Literal["gold", "rough"] = Field(
+        "gold", description="What is imitated: the answer, or a rough one."
+    )
+    mask_conflicts: ConflictMaskConfig | None = Field(
+        None,
+        description="Leave tokens out of the loss that the model in training finds improbable while it is sure of "
+        "others; they drive forgetting. The loss is the mean over what is left. No token is left out when absent.",
+        json_schema_extra=NEUTRAL_DEFAULT,
+    )
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+        description="Optimizer and schedule.",
+    )
+
+
+class EvaluationConfig(StrictModel):
+    """How one checkpoint is scored on one domain and split."""
+
+    examples: Positive = Field(400, description="Held-out examples of each domain; all where its data have fewer.")
+    samples: int = Field(4, ge=0, le=10_000, description="Sampled completions of each example beside the greedy one.")
+    temperature: Temperature = Field(1.0, description="Temperature of the sampled completions.")
+    top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
+    stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
+    max_new_tokens: NewTokens = Field(64, description="Longest completion.")
+    batch_size: Rows = Field(256, description="Sequences sampled together; decides which random numbers each gets.")

@@ -1,0 +1,118 @@
+"""What all training stages do around their steps: data in, progress saved, checkpoint out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from base.errors import UserError
+from base.store.checkpoint import Artifact
+from base.store.journal import Journal
+from experts.domain import TRAIN, Example
+from stages.config.training import TrainConfig
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
+from stages.model.policy import Policy
+from stages.rows.chat import encode_prompt
+from stages.rows.lengths import Limit, fit
+from stages.rows.trained_on import TrainedOn
+
+# Of each domain's examples, how many the manifest holds for people, and how much of their text.
+SHOWN, SHOWN_CHARACTERS = 3, 500
+
+
+def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[Example]]:
+    """Training examples of each of the stage's domains, decided by its seed.
+
+    Raises:
+        UserError: a domain has none, or fewer than asked for.
+    """
+    # By name: the order in the run file is not part of a content key, so it must not change the result.
+    names = sorted(workspace.domains)
+    drawn = {name: workspace.domains[name].draw_up_to(config.examples, TRAIN, workspace.seed) for name in names}
+    for name, examples in drawn.items():
+        if not examples:
+            raise UserError(f"domains.{name}: no training examples")
+    return drawn
+
+
+def draw_prompts(
+    workspace: Workspace, config: TrainConfig, policy: Policy, new_tokens: int
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """Training examples as `draw_training`, those with prompts that are too long treated as the config says.
+
+    Args:
+        workspace: Whose domains.
+        config: `max_prompt_tokens` and `longer_prompts`.
+        policy: Whose tokens and context.
+        new_tokens: Longest completion.
+
+    Returns:
+        The examples, and lines for the journal.
+
+    Raises:
+        UserError: a domain has none, fewer than asked for, or prompts that are too long and refused.
+    """
+    limit = Limit.of(config.model_dump(), policy.context, new_tokens)
+    drawn_by_domain = draw_training(workspace, config)
+    kept, notes = {}, left_out(workspace)
+    for name, drawn in drawn_by_domain.items():
+        kept[name], lines = fit(name, drawn, limit, lambda prompt: len(encode_prompt(policy.tokenizer, prompt)))
+        notes += lines
+    return kept, notes
+
+
+def left_out(workspace: Workspace) -> list[str]:
+    """What of the domains' data is in no draw, as lines for the journal; known once something was drawn."""
+    return [line for name in sorted(workspace.domains) for line in workspace.domains[name].left_out]
+
+
+def end_step(learner: Learner, journal: Journal, step: int, total: int, metrics: Mapping[str, float]) -> None:
+    """Log a finished step, then save the state when it is due; `step` counts from 1.
+
+    A journal that is ahead of the saved state is cut back on resume; one behind it would have a gap.
+    """
+    if learner.accelerator.is_main_process:
+        journal.metrics(step, metrics)
+        journal.progress(step, total)
+    if step % learner.config.save_every == 0 and step < total:
+        learner.save(step)
+
+
+def finish(
+    workspace: Workspace,
+    learner: Learner,
+    examples: Mapping[str, Sequence[Example]],
+    metrics: Mapping[str, float],
+    facts: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Commit the trained policy; the process that leads writes, the others wait for it.
+
+    Args:
+        examples: What was trained on, by domain; the artifact records their hashes.
+        metrics: Final metrics.
+        facts: More for the manifest.
+    """
+    weights = learner.whole_parameters()
+    if learner.accelerator.is_main_process:
+        folder = workspace.store.staging(workspace.key)
+        learner.policy.save(folder, weights)
+        workspace.commit(
+            folder,
+            trained_on=TrainedOn.of(workspace.domains, examples),
+            metrics=metrics,
+            tokens=learner.tokens,
+            adapter_base=learner.policy.adapter_base,
+            parameters=learner.policy.size,
+            examples={domain: [_shown(example) for example in drawn[:SHOWN]] for domain, drawn in examples.items()},
+            **(facts or {}),
+        )
+    learner.accelerator.wait_for_everyone()
+    artifact = workspace.store.find(workspace.key)
+    if artifact is None:
+        raise RuntimeError(f"{workspace.name}: the leading process did not commit {workspace.key}")
+    return artifact
+
+
+def _shown(example: Example) -> dict[str, str]:
+    """A prompt and its gold answer, for a person to read."""
+    prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+    return {"prompt": str(prompt)[:SHOWN_CHARACTERS], "answer": example.answer[:SHOWN_CHARACTERS]}

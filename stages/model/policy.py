@@ -1,0 +1,343 @@
+"""A policy: a causal language model with its tokenizer, full or as an adapter on a shared base.
+
+Shape suffixes: B sequences, T tokens, N completion tokens of a batch laid end to end, H hidden, V vocabulary.
+
+A forward pass stops at the hidden states. Logits are made only where a loss or a sampler reads them, from the
+output head, chunk by chunk (`chunked_token_loss` in `stages.losses.chunked`).
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from base.errors import UserError
+from base.store.checkpoint import Artifact, Store
+from experts.domain import Prompt
+from stages.config.training import LoraConfig
+from stages.model.architecture import Masks, logit_scale, unsupported
+from stages.model.linear import use_onednn
+from stages.model.remote_code import options
+from stages.model.stop_strings import before_stop
+from stages.rows.chat import decode_completions, encode_demonstration, generation_stops, stop_ids
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Tokens of the row on which a loaded model's logits are compared with ours.
+PROBE_TOKENS = 8
+# What transformers notes of how a tokenizer was read, and reads from nowhere again: it differs with the machine, its
+# environment and the place, and a digest must not.
+_READ_WITH = {
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+}
+_USER = {"role": "user", "content": "What is 2 + 2?"}
+# Chats by which two tokenizers are compared.
+CHATS: tuple[Prompt, ...] = (
+    "What is 2 + 2?",
+    [{"role": "system", "content": "Be brief."}, _USER],
+    [_USER, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3 + 3?"}],
+)
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer.
+
+    Attributes:
+        model: A causal language model, wrapped by peft when it carries an adapter.
+        tokenizer: Its tokenizer; has an EOS and a pad token.
+        adapter_base: Key of the full checkpoint under the adapter; None for a full model.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter_base: str | None = None
+
+    @property
+    def eos_id(self) -> int:
+        """The tokenizer's EOS."""
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion, ascending: those `generate` stops at, EOS, and the template's end of turn.
+
+        Every sampler stops at each of them.
+        """
+        generation = causal_lm(self.model).generation_config
+        return stop_ids(self.tokenizer, None if generation is None else generation.eos_token_id)
+
+    @cached_property
+    def barred_ids(self) -> tuple[int, ...]:
+        """Rows of the vocabulary that are no token of the tokenizer, such as padding; no sampler draws them.
+
+        Losses leave them in: exact divergences compare whole distributions, of student and teacher alike.
+        """
+        known = set(self.tokenizer.get_vocab().values())
+        return tuple(row for row in range(self.head_VH.shape[0]) if row not in known)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens a prompt and its completion may have together; None where the config has no limit."""
+        limit: int | None = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
+    def texts(self, completions: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> list[str]:
+        """The text of completions, without what ends each, a token or a string, and without control tokens."""
+        decoded = decode_completions(self.tokenizer, completions, self.stop_ids)
+        return [before_stop(text, stop) for text in decoded]
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch up; never attended to, never scored."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else int(pad)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return head_weight(self.model).device
+
+    @property
+    def head_VH(self) -> Tensor:
+        """Weight of the output head; shared with the input embedding in tied models."""
+        return head_weight(self.model)
+
+    @property
+    def size(self) -> int:
+        """Number of its parameters, without those of adapters its base wears for others."""
+        named = self.model.named_parameters()
+        return sum(p.numel() for name, p in named if ".lora_" not in name or ".default." in name)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory.
+
+        Args:
+            folder: Where to.
+            weights: All parameters by name, where the model holds only shards of them.
+        """
+        if isinstance(self.model, PeftModel):
+            # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
+            shape = self.model.peft_config["default"]
+            shape.base_model_name_or_path = self.adapter_base
+            # peft keeps a set, whose order differs from process to process, and the digest covers it.
+            if isinstance(shape.target_modules, set):
+                shape.target_modules = sorted(shape.target_modules)
+            # Only the student's own: its base may wear teachers' adapters too.
+            self.model.save_pretrained(
+                folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights
+            )
+        else:
+            self.model.save_pretrained(folder, state_dict=weights)
+        save_tokenizer(self.tokenizer, folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+class HiddenStates(nn.Module):
+    """The policy without its head: what data-parallel wrappers wrap, for gradients flow through its forward."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self._masks = Masks.of(causal_lm(model).config)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, bias_B1TT: Tensor | None = None) -> Tensor:
+        """Return hidden states [B, T, H] of right-padded tokens.
+
+        Args:
+            tokens_BT: One row a line, padded on the right, which causality alone hides; or packed rows.
+            positions_BT: Position of each token in its own row, where rows are packed.
+            bias_B1TT: Added to the attention scores where rows are packed: hides what is not of a token's own row.
+        """
+        output = causal_lm(self.model).get_decoder()(
+            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=self._masks(bias_B1TT), use_cache=False
+        )
+        return scaled(self.model, output.last_hidden_state)
+
+
+def scaled(model: PreTrainedModel | PeftModel, hidden_BTH: Tensor) -> Tensor:
+    """Hidden states whose product with the head's weight are the logits: a scale of the logits is taken in here."""
+    scale = logit_scale(causal_lm(model).config)
+    return hidden_BTH if scale == 1.0 else hidden_BTH * scale
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, the same from every machine."""
+    tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in values.items() if name not in _READ_WITH}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model itself, adapters in place."""
+    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
+
+
+def head_weight(model: PreTrainedModel | PeftModel) -> Tensor:
+    """The output head's weight [V, H]."""
+    weight: Tensor = causal_lm(model).get_output_embeddings().weight
+    return weight
+
+
+def load_policy(
+    checkpoint: Artifact, store: Store, *, lora: LoraConfig | None = None, trainable: bool = False, seed: int = 0
+) -> Policy:
+    """Load a checkpoint in float32, for inference or as the start of a training stage.
+
+    A full checkpoint with `lora` gets a fresh adapter; an adapter with `lora` goes on training on its own base;
+    an adapter without `lora` is merged into its base when it is to be trained in full.
+
+    Raises:
+        UserError: see `check_head`; or nothing in the model is called as `lora.target_modules` says; or it brings
+            code that may not be run.
+
+    Args:
+        checkpoint: A stored checkpoint, full or adapter.
+        store: Where an adapter's base is found.
+        lora: Shape of the adapter to train.
+        trainable: Whether the policy will be trained.
+        seed: Seed of a fresh adapter's weights.
+    """
+    base = checkpoint.manifest.get("adapter_base")
+    root = store.get(base) if base else checkpoint
+    try:
+        model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32, **options())
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, **options())
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{checkpoint.name}: it brings code of its own, which this run file does not let run (`remote_code: true`)"
+        ) from None
+    use_onednn(model)
+    if base:
+        model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
+        if trainable and lora is None:
+            # peft froze the base, and merging leaves it frozen.
+            model, base = model.merge_and_unload().requires_grad_(True), None
+    elif lora:
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(model, peft_config(lora))
+        except ValueError as error:
+            raise UserError(f"{checkpoint.name}: lora.target_modules {lora.target_modules!r}: {error}") from error
+        base = checkpoint.key
+    if not trainable:
+        model.requires_grad_(False)
+    model.eval()
+    policy = Policy(model, tokenizer, base)
+    check_head(policy, checkpoint)
+    if (generation := causal_lm(model).generation_config) is not None:
+        generation.eos_token_id = generation_stops(generation.eos_token_id, policy.stop_ids)
+    return policy
+
+
+def check_head(policy: Policy, checkpoint: Artifact) -> None:
+    """Check that logits are the hidden states times the head's weight, which all chunked losses rely on.
+
+    Raises:
+        UserError: the tokenizer has no EOS or ids beyond the embedding, the head has an adapter, or the architecture
+            is not supported.
+    """
+    name = checkpoint.name
+    if policy.tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token, so a completion could never end")
+    model = causal_lm(policy.model)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            f"{name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
+            f"by itself; leave the head out, as 'all-linear' does"
+        )
+    if (fault := unsupported(model.config)) is not None:
+        raise UserError(f"{name}: {type(model).__name__} {fault}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if beyond := tokens_beyond(policy.tokenizer.get_vocab(), rows):
+        raise UserError(f"{name}: {beyond}")
+    # Ordinary tokens: the embedding of padding is zero in many models, and so would all be that is compared.
+    tokens_BT = torch.linspace(0, rows - 1, min(rows, PROBE_TOKENS), device=policy.device).long()[None]
+    with torch.no_grad():
+        logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits
+        shorter_BTV = policy.model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+        ours_BTV = HiddenStates(policy.model)(tokens_BT) @ policy.head_VH.T
+    tolerated = 1e-3 * float(logits_BTV.std())
+    if not torch.allclose(logits_BTV[:, :-1], shorter_BTV, rtol=1e-3, atol=tolerated):
+        raise UserError(f"{name}: {type(model).__name__} looks at tokens to come; causal language models are supported")
+    if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=tolerated):
+        raise UserError(
+            f"{name}: {type(model).__name__} does more to its logits than a linear head without bias and a scale; such "
+            f"architectures are not supported"
+        )
+
+
+def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """In what two tokenizers differ, one of which must be able to score the other's tokens; None when in nothing.
+
+    Compared are the vocabulary and the tokens of a few chats with their ends. A comment in a template, or another pad
+    token, makes no difference.
+    """
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        odd = sorted(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[:3]
+        return f"vocabularies of {len(mine)} and {len(other)} tokens, for example {odd}"
+    for chat in CHATS:
+        if (mine_ids := _read(ours, chat)) != (other_ids := _read(theirs, chat)):
+            kind = "chat_template" if ours.chat_template != theirs.chat_template else "tokens"
+            texts = (repr(ours.decode(ids)) if ids else "a refusal" for ids in (mine_ids, other_ids))
+            return f"{kind}: the same chat becomes {' and '.join(texts)}"
+    return None
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> list[int] | None:
+    """A chat and an answer as tokens; None where the template refuses it."""
+    try:
+        return [token for part in encode_demonstration(tokenizer, chat, "the answer") for token in part]
+    except UserError:
+        return None
+
+
+def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
+    """In what a tokenizer has more tokens than a model has embeddings; None in nothing.
+
+    Args:
+        vocabulary: Token -> id.
+        rows: Of the model's embedding.
+    """
+    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows)
+    if not beyond:
+        return None
+    id_, token = beyond[0]
+    return (
+        f"its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, the first {token!r} "
+        f"with id {id_}; resize the embedding, or use the tokenizer the model was trained with"
+    )
+
+
+def peft_config(lora: LoraConfig) -> PeftLoraConfig:
+    """The run file's adapter shape in peft's terms."""
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,115 @@
+"""A stored checkpoint's full weights, one tensor at a time."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from base.errors import UserError
+from base.store.checkpoint import STAGING, Artifact, Store
+from stages.model.policy import load_policy
+from stages.model.remote_code import options
+
+# What a file of adapters calls a layer's factors; in a model the adapter's name stands before the suffix.
+_FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
+
+
+class StoredWeights:
+    """The weights of a checkpoint by name, read when asked for; of an adapter, its base's with its deltas added.
+
+    Names are those of the model's parameters. Where its files have others (transformers joins the experts of a mixture
+    into one tensor when it loads them), the checkpoint is loaded once and written to a temporary file under its names.
+
+    Args:
+        checkpoint: A stored checkpoint, full or adapter.
+        store: Where an adapter's base is found.
+
+    Raises:
+        UserError: there are no safetensors files; or the adapter is more than low-rank factors, or changes what they do
+            not hold.
+
+    Attributes:
+        shapes: Shape of every tensor.
+        config: The model's config, as `config.json` has it.
+    """
+
+    def __init__(self, checkpoint: Artifact, store: Store) -> None:
+        base = checkpoint.manifest.get("adapter_base")
+        root = store.get(base) if base else checkpoint
+        config = AutoConfig.from_pretrained(root.uri, **options())
+        self.config: Mapping[str, Any] = config.to_dict()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for path in sorted(root.path.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                self._files |= dict.fromkeys(names, path)
+                self.shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        if not self._files:
+            raise UserError(f"{checkpoint.name}: no weights in {root.uri} (*.safetensors)")
+        self._adapters: dict[str, LoraLayer] = {}
+        if not self._files.keys() <= _parameter_names(config):
+            self._rename(checkpoint, store)
+            return
+        self._adapters = _adapters(checkpoint, config) if base else {}
+        if strange := sorted(self._adapters.keys() - self._files.keys()):
+            raise UserError(f"{checkpoint.name}: its adapter changes {strange[0]}, which its base does not hold")
+
+    def _rename(self, checkpoint: Artifact, store: Store) -> None:
+        """Read from a file with the model's own names, adapters merged."""
+        staging = store.root / STAGING
+        staging.mkdir(exist_ok=True)
+        # `mopd gc` leaves what is called so alone while this process runs.
+        self._folder = TemporaryDirectory(dir=staging, prefix=f"{checkpoint.key}-", suffix=f".{os.getpid()}.mirror")
+        path = Path(self._folder.name) / "model.safetensors"
+        # A tied tensor has one of its names.
+        whole = {
+            tensor.data_ptr(): (name, tensor)
+            for name, tensor in load_policy(checkpoint, store, trainable=True).model.state_dict().items()
+        }
+        named = {name: tensor.contiguous() for name, tensor in whole.values()}
+        save_file(named, path)
+        self._files = dict.fromkeys(named, path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in float32, in memory of its own."""
+        # An open file stays mapped, and all that was ever read of it in memory.
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).to(torch.float32, copy=True)
+        if name in self._adapters:
+            tensor += self._adapters[name].get_delta_weight("default").float()
+        return tensor
+
+
+def _parameter_names(config: PreTrainedConfig) -> set[str]:
+    """The names that the model of a config gives its tensors; it holds no memory."""
+    with torch.device("meta"):
+        return set(AutoModelForCausalLM.from_config(config, **options()).state_dict())
+
+
+def _adapters(checkpoint: Artifact, config: PreTrainedConfig) -> dict[str, LoraLayer]:
+    """The adapter's layers by the name of the weight each changes; the base under them holds no memory."""
+    weights = load_peft_weights(checkpoint.uri, device="cpu")
+    if strange := [name for name in weights if not _FACTOR.search(name)]:
+        raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, which is not a low-rank factor")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **options())
+    wrapped = PeftModel(model, PeftConfig.from_pretrained(checkpoint.uri), low_cpu_mem_usage=True)
+    # peft's own loading would send them to where the base is: nowhere.
+    named = {_FACTOR.sub(r"\1.default\2", name): tensor for name, tensor in weights.items()}
+    if strange := wrapped.load_state_dict(named, strict=False, assign=True).unexpected_keys:
+        raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, for which its base has no place")
+    modules = wrapped.get_base_model().named_modules()
+    return {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}

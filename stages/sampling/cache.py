@@ -1,0 +1,99 @@
+"""A key-value cache with room for the whole completion, filled from packed prompts.
+
+A decoding step writes its token where it goes and copies nothing. Prompts are run without padding, in shared lines
+where that is shorter, and their keys and values are laid side by side afterwards, padded on the left.
+
+Shape suffixes: B rows, K key-value heads, R room in tokens, D head size, T new tokens, L tokens so far, P width of the
+prompts, N prompt tokens of several rows laid end to end, H hidden.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from stages.model.architecture import Masks
+from stages.rows.packing import micro_batches, pack
+
+PREFILL_TOKENS = 16384
+
+
+def prefill(
+    decoder: PreTrainedModel, prompts: Sequence[list[int]], room: int, pad_id: int, device: torch.device
+) -> tuple[DynamicCache, Tensor]:
+    """Run prompts through a decoder.
+
+    Args:
+        decoder: The model without its head.
+        prompts: Token ids, none empty.
+        room: Most tokens a row will ever have, padding on the left included.
+        pad_id: What fills lines up.
+        device: Where the decoder is.
+
+    Returns:
+        The cache, prompts padded on the left, and the hidden states [B, H] after each prompt.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    layers = [_RoomyLayer(len(prompts), max(lengths), room) for _ in range(decoder.config.num_hidden_layers)]
+    masks = Masks.of(decoder.config)
+    last: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch in micro_batches(lengths, PREFILL_TOKENS):
+        packed = pack([prompts[i] for i in batch], [1] * len(batch), pad_id, device)
+        tokens_BT, positions_BT, bias_B1TT = packed.inputs
+        # Without a config it keeps every token, of layers with a window too: masks hide what lies behind it.
+        found = DynamicCache()
+        hidden_BTH = decoder(
+            input_ids=tokens_BT,
+            position_ids=positions_BT,
+            attention_mask=masks(bias_B1TT),
+            past_key_values=found,
+            use_cache=True,
+        ).last_hidden_state
+        offsets = packed.offsets_B.tolist()
+        hidden_NH = hidden_BTH.flatten(0, 1)
+        for i, offset in zip(batch, offsets, strict=True):
+            last[i] = hidden_NH[offset + lengths[i] - 1]
+        for layer, run in zip(layers, found.layers, strict=True):
+            for i, offset in zip(batch, offsets, strict=True):
+                line, start = divmod(offset, tokens_BT.shape[1])
+                layer.fill(i, *(part[line, :, start : start + lengths[i]] for part in (run.keys, run.values)))
+    cache = DynamicCache(config=decoder.config)
+    cache.layers = layers
+    return cache, torch.stack(last)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values [B, K, R, D], of which the first `length` tokens are there."""
+
+    def __init__(self, rows: int, width: int, room: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.length = width
+        self.room = room
+
+    def fill(self, row: int, keys_KTD: Tensor, values_KTD: Tensor) -> None:
+        """Lay a prompt's keys and values down, its end where all prompts end."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys_KTD, values_KTD)
+            # Zeros: what the padding holds is multiplied by weights of zero, which no NaN would survive.
+            self.keys, self.values = (
+                part.new_zeros((self.rows, part.shape[0], self.room, part.shape[-1])) for part in (keys_KTD, values_KTD)
+            )
+        start = self.length - keys_KTD.shape[1]
+        self.keys[row, :, start : self.length] = keys_KTD
+        self.values[row, :, start : self.length] = values_KTD
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, K, T, D] behind the others; returns all [B, K, L, D] as views."""
+        end = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length

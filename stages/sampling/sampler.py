@@ -1,0 +1,359 @@
+"""Batched sampling in the trainer's own process: transformers models with a KV cache.
+
+Shape suffixes: B rows still sampling, R room of the cache, L cached length, H hidden, V vocabulary, N completion
+tokens.
+
+Each distinct prompt is prefilled once, without padding, and its cache repeated for the group. Prompts of all domains
+share one batch; rows that have ended leave it, so that a batch costs what its unfinished rows cost. A greedy
+sampler (`temperature` 0) takes the likeliest token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+from stages.config.on_policy import OnPolicyConfig
+from stages.model.architecture import Masks, context
+from stages.model.linear import product
+from stages.model.policy import Policy, causal_lm, scaled
+from stages.model.stop_strings import StopStrings
+from stages.sampling.cache import prefill
+
+# Rows are dropped in batches, for dropping copies the cache.
+DROP_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: Longest completion.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Only the likeliest tokens whose probabilities reach this sum can be drawn.
+        max_rows: Completions sampled together; more prompts are taken in several batches.
+        stop: Texts that end a completion, beside the tokens that do; the token that completes one is its last.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_rows: int = 512
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: OnPolicyConfig) -> "Sampling":
+        """How an on-policy stage draws."""
+        return cls(config.max_new_tokens, config.temperature, config.top_p, stop=config.stop)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of a prompt.
+
+    Attributes:
+        prompt_ids: The prompt.
+        completion_ids: The completion; when it ended by itself, its last token ends completions or a stop string.
+        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature. Top-p, and
+            what is no token, only bar tokens from being drawn: with them in the numbers, an importance ratio would fall
+            below 1 where sampler and trainer are one policy.
+        finished: Whether it ended by itself within `max_new_tokens`.
+        version: Of the weights it was drawn with: the batches they had been updated on.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs_N: Tensor
+    finished: bool
+    version: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and completion."""
+        return [*self.prompt_ids, *self.completion_ids]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a sampler is from the trainer on some tokens, both with the same weights.
+
+    Attributes:
+        total: Sum over the tokens of |log-probability by the trainer − by the sampler|, in nats.
+        tokens: How many; 0 where none could be asked about.
+        most: The largest; −1 of none.
+    """
+
+    total: float
+    tokens: int
+    most: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sampler is asked for in a step: the arguments of `Sampler.sample`."""
+
+    prompts: Sequence[list[int]]
+    group_size: int
+    sampling: Sampling
+    seed: int
+
+
+class Sampler(Protocol):
+    """Draws the student's completions, here or elsewhere, with the weights it was given last."""
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Take the policy's weights; `version` counts the batches they have been updated on."""
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments, result and errors as for the function `sample`."""
+
+    def news(self) -> list[str]:
+        """What a reader of the log should know of since this was asked last."""
+
+    def gap(self) -> Gap | None:
+        """How far it was from the trainer when it last took weights; None where what it draws tells that."""
+
+    def close(self) -> None:
+        """Free what it holds; nothing is left running."""
+
+
+def told_logprobs(values: Sequence[float], who: str) -> Tensor:
+    """The log-probabilities that somebody else gave of the tokens it drew.
+
+    Args:
+        values: One for each token.
+        who: Gave them; for the message.
+
+    Raises:
+        FloatingPointError: one is not finite: weights or precision of the engine are broken.
+    """
+    told_N = torch.tensor(values)
+    if not bool(told_N.isfinite().all()):
+        raise FloatingPointError(f"{who} gave {values[int(told_N.isfinite().int().argmin())]} as a log-probability")
+    return told_N
+
+
+class TransformersSampler:
+    """The trainer's own model; its weights need no following."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.version = 0
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Sample with this policy."""
+        self.policy, self.version = policy, version
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments, result and errors as for the function `sample`."""
+        groups = sample(self.policy, prompts, group_size, sampling, seed)
+        return [[dataclasses.replace(drawn, version=self.version) for drawn in group] for group in groups]
+
+    def news(self) -> list[str]:
+        """Nothing happens here that the caller does not see."""
+        return []
+
+    def gap(self) -> Gap | None:
+        """None: trainer and sampler are one model."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def sample(
+    policy: Policy, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+) -> list[list[Sample]]:
+    """Sample a group of completions for each prompt.
+
+    Args:
+        policy: Model and tokenizer; the model must be in eval mode.
+        prompts: Token ids of each prompt, none empty.
+        group_size: Completions of each prompt.
+        sampling: How to draw.
+        seed: The same seed, prompts and weights give the same completions.
+
+    Returns:
+        One list of `group_size` samples per prompt, in order.
+
+    Raises:
+        UserError: a prompt with `max_new_tokens` more does not fit the model's context.
+    """
+    if not prompts:
+        return []
+    longest = max(len(prompt) for prompt in prompts)
+    limit = context(policy.model.config)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context "
+            f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
+        )
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    # Prompts of like length go together, so that little of a batch is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups: list[list[Sample]] = [[] for _ in prompts]
+    per_batch = max(1, sampling.max_rows // group_size)
+    for first in range(0, len(order), per_batch):
+        batch = order[first : first + per_batch]
+        samples = _Batch(policy, [prompts[i] for i in batch], group_size, sampling, generator).run()
+        for position, i in enumerate(batch):
+            groups[i] = samples[position * group_size : (position + 1) * group_size]
+    return groups
+
+
+class _Batch:
+    """One batch from prefill to the end of its last row."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        group_size: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> None:
+        self.policy = policy
+        self.prompts = prompts
+        self.group_size = group_size
+        self.sampling = sampling
+        self.generator = generator
+        self.decoder = causal_lm(policy.model).get_decoder()
+        self.masks = Masks.of(self.decoder.config)
+        self.head_VH = policy.head_VH
+        self.width = max(len(prompt) for prompt in prompts)
+        rows = len(prompts) * group_size
+        device = policy.device
+        self.tokens = torch.full((rows, sampling.max_new_tokens), policy.pad_id, device=device)
+        self.logprobs = torch.zeros((rows, sampling.max_new_tokens), device=device)
+        self.lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.stops_S = torch.tensor(policy.stop_ids, device=device)
+        self.stop = StopStrings(policy.tokenizer, sampling.stop) if sampling.stop else None
+        self.barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=device) if policy.barred_ids else None
+
+    def run(self) -> list[Sample]:
+        """Sample until every row has ended or is as long as allowed."""
+        # Left before the samples are made: a tensor born inside can take no part in a backward pass.
+        with torch.inference_mode():
+            self._decode(*self._prefill())
+        return self._samples()
+
+    def _decode(self, logits_BV: Tensor, bias_BR: Tensor, positions_B: Tensor) -> None:
+        """Draw and run token after token."""
+        alive_B = torch.arange(self.tokens.shape[0], device=self.tokens.device)
+        running_B = torch.ones_like(alive_B, dtype=torch.bool)
+        for step in range(self.sampling.max_new_tokens):
+            tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator, self.barred)
+            # Rows that have ended and are still here go on; what is written behind their end is never read.
+            self.tokens[alive_B, step] = tokens_B
+            self.logprobs[alive_B, step] = logprobs_B
+            ended_B = running_B & torch.isin(tokens_B, self.stops_S)
+            if self.stop is not None:
+                tails = self.tokens[alive_B, max(0, step + 1 - self.stop.window) : step + 1].tolist()
+                ended_B |= running_B & torch.tensor(self.stop.ended(tails), device=tokens_B.device)
+            if bool(ended_B.any()):
+                self.lengths[alive_B[ended_B]] = step + 1
+                self.finished[alive_B[ended_B]] = True
+                running_B = running_B & ~ended_B
+            left = int(running_B.sum())
+            if left == 0 or step + 1 == self.sampling.max_new_tokens:
+                break
+            if left <= (1 - DROP_SHARE) * len(running_B):
+                keep = running_B.nonzero().squeeze(1)
+                self.cache.batch_select_indices(keep)
+                alive_B, running_B, tokens_B = alive_B[keep], running_B[keep], tokens_B[keep]
+                bias_BR, positions_B = bias_BR[keep], positions_B[keep]
+            logits_BV = self._forward(tokens_B, bias_BR[:, : self.width + step + 1], positions_B)
+            positions_B = positions_B + 1
+
+    def _prefill(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the distinct prompts and repeat the result for their groups.
+
+        Returns:
+            Logits [B, V] of the first token, attention bias [B, R] of all tokens to come, and its position [B].
+        """
+        # The last token drawn is never run.
+        room = self.width + self.sampling.max_new_tokens - 1
+        device, dtype, repeat = self.policy.device, self.head_VH.dtype, self.group_size
+        self.cache, hidden_BH = prefill(self.decoder, self.prompts, room, self.policy.pad_id, device)
+        lengths_B = torch.tensor([len(p) for p in self.prompts], device=device)
+        padding_BR = torch.arange(room, device=device)[None, :] < (self.width - lengths_B)[:, None]
+        bias_BR = torch.zeros(padding_BR.shape, dtype=dtype, device=device)
+        bias_BR.masked_fill_(padding_BR, torch.finfo(dtype).min)
+        if repeat > 1:
+            self.cache.batch_repeat_interleave(repeat)
+        return (
+            self._logits(hidden_BH).repeat_interleave(repeat, 0),
+            bias_BR.repeat_interleave(repeat, 0),
+            lengths_B.repeat_interleave(repeat, 0),
+        )
+
+    def _forward(self, tokens_B: Tensor, bias_BL: Tensor, positions_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token of each row; the cache grows by it."""
+        output = self.decoder(
+            input_ids=tokens_B[:, None],
+            attention_mask=self.masks(bias_BL[:, None, None, :]),
+            position_ids=positions_B[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return self._logits(output.last_hidden_state[:, -1])
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        logits_BV: Tensor = product(scaled(self.policy.model, hidden_BH), self.head_VH).float()
+        return logits_BV
+
+    def _samples(self) -> list[Sample]:
+        tokens, lengths, finished = self.tokens.tolist(), self.lengths.tolist(), self.finished.tolist()
+        logprobs = self.logprobs.cpu()
+        return [
+            Sample(
+                prompt_ids=self.prompts[row // self.group_size],
+                completion_ids=tokens[row][:length],
+                logprobs_N=logprobs[row, :length].clone(),
+                finished=finished[row],
+            )
+            for row, length in enumerate(lengths)
+        ]
+
+
+def draw(
+    logits_BV: Tensor, sampling: Sampling, generator: torch.Generator, barred: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row; none of the ids in `barred`.
+
+    Returns:
+        Tokens [B] and their log-probabilities [B] at the sampling temperature, before anything is barred.
+    """
+    scaled_BV = logits_BV if sampling.temperature in (0.0, 1.0) else logits_BV / sampling.temperature
+    logprobs_BV = scaled_BV.log_softmax(-1)
+    drawable_BV = scaled_BV if barred is None else scaled_BV.index_fill(1, barred, -torch.inf)
+    if sampling.temperature == 0:
+        tokens_B = drawable_BV.argmax(-1)
+    else:
+        whole = sampling.top_p >= 1.0 and barred is None
+        allowed_BV = logprobs_BV if whole else truncate(drawable_BV, sampling.top_p).log_softmax(-1)
+        # The first of independent exponential clocks with these rates to ring is a draw from the softmax.
+        clocks_BV = torch.empty_like(allowed_BV).exponential_(generator=generator)
+        tokens_B = (allowed_BV.exp() / clocks_BV).argmax(-1)
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+
+def truncate(logits_BV: Tensor, top_p: float) -> Tensor:
+    """Nucleus truncation (Holtzman et al. 2020): keep the smallest set of likeliest tokens that reaches `top_p`."""
+    if top_p >= 1.0:
+        return logits_BV
+    sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
+    probabilities_BV = sorted_BV.softmax(-1)
+    before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+    outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
+    return logits_BV.masked_fill(outside_BV, -torch.inf)

@@ -1,0 +1,242 @@
+"""Rollouts from vLLM servers: prompts are shared out among those that answer, and weights follow the student.
+
+A server may end and come back in the middle of a step. What it had not answered is asked of the others, or of itself
+once it is back. A server that was started anew says that its weights are no version of the student's, and is handed
+them; should one come back unnoticed while it is asked, what it answered does not count.
+
+One stage samples with a server at a time, for its weights are that stage's student; another waits for it.
+"""
+
+import contextlib
+import itertools
+import queue
+import shutil
+import time
+from collections.abc import Sequence
+
+import torch
+from filelock import FileLock, Timeout
+
+from base.errors import UserError
+from base.hashing import stable_hash
+from stages.config.on_policy import OnPolicyConfig
+from stages.learner.training import Learner
+from stages.learner.workspace import Workspace
+from stages.losses.log_probabilities import token_logprobs
+from stages.model.policy import Policy
+from stages.sampling.mismatch import plain_logits
+from stages.sampling.sampler import Gap, Sample, Sampling, told_logprobs
+from stages.vllm.engine import check_context, prompt_seed
+from stages.vllm.handover import Probe
+from stages.vllm.remote_handover import RemoteHandOver
+from stages.vllm.server import Completion, Ends, ServerLostError, VllmServer, wait_for_any
+from stages.vllm.settings import logprobs_mode, rows_at_a_time
+from stages.vllm.spread import spread
+
+# Completions a server is asked about when its gap to the trainer is measured.
+MEASURED_ROWS = 4
+
+
+class RemoteSampler:
+    """A `Sampler` over servers, used by every process of a stage.
+
+    Args:
+        learner: The student, whose first process hands the weights over.
+        config: Lengths, temperature, adapter and `sampler`.
+        workspace: Its `servers` are the URLs; its folder is where servers read weights.
+
+    Raises:
+        UserError: no server is named, vLLM cannot tell the log-probabilities these settings need, or the first server
+            that answers was started for something else.
+        ServerLostError: none answers.
+    """
+
+    def __init__(self, learner: Learner, config: OnPolicyConfig, workspace: Workspace) -> None:
+        urls = workspace.servers.get("rollout", ())
+        if not urls:
+            raise UserError(
+                f"{workspace.name}: sampler.backend vllm_server without a server; name some in "
+                f"resources.rollout_servers.urls"
+            )
+        self.mode = logprobs_mode(config.temperature, config.top_p)
+        self.learner = learner
+        self.config = config
+        self.ends = Ends(learner.policy.stop_ids, learner.policy.barred_ids)
+        self.folder = workspace.folder / "rollout-weights"
+        self.version = 0
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._held = contextlib.ExitStack()
+        self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
+        if learner.accelerator.is_main_process:
+            for url in sorted(urls):
+                self._hold(workspace.store.lock(_lock_name(url)), url)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        learner.accelerator.wait_for_everyone()
+        self._student = RemoteHandOver(learner.policy, config, workspace.key, self.folder, self.mode)
+        first = wait_for_any(self.servers, config.sampler.timeout_seconds)[0]
+        self._student.check(first)
+        self.model, self.context = first.base_model(), first.context()
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """Write the policy's weights down, and hand them to the servers that answer; others take them when they do.
+
+        Raises:
+            UserError: a server cannot take them, or computes something else with them.
+        """
+        # On every process: none leaves the others in a forward of sharded weights.
+        probe = Probe.of(policy, self.config)
+        if self.learner.accelerator.is_main_process:
+            self._student.publish(policy, version, probe)
+            for server in self.servers:
+                try:
+                    self._student.bring_up_to_date(server, policy)
+                except ServerLostError as error:
+                    # It is handed the files when it answers again.
+                    self._lost(error)
+        self.version = version
+        self.learner.accelerator.wait_for_everyone()
+
+    def sample(
+        self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
+    ) -> list[list[Sample]]:
+        """Arguments and result as for `stages.sampling.sampler.sample`.
+
+        Raises:
+            UserError: a prompt with its completion does not fit the servers' context, or `sampling` asks for
+                log-probabilities of another kind than the servers were started for.
+            ServerLostError: completions are missing after all retries.
+        """
+        if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
+            raise UserError(f"the servers tell {self.mode}, which temperature {sampling.temperature} does not go with")
+        check_context(prompts, sampling.max_new_tokens, self.context)
+        found: dict[int, list[Sample]] = {}
+        at_once = max(1, rows_at_a_time(self.config) // group_size)
+        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
+        drawn = group_size if sampling.temperature > 0 else 1
+        name = self._student.served_name(self.model)
+
+        def ask(server: VllmServer, index: int) -> list[Completion]:
+            own = prompt_seed(seed, index)
+            return server.complete(name, prompts[index], drawn, sampling, own, self.ends)
+
+        for attempt in range(self.config.sampler.retries + 1):
+            missing = [index for index in range(len(prompts)) if index not in found]
+            if not missing:
+                break
+            if attempt:
+                self._news.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
+            for server, answers, failed in spread(missing, self._ready(), ask, at_once, self._lost):
+                # One that failed was asked no more: what it answered, it drew before.
+                if failed or self._is_current(server):
+                    found |= {i: self._samples(prompts[i], answer, group_size) for i, answer in answers.items()}
+        if len(found) < len(prompts):
+            raise ServerLostError(
+                f"{len(prompts) - len(found)} of {len(prompts)} prompts without completions after "
+                f"{self.config.sampler.retries + 1} attempts at {', '.join(server.url for server in self.servers)}"
+            )
+        return [found[index] for index in range(len(prompts))]
+
+    def measure(self, policy: Policy, samples: Sequence[Sample]) -> Gap:
+        """How far the servers are from the trainer, at temperature 1, on completions whoever drew them.
+
+        Args:
+            policy: Whose weights the servers were given last.
+            samples: A few are asked about, of every server that answers.
+
+        Raises:
+            FloatingPointError: a log-probability is no number.
+        """
+        total, tokens, most, name = 0.0, 0, -1.0, self._student.served_name(self.model)
+        servers = [server for server in self.servers if self._is_current(server)]
+        asked = samples[: MEASURED_ROWS * len(servers)]
+        for drawn, server in zip(asked, itertools.cycle(servers), strict=False):
+            try:
+                told = server.score(name, drawn.tokens, len(drawn.prompt_ids), 0)
+            except ServerLostError as error:
+                self._lost(error)
+                continue
+            by_id = zip(told, drawn.completion_ids, strict=True)
+            theirs_N = told_logprobs([known[token] for known, token in by_id], f"the vLLM server {server.url}")
+            own_NV = plain_logits(policy.model, drawn, self.config.dtype)
+            gap_N = (token_logprobs(own_NV, torch.tensor(drawn.completion_ids)) - theirs_N).abs()
+            total, tokens, most = total + float(gap_N.sum()), tokens + len(gap_N), max(most, float(gap_N.max()))
+        return Gap(total, tokens, most)
+
+    def gap(self) -> Gap | None:
+        """None: the loop sees it in what is drawn."""
+        return None
+
+    def news(self) -> list[str]:
+        """Servers lost, found again, and what was asked anew."""
+        told = []
+        while not self._news.empty():
+            told.append(self._news.get())
+        return told
+
+    def close(self) -> None:
+        """Let go of the servers, which go on running."""
+        self._student.close()
+        for server in self.servers:
+            server.close()
+        # No waiting for the others here: one of them may have come to grief, and nobody would hear of it.
+        if self.learner.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.close()
+
+    def _hold(self, lock: FileLock, url: str) -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self._news.put(f"waited for another stage that samples with {url}")
+            lock.acquire()
+        self._held.callback(lock.release)
+
+    def _samples(self, prompt: list[int], answer: Sequence[Completion], group_size: int) -> list[Sample]:
+        samples = [
+            Sample(
+                prompt,
+                drawn.token_ids,
+                told_logprobs(drawn.logprobs, "a vLLM server"),
+                finished=drawn.stopped or drawn.token_ids[-1] in self.ends.stop_ids,
+                version=self.version,
+            )
+            for drawn in answer
+        ]
+        return samples * (group_size // len(samples))
+
+    def _ready(self) -> list[VllmServer]:
+        """Servers with the student's weights, as soon as there is one.
+
+        Raises:
+            ServerLostError: there is none in time.
+        """
+        deadline = time.monotonic() + self.config.sampler.timeout_seconds
+        while True:
+            ready, reasons = [], []
+            for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds, self._lost):
+                try:
+                    self._student.bring_up_to_date(server)
+                    ready.append(server)
+                except ServerLostError as error:
+                    self._lost(error)
+                    reasons.append(str(error))
+            if ready:
+                return ready
+            if time.monotonic() > deadline:
+                raise ServerLostError(f"no server takes the student's weights: {'; '.join(reasons)}")
+            time.sleep(0.5)
+
+    def _lost(self, error: ServerLostError) -> None:
+        self._news.put(f"lost: {error}")
+
+    def _is_current(self, server: VllmServer) -> bool:
+        try:
+            return self._student.is_current(server)
+        except ServerLostError as error:
+            self._lost(error)
+            return False
+
+
+def _lock_name(url: str) -> str:
+    return f"server-{stable_hash(url)[:12]}"

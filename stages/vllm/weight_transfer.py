@@ -1,0 +1,88 @@
+"""Full weights from the trainer's device to a server's by vLLM's own weight-transfer interface, over NCCL.
+
+Between devices of hosts that see each other. The files that a restarted server would read are written all the same.
+A server that dies while it receives blocks NCCL until its own time-out. Used where the trainer is on a GPU and the
+server was started for it (`--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline and `mopd serve` do).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.model.policy import Policy
+from stages.vllm.handover import full_weights
+from stages.vllm.server import ServerFailedError, ServerLostError, VllmServer
+
+BACKEND = "nccl"
+
+
+def takes_transfers(server: VllmServer) -> bool:
+    """Whether this process and the server can send weights over NCCL."""
+    return torch.cuda.is_available() and server.setting("weight_transfer_config", "backend") == BACKEND
+
+
+class NcclTransfer:
+    """The trainer's end of one server's transfers.
+
+    Args:
+        server: Its workers join a group of their own with this process.
+        policy: The student whose weights are sent, each time as they are then.
+
+    Raises:
+        ServerLostError: the server does not join.
+    """
+
+    def __init__(self, server: VllmServer, policy: Policy) -> None:
+        import requests
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        self._server = server
+        meeting = NCCLTrainerInitInfo(
+            rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=1 + server.world_size()
+        )
+        client = HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout)
+        try:
+            self._engine: Any = WeightTransferTrainerFactory.trainer_init(
+                meeting, client=client, source=weight_source(policy)
+            )
+        except requests.RequestException as error:
+            raise ServerLostError(f"{server.url}: no transfer of weights: {error}") from error
+
+    def send(self) -> None:
+        """Send the weights; the server's cache of what the old ones made is dropped.
+
+        Raises:
+            ServerLostError: the server is lost, or answers that it failed.
+        """
+        import requests
+
+        try:
+            self._engine.send_weights()
+        except requests.HTTPError as error:
+            raise ServerFailedError(f"{self._server.url}: weights were not taken: {error}") from error
+        except requests.RequestException as error:
+            raise ServerLostError(f"{self._server.url}: weights were not taken: {error}") from error
+        self._server.forget()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._engine.shutdown()
+
+
+def weight_source(policy: Policy) -> Any:
+    """The policy's weights as vLLM's transfer asks for them: what there is, and then each tensor in that order."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Student(WeightSource):
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return full_weights(policy)
+
+    return Student()
