@@ -89,7 +89,7 @@ for suite in "${suites[@]}"; do
 	du -sh "$root/root/mopd/.venv" | sed "s/^/$suite: /"
 	step "make setup-vllm" in_project host "make setup-vllm"
 	step "one test of real vLLM" in_project alone \
-		"HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q tests/integration/test_vllm_engine.py"
+		"HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q tests/integration/vllm/test_vllm_engine.py"
 	if [ $tests = yes ]; then
 		step "set-up of make test" in_project host "make setup-vllm setup-harness setup-stores setup-browser"
 		step "make test" in_project alone "make test"

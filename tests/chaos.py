@@ -31,7 +31,7 @@ import psutil
 from base.store.checkpoint import Store, hash_file
 from flows.servers.access import client_secret, home_secret
 from flows.servers.start import Server, choose_port, start_mlflow, start_prefect, stop, wait_until_ready
-from tests.homes import with_databases
+from tests.support.homes import with_databases
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "flows" / "runs" / "smoke.yaml"

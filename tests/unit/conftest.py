@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.run import session
-from tests.desk import Desk
+from tests.support.desk import Desk
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ class Bench:
 
         from evals.config.harness import HarnessConfig, HarnessTaskConfig
         from evals.measure.harness import HarnessRequest, evaluate_tasks
-        from tests.harness_home import write_tasks
+        from tests.support.harness_home import write_tasks
 
         datasets.config.HF_DATASETS_CACHE = self.home / "datasets"
         folder = write_tasks(self.home / "tasks")
