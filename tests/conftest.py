@@ -43,10 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = missing_extras()
     if config.getoption("--every-extra") and missing:
         raise pytest.UsageError(f"--every-extra: run {' and '.join(f'make setup-{name}' for name in missing)} first")
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if ignored and threading.current_thread() is threading.main_thread():
-        # A shell lets what it starts in the background ignore Ctrl-C, and so would the commands under test.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        # A shell's `&` makes what it starts ignore Ctrl-C, `nohup` the end of the terminal; so would the commands under
+        # test.
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
