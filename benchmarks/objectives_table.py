@@ -13,7 +13,8 @@ from base.store.journal import JOURNAL_FILE, read
 from evals.comparison.results import Results
 from evals.measure.evaluate import EXAMPLES_SEED
 from evals.statistics.interval import Interval
-from experts.domain import HELD_OUT, load_domain
+from experts.domain import HELD_OUT
+from experts.loading import load_domain
 from flows.champion.results import collect
 from flows.plan.graph import Node, StageGraph
 from flows.run_file.schema import STUDENT

@@ -33,7 +33,8 @@ import torch
 from opd_sides import Case, Ours, deal, draw_examples, import_checkpoint, make_teachers, take_turns
 
 from base.store.checkpoint import Artifact, Store
-from experts.domain import Example, load_domain
+from experts.domain import Example
+from experts.loading import load_domain
 from flows.run_file.load import load_run_file
 from flows.run_file.schema import STUDENT
 

@@ -32,7 +32,8 @@ from opd_step import newest, summary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base.store.checkpoint import Store
-from experts.domain import HELD_OUT, Domain, load_domain
+from experts.domain import HELD_OUT, Domain
+from experts.loading import load_domain
 from flows.run_file.load import load_run_file
 from flows.run_file.schema import STUDENT
 from stages.config.distill import DistillConfig

@@ -1,21 +1,17 @@
 """What an expert is an expert in: examples to learn from and a score for any completion.
 
 A domain is a typed source of examples with one scorer; the scorer is the reward in training and the measure in
-evaluation, so the two can never drift apart. A kind of domain is one module with an `Options` model and a
-`load(name, options)`; `KINDS` lists ours, and a run file may name a Python file of its own (`kind: domains/mine.py`).
+evaluation, so the two can never drift apart. `experts.loading` makes domains.
 """
 
 import hashlib
-import importlib
 import random
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from base.errors import UserError, nearest
 from base.hashing import stable_hash
@@ -26,16 +22,7 @@ Prompt = str | list[Message]
 TRAIN = "train"
 HELD_OUT = "held_out"
 OUT_OF_DISTRIBUTION = "out_of_distribution"
-
-KINDS = {
-    "strings": "experts.kinds.strings",
-    "reasoning": "experts.kinds.reasoning",
-    "code_edit": "experts.kinds.code_edit",
-    "hub": "experts.kinds.hub",
-    "judge": "experts.kinds.judge",
-}
-
-
+# A kind that ends so is a person's own file.
 OWN_SUFFIX = ".py"
 
 
@@ -179,54 +166,3 @@ def in_train(source: str, held_out_share: float) -> bool:
     """Whether a source belongs to the train split: decided by its hash alone, so it never changes sides."""
     bucket = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) / 2**32
     return bucket >= held_out_share
-
-
-def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
-    """Make a domain from its entry in the run file.
-
-    Raises:
-        UserError: unknown kind, unknown or invalid option; names the key and the nearest valid choice.
-    """
-    if kind.endswith(OWN_SUFFIX):
-        # It checks what a Domain gives, and so imports this module.
-        from experts.own import load_own
-
-        return load_own(name, Path(kind), options, lambda given: check_options(name, kind, given))
-    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
-    return domain
-
-
-def check_options(name: str, kind: str, options: Mapping[str, Any]) -> Options:
-    """Validate a domain's options without making the domain (cheap: no dataset is touched)."""
-    schema: type[Options] = _kind_module(name, kind).Options
-    try:
-        return schema.model_validate(dict(options))
-    except ValidationError as error:
-        raise UserError(_describe(name, schema, error)) from None
-
-
-def _kind_module(name: str, kind: str) -> Any:
-    if kind.endswith(OWN_SUFFIX):
-        from experts.own import own_module
-
-        return own_module(name, Path(kind))
-    if kind not in KINDS:
-        raise UserError(f"domains.{name}.kind: unknown kind '{kind}'{nearest(kind, KINDS)}")
-    return importlib.import_module(KINDS[kind])
-
-
-def _describe(name: str, schema: type[Options], error: ValidationError) -> str:
-    lines: list[str] = []
-    for problem in error.errors():
-        location: Sequence[Any] = problem["loc"]
-        key = ".".join(str(part) for part in location)
-        hint = nearest(key, schema.model_fields) if problem["type"] == "extra_forbidden" else ""
-        if problem["type"] == "literal_error":
-            close = nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
-            # Where none is close, the message lists them all already.
-            hint = close if "did you mean" in close else ""
-        message = (
-            "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-        )
-        lines.append(f"domains.{name}.options.{key}: {message}{hint}")
-    return "\n".join(lines)

@@ -9,87 +9,28 @@ import json
 import sys
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.errors import UserError, nearest
 from base.store.checkpoint import Store, write_whole
 from experts.domain import HELD_OUT
 from flows.champion.tries import try_number
+from flows.plan.champion_history import (
+    By,
+    Reign,
+    champion_path,
+    read_history,
+    to_seconds,
+)
 from flows.plan.graph import Node, StageGraph
-from flows.plan.lock import lock_path
-from flows.plan.state_files import CHAMPION_FILE, read_json
 from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
+from flows.tracking.aliases import alias_operations
 
 if TYPE_CHECKING:
     from evals.comparison.results import Results
     from evals.comparison.scores import Scores
     from evals.promotion.gate import Verdict
-
-CANDIDATE_ALIAS, CHAMPION_ALIAS = "candidate", "champion"
-By = Literal["gate", "person"]
-
-
-@dataclass(frozen=True)
-class Reign:
-    """One entry of the history: from `when` on, this checkpoint is champion.
-
-    Attributes:
-        student: Its content key.
-        node: Its node id in the run that made it, such as `student@0` or `baselines/ties@0`.
-        scores: domain -> content key of its held-out sheet, which the next candidate is compared with.
-        when: UTC, ISO 8601, to the second.
-        by: Who decided.
-        reason: Why.
-        action: `promote`, or `rollback` for a former champion that came back.
-        against: Content keys a person decided against: the champion left, and the run's candidate of that time.
-    """
-
-    student: str
-    node: str
-    scores: Mapping[str, str]
-    when: str
-    by: By
-    reason: str
-    action: Literal["promote", "rollback"] = "promote"
-    against: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.node} (key {self.student})"
-
-    @property
-    def decision(self) -> str:
-        """Who decided when, and why."""
-        who = "by the gate" if self.by == "gate" else "by a person"
-        return f"{who}, {self.when}: {self.reason}"
-
-    @property
-    def since(self) -> str:
-        """Since when, by whom, and a person's reason."""
-        who = "by the gate" if self.by == "gate" else f"by a person: {self.reason}"
-        return f"{datetime.fromisoformat(self.when):%Y-%m-%d %H:%M} UTC, {who}"
-
-
-def read_history(store: Store, run: str) -> list[Reign]:
-    """The champions of a run, the present one last; empty where there was none."""
-    path = champion_path(store, run)
-    if not path.exists():
-        return []
-    record = read_json(path)
-    if "history" in record:
-        return [Reign(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
-    # Written before there was a history: one champion, a student by MOPD, promoted when the file was written.
-    artifact = store.find(record["student"])
-    seed = f"@{artifact.manifest.get('seed', 0)}" if artifact else ""
-    when = _time(datetime.fromtimestamp(path.stat().st_mtime, UTC))
-    return [Reign(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
-
-
-def champion_path(store: Store, run: str) -> Path:
-    """The file that holds the history."""
-    return lock_path(store.home, run).with_name(CHAMPION_FILE)
 
 
 def champion_scores(store: Store, history: Sequence[Reign]) -> "dict[str, Scores] | None":
@@ -242,24 +183,9 @@ def rollback(graph: StageGraph, store: Store) -> None:
     tell_mlflow(store, run)
 
 
-def operations(run: str, candidate: Node | None) -> list[dict[str, Any]]:
-    """What the tracker's outbox is told: whose version is the candidate, and to look who is champion."""
-    said: list[dict[str, Any]] = []
-    if candidate is not None:
-        about = {"name": registered_name(run), "key": candidate.key}
-        said.append({"op": "version", **about, "seed": str(candidate.seed)})
-        said.append({"op": "alias", **about, "alias": CANDIDATE_ALIAS})
-    return [*said, {"op": "champion", "run": run}]
-
-
-def registered_name(run: str) -> str:
-    """The registered model of a run's merges."""
-    return f"{run}-{STUDENT}"
-
-
 def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
     """Move the aliases of the registered model; what MLflow does not take now, the run's next start sends."""
-    tell(store, run, operations(run, candidate))
+    tell(store, run, alias_operations(run, candidate))
 
 
 def tell(store: Store, run: str, said: Sequence[Mapping[str, Any]]) -> None:
@@ -318,14 +244,14 @@ def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
 def _reign(graph: StageGraph, node: Node, by: By, reason: str) -> Reign:
     sheets = [sheet for sheet in graph.evaluations(node.id) if sheet.config["split"] == HELD_OUT]
     scores = {str(sheet.config["domain"]): sheet.key for sheet in sheets}
-    return Reign(node.key, node.id, scores, _time(datetime.now(UTC)), by, reason)
+    return Reign(node.key, node.id, scores, to_seconds(datetime.now(UTC)), by, reason)
 
 
 def _again(store: Store, former: Reign, reason: str, action: Literal["promote", "rollback"]) -> Reign:
     """A former champion's new reign, by a person."""
     if store.find(former.student) is None:
         raise UserError(f"{former}: this former champion is no longer in {store.root}")
-    when = _time(datetime.now(UTC))
+    when = to_seconds(datetime.now(UTC))
     return Reign(former.student, former.node, former.scores, when, "person", reason, action)
 
 
@@ -340,10 +266,6 @@ def _write(store: Store, run: str, history: Sequence[Reign]) -> None:
     path = champion_path(store, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"history": [dataclasses.asdict(reign) for reign in history]}, indent=1))
-
-
-def _time(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")
 
 
 def _say(text: str) -> None:

@@ -10,31 +10,19 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from pydantic import Field
 
 from base.store.checkpoint import Store, write_whole
 from flows.plan.state_files import read_json
-from stages.config.training import StrictModel
+from flows.run_file.notify import Event, NotifyConfig
 
 if TYPE_CHECKING:
     from flows.run_file.schema import RunConfig
 
-Event = Literal["failure", "promotion", "cancellation", "success"]
 TRIES, TIMEOUT_SECONDS, WAIT_SECONDS = 3, 10.0, 2.0
 OWED_FILE = "untold.json"
 logger = logging.getLogger(__name__)
-
-
-class NotifyConfig(StrictModel):
-    """Whom to tell what."""
-
-    webhook_env: str = Field(
-        "MOPD_WEBHOOK", pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the webhook's address."
-    )
-    events: list[Event] = Field(["failure", "promotion"], description="failure, promotion, cancellation, success.")
 
 
 def notify(config: NotifyConfig | None, event: Event, run: str, text: str, facts: Mapping[str, Any]) -> bool:
@@ -86,7 +74,7 @@ def owe_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any]) 
     Args:
         facts: For programs; told where the run does not live to tell more.
     """
-    from flows.champion.champion import read_history
+    from flows.plan.champion_history import read_history
 
     path = _owed_path(store, config.name)
     if config.notify and "promotion" in config.notify.events and not path.exists():
@@ -100,7 +88,7 @@ def tell_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any] 
     Args:
         facts: For programs; those of the run that owes it where None.
     """
-    from flows.champion.champion import read_history
+    from flows.plan.champion_history import read_history
 
     path = _owed_path(store, config.name)
     owed = read_json(path)
@@ -117,6 +105,6 @@ def tell_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any] 
 
 
 def _owed_path(store: Store, run: str) -> Path:
-    from flows.champion.champion import champion_path
+    from flows.plan.champion_history import champion_path
 
     return champion_path(store, run).with_name(OWED_FILE)

@@ -11,7 +11,7 @@ from typing import Any
 from base.errors import UserError, first_line
 from base.extras import require_vllm
 from base.store.checkpoint import Store
-from experts.domain import load_domain
+from experts.loading import load_domain
 from flows.check.architectures import architecture_problems, checkpoint_key
 from flows.check.copies import copy_warnings
 from flows.check.draws import config_key, draw_examples, unit_warnings

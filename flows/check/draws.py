@@ -7,8 +7,9 @@ from base.errors import UserError
 from evals.comparison.scores import EXAMPLES_SEED
 from evals.statistics.power import fewest_examples
 from evals.statistics.units import independent
-from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example, load_domain
+from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example
 from experts.isolation.time_limit import processor_limit
+from experts.loading import load_domain
 from flows.plan.graph import EVALUATIONS, Node, StageGraph
 from flows.plan.shifts import SHIFT
 from flows.run_file.rounds import without_round

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from base.errors import UserError
 from base.store.checkpoint import Store
-from experts.domain import TRAIN, Domain, Example, Prompt, load_domain
+from experts.domain import TRAIN, Domain, Example, Prompt
+from experts.loading import load_domain
 from flows.engines.memory import origin
 from flows.plan.graph import Node, StageGraph
 from stages.model import characters

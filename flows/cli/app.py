@@ -247,7 +247,7 @@ def serve_rollout(
     seed: Seed = None,
 ) -> None:
     """Serve the merge's rollouts; a stage hands the servers its student's weights."""
-    from flows.engines.serve import Place, rollout
+    from flows.cli.serve import Place, rollout
 
     with errors_as_messages():
         asked = Asked(file, tuple(overrides or ()), max_steps, home)
@@ -265,7 +265,7 @@ def serve_teachers(
     seed: Seed = None,
 ) -> None:
     """Serve the merge's teachers, which must be made already; adapters of one base share a server."""
-    from flows.engines.serve import Place, teachers
+    from flows.cli.serve import Place, teachers
 
     with errors_as_messages():
         asked = Asked(file, tuple(overrides or ()), max_steps, home)

@@ -60,7 +60,7 @@ def remove_expert(
 
 def repin(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME) -> None:
     """Let the run's mutable names (`champion`, a Hub branch) stand for what they are today."""
-    from flows.plan.champion_start import repin as move
+    from flows.champion.repin import repin as move
     from flows.run_file.load import load_run_file
 
     with errors_as_messages():

@@ -13,8 +13,9 @@ from base.store.checkpoint import Store, write_whole
 
 def lineage(name: str, home: Path, *, form: str, html: Path | None) -> None:
     """Print from what a checkpoint was made (`text`, `mermaid`, `json`, `html`), or draw it into a file."""
+    from flows.lineage.drawing import draw_html
     from flows.lineage.mermaid import mermaid
-    from flows.lineage.rows import draw_html, resolve, rows, tree
+    from flows.lineage.rows import resolve, rows, tree
 
     store = Store(home)
     if html is not None:

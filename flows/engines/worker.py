@@ -26,7 +26,7 @@ from base.store.checkpoint import Artifact, Store, write_whole
 from base.store.journal import JOURNAL_FILE
 from base.store.source import Source
 from evals.config.harness import HarnessTaskConfig
-from experts.domain import load_domain
+from experts.loading import load_domain
 from stages.config.distill import DistillConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import OnPolicyConfig, RFTConfig, RLConfig

@@ -11,11 +11,11 @@ from evals.report.export import DATA_FILE
 from evals.statistics.interval import Interval
 from evals.statistics.intervals import mean_interval
 from evals.tables.markdown import code, plain
-from flows.champion.champion import CHAMPION_FILE, read_history
 from flows.lineage.rows import Row
+from flows.plan.champion_history import read_history
 from flows.plan.graph import SCORINGS
 from flows.plan.lock import lock_path
-from flows.plan.state_files import read_json
+from flows.plan.state_files import CHAMPION_FILE, read_json
 
 CONFIDENCE = 0.95
 MARKS = {True: "met", False: "failed", None: "not compared"}

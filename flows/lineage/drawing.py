@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from flows.lineage.rows import SHORT, Row, details, expert_domains, mean_score
+from base.store.checkpoint import Store
+from flows.lineage.rows import SHORT, Row, details, expert_domains, mean_score, rows
 
 BOX_WIDTH, BOX_HEIGHT = 208, 78
 LANE_HEIGHT = 26
@@ -275,3 +276,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def draw_html(store: Store, keys: Sequence[str], title: str) -> str:
+    """The lineage of these checkpoints as a page of its own: a drawn graph and a table."""
+    return page(rows(store, keys), title)

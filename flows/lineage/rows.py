@@ -248,15 +248,8 @@ def details(row: Row) -> list[str]:
     return [*lines, f"some of the data: {row.sample}"] if row.sample else lines
 
 
-def draw_html(store: Store, keys: Sequence[str], title: str) -> str:
-    """The lineage of these checkpoints as a page of its own: a drawn graph and a table; see `flows.lineage.drawing`."""
-    from flows.lineage.drawing import page
-
-    return page(rows(store, keys), title)
-
-
 def _champion(store: Store, run: str) -> str:
-    from flows.champion.champion import read_history
+    from flows.plan.champion_history import read_history
 
     history = read_history(store, run)
     if not history:

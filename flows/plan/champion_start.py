@@ -5,16 +5,12 @@ expert and a short merge. The name is mutable, so the lock file pins the checkpo
 planned with it; `mopd repin` moves it.
 """
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base.errors import UserError
-from base.store.checkpoint import Artifact, Store, write_whole
-from flows.plan.lock import lock_path
-from flows.plan.state_files import read_json
+from base.store.checkpoint import Artifact, Store
 from flows.run_file.schema import CHAMPION, STUDENT, RunConfig
 
 if TYPE_CHECKING:
@@ -49,7 +45,7 @@ def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, 
     Raises:
         UserError: the run has no champion yet, or its checkpoint is no longer in the store.
     """
-    from flows.champion.champion import read_history
+    from flows.plan.champion_history import read_history
 
     store = Store(home)
     pinned = pins.get(CHAMPION)
@@ -102,44 +98,9 @@ def _descends(artifact: Artifact | None, store: Store, start: str) -> bool:
     return artifact is not None
 
 
-def repin(config: RunConfig, home: Path) -> None:
-    """Let the mutable names of a run (`champion`, a Hub branch) stand for what they are today, and say what moved.
-
-    Raises:
-        UserError: one of them stands for nothing today; then nothing is moved.
-    """
-    from flows.plan.graph import build_graph
-
-    path = lock_path(home, config.name)
-    lock = read_json(path)
-    before: dict[str, str] = lock.get("pins", {})
-    text = path.read_text() if path.exists() else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_pins(path, lock, {})
-    try:
-        now = dict(build_graph(config, home).pins)
-        _write_pins(path, lock, now)
-    except BaseException:
-        if text is None:
-            path.unlink()
-        else:
-            write_whole(path, text)
-        raise
-    for name, value in sorted(now.items()):
-        old = before.get(name)
-        said = f"{value} as before" if old == value else f"{old} → {value}" if old else value
-        sys.stdout.write(f"{name}: {said}\n")
-    if not now:
-        sys.stdout.write(f"{config.name}: the run file holds no mutable name\n")
-
-
-def _write_pins(path: Path, lock: Mapping[str, Any], pins: Mapping[str, str]) -> None:
-    write_whole(path, json.dumps({"nodes": {}, **lock, "pins": dict(pins)}, indent=1, sort_keys=True))
-
-
 def pin_note(graph: "StageGraph", store: Store) -> list[str]:
     """A line where the run is pinned to a former champion; else empty."""
-    from flows.champion.champion import read_history
+    from flows.plan.champion_history import read_history
 
     pinned, history = graph.pins.get(CHAMPION), read_history(store, graph.config.name)
     if pinned is None or not history or history[-1].student == pinned:

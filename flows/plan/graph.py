@@ -15,7 +15,8 @@ from base.errors import UserError
 from base.hashing import stable_hash
 from base.store.checkpoint import Store, write_whole
 from base.store.source import Source, resolve_checkpoint, resolve_gguf
-from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain, load_domain
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain
+from experts.loading import load_domain
 from flows.plan.champion_start import champion_facts, names_champion, pinned_champion
 from flows.plan.harness import harness_tasks
 from flows.plan.lock import read_lock

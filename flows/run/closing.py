@@ -11,10 +11,11 @@ from base.errors import UserError
 from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, thinned_records
 from evals.tables.markdown import code, plain
-from flows.champion.champion import Reign, first_of, judge_run, promote_by_gate, read_history
+from flows.champion.champion import first_of, judge_run, promote_by_gate
 from flows.champion.costs import scoring_costs
 from flows.champion.tries import note_try, read_tries
 from flows.lineage import rows as lineage
+from flows.plan.champion_history import Reign, read_history
 from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import lock_path
 from flows.plan.state_files import read_json

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from base.errors import UserError, nearest
 from base.signals import interrupt_once
 from evals.tables.markdown import code, plain
-from flows.cli.runs import Asked
+from flows.run.asked import Asked
 from flows.run.session import expect_answer
 from flows.run_file.parameters import form_schema
 from flows.run_file.schema import RunConfig

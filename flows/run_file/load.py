@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from base.documents import MOST_DEPTH, DocumentError, parse_value, read_yaml, user_error
 from base.errors import UserError, nearest
 from experts.data.sources import located
-from experts.domain import KINDS, OWN_SUFFIX
+from experts.domain import OWN_SUFFIX
+from experts.loading import KINDS
 from flows.run_file.addresses import password_problems
 from flows.run_file.hypotheses import hypothesis_problems
 from flows.run_file.schema import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig

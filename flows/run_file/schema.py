@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_v
 from base.errors import UserError
 from evals.config.claims import HypothesisConfig
 from evals.config.harness import PREFIX, HarnessConfig
-from experts.domain import KINDS
-from flows.champion.notify import NotifyConfig
+from experts.loading import KINDS
+from flows.run_file.notify import NotifyConfig
 from stages.config.distill import DistillConfig, TeacherWeight
 from stages.config.on_policy import MOST_SECONDS, Ratio, RFTConfig, RLConfig
 from stages.config.shift import ShiftConfig

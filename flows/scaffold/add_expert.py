@@ -15,7 +15,8 @@ from typing import Any
 from base.documents import one_line, parse_value
 from base.errors import UserError, nearest
 from experts.data.sources import typed_options
-from experts.domain import KINDS, OWN_SUFFIX, TRAIN, load_domain
+from experts.domain import OWN_SUFFIX, TRAIN
+from experts.loading import KINDS, load_domain
 from flows.run_file.load import load_run_file, replaced
 from flows.run_file.schema import RunConfig
 
@@ -24,7 +25,7 @@ TEST_OF_SCAFFOLD = '''"""Distinct prompts, splits apart, and a score of 1 for th
 
 from pathlib import Path
 
-from experts.domain import load_domain
+from experts.loading import load_domain
 
 DOMAIN = load_domain("{name}", str(Path(__file__).with_name("{file}")), {{}})
 

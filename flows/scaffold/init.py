@@ -10,7 +10,8 @@ from base.errors import UserError, nearest
 from experts.data.files import file_format
 from experts.data.guess import guess_options
 from experts.data.sources import located, typed, typed_options
-from experts.domain import KINDS, OWN_SUFFIX, TRAIN, load_domain
+from experts.domain import OWN_SUFFIX, TRAIN
+from experts.loading import KINDS, load_domain
 from flows.run_file.load import load_run_file, replaced
 from flows.scaffold.init_templates import Sizes, Skill, run_file
 

@@ -24,7 +24,7 @@ from base.errors import UserError
 from base.store.checkpoint import MEASUREMENTS, Artifact, Store
 from base.store.checkpoint import UNSENT as UNSENT_TO_STORE
 from base.store.mirror import VARIABLE
-from flows.champion.champion import read_history
+from flows.plan.champion_history import read_history
 from flows.plan.state_files import CHAMPION_FILE, read_json
 
 LOCK = "gc"

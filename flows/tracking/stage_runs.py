@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from base.hashing import stable_hash
 from base.store.checkpoint import Artifact
 from flows.lineage import cards
-from flows.lineage import rows as lineage
+from flows.lineage.drawing import draw_html
 from flows.plan.graph import Node
 from flows.run_file.schema import STUDENT
 from flows.tracking.curves import tracked
@@ -61,7 +61,7 @@ class StageRun:
             tracker.submit("made", ref=ref, key=artifact.key, time=now(), step=step)
             tracker.register(self.node, artifact)
             if self.node.name == STUDENT:
-                drawn = lineage.draw_html(tracker.store, [artifact.key], f"{tracker.name} {ref}")
+                drawn = draw_html(tracker.store, [artifact.key], f"{tracker.name} {ref}")
                 tracker.submit("text", ref=ref, file="lineage.html", text=drawn)
                 tracker.submit("model_text", key=artifact.key, file="lineage.html", text=drawn)
         tracker.submit("end", ref=ref, status=status, time=now())

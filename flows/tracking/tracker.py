@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from base.store.checkpoint import Artifact, Store
 from experts.domain import TRAIN
-from flows.champion.champion import operations, registered_name
 from flows.lineage import cards
-from flows.lineage import rows as lineage
+from flows.lineage.drawing import draw_html
+from flows.plan.champion_history import registered_name
 from flows.plan.graph import EVALUATIONS, Node, StageGraph
 from flows.plan.lock import code_fingerprint, lock_path
 from flows.plan.shifts import SHIFT
@@ -28,6 +28,7 @@ from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
 from flows.servers.pages import run_page
 from flows.servers.standing import standing
 from flows.servers.start import MLFLOW_PORT, local_url, without_secrets
+from flows.tracking.aliases import alias_operations
 from flows.tracking.checkout import git_tags
 from flows.tracking.curves import References
 from flows.tracking.outbox import Outbox, send_left_over
@@ -153,7 +154,7 @@ class Tracker:
         if results is not None:
             self._headline(results, verdict)
         made = [node.key for node in self.graph.checkpoints if self.store.find(node.key)]
-        pages = {"lineage.html": lineage.draw_html(self.store, made, self.name)} if made else {}
+        pages = {"lineage.html": draw_html(self.store, made, self.name)} if made else {}
         if report is not None:
             from evals.report.export import DATA_FILE, SCORES_FILE
 
@@ -162,7 +163,7 @@ class Tracker:
                 self.submit("text", ref=PARENT, file=file, text=report.with_name(file).read_text())
         students = {node.key for node in self.graph.checkpoints if node.name == STUDENT and node.id in self._known}
         if candidate is not None:
-            for operation in operations(self.name, candidate):
+            for operation in alias_operations(self.name, candidate):
                 self.outbox.submit(operation)
             students.add(candidate.key)
         for file, text in pages.items():

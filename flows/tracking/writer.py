@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from base.store.checkpoint import Artifact, Store
-from flows.champion.champion import CHAMPION_ALIAS, read_history, registered_name
 from flows.lineage import cards
+from flows.plan.champion_history import CHAMPION_ALIAS, read_history, registered_name
 from flows.servers.pages import model_page, remember_pages, run_page, version_page
 from flows.servers.start import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
 from flows.tracking.models import NOTE, SOURCE, STEP, LoggedCheckpoints, note_within, tracking_store

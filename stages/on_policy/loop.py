@@ -25,9 +25,9 @@ from stages.losses.chunked import TokenLoss
 from stages.model.policy import Policy
 from stages.on_policy.balance import loss_weights
 from stages.on_policy.health import Health, Vitals, compression
+from stages.on_policy.mismatch import hands_over, largest, may_differ, with_mismatch
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
 from stages.on_policy.signals import Judgement, Signal
-from stages.sampling.mismatch import hands_over, largest, may_differ, with_mismatch
 from stages.sampling.sampler import Sampler, TransformersSampler
 
 SAMPLE_EVERY = 25

@@ -25,7 +25,7 @@ from stages.learner.update import Row
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
-from stages.sampling.mismatch import agreement_tolerance, plain_logits
+from stages.sampling.agreement import agreement_tolerance, plain_logits
 from stages.sampling.sampler import Sample, Sampler, Sampling
 from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 

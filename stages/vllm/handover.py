@@ -22,7 +22,7 @@ from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy, causal_lm, head_weight
 from stages.model.remote_code import options
 from stages.rows.chat import encode_prompt
-from stages.sampling.mismatch import agreement_tolerance, plain_logits
+from stages.sampling.agreement import agreement_tolerance, plain_logits
 from stages.sampling.sampler import Sample
 
 HEAD = "lm_head.weight"

@@ -24,7 +24,7 @@ from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
-from stages.sampling.mismatch import plain_logits
+from stages.sampling.agreement import plain_logits
 from stages.sampling.sampler import Gap, Sample, Sampling, told_logprobs
 from stages.vllm.engine import check_context, prompt_seed
 from stages.vllm.handover import Probe

@@ -8,7 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from base.store.checkpoint import Artifact, Store
-from experts.domain import Domain, load_domain
+from experts.domain import Domain
+from experts.loading import load_domain
 from stages.config.training import TinyModelConfig
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy

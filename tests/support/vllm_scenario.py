@@ -14,7 +14,7 @@ import stages.distill
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from base.store.journal import read
-from experts.domain import load_domain
+from experts.loading import load_domain
 from flows.lineage.export import export
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import RLConfig, SamplerConfig

@@ -37,7 +37,7 @@ import stages.rl
 import stages.sft
 from base.store.checkpoint import Artifact, Store
 from base.store.source import Source
-from experts.domain import load_domain
+from experts.loading import load_domain
 from stages.config.distill import DistillConfig, ObjectiveConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import MonitorConfig, RFTConfig, RLConfig

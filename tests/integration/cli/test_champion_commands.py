@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from base.store.checkpoint import Store
-from flows.champion.champion import read_history
 from flows.cli.app import app
+from flows.plan.champion_history import read_history
 from flows.plan.graph import StageGraph
 from flows.tracking.tracker import Tracker
 from tests.support.homes import with_databases

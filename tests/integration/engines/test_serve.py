@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-import flows.engines.serve
+import flows.cli.serve
 from base.store.checkpoint import Store
 from flows.cli.app import app
 from flows.engines.vllm_commands import ServerCommand
@@ -53,7 +53,7 @@ def mistake(result: Result) -> str:
 def replaced(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """Serve by another program than vLLM."""
     command = ServerCommand("rollout", "a test", arguments)
-    monkeypatch.setattr(flows.engines.serve, "rollout_servers", lambda *asked: [command])
+    monkeypatch.setattr(flows.cli.serve, "rollout_servers", lambda *asked: [command])
 
 
 def test_a_run_without_a_merge_has_nothing_to_serve(run_file):
@@ -111,14 +111,14 @@ def test_a_server_that_takes_too_long_is_given_up(run_file, monkeypatch):
 
 SERVE = """
 import sys
-import flows.engines.serve
+import flows.cli.serve
 from flows.cli.app import main
 from flows.engines.vllm_commands import ServerCommand
 from tests.integration.engines.test_serve import PROGRAM
 
 command = ServerCommand("rollout", "a test", PROGRAM)
 rollout = lambda config, start, store, resources: [command] * resources.rollout_servers.count
-flows.engines.serve.rollout_servers = rollout
+flows.cli.serve.rollout_servers = rollout
 main()
 """
 

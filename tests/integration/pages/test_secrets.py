@@ -16,11 +16,11 @@ from rich.console import Console
 
 from base.store.checkpoint import Store
 from flows.champion import champion
-from flows.champion.notify import NotifyConfig
 from flows.cli import show
 from flows.cli.app import doctor
 from flows.run import pipeline
 from flows.run_file.load import load_run_file
+from flows.run_file.notify import NotifyConfig
 from flows.servers import start as servers
 from flows.tracking import tracker as tracking
 from tests.support.lineage_home import lab_graph

@@ -15,7 +15,7 @@ import stages.distill
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from base.store.journal import read
-from experts.domain import load_domain
+from experts.loading import load_domain
 from flows.engines.children import ForkServer, child_environment
 from flows.engines.vllm_commands import rollout_servers, teacher_servers
 from flows.engines.vllm_servers import VllmServers

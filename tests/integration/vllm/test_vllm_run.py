@@ -17,8 +17,9 @@ import yaml
 
 from base.store.checkpoint import Store
 from base.store.journal import read
-from experts.domain import Example, load_domain
+from experts.domain import Example
 from experts.endpoint import NEUTRAL, Endpoint
+from experts.loading import load_domain
 from flows.engines.children import ForkServer, child_environment
 from flows.engines.vllm_commands import teacher_servers
 from flows.engines.vllm_servers import VllmServers

@@ -9,7 +9,8 @@ from base.store.checkpoint import Artifact
 from base.store.journal import read
 from evals.comparison.scores import read_scores
 from evals.measure.evaluate import EvaluationRequest, evaluate
-from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, load_domain
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
+from experts.loading import load_domain
 from stages.config.training import EvaluationConfig
 from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from experts.domain import Example, load_domain
+from experts.domain import Example
+from experts.loading import load_domain
 from stages.export import export_weights
 from stages.model.policy import Policy, load_policy
 from stages.model.stop_strings import StopStrings

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experts.domain import load_domain
+from experts.loading import load_domain
 from stages.config.on_policy import RLConfig, SamplerConfig
 from stages.config.training import LoraConfig
 from stages.learner.training import Learner
 from stages.losses.log_probabilities import token_logprobs
 from stages.on_policy.loop import Practice, take_step
+from stages.on_policy.mismatch import largest, with_mismatch
 from stages.on_policy.rollout import PromptMixture, request
 from stages.on_policy.signals import RewardSignal
 from stages.sampling.ahead import AheadSampler
-from stages.sampling.mismatch import largest, with_mismatch
 from stages.sampling.sampler import Gap, Sampler, TransformersSampler, told_logprobs
 from tests.numerics.on_policy.test_objectives import make_rollout, random_logits
 from tests.support.vllm_scenario import make_policy

@@ -8,8 +8,9 @@ import pytest
 
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.copies import NEAR, NONE, PROMPT, UNIT, Copies
-from experts.domain import HELD_OUT, TRAIN, Example, load_domain
+from experts.domain import HELD_OUT, TRAIN, Example
 from experts.kinds.strings import TASKS
+from experts.loading import load_domain
 from flows.check.copies import copy_warnings
 from flows.plan.graph import build_graph
 from stages.learner.workspace import Workspace

@@ -101,6 +101,7 @@ def test_a_students_mean_is_the_same_in_tables_drawing_data_and_metrics(tmp_path
     from evals.comparison.results import metrics
     from flows.champion.results import collect
     from flows.lineage import rows as lineage
+    from flows.lineage.drawing import draw_html
     from flows.run.closing import conclude
 
     graph = graph_of(run_file(tmp_path), tmp_path)
@@ -111,7 +112,7 @@ def test_a_students_mean_is_the_same_in_tables_drawing_data_and_metrics(tmp_path
     student = next(row for row in rows if row.name == "student")
     mean = lineage.mean_score(student, results.expert_domains)
     assert mean == pytest.approx(0.8) == results.mean_score("student").mean == metrics(results)["eval/mean/student"]
-    assert "mean of experts' domains 80.0 %" in unescape(lineage.draw_html(store, [student.key], "tiny"))
+    assert "mean of experts' domains 80.0 %" in unescape(draw_html(store, [student.key], "tiny"))
     outcome = conclude(graph, store, promote=False)
     data = json.loads(outcome.report.with_name("report.json").read_text())
     assert data["metrics"]["eval/mean/student"] == pytest.approx(0.8)

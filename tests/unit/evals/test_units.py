@@ -14,7 +14,7 @@ from evals.promotion.gate import judge
 from evals.report.table import render_markdown
 from evals.statistics.crossed import over_both, over_examples
 from evals.statistics.units import by_unit, independent
-from experts.domain import load_domain
+from experts.loading import load_domain
 from flows.check.check import deep_check
 from flows.plan.graph import build_graph
 from flows.run_file.load import load_run_file

@@ -9,9 +9,10 @@ import pytest
 
 from base.errors import UserError
 from experts.code.functions import Function
-from experts.domain import TRAIN, Domain, Example, load_domain
+from experts.domain import TRAIN, Domain, Example
 from experts.kinds.judge import chat, read_mark
 from experts.kinds.strings import TASKS
+from experts.loading import load_domain
 from tests.unit.experts.adversarial_answers import ANIMALS, CORRUPTED, IMITATIONS, REPLIES, ROWS, Row
 
 CASES = [(row, completion) for row in ROWS for completion in row.completions]

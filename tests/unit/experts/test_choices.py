@@ -3,7 +3,8 @@
 import pytest
 
 from base.errors import UserError
-from experts.domain import TRAIN, load_domain
+from experts.domain import TRAIN
+from experts.loading import load_domain
 from experts.scoring.choices import chosen_letter, gold_letters
 from tests.unit.experts.test_hub import write
 

@@ -10,8 +10,9 @@ from experts.code.functions import Function
 from experts.code.humaneval import human_eval_functions, without_docstrings
 from experts.code.mutations import FAMILIES, corruptions
 from experts.code.rewrites import code_tokens, edit_distance
-from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, TRAIN, Example, in_train, load_domain
+from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, TRAIN, Example, in_train
 from experts.kinds.code_edit import CodeEditDomain, excess_edit, extract_code
+from experts.loading import load_domain
 
 
 def make(**options) -> CodeEditDomain:

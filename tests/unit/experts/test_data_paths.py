@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from base.errors import UserError
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN
+from experts.loading import load_domain
 from flows.run_file.load import load_run_file
 from flows.scaffold.add_expert import NewExpert, add_expert
 from stages.learner.stage import draw_training, left_out

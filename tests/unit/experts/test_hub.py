@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from base.errors import UserError
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN
+from experts.loading import load_domain
 
 FIELDS = {"prompt_field": "question", "answer_field": "answer"}
 

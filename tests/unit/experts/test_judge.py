@@ -15,8 +15,9 @@ import pytest
 from base.errors import UserError
 from base.store.checkpoint import Store
 from experts import endpoint
-from experts.domain import TRAIN, Example, load_domain
+from experts.domain import TRAIN, Example
 from experts.kinds.judge import read_mark
+from experts.loading import load_domain
 from flows.check.check import deep_check
 from flows.engines.worker import INFRASTRUCTURE_FAULT, exit_code_of
 from flows.plan.graph import build_graph

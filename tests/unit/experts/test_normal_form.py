@@ -3,8 +3,9 @@
 import pytest
 
 from experts.data.normal_form import normal_form
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN
 from experts.kinds.strings import TASKS
+from experts.loading import load_domain
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}]
 

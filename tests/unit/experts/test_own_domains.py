@@ -10,7 +10,8 @@ import yaml
 
 from base.errors import UserError
 from evals.measure.monitor import Monitor
-from experts.domain import TRAIN, load_domain
+from experts.domain import TRAIN
+from experts.loading import load_domain
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.rollout import score as rewards
 from tests.unit.flows.cli.test_cli import mopd

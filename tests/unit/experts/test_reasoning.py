@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from base.errors import UserError
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN
 from experts.isolation.gym import PYCOSAT_TASKS
 from experts.kinds.reasoning import SPLIT_BY_ANSWER, extract_answer
+from experts.loading import load_domain
 
 ARITHMETIC = {"basic_arithmetic": {"min_terms": 2, "max_terms": 2}}
 MIXED = {**ARITHMETIC, "countdown": {}}
@@ -126,7 +127,7 @@ def test_tasks_that_differ_between_processes_are_refused():
 WITHOUT_PYCOSAT = """
 import sys
 sys.modules["pycosat"] = None
-from experts.domain import load_domain
+from experts.loading import load_domain
 from base.errors import UserError
 from experts.isolation.gym import import_reasoning_gym
 gym = import_reasoning_gym()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experts.domain import TRAIN, load_domain
+from experts.domain import TRAIN
+from experts.loading import load_domain
 
 # The default verifier, those that pay for a part, and those that give full marks to more than what is right.
 DEFAULT = ("basic_arithmetic", "caesar_cipher", "maze", "syllogism", "string_manipulation", "word_sequence_reversal")

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from base.errors import UserError
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN
+from experts.loading import load_domain
 from tests.unit.experts.test_hub import FIELDS, hub, write
 
 WRITTEN = ["2024-05-01", "2024-05-01T10:00:00Z", "007", "3.10", "1e5", "true", "null", "NaN", "1,234", "  x ", "½"]

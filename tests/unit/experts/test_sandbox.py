@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experts.domain import TRAIN, Example, load_domain
+from experts.domain import TRAIN, Example
 from experts.isolation.sandbox import Failure, Limits, passes, run_calls, same_value
+from experts.loading import load_domain
 from tests.support.hostile import ENDS, GROUPS, HOSTILE, SCORED_ONE, VALUES
 
 # What never ends is ended soon; of the others the time is not what is shown, and they may be slow.

@@ -6,8 +6,9 @@ import string
 import pytest
 
 from base.errors import UserError
-from experts.domain import HELD_OUT, TRAIN, load_domain
+from experts.domain import HELD_OUT, TRAIN
 from experts.kinds.strings import TASKS
+from experts.loading import load_domain
 
 SOLUTIONS = {
     "sort up 5 3 9 1:": "1 3 5 9",

@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experts.domain import TRAIN, load_domain
+from experts.domain import TRAIN
 from experts.isolation import untrusted, untrusted_worker
 from experts.isolation.gym import import_reasoning_gym
 from experts.isolation.untrusted import REASONING, VerifierError, VerifierLostError
 from experts.kinds import answers
 from experts.kinds.reasoning import is_safe_to_verify, only_compares
+from experts.loading import load_domain
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import RewardSignal
 from tests.support.processes import below

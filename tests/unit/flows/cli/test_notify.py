@@ -15,12 +15,14 @@ from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
 from evals.promotion.gate import Verdict
 from flows.champion import notify
-from flows.champion.champion import champion_path, promote_by_gate, read_history
-from flows.champion.notify import NotifyConfig, owe_promotions, tell_promotions
+from flows.champion.champion import promote_by_gate
+from flows.champion.notify import owe_promotions, tell_promotions
 from flows.cli import runs as commands
+from flows.plan.champion_history import champion_path, read_history
 from flows.plan.graph import StageGraph
 from flows.run.asked import Asked
 from flows.run.closing import conclude
+from flows.run_file.notify import NotifyConfig
 from flows.tracking.writer import unsent_folder
 from tests.support.scored_home import finish, graph_of, run_file
 

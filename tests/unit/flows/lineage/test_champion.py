@@ -12,18 +12,9 @@ from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
 from evals.promotion.gate import Verdict
 from flows.champion import champion
-from flows.champion.champion import (
-    Reign,
-    champion_path,
-    former_scores,
-    judge_run,
-    promote,
-    promote_by_gate,
-    read_history,
-    rejected,
-    rollback,
-)
+from flows.champion.champion import former_scores, judge_run, promote, promote_by_gate, rejected, rollback
 from flows.champion.results import collect
+from flows.plan.champion_history import Reign, champion_path, read_history
 from flows.plan.graph import Node, StageGraph
 from flows.run.closing import conclude
 from tests.support.scored_home import finish, graph_of, run_file

@@ -14,6 +14,7 @@ from base.errors import UserError
 from base.store.checkpoint import Store
 from flows.cli.app import app
 from flows.lineage import rows as lineage
+from flows.lineage.drawing import draw_html
 from flows.plan.graph import StageGraph
 from flows.plan.lock import write_lock
 from tests.support.lineage_home import commit, lab_graph, lessons, shared_graph
@@ -71,7 +72,7 @@ def test_every_teacher_is_shown_with_its_weight_digest_and_objective(shared, gra
     assert "teacher/caesar ← experts/caesar (sft, seed 0)" in printed
     lesson = f"experts/sort, digest {digest}, objective reverse_kl, weight 0.75, 50.0% of the prompts"
     assert f"taught sort: {lesson}" in printed
-    page = lineage.draw_html(shared, [graph.node("student@0").key], "lab")
+    page = draw_html(shared, [graph.node("student@0").key], "lab")
     assert f"<div>taught sort: {lesson}</div>" in page
     assert "<div>teacher/sort × 0.25 ← experts/caesar</div>" in page
     assert ">teacher/sort × 0.75<title>" in page
@@ -101,7 +102,7 @@ def test_code_cost_and_a_sample_of_the_data_are_told_in_text_page_and_json(tmp_p
         more = {"device_seconds": 332.0, "joules": 5120.0, "code": "0123456789abcdef", "examples": shown}
         commit(store, graph, node, **(more if node.stage == "distill" else {}))
     key = graph.node("student@0").key
-    printed, page = text(store, "lab"), lineage.draw_html(store, [key], "lab")
+    printed, page = text(store, "lab"), draw_html(store, [key], "lab")
     for said in (
         "120,000 tokens, 83 s, 332 device-seconds, 5,120 J, code 0123456789ab",
         f"some of the data: {key}/manifest.json: examples",
@@ -165,7 +166,7 @@ def test_rows_come_parents_first_with_scores(store, graph):
 
 
 def test_the_page_is_whole_by_itself_and_draws_every_box_and_edge(store, graph):
-    page = lineage.draw_html(store, [graph.node("student@0").key], "lab <&>")
+    page = draw_html(store, [graph.node("student@0").key], "lab <&>")
     assert "lab &lt;&amp;&gt;" in page
     assert not re.findall(r"(?:src|href)=|url\((?!#)|@import|<script", page)
     svg = ET.fromstring(re.search(r"<svg.*</svg>", page, re.S).group())

@@ -9,8 +9,9 @@ from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
 from evals.promotion.gate import Verdict
 from flows.champion.champion import promote_by_gate
+from flows.champion.repin import repin
 from flows.lineage.rows import resolve, rows
-from flows.plan.champion_start import pin_note, repin, savings
+from flows.plan.champion_start import pin_note, savings
 from flows.plan.graph import StageGraph
 from flows.plan.lock import status
 from flows.run_file.load import load_run_file

@@ -1,0 +1,21 @@
+"""Whom a run notifies, and of what."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from stages.config.training import StrictModel
+
+if TYPE_CHECKING:
+    pass
+
+Event = Literal["failure", "promotion", "cancellation", "success"]
+
+
+class NotifyConfig(StrictModel):
+    """Whom to tell what."""
+
+    webhook_env: str = Field(
+        "MOPD_WEBHOOK", pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the webhook's address."
+    )
+    events: list[Event] = Field(["failure", "promotion"], description="failure, promotion, cancellation, success.")

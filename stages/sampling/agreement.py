@@ -1,0 +1,29 @@
+"""A plain forward pass, and how far from it another way to compute the same policy may be.
+
+Shape suffixes: B rows, T tokens, N completion tokens, H hidden, V vocabulary."""
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.config.on_policy import OnPolicyConfig
+from stages.model.policy import HiddenStates, head_weight
+from stages.sampling.sampler import Sample
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def agreement_tolerance(config: OnPolicyConfig) -> float:
+    """Largest gap between two forwards of one model that counts as rounding, in nats."""
+    return config.preflight_tolerance or TOLERANCES[config.dtype]
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel | PeftModel, drawn: Sample, dtype: str) -> Tensor:
+    """Logits [N, V] of a completion by the model's own forward of that row alone, in the trainer's precision."""
+    head_VH = head_weight(model)
+    tokens_BT = torch.tensor([drawn.tokens], device=head_VH.device)
+    with torch.autocast(head_VH.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        hidden_TH = HiddenStates(model)(tokens_BT)[0, len(drawn.prompt_ids) - 1 : -1]
+    return (hidden_TH.float() @ head_VH.float().T).cpu()
