@@ -2,9 +2,8 @@
 
 import sys
 
+from base.exit_codes import INTERRUPTED
 from base.signals import interrupt_once
-
-INTERRUPTED = 130
 
 
 def main() -> None:

@@ -220,11 +220,11 @@ def _run(
     runners: Mapping[str, Runner],
     servers: Mapping[str, Sequence[str]],
 ) -> None:
-    import torch
+    from stages.learner.ranks import agree, use_threads
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     with contextlib.ExitStack() as held:
-        waiting = _agree(lambda: _lock_unmade(nodes, store, held))
+        waiting: list[str] = agree(lambda: _lock_unmade(nodes, store, held), _LONGEST_WAIT)
         missing = [node for node in nodes if node["key"] in waiting]
         if not missing:
             return
@@ -244,22 +244,6 @@ def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitS
             lock.acquire()
         held.callback(lock.release)
     return [node["key"] for node in nodes if store.find(node["key"]) is None]
-
-
-def _agree(decide: Callable[[], list[str]]) -> list[str]:
-    """Let rank 0 decide and the other ranks of torchrun hear it, before any of them enters a collective."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return decide()
-    from torch.distributed import PrefixStore, TCPStore
-
-    rendezvous = TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_LONGEST_WAIT
-    )
-    board = PrefixStore("mopd", rendezvous)
-    if os.environ["RANK"] == "0":
-        board.set("unmade", json.dumps(decide()))
-    unmade: list[str] = json.loads(board.get("unmade"))
-    return unmade
 
 
 def _workspace(

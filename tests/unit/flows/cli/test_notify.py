@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from base.exit_codes import DONE
 from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
 from evals.promotion.gate import Verdict
@@ -121,18 +122,18 @@ def test_a_champion_of_before_or_by_a_person_is_not_news(graph, asked, hook):
 
 def test_a_run_in_which_everything_is_cached_tells_of_its_champion_once(asked, hook):
     for _ in range(2):
-        assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == commands.DONE
+        assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == DONE
     assert [told["event"] for told in hook.heard] == ["promotion"]
 
 
 def test_a_run_in_which_everything_is_cached_sends_what_mlflow_has_not_taken(asked):
     store, folder = Store(asked.home), unsent_folder(asked.home, "tiny")
     conclude(asked.graph(), store, promote=True)
-    assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == commands.DONE
+    assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == DONE
     assert not (asked.home / "mlflow.db").exists(), "nothing is kept: MLflow is not asked"
     folder.mkdir(parents=True)
     (folder / "a.jsonl").write_text('{"op": "champion", "run": "tiny"}\n')
-    assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == commands.DONE
+    assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == DONE
     assert (asked.home / "mlflow.db").exists() and not list(folder.glob("*.jsonl"))
 
 
