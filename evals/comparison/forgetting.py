@@ -8,6 +8,7 @@ from evals.comparison.results import Results
 from evals.statistics.interval import Interval
 from evals.statistics.intervals import mean_over
 from experts.domain import HELD_OUT
+from stages.config.kinds import EXPERT_METHODS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def mean_drop(results: Results, checkpoint: str) -> Interval | None:
 def by_method(results: Results) -> list[MethodForgetting]:
     """SFT experts against RL experts: mean drop over domains other than each one's own."""
     found = []
-    for method in ("sft", "rl", "rft"):
+    for method in EXPERT_METHODS:
         drops: dict[str, list[np.ndarray]] = {}
         measured = set()
         for name, expert in results.experts.items():

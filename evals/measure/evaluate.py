@@ -44,6 +44,21 @@ class EvaluationRequest:
     split: str
 
 
+def run(nodes: Sequence[Mapping[str, Any]], workspaces: Sequence[Workspace]) -> None:
+    """Score one checkpoint on several domains and splits.
+
+    Args:
+        nodes: Of each a `domain`, a `split`, and the settings of `EvaluationConfig`.
+        workspaces: One a node, with the same parent `checkpoint`.
+    """
+    requests = []
+    for node, workspace in zip(nodes, workspaces, strict=True):
+        settings = dict(node)
+        domain, split = settings.pop("domain"), settings.pop("split")
+        requests.append(EvaluationRequest(workspace, EvaluationConfig(**settings), domain, split))
+    evaluate(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
+
+
 def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store: Store) -> list[Artifact]:
     """Score one checkpoint on several domains and splits.
 

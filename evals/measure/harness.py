@@ -31,9 +31,9 @@ from lm_eval.tasks import TaskManager
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.scores import FILE
-from evals.config.harness import HarnessTaskConfig
 from evals.measure.evaluate import summary
 from evals.measure.harness_tasks import own_tasks
+from stages.config.harness import HarnessTaskConfig
 from stages.learner.device import accelerator
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
@@ -53,6 +53,18 @@ class HarnessRequest:
 
     workspace: Workspace
     config: HarnessTaskConfig
+
+
+def run(nodes: Sequence[Mapping[str, Any]], workspaces: Sequence[Workspace]) -> None:
+    """Score one checkpoint on several tasks.
+
+    Args:
+        nodes: Of each the settings of `HarnessTaskConfig`.
+        workspaces: One a node, with the same parent `checkpoint`.
+    """
+    pairs = zip(nodes, workspaces, strict=True)
+    requests = [HarnessRequest(workspace, HarnessTaskConfig(**node)) for node, workspace in pairs]
+    evaluate_tasks(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
 
 
 def evaluate_tasks(requests: Sequence[HarnessRequest], checkpoint: Artifact, store: Store) -> list[Artifact]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base.store.checkpoint import Artifact
 from evals.comparison.shift_sheet import COSINES_FILE, CosineSheet, WeightChange, WeightShift
+from stages.config.kinds import NoConfig
 from stages.learner.workspace import Workspace
 from stages.merge import Expert, Geometry
 from stages.model.weights import StoredWeights
@@ -121,7 +122,7 @@ def cosines(start: StoredWeights, experts: Mapping[str, StoredWeights], geometry
 
 
 @torch.no_grad()
-def run(workspace: Workspace) -> Artifact:
+def run(config: NoConfig, workspace: Workspace) -> Artifact:
     """Compare the task vectors of the parents `expert/NAME` from the parent `start`.
 
     Returns:

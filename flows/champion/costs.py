@@ -5,7 +5,8 @@ from statistics import fmean
 
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.results import Cost, Results
-from flows.plan.graph import EVALUATIONS, StageGraph
+from flows.plan.graph import StageGraph
+from stages.config.kinds import EVALUATIONS
 
 
 def scoring_costs(graph: StageGraph, store: Store, results: Results) -> dict[str, Cost]:

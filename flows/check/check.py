@@ -20,9 +20,10 @@ from flows.engines.devices import host_devices
 from flows.engines.gpus import gpu_problems, gpu_warnings
 from flows.engines.memory import fit, origin
 from flows.engines.vllm_commands import devices_of_each
-from flows.plan.graph import EVALUATIONS, Node, StageGraph
+from flows.plan.graph import Node, StageGraph
 from flows.plan.harness import harness_problems
 from flows.plan.shifts import SHIFT
+from stages.config.kinds import STAGES
 from stages.model.remote_code import OWN_CODE, options, remote_code
 from stages.on_policy.shares import without_prompts
 from stages.rows.rendering import rendering
@@ -264,7 +265,7 @@ def _tokenizer(node: Node, store: Store) -> Any:
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
     """Bytes the missing nodes are likely to write: a checkpoint each, and saved states of those side by side."""
-    training = [node for node in missing if node.stage not in ("load", "merge_weights", *EVALUATIONS)]
+    training = [node for node in missing if STAGES[node.stage].trains]
     loads = [node for node in missing if node.stage in ("load", "merge_weights")]
     sizes = {node.key: _checkpoint_bytes(origin(graph, node), store) for node in [*training, *loads]}
     side_by_side = sorted((sizes[node.key] for node in training), reverse=True)

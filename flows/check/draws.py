@@ -10,10 +10,11 @@ from evals.statistics.units import independent
 from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example
 from experts.isolation.time_limit import processor_limit
 from experts.loading import load_domain
-from flows.plan.graph import EVALUATIONS, Node, StageGraph
+from flows.plan.graph import Node, StageGraph
 from flows.plan.shifts import SHIFT
 from flows.run_file.rounds import without_round
 from flows.run_file.schema import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
+from stages.config.kinds import EVALUATIONS
 
 REASONING_KIND = "reasoning"
 # Processor time of a generator or scorer that is somebody else's code; the import of reasoning-gym counts.
@@ -39,7 +40,7 @@ def draw_examples(
         monitor = node.config.get("monitor")
         key = _examples_key(node)
         for domain in node.domains:
-            seed = EXAMPLES_SEED if node.stage in (*EVALUATIONS, SHIFT) else node.seed
+            seed = EXAMPLES_SEED if node.stage in EVALUATIONS else node.seed
             wanted[domain, split] = max(wanted[domain, split], (int(node.config["examples"]), seed, key))
             if monitor:
                 asked = (int(monitor["examples"]), 0, f"{config_key(node)}.monitor.examples")

@@ -17,7 +17,7 @@ from base.store.journal import JOURNAL_FILE, last_records
 from evals.statistics.power import margin_notes, precision_notes
 from flows.cli.show import TEXT, Shown, show_outcome
 from flows.plan.champion_start import pin_note
-from flows.plan.graph import EVALUATIONS, Node, StageGraph
+from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import NodeStatus
 from flows.plan.lock import status as node_status
 from flows.plan.shifts import COSINES, SHIFT
@@ -29,6 +29,7 @@ from flows.run.last_run import remember
 from flows.run.starts import close_killed
 from flows.run_file.load import schema_keys
 from flows.run_file.schema import STUDENT, RunConfig
+from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
     from flows.run.closing import Outcome

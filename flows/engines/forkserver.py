@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.engines.worker import DISK_FAULT, die_with_parent, run_spec
+from stages.config.kinds import STAGES
 
 GRACE_SECONDS = 10.0
 PRELOAD = (
@@ -37,14 +38,7 @@ PRELOAD = (
     "peft",
     "accelerate",
     "tokenizers",
-    "stages.load",
-    "stages.pretrain",
-    "stages.sft",
-    "stages.rl",
-    "stages.rft",
-    "stages.distill",
-    "stages.merge",
-    "evals.measure.evaluate",
+    *dict.fromkeys(kind.run.split(":")[0] for kind in STAGES.values() if kind.preload),
 )
 MESSAGE_BYTES = 65536
 _MOST_DESCRIPTORS = 64

@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from base.hashing import stable_hash
 from base.store.checkpoint import write_whole
-from flows.plan.graph import EVALUATIONS, VERSIONS, Node, StageGraph
+from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import code_fingerprint
+from stages.config.kinds import EVALUATIONS, STAGES
 from stages.rows.rendering import Rendering
 
 
@@ -49,7 +50,7 @@ class Job:
     @property
     def training(self) -> bool:
         """Whether it may use several devices."""
-        return self.nodes[0].stage not in ("load", "merge_weights", *EVALUATIONS)
+        return STAGES[self.nodes[0].stage].trains
 
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
         """Write the spec file; the same spec gets the same name, so that repeated runs leave one file.
@@ -67,7 +68,7 @@ class Job:
 def _node_spec(graph: StageGraph, node: Node) -> dict[str, Any]:
     provenance = {
         "stage": node.stage,
-        "version": VERSIONS[node.stage],
+        "version": STAGES[node.stage].version,
         "config": node.config,
         "ingredients": node.ingredients,
         "code": code_fingerprint(),

@@ -21,7 +21,8 @@ from base.errors import UserError, first_line
 from base.store.checkpoint import Store
 from base.store.foreign import shapes
 from flows.engines.devices import host_devices
-from flows.plan.graph import EVALUATIONS, Node, StageGraph
+from flows.plan.graph import Node, StageGraph
+from stages.config.kinds import STAGES
 
 BYTES = 4
 # A process with torch and transformers in it.
@@ -79,7 +80,7 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
     peaks = _peaks(store)
     found = []
     for node in missing:
-        if node.stage in (*EVALUATIONS, "load", "merge_weights"):
+        if not STAGES[node.stage].trains:
             continue
         shape = shape_of(origin(graph, node), store)
         if shape.parameters:

@@ -20,7 +20,8 @@ from flows.engines.memory import text_config
 from flows.plan.graph import Node, StageGraph
 from flows.run_file.schema import ResourcesConfig, ServersConfig
 from stages.config.distill import DistillConfig
-from stages.config.on_policy import OnPolicyConfig, RFTConfig, RLConfig
+from stages.config.kinds import STAGES
+from stages.config.on_policy import OnPolicyConfig
 from stages.config.training import LoraConfig
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
@@ -45,7 +46,6 @@ LEAST_LOGPROBS = 20
 GUARD = "stages.vllm.guard.Guard"
 # What a cache's size follows from.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_ON_POLICY: Mapping[str, type[OnPolicyConfig]] = {"rl": RLConfig, "rft": RFTConfig, "distill": DistillConfig}
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ def node_needs(graph: StageGraph, node: Node, store: Store, resources: Resources
 
 def on_policy_config(node: Node) -> OnPolicyConfig | None:
     """The config of a node that samples; None of any other."""
-    schema = _ON_POLICY.get(node.stage)
-    return None if schema is None else schema.model_validate(node.config)
+    kind = STAGES[node.stage]
+    config: OnPolicyConfig | None = kind.config(**node.config) if kind.samples else None
+    return config
 
 
 def parents(graph: StageGraph, node: Node, store: Store) -> dict[str, Artifact]:

@@ -24,14 +24,9 @@ from filelock import Timeout
 from base.errors import UserError, is_unreachable
 from base.store.checkpoint import Artifact, Store, write_whole
 from base.store.journal import JOURNAL_FILE
-from base.store.source import Source
-from evals.config.harness import HarnessTaskConfig
 from experts.loading import load_domain
-from stages.config.distill import DistillConfig
-from stages.config.merge import WeightMergeConfig
-from stages.config.on_policy import OnPolicyConfig, RFTConfig, RLConfig
-from stages.config.shift import ShiftRequest
-from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig
+from stages.config.kinds import STAGES
+from stages.config.on_policy import OnPolicyConfig
 from stages.learner.workspace import Workspace
 from stages.model.remote_code import remote_code
 from stages.rows.rendering import Rendering, rendering
@@ -57,53 +52,8 @@ _PR_SET_PDEATHSIG = 1
 _LONGEST_WAIT = timedelta(days=30)
 
 
-def _load(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import load
-
-    load.run(Source(**nodes[0]["config"]), workspaces[0])
-
-
-def _pretrain(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import pretrain
-
-    pretrain.train(PretrainConfig.model_validate(nodes[0]["config"]), workspaces[0])
-
-
-def _sft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import sft
-
-    sft.train(SFTConfig.model_validate(nodes[0]["config"]), workspaces[0])
-
-
-def _rl(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import rl
-
-    config = RLConfig.model_validate(nodes[0]["config"])
-    rl.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
-
-
-def _rft(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import rft
-
-    config = RFTConfig.model_validate(nodes[0]["config"])
-    rft.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
-
-
-def _distill(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import distill
-
-    config = DistillConfig.model_validate(nodes[0]["config"])
-    distill.train(config, workspaces[0], monitor=_monitor(config, workspaces[0]))
-
-
-def _merge_weights(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from stages import merge
-
-    merge.run(WeightMergeConfig.model_validate(nodes[0]["config"]), workspaces[0])
-
-
 def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
-    """What scores the student while it trains; made here, for stages do not import evals."""
+    """What scores the student while it trains; made here, because stages do not import evals."""
     if config.monitor is None:
         return None
     from evals.measure.monitor import Monitor
@@ -111,61 +61,26 @@ def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
     return Monitor(workspace.domains, config.monitor, config.max_new_tokens, config.stop)
 
 
-def _evaluate(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from evals.measure.evaluate import EvaluationRequest, evaluate
-
-    requests = []
-    for node, workspace in zip(nodes, workspaces, strict=True):
-        settings = dict(node["config"])
-        domain, split = settings.pop("domain"), settings.pop("split")
-        requests.append(EvaluationRequest(workspace, EvaluationConfig.model_validate(settings), domain, split))
-    evaluate(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
-
-
-def _harness(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from evals.measure.harness import HarnessRequest, evaluate_tasks
-
-    requests = [
-        HarnessRequest(workspace, HarnessTaskConfig.model_validate(node["config"]))
-        for node, workspace in zip(nodes, workspaces, strict=True)
-    ]
-    evaluate_tasks(requests, workspaces[0].parents["checkpoint"], workspaces[0].store)
+def run_stage(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
+    """Run nodes of one stage in this process, several only of a stage whose nodes run together."""
+    kind = STAGES[nodes[0]["stage"]]
+    if kind.together:
+        kind.function()([node["config"] for node in nodes], workspaces)
+        return
+    (node,), (workspace,) = nodes, workspaces
+    config = kind.config(**node["config"])
+    if kind.samples:
+        kind.function()(config, workspace, monitor=_monitor(config, workspace))
+    else:
+        kind.function()(config, workspace)
 
 
-def _shift(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from evals.measure import shift
-
-    settings = {name: value for name, value in nodes[0]["config"].items() if name != "split"}
-    shift.run(ShiftRequest.model_validate(settings), workspaces[0])
-
-
-def _cosines(nodes: Sequence[NodeSpec], workspaces: Sequence[Workspace]) -> None:
-    from evals.measure import task_vectors
-
-    task_vectors.run(workspaces[0])
-
-
-RUNNERS: Mapping[str, Runner] = {
-    "load": _load,
-    "pretrain": _pretrain,
-    "sft": _sft,
-    "rl": _rl,
-    "rft": _rft,
-    "distill": _distill,
-    "merge_weights": _merge_weights,
-    "evaluate": _evaluate,
-    "harness": _harness,
-    "shift": _shift,
-    "cosines": _cosines,
-}
-
-
-def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
+def run_spec(path: Path, run: Runner = run_stage) -> int:
     """Run the nodes of a spec.
 
     Args:
         path: The spec, as written by `flows.engines.launch`.
-        runners: What runs each kind of stage.
+        run: Runs nodes of one stage.
 
     Returns:
         The exit code: 0 done, 2 a user's mistake, 74 a full or failing disk, 75 an infrastructure fault that is
@@ -177,7 +92,7 @@ def run_spec(path: Path, runners: Mapping[str, Runner] = RUNNERS) -> int:
     nodes: list[NodeSpec] = spec["nodes"]
     try:
         with remote_code(bool(spec.get("remote_code"))), rendering(Rendering(**spec.get("rendering", {}))):
-            _run(nodes, store, int(spec["threads"]), runners, spec.get("servers", {}))
+            _run(nodes, store, int(spec["threads"]), run, spec.get("servers", {}))
     except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
         code = exit_code_of(error)
         if code == USER_ERROR:
@@ -217,7 +132,7 @@ def _run(
     nodes: Sequence[NodeSpec],
     store: Store,
     threads: int,
-    runners: Mapping[str, Runner],
+    run: Runner,
     servers: Mapping[str, Sequence[str]],
 ) -> None:
     from stages.learner.ranks import agree, use_threads
@@ -230,7 +145,7 @@ def _run(
             return
         # Evaluations of one checkpoint share it; it is verified once.
         parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
-        runners[missing[0]["stage"]](missing, [_workspace(node, store, parents, servers) for node in missing])
+        run(missing, [_workspace(node, store, parents, servers) for node in missing])
 
 
 def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitStack) -> list[str]:

@@ -13,9 +13,9 @@ from evals.statistics.intervals import mean_interval
 from evals.tables.markdown import code, plain
 from flows.lineage.rows import Row
 from flows.plan.champion_history import read_history
-from flows.plan.graph import SCORINGS
 from flows.plan.lock import lock_path
 from flows.plan.state_files import CHAMPION_FILE, read_json
+from stages.config.kinds import SCORINGS
 
 CONFIDENCE = 0.95
 MARKS = {True: "met", False: "failed", None: "not compared"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from base.store.checkpoint import Artifact, Store
 from flows.lineage.rows import SHORT
-from flows.plan.graph import SCORINGS
+from stages.config.kinds import SCORINGS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from base.store.checkpoint import Store
 from flows.lineage.rows import SHORT, Row, details, expert_domains, mean_score, rows
+from stages.config.kinds import colour_of
 
 BOX_WIDTH, BOX_HEIGHT = 208, 78
 LANE_HEIGHT = 26
@@ -21,15 +22,6 @@ MARGIN = 24
 LINE_CHARACTERS, SHORT_EDGE_CHARACTERS = 30, 22
 # A longer name is squeezed into its box.
 NAME_CHARACTERS = 20
-COLOURS = {
-    "load": "grey",
-    "pretrain": "grey",
-    "sft": "blue",
-    "rl": "amber",
-    "rft": "amber",
-    "distill": "green",
-    "merge_weights": "green",
-}
 MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge"}
 # The drawing's own rules hold inside `.lineage` only, so that it can stand in another page.
 DRAWING_STYLE = """
@@ -104,7 +96,7 @@ def drawing(rows: Sequence[Row], domains: Sequence[str] | None = None) -> str:
         rows: The checkpoints, parents first (`flows.lineage.rows`).
         domains: Those of the run's experts, over which a checkpoint's mean is; by default those of the experts drawn.
     """
-    colours = dict.fromkeys(COLOURS.get(row.stage, "grey") for row in rows)
+    colours = dict.fromkeys(colour_of(row.stage) for row in rows)
     legend = "".join(f'<span><i style="background:var(--{c})"></i>{MEANINGS[c]}</span>' for c in colours)
     return f'<style>{DRAWING_STYLE}</style><p class="legend">{legend}</p><div class="graph">{_svg(rows, domains)}</div>'
 
@@ -248,7 +240,7 @@ def _box(row: Row, place: _Place, domains: Sequence[str]) -> str:
         f"<g><title>{hint}</title>"
         f'<rect class="box{planned}" x="{place.left:.0f}" y="{place.y:.1f}" '
         f'width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"/>'
-        f'<rect class="{COLOURS.get(row.stage, "grey")}" x="{place.left:.0f}" y="{place.y + 8:.1f}" width="4" '
+        f'<rect class="{colour_of(row.stage)}" x="{place.left:.0f}" y="{place.y + 8:.1f}" width="4" '
         f'height="{BOX_HEIGHT - 16}" rx="2"/>'
         f'<text class="name" x="{place.left + 16:.0f}" y="{place.y + 22:.1f}"{squeezed}>{escape(name)}</text>'
         f"{texts}</g>"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from flows.lineage.rows import SHORT, Row
+from stages.config.kinds import colour_of
 
 CLASSES = {
     "grey": "fill:#f2f4f7,stroke:#667085,color:#1d2430",
@@ -18,13 +19,11 @@ def mermaid(rows: Sequence[Row]) -> str:
     Args:
         rows: The checkpoints, parents first (`flows.lineage.rows`).
     """
-    from flows.lineage.drawing import COLOURS
-
     ids = {row.key: f"n{number}" for number, row in enumerate(rows)}
     lines = ["flowchart LR"]
-    used = dict.fromkeys(COLOURS.get(row.stage, "grey") for row in rows)
+    used = dict.fromkeys(colour_of(row.stage) for row in rows)
     for row in rows:
-        lines.append(f'  {ids[row.key]}["{_box(row)}"]:::{COLOURS.get(row.stage, "grey")}')
+        lines.append(f'  {ids[row.key]}["{_box(row)}"]:::{colour_of(row.stage)}')
     for row in rows:
         roles: dict[str, list[str]] = {}
         for role, parent in row.parents.items():

@@ -15,17 +15,16 @@ from base.store.checkpoint import Artifact, Store
 from base.store.mirror import MANIFEST
 from experts.domain import HELD_OUT
 from flows.lineage import cards
-from flows.plan.graph import EVALUATIONS
 from flows.plan.lock import lock_path
 from flows.plan.state_files import read_json
 from flows.run_file.schema import CHAMPION, STUDENT
+from stages.config.kinds import EVALUATIONS, STAGES
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
 logger = logging.getLogger(__name__)
-# Of all a stage logs, what says how it went.
-TELLING = {"pretrain/loss", "sft/loss", "rl/reward", "distill/reverse_kl"}
+METRICS = {f"{kind.name}/{kind.metric}" for kind in STAGES.values() if kind.metric}
 SHORT = 12
 SHORTEST_KEY = 4
 # The settings of a stage that a person looks for first; the rest is in the manifest.
@@ -240,8 +239,8 @@ def details(row: Row) -> list[str]:
     facts += [f"code {row.code[:SHORT]}"] if row.code else []
     lines = [", ".join(facts)] if facts else []
     lines += [f"taught {entry['domain']}: {cards.lesson(entry)}" for entry in row.teachers]
-    telling = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in TELLING}
-    for title, values in (("data", row.data), ("last step", telling), ("greedy", dict(sorted(row.scores.items())))):
+    metrics = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in METRICS}
+    for title, values in (("data", row.data), ("last step", metrics), ("greedy", dict(sorted(row.scores.items())))):
         if values:
             shown = (v[:SHORT] if isinstance(v, str) else f"{v:.4g}" for v in values.values())
             lines.append(f"{title}: " + ", ".join(f"{name} {text}" for name, text in zip(values, shown, strict=True)))

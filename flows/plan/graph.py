@@ -20,7 +20,7 @@ from experts.loading import load_domain
 from flows.plan.champion_start import champion_facts, names_champion, pinned_champion
 from flows.plan.harness import harness_tasks
 from flows.plan.lock import read_lock
-from flows.plan.shifts import COSINES, SHIFT, shift_nodes, shift_request
+from flows.plan.shifts import shift_nodes, shift_request
 from flows.plan.templates import DATE, Templates
 from flows.run_file.baselines import baseline_config
 from flows.run_file.panel import scored_domains
@@ -28,19 +28,12 @@ from flows.run_file.rounds import round_prefix, without_round
 from flows.run_file.schema import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.run_file.variants import variant_run
 from stages.config.distill import DistillConfig
+from stages.config.kinds import EVALUATIONS, SCORINGS, STAGES
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
 from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.rows.rendering import Rendering
 
-# A stage's number is raised when its algorithm changes so that old artifacts must not be reused.
-VERSIONS = {
-    **dict.fromkeys(("load", "pretrain", "sft", "rl", "rft", "distill", "merge_weights", COSINES), 1),
-    **dict.fromkeys(("evaluate", "harness", SHIFT), 2),
-}
-# What scores a checkpoint, and all that measure checkpoints instead of making one.
-SCORINGS = ("evaluate", "harness")
-EVALUATIONS = (*SCORINGS, SHIFT, COSINES)
 KEY_LENGTH = 24
 
 
@@ -52,7 +45,7 @@ class Node:
         id: Unique in the graph: `name@seed`, or the bare name of a node shared by all seeds.
         name: `base`, `cold_start`, `experts/NAME`, `student`, `eval/CHECKPOINT/DOMAIN/SPLIT`, `shift/CHECKPOINT`, or
             `cosines`.
-        stage: Which stage makes it: a key of `VERSIONS`.
+        stage: Which stage makes it: a key of `STAGES`.
         seed: Seed of everything random in it.
         config: The stage's own config, as JSON-serialisable values.
         parents: role -> node id: `start`, `teacher/DOMAIN` (`teacher/DOMAIN/TEACHER` where several teach it),
@@ -346,7 +339,7 @@ class _Builder:
             return node_id
         ingredients = {
             "stage": stage,
-            "version": VERSIONS[stage],
+            "version": STAGES[stage].version,
             "seed": seed,
             "parents": {role: self.nodes[parent].key for role, parent in parents.items()},
             "domains": {domain: self.fingerprints[domain] for domain in domains},
@@ -354,7 +347,7 @@ class _Builder:
             **self.templates.facts(stage, config, parents.get("start", parents.get("checkpoint"))),
         }
         self.templates.inherit(node_id, parents.get("start"))
-        if stage not in ("load", "merge_weights", *EVALUATIONS):
+        if STAGES[stage].trains:
             ingredients["world_size"] = max(1, self.config.resources.gpus)
         entries = {d: self.config.domains[d].model_dump(mode="json") for d in domains}
         key = stable_hash(ingredients)[:KEY_LENGTH]

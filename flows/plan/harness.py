@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from base.errors import UserError, nearest
 from base.extras import harness_version
-from evals.config.harness import HarnessTaskConfig
 from evals.measure.harness_tasks import TaskIndex, index_tasks, own_tasks, task_fingerprint
 from flows.run_file.schema import RunConfig
+from stages.config.harness import HarnessTaskConfig
 
 if TYPE_CHECKING:
     from flows.plan.graph import Node

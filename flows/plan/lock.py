@@ -17,23 +17,11 @@ from base.errors import UserError
 from base.private import require_folder
 from base.store.checkpoint import Artifact, Store, write_whole
 from flows.plan.state_files import LOCK_FILE, read_json
-from stages.config.distill import DistillConfig
-from stages.config.merge import WeightMergeConfig
-from stages.config.on_policy import RFTConfig, RLConfig
-from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
+from stages.config.kinds import STAGES
+from stages.config.training import StrictModel
 
 if TYPE_CHECKING:
     from flows.plan.graph import Node, StageGraph
-
-SCHEMAS: Mapping[str, type[StrictModel]] = {
-    "pretrain": PretrainConfig,
-    "sft": SFTConfig,
-    "rl": RLConfig,
-    "rft": RFTConfig,
-    "distill": DistillConfig,
-    "merge_weights": WeightMergeConfig,
-    "evaluate": EvaluationConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -152,8 +140,8 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs; a key that is absent from a config, for its default is neutral, counts with that default."""
-    schema = SCHEMAS.get(now["stage"])
-    if schema is None:
+    schema = STAGES[now["stage"]].config
+    if not (isinstance(schema, type) and issubclass(schema, StrictModel)):
         return _differences(before, now)
     try:
         whole = [schema.model_validate(ingredients["config"]).model_dump(mode="json") for ingredients in (before, now)]

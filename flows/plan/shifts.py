@@ -12,7 +12,6 @@ import numpy as np
 
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.shift_sheet import read_cosines, read_shift
-from experts.domain import HELD_OUT
 from flows.run_file.schema import BASE, EvaluateConfig
 from stages.config.shift import ShiftRequest
 
@@ -57,7 +56,7 @@ def shift_nodes(
         seed: Of the run.
     """
     trained = [nodes[i] for i in made if _descends(nodes, i, start) and i != start and nodes[i].name != BASE]
-    full = request.model_dump(mode="json") | {"split": HELD_OUT}
+    full = request.model_dump(mode="json")
     for node in trained:
         name = f"{SHIFT}/{node.name}"
         yield {

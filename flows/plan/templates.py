@@ -12,15 +12,14 @@ from typing import Any
 from base.errors import UserError, is_unreachable
 from base.store.checkpoint import Artifact
 from base.store.source import Source
-from flows.plan.shifts import SHIFT
 from flows.run_file.schema import RunConfig
+from stages.config.kinds import STAGES
 from stages.rows.rendering import reads_date
 
 DATE = "date"
 HARNESS = "harness"
 # Raised when an imported model's prompts, targets or stops become others; the models made here have one rendering.
 TOKENS_VERSION = 2
-RENDERING_STAGES = ("sft", "rl", "rft", "distill", "evaluate", SHIFT)
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 # The metadata of a GGUF file come first, its template among them.
 GGUF_HEAD_BYTES = 64 * 2**20
@@ -73,7 +72,7 @@ class Templates:
             config: The node's.
             parent: Whose template it renders.
         """
-        if stage not in (*RENDERING_STAGES, HARNESS) or parent not in self._imported:
+        if not STAGES[stage].renders or parent not in self._imported:
             return {}
         found: dict[str, Any] = {"tokens": TOKENS_VERSION}
         if stage == HARNESS and not config["chat_template"]:

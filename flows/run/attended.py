@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from base.errors import UserError
 from base.exit_codes import FAILED, INTERRUPTED, MISTAKE
 from base.store.checkpoint import Store
-from flows.plan.graph import EVALUATIONS, StageGraph
+from flows.plan.graph import StageGraph
 from flows.plan.lock import status as node_status
 from flows.run.asked import Asked
+from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
     from flows.run.closing import Outcome

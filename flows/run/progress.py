@@ -13,13 +13,12 @@ from rich.live import Live
 from rich.text import Text
 
 from flows.plan.graph import Node
+from stages.config.kinds import STAGES
 
 PLAIN_SECONDS = 10.0
 PLAIN_SHARE = 0.1
 BAR_CELLS = 20
 REFRESH_PER_SECOND = 2
-# The number of a stage that says how it goes: the metric's name behind `stage/`, averaged over domains.
-MEASURES = {"pretrain": "loss", "sft": "loss", "rl": "reward", "rft": "reward", "distill": "reverse_kl"}
 
 
 class Meter:
@@ -84,7 +83,7 @@ class Meter:
         """The stage's telling number, such as `reward 0.41`; empty before the first."""
         if self._measure is None:
             return ""
-        return f"{MEASURES[self._stage].replace('_', ' ')} {self._measure:.3g}"
+        return f"{STAGES[self._stage].metric.replace('_', ' ')} {self._measure:.3g}"
 
     def line(self) -> str:
         """All in one line of text."""
@@ -103,7 +102,7 @@ class Meter:
             self._seconds_a_share = (when - began) / (self.share - before)
 
     def _measured(self, values: Mapping[str, float]) -> None:
-        name = MEASURES.get(self._stage)
+        name = STAGES[self._stage].metric
         if name is None:
             return
         whole = f"{self._stage}/{name}"

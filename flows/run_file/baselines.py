@@ -71,7 +71,8 @@ def _seqkd(merge: MergeConfig) -> dict[str, Any]:
 
 def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
     """RL on all domains, as the run's first RL expert was trained, with as many completions a step as the merge has."""
-    experts = (expert.train.rl for expert in config.experts.values() if expert.train and expert.train.rl)
+    chosen = (expert.train.chosen[1] for expert in config.experts.values() if expert.train)
+    experts = (method for method in chosen if isinstance(method, RLConfig))
     template = next(experts, None)
     own: dict[str, Any] = {}
     if template is not None:

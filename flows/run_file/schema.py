@@ -6,17 +6,26 @@
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, create_model, field_validator, model_validator
 
 from base.errors import UserError
 from evals.config.claims import HypothesisConfig
-from evals.config.harness import PREFIX, HarnessConfig
 from experts.loading import KINDS
 from flows.run_file.notify import NotifyConfig
 from stages.config.distill import DistillConfig, TeacherWeight
-from stages.config.on_policy import MOST_SECONDS, Ratio, RFTConfig, RLConfig
+from stages.config.harness import PREFIX, HarnessConfig
+from stages.config.kinds import STAGES
+from stages.config.on_policy import MOST_SECONDS, Ratio
 from stages.config.shift import ShiftConfig
-from stages.config.training import AllOrNames, EvaluationConfig, Names, PretrainConfig, SFTConfig, StrictModel
+from stages.config.training import (
+    AllOrNames,
+    EvaluationConfig,
+    Names,
+    PretrainConfig,
+    SFTConfig,
+    StrictModel,
+    TrainConfig,
+)
 from stages.rows.rendering import OWN_ARGUMENTS
 
 COLD_START = "cold_start"
@@ -68,24 +77,27 @@ class ColdStartConfig(StrictModel):
     sft: ColdStartSFT = Field(description="Supervised fine-tuning on demonstrations.")
 
 
-class TrainMethod(StrictModel):
-    """How an expert is trained: exactly one of SFT, RL and RFT."""
+# A key for each stage that trains experts, from the table of stages.
+_METHODS: Any = {
+    kind.name: (kind.config | None, Field(None, description=kind.expert)) for kind in STAGES.values() if kind.expert
+}
+_Methods: Any = create_model("_Methods", __base__=StrictModel, **_METHODS)
 
-    sft: SFTConfig | None = Field(None, description="Supervised fine-tuning on gold answers.")
-    rl: RLConfig | None = Field(None, description="Reinforcement learning from the domain's verifiable reward.")
-    rft: RFTConfig | None = Field(None, description="Rejection-sampled fine-tuning on its own successes.")
+
+class TrainMethod(_Methods):
+    """How an expert is trained: exactly one of its methods."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if sum(method is not None for method in (self.sft, self.rl, self.rft)) != 1:
-            raise ValueError("give exactly one of sft, rl, rft")
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
         return self
 
     @property
-    def chosen(self) -> tuple[str, SFTConfig | RLConfig | RFTConfig]:
+    def chosen(self) -> tuple[str, TrainConfig]:
         """The method's name and its config."""
-        named = (("sft", self.sft), ("rl", self.rl), ("rft", self.rft))
-        return next((name, method) for name, method in named if method is not None)
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return next((name, method) for name, method in named.items() if method is not None)
 
 
 class ExpertConfig(StrictModel):

@@ -19,8 +19,8 @@ from experts.domain import OWN_SUFFIX, TRAIN
 from experts.loading import KINDS, load_domain
 from flows.run_file.load import load_run_file, replaced
 from flows.run_file.schema import RunConfig
+from stages.config.kinds import EXPERT_METHODS
 
-METHODS = ("rl", "sft", "rft")
 TEST_OF_SCAFFOLD = '''"""Distinct prompts, splits apart, and a score of 1 for the gold answer alone."""
 
 from pathlib import Path
@@ -185,8 +185,10 @@ def _training(config: RunConfig, asked: NewExpert) -> dict[str, Any]:
     trained = {name: expert.train for name, expert in config.experts.items() if expert.train}
     if asked.like is not None and asked.like not in trained:
         raise UserError(f"--like: no expert '{asked.like}' is trained in this run{nearest(asked.like, trained)}")
-    if asked.method is not None and asked.method not in METHODS:
-        raise UserError(f"--train: '{asked.method}' is none of {', '.join(METHODS)}{nearest(asked.method, METHODS)}")
+    if asked.method is not None and asked.method not in EXPERT_METHODS:
+        raise UserError(
+            f"--train: '{asked.method}' is none of {', '.join(EXPERT_METHODS)}{nearest(asked.method, EXPERT_METHODS)}"
+        )
     candidates = [asked.like] if asked.like else list(trained)
     model = next((n for n in candidates if asked.method in (None, trained[n].chosen[0])), None)
     if model is None:
@@ -257,8 +259,9 @@ def _unroute(document: Any, name: str, domain: str, taught: bool) -> list[str]:
 def _replace(path: Path, document: Any, home: Path, drawn: str | None = None) -> list[str]:
     """Put the new file in the old one's place if it loads, plans and draws an example; say what is to run."""
     from base.store.checkpoint import Store
-    from flows.plan.graph import EVALUATIONS, build_graph
+    from flows.plan.graph import build_graph
     from flows.plan.lock import status
+    from stages.config.kinds import EVALUATIONS
 
     with replaced(path) as temporary:
         with temporary.open("w", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from experts.domain import TRAIN
 from flows.lineage import cards
 from flows.lineage.drawing import draw_html
 from flows.plan.champion_history import registered_name
-from flows.plan.graph import EVALUATIONS, Node, StageGraph
+from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import code_fingerprint, lock_path
 from flows.plan.shifts import SHIFT
 from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
@@ -34,6 +34,7 @@ from flows.tracking.curves import References
 from flows.tracking.outbox import Outbox, send_left_over
 from flows.tracking.stage_runs import EvaluationRun, StageRun, Status, describe_data, now
 from flows.tracking.writer import Writer, unsent_folder
+from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
     from evals.comparison.results import Results

@@ -1,5 +1,7 @@
 """The config of the shift, how far a checkpoint moved from the run's start. Free of torch."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from stages.config.training import NewTokens, Positive, Rows, StrictModel, Temperature
@@ -21,3 +23,4 @@ class ShiftRequest(ShiftConfig):
 
     max_new_tokens: NewTokens = Field(description="Longest completion.")
     batch_size: Rows = Field(description="Sequences sampled together.")
+    split: Literal["held_out"] = Field("held_out", description="Whose prompts.")

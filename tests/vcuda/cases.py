@@ -39,6 +39,7 @@ from base.store.checkpoint import Artifact, Store
 from base.store.source import Source
 from experts.loading import load_domain
 from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.kinds import NoConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import MonitorConfig, RFTConfig, RLConfig
 from stages.config.training import (
@@ -159,8 +160,8 @@ class Bench:
         """A task of lm-evaluation-harness."""
         import datasets
 
-        from evals.config.harness import HarnessConfig, HarnessTaskConfig
         from evals.measure.harness import HarnessRequest, evaluate_tasks
+        from stages.config.harness import HarnessConfig, HarnessTaskConfig
         from tests.support.harness_home import write_tasks
 
         datasets.config.HF_DATASETS_CACHE = self.home / "datasets"
@@ -223,7 +224,7 @@ def cases() -> dict[str, Callable[[Bench, str], Any]]:
         "harness": lambda b, key: b.harness(key),
         "load": lambda b, key: b.imported(key, "llama"),
         "cosines": lambda b, key: evals.measure.task_vectors.run(
-            b.place(key, {"start": b.start, "expert/a": b.other, "expert/b": b.adapters[0]}, [])
+            NoConfig(), b.place(key, {"start": b.start, "expert/a": b.other, "expert/b": b.adapters[0]}, [])
         ),
         "remote-scores": lambda b, _: remote_scores(),
         "resume-pretrain": lambda b, key: resumed(

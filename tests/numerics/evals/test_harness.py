@@ -15,10 +15,10 @@ from lm_eval.tasks import TaskManager
 from base.errors import UserError
 from base.store.checkpoint import Artifact
 from evals.comparison.scores import Scores, read_scores
-from evals.config.harness import HarnessConfig, HarnessTaskConfig
 from evals.measure.harness import HarnessRequest, evaluate_tasks
 from evals.measure.harness_tasks import index_tasks
 from experts.domain import HELD_OUT
+from stages.config.harness import HarnessConfig, HarnessTaskConfig
 from stages.config.training import LoraConfig
 from stages.model.policy import Policy, load_policy
 from stages.rows.trained_on import TrainedOn

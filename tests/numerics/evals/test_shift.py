@@ -16,6 +16,7 @@ from evals.measure import shift, task_vectors
 from evals.measure.shift import divergences, domain_shift
 from evals.measure.task_vectors import cosines, part_of, weight_shift
 from experts.domain import HELD_OUT
+from stages.config.kinds import NoConfig
 from stages.config.shift import ShiftRequest
 from stages.config.training import LoraConfig
 from stages.merge import Expert, Geometry
@@ -163,7 +164,7 @@ def test_cosines_by_hand(store, workspace, edited):
     assert found.values() == pytest.approx({("a", "b"): 24 / 25, ("a", "c"): 0, ("b", "c"): 0}, abs=1e-5)
     assert found.cosines[3] == [None] * 4 and found.cosines[0][0] == pytest.approx(1)
     place = workspace("cosines", {"start": start} | {f"expert/{n}": e for n, e in experts.items()}, {})
-    artifact = task_vectors.run(place)
+    artifact = task_vectors.run(NoConfig(), place)
     assert read_cosines(artifact.path).experts == ["a", "b", "c"]
     assert artifact.manifest["metrics"]["cosine/a/b"] == pytest.approx(24 / 25)
     assert json.loads((artifact.path / "cosines.json").read_text())["cosines"][0][1] == pytest.approx(24 / 25)

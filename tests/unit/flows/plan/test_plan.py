@@ -1,15 +1,16 @@
 """Content keys: they change with what changes the result, exactly downstream, and with nothing else."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from base.errors import UserError
 from base.store.checkpoint import Store
-from flows.plan import graph as plan
 from flows.plan.graph import StageGraph, build_graph
 from flows.plan.lock import code_fingerprint, status, write_lock
 from stages.config.distill import DistillConfig
+from stages.config.kinds import STAGES
 from tests.support.checkpoints import pretend_checkpoint
 from tests.unit.flows.run_file.test_config import MINIMAL, TWINS, load
 
@@ -156,7 +157,8 @@ def test_keys_are_the_same_in_another_home_and_order(tmp_path: Path) -> None:
 
 def test_a_raised_version_invalidates_downstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = graph_of(tmp_path)
-    monkeypatch.setitem(plan.VERSIONS, "rl", plan.VERSIONS["rl"] + 1)
+    raised = dataclasses.replace(STAGES["rl"], version=STAGES["rl"].version + 1)
+    monkeypatch.setitem(STAGES, "rl", raised)
     assert changed(before, graph_of(tmp_path)) == with_evaluations(before, SORT_TREE)
 
 

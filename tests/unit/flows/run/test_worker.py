@@ -88,14 +88,14 @@ def chained(error: Exception, cause: Exception) -> Exception:
     ],
 )
 def test_exit_code_says_whose_fault_it_was(tmp_path, error, code):
-    assert worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(error)}) == code
+    assert worker.run_spec(write_spec(tmp_path, "k"), failing(error)) == code
     assert error_of(tmp_path, "k") == {"type": type(error).__name__, "message": str(error), "exit_code": code}
 
 
 def test_user_error_prints_its_message_and_a_crash_its_traceback(tmp_path, capfd):
-    worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(UserError("no domain 'srot'"))})
+    worker.run_spec(write_spec(tmp_path, "k"), failing(UserError("no domain 'srot'")))
     assert capfd.readouterr().err == "error: no domain 'srot'\n"
-    worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(ValueError("bad shape"))})
+    worker.run_spec(write_spec(tmp_path, "k"), failing(ValueError("bad shape")))
     assert "Traceback" in (said := capfd.readouterr().err)
     assert "ValueError: bad shape" in said
 
@@ -107,10 +107,10 @@ def test_code_of_checkpoints_runs_only_where_the_spec_says_so(tmp_path):
         seen.append(options()["trust_remote_code"])
 
     path = write_spec(tmp_path, "k")
-    assert worker.run_spec(path, {"make": looking}) == 0
+    assert worker.run_spec(path, looking) == 0
     path.write_text(json.dumps(json.loads(path.read_text()) | {"remote_code": True}))
-    assert worker.run_spec(path, {"make": looking}) == 0
-    assert worker.run_spec(write_spec(tmp_path, "k"), {"make": looking}) == 0
+    assert worker.run_spec(path, looking) == 0
+    assert worker.run_spec(write_spec(tmp_path, "k"), looking) == 0
     assert seen == [False, True, False]
 
 
@@ -123,16 +123,16 @@ def test_templates_are_rendered_as_the_spec_says(tmp_path):
         seen.append((arguments, today and today("%d %b %Y")))
 
     path = write_spec(tmp_path, "k")
-    assert worker.run_spec(path, {"make": looking}) == 0
+    assert worker.run_spec(path, looking) == 0
     chosen = {"arguments": {"enable_thinking": False}, "date": "2025-02-03"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rendering": chosen}))
-    assert worker.run_spec(path, {"make": looking}) == 0
+    assert worker.run_spec(path, looking) == 0
     assert seen == [({}, None), ({"enable_thinking": False}, "03 Feb 2025")]
 
 
 def test_full_disk_still_tells_when_the_error_file_cannot_be_written(tmp_path, capfd):
     (Store(tmp_path).work("k") / worker.ERROR_FILE).mkdir()
-    code = worker.run_spec(write_spec(tmp_path, "k"), {"make": failing(OSError(errno.ENOSPC, "full"))})
+    code = worker.run_spec(write_spec(tmp_path, "k"), failing(OSError(errno.ENOSPC, "full")))
     said = capfd.readouterr().err
     assert code == 74
     assert "full" in said
@@ -164,20 +164,20 @@ def test_done_nodes_are_not_made_again(tmp_path):
         make(nodes, workspaces)
 
     for keys in (["b"], ["b"], ["c", "b", "a"]):
-        assert worker.run_spec(write_spec(tmp_path, *keys), {"make": counting}) == 0
+        assert worker.run_spec(write_spec(tmp_path, *keys), counting) == 0
     assert made == [["b"], ["c", "a"]]
     assert Store(tmp_path).get("a").path.joinpath("word.txt").read_text() == "a"
 
 
 def test_parents_are_verified_before_use(tmp_path):
-    assert worker.run_spec(write_spec(tmp_path, "parent"), {"make": make}) == 0
+    assert worker.run_spec(write_spec(tmp_path, "parent"), make) == 0
     spec = write_spec(tmp_path, "child", parents={"start": "parent"})
-    assert worker.run_spec(spec, {"make": make}) == 0
+    assert worker.run_spec(spec, make) == 0
     assert Store(tmp_path).get("child").manifest["parents"]["start"]["name"] == "node parent"
 
     (Store(tmp_path).root / "parent" / "word.txt").write_text("changed")
     spec = write_spec(tmp_path, "other", parents={"start": "parent"})
-    assert worker.run_spec(spec, {"make": make}) == 2
+    assert worker.run_spec(spec, make) == 2
     assert "corrupted" in error_of(tmp_path, "other")["message"]
 
 
@@ -186,7 +186,7 @@ def test_a_node_that_another_run_makes_is_waited_for(tmp_path):
     codes: list[int] = []
     spec = write_spec(tmp_path, "k")
     with store.lock("k"):
-        thread = threading.Thread(target=lambda: codes.append(worker.run_spec(spec, {"make": failing(ValueError())})))
+        thread = threading.Thread(target=lambda: codes.append(worker.run_spec(spec, failing(ValueError()))))
         thread.start()
         journal = store.work("k") / worker.JOURNAL_FILE
         while not journal.exists() or "\n" not in journal.read_text():
