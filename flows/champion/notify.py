@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class NotifyConfig(StrictModel):
-    """Whom to tell what."""
+    """The webhook and the events that are posted to it."""
 
     webhook_env: str = Field(
         "MOPD_WEBHOOK", pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the webhook's address."
     )
-    events: list[Event] = Field(["failure", "promotion"], description="failure, promotion, cancellation, success.")
+    events: list[Event] = Field(["failure", "promotion"], description="Events of a run that are posted.")
 
 
 def notify(config: NotifyConfig | None, event: Event, run: str, text: str, facts: Mapping[str, Any]) -> bool:
