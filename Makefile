@@ -41,7 +41,7 @@ if ! { $(1); } >/dev/null 2>&1; then \
 	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(2); fi
 endef
 
-.PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test chaos check ui clean
+.PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test chaos check docs ui clean
 
 setup: $(STAMP)
 
@@ -105,6 +105,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python -m flows.run_file.page > docs/run-file.md
 
 ui: setup
 	$(BIN)/mopd ui

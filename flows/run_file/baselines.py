@@ -21,6 +21,8 @@ SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
 # Of the merge's own settings, what would not mean the same to a learner of what others wrote.
 _NOT_SHARED = {"objective", "sampler", "health", "monitor", "teacher_backend", "updates_per_batch"}
 GROUP_SIZE = 8
+# What makes a baseline what its name says.
+FIXED = {SEQKD: ("objective", "on_policy_fraction", "off_policy", "teacher_weights")}
 
 
 def baseline_config(config: RunConfig, name: str) -> StrictModel:
@@ -32,6 +34,9 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
     merge = config.merge
     assert merge is not None
     settings: Mapping[str, Any] = getattr(merge.baselines, name) or {}
+    fixed = ("method",) if name in WEIGHT_MERGES else FIXED.get(name, ())
+    if key := next((key for key in fixed if key in settings), None):
+        raise UserError(f"merge.baselines.{name}.{key}: fixed by the baseline's name; leave it out")
     try:
         if name in WEIGHT_MERGES:
             weighed = WeightMergeConfig.model_validate({"method": name, **settings})

@@ -138,7 +138,7 @@ def schema_keys(
 ) -> Iterator[tuple[str, str, str]]:
     """Every key below a model, with its default (the enclosing model's own, where that has one) and its meaning."""
     for name, field in model.model_fields.items():
-        inner = _inner_model(field.annotation)
+        inner = inner_model(field.annotation)
         named = getattr(field.annotation, "__origin__", None) is dict
         key = f"{prefix}{name}" + (".NAME" if named and inner else "")
         given = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
@@ -150,12 +150,12 @@ def schema_keys(
             yield from schema_keys(inner, f"{key}.", given if isinstance(given, inner) else None)
 
 
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
+def inner_model(annotation: Any) -> type[BaseModel] | None:
     """The config model behind `Model`, `Model | None` or `dict[str, Model]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        if (found := _inner_model(argument)) is not None:
+        if (found := inner_model(argument)) is not None:
             return found
     return None
 

@@ -13,9 +13,9 @@ Event = Literal["failure", "promotion", "cancellation", "success"]
 
 
 class NotifyConfig(StrictModel):
-    """Whom to tell what."""
+    """The webhook and the events that are posted to it."""
 
     webhook_env: str = Field(
         "MOPD_WEBHOOK", pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the webhook's address."
     )
-    events: list[Event] = Field(["failure", "promotion"], description="failure, promotion, cancellation, success.")
+    events: list[Event] = Field(["failure", "promotion"], description="Events of a run that are posted.")

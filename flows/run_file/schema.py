@@ -68,7 +68,9 @@ class ColdStartSFT(SFTConfig):
     """The cold start: SFT on a few demonstrations of many domains."""
 
     domains: AllOrNames = Field("all", description="Domains demonstrated.")
-    demonstrations: Literal["gold", "rough"] = Field("rough", description="What is imitated.")
+    demonstrations: Literal["gold", "rough"] = Field(
+        "rough", description="What is imitated: the answer, or a rough one with the domain's usual mistakes."
+    )
 
 
 class ColdStartConfig(StrictModel):
@@ -101,10 +103,10 @@ class TrainMethod(_Methods):
 
 
 class ExpertConfig(StrictModel):
-    """Who learns what, and how."""
+    """An expert: its domain, and how it is trained or where it comes from."""
 
     domain: str = Field(description="The domain it is trained in.")
-    train: TrainMethod | None = Field(None, description="sft, rl or rft.")
+    train: TrainMethod | None = Field(None, description="How it is trained: sft, rl or rft.")
     checkpoint: str | None = Field(None, description="An expert trained elsewhere: a Hugging Face id or a directory.")
     start_from: str | None = Field(None, description="cold_start, base or champion; the cold start when there is one.")
 
@@ -131,7 +133,10 @@ def _as_weights(value: Any) -> Any:
     return value
 
 
-Teachers = Annotated[dict[str, TeacherWeight], BeforeValidator(_as_weights)]
+Teachers = Annotated[
+    dict[str, TeacherWeight],
+    BeforeValidator(_as_weights, json_schema_input_type=str | Annotated[dict[str, TeacherWeight], Field(min_length=1)]),
+]
 
 
 Settings = dict[str, Any] | None
@@ -231,9 +236,18 @@ class GateConfig(StrictModel):
     """What a student must show to become champion."""
 
     non_inferiority_margin: float = Field(
-        0.08, gt=0, lt=1, description="Allowed deficit to each teacher (lower bound)."
+        0.08,
+        gt=0,
+        lt=1,
+        description="Allowed deficit to the teacher of each domain, in score (1 is all right); the interval's lower "
+        "bound decides.",
     )
-    max_forgetting: float = Field(0.05, ge=0, lt=1, description="Allowed mean drop on domains no expert trains.")
+    max_forgetting: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Allowed mean drop on domains no expert trains, in score (1 is all right); the estimate decides.",
+    )
     confidence: float = Field(0.95, ge=0.5, lt=1, description="Level of all intervals.")
 
 
@@ -294,7 +308,7 @@ class ResourcesConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """A whole run."""
+    """A whole run: where it starts, what it trains, and how it measures the result."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="Names the run, its lock and its student."
@@ -305,14 +319,16 @@ class RunConfig(StrictModel):
     base: BaseConfig = Field(description="Where everything starts.")
     domains: dict[str, DomainConfig] = Field(min_length=1, description="What there is to learn and to measure.")
     cold_start: ColdStartConfig | None = Field(None, description="The common start of the experts.")
-    experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="Who learns what, how.")
+    experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="The experts.")
     merge: MergeConfig | None = Field(None, description="How the student is made.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What is measured.")
     gate: GateConfig = Field(default_factory=GateConfig, description="When a student is promoted.")
     hypotheses: dict[str, HypothesisConfig] = Field(
         default_factory=dict, description="What the run is to show, fixed before it is measured."
     )
-    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What may be used.")
+    resources: ResourcesConfig = Field(
+        default_factory=ResourcesConfig, description="Devices, servers, processes and time limits."
+    )
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="Given to imported checkpoints' chat templates wherever prompts are rendered, such as "

@@ -9,7 +9,7 @@ from base.errors import UserError
 from flows.run_file.schema import MergeConfig, RunConfig
 
 # What stands beside the merge has no place within it.
-_BESIDE = {"baselines", "variants", "rounds"}
+BESIDE = {"baselines", "variants", "rounds"}
 
 
 def variant_run(config: RunConfig, name: str) -> RunConfig:
@@ -26,9 +26,9 @@ def variant_run(config: RunConfig, name: str) -> RunConfig:
     merge = config.merge
     assert merge is not None
     changes = merge.variants[name]
-    if taken := _BESIDE & changes.keys():
+    if taken := BESIDE & changes.keys():
         raise UserError(f"merge.variants.{name}.{min(taken)}: belongs to the merge itself")
-    own = {field: getattr(merge, field) for field in merge.model_fields_set - _BESIDE}
+    own = {field: getattr(merge, field) for field in merge.model_fields_set - BESIDE}
     own = {field: _plain(value) for field, value in own.items()}
     try:
         routes = {"teachers": changes["teachers"]} if "teachers" in changes else {}

@@ -90,7 +90,7 @@ class MonitorConfig(StrictModel):
 
 
 class SamplerConfig(StrictModel):
-    """Who draws the student's completions."""
+    """What draws the student's completions."""
 
     backend: Literal["transformers", "vllm", "vllm_server"] | None = Field(
         None,

@@ -8,7 +8,7 @@ from stages.config.training import NewTokens, Positive, Rows, StrictModel, Tempe
 
 
 class ShiftConfig(StrictModel):
-    """What the run file may say about it."""
+    """How a checkpoint's distance from the run's start is measured."""
 
     examples: Positive = Field(
         64, description="Held-out examples of each domain, one completion each; at most evaluate.examples."

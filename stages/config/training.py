@@ -54,8 +54,13 @@ def _all_or_names(value: Any) -> Any:
     return _named_once(value)
 
 
-Names = Annotated[list[str], BeforeValidator(_named_once)]
-AllOrNames = Annotated[Literal["all"] | list[str], BeforeValidator(_all_or_names)]
+# The validators say more than the types do; a JSON schema gets it from here.
+_SomeNames = Annotated[list[str], Field(min_length=1)]
+Names = Annotated[list[str], BeforeValidator(_named_once, json_schema_input_type=_SomeNames)]
+AllOrNames = Annotated[
+    Literal["all"] | list[str],
+    BeforeValidator(_all_or_names, json_schema_input_type=Literal["all"] | _SomeNames),
+]
 
 
 class StrictModel(BaseModel):

@@ -99,7 +99,12 @@ def test_settings_of_its_own_reach_a_baseline_alone(tmp_path: Path) -> None:
         ("merge.baselines=[tie]", "merge.baselines.tie: unknown key — did you mean 'ties'?"),
         ("merge.baselines={ties: {densty: 0.5}}", "merge.baselines.ties.densty: "),
         ("merge.baselines={mix_sft: {max_steps: 0}}", "merge.baselines.mix_sft.max_steps: "),
-        ("merge.baselines={seqkd: {on_policy_fraction: 1.0}}", "needs an on_policy_fraction of 0"),
+        (
+            "merge.baselines={ties: {method: weight_average}}",
+            "merge.baselines.ties.method: fixed by the baseline",
+        ),
+        ("merge.baselines={seqkd: {on_policy_fraction: 0.0}}", "merge.baselines.seqkd.on_policy_fraction: fixed"),
+        ("merge.baselines={seqkd: {objective: {name: reverse_kl}}}", "merge.baselines.seqkd.objective: fixed"),
         (
             "merge.baselines={ties: {weights: {sotr: 2}}}",
             "merge.baselines.ties.weights: 'sotr' is no expert of the run — did you mean 'sort'?",

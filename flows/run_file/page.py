@@ -1,0 +1,344 @@
+"""`docs/run-file.md`: every key of a run file, written from the schema. Free of torch, prefect and mlflow.
+
+`python -m flows.run_file.page` prints the page. A model of the schema is one section with one table. What several
+models inherit, and a model that stands at several places, is one section too, which the others link to.
+"""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from evals.tables.markdown import code, plain
+from experts.data.rows import RowOptions
+from experts.loading import KINDS
+from flows.run_file.baselines import FIXED, MIX_RL, MIX_SFT, SEQKD, WEIGHT_MERGES
+from flows.run_file.load import inner_model
+from flows.run_file.schema import BaselinesConfig, DomainConfig, MergeConfig, RunConfig
+from flows.run_file.variants import BESIDE
+from stages.config.distill import DistillConfig
+from stages.config.merge import WeightMergeConfig
+from stages.config.on_policy import OnPolicyConfig, RLConfig
+from stages.config.training import SFTConfig, TrainConfig
+
+Model = type[BaseModel]
+
+OPTIONS, WEIGHT_MERGE = "domains.NAME.options", "merge.baselines.NAME (weight merges)"
+# Headings of what no single place has for itself; a model at several places is headed by its key.
+SHARED: dict[Model, str] = {
+    TrainConfig: "All training stages",
+    RowOptions: "Rows of a data set",
+    OnPolicyConfig: "All on-policy stages",
+}
+INTRO = """# The run file
+
+This page has every key of a run file. `make docs` writes it from the schema in `flows/run_file/schema.py`.
+
+A run file is a YAML mapping. An unknown key is an error. `mopd run FILE KEY=VALUE` sets a key for one run; KEY is
+dotted, such as `experts.sort.train.rl.max_steps`, and VALUE is YAML. The key `extends` is the one key outside the
+schema. It names another run file, by its path from this one's folder. The keys of this file replace those of the other;
+maps are joined key by key.
+
+NAME stands for a name of your choice. A `required` key has no default. The default `{}` stands for an empty map or,
+where the type is a section, for the defaults of that section; keys inside the braces replace them. The default `null`
+stands for a key that is absent. Shared sections come last."""
+TABLE_HEAD = "| key | type and bounds | default | what it does |\n|---|---|---|---|"
+
+
+def run_file_page() -> str:
+    """The whole page as Markdown: the contents, then a section for each model in the order of the schema."""
+    return _Page().text()
+
+
+def page_rows() -> dict[str, list[str]]:
+    """Heading of each section, as text -> the keys of its table."""
+    page = _Page()
+    return {section.heading.replace("`", ""): page.keys(section.model) for section in page.sections}
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A model with the dotted places where it stands; none for one that others inherit only."""
+
+    model: Model
+    heading: str
+    places: tuple[str, ...]
+
+    @property
+    def link(self) -> str:
+        """Its heading, with a link."""
+        return self.linked(self.heading)
+
+    def linked(self, text: str) -> str:
+        """A text with a link to the heading, by the anchor that GitHub and most others give it."""
+        anchor = re.sub(r"[^\w\- ]", "", self.heading.lower()).replace(" ", "-")
+        return f"[{text}](#{anchor})"
+
+
+class _Page:
+    """The sections, and what each of them says."""
+
+    def __init__(self) -> None:
+        self.places: dict[Model, list[str]] = {}
+        for model, place in _walk(RunConfig, ""):
+            self.places.setdefault(model, []).append(place)
+
+    @cached_property
+    def sections(self) -> list[_Section]:
+        """First those of one place, then what several share: a base, its own models, and the rest."""
+        alone = [model for model, places in self.places.items() if len(places) == 1]
+        order = [*alone]
+        for base in SHARED:
+            inner = (inner_model(field.annotation) for field in base.model_fields.values())
+            order += [base, *(model for model in inner if model is not None and model not in order)]
+        order += [model for model in self.places if model not in order]
+        return [_Section(model, self._heading(model), tuple(self.places.get(model, ()))) for model in order]
+
+    def _heading(self, model: Model) -> str:
+        if model in SHARED:
+            return SHARED[model]
+        places = self.places[model]
+        place, _, kind = places[0].partition(" ")
+        if len(places) > 1:
+            return f"`{place.rpartition('.')[2]}`"
+        return " ".join(filter(None, (f"`{place}`" if place else "Top level", kind)))
+
+    @cached_property
+    def by_model(self) -> dict[Model, _Section]:
+        """The section of each model that has one."""
+        return {section.model: section for section in self.sections}
+
+    def above(self, model: Model) -> list[_Section]:
+        """The sections whose keys a model inherits, the nearest first."""
+        return [self.by_model[base] for base in model.__mro__[1:] if base in self.by_model]
+
+    def keys(self, model: Model) -> list[str]:
+        """A section's own keys, in the order they are written: those that no section above has, or has differently.
+
+        A base that stands nowhere itself leaves out what all its heirs have differently.
+        """
+        above = self.above(model)
+        inherited: Model = above[0].model if above else BaseModel
+        written = (name for one in model.__mro__ for name in inspect.get_annotations(one) if name in model.model_fields)
+        own = [name for name in dict.fromkeys(written) if _origin(model, name) is not _origin(inherited, name)]
+        if model in self.places:
+            return own
+        heirs = [heir for heir in self.places if issubclass(heir, model)]
+        return [name for name in own if any(_origin(heir, name) is _origin(model, name) for heir in heirs)]
+
+    def text(self) -> str:
+        """The page."""
+        groups: dict[str, list[str]] = {}
+        for section in self.sections:
+            top = section.places[0].partition(".")[0] if len(section.places) == 1 else "(shared)"
+            groups.setdefault(top, []).append(section.link)
+        contents = "\n".join(f"- {' · '.join(links)}" for links in groups.values())
+        blocks = [INTRO, f"## Contents\n\n{contents}", *(self._block(section) for section in self.sections)]
+        return "\n\n".join(blocks) + "\n"
+
+    def _block(self, section: _Section) -> str:
+        """A section: what it is, where it stands, its table, and where the rest of its keys is."""
+        model = section.model
+        parts = [f"## {section.heading}", _prose(inspect.getdoc(model) or "")]
+        if model not in self.places:
+            heirs = [heir for heir in self.sections if heir.places and issubclass(heir.model, model)]
+            parts.append(f"These are keys of {_listed([heir.link for heir in heirs], 'and')}.")
+        elif len(section.places) > 1:
+            parts.append(f"It stands at {_listed([self._place(place) for place in section.places], 'and')}.")
+        if above := self.above(model):
+            others = f"The keys of {_listed([other.link for other in above], 'and')} belong here too."
+            theirs = {key for other in above for key in self.keys(other.model)}
+            replaced = [code(key) for key in self.keys(model) if key in theirs]
+            parts.append(others + (f" This table replaces their {_listed(replaced, 'and')}." if replaced else ""))
+        properties = model.model_json_schema()["properties"]
+        rows = (self._row(model, name, properties[name]) for name in self.keys(model))
+        parts.append("\n".join([TABLE_HEAD, *rows]))
+        return "\n\n".join(parts)
+
+    def _place(self, place: str) -> str:
+        """A dotted place, with a link to the section it is a key of."""
+        holder = place.rpartition(".")[0]
+        found = (section.linked(code(place)) for section in self.sections if section.places == (holder,))
+        return next(found, code(place))
+
+    def _row(self, model: Model, name: str, schema: Mapping[str, Any]) -> str:
+        field = model.model_fields[name]
+        if (model, name) == (WeightMergeConfig, "method"):
+            default = "the baseline's NAME; not a key"
+        elif field.is_required():
+            default = "required"
+        else:
+            default = code(_yaml(field.get_default(call_default_factory=True, validated_data={})))
+        type_text = self._untyped(model, name) or self._type(schema, name)
+        return f"| {code(name)} | {type_text} | {default} | {_prose(field.description or '')} |"
+
+    def _untyped(self, model: Model, name: str) -> str:
+        """The type of a key whose content the schema leaves to others; empty for all other keys."""
+        merge = self.by_model[MergeConfig].link
+        if (model, name) == (DomainConfig, "options"):
+            kinds = [self.by_model[options].linked(code(kind)) for kind, options in _kinds().items()]
+            return f"map: keys of the kind {_listed(kinds, 'or')}"
+        if (model, name) == (MergeConfig, "variants"):
+            return f"map of name → keys of {merge} without {_listed([code(key) for key in sorted(BESIDE)], 'and')}"
+        if model is not BaselinesConfig:
+            return ""
+        if name == SEQKD:
+            taken = DistillConfig.model_fields.keys() - set(FIXED[SEQKD])
+            others = [code(key) for key in MergeConfig.model_fields if key not in taken]
+            return f"`null` or keys of {merge} without {_listed(others, 'and')}"
+        schemas: dict[str, Model] = {MIX_SFT: SFTConfig, MIX_RL: RLConfig}
+        return f"`null` or keys of {self.by_model[schemas.get(name, WeightMergeConfig)].link}"
+
+    def _type(self, schema: Mapping[str, Any], name: str) -> str:
+        """A type of JSON schema, as a person says it."""
+        if reference := schema.get("$ref", "").rpartition("/")[2]:
+            links = (section.link for section in self.sections if section.model.__name__ == reference)
+            return next(links, "any value")
+        if "anyOf" in schema:
+            # The short ones first: "list of 2, each text or `null`" would say something else.
+            choices = sorted(schema["anyOf"], key=lambda choice: (choice.get("type") != "null", "const" not in choice))
+            return _listed([self._type(choice, name) for choice in choices], "or")
+        if schema.get("type") == "array":
+            return self._list(schema, name)
+        if schema.get("type") == "object":
+            size = " of at least one" if schema.get("minProperties") else " of"
+            inner = schema.get("additionalProperties")
+            return f"map{size} name → {self._type(inner, name) if isinstance(inner, Mapping) else 'any value'}"
+        return _plain_type(schema, name)
+
+    def _list(self, schema: Mapping[str, Any], name: str) -> str:
+        items = schema["prefixItems"][0] if "prefixItems" in schema else schema["items"]
+        size, each = _size(schema, "Items"), self._type(items, name)
+        if each != "text":
+            return f"list{size}, each {each}"
+        return f"list{size} text{'' if size.endswith(' 1') else 's'}" if size else "list of text"
+
+
+def _walk(model: Model, place: str) -> Iterator[tuple[Model, str]]:
+    """Every model of the run file with each dotted place where it stands, in the order of the schema."""
+    yield model, place
+    for name, field in model.model_fields.items():
+        for inner, key in _inner(model, name, field):
+            yield from _walk(inner, f"{place}.{key}" if place and inner not in _placed() else key)
+
+
+def _inner(model: Model, name: str, field: FieldInfo) -> Iterator[tuple[Model, str]]:
+    """The models of a field: the one it is made of, or those that its mapping is read with."""
+    if (model, name) == (DomainConfig, "options"):
+        yield from ((options, f"{OPTIONS} (kind: {kind})") for kind, options in _kinds().items())
+    elif (model, name) == (BaselinesConfig, WEIGHT_MERGES[0]):
+        yield WeightMergeConfig, WEIGHT_MERGE
+    elif (inner := inner_model(field.annotation)) is not None:
+        yield inner, f"{name}.NAME" if getattr(field.annotation, "__origin__", None) is dict else name
+
+
+def _placed() -> set[Model]:
+    """The models that `_inner` names by their whole place."""
+    return {WeightMergeConfig, *_kinds().values()}
+
+
+def _kinds() -> dict[str, Model]:
+    """Kind of domain -> its options."""
+    return {kind: importlib.import_module(module).Options for kind, module in KINDS.items()}
+
+
+def _origin(model: Model, name: str) -> type | None:
+    """The class that last says what a key is; None where a model has no such key."""
+    if name not in model.model_fields:
+        return None
+    return next(one for one in model.__mro__ if name in inspect.get_annotations(one))
+
+
+def _plain_type(schema: Mapping[str, Any], name: str) -> str:
+    """A type that holds no other one."""
+    if "const" in schema:
+        return code(_yaml(schema["const"]))
+    if "enum" in schema:
+        return f"one of {', '.join(code(choice) for choice in schema['enum'])}"
+    match schema.get("type"):
+        case "string":
+            return _text(schema)
+        case "integer" | "number":
+            return _number(schema, name)
+        case other:
+            return {"boolean": "`true` or `false`", "null": "`null`"}.get(str(other), "any value")
+
+
+def _number(schema: Mapping[str, Any], name: str) -> str:
+    """A number with its bounds; those of an integer include their ends."""
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    noun = "share" if (low, high) == (0, 1) or name.endswith("share") else "number"
+    if schema["type"] == "integer":
+        noun = "integer"
+        low, above = low if above is None else above + 1, None
+        high, below = high if below is None else below - 1, None
+    if low is not None and high is not None:
+        return f"{noun} {_figure(low)} to {_figure(high)}"
+    ends = {"≥": low, ">": above, "≤": high, "<": below}
+    bounds = " and ".join(f"{sign} {_figure(end)}" for sign, end in ends.items() if end is not None)
+    return f"{noun} {bounds}" if bounds else noun
+
+
+def _figure(value: float) -> str:
+    """A bound without an exponent; commas group the digits of a large one."""
+    return f"{value:,.6f}".rstrip("0").rstrip(".")
+
+
+def _text(schema: Mapping[str, Any]) -> str:
+    size, pattern = _size(schema, "Length"), schema.get("pattern")
+    unit = "" if not size else " character" if size.endswith(" 1") else " characters"
+    return f"text{size}{unit}" + (f" that matches {code(pattern)}" if pattern else "")
+
+
+def _size(schema: Mapping[str, Any], what: str) -> str:
+    """How many items or characters there are, such as ` of 1 to 100`; empty where any number will do."""
+    match schema.get(f"min{what}"), schema.get(f"max{what}"):
+        case None, None:
+            return ""
+        case low, None:
+            return f" of at least {low}"
+        case None, high:
+            return f" of at most {high}"
+        case low, high:
+            return f" of {low}" if low == high else f" of {low} to {high}"
+
+
+def _yaml(value: Any) -> str:
+    """A default as a run file would say it, in one line; of a model, what differs from the model's own defaults."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        given = {name: getattr(value, name) for name in fields}
+        value = {
+            name: each
+            for name, each in given.items()
+            if each != fields[name].get_default(call_default_factory=True, validated_data={})
+        }
+    dumped = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10**6)
+    return dumped.removesuffix("...\n").strip()
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    """Words as a sentence lists them."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _prose(text: str) -> str:
+    """The first paragraph of a text; what stands between backticks is code."""
+    pieces = re.split(r"`([^`]*)`", " ".join(text.partition("\n\n")[0].split()))
+    # `plain` would take the spaces beside code away.
+    marked = (re.sub(r"\S+", lambda word: plain(word[0]), piece) for piece in pieces[::2])
+    quoted = [*map(code, pieces[1::2]), ""]
+    return "".join(before + inside for before, inside in zip(marked, quoted, strict=True))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(run_file_page())
