@@ -10,17 +10,17 @@ from base.exit_codes import FAILED, INTERRUPTED, MISTAKE
 from base.store.checkpoint import Store
 from flows.plan.graph import EVALUATIONS, StageGraph
 from flows.plan.lock import status as node_status
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 
 if TYPE_CHECKING:
-    from flows.run.closing import Outcome
+    from flows.run.finish import Outcome
     from flows.run.pipeline import PipelineFailedError
 
 # Less than this, and a database can no longer write a page.
 NOTHING_FREE_BYTES = 2**20
 
 
-def run_pipeline(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool) -> "Outcome | int":
+def run_pipeline(asked: RunRequest, graph: StageGraph, *, plain: bool, verbose: bool) -> "Outcome | int":
     """Run what is missing under Prefect.
 
     Returns:
@@ -40,7 +40,7 @@ def run_pipeline(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool)
         from prefect import tags
         from prefect.exceptions import CancelledRun, PrefectException
 
-        from flows.run.orphans import run_tags
+        from flows.run.crashed_runs import run_tags
         from flows.run.pipeline import PipelineFailedError, ending, pipeline
 
         sys.stderr.write(f"Prefect: {pages}\n")
@@ -58,7 +58,7 @@ def run_pipeline(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool)
             return _unrecorded(error, asked, ending())
 
 
-def _unrecorded(error: Exception, asked: Asked, ended: object) -> "Outcome | int":
+def _unrecorded(error: Exception, asked: RunRequest, ended: object) -> "Outcome | int":
     """What a run came to whose end Prefect could not record; or its exit code.
 
     Raises:
@@ -66,7 +66,7 @@ def _unrecorded(error: Exception, asked: Asked, ended: object) -> "Outcome | int
     """
     from prefect.states import State
 
-    from flows.run.closing import Outcome
+    from flows.run.finish import Outcome
     from flows.run.pipeline import PipelineFailedError
     from flows.servers.start import without_secrets
 
@@ -84,13 +84,13 @@ def _unrecorded(error: Exception, asked: Asked, ended: object) -> "Outcome | int
     return _report_silence(error, asked)
 
 
-def stopped(asked: Asked) -> int:
+def stopped(asked: RunRequest) -> int:
     """Say how a run that was stopped goes on; returns the exit code."""
     sys.stderr.write(f"stopped; `{asked.command}` resumes where it was\n")
     return INTERRUPTED
 
 
-def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
+def _report_failures(error: "PipelineFailedError", asked: RunRequest) -> int:
     from flows.engines.launch import NodeFailedError
     from flows.engines.worker import DISK_FAULT
 
@@ -108,7 +108,7 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
     return MISTAKE if all(mistakes) else FAILED
 
 
-def _report_silence(error: Exception, asked: Asked) -> int:
+def _report_silence(error: Exception, asked: RunRequest) -> int:
     """Say why Prefect's server does not answer: its database lies in the home, so a full disk ends it first."""
     from flows.servers.start import without_secrets
 

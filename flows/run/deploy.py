@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from base.errors import UserError, nearest
 from base.signals import interrupt_once
 from evals.tables.markdown import code, plain
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 from flows.run.session import expect_answer
 from flows.run_file.parameters import form_schema
 from flows.run_file.schema import RunConfig
@@ -32,7 +32,7 @@ from flows.servers.start import end_with_parent, mlflow_environment, prefect_env
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-    from flows.run.orphans import Lookout
+    from flows.run.crashed_runs import CrashDetector
 
 POOL = "mopd"
 ENTRYPOINT = "flows.run.pipeline.pipeline"
@@ -62,7 +62,7 @@ class Plan:
     pool: str = POOL
 
 
-def deploy(asked: Asked, plan: Plan) -> list[str]:
+def deploy(asked: RunRequest, plan: Plan) -> list[str]:
     """Make or replace the deployment of a run file, and its work pool where there is none.
 
     Args:
@@ -133,7 +133,7 @@ def work(home: Path, pool: str, limit: int | None) -> None:
     """Be a worker of a pool until Ctrl-C or TERM: Prefect's own in a process of its own, started again when it ends.
 
     It ends itself when its server is away for long. Between two looks at it, runs of this host are looked at that no
-    worker of Prefect sees to any more, for they would keep the later ones waiting (`flows.run.orphans`).
+    worker of Prefect sees to any more, for they would keep the later ones waiting (`flows.run.crashed_runs`).
 
     Raises:
         UserError: no Prefect server answers, or the worker does not start.
@@ -145,11 +145,11 @@ def work(home: Path, pool: str, limit: int | None) -> None:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", POOL_TYPE]
     command += ["--install-policy", "never"]
     command += ["--limit", str(limit)] if limit else []
-    from flows.run.orphans import Lookout, worker_name
+    from flows.run.crashed_runs import CrashDetector, worker_name
 
     # One started in the background inherits an ignored SIGINT, by which Prefect's worker ends itself on TERM.
     interrupt_once(background=True)
-    first, lookout = True, Lookout()
+    first, lookout = True, CrashDetector()
     while True:
         started, process = time.monotonic(), _start_worker([*command, "--name", worker_name()])
         try:
@@ -190,7 +190,7 @@ def _killed_with_parent() -> None:
     end_with_parent(signal.SIGKILL)
 
 
-def _look(lookout: "Lookout") -> None:
+def _look(lookout: "CrashDetector") -> None:
     """Look at the runs of this host, if the server answers just now."""
     from httpx import HTTPError
 
@@ -257,7 +257,7 @@ def _next_runs(schedule: Any) -> list[str]:
     return [moment.strftime("%A %Y-%m-%d %H:%M %Z") for moment in moments]
 
 
-def _parameters(asked: Asked) -> dict[str, Any]:
+def _parameters(asked: RunRequest) -> dict[str, Any]:
     return {
         "run_file": str(asked.file.resolve()),
         "overrides": list(asked.overrides),
@@ -267,7 +267,7 @@ def _parameters(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _description(config: RunConfig, asked: Asked) -> str:
+def _description(config: RunConfig, asked: RunRequest) -> str:
     experts = ", ".join(f"{name} ({expert.domain})" for name, expert in config.experts.items())
     changed = f" with {code(json.dumps(list(asked.overrides)))}" if asked.overrides else ""
     return f"Run file {code(str(asked.file))}{changed}. Experts: {plain(experts or 'none')}. Seeds {config.seeds}."

@@ -32,12 +32,12 @@ from flows.engines.launch import Launcher
 from flows.plan.graph import StageGraph, build_graph
 from flows.plan.lock import write_lock
 from flows.plan.shifts import COSINES, SHIFT
-from flows.run.closing import Outcome, conclude
+from flows.run.crashed_runs import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, name_flow_run, outlive_worker
+from flows.run.finish import Outcome, finish_run
 from flows.run.last_run import remember
-from flows.run.orphans import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, name_flow_run, outlive_worker
 from flows.run.progress import ProgressDisplay
 from flows.run.starts import Start, begin, killed_starts, planned_experts, run_title
-from flows.run.tasks import Job, Supervisor, artifact_key, task_of
+from flows.run.tasks import Supervisor, TaskGroup, artifact_key, task_of
 from flows.run_file.load import load_run_file
 from flows.run_file.parameters import CAP, as_lines, form_overrides
 from flows.run_file.schema import RunConfig
@@ -56,7 +56,7 @@ class PipelineFailedError(Exception):
     """Some nodes failed; all others that could be made are in the store.
 
     Attributes:
-        failures: Job id -> what ended it.
+        failures: TaskGroup id -> what ended it.
         not_started: Ids of the jobs that needed one of them.
     """
 
@@ -187,7 +187,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     jobs = jobs_of(graph)
     futures: dict[str, Future] = {}
 
-    def submit(job: Job) -> Future:
+    def submit(job: TaskGroup) -> Future:
         parents = [futures[parent] for parent in job.parents]
         # Prefect asks its server for a slot of every tag of a task, and a run goes on without its server.
         with TagsContext(current_tags=set()):
@@ -195,7 +195,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         return futures[job.id]
 
     try:
-        failures, not_started = walk(jobs, resources.parallel_experts, submit)
+        failures, not_started = schedule_jobs(jobs, resources.parallel_experts, submit)
     except KeyboardInterrupt:
         supervisor.stopping = True
         supervisor.launcher.stop_all()
@@ -211,26 +211,28 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
     owe_promotions(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
-    outcome = conclude(graph, supervisor.store, promote=True)
+    outcome = finish_run(graph, supervisor.store, promote=True)
     tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate, outcome.verdict)
     _publish(supervisor, outcome)
     _tell_end(supervisor, outcome)
     return outcome
 
 
-def jobs_of(graph: StageGraph) -> list[Job]:
+def jobs_of(graph: StageGraph) -> list[TaskGroup]:
     """The graph's nodes as jobs: a training node each, and the evaluations of a checkpoint together by their kind."""
     jobs = []
     for node in graph.checkpoints:
-        jobs.append(Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
+        jobs.append(TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
         for stage, prefix in (("evaluate", "eval"), ("harness", "harness")):
             if evaluations := tuple(own for own in graph.evaluations(node.id) if own.stage == stage):
-                jobs.append(Job(f"{prefix}/{node.id}", evaluations, (node.id,)))
+                jobs.append(TaskGroup(f"{prefix}/{node.id}", evaluations, (node.id,)))
     others = [node for node in graph.nodes if node.stage in (SHIFT, COSINES)]
-    return jobs + [Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
+    return jobs + [TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
 
 
-def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> tuple[dict[str, Exception], list[str]]:
+def schedule_jobs(
+    jobs: Sequence[TaskGroup], slots: int, submit: Callable[[TaskGroup], Future]
+) -> tuple[dict[str, Exception], list[str]]:
     """Submit every job once its parents are done, the longest way to the end first; evaluations fill idle slots.
 
     A failed job keeps only those from starting that depend on it.
@@ -281,7 +283,7 @@ def _failure(state: State[Any]) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
 
 
-def _ways_to_the_end(jobs: Sequence[Job]) -> dict[str, int]:
+def _ways_to_the_end(jobs: Sequence[TaskGroup]) -> dict[str, int]:
     """Steps of the longest chain of training jobs from each job on, itself included."""
     ahead: dict[str, int] = {}
     for job in reversed(jobs):

@@ -115,7 +115,7 @@ def close_killed(home: Path, run: str) -> None:
 
     sys.stderr.write(f"{run}: a former start was killed; its records are closed\n")
     with prefect_session(home):
-        from flows.run.orphans import mark_crashed_runs
+        from flows.run.crashed_runs import mark_crashed_runs
 
         mark_crashed_runs(run)
     from flows.champion.champion import tell

@@ -32,7 +32,7 @@ RETRY_SECONDS, RETRY_JITTER = 5.0, 0.5
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskGroup:
     """What one task makes: a training node, or the evaluations of one kind of one checkpoint.
 
     Attributes:
@@ -71,7 +71,7 @@ class Supervisor:
     display: ProgressDisplay
     stopping: bool = False
 
-    def make(self, job: Job) -> State[None]:
+    def make(self, job: TaskGroup) -> State[None]:
         """Make what is missing of a job.
 
         Returns:
@@ -87,7 +87,7 @@ class Supervisor:
         seconds = self._launch(job, missing)
         return Completed(message=f"made in {duration(seconds)}")
 
-    def _missing(self, job: Job) -> list[Node]:
+    def _missing(self, job: TaskGroup) -> list[Node]:
         """The nodes that are not in the store; what is there is verified and linked."""
         missing = []
         for node in job.nodes:
@@ -97,7 +97,7 @@ class Supervisor:
                 self.tracker.stage_cached(node, self.store.get(node.key))
         return missing
 
-    def _launch(self, job: Job, nodes: Sequence[Node]) -> float:
+    def _launch(self, job: TaskGroup, nodes: Sequence[Node]) -> float:
         runs = {node.id: self.tracker.stage_started(node) for node in nodes}
         meter, page, log, since = Meter(job.id, nodes), ProgressPage(job.id), get_run_logger(), time.time()
         self.display.started(meter)
@@ -176,7 +176,7 @@ def artifact_key(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def task_of(supervisor: Supervisor, job: Job, retries: int) -> "Task[[], State[None]]":
+def task_of(supervisor: Supervisor, job: TaskGroup, retries: int) -> "Task[[], State[None]]":
     """Wrap a job as a Prefect task; only infrastructure faults are tried again."""
 
     @task(

@@ -11,7 +11,7 @@ from flows.run_file.load import load_run_file
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunRequest:
     """Which run is meant.
 
     Attributes:
@@ -40,7 +40,7 @@ class Asked:
     @classmethod
     def last(
         cls, file: Path, overrides: tuple[str, ...], max_steps: int | None, home: Path, as_written: bool = False
-    ) -> "Asked":
+    ) -> "RunRequest":
         """The run with these overrides; without any the last one of this file, with a word on what that had.
 
         Args:

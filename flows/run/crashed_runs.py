@@ -137,12 +137,12 @@ def mark_crashed_runs(name: str) -> int:
     with get_client(sync_client=True) as client:
         running = _read_runs(client, [StateType.RUNNING], name)
         processes = Processes()
-        gone = [run for run in running if (place := Place(run, processes)).is_gone and place.is_certain]
+        gone = [run for run in running if (place := RunProcess(run, processes)).is_gone and place.is_certain]
         return sum(_settle(client, run, Crashed(message=GONE)) for run in gone)
 
 
 @dataclass
-class Lookout:
+class CrashDetector:
     """Looks again and again at the runs of this host, and remembers how long each has been as it is.
 
     Attributes:
@@ -166,7 +166,7 @@ class Lookout:
             runs = _read_runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
             processes, now = Processes(), time.monotonic()
             for run in runs:
-                place = Place(run, processes)
+                place = RunProcess(run, processes)
                 found = (run.state_id, place.is_gone)
                 seen.add(found)
                 waited = now - self.since.setdefault(found, now)
@@ -198,7 +198,7 @@ class Processes:
         )
 
 
-class Place:
+class RunProcess:
     """Where a run is, as far as this host knows.
 
     Attributes:
@@ -228,7 +228,7 @@ class Place:
             self.is_gone = True
 
 
-def _see_to_cancelling(client: "SyncPrefectClient", run: FlowRun, place: Place, waited: float) -> list[str]:
+def _see_to_cancelling(client: "SyncPrefectClient", run: FlowRun, place: RunProcess, waited: float) -> list[str]:
     """Cancel a run that no worker cancels: its process is told to end once, and when it is gone Prefect is told."""
     if place.is_gone and (place.is_certain or waited >= SURE_SECONDS):
         return [f"{run.name}: {GONE}; cancelled"] * _settle(client, run, Cancelled(message=GONE))

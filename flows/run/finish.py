@@ -106,7 +106,7 @@ class Outcome:
         return f"{first}\n{render_markdown(self.results)}\n{verdict}\n\nReport: {code(str(self.report))}\n"
 
 
-def conclude(
+def finish_run(
     graph: StageGraph,
     store: Store,
     *,
