@@ -41,7 +41,7 @@ from flows.run.tasks import Supervisor, TaskGroup, artifact_key, task_of
 from flows.run_file.load import load_run_file
 from flows.run_file.parameters import CAP, as_lines, form_overrides
 from flows.run_file.schema import RunConfig
-from flows.servers.pages import known_pages
+from flows.servers.pages import saved_pages
 from flows.servers.start import prefect_run_page, without_secrets
 from flows.tracking.gc import plan_lock
 from flows.tracking.tracker import Tracker
@@ -348,7 +348,7 @@ def _publish(supervisor: Supervisor, outcome: Outcome) -> None:
         if tracked:
             page = tracked.split(maxsplit=1)[0]
             create_link_artifact(page, "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
-            known = known_pages(supervisor.store.home, name)
+            known = saved_pages(supervisor.store.home, name)
             for kind in known.keys() & {"champion", "lineage"}:
                 address = page.partition("/#/")[0] + known[kind]
                 create_link_artifact(address, f"the {kind} in MLflow", key=artifact_key(f"{kind}-{name}"))

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from base.store.checkpoint import Artifact, Store
 from flows.lineage import cards
 from flows.plan.champion_history import CHAMPION_ALIAS, read_history, registered_name
-from flows.servers.pages import model_page, remember_pages, run_page, version_page
+from flows.servers.pages import model_page, run_page, save_pages, version_page
 from flows.servers.start import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
 from flows.tracking.models import NOTE, SOURCE, STEP, LoggedCheckpoints, note_within, tracking_store
 from flows.tracking.outbox import Doubtful, Operation, Rejected, Unreachable
@@ -249,7 +249,7 @@ class Writer:
             value = str(getattr(champion, fact))[:TAG_LENGTH]
             self.client.set_model_version_tag(name, version.version, f"champion.{fact}", value)
         pages = {"champion": version_page("", name, version.version)}
-        remember_pages(self.store.home, operation["run"], pages)
+        save_pages(self.store.home, operation["run"], pages)
 
     def _note(self, operation: Operation, ids: dict[str, str]) -> None:
         rows: list[tuple[Artifact, str]] = []
@@ -280,7 +280,7 @@ class Writer:
             "run": run_page("", self.experiment, run_id),
             "lineage": run_page("", self.experiment, run_id, "artifacts/lineage.html"),
         }
-        remember_pages(self.store.home, operation["run"], pages)
+        save_pages(self.store.home, operation["run"], pages)
 
     def _close_killed(self, operation: Operation, ids: dict[str, str]) -> None:
         self._mark_killed(self.client)
