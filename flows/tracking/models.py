@@ -300,7 +300,7 @@ def registered_keys(store: Store) -> set[str]:
                     return keys
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"MLflow's registry cannot be read, so the artifacts it refers to are unknown: {without_secrets(str(error))}"
+            f"MLflow's registry cannot be read, so what it refers to is unknown: {without_secrets(str(error))}"
         ) from error
 
 
