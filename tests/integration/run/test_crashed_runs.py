@@ -91,9 +91,9 @@ def state(client: SyncPrefectClient, run: FlowRun) -> str:
     return client.read_flow_run(run.id).state.name
 
 
-def later(lookout: CrashDetector) -> None:
-    """Let a lookout have seen all that it has for an hour."""
-    lookout.since = {key: first - 3600 for key, first in lookout.since.items()}
+def later(detector: CrashDetector) -> None:
+    """Move every first sighting of a detector back by an hour."""
+    detector.since = {key: first - 3600 for key, first in detector.since.items()}
 
 
 def test_a_run_whose_process_is_gone_is_crashed_and_one_that_lives_or_is_elsewhere_is_not(client, process):
@@ -106,11 +106,11 @@ def test_a_run_whose_process_is_gone_is_crashed_and_one_that_lives_or_is_elsewhe
         begin(client, Running(), "process:of a person"),
         begin(client, Pending()),
     ]
-    lookout = CrashDetector()
-    assert len(lookout.look()) == 2
+    detector = CrashDetector()
+    assert len(detector.look()) == 2
     assert [state(client, run) for run in (lost, reused)] == ["Crashed", "Crashed"]
-    later(lookout)
-    assert lookout.look() == []
+    later(detector)
+    assert detector.look() == []
     assert {state(client, run) for run in others} == {"Running", "Pending"}
 
 
@@ -138,20 +138,20 @@ def test_a_run_that_starts_slowly_is_let_be_while_its_worker_or_its_process_live
     again = begin(client, Pending(), tag_of(gone().pid, start=7), worker=working)
     foreign = begin(client, Pending(), tag_of(gone().pid, start=7), worker="ProcessWorker 1")
     distant = begin(client, Pending(), worker="mopd-elsewhere-12345678")
-    lookout = CrashDetector()
-    lookout.look()
-    later(lookout)
-    assert lookout.look() == []
+    detector = CrashDetector()
+    detector.look()
+    later(detector)
+    assert detector.look() == []
     assert {state(client, run) for run in (of_a_worker, slow, again, foreign, distant)} == {"Pending"}
 
 
 def test_a_run_whose_worker_died_before_its_process_began_is_crashed_once_that_is_sure(client):
     lost = begin(client, Pending(), worker=worker_name())
-    lookout = CrashDetector()
-    lookout.look()
+    detector = CrashDetector()
+    detector.look()
     assert state(client, lost) == "Pending"
-    later(lookout)
-    assert len(lookout.look()) == 1
+    later(detector)
+    assert len(detector.look()) == 1
     assert state(client, lost) == "Crashed"
 
 
@@ -164,11 +164,11 @@ def test_a_run_begun_again_elsewhere_is_not_judged_by_its_former_process(client)
 def test_a_run_to_be_cancelled_whose_worker_is_gone_is_told_once_and_cancelled_when_its_process_is(client, process):
     alive = process()
     run = begin(client, Cancelling(), tag_of(alive.pid), worker=worker_name())
-    lookout = CrashDetector()
-    assert "was told to end" in lookout.look()[0]
+    detector = CrashDetector()
+    assert "was sent SIGTERM" in detector.look()[0]
     assert alive.wait(20) == -signal.SIGTERM
     assert state(client, run) == "Cancelling"
-    assert "cancelled" in lookout.look()[0]
+    assert "cancelled" in detector.look()[0]
     assert state(client, run) == "Cancelled"
 
 
@@ -194,12 +194,12 @@ def test_a_run_below_a_living_worker_is_left_to_it_for_a_while(client):
         assert worker.stdout is not None
         pid = int(worker.stdout.readline())
         run = begin(client, Cancelling(), tag_of(pid))
-        lookout = CrashDetector()
-        assert lookout.look() == [] and start_of(pid)
-        later(lookout)
-        assert len(lookout.look()) == 1
+        detector = CrashDetector()
+        assert detector.look() == [] and start_of(pid)
+        later(detector)
+        assert len(detector.look()) == 1
         worker.wait(20)
-    assert len(lookout.look()) == 1 and state(client, run) == "Cancelled"
+    assert len(detector.look()) == 1 and state(client, run) == "Cancelled"
 
 
 def test_a_run_that_ended_or_was_deleted_meanwhile_is_let_be(client):

@@ -166,7 +166,7 @@ def test_a_failed_expert_stops_only_what_needs_it(bench: Bench) -> None:
     assert "error: experts/sort@0" in done.stderr
     assert "lora.target_modules ['nope']" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    assert "not started, for they need what failed: student@0" in done.stderr
+    assert "not started, because they depend on a failed job: student@0" in done.stderr
     store = Store(bench.home)
     assert store.find(bench.key("experts/reverse@0", *overrides)) is not None
     assert store.find(bench.key("eval/experts/reverse/reverse/held_out@0", *overrides)) is not None
