@@ -56,7 +56,7 @@ class ProcessSpec:
 
         Args:
             folder: Folder of the file.
-            servers: URLs of the nodes' vLLM servers, by kind. They enter the name, for two runs at one time have
+            servers: URLs of the nodes' vLLM servers, by kind. They enter the name, because concurrent runs have
                 different servers.
         """
         contents = {**self.contents, "servers": servers}

@@ -245,6 +245,6 @@ def _adapters(adapters: Sequence[Artifact]) -> list[str]:
 
 
 def _environment(gpus: int) -> dict[str, str]:
-    """vLLM's settings, which the user's environment may override. The Hub is offline, for all models are local."""
+    """vLLM's settings, which the user's environment may override. The Hub is offline, as all models are local."""
     wanted: dict[str, Any] = ENVIRONMENT | ({} if gpus else CPU_ENVIRONMENT)
     return {name: os.environ.get(name, value) for name, value in wanted.items()} | {"HF_HUB_OFFLINE": "1"}

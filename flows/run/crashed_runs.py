@@ -100,7 +100,7 @@ def name_flow_run(title: str, name: str) -> str:
 
 
 def is_generated(name: str) -> bool:
-    """Whether Prefect generated a run's name: its server uses two words, its pages a Greek letter, a number and a star."""
+    """Whether Prefect generated a run's name: two words by its server; a Greek letter, number and star by its pages."""
     first, *others = name.split("-")
     if others and FORM_NAME.fullmatch(first):
         return True

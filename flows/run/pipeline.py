@@ -138,10 +138,8 @@ def pipeline(
 
 
 def ending() -> "Outcome | State[Any] | Exception | None":
-    """The end of this process's last run, even if Prefect could not record it; None if the run did not reach its end.
-
-    A state is returned for a run that was stopped from outside.
-    """
+    """The end of this process's last run, even if Prefect did not record it: a state if it was stopped from outside;
+    None if the run did not reach its end."""
     return _ending
 
 
