@@ -32,7 +32,7 @@ from flows.cli.options import (
     errors_as_messages,
 )
 from flows.cli.show import Shown
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,7 +102,7 @@ def run(
     """Make what is missing, merge, compare and report. Run again after a failure or Ctrl-C: it resumes."""
     del help_config
     with errors_as_messages():
-        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = RunRequest(file, tuple(overrides or ()), max_steps, home)
         code = commands.run(
             asked,
             discard_corrupted=discard_corrupted,
@@ -131,7 +131,7 @@ def plan(
     Starts nothing.
     """
     with errors_as_messages():
-        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home, as_written)
         commands.plan(asked, check=check, as_json=as_json)
 
 
@@ -146,7 +146,7 @@ def status(
 ) -> None:
     """Show how far each node of the file's last run is: done, at which step it stands, or what ended it."""
     with errors_as_messages():
-        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home, as_written)
         commands.status(asked, as_json=as_json)
 
 
@@ -179,7 +179,7 @@ def report(
             written = claims.write_claims(folder, overrides or [], home, page or claims.PAGE, measured)
             sys.stdout.write(f"{written}\n")
             return
-        asked = Asked.last(file, tuple(overrides or ()), max_steps, home, as_written)
+        asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home, as_written)
         commands.report(asked, Shown(full, as_json))
 
 
@@ -207,7 +207,7 @@ def promote(
         names = [word for word in words or () if "=" not in word]
         if len(names) > 1:
             raise UserError(f"name one merge, not {len(names)}: {', '.join(names)}")
-        asked = Asked.last(file, overrides, max_steps, home)
+        asked = RunRequest.last(file, overrides, max_steps, home)
         champion.promote(asked.graph(), Store(home), next(iter(names), None), reason)
 
 
@@ -217,7 +217,7 @@ def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HO
     from flows.champion import champion
 
     with errors_as_messages():
-        asked = Asked.last(file, tuple(overrides or ()), max_steps, home)
+        asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home)
         champion.rollback(asked.graph(), Store(home))
 
 
@@ -250,7 +250,7 @@ def serve_rollout(
     from flows.cli.serve import Place, rollout
 
     with errors_as_messages():
-        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = RunRequest(file, tuple(overrides or ()), max_steps, home)
         rollout(asked, Place(host, port), count=count, seed=seed)
 
 
@@ -268,7 +268,7 @@ def serve_teachers(
     from flows.cli.serve import Place, teachers
 
     with errors_as_messages():
-        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = RunRequest(file, tuple(overrides or ()), max_steps, home)
         teachers(asked, Place(host, port), seed=seed)
 
 

@@ -42,7 +42,7 @@ def init(
     """Write a small, commented run file from a base and a few domains, and check it; asks for what is not named."""
     from base.errors import UserError
     from flows.cli import runs as commands
-    from flows.run.asked import Asked
+    from flows.run.run_request import RunRequest
     from flows.scaffold.init import init as write
 
     with errors_as_messages():
@@ -53,7 +53,7 @@ def init(
         for line in write(file, base, domains, option or (), gpus=_gpus() if gpus is None else gpus, force=force):
             sys.stdout.write(f"{line}\n")
         sys.stdout.write(f"{file} is written. What it would do:\n")
-        commands.plan(Asked(file, (), None, home), check=True, as_json=False)
+        commands.plan(RunRequest(file, (), None, home), check=True, as_json=False)
         sys.stdout.write(f"Now: mopd run {file}\n")
 
 

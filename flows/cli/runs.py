@@ -22,23 +22,23 @@ from flows.plan.lock import NodeStatus
 from flows.plan.lock import status as node_status
 from flows.plan.shifts import COSINES, SHIFT
 from flows.plan.state_files import read_json
-from flows.run.asked import Asked
 from flows.run.attended import run_pipeline, stopped
 from flows.run.estimate import Estimate, estimate, summary
 from flows.run.last_run import remember
+from flows.run.run_request import RunRequest
 from flows.run.starts import close_killed
 from flows.run_file.load import schema_keys
 from flows.run_file.schema import STUDENT, RunConfig
 from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
-    from flows.run.closing import Outcome
+    from flows.run.finish import Outcome
 
 SHORT_KEY = 10
 
 
 def run(
-    asked: Asked,
+    asked: RunRequest,
     *,
     discard_corrupted: bool,
     plain: bool,
@@ -66,7 +66,7 @@ def run(
         return UNPROMOTED if require_promotion and not outcome.crowned else DONE
 
 
-def _finished(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool, quiet: bool) -> "Outcome | int":
+def _finished(asked: RunRequest, graph: StageGraph, *, plain: bool, verbose: bool, quiet: bool) -> "Outcome | int":
     """What a run came to; or the exit code of one that did not finish."""
     store = Store(asked.home)
     if not all(entry.cached for entry in node_status(graph, store)):
@@ -85,11 +85,11 @@ def _conclude_cached(graph: StageGraph, store: Store) -> "Outcome":
 
     from flows.champion.champion import send_kept, tell_mlflow
     from flows.champion.notify import owe_promotions, tell_promotions
-    from flows.run.closing import conclude
+    from flows.run.finish import finish_run
 
     config = graph.config
     owe_promotions(store, config, {})
-    outcome = conclude(graph, store, promote=True, rewrite=False)
+    outcome = finish_run(graph, store, promote=True, rewrite=False)
     if outcome.changed:
         # The gate of today lets pass what that of the last run did not.
         tell_mlflow(store, config.name, outcome.candidate)
@@ -125,7 +125,7 @@ def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
             sys.stderr.write(f"{node.id}: corrupted; moved to {store.set_aside(error.key)}\n")
 
 
-def plan(asked: Asked, *, check: bool, as_json: bool) -> None:
+def plan(asked: RunRequest, *, check: bool, as_json: bool) -> None:
     """Print what is cached, what would run, and why."""
     graph, store = asked.graph(), Store(asked.home)
     entries = node_status(graph, store)
@@ -198,7 +198,7 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
     yield from (row(node) for node in graph.nodes if node.stage in (SHIFT, COSINES))
 
 
-def status(asked: Asked, *, as_json: bool = False) -> None:
+def status(asked: RunRequest, *, as_json: bool = False) -> None:
     """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
     faults: list[str] = []
     graph, store = asked.graph(faults), Store(asked.home, faults)
@@ -256,15 +256,15 @@ def _is_locked(store: Store, key: str) -> bool:
     return False
 
 
-def report(asked: Asked, shown: Shown = TEXT) -> None:
+def report(asked: RunRequest, shown: Shown = TEXT) -> None:
     """Compare what is finished, print it and write the report."""
-    from flows.run.closing import conclude
+    from flows.run.finish import finish_run
     from flows.run.run_settings import command_line
 
     faults: list[str] = []
     graph, store = asked.graph(faults), Store(asked.home, faults)
     command = command_line(asked.file, asked.overrides, asked.max_steps)
-    outcome = conclude(graph, store, promote=False, command=command, faults=faults)
+    outcome = finish_run(graph, store, promote=False, command=command, faults=faults)
     _warn(faults)
     show_outcome(graph, outcome, asked.home, Console(), shown)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 
 Pool = Annotated[str, typer.Option("--pool", help="Prefect work pool; made, of type process, where it is missing.")]
 
@@ -36,7 +36,7 @@ def deploy(
     with errors_as_messages():
         from flows.run import deploy as work
 
-        asked = Asked(file, tuple(overrides or ()), max_steps, home)
+        asked = RunRequest(file, tuple(overrides or ()), max_steps, home)
         if remove:
             said = work.retire(asked.graph().config, home)
         else:

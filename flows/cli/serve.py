@@ -12,8 +12,8 @@ import yaml
 from base.errors import UserError
 from base.signals import interruptible
 from base.store.checkpoint import Store
-from flows.engines.children import ForkServer, ServerDiedError, child_environment
 from flows.engines.devices import DeviceLeases
+from flows.engines.fork_client import ForkServer, ServerDiedError, child_environment
 from flows.engines.vllm_commands import (
     TEACHER_ROLE,
     ServerCommand,
@@ -24,7 +24,7 @@ from flows.engines.vllm_commands import (
 )
 from flows.engines.vllm_servers import HOST, VllmServerError, VllmServers, free_ports, tail
 from flows.plan.graph import Node, StageGraph
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 from flows.run_file.schema import STUDENT
 from stages.config.distill import DistillConfig
 
@@ -58,13 +58,13 @@ class Place:
 class _Merge:
     """The merge that is served."""
 
-    asked: Asked
+    asked: RunRequest
     graph: StageGraph
     node: Node
     store: Store
 
     @classmethod
-    def of(cls, asked: Asked, seed: int | None, backend: str) -> Self:
+    def of(cls, asked: RunRequest, seed: int | None, backend: str) -> Self:
         """Read the run as it will be once it uses the servers, for not every merge can.
 
         Args:
@@ -99,7 +99,7 @@ class _Merge:
         return replace(self.node, parents=roles)
 
 
-def rollout(asked: Asked, place: Place, *, count: int | None = None, seed: int | None = None) -> None:
+def rollout(asked: RunRequest, place: Place, *, count: int | None = None, seed: int | None = None) -> None:
     """Serve the rollouts of a run's merge until Ctrl-C or SIGTERM.
 
     Args:
@@ -121,7 +121,7 @@ def rollout(asked: Asked, place: Place, *, count: int | None = None, seed: int |
     _serve(merge, commands, place, "rollout_servers", {"sampler": {"backend": "vllm_server"}})
 
 
-def teachers(asked: Asked, place: Place, *, seed: int | None = None) -> None:
+def teachers(asked: RunRequest, place: Place, *, seed: int | None = None) -> None:
     """Serve the teachers of a run's merge until Ctrl-C or SIGTERM; arguments and errors as for `rollout`."""
     merge = _Merge.of(asked, seed, "merge.teacher_backend=vllm_server")
     artifacts = teachers_of(parents(merge.graph, merge.need(TEACHER_ROLE), merge.store))
@@ -140,7 +140,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
             fork_server = ForkServer(log, child_environment(config.resources.threads), preload=())
             held.callback(fork_server.close)
             servers = held.enter_context(
-                VllmServers(commands, home, lease=lease, host=place.host, ports=ports, say=_say)
+                VllmServers(commands, home, lease=lease, host=place.host, ports=ports, report=_say)
             )
             servers.start(fork_server)
             _wait_until_ready(servers, merge.config.sampler.timeout_seconds)

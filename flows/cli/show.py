@@ -13,7 +13,7 @@ from flows.plan.champion_start import savings
 from flows.plan.graph import StageGraph
 
 if TYPE_CHECKING:
-    from flows.run.closing import Outcome
+    from flows.run.finish import Outcome
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Devices of one host: each is a file lock whose descriptor the child inherits. Free of torch.
+"""Leases of one host's devices. Each device is a file lock whose descriptor the child inherits. Free of torch.
 
-A stage leases its whole allocation at once, so two stages cannot each hold half of what both need. A device is free
-the moment the last process that holds its lock is gone, however it died. Locks are those of the host and the user, not
-of a home, and are named by the devices' UUIDs: two runs over two homes, one that was given indices and one that was
-given UUIDs, never lease the same device.
+A stage leases its whole allocation at once, so two stages cannot each hold half of what both need. A device becomes
+free when the last process that holds its lock ends, for whatever reason. The locks belong to the host and the user,
+not to a home, and are named by the devices' UUIDs: two runs over two homes, one configured with indices and one with
+UUIDs, never lease the same device.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from base.nvidia import ask
 from base.store.energy import VISIBLE
 
 POLL_SECONDS = 0.5
-# Where the locks lie, in place of the user's own folder under the host's temporary one.
+# Overrides the folder of the locks, which by default is the user's own below the host's temporary folder.
 FOLDER_VARIABLE = "MOPD_DEVICE_LOCKS"
 _LISTED = re.compile(r"^\s*(?:GPU (?P<index>\d+):|MIG ).*\(UUID: (?P<uuid>[^)]+)\)")
 
 
 class WaitCancelledError(Exception):
-    """The run is being stopped: nothing is waited for or started any more."""
+    """The run is being stopped, so the wait is abandoned and nothing more is started."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Lease:
     """Devices and the locks that hold them.
 
     Attributes:
-        devices: What `CUDA_VISIBLE_DEVICES` is to name: indices or UUIDs.
-        descriptors: The open locks; a child that inherits them keeps the devices after `close`.
+        devices: Indices or UUIDs, for `CUDA_VISIBLE_DEVICES`.
+        descriptors: The open locks. A child that inherits them keeps the devices after `close`.
     """
 
     devices: tuple[str, ...] = ()
@@ -45,37 +45,37 @@ class Lease:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that show a child exactly these devices, and none when the lease is empty."""
+        """The variables that make exactly these devices visible to a child, or none if the lease is empty."""
         return {VISIBLE: ",".join(self.devices)}
 
     def split(self, counts: Sequence[int]) -> list["Lease"]:
-        """Share the devices out, in order; the shares are closed in place of the whole."""
+        """Divide the devices, in order, into leases of `counts` devices. Close the parts, not the whole."""
         ends = list(itertools.accumulate(counts, initial=0))
         return [Lease(self.devices[start:end], self.descriptors[start:end]) for start, end in itertools.pairwise(ends)]
 
     def close(self) -> None:
-        """Let go of this process's hold."""
+        """Close this process's descriptors of the locks."""
         for descriptor in self.descriptors:
             os.close(descriptor)
 
 
 class DeviceLeases:
-    """Leases of the host's devices, by locks that all homes of a user share."""
+    """Leases the host's devices through locks that all homes of a user share."""
 
     def __init__(self) -> None:
         """Nothing is locked before `acquire`."""
         self._folder = lock_folder()
 
     def acquire(self, count: int, cancelled: Callable[[], bool] = lambda: False) -> Lease:
-        """Lease `count` devices; waits while fewer are free.
+        """Lease `count` devices, waiting while fewer are free.
 
         Args:
-            count: How many; 0 gives an empty lease.
-            cancelled: Asked while waiting; True gives the wait up.
+            count: Number of devices; 0 returns an empty lease.
+            cancelled: Called at every poll; True abandons the wait.
 
         Raises:
-            UserError: the host has fewer devices than asked for.
-            WaitCancelledError: `cancelled` said so.
+            UserError: the host has fewer devices than requested.
+            WaitCancelledError: `cancelled` returned True.
         """
         if count == 0:
             return Lease()
@@ -93,7 +93,12 @@ class DeviceLeases:
         return lease
 
     def _try(self, devices: Mapping[str, str], count: int) -> Lease | None:
-        """Lock the first `count` free devices, or none at all; `devices` is identity -> name."""
+        """Lock the first `count` free devices. None, with nothing locked, if fewer are free.
+
+        Args:
+            devices: identity -> name.
+            count: Number of devices.
+        """
         with contextlib.ExitStack() as undo:
             held: dict[str, int] = {}
             for identity, device in devices.items():
@@ -114,7 +119,7 @@ class DeviceLeases:
 def host_devices() -> list[str]:
     """The devices this process may use: those of `CUDA_VISIBLE_DEVICES`, else all that `nvidia-smi -L` lists.
 
-    Of a device that is divided (MIG) those are its slices, for CUDA shows a process no more than one of them.
+    A divided device (MIG) is replaced by its slices, because a process sees at most one of them through CUDA.
     """
     visible = os.environ.get(VISIBLE)
     if visible is not None:
@@ -123,7 +128,7 @@ def host_devices() -> list[str]:
 
 
 def why_no_more() -> str:
-    """What bounds the number of `host_devices`, in brackets behind a space."""
+    """The limit on the number of `host_devices`, for a message: a space and brackets; empty if there is none."""
     if VISIBLE in os.environ:
         return f" ({VISIBLE}={os.environ[VISIBLE]})"
     fault = _listed().fault
@@ -131,19 +136,19 @@ def why_no_more() -> str:
 
 
 def lock_folder() -> Path:
-    """Where the locks of this user's devices on this host lie."""
+    """The folder of this user's device locks on this host."""
     named = os.environ.get(FOLDER_VARIABLE)
     return Path(named) if named else Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}" / "devices"
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """What `nvidia-smi -L` lists.
+    """The devices that `nvidia-smi -L` lists.
 
     Attributes:
-        uuids: Index -> UUID of every device, and UUID -> UUID of those and of their MIG slices.
-        leasable: Indices of whole devices, UUIDs of the slices of divided ones.
-        fault: Why nothing is listed; empty where the driver answers.
+        uuids: Index -> UUID of every device, and UUID -> UUID of devices and of their MIG slices.
+        leasable: Indices of whole devices and UUIDs of the slices of divided ones.
+        fault: Why nothing is listed; empty if the driver answers.
     """
 
     uuids: Mapping[str, str]
@@ -169,9 +174,9 @@ def _listed() -> _Listing:
 
 
 def _distinct(names: Sequence[str], listed: Mapping[str, str]) -> dict[str, str]:
-    """Identity -> name of each device once; one of which nothing is told is known by its name.
+    """Identity -> name, with each device once. The identity is the UUID, or the name of a device that is not listed.
 
-    Like CUDA, this takes the start of a UUID for the whole.
+    As in CUDA, the beginning of a UUID is accepted in place of the whole.
     """
     found: dict[str, str] = {}
     for name in names:

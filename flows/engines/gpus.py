@@ -1,6 +1,6 @@
-"""Comparison of the machine's devices, as nvidia-smi lists them, with what torch can use and what a run asks for.
+"""Compares the devices that nvidia-smi lists with those that torch can use and those that a run requests.
 
-torch is asked in a process of its own, so that this one stays free of torch and of a CUDA context.
+torch is imported in a separate process, so that this one stays free of torch and of a CUDA context.
 """
 
 import json
@@ -19,12 +19,12 @@ SECONDS = 300
 
 @dataclass(frozen=True)
 class Usable:
-    """What torch can use here.
+    """The devices that torch can use on this machine.
 
     Attributes:
         torch: Version and build.
         devices: Names of the devices.
-        fault: Why there are no more, in torch's own words; empty where it has none.
+        fault: torch's own message on why there are no more; empty if it has none.
     """
 
     torch: str
@@ -33,7 +33,7 @@ class Usable:
 
 
 def ask_torch() -> Usable:
-    """Let a fresh process initialise CUDA."""
+    """Initialise CUDA in a new process and return the devices it found."""
     command = [sys.executable, "-P", "-m", "stages.learner.device"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
@@ -42,12 +42,12 @@ def ask_torch() -> Usable:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
         return Usable("torch", (), lines[-1] if lines else f"exit code {error.returncode}")
-    told = json.loads(done.stdout)
-    return Usable(f"torch {told['torch']} ({told['build']})", tuple(told["devices"]), told["fault"])
+    found = json.loads(done.stdout)
+    return Usable(f"torch {found['torch']} ({found['build']})", tuple(found["devices"]), found["fault"])
 
 
 def gpu_problems(resources: ResourcesConfig) -> Iterator[str]:
-    """A run that asks for devices which are not here, or which torch cannot use."""
+    """Yield an error if a run requests devices that are not here or that torch cannot use."""
     asked = resources.gpus
     if not asked:
         return
@@ -61,12 +61,12 @@ def gpu_problems(resources: ResourcesConfig) -> Iterator[str]:
 
 
 def shown_to_one(devices: Sequence[str]) -> int:
-    """How many of these devices CUDA shows one process: of MIG slices a single one."""
+    """The number of these devices that one process sees through CUDA: only one if they are MIG slices."""
     return min(1, len(devices)) if any(device.startswith("MIG-") for device in devices) else len(devices)
 
 
 def gpu_warnings(resources: ResourcesConfig) -> Iterator[str]:
-    """More nodes side by side than the machine has devices for, where the run file asks for so many."""
+    """Yield a warning if the run file sets more parallel nodes than the machine has devices for."""
     side_by_side = resources.gpus * resources.parallel_experts
     if "parallel_experts" in resources.model_fields_set and side_by_side > (shown := len(host_devices())):
         yield (
@@ -76,7 +76,7 @@ def gpu_warnings(resources: ResourcesConfig) -> Iterator[str]:
 
 
 def disagreement(shown: int, usable: Usable) -> str:
-    """Who counts how many devices, with the driver's version and torch's build."""
+    """The two differing device counts, with the driver's version and torch's build, for a message."""
     counted = f"{VISIBLE} names" if VISIBLE in os.environ else "nvidia-smi lists"
     fault = f": {usable.fault}" if usable.fault else ""
     return f"{counted} {shown} and {usable.torch} can use {len(usable.devices)}{fault}; {driver()}"

@@ -1,8 +1,8 @@
-"""How a node's process starts, is watched and is ended.
+"""Starts, supervises and ends the processes of nodes.
 
-A node runs in its own process group, forked from a warm server (`flows.engines.forkserver`), or under torchrun for
-several devices. The thread that asked for it only supervises: it forwards the journal, enforces the timeout, tends the
-vLLM servers the node asked for and turns the exit code into an error for people.
+A node runs in its own process group, forked from a warm server (`flows.engines.fork_server`), or under torchrun for
+several devices. The calling thread only supervises: it forwards the journal, enforces the timeout, checks the node's
+vLLM servers and turns the exit code into a readable error.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ import psutil
 from base.documents import DocumentError, read_object
 from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, JournalReader
-from flows.engines.children import Child, ForkServer, ServerDiedError, child_environment
 from flows.engines.devices import DeviceLeases, WaitCancelledError
-from flows.engines.forkserver import GRACE_SECONDS
-from flows.engines.job import Job
+from flows.engines.fork_client import Child, ForkServer, ServerDiedError, child_environment
+from flows.engines.fork_server import GRACE_SECONDS
+from flows.engines.process_spec import ProcessSpec
 from flows.engines.vllm_commands import Needs, node_needs
 from flows.engines.vllm_servers import VllmServerError, VllmServers
 from flows.engines.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
@@ -41,15 +41,15 @@ OnRecords = Callable[[Node, list[dict[str, Any]]], None]
 
 
 class NodeFailedError(Exception):
-    """A node's process did not do its work.
+    """A node's process failed.
 
     Attributes:
-        node: Id of the node (of several evaluations, the first).
+        node: Id of the node; the first one of several evaluations.
         exit_code: The process's exit code; negative for a signal.
-        message: What went wrong, for people.
-        log: The file with its output and traceback.
-        user_error: The user can mend it; no traceback is of use.
-        retryable: An infrastructure fault: a new attempt may succeed.
+        message: The cause, for the user.
+        log: The file with the process's output and traceback.
+        user_error: The user can fix the cause, so no traceback is shown.
+        retryable: The cause is an infrastructure fault, so a new attempt may succeed.
     """
 
     def __init__(self, node: str, exit_code: int, message: str, log: Path, *, retryable: bool) -> None:
@@ -63,8 +63,8 @@ class NodeFailedError(Exception):
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """Why a process was ended before its time."""
+class _EarlyEnd:
+    """The reason for ending a process early."""
 
     message: str
     log: Path
@@ -72,7 +72,7 @@ class _Verdict:
 
 
 class Launcher:
-    """Starts and supervises node processes; as a context manager it leaves none behind."""
+    """Starts and supervises node processes. As a context manager it ends all of them on exit."""
 
     def __init__(self, home: Path, resources: ResourcesConfig) -> None:
         """Nothing is started before the first `run`.
@@ -107,40 +107,41 @@ class Launcher:
         """Make the nodes in one process; returns when it has ended. Several threads may call this at once.
 
         Args:
-            graph: The graph the nodes are of; their parents must stand in the store.
+            graph: The graph of the nodes, whose parents must be in the store.
             nodes: One training node, or several evaluations of one checkpoint.
-            on_records: Called in this thread with each node's new journal records, in order; the last call comes
-                after the end. A resumed node's earlier records come first.
+            on_records: Called in this thread with each node's new journal records, in order. The last call follows
+                the end of the process. A resumed node's earlier records come first.
 
         Raises:
-            NodeFailedError: the process failed, took longer than the timeout, was killed or was stopped, or its vLLM
-                servers cannot be kept up.
-            UserError: fewer devices than asked for; or vLLM is to serve and is not installed or cannot.
+            NodeFailedError: the process failed, exceeded the timeout, was killed or was stopped, or its vLLM servers
+                keep failing.
+            UserError: the machine has fewer devices than requested; or vLLM is needed and is not installed or cannot
+                serve the model.
         """
-        job = Job.of(graph, nodes, self.home, self.resources.threads)
-        needs = node_needs(graph, job.nodes[0], self.store, self.resources)
-        first = job.nodes[0].id
-        log = self.home / "work" / job.nodes[0].key / LOG_FILE
+        spec = ProcessSpec.of(graph, nodes, self.home, self.resources.threads)
+        needs = node_needs(graph, spec.nodes[0], self.store, self.resources)
+        first = spec.nodes[0].id
+        log = self.home / "work" / spec.nodes[0].key / LOG_FILE
 
-        def say(line: str) -> None:
-            on_records(job.nodes[0], [{"time": time.time(), "step": 0, "kind": "note", "text": line}])
+        def report(line: str) -> None:
+            on_records(spec.nodes[0], [{"time": time.time(), "step": 0, "kind": "note", "text": line}])
 
         with contextlib.ExitStack() as held:
             try:
-                child, servers = self._start(job, needs, log, say, held)
-                verdict = self._supervise(job, child, servers, on_records)
+                child, servers = self._start(spec, needs, log, report, held)
+                early = self._supervise(spec, child, servers, on_records)
             except ServerDiedError:
                 message = "stopped" if self._stopped else f"its fork server ended; see {self.home / SERVER_LOG}"
                 raise NodeFailedError(first, FAILED, message, log, retryable=not self._stopped) from None
             except WaitCancelledError:
                 raise NodeFailedError(first, FAILED, "stopped before it started", log, retryable=False) from None
         if child.exit_code != 0:
-            raise self._failure(job, child, log, verdict)
+            raise self._failure(spec, child, log, early)
 
     def stop_all(self) -> None:
-        """End every live process group, SIGTERM then SIGKILL, and let no new one start. Returns when all are gone.
+        """End every live process group by SIGTERM, then SIGKILL, and prevent new ones. Returns when all are gone.
 
-        Idempotent; takes no lock, so that a signal handler may call it.
+        Idempotent. It takes no lock, so a signal handler may call it.
         """
         self._stopped = True
         children, groups = list(self._live.values()), list(self._groups.values())
@@ -154,24 +155,24 @@ class Launcher:
             time.sleep(0.05)
 
     def _start(
-        self, job: Job, needs: Needs, log: Path, say: Callable[[str], None], held: contextlib.ExitStack
+        self, spec: ProcessSpec, needs: Needs, log: Path, report: Callable[[str], None], held: contextlib.ExitStack
     ) -> tuple[Child, VllmServers]:
-        """Start the process and the servers that are its own; `held` ends them all."""
-        own = self.resources.gpus if job.training else min(1, self.resources.gpus)
+        """Start the process and the vLLM servers of this node; `held` ends them all."""
+        own = self.resources.gpus if spec.training else min(1, self.resources.gpus)
         theirs = sum(command.gpus for command in needs.commands)
-        # All at once, so that two stages cannot each hold what the other waits for.
+        # One lease for all devices, so that two stages cannot each hold what the other waits for.
         lease, rest = self._devices.acquire(own + theirs, lambda: self._stopped).split([own, theirs])
         held.callback(rest.close)
         try:
             fork_server = self._running_server()
-            servers = VllmServers(needs.commands, self.home, lease=rest, say=say)
+            servers = VllmServers(needs.commands, self.home, lease=rest, report=report)
             self._groups[id(servers)] = servers
             held.callback(self._groups.pop, id(servers))
             held.enter_context(servers)
-            spec = self._prepare(job, needs, servers, log)
+            path = self._prepare(spec, needs, servers, log)
             servers.start(fork_server)
             child = fork_server.start(
-                log, **_program(spec, own), environment=lease.environment, descriptors=lease.descriptors
+                log, **_program(path, own), environment=lease.environment, descriptors=lease.descriptors
             )
         finally:
             lease.close()
@@ -183,15 +184,15 @@ class Launcher:
             servers.stop()
         return child, servers
 
-    def _prepare(self, job: Job, needs: Needs, servers: VllmServers, log: Path) -> Path:
-        """Write the spec and clear what an earlier attempt said."""
+    def _prepare(self, spec: ProcessSpec, needs: Needs, servers: VllmServers, log: Path) -> Path:
+        """Write the spec file, delete the error files of an earlier attempt, and return the spec's path."""
         try:
-            for node in job.nodes:
+            for node in spec.nodes:
                 (self.store.work(node.key) / ERROR_FILE).unlink(missing_ok=True)
-            return job.write(self.store.work(job.nodes[0].key), {**needs.given, **servers.urls})
+            return spec.write(self.store.work(spec.nodes[0].key), {**needs.given, **servers.urls})
         except OSError as error:
             code, message = exit_code_of(error), f"cannot be started: {error}"
-            raise NodeFailedError(job.nodes[0].id, code, message, log, retryable=False) from error
+            raise NodeFailedError(spec.nodes[0].id, code, message, log, retryable=False) from error
 
     def _running_server(self) -> ForkServer:
         with self._starting:
@@ -202,56 +203,58 @@ class Launcher:
                 self._server = ForkServer(self.home / SERVER_LOG, environment)
             return self._server
 
-    def _supervise(self, job: Job, child: Child, servers: VllmServers, on_records: OnRecords) -> _Verdict | None:
-        """Forward the journals until the end; says why the process was ended, if it was.
+    def _supervise(
+        self, spec: ProcessSpec, child: Child, servers: VllmServers, on_records: OnRecords
+    ) -> _EarlyEnd | None:
+        """Forward the journals until the end. Returns the reason if the supervisor ended the process.
 
-        The clock starts with the process; time in which it waits for another run's lock counts.
+        The timeout starts with the process and includes the time it waits for another run's lock.
         """
-        readers = [(node, JournalReader(self.store.work(node.key) / JOURNAL_FILE)) for node in job.nodes]
+        readers = [(node, JournalReader(self.store.work(node.key) / JOURNAL_FILE)) for node in spec.nodes]
         deadline: float | None = None
-        verdict: _Verdict | None = None
+        early: _EarlyEnd | None = None
         while True:
             ended = child.wait(POLL_SECONDS) is not None
             for node, reader in readers:
                 if records := reader.new_records():
                     on_records(node, records)
             if ended:
-                return verdict
+                return early
             if child.pid is not None and deadline is None:
                 deadline = time.monotonic() + self.resources.timeout_minutes * 60
-            if verdict is None and (verdict := self._judge(job, servers, deadline)) is not None:
+            if early is None and (early := self._check(spec, servers, deadline)) is not None:
                 child.end(GRACE_SECONDS)
 
-    def _judge(self, job: Job, servers: VllmServers, deadline: float | None) -> _Verdict | None:
-        """Tend the servers and look at the clock: why the process is to be ended now, if it is."""
+    def _check(self, spec: ProcessSpec, servers: VllmServers, deadline: float | None) -> _EarlyEnd | None:
+        """Check the servers and the deadline. Returns the reason to end the process now, if there is one."""
         try:
             servers.tend()
         except VllmServerError as error:
-            return _Verdict(str(error), error.log, retryable=error.passing)
+            return _EarlyEnd(str(error), error.log, retryable=error.passing)
         if deadline is None or time.monotonic() <= deadline:
             return None
         message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"
-        return _Verdict(message, self.home / "work" / job.nodes[0].key / LOG_FILE, retryable=False)
+        return _EarlyEnd(message, self.home / "work" / spec.nodes[0].key / LOG_FILE, retryable=False)
 
-    def _failure(self, job: Job, child: Child, log: Path, verdict: _Verdict | None) -> NodeFailedError:
+    def _failure(self, spec: ProcessSpec, child: Child, log: Path, early: _EarlyEnd | None) -> NodeFailedError:
         assert child.exit_code is not None
-        first, code = job.nodes[0].id, child.exit_code
+        first, code = spec.nodes[0].id, child.exit_code
         if self._stopped:
             return NodeFailedError(first, code, "stopped", log, retryable=False)
-        if verdict is not None:
-            return NodeFailedError(first, code, verdict.message, verdict.log, retryable=verdict.retryable)
-        said = _read_error(self.store.work(job.nodes[0].key) / ERROR_FILE)
+        if early is not None:
+            return NodeFailedError(first, code, early.message, early.log, retryable=early.retryable)
+        reported = _read_error(self.store.work(spec.nodes[0].key) / ERROR_FILE)
         if code == FAILED:
-            # torchrun's own exit code is 1 whatever its workers' are.
-            code = said["exit_code"] if said else _reported_by_torchrun(log)
+            # torchrun exits with 1 for every exit code of its workers.
+            code = reported["exit_code"] if reported else _reported_by_torchrun(log)
         if code < 0:
             return NodeFailedError(first, code, f"its process was killed by signal {-code}", log, retryable=True)
-        message = said["message"] if said else _last_line(log)
+        message = reported["message"] if reported else _last_line(log)
         return NodeFailedError(first, code, message, log, retryable=code == INFRASTRUCTURE_FAULT)
 
 
 def _program(spec: Path, devices: int) -> dict[str, Any]:
-    """What the fork server is to run: the spec itself, or torchrun for several devices."""
+    """Arguments of `ForkServer.start`: the spec itself, or torchrun for several devices."""
     if devices <= 1:
         return {"spec": spec}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
@@ -259,7 +262,7 @@ def _program(spec: Path, devices: int) -> dict[str, Any]:
 
 
 def _runs(child: Child) -> bool:
-    # Whoever has not read yet which process it is will read of its end too.
+    # A child without a pid has not been read from yet; its exit code will still be delivered.
     return child.exit_code is None and (child.pid is None or psutil.pid_exists(child.pid))
 
 
@@ -267,19 +270,19 @@ def _read_error(path: Path) -> dict[str, Any] | None:
     try:
         return read_object(path)
     except (FileNotFoundError, DocumentError):
-        # A process that was killed while it wrote has said nothing; its log is read then.
+        # The process was killed before or while it wrote the file; its log is read instead.
         return None
 
 
 def _reported_by_torchrun(log: Path) -> int:
-    """The exit code of the first worker that failed, from torchrun's report; 1 where there is none."""
+    """The exit code of the first worker that failed, from torchrun's report; 1 if the log has no report."""
     codes = _TORCHRUN_EXIT_CODE.findall(_text(log))
     return int(codes[-1]) if codes else FAILED
 
 
 def _last_line(log: Path) -> str:
-    """What a process that could not write its error said last."""
-    return next((line for line in reversed(_text(log).split("\n")) if line.strip()), "ended without a word")
+    """The last line of a process's log, for a process that could not write its error file."""
+    return next((line for line in reversed(_text(log).split("\n")) if line.strip()), "exited without output")
 
 
 def _text(log: Path) -> str:

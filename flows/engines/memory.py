@@ -1,10 +1,11 @@
-"""Does it fit? The memory a stage is likely to need, before it is launched. Torch-free.
+"""Estimates the memory that a stage needs, before it is launched. Free of torch.
 
-Weights, gradients and both moments of Adam are float32, as trained here; what is frozen has weights alone. Activations
-are those of one forward and backward pass of `micro_batch_tokens`, about `34 H` values a token and layer without
-attention's squares (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1 at 2 bytes a value, here 17 values); with
+Weights, gradients and both moments of Adam are float32, as trained here; frozen parts have weights only. Activations
+are those of one forward and backward pass of `micro_batch_tokens`, about `34 H` bytes a token and layer without
+attention's squares (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1, at 2 bytes a value, so 17 values here); with
 `gradient_checkpointing` only a layer's input is kept. The sampler's cache has keys and values of every token drawn at
-one time. A stage of the same size that was measured before says more than any formula, and is taken where it is larger.
+one time. The measured peak of an earlier stage of the same size is more reliable than the formula and is used where
+it is larger.
 """
 
 import json
@@ -25,14 +26,14 @@ from flows.plan.graph import Node, StageGraph
 from stages.config.kinds import STAGES
 
 BYTES = 4
-# A process with torch and transformers in it.
+# A process that has imported torch and transformers.
 PROCESS_BYTES = 450 * 2**20
-# API server, engine and worker of a vLLM server, before any weights.
+# API server, engine and worker of a vLLM server, without weights.
 SERVER_BYTES = 2 * 2**30
 ACTIVATIONS_PER_HIDDEN = 17
-# Logits of a chunk, their log-probabilities and gradient.
+# The logits of a chunk, their log-probabilities and their gradient.
 LOGIT_COPIES, CHUNK_TOKENS = 3, 1024
-# Taken for a row of SFT and a prompt, for a stage whose batch is smaller than a micro-batch.
+# Assumed tokens of an SFT row and of a prompt, for a stage whose batch is smaller than a micro-batch.
 ROW_TOKENS, PROMPT_TOKENS = 1024, 512
 ROOM = 0.9
 SHOWN_BYTES = 2**24
@@ -41,7 +42,7 @@ NARROW_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its memory; zeros where it is not known before it is loaded."""
+    """The sizes of a model that determine its memory; zeros where they are unknown before it is loaded."""
 
     parameters: int = 0
     hidden: int = 0
@@ -54,9 +55,9 @@ class Need:
     """The memory of one stage's process, in bytes.
 
     Attributes:
-        node: Its id.
-        parts: What it is for -> bytes.
-        measured: Peak of an earlier stage of this kind on a model of this size; 0 where there was none.
+        node: Id of the stage's node.
+        parts: Purpose -> bytes.
+        measured: Peak of an earlier stage of this kind on a model of this size; 0 if there was none.
     """
 
     node: str
@@ -65,7 +66,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of the parts, or the measured peak if that is larger."""
         return max(sum(self.parts.values()), self.measured)
 
     def __str__(self) -> str:
@@ -75,8 +76,10 @@ class Need:
 
 
 def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need]:
-    """What every stage that is to run needs, largest first; stages whose model is unknown before its download are
-    left out."""
+    """The needs of the stages that are to run, largest first.
+
+    Stages whose model is unknown before its download are left out.
+    """
     peaks = _peaks(store)
     found = []
     for node in missing:
@@ -90,10 +93,10 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
 
 
 def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[str], list[str]]:
-    """Compare the needs with what there is.
+    """Compare the needs with the memory of this machine or its GPUs.
 
     Returns:
-        Problems (a stage that cannot fit) and warnings (stages side by side that may not).
+        Problems (a stage that cannot fit) and warnings (parallel stages that may not fit together).
     """
     found = needs(graph, store, missing)
     resources = graph.config.resources
@@ -146,7 +149,7 @@ def _parts(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
 
 
 def _sampling(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
-    """Of whoever draws completions, and of servers that share this machine's memory with the stage."""
+    """Memory of the sampler, and of vLLM servers that share this machine's memory with the stage."""
     config, resources = node.config, graph.config.resources
     rows = int(config["prompts_per_step"]) * int(config["group_size"])
     cache = 2 * rows * int(config["max_new_tokens"]) * shape.layers * shape.hidden * BYTES
@@ -154,7 +157,7 @@ def _sampling(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
     if backend not in ("vllm", "vllm_server"):
         parts = {"sampler's cache": cache}
     elif backend == "vllm":
-        # Its own copy of the weights, also of those that it sleeps without.
+        # The engine's own copy of the weights. It is counted even though the engine drops them while it sleeps.
         parts = {"vLLM's weights and cache": shape.parameters * BYTES + cache}
     else:
         parts = {}
@@ -164,7 +167,7 @@ def _sampling(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
     if backend == "vllm_server" and not resources.rollout_servers.urls:
         parts["rollout servers"] = resources.rollout_servers.count * (server + cache)
     if config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
-        # One for each full teacher; adapters of one base share theirs, so there may be fewer.
+        # An upper bound: one server for each full teacher, but adapters of one base share a server.
         parts["teacher servers"] = len(_teachers(graph, node)) * server
     return parts
 
@@ -175,7 +178,7 @@ def _teachers(graph: StageGraph, node: Node) -> set[str]:
 
 
 def _step_tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of one step, as far as the settings say; how long prompts are they do not."""
+    """Tokens of one step, from the settings. Lengths of prompts and rows are not among them and are assumed."""
     if "batch_tokens" in config:
         return int(config["batch_tokens"])
     if "batch_size" in config:
@@ -185,19 +188,19 @@ def _step_tokens(config: Mapping[str, Any]) -> int:
 
 
 def _adapter_parameters(shape: Shape, rank: int) -> int:
-    """Of adapters on all linear layers: seven of them a layer, two of them wider than the rest."""
+    """Parameters of adapters on all linear layers: seven a layer, two of which are wider than the others."""
     return shape.layers * rank * 2 * shape.hidden * 10
 
 
 def origin(graph: StageGraph, node: Node) -> Node:
-    """The node whose model and tokenizer this one has: they are handed on from start to start."""
+    """The node from which this one has its model and tokenizer, found by following `start` and `checkpoint`."""
     while parent := node.parents.get("start") or node.parents.get("checkpoint"):
         node = graph.node(parent)
     return node
 
 
 def shape_of(node: Node, store: Store) -> Shape:
-    """The shape of an origin's model, from the store, its folder or its settings."""
+    """The shape of the model of an `origin` node, from the store, the model's folder or its settings."""
     artifact = store.find(node.key)
     if artifact is not None:
         config = _read(artifact.path / "config.json") if store.is_here(artifact) else {}
@@ -259,19 +262,19 @@ def _peaks(store: Store) -> dict[tuple[str, int], int]:
 
 
 def _memory(gpus: int) -> tuple[int, int, str]:
-    """Memory one stage may have, what of it is free just now, and whose it is; 0 where nothing tells.
+    """The memory one stage may use, the part of it that is free now, and its owner for a message; 0 if unknown.
 
-    A device is leased to one stage at a time, so what lies on it now says nothing of then.
+    All of a device counts as free: it is leased to one stage at a time, so its present use does not matter.
     """
     if not gpus:
         memory = psutil.virtual_memory()
         return memory.total, memory.available, "this machine"
-    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        printed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return 0, 0, ""
-    sizes = [int(size) * 2**20 for size in told if size.isdigit()]
+    sizes = [int(size) * 2**20 for size in printed if size.isdigit()]
     return (min(sizes), min(sizes), "a GPU") if sizes and host_devices() else (0, 0, "")
 
 

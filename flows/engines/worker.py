@@ -1,8 +1,8 @@
-"""The child's entry: one training node of the graph, or several evaluations of one checkpoint. Free of Prefect.
+"""Entry point of a node process: one training node, or several evaluations of one checkpoint. Free of Prefect.
 
-`python -m flows.engines.worker SPEC.json`. The spec is what the launcher knows of the nodes; the answer is an artifact
-in the store, a journal, and an exit code that says whose fault a failure was. Under torchrun every rank runs the stage;
-rank 0 alone takes the lock and tells the others whether there is work.
+`python -m flows.engines.worker SPEC.json`. The launcher writes the spec of the nodes. The results are an artifact in
+the store, a journal, and an exit code that classifies a failure. Under torchrun every rank runs the stage; only rank 0
+takes the lock and broadcasts whether there is work.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ NodeSpec = Mapping[str, Any]
 Runner = Callable[[Sequence[NodeSpec], Sequence[Workspace]], None]
 
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
-# What the Rust and C++ writers of weights say in place of an errno.
+# Messages of the Rust and C++ writers of weights, which carry no errno.
 _DISK_TEXTS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 _INFRASTRUCTURE_TYPES = {
     "torch.distributed.DistBackendError",
@@ -53,7 +53,7 @@ _LONGEST_WAIT = timedelta(days=30)
 
 
 def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
-    """What scores the student while it trains; made here, because stages do not import evals."""
+    """The monitor that scores the student during training; built here because stages do not import evals."""
     if config.monitor is None:
         return None
     from evals.measure.monitor import Monitor
@@ -79,13 +79,13 @@ def run_spec(path: Path, run: Runner = run_stage) -> int:
     """Run the nodes of a spec.
 
     Args:
-        path: The spec, as written by `flows.engines.launch`.
-        run: Runs nodes of one stage.
+        path: The spec file, as written by `flows.engines.launch`.
+        run: The function that runs nodes of one stage.
 
     Returns:
         The exit code: 0 done, 2 a user's mistake, 74 a full or failing disk, 75 an infrastructure fault that is
-        worth a new attempt, 1 anything else. A failure leaves `error.json` in the work folder of each node and its
-        traceback on stderr.
+        worth a new attempt, 1 anything else. A failure leaves `error.json` in the work folder of each node and, unless
+        it is a user's mistake, a traceback on stderr.
     """
     spec = json.loads(path.read_text())
     store = Store(Path(spec["home"]))
@@ -105,7 +105,7 @@ def run_spec(path: Path, run: Runner = run_stage) -> int:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Say whose fault an exception is, as an exit code. A disk fault counts wherever it stands among the causes."""
+    """The exit code that classifies an exception. A disk fault takes precedence anywhere in the chain of causes."""
     causes = list(_causes(error))
     if any(_is_disk_fault(cause) for cause in causes):
         return DISK_FAULT
@@ -117,10 +117,10 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when the process that started it is gone (Linux).
+    """Make the kernel kill this process when its parent dies (Linux).
 
     Args:
-        parent: Process id of the parent; if it is gone already, this process ends at once.
+        parent: Process id of the parent; if it is already gone, this process is killed at once.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -143,13 +143,16 @@ def _run(
         missing = [node for node in nodes if node["key"] in waiting]
         if not missing:
             return
-        # Evaluations of one checkpoint share it; it is verified once.
+        # Evaluations of one checkpoint share it, so it is verified once.
         parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
         run(missing, [_workspace(node, store, parents, servers) for node in missing])
 
 
 def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitStack) -> list[str]:
-    """Lock every node, in one order for all so that two runs cannot wait for each other; say which are unmade."""
+    """Lock every node and return the keys of those that are unmade.
+
+    The locks are taken in the order of the keys, so that two runs cannot wait for each other.
+    """
     for key in sorted(node["key"] for node in nodes):
         lock = store.lock(key)
         try:
@@ -177,14 +180,14 @@ def _workspace(
 
 
 def _note(journal: Path, text: str) -> None:
-    """Append a note without opening the journal as its owner, for the owner is the other run."""
+    """Append a note without opening the journal as its owner, because the other run owns it."""
     record = {"time": time.time(), "step": 0, "kind": "note", "text": text}
     with journal.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def _write_errors(store: Store, nodes: Sequence[NodeSpec], error: Exception, code: int) -> None:
-    """Leave the message for the supervisor; of several ranks the first to fail knows the cause."""
+    """Write the message for the supervisor. With several ranks the first to fail has the cause and is kept."""
     message = str(error) or type(error).__name__
     text = json.dumps({"type": type(error).__name__, "message": message, "exit_code": code})
     try:
@@ -220,7 +223,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m flows.engines.worker SPEC.json\n")
         return USER_ERROR
-    # torchrun puts its workers in sessions of their own, out of reach of a signal to its group.
+    # torchrun gives each worker its own session, which a signal to torchrun's process group does not reach.
     die_with_parent(os.getppid())
     return run_spec(Path(arguments[0]))
 

@@ -1,4 +1,4 @@
-"""A run from the terminal: Prefect's server for its time, and its end in words and an exit code."""
+"""A run from the terminal: starts Prefect's server for its duration, and reports its end by text and exit code."""
 
 import errno
 import shutil
@@ -10,88 +10,88 @@ from base.exit_codes import FAILED, INTERRUPTED, MISTAKE
 from base.store.checkpoint import Store
 from flows.plan.graph import StageGraph
 from flows.plan.lock import status as node_status
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
-    from flows.run.closing import Outcome
+    from flows.run.finish import Outcome
     from flows.run.pipeline import PipelineFailedError
 
-# Less than this, and a database can no longer write a page.
+# With less free space than this, a database may fail to write a page.
 NOTHING_FREE_BYTES = 2**20
 
 
-def run_pipeline(asked: Asked, graph: StageGraph, *, plain: bool, verbose: bool) -> "Outcome | int":
-    """Run what is missing under Prefect.
+def run_pipeline(request: RunRequest, graph: StageGraph, *, plain: bool, verbose: bool) -> "Outcome | int":
+    """Run the missing nodes under Prefect.
 
     Returns:
-        What the run came to, or an exit code where it was stopped or failed.
+        The run's outcome, or an exit code if it was stopped or failed.
 
     Raises:
-        UserError: it ended by a mistake.
+        UserError: the run ended with a user's mistake.
     """
     from flows.run.session import prefect_session
 
-    for entry in node_status(graph, Store(asked.home)):
+    for entry in node_status(graph, Store(request.home)):
         if not entry.cached and entry.node.stage not in EVALUATIONS:
             sys.stderr.write(f"{entry.node.id}: to run ({entry.why})\n")
     sys.stderr.write("starting Prefect …\n")
-    with prefect_session(asked.home, verbose) as pages:
+    with prefect_session(request.home, verbose) as pages:
         from httpx import HTTPError
         from prefect import tags
         from prefect.exceptions import CancelledRun, PrefectException
 
-        from flows.run.orphans import run_tags
+        from flows.run.crashed_runs import run_tags
         from flows.run.pipeline import PipelineFailedError, ending, pipeline
 
         sys.stderr.write(f"Prefect: {pages}\n")
         try:
             with tags(*run_tags(graph.config.name)):
                 return pipeline(
-                    str(asked.file), list(asked.overrides), asked.max_steps, str(asked.home.resolve()), plain
+                    str(request.file), list(request.overrides), request.max_steps, str(request.home.resolve()), plain
                 )
         except CancelledRun:
-            return stopped(asked)
+            return stopped(request)
         except PipelineFailedError as error:
-            return _report_failures(error, asked)
+            return _report_failures(error, request)
         except (PrefectException, HTTPError) as error:
-            # What the run came to counts, not whether Prefect could record it.
-            return _unrecorded(error, asked, ending())
+            # The outcome of the run counts even if Prefect could not record it.
+            return _unrecorded(error, request, ending())
 
 
-def _unrecorded(error: Exception, asked: Asked, ended: object) -> "Outcome | int":
-    """What a run came to whose end Prefect could not record; or its exit code.
+def _unrecorded(error: Exception, request: RunRequest, ended: object) -> "Outcome | int":
+    """The outcome of a run whose end Prefect could not record, or its exit code.
 
     Raises:
-        UserError: it ended by a mistake.
+        UserError: the run ended with a user's mistake.
     """
     from prefect.states import State
 
-    from flows.run.closing import Outcome
+    from flows.run.finish import Outcome
     from flows.run.pipeline import PipelineFailedError
     from flows.servers.start import without_secrets
 
     match ended:
         case PipelineFailedError() as failure:
-            return _report_failures(failure, asked)
+            return _report_failures(failure, request)
         case UserError() as mistake:
             raise mistake from None
         case State():
-            return stopped(asked)
+            return stopped(request)
         case Outcome() as outcome:
-            said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
-            sys.stderr.write(f"warning: Prefect did not record the end of this run: {said}\n")
+            cause = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
+            sys.stderr.write(f"warning: Prefect did not record the end of this run: {cause}\n")
             return outcome
-    return _report_silence(error, asked)
+    return _report_silence(error, request)
 
 
-def stopped(asked: Asked) -> int:
-    """Say how a run that was stopped goes on; returns the exit code."""
-    sys.stderr.write(f"stopped; `{asked.command}` resumes where it was\n")
+def stopped(request: RunRequest) -> int:
+    """Print how to resume a stopped run, and return the exit code."""
+    sys.stderr.write(f"stopped; `{request.command}` resumes where it was\n")
     return INTERRUPTED
 
 
-def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
+def _report_failures(error: "PipelineFailedError", request: RunRequest) -> int:
     from flows.engines.launch import NodeFailedError
     from flows.engines.worker import DISK_FAULT
 
@@ -100,23 +100,26 @@ def _report_failures(error: "PipelineFailedError", asked: Asked) -> int:
         text = str(failure)
         full = isinstance(failure, OSError) and failure.errno == errno.ENOSPC
         if full or (isinstance(failure, NodeFailedError) and failure.exit_code == DISK_FAULT):
-            text = f"the disk of {asked.home} is full or failing: {text}"
+            text = f"the disk of {request.home} is full or failing: {text}"
         sys.stderr.write(f"error: {text if text.startswith(job) else f'{job}: {text}'}\n")
         mistakes.append(isinstance(failure, UserError) or getattr(failure, "user_error", False))
     if error.not_started:
-        sys.stderr.write(f"not started, for they need what failed: {', '.join(error.not_started)}\n")
-    sys.stderr.write(f"all else is finished and kept; `{asked.command}` resumes where it was\n")
+        sys.stderr.write(f"not started, because they depend on a failed job: {', '.join(error.not_started)}\n")
+    sys.stderr.write(f"all else is finished and kept; `{request.command}` resumes where it was\n")
     return MISTAKE if all(mistakes) else FAILED
 
 
-def _report_silence(error: Exception, asked: Asked) -> int:
-    """Say why Prefect's server does not answer: its database lies in the home, so a full disk ends it first."""
+def _report_silence(error: Exception, request: RunRequest) -> int:
+    """Print why Prefect's server does not answer, and return the exit code.
+
+    A full disk is checked first, because the server's database is in the home and fails before the rest.
+    """
     from flows.servers.start import without_secrets
 
-    if shutil.disk_usage(asked.home).free < NOTHING_FREE_BYTES:
-        cause = f"the disk of {asked.home} is full; free some space"
+    if shutil.disk_usage(request.home).free < NOTHING_FREE_BYTES:
+        cause = f"the disk of {request.home} is full; free some space"
     else:
-        said = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
-        cause = f"Prefect's server no longer answers as it should ({said}); its log is in {asked.home}/servers"
-    sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{asked.command}` resumes where it was\n")
+        fault = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
+        cause = f"Prefect's server no longer answers as it should ({fault}); its log is in {request.home}/servers"
+    sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{request.command}` resumes where it was\n")
     return FAILED

@@ -1,6 +1,6 @@
-"""A run file as a Prefect deployment: a schedule, a work pool of processes, and parameters with the run file's schema.
+"""Deploys a run file to Prefect: a schedule, a work pool of processes, and parameters with the run file's schema.
 
-The servers and the worker are standing ones: `mopd ui` and `mopd worker`, or those of the environment.
+It uses standing servers and a standing worker: `mopd ui` and `mopd worker`, or those of the environment.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from base.errors import UserError, nearest
 from base.signals import interrupt_once
 from evals.tables.markdown import code, plain
-from flows.run.asked import Asked
+from flows.run.run_request import RunRequest
 from flows.run.session import expect_answer
 from flows.run_file.parameters import form_schema
 from flows.run_file.schema import RunConfig
@@ -32,14 +32,14 @@ from flows.servers.start import end_with_parent, mlflow_environment, prefect_env
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-    from flows.run.orphans import Lookout
+    from flows.run.crashed_runs import CrashDetector
 
 POOL = "mopd"
 ENTRYPOINT = "flows.run.pipeline.pipeline"
 SET_FOLDER = "prefect.deployments.steps.set_working_directory"
 NEXT_RUNS = 3
 LOOK_SECONDS = 10.0
-# A worker that ends sooner than this, the first time, cannot work at all.
+# A first worker that ends sooner than this is misconfigured, and is not restarted.
 SHORT_LIFE_SECONDS = 10.0
 RESTART_SECONDS = 2.0
 logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ class Plan:
     """When and where a run is started.
 
     Attributes:
-        cron: Five fields; None for runs that a person or a program starts.
-        timezone: IANA name that the schedule is read in.
-        paused: Whether the schedule waits for somebody to start it; one that is paused already stays so.
+        cron: Five fields; None for runs that a user or a program starts.
+        timezone: IANA name of the schedule's time zone.
+        paused: Whether the schedule starts paused. A schedule that is already paused stays so in any case.
         pool: The work pool.
     """
 
@@ -62,21 +62,21 @@ class Plan:
     pool: str = POOL
 
 
-def deploy(asked: Asked, plan: Plan) -> list[str]:
-    """Make or replace the deployment of a run file, and its work pool where there is none.
+def deploy(request: RunRequest, plan: Plan) -> list[str]:
+    """Create or replace the deployment of a run file, and create its work pool if there is none.
 
     Args:
-        asked: The run; it is planned first, so what is wrong with it is said now and not on Monday at two.
-        plan: When and where.
+        request: The run. It is planned first, so that mistakes are reported now and not at the first scheduled start.
+        plan: When and where to start it.
 
     Returns:
-        What was done, a line each.
+        A line for each action.
 
     Raises:
         UserError: the run file is wrong, the schedule cannot be read, or no Prefect server answers.
     """
-    graph = asked.graph()
-    with _client(asked.home) as (client, pages):
+    graph = request.graph()
+    with _client(request.home) as (client, pages):
         from prefect.client.schemas.actions import DeploymentScheduleCreate
         from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 
@@ -91,30 +91,31 @@ def deploy(asked: Asked, plan: Plan) -> list[str]:
             client.create_flow(pipeline),
             name,
             schedules=[DeploymentScheduleCreate(schedule=schedule, active=not paused)] if schedule else [],
-            # One at a time of a name; the next waits.
+            # Runs of one name do not overlap; the next one waits.
             concurrency_limit=1,
             concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
-            parameters=_parameters(asked),
+            parameters=_parameters(request),
             parameter_openapi_schema=form_schema(graph.config),
             enforce_parameter_schema=True,
             entrypoint=ENTRYPOINT,
             # The paths of a run file are relative to this folder.
             pull_steps=[{SET_FOLDER: {"directory": str(Path.cwd())}}],
             work_pool_name=plan.pool,
-            description=_description(graph.config, asked),
+            description=_description(graph.config, request),
             tags=[f"mopd:{name}"],
         )
-        said = [f"deployment mopd/{name}: {pages}/deployments/deployment/{deployment}"]
+        lines = [f"deployment mopd/{name}: {pages}/deployments/deployment/{deployment}"]
     if schedule:
-        said.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if paused else ''}")
-        said += [f"  next: {moment}" for moment in _next_runs(schedule)]
-    said.append(f"start it now: Run on its page, or {_by_hand(asked.home, pages)} prefect deployment run 'mopd/{name}'")
-    said.append(f"a worker makes the runs: mopd worker --home {asked.home}" + _pool_option(plan.pool))
-    return said
+        lines.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if paused else ''}")
+        lines += [f"  next: {moment}" for moment in _next_runs(schedule)]
+    command = f"{_client_variables(request.home, pages)} prefect deployment run 'mopd/{name}'"
+    lines.append(f"start it now: Run on its page, or {command}")
+    lines.append(f"a worker makes the runs: mopd worker --home {request.home}" + _pool_option(plan.pool))
+    return lines
 
 
 def retire(config: RunConfig, home: Path) -> list[str]:
-    """Take a run's deployment away; runs that are under way go on.
+    """Remove a run's deployment; runs that have started continue. Returns a line for each action.
 
     Raises:
         UserError: there is none, or no Prefect server answers.
@@ -130,10 +131,10 @@ def retire(config: RunConfig, home: Path) -> list[str]:
 
 
 def work(home: Path, pool: str, limit: int | None) -> None:
-    """Be a worker of a pool until Ctrl-C or TERM: Prefect's own in a process of its own, started again when it ends.
+    """Run a worker of a pool until Ctrl-C or SIGTERM. Prefect's worker runs as a child process and is restarted.
 
-    It ends itself when its server is away for long. Between two looks at it, runs of this host are looked at that no
-    worker of Prefect sees to any more, for they would keep the later ones waiting (`flows.run.orphans`).
+    Prefect's worker ends itself when its server is unreachable for long. While it runs, the runs of this host that no
+    Prefect worker supervises are settled, because they would block later ones (`flows.run.crashed_runs`).
 
     Raises:
         UserError: no Prefect server answers, or the worker does not start.
@@ -145,18 +146,18 @@ def work(home: Path, pool: str, limit: int | None) -> None:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", POOL_TYPE]
     command += ["--install-policy", "never"]
     command += ["--limit", str(limit)] if limit else []
-    from flows.run.orphans import Lookout, worker_name
+    from flows.run.crashed_runs import CrashDetector, worker_name
 
-    # One started in the background inherits an ignored SIGINT, by which Prefect's worker ends itself on TERM.
+    # Prefect's worker ends itself on SIGTERM by a SIGINT, which a process started in the background ignores.
     interrupt_once(background=True)
-    first, lookout = True, Lookout()
+    first, detector = True, CrashDetector()
     while True:
         started, process = time.monotonic(), _start_worker([*command, "--name", worker_name()])
         try:
             while _lives(process):
-                _look(lookout)
+                _look(detector)
             if first and time.monotonic() - started < SHORT_LIFE_SECONDS:
-                raise UserError(f"Prefect's worker ended with code {process.returncode}; what it said stands above")
+                raise UserError(f"Prefect's worker ended with code {process.returncode}; its output is above")
             first = False
             sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is started again\n")
             time.sleep(RESTART_SECONDS)
@@ -167,7 +168,7 @@ def work(home: Path, pool: str, limit: int | None) -> None:
 
 
 def _lives(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether a process is still there a while from now; says so at once when it ends."""
+    """Wait `LOOK_SECONDS` and return whether the process is still alive; returns False as soon as it ends."""
     try:
         process.wait(LOOK_SECONDS)
     except subprocess.TimeoutExpired:
@@ -179,7 +180,7 @@ def _start_worker(command: Sequence[str]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        # A Ctrl-C is for this process alone, which passes it on.
+        # Ctrl-C reaches only this process, which then terminates the worker.
         start_new_session=True,
         preexec_fn=_killed_with_parent,  # noqa: PLW1509 - nothing but a system call
     )
@@ -190,12 +191,12 @@ def _killed_with_parent() -> None:
     end_with_parent(signal.SIGKILL)
 
 
-def _look(lookout: "Lookout") -> None:
-    """Look at the runs of this host, if the server answers just now."""
+def _look(detector: "CrashDetector") -> None:
+    """Check the runs of this host, unless the server does not answer."""
     from httpx import HTTPError
 
     try:
-        for line in lookout.look():
+        for line in detector.look():
             sys.stderr.write(line + "\n")
     except HTTPError as error:
         logger.debug("Prefect's server did not answer: %s", error)
@@ -208,7 +209,7 @@ def _settings(home: Path) -> dict[str, str]:
 
 @contextmanager
 def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
-    """A client of the standing server, and the address of its pages, to be shown."""
+    """A client of the standing server, and the URL of its pages, without secrets."""
     settings = _settings(home)
     # Prefect reads its settings once, at its import.
     os.environ.update(settings)
@@ -220,7 +221,7 @@ def _client(home: Path) -> "Iterator[tuple[SyncPrefectClient, str]]":
 
 
 def _is_paused(client: "SyncPrefectClient", name: str) -> bool:
-    """Whether a deployment stands whose schedule somebody has paused: deploying again does not start it."""
+    """Whether the deployment exists and its schedule is paused; deploying it again must not resume it."""
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -236,14 +237,14 @@ def _schedule(plan: Plan) -> Any:
 
     if plan.cron is None:
         return None
-    if plan.timezone not in (known := zoneinfo.available_timezones()):
-        raise UserError(f"--timezone: '{plan.timezone}' is no IANA time zone{nearest(plan.timezone, known)}")
+    if plan.timezone not in (zones := zoneinfo.available_timezones()):
+        raise UserError(f"--timezone: '{plan.timezone}' is no IANA time zone{nearest(plan.timezone, zones)}")
     try:
         return CronSchedule(cron=plan.cron, timezone=plan.timezone)
     except ValidationError as error:
-        told = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
+        problems = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
         raise UserError(
-            f"--cron '{plan.cron}': {told}; write minute, hour, day, month and weekday, "
+            f"--cron '{plan.cron}': {problems}; write minute, hour, day, month and weekday, "
             f"such as '0 2 * * 1' for Mondays at two"
         ) from None
 
@@ -257,24 +258,24 @@ def _next_runs(schedule: Any) -> list[str]:
     return [moment.strftime("%A %Y-%m-%d %H:%M %Z") for moment in moments]
 
 
-def _parameters(asked: Asked) -> dict[str, Any]:
+def _parameters(request: RunRequest) -> dict[str, Any]:
     return {
-        "run_file": str(asked.file.resolve()),
-        "overrides": list(asked.overrides),
-        **({} if asked.max_steps is None else {"max_steps": asked.max_steps}),
-        "home": str(asked.home.resolve()),
+        "run_file": str(request.file.resolve()),
+        "overrides": list(request.overrides),
+        **({} if request.max_steps is None else {"max_steps": request.max_steps}),
+        "home": str(request.home.resolve()),
         "plain": True,
     }
 
 
-def _description(config: RunConfig, asked: Asked) -> str:
+def _description(config: RunConfig, request: RunRequest) -> str:
     experts = ", ".join(f"{name} ({expert.domain})" for name, expert in config.experts.items())
-    changed = f" with {code(json.dumps(list(asked.overrides)))}" if asked.overrides else ""
-    return f"Run file {code(str(asked.file))}{changed}. Experts: {plain(experts or 'none')}. Seeds {config.seeds}."
+    changed = f" with {code(json.dumps(list(request.overrides)))}" if request.overrides else ""
+    return f"Run file {code(str(request.file))}{changed}. Experts: {plain(experts or 'none')}. Seeds {config.seeds}."
 
 
-def _by_hand(home: Path, pages: str) -> str:
-    """Variables for Prefect's own command line; a password is named by its place."""
+def _client_variables(home: Path, pages: str) -> str:
+    """Shell assignments for Prefect's own command line. The password is read from its file, not printed."""
     variables = f"PREFECT_API_URL={pages}/api"
     if "PREFECT_API_AUTH_STRING" in prefect_client(home):
         variables += f' PREFECT_API_AUTH_STRING="$(cat {shlex.quote(str(secret_path(home)))})"'

@@ -1,4 +1,4 @@
-"""What a run is likely to cost, from what earlier stages of its kind took. Torch-free."""
+"""Estimates the cost of a run from earlier stages of the same kind. Free of torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from flows.run.progress import duration
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a node is likely to take.
+    """The estimated cost of a node.
 
     Attributes:
-        node: Its id.
-        seconds: Of the clock, on as many devices as before; None where nothing like it was made.
-        tokens: Trained on; 0 for measurements.
-        like: Key of the artifact the estimate is from; empty where there is none.
-        device_seconds: Of all its devices together, of its process on a CPU.
-        joules: Energy of its devices; None where the earlier stage could not tell.
+        node: Id of the node.
+        seconds: Wall-clock seconds, on as many devices as before; None if no similar stage was made before.
+        tokens: Tokens trained on; 0 for measurements.
+        like: Key of the artifact the estimate is from; empty if there is none.
+        device_seconds: Seconds of all its devices together, or of its process on a CPU.
+        joules: Energy of its devices; None if the earlier stage could not measure it.
     """
 
     node: str
@@ -33,9 +33,9 @@ class Estimate:
 
 
 def estimate(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Estimate]:
-    """Scale the most similar finished stage by the work that is asked for.
+    """Scale the cost of the most similar finished stage by the amount of work.
 
-    Similar is a stage of the same kind on a model of the same size, first one of the same name, then the newest.
+    Similar is a stage of the same kind on a model of the same size; among these one of the same name, then the newest.
     """
     made: dict[str, list[Artifact]] = {}
     sizes: dict[str, int] = {}
@@ -55,7 +55,7 @@ def estimate(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[E
 
 
 def work(config: Mapping[str, Any]) -> float:
-    """How much a stage's settings ask for, in units that only its own kind shares: samples, rows or tokens in all."""
+    """The amount of work in a stage's settings: samples, rows or tokens in all. Comparable within one kind only."""
     if "max_steps" not in config:
         return float(config.get("examples", 1) * (1 + config.get("samples", 0)))
     per_step = config.get("batch_tokens") or config.get("batch_size")
@@ -65,18 +65,18 @@ def work(config: Mapping[str, Any]) -> float:
 
 
 def summary(estimates: Sequence[Estimate]) -> list[str]:
-    """The estimates in a line, for people; empty where nothing is to run."""
+    """The estimates as one line of text; empty if nothing is to run."""
     if not estimates:
         return []
     known = [each for each in estimates if each.seconds is not None]
     unknown = [each.node for each in estimates if each.seconds is None]
     if not known:
-        return [f"cost: nothing like these {len(unknown)} nodes was made before, so nothing is known of it"]
+        return [f"cost: unknown, as nothing like these {len(unknown)} nodes was made before"]
     seconds, tokens = sum(each.device_seconds for each in known), sum(each.tokens for each in known)
-    told = [each.joules for each in known if each.joules is not None]
-    energy = f", {sum(told):,.0f} J" if told else ""
-    if told and len(told) < len(known):
-        energy += f" (of {len(told)} of {len(known)} nodes)"
+    measured = [each.joules for each in known if each.joules is not None]
+    energy = f", {sum(measured):,.0f} J" if measured else ""
+    if measured and len(measured) < len(known):
+        energy += f" (of {len(measured)} of {len(known)} nodes)"
     line = f"cost: about {duration(seconds)} of device time{energy} and {tokens:,} tokens, from earlier stages of "
     line += "their kind"
     if unknown:
@@ -86,7 +86,7 @@ def summary(estimates: Sequence[Estimate]) -> list[str]:
 
 
 def _scaled(node: str, like: Artifact, scale: float, share: float) -> Estimate:
-    """What an earlier stage took, by the work that is asked for."""
+    """The cost of an earlier stage, scaled by `scale` (relative work) and `share` (its part of its process)."""
     manifest, factor = like.manifest, scale * share
     seconds, joules = float(manifest["seconds"]), manifest.get("joules")
     return Estimate(
@@ -101,8 +101,10 @@ def _scaled(node: str, like: Artifact, scale: float, share: float) -> Estimate:
 
 
 def _share(artifact: Artifact, made: Sequence[Artifact]) -> float:
-    """How much of what its manifest counts is its own: measurements of one checkpoint share a process, and each counts
-    from the start of that."""
+    """The fraction of an artifact's recorded seconds that is its own.
+
+    Measurements of one checkpoint share a process, and each records the seconds since the start of that process.
+    """
     parents, seconds = artifact.manifest.get("parents", {}), float(artifact.manifest["seconds"])
     if "checkpoint" not in parents or not seconds:
         return 1.0

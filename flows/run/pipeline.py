@@ -1,6 +1,6 @@
-"""The pipeline as a Prefect flow: walks the graph of a run, keeps what is finished, compares and reports.
+"""The pipeline as a Prefect flow: makes the nodes of a run's graph, compares the checkpoints and writes the report.
 
-Import this module only after `flows.run.session.open_session` has set Prefect's environment, for Prefect reads it once.
+Import this module only inside `flows.run.session.prefect_session`, because Prefect reads its environment only once.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from flows.engines.launch import Launcher
 from flows.plan.graph import StageGraph, build_graph
 from flows.plan.lock import write_lock
 from flows.plan.shifts import COSINES, SHIFT
-from flows.run.closing import Outcome, conclude
+from flows.run.crashed_runs import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, name_flow_run, outlive_worker
+from flows.run.finish import Outcome, finish_run
 from flows.run.last_run import remember
-from flows.run.orphans import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, name_flow_run, outlive_worker
 from flows.run.progress import ProgressDisplay
 from flows.run.starts import Start, begin, killed_starts, planned_experts, run_title
-from flows.run.tasks import Job, Supervisor, artifact_key, task_of
+from flows.run.tasks import Supervisor, TaskGroup, artifact_key, task_of
 from flows.run_file.load import load_run_file
 from flows.run_file.parameters import CAP, as_lines, form_overrides
 from flows.run_file.schema import RunConfig
-from flows.servers.pages import known_pages
+from flows.servers.pages import saved_pages
 from flows.servers.start import prefect_run_page, without_secrets
 from flows.tracking.gc import plan_lock
 from flows.tracking.tracker import Tracker
@@ -53,11 +53,11 @@ _start: Start | None = None
 
 
 class PipelineFailedError(Exception):
-    """Some nodes failed; all others that could be made are in the store.
+    """Some nodes failed. All nodes that do not depend on them are in the store.
 
     Attributes:
-        failures: Job id -> what ended it.
-        not_started: Ids of the jobs that needed one of them.
+        failures: Job id -> the error that ended it.
+        not_started: Ids of the jobs that depend on a failed one.
     """
 
     def __init__(self, failures: Mapping[str, Exception], not_started: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ class PipelineFailedError(Exception):
 
 
 def _recorded(flow: Any, flow_run: Any, state: State[Any]) -> None:
-    """The end of the flow run is recorded, so no later start has to do it."""
+    """Close the start: the end of the flow run is recorded, so a later start does not have to record it."""
     del flow, flow_run, state
     if _start is not None:
         _start.close()
@@ -95,7 +95,7 @@ def pipeline(
     merge_max_steps: int | None = None,
     expert_max_steps: dict[str, int] | None = None,
 ) -> Outcome:
-    """Make every node of a run that is not in the store yet, then compare and report.
+    """Make every node of a run that is not yet in the store, then compare and report.
 
     Args:
         run_file: Path of the run file.
@@ -103,20 +103,20 @@ def pipeline(
         max_steps: Cap on the steps of every stage.
         home: `$MOPD_HOME`.
         plain: Plain progress lines even on a terminal.
-        seeds: Seeds in place of the run file's, such as `0, 1, 2`; empty for those.
-        merge_max_steps: Steps of the merge in place of the run file's.
-        expert_max_steps: Expert -> steps in place of the run file's.
+        seeds: Seeds that replace the run file's, such as `0, 1, 2`; empty keeps those.
+        merge_max_steps: Steps of the merge that replace the run file's.
+        expert_max_steps: Expert -> steps that replace the run file's.
 
     Returns:
         The comparison.
 
     Raises:
         CancelledRun: the run was stopped from outside.
-        UserError: a mistake in the run file, or data that does not suffice. Of a run that a worker began this is, as
-            the next, no exception but its state, which Prefect's page shows without a traceback.
+        UserError: a mistake in the run file, or too little data. In a run that a worker started, this error and the
+            next are not raised but returned as the state, which Prefect's page shows without a traceback.
         PipelineFailedError: one or more nodes failed.
     """
-    global _ending, _start  # noqa: PLW0603 - a flow's caller gets nothing else when Prefect cannot record its end
+    global _ending, _start  # noqa: PLW0603 - the only way to the outcome for a caller if Prefect cannot record the end
     _ending, _start = None, None
     try:
         wanted = as_lines(overrides)
@@ -132,16 +132,14 @@ def pipeline(
         _ending = error
         if RUN_VARIABLE not in os.environ:
             raise
-        said = without_secrets(str(error))
-        get_run_logger().error("%s", said)
-        return cast(Outcome, Failed(message=said))
+        message = without_secrets(str(error))
+        get_run_logger().error("%s", message)
+        return cast(Outcome, Failed(message=message))
 
 
 def ending() -> "Outcome | State[Any] | Exception | None":
-    """How the last run of this process ended, whether or not Prefect could record it; None if it did not come to that.
-
-    A state is that of a run which was stopped from outside.
-    """
+    """The end of this process's last run, even if Prefect did not record it: a state if it was stopped from outside;
+    None if the run did not reach its end."""
     return _ending
 
 
@@ -151,7 +149,7 @@ def _run(
     global _start  # noqa: PLW0603 - it is closed when Prefect has recorded the end
     claim_flow_run(config.name)
     outlive_worker(root / "runs" / config.name / OUTPUT_FILE)
-    with interruptible(), told(config), one_at_a_time(Store(root), config.name):
+    with interruptible(), notify_on_failure(config), one_at_a_time(Store(root), config.name):
         killed = killed_starts(root, config.name)
         mark_crashed_runs(config.name)
         _start = begin(root, config.name)
@@ -159,13 +157,13 @@ def _run(
             run_title(_start.number, config, planned_experts(root, config.name), overrides), config.name
         )
         tell_promotions(Store(root), config)
-        # Planned only now: a run of this name that was waited for may have moved what it starts from.
+        # Planned after the wait for another run of this name, which may have changed the champion to start from.
         graph = build_graph(config, root)
         store = Store(root)
         for fault in store.send_left_over():
-            get_run_logger().warning("%s; what is made here stays here until it is sent", fault)
+            get_run_logger().warning("%s; new artifacts stay on this machine until they are sent", fault)
         deep_check(graph, store)
-        # Compared with what this name made last time only once: the new lock is the next run's past.
+        # Written after the plan has been compared with the old lock: the new lock is the reference of the next run.
         with plan_lock(store):
             write_lock(graph, root)
             remember(root, config.name, path, overrides, max_steps)
@@ -187,15 +185,15 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     jobs = jobs_of(graph)
     futures: dict[str, Future] = {}
 
-    def submit(job: Job) -> Future:
+    def submit(job: TaskGroup) -> Future:
         parents = [futures[parent] for parent in job.parents]
-        # Prefect asks its server for a slot of every tag of a task, and a run goes on without its server.
+        # Without tags, because for each tag of a task Prefect requests a slot from its server, which may be down.
         with TagsContext(current_tags=set()):
             futures[job.id] = task_of(supervisor, job, resources.retries).submit(return_state=False, wait_for=parents)
         return futures[job.id]
 
     try:
-        failures, not_started = walk(jobs, resources.parallel_experts, submit)
+        failures, not_started = schedule_jobs(jobs, resources.parallel_experts, submit)
     except KeyboardInterrupt:
         supervisor.stopping = True
         supervisor.launcher.stop_all()
@@ -203,7 +201,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
             future.wait()
         tracker.finish("KILLED", None, None)
         notify(graph.config.notify, "cancellation", graph.config.name, f"{graph.config.name} was stopped", {})
-        # Prefect takes a returned state as the flow's own; its caller gets CancelledRun.
+        # Prefect sets a returned state as the flow's own and raises CancelledRun for the caller.
         return cast(Outcome, Cancelled(message="stopped from outside; what is finished is in the store"))
     finally:
         supervisor.launcher.stop_all()
@@ -211,40 +209,42 @@ def _supervised(supervisor: Supervisor) -> Outcome:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
     owe_promotions(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
-    outcome = conclude(graph, supervisor.store, promote=True)
+    outcome = finish_run(graph, supervisor.store, promote=True)
     tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate, outcome.verdict)
     _publish(supervisor, outcome)
-    _tell_end(supervisor, outcome)
+    _notify_end(supervisor, outcome)
     return outcome
 
 
-def jobs_of(graph: StageGraph) -> list[Job]:
-    """The graph's nodes as jobs: a training node each, and the evaluations of a checkpoint together by their kind."""
+def jobs_of(graph: StageGraph) -> list[TaskGroup]:
+    """The jobs of a graph: one for each training node, and one for each kind of evaluation of each checkpoint."""
     jobs = []
     for node in graph.checkpoints:
-        jobs.append(Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
+        jobs.append(TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
         for stage, prefix in (("evaluate", "eval"), ("harness", "harness")):
             if evaluations := tuple(own for own in graph.evaluations(node.id) if own.stage == stage):
-                jobs.append(Job(f"{prefix}/{node.id}", evaluations, (node.id,)))
+                jobs.append(TaskGroup(f"{prefix}/{node.id}", evaluations, (node.id,)))
     others = [node for node in graph.nodes if node.stage in (SHIFT, COSINES)]
-    return jobs + [Job(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
+    return jobs + [TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
 
 
-def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> tuple[dict[str, Exception], list[str]]:
-    """Submit every job once its parents are done, the longest way to the end first; evaluations fill idle slots.
+def schedule_jobs(
+    jobs: Sequence[TaskGroup], slots: int, submit: Callable[[TaskGroup], Future]
+) -> tuple[dict[str, Exception], list[str]]:
+    """Submit every job when its parents are done, in the order of the longest remaining chain of training steps.
 
-    A failed job keeps only those from starting that depend on it.
+    Evaluations fill idle slots. A failed job prevents only the jobs that depend on it.
 
     Args:
         jobs: All jobs, parents before children.
-        slots: Jobs at one time.
+        slots: Maximum number of concurrent jobs.
         submit: Starts a job.
 
     Returns:
-        What ended each job that failed, and ids of the jobs that were not started because they depend on one.
+        The error of each failed job by id, and the ids of the jobs that were not started because they depend on one.
     """
-    ahead = _ways_to_the_end(jobs)
-    order = sorted(jobs, key=lambda job: (not job.training, -ahead[job.id]))
+    remaining = _remaining_steps(jobs)
+    order = sorted(jobs, key=lambda job: (not job.training, -remaining[job.id]))
     waiting = {job.id: job for job in order}
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
     active: dict[str, Future] = {}
@@ -260,7 +260,7 @@ def walk(jobs: Sequence[Job], slots: int, submit: Callable[[Job], Future]) -> tu
             return failed, list(waiting)
         job_id = ended.get()
         future = active.pop(job_id)
-        # Until it has been waited for, a finished future may still show the state of before.
+        # Until `wait` returns, a finished future may still have its previous state.
         future.wait()
         if future.state.is_completed():
             done.add(job_id)
@@ -281,30 +281,30 @@ def _failure(state: State[Any]) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
 
 
-def _ways_to_the_end(jobs: Sequence[Job]) -> dict[str, int]:
-    """Steps of the longest chain of training jobs from each job on, itself included."""
-    ahead: dict[str, int] = {}
+def _remaining_steps(jobs: Sequence[TaskGroup]) -> dict[str, int]:
+    """Job id -> steps of the longest chain of training jobs that starts with this job, itself included."""
+    remaining: dict[str, int] = {}
     for job in reversed(jobs):
         own = int(job.nodes[0].config.get("max_steps", 1)) if job.training else 0
-        ahead[job.id] = own + max((ahead[other.id] for other in jobs if job.id in other.parents), default=0)
-    return ahead
+        remaining[job.id] = own + max((remaining[other.id] for other in jobs if job.id in other.parents), default=0)
+    return remaining
 
 
 @contextlib.contextmanager
-def told(config: RunConfig) -> Iterator[None]:
-    """Tell the webhook of the run file how a run ended badly."""
+def notify_on_failure(config: RunConfig) -> Iterator[None]:
+    """Send an exception of the block to the run file's webhook, and raise it again."""
     try:
         yield
     except Exception as error:
-        said = without_secrets(str(error))
-        first = said.splitlines()[0] if said else type(error).__name__
-        facts = {"error": said, "flow_run": flow_run_page()}
+        message = without_secrets(str(error))
+        first = message.splitlines()[0] if message else type(error).__name__
+        facts = {"error": message, "flow_run": flow_run_page()}
         notify(config.notify, "failure", config.name, f"{config.name} failed: {first}", facts)
         raise
 
 
-def _tell_end(supervisor: Supervisor, outcome: Outcome) -> None:
-    """Tell the webhook of the run file that a run is finished, and of a promotion."""
+def _notify_end(supervisor: Supervisor, outcome: Outcome) -> None:
+    """Notify the run file's webhook that the run is finished, and of promotions."""
     config, text = supervisor.graph.config, "\n".join(outcome.verdict_lines())
     facts = {
         "flow_run": flow_run_page(),
@@ -318,7 +318,7 @@ def _tell_end(supervisor: Supervisor, outcome: Outcome) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(store: Store, name: str) -> Iterator[None]:
-    """Let one run of a name work at a time; the next waits until that is done, and finds what it made."""
+    """Exclude other runs of the same name. The next one waits, and then finds the artifacts of this one."""
     lock = store.lock(f"run-{name}")
     try:
         lock.acquire(timeout=0)
@@ -333,26 +333,25 @@ def one_at_a_time(store: Store, name: str) -> Iterator[None]:
 
 
 def flow_run_page() -> str:
-    """Address of this flow run in Prefect's pages."""
+    """URL of this flow run in Prefect's pages; empty if there is none."""
     base = without_secrets(str(PREFECT_UI_URL.value() or PREFECT_API_URL.value() or "").removesuffix("/api"))
     return prefect_run_page(base, str(flow_run.id)) if base and flow_run.id else ""
 
 
 def _publish(supervisor: Supervisor, outcome: Outcome) -> None:
-    """Put the scores, the report's place and the ways to MLflow onto the flow run's page; a server that is away costs
-    the page, not the run, for that is finished and its champion chosen."""
+    """Publish scores, report and links to MLflow on the flow run's page; a failure is a warning, as the run is done."""
     name, rows, tracked = supervisor.graph.config.name, outcome.rows(), supervisor.tracker.url
     try:
         if tracked:
             page = tracked.split(maxsplit=1)[0]
             create_link_artifact(page, "this run in MLflow", key=artifact_key(f"mlflow-{name}"))
-            known = known_pages(supervisor.store.home, name)
-            for kind in known.keys() & {"champion", "lineage"}:
-                address = page.partition("/#/")[0] + known[kind]
+            saved = saved_pages(supervisor.store.home, name)
+            for kind in saved.keys() & {"champion", "lineage"}:
+                address = page.partition("/#/")[0] + saved[kind]
                 create_link_artifact(address, f"the {kind} in MLflow", key=artifact_key(f"{kind}-{name}"))
         create_table_artifact(rows, key=artifact_key(f"scores-{name}"), description=f"Scores of {name}")
         report = outcome.markdown()
         create_markdown_artifact(report, key=artifact_key(f"report-{name}"), description=f"Report of {name}")
     except (httpx.HTTPError, PrefectException) as error:
-        said = without_secrets(str(error))
-        sys.stderr.write(f"warning: scores and report of {name} are not on Prefect's page: {said}\n")
+        cause = without_secrets(str(error))
+        sys.stderr.write(f"warning: scores and report of {name} are not on Prefect's page: {cause}\n")

@@ -1,10 +1,10 @@
-"""The work pool of the runs: of processes, with a job template that leaves a run nothing to choose.
+"""The work pool of the runs, of type process, with a job template that has no variables.
 
-Prefect lets a run bring job variables: a command, a folder, an environment. A worker would execute them. The template
-of this pool names no variable, so the API refuses every one, and a worker ignores what reached the database on another
-way. A run gets the worker's own environment; its folder is part of the deployment.
+Prefect accepts job variables with a run: a command, a folder, an environment. A worker would execute them. The template
+of this pool has no variables, so the API rejects all of them, and a worker ignores any that reached the database in
+another way. A run has the worker's own environment; its folder is part of the deployment.
 
-Import this module only after Prefect's environment is set, for it is read once.
+Import this module only after Prefect's environment is set, because Prefect reads it once.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from base.errors import UserError
 
 POOL = "mopd"
 POOL_TYPE = "process"
-# Without `env`: one that stands here would be merged with that of a run.
+# Without `env`, because an `env` here would be merged with that of a run.
 TEMPLATE: dict[str, Any] = {
     "job_configuration": {"stream_output": True},
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
@@ -26,10 +26,10 @@ TEMPLATE: dict[str, Any] = {
 
 
 def make_pool(client: SyncPrefectClient, name: str) -> None:
-    """Make a work pool, or close one that still has Prefect's own template.
+    """Create the work pool, or replace its template if it still has Prefect's default template.
 
     Raises:
-        UserError: the pool is of another type, or somebody gave it a template of their own.
+        UserError: the pool is of another type, or has a custom template.
     """
     try:
         pool = client.read_work_pool(name)
@@ -37,7 +37,7 @@ def make_pool(client: SyncPrefectClient, name: str) -> None:
         try:
             client.create_work_pool(WorkPoolCreate(name=name, type=POOL_TYPE, base_job_template=TEMPLATE))
         except ObjectAlreadyExists:
-            # Another worker was faster.
+            # Another worker created it in the meantime.
             make_pool(client, name)
         return
     if pool.type != POOL_TYPE:

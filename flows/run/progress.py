@@ -1,4 +1,4 @@
-"""What a person sees while nodes run: one live line for each on a terminal, plain lines now and then elsewhere."""
+"""Progress output of running nodes: a live line for each on a terminal, periodic plain lines elsewhere."""
 
 import sys
 import threading
@@ -22,11 +22,11 @@ REFRESH_PER_SECOND = 2
 
 
 class Meter:
-    """How far the nodes of one job are, from their journals' records.
+    """The progress of one job's nodes, from their journals' records.
 
     Attributes:
-        label: Name for people.
-        share: Part that is done, 0 to 1.
+        label: The job's name in the output.
+        share: The finished part, 0 to 1.
     """
 
     def __init__(self, label: str, nodes: Sequence[Node], now: float | None = None) -> None:
@@ -41,7 +41,7 @@ class Meter:
         self._complete = False
 
     def read(self, node: Node, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take in a node's new records. Those of an earlier attempt set the starting point, not the speed."""
+        """Update from a node's new records. Those of an earlier attempt set the starting point, not the speed."""
         for record in records:
             if record["kind"] == "progress":
                 self._steps[node.id] = (record["step"], record["total"])
@@ -50,13 +50,13 @@ class Meter:
                 self._measured(record["values"])
 
     def complete(self) -> None:
-        """Say that the job is done, whatever its last step was: a stage may stop early."""
+        """Mark the job as done, whatever its last step was: a stage may stop early."""
         self._complete = True
         self.share = 1.0
 
     @property
     def stopped_early(self) -> str:
-        """Where a finished node stopped before its last step, such as `stopped early at step 40 of 100`; else empty."""
+        """`stopped early at step 40 of 100`, for a finished node that ended before its last step; else empty."""
         if not self._complete or len(self._steps) != 1:
             return ""
         step, total = next(iter(self._steps.values()))
@@ -64,14 +64,14 @@ class Meter:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the end at the speed so far; None before the speed is known."""
+        """Seconds until the end at the speed so far; None before there is a speed."""
         if self._seconds_a_share is None:
             return None
         return (1 - self.share) * self._seconds_a_share
 
     @property
     def position(self) -> str:
-        """Steps of a single node, finished nodes of several."""
+        """The steps of a single node, or the number of finished nodes of several."""
         if len(self._steps) == 1:
             step, total = next(iter(self._steps.values()))
             return f"{step}/{total}" if total else "done" if self._complete else "starting"
@@ -80,13 +80,13 @@ class Meter:
 
     @property
     def measure(self) -> str:
-        """The stage's telling number, such as `reward 0.41`; empty before the first."""
+        """The stage's main metric, such as `reward 0.41`; empty before its first value."""
         if self._measure is None:
             return ""
         return f"{STAGES[self._stage].metric.replace('_', ' ')} {self._measure:.3g}"
 
     def line(self) -> str:
-        """All in one line of text."""
+        """Position, metric and time left in one line of text."""
         eta = self.eta_seconds
         left = f"ETA {duration(eta)}" if eta is not None and self.share < 1 else ""
         parts = [self.stopped_early or self.position, self.measure, left]
@@ -117,12 +117,12 @@ class ProgressDisplay:
     """The lines of all running jobs; safe to call from several threads."""
 
     def __init__(self, console: Console, plain: bool = False) -> None:
-        """Shows live lines on a terminal, plain ones if told so or where there is no terminal."""
+        """Choose live lines for a terminal, and plain lines if `plain` is set or there is no terminal."""
         self.console = console
         self.plain = plain or not console.is_terminal
         self._lock = threading.Lock()
         self._meters: dict[str, Meter] = {}
-        self._said: dict[str, tuple[float, float]] = {}
+        self._printed: dict[str, tuple[float, float]] = {}
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=REFRESH_PER_SECOND)
 
     def __enter__(self) -> Self:
@@ -137,31 +137,31 @@ class ProgressDisplay:
             self._live.stop()
 
     def started(self, meter: Meter) -> None:
-        """Show a job."""
+        """Show a new job."""
         with self._lock:
             self._meters[meter.label] = meter
-            self._said[meter.label] = (time.monotonic(), 0.0)
+            self._printed[meter.label] = (time.monotonic(), 0.0)
         if self.plain:
-            self.say(f"{meter.label}: started")
+            self.print_line(f"{meter.label}: started")
 
     def moved(self, meter: Meter) -> None:
-        """Show a job's new position: at once on a terminal, else when it is time for a line."""
+        """Show a job's new position: at once on a terminal, else when the next line is due."""
         if not self.plain:
             return
         now = time.monotonic()
-        when, share = self._said[meter.label]
+        when, share = self._printed[meter.label]
         if meter.share > share and (now - when >= PLAIN_SECONDS or meter.share - share >= PLAIN_SHARE):
-            self._said[meter.label] = (now, meter.share)
-            self.say(f"{meter.label}: {meter.line()}")
+            self._printed[meter.label] = (now, meter.share)
+            self.print_line(f"{meter.label}: {meter.line()}")
 
     def finished(self, meter: Meter, outcome: str) -> None:
-        """Take a job's line away and say how it ended."""
+        """Remove a job's live line and print its outcome."""
         with self._lock:
             self._meters.pop(meter.label, None)
-        self.say(f"{meter.label}: {outcome}")
+        self.print_line(f"{meter.label}: {outcome}")
 
-    def say(self, text: str) -> None:
-        """Print a line of text above the live ones."""
+    def print_line(self, text: str) -> None:
+        """Print a line of text above the live lines."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         if self.plain:
             sys.stdout.flush()
@@ -174,19 +174,19 @@ class ProgressDisplay:
 
 
 def notes(node: Node, records: Sequence[Mapping[str, Any]], since: float) -> list[str]:
-    """What a node has to say to a person (alarms, an early stop), a line for each note.
+    """The notes of a node for the user (alarms, an early stop), a line for each.
 
     Args:
         node: The node.
         records: New records of its journal.
-        since: When this attempt started, in seconds since the epoch; what an earlier one said is not repeated.
+        since: Start of this attempt, in seconds since the epoch; notes of an earlier attempt are not repeated.
     """
-    said = [record for record in records if record["kind"] == "note" and record["time"] >= since]
-    return [f"{node.id}: step {record['step']}: {record['text']}" for record in said]
+    found = [record for record in records if record["kind"] == "note" and record["time"] >= since]
+    return [f"{node.id}: step {record['step']}: {record['text']}" for record in found]
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `42s`, `3m05s`, `2h10m`."""
+    """A readable duration: `42s`, `3m05s`, `2h10m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,4 +1,4 @@
-"""What of a run's settings the advice at its end speaks of: steps, margins, examples, and how the entropy went."""
+"""The settings of a run that the advice at its end uses: steps, margins, examples, and the course of the entropy."""
 
 import os
 import shlex
@@ -16,7 +16,7 @@ from flows.run_file.schema import STUDENT
 if TYPE_CHECKING:
     from evals.promotion.advice import Settings
 
-# The part of a training at each of its ends whose mean entropy is compared.
+# The fraction of a training at its beginning and at its end over which the mean entropy is compared.
 END_SHARE = 0.1
 
 
@@ -25,8 +25,8 @@ def settings_of(graph: StageGraph, store: Store, candidate: Node | None, command
 
     Args:
         graph: The run.
-        store: Where its artifacts, and the journals of its stages, are.
-        candidate: The merge that is judged; None without a merge.
+        store: The store of its artifacts, whose home has the journals of its stages.
+        candidate: The merge that the gate judges; None without a merge.
         command: The command line that makes the run; by default that of its last run.
     """
     from evals.promotion.advice import Settings
@@ -50,7 +50,7 @@ def settings_of(graph: StageGraph, store: Store, candidate: Node | None, command
 
 
 def command_line(file: Path, overrides: tuple[str, ...], max_steps: int | None) -> str:
-    """`mopd run` with these arguments; a file below the working folder is named from there."""
+    """`mopd run` with these arguments. The path of a file below the working folder is relative to it."""
     near = file.is_relative_to(Path.cwd())
     return shlex.join(["mopd", "run", os.path.relpath(file) if near else str(file), *words(overrides, max_steps)])
 
@@ -61,7 +61,7 @@ def _last_command(home: Path, run: str) -> str:
 
 
 def _entropies(store: Store, candidate: Node) -> Mapping[tuple[str, str], tuple[float, float]]:
-    """(checkpoint, domain) -> mean token entropy of the first and of the last tenth of its training's records."""
+    """(checkpoint, domain) -> mean token entropy of the first and of the last `END_SHARE` of its training's records."""
     journal = store.home / "work" / candidate.key / JOURNAL_FILE
     found: dict[str, list[float]] = {}
     for record in read(journal, ("metrics",)) if journal.exists() else ():

@@ -1,4 +1,4 @@
-"""The server a run talks to: the one of `PREFECT_API_URL`, that of `mopd ui`, or one of its own over the home."""
+"""The Prefect server of a run: that of `PREFECT_API_URL`, that of `mopd ui`, or a separate one over the home."""
 
 import contextlib
 import logging
@@ -38,22 +38,22 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def prefect_session(home: Path, verbose: bool = False) -> Iterator[str]:
-    """Make Prefect ready to be used in this process; yields the address of its pages, to be shown.
+    """Prepare Prefect for use in this process, and yield the URL of its pages, without secrets.
 
-    A server is started in a process group of its own, so that Ctrl-C reaches only this process and the end of the run
-    can still be recorded. Nothing is started where a standing server is found.
+    A server is started in its own process group, so that Ctrl-C reaches only this process and the end of the run can
+    still be recorded. No server is started if there is a standing one.
 
     Args:
-        home: `$MOPD_HOME`; Prefect's database and settings are under it.
-        verbose: Show Prefect's own log on the terminal; it is kept in Prefect in any case.
+        home: `$MOPD_HOME`, with Prefect's database and settings.
+        verbose: Show Prefect's log on the terminal; Prefect stores it in any case.
 
     Raises:
-        UserError: the server does not start, or the user's standing one does not answer.
+        UserError: the server does not start, or the user's standing server does not answer.
     """
     os.environ.update(prefect_environment(home) | mlflow_environment())
-    # Prefect writes the exceptions of failed tasks to a folder that does not follow its home.
+    # Prefect writes the exceptions of failed tasks to a folder that is not below PREFECT_HOME by default.
     os.environ.setdefault("PREFECT_RESULTS_LOCAL_STORAGE_PATH", str(home.resolve() / "prefect" / "storage"))
-    # Errors reach the terminal as one message of ours; Prefect's pages keep the tracebacks.
+    # The terminal shows one message for each error; Prefect's pages have the tracebacks.
     level = "INFO" if verbose else "CRITICAL"
     os.environ.setdefault(CONSOLE_LEVEL, level)
     with _warnings_shown(), _server(home) as pages:
@@ -75,7 +75,7 @@ def _server(home: Path) -> Iterator[str]:
         server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect", held=starting))
         with _variables({"PREFECT_API_URL": f"{server.url}/api"} | client_secret(home)):
             try:
-                # The import takes seconds, in which the server starts.
+                # The import takes seconds, during which the server starts.
                 import prefect  # noqa: F401
 
                 wait_until_ready(server)
@@ -90,7 +90,10 @@ def _server(home: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _watched(server: Server) -> Iterator[None]:
-    """Report the end of a server from a thread. Another home's server on its port refuses this one's secret."""
+    """Log a warning from a thread if the server ends inside the block.
+
+    If the server of another home takes over the port, it rejects the secret of this home.
+    """
     over = threading.Event()
 
     def watch() -> None:
@@ -114,7 +117,7 @@ def _watched(server: Server) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Variables of the environment for as long as it lasts."""
+    """Set environment variables inside the block."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -129,7 +132,7 @@ def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_shown() -> Iterator[None]:
-    """Our own warnings still reach the terminal, which Prefect takes from every logger, at a level of its own."""
+    """Show the warnings of our packages on the terminal, where Prefect sets its own level for all loggers."""
     shown = logging.lastResort
     if shown is None or os.environ[CONSOLE_LEVEL] != "CRITICAL":
         yield
@@ -145,14 +148,14 @@ def _warnings_shown() -> Iterator[None]:
 
 
 def expect_answer(client: "SyncPrefectClient", api: str) -> None:
-    """Ask a server for a sign of life, and whether it lets this client in.
+    """Check that a server answers and accepts this client's password.
 
     Args:
-        client: With the user's own settings of Prefect.
-        api: Its address, for the message.
+        client: A client with the user's own settings of Prefect.
+        api: The server's URL, for the message.
 
     Raises:
-        UserError: it does not answer, or asks for another password.
+        UserError: the server does not answer, or requires another password.
     """
     import httpx
 
@@ -174,7 +177,7 @@ def expect_answer(client: "SyncPrefectClient", api: str) -> None:
 
 
 def _end(server: Server) -> None:
-    """Send what Prefect still holds in its queues, then end the server."""
+    """Send the records in Prefect's queues, then end the server."""
     if server.process.poll() is None and "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker

@@ -1,7 +1,7 @@
-"""The starts of a run, numbered: what a run is called, and which starts were killed before their end was recorded.
+"""The numbered starts of a run: their titles, and which of them were killed before their end was recorded.
 
-A start is a file `runs/NAME/starts/NUMBER.open` that names its process; when the end of the flow run is recorded, the
-suffix goes. A file with the suffix whose process is gone belongs to a killed start.
+A start is a file `runs/NAME/starts/NUMBER.open` with the identity of its process. The suffix is removed when the end of
+the flow run is recorded, so a file with the suffix whose process is gone belongs to a killed start.
 """
 
 import json
@@ -25,7 +25,7 @@ class Start:
     """One start of a run.
 
     Attributes:
-        number: From 1 on.
+        number: Number of the start, from 1.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,25 +34,25 @@ class Start:
 
     @property
     def killed(self) -> bool:
-        """Whether its end was not recorded and its process is gone; one of another host is not judged."""
+        """Whether its end was not recorded and its process is gone; False for a start on another host."""
         try:
             kept = json.loads(self._path.read_text())
             host, pid, start = str(kept["host"]), int(kept["pid"]), int(kept["start"])
         except FileNotFoundError:
             return False
         except (ValueError, KeyError, TypeError):
-            # Killed while it was written.
+            # The file is incomplete, so its process was killed while it wrote.
             return True
         return host == os.uname().nodename and start_of(pid) != start
 
     def close(self) -> None:
-        """Note that its end is recorded; once more changes nothing."""
+        """Mark its end as recorded; idempotent."""
         if self._path.suffix == OPEN and self._path.exists():
             self._path.rename(self._path.with_suffix(""))
 
 
 def begin(home: Path, run: str) -> Start:
-    """Number and note a start of a run; one process at a time may call this for a name."""
+    """Create the file of a new start and return the start. Not safe for concurrent calls with the same name."""
     folder = _folder(home, run)
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.stem) for path in _files(folder)), default=0)
@@ -62,19 +62,19 @@ def begin(home: Path, run: str) -> Start:
 
 
 def killed_starts(home: Path, run: str) -> list[Start]:
-    """The starts of a run that were killed, the first one first."""
+    """The killed starts of a run, in the order of their numbers."""
     opened = [path for path in _files(_folder(home, run)) if path.suffix == OPEN]
     return [start for path in sorted(opened, key=lambda path: int(path.stem)) if (start := Start(path)).killed]
 
 
 def run_title(number: int, config: RunConfig, planned: Sequence[str], overrides: Sequence[str]) -> str:
-    """What tells a start from others of its name: `lab #3, + digits, from champion`.
+    """A title that distinguishes a start from others of the same run: `lab #3, + digits, from champion`.
 
     Args:
-        number: Of the start.
+        number: Number of the start.
         config: The run.
-        planned: Names of the experts that the run's last lock has; empty before the first.
-        overrides: What differs from the run file.
+        planned: Names of the experts in the run's last lock; empty before the first lock.
+        overrides: Dotted assignments that differ from the run file.
     """
     added = [name for name in config.experts if planned and name not in planned]
     gone = [name for name in planned if name not in config.experts]
@@ -82,14 +82,14 @@ def run_title(number: int, config: RunConfig, planned: Sequence[str], overrides:
     start = config.merge.start_from if config.merge else None
     if start not in (None, COLD_START):
         parts.append(f"from {start}")
-    said = [each for each in overrides if not each.startswith(("name=", "merge.start_from="))]
-    parts += said[:SHOWN_OVERRIDES]
+    shown = [each for each in overrides if not each.startswith(("name=", "merge.start_from="))]
+    parts += shown[:SHOWN_OVERRIDES]
     title = ", ".join(parts)
     return title if len(title) <= NAME_LENGTH else title[: NAME_LENGTH - 1] + "…"
 
 
 def planned_experts(home: Path, run: str) -> list[str]:
-    """Names of the experts in a run's last lock; empty where there is none."""
+    """Names of the experts in a run's last lock; empty if there is no lock."""
     ids = [node.partition("@")[0] for node in read_json(lock_path(home, run)).get("nodes", {})]
     return list(dict.fromkeys(name.removeprefix(EXPERTS) for name in ids if name.startswith(EXPERTS)))
 
@@ -103,7 +103,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def close_killed(home: Path, run: str) -> None:
-    """Close what killed starts of a run left `RUNNING` in Prefect and in MLflow; without any, no server is asked.
+    """Close the records that killed starts of a run left `RUNNING` in Prefect and MLflow.
+
+    Without killed starts, no server is contacted.
 
     Raises:
         UserError: Prefect's server does not start, or does not answer.
@@ -113,9 +115,9 @@ def close_killed(home: Path, run: str) -> None:
         return
     from flows.run.session import prefect_session
 
-    sys.stderr.write(f"{run}: a former start was killed; its records are closed\n")
+    sys.stderr.write(f"{run}: an earlier start was killed; closing its records\n")
     with prefect_session(home):
-        from flows.run.orphans import mark_crashed_runs
+        from flows.run.crashed_runs import mark_crashed_runs
 
         mark_crashed_runs(run)
     from flows.champion.champion import tell

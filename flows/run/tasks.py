@@ -1,7 +1,7 @@
-"""Prefect's tasks: one for each training node, one for all evaluations of a checkpoint.
+"""Prefect's tasks: one for each training node, and one for each kind of evaluation of a checkpoint.
 
-A task asks the store for what it is to make, launches it when it is missing, and forwards its journal. Retries are
-for infrastructure faults only; the store, not Prefect, remembers what is done.
+A task looks up its artifacts in the store, launches a process for the missing ones, and forwards its journal. Only
+infrastructure faults are retried. Finished work is recorded by the store, not by Prefect.
 """
 
 import re
@@ -33,13 +33,13 @@ RETRY_SECONDS, RETRY_JITTER = 5.0, 0.5
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one task makes: a training node, or the evaluations of one kind of one checkpoint.
+class TaskGroup:
+    """The nodes of one task, a job: a training node, or the evaluations of one kind of one checkpoint.
 
     Attributes:
         id: The node's id, or `eval/CHECKPOINT`, `harness/CHECKPOINT`.
-        nodes: In the graph's order.
-        parents: Ids of the jobs that make what it needs.
+        nodes: The nodes, in the graph's order.
+        parents: Ids of the jobs whose artifacts it needs.
     """
 
     id: str
@@ -54,15 +54,15 @@ class Job:
 
 @dataclass
 class Supervisor:
-    """Makes jobs, one a thread, and tells the tracker and the display.
+    """Runs jobs, each in one thread, and reports them to the tracker and the display.
 
     Attributes:
         graph: The run.
-        store: Where its artifacts are.
+        store: The store of its artifacts.
         launcher: Starts the nodes' processes.
-        tracker: Hears of every node.
+        tracker: Records every node.
         display: Shows every job.
-        stopping: Set when the run is being ended from outside; failures after that are `KILLED`.
+        stopping: Set when the run is being stopped from outside; failures after that are recorded as `KILLED`.
     """
 
     graph: StageGraph
@@ -72,11 +72,11 @@ class Supervisor:
     display: ProgressDisplay
     stopping: bool = False
 
-    def make(self, job: Job) -> State[None]:
-        """Make what is missing of a job.
+    def make(self, job: TaskGroup) -> State[None]:
+        """Make the missing artifacts of a job.
 
         Returns:
-            Completed, named `Cached` when nothing was missing.
+            Completed, with the name `Cached` if nothing was missing.
 
         Raises:
             NodeFailedError: its process failed.
@@ -88,8 +88,8 @@ class Supervisor:
         seconds = self._launch(job, missing)
         return Completed(message=f"made in {duration(seconds)}")
 
-    def _missing(self, job: Job) -> list[Node]:
-        """The nodes that are not in the store; what is there is verified and linked."""
+    def _missing(self, job: TaskGroup) -> list[Node]:
+        """The nodes that are not in the store. The artifacts of the others are verified and linked in the tracker."""
         missing = []
         for node in job.nodes:
             if self.store.find(node.key) is None:
@@ -98,7 +98,7 @@ class Supervisor:
                 self.tracker.stage_cached(node, self.store.get(node.key))
         return missing
 
-    def _launch(self, job: Job, nodes: Sequence[Node]) -> float:
+    def _launch(self, job: TaskGroup, nodes: Sequence[Node]) -> float:
         runs = {node.id: self.tracker.stage_started(node) for node in nodes}
         meter, page, log, since = Meter(job.id, nodes), ProgressPage(job.id), get_run_logger(), time.time()
         self.display.started(meter)
@@ -107,7 +107,7 @@ class Supervisor:
         def on_records(node: Node, records: list[dict[str, Any]]) -> None:
             runs[node.id].forward(records)
             for line in notes(node, records, since):
-                self.display.say(line)
+                self.display.print_line(line)
                 log.info("%s", line)
             meter.read(node, records)
             self.display.moved(meter)
@@ -132,7 +132,7 @@ class Supervisor:
         return seconds
 
     def _ended_badly(self, nodes: Sequence[Node], runs: Mapping[str, "StageRun"]) -> None:
-        """Close the tracker's runs; of several evaluations some may have been finished."""
+        """Close the tracker's runs as failed or killed, except for evaluations that finished."""
         for node in nodes:
             artifact = self.store.find(node.key)
             if artifact is not None:
@@ -142,9 +142,9 @@ class Supervisor:
 
 
 class ProgressPage:
-    """A job's progress bar in Prefect's pages, brought up to date every few seconds at most.
+    """A job's progress bar in Prefect's pages, updated at most every `ARTIFACT_SECONDS`.
 
-    A server that cannot be reached costs the bar, not the job.
+    If the server cannot be reached, the bar stops and the job continues.
     """
 
     def __init__(self, job_id: str) -> None:
@@ -155,7 +155,7 @@ class ProgressPage:
         self._lost = False
 
     def show(self, meter: Meter) -> bool:
-        """Bring the bar up to date when it is time; says whether it was."""
+        """Update the bar if an update is due. Returns whether it was due."""
         now = time.monotonic()
         if self._lost or (now - self._last < ARTIFACT_SECONDS and meter.share < 1):
             return False
@@ -173,18 +173,18 @@ class ProgressPage:
 
 
 def artifact_key(text: str) -> str:
-    """A name Prefect takes for an artifact: lowercase letters, digits and dashes."""
+    """A text as a valid key of a Prefect artifact: lowercase letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def task_of(supervisor: Supervisor, job: Job, retries: int) -> "Task[[], State[None]]":
-    """Wrap a job as a Prefect task; only infrastructure faults are tried again."""
+def task_of(supervisor: Supervisor, job: TaskGroup, retries: int) -> "Task[[], State[None]]":
+    """A job as a Prefect task that retries infrastructure faults only."""
 
     @task(
         name=job.nodes[0].stage,
         task_run_name=job.id.replace("{", "(").replace("}", ")"),
         retries=retries,
-        # Twice as long each time, and not all at once.
+        # The delay doubles each time; the jitter keeps jobs from retrying at the same moment.
         retry_delay_seconds=exponential_backoff(RETRY_SECONDS),
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_is_retryable,

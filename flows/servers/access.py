@@ -1,8 +1,8 @@
-"""Who may use the servers of a home: the secret that Prefect's API asks for, and the origins and names it answers to.
+"""Access control of a home's servers: the secret of Prefect's API, and the allowed origins and host names.
 
-Every program of the home sends the secret, and a browser is let in by it. A page of another origin has none, and a
-page behind a rebound name has none either, because browsers keep what was typed for each origin apart. MLflow has no
-such secret, so the names and origins of its server are limited. Free of torch, prefect and mlflow.
+Every program of the home sends the secret, and a browser asks the user for it. A page of another origin does not have
+it, and neither does a page behind a rebound name, because browsers store passwords per origin. MLflow supports no such
+secret, so the host names and origins of its server are restricted. Free of torch, prefect and mlflow.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ SECRET_BYTES = 32
 
 
 def secret_path(home: Path) -> Path:
-    """The file that keeps the secret of a home."""
+    """The file with the secret of a home."""
     return home.resolve() / "servers" / SECRET_FILE
 
 
 def home_secret(home: Path) -> str:
-    """The secret of a home, `USER:TOKEN`; made at its first use.
+    """The secret of a home, `USER:TOKEN`, created at its first use.
 
-    The file is open to the owner alone, or to the group of a home that a team shares.
+    The file is readable by the owner only, or by the group if a team shares the home.
 
     Raises:
-        UserError: the file belongs to somebody else.
+        UserError: the file belongs to another user and is not readable.
     """
     keep_private(home)
     path = secret_path(home)
@@ -52,7 +52,7 @@ def home_secret(home: Path) -> str:
 
 
 def _make(path: Path, mode: int) -> None:
-    """Write a new secret; of several processes that do so at once the first one wins."""
+    """Write a new secret. If several processes do so at once, the first one's is kept."""
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     temporary = Path(name)
     try:
@@ -66,7 +66,7 @@ def _make(path: Path, mode: int) -> None:
 
 
 def login(home: Path) -> str:
-    """How a person gets into Prefect's pages. The secret itself is for a terminal; a log gets the place of its file."""
+    """A line on how to log in to Prefect's pages, with the secret on a terminal and with its file's path in a log."""
     path = secret_path(home)
     if not sys.stdout.isatty():
         return f"its pages ask for a password once in each browser: the line in {path}"
@@ -74,12 +74,12 @@ def login(home: Path) -> str:
 
 
 def client_secret(home: Path) -> dict[str, str]:
-    """Environment that lets a client of Prefect into a server of the home."""
+    """Environment with which a Prefect client authenticates to a server of the home."""
     return {"PREFECT_API_AUTH_STRING": home_secret(home)}
 
 
 def prefect_server_access(home: Path, host: str, port: int) -> dict[str, str]:
-    """Environment of a Prefect server: it answers to the secret alone, and names its own pages' origins to browsers."""
+    """Environment of a Prefect server that requires the secret and allows browsers its own pages' origins only."""
     secret = home_secret(home)
     origins = ",".join(f"http://{name}" for name in _places(host, port))
     return {
@@ -90,9 +90,9 @@ def prefect_server_access(home: Path, host: str, port: int) -> dict[str, str]:
 
 
 def mlflow_server_access(host: str, port: int) -> dict[str, str]:
-    """Environment of an MLflow server: the names and origins it answers to, where the user has set none.
+    """Environment of an MLflow server: its allowed host names and origins, unless the user has set them.
 
-    Its own default lets `10.*` pass as a private address, and with it the name `10.attacker.example`.
+    MLflow's default accepts `10.*` as a private address, and so also the name `10.attacker.example`.
     """
     places = _places(host, port)
     wanted = {
@@ -103,7 +103,7 @@ def mlflow_server_access(host: str, port: int) -> dict[str, str]:
 
 
 def _places(host: str, port: int) -> list[str]:
-    """Every `NAME:PORT` by which a browser may open a server that listens on this host."""
+    """Every `NAME:PORT` under which a browser can open a server that listens on this host."""
     names = ["127.0.0.1", "localhost"]
     if host not in names:
         names += _names_of_this_machine() if _is_everywhere(host) else [host]
@@ -121,5 +121,5 @@ def _is_everywhere(host: str) -> bool:
 def _names_of_this_machine() -> list[str]:
     families = (socket.AF_INET, socket.AF_INET6)
     addresses = [each.address for found in psutil.net_if_addrs().values() for each in found if each.family in families]
-    # An address of a link has the link's name behind it, which no browser sends.
+    # A link-local address is followed by the name of its link, which browsers do not send.
     return [os.uname().nodename, socket.getfqdn(), *(address.partition("%")[0] for address in addresses)]

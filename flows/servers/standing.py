@@ -1,7 +1,7 @@
-"""The standing servers of a home: those of `mopd ui`, and how every other command finds them.
+"""The standing servers of a home: `mopd ui` starts them, and the other commands find them here.
 
-A server is known by its process: the home has a record of it, and the process must still be the one that listens on
-the port. So no other home's server is taken for it, and none of them receives the secret.
+A server is identified by its process: the home has a record of the process, which must still be the one that listens
+on the port. So a server of another home is never mistaken for it and never receives the secret.
 """
 
 import contextlib
@@ -45,18 +45,24 @@ def ui(
     mlflow_port: int | None = None,
     prefect_port: int | None = None,
 ) -> None:
-    """Serve MLflow's and Prefect's pages over a home until Ctrl-C; a port that is not given may move to a free one.
+    """Serve MLflow's and Prefect's pages over a home until Ctrl-C.
 
-    A run under way has a Prefect server of its own over the home. It is used as long as it is there, and then replaced
-    by one at the same address: two servers over one database get into each other's way.
+    A running run has its own Prefect server over the home. That server is used until the run ends and is then replaced
+    by one at the same address, because two servers over one database conflict.
+
+    Args:
+        home: `$MOPD_HOME`.
+        host: Address to listen on.
+        mlflow_port: Port of MLflow's server; by default the usual port or the next free one.
+        prefect_port: Port of Prefect's server; by default the usual port or the next free one.
 
     Raises:
-        UserError: the home has standing servers already, a named port is taken, or a server does not start.
+        UserError: the home already has standing servers, a given port is taken, or a server does not start.
     """
     keep_private(home)
     servers: list[Server] = []
     held = contextlib.ExitStack()
-    # A process started in the background inherits an ignored SIGINT, and would leave its servers behind on TERM.
+    # A process started in the background inherits an ignored SIGINT and would leave its servers behind on SIGTERM.
     held.enter_context(interruptible(background=True))
     try:
         with one_start_at_a_time(home) as starting:
@@ -86,7 +92,7 @@ def ui(
         ended = next(server for server in servers if server.process.poll() is not None)
         raise UserError(f"{ended.name} ended with code {ended.process.returncode}:\n{tail(ended.log)}")
     except KeyboardInterrupt:
-        _say("ending the servers")
+        _print("ending the servers")
     finally:
         for server in servers:
             _record_of(home, server.name).unlink(missing_ok=True)
@@ -97,35 +103,35 @@ def ui(
 
 
 def _take_over(home: Path, host: str, port: int, *, exact: bool) -> Server:
-    """Start Prefect's server after that of a run has ended."""
+    """Start Prefect's server after a run has ended, in place of that run's server."""
     with one_start_at_a_time(home) as starting:
         server = start_prefect(home, host, choose_port(host, port, "Prefect", exact, held=starting))
         wait_until_ready(server)
         _record(home, server)
-    _say(f"Prefect  {server.url} (the run that served it has ended)")
+    _print(f"Prefect  {server.url} (the run that served it has ended)")
     return server
 
 
 def _show_pages(home: Path, mlflow: Server, prefect: str) -> None:
-    _say(f"MLflow   {home_page(mlflow.url)}")
-    # The one that was written last is the one that people look for.
+    _print(f"MLflow   {home_page(mlflow.url)}")
+    # The latest runs, the newest first.
     kept = sorted((home / "runs").glob("*/mlflow.json"), key=lambda path: path.stat().st_mtime)[-RUNS_SHOWN:]
     for path in reversed(kept):
-        _say(path.parent.name)
+        _print(path.parent.name)
         for line in page_lines(mlflow.url, home, path.parent.name):
-            _say(line)
-    _say(f"Prefect  {prefect}")
-    _say(f"         {login(home)}")
-    _say("Ctrl-C ends them.")
+            _print(line)
+    _print(f"Prefect  {prefect}")
+    _print(f"         {login(home)}")
+    _print("Ctrl-C ends them.")
 
 
 def standing(home: Path, name: str, *, lasting: bool = False) -> str:
-    """Address of a server of `mopd ui`; empty where there is none that answers.
+    """URL of a server of `mopd ui`; empty if none answers.
 
     Args:
         home: `$MOPD_HOME`.
         name: `prefect` or `mlflow`.
-        lasting: Leave out a run's own Prefect server, which ends with that run.
+        lasting: Exclude a run's own Prefect server, which ends with that run.
     """
     kept = _read_record(_record_of(home, name))
     if kept is None or (lasting and kept["lent"]) or not _lives(kept):
@@ -135,7 +141,7 @@ def standing(home: Path, name: str, *, lasting: bool = False) -> str:
 
 @contextlib.contextmanager
 def run_server(home: Path, server: Server) -> Iterator[None]:
-    """Let `mopd ui` find the Prefect server of a run for as long as it lasts."""
+    """Record the Prefect server of a run, so that `mopd ui` finds it, for the duration of the block."""
     path = _record_of(home, f"{RUN_RECORD}{server.process.pid}")
     _write_record(path, _facts(server))
     try:
@@ -145,7 +151,7 @@ def run_server(home: Path, server: Server) -> Iterator[None]:
 
 
 def _of_run(home: Path) -> dict[str, Any] | None:
-    """The record of a Prefect server that a run under way has started."""
+    """The record of a live Prefect server that a run has started, or None."""
     folder = home.resolve() / "servers"
     kept = [record for path in folder.glob(f"{RUN_RECORD}*.json") if (record := _read_record(path)) is not None]
     return next((record for record in kept if _lives(record)), None)
@@ -158,12 +164,12 @@ def _lives(record: Mapping[str, Any]) -> bool:
 
 
 def prefect_client(home: Path) -> dict[str, str]:
-    """Settings of a client of the server that outlives a run: the one of `PREFECT_API_URL`, or that of `mopd ui`.
+    """Client settings for the Prefect server that outlives a run: that of `PREFECT_API_URL`, or that of `mopd ui`.
 
-    The home's secret goes to a server of the home alone; for another one the environment has the password.
+    The home's secret is sent only to a server of the home. The password of another server is in the environment.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such server.
     """
     own, api = standing(home, "prefect"), os.environ.get("PREFECT_API_URL", "").rstrip("/")
     if not own and not api:
@@ -177,7 +183,7 @@ def prefect_client(home: Path) -> dict[str, str]:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two addresses lead to the same place of this machine."""
+    """Whether two URLs have the same host and port, where all names of the loopback count as one."""
     places = [urlsplit(address) for address in (one, other)]
     names = ["127.0.0.1" if place.hostname in LOOPBACK else place.hostname for place in places]
     return names[0] == names[1] and places[0].port == places[1].port
@@ -199,7 +205,7 @@ def _write_record(path: Path, kept: Mapping[str, Any]) -> None:
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """A server's record; None for one that is not there, is broken or of another version: it is of no known server."""
+    """A server's record. None if the file is missing, damaged or of another version: it identifies no server."""
     try:
         kept = json.loads(path.read_text())
         lent = bool(kept.get("lent", False))
@@ -212,6 +218,6 @@ def _record_of(home: Path, name: str) -> Path:
     return home.resolve() / "servers" / f"{name.lower()}.json"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""MLflow's and Prefect's servers over one home, and the settings both read.
+"""Starts MLflow's and Prefect's servers over one home, and provides the settings of both libraries.
 
-Torch-free and free of both libraries: the servers are started as processes, in groups of their own, and end with
-the process that started them.
+Free of torch and of both libraries: the servers are started as processes, each in its own group, and end with the
+process that started them.
 """
 
 import base64
@@ -42,31 +42,31 @@ _LIBC = ctypes.CDLL(None)
 logger = logging.getLogger(__name__)
 
 QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-# MLflow's jobs evaluate traces of applications, which nothing here makes; seven processes of 290 MB wait for them.
+# MLflow's jobs evaluate traces of applications, and there are none here. They would cost seven processes of 290 MB.
 WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-# An unreachable MLflow server costs a stage seconds: one retry of ten seconds, then the outbox waits.
+# An unreachable MLflow server must delay a stage by seconds only: one retry of ten seconds, then the outbox waits.
 MLFLOW_CLIENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    # It shows the server's address as it is, with a password in it, at the end of every run.
+    # Otherwise MLflow prints the server's address, including a password in it, at the end of every run.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# What follows a # is the page's own and is sent to no server: the pages' addresses keep it.
+# A URL's fragment (after #) is kept: browsers do not send it to a server, and the pages' addresses need it.
 CREDENTIALS, QUERY = re.compile(r"(?<=://)[^\s'\"<>]*@"), re.compile(r"(://[^\s'\"<>?#]*)\?[^\s'\"<>#]*")
 
 
 @dataclass(frozen=True)
 class Server:
-    """One server under our care.
+    """One started server.
 
     Attributes:
-        name: For messages.
+        name: Name for messages.
         process: Leader of its own process group.
-        url: Where a browser opens it.
-        health: Address that answers 200 once it is ready.
-        log: File with its output.
+        url: URL for a browser.
+        health: URL that answers 200 when the server is ready.
+        log: File with the server's output.
     """
 
     name: str
@@ -77,29 +77,29 @@ class Server:
 
 
 def mlflow_uri(home: Path) -> str:
-    """The tracking store: `MLFLOW_TRACKING_URI` where it is set, else SQLite in the home."""
+    """The URI of the tracking store: `MLFLOW_TRACKING_URI` if it is set, else SQLite in the home."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
 def without_secrets(text: str) -> str:
-    """A URL, or a text with URLs in it, as it may be shown: without users, passwords and queries."""
+    """The text, a URL or one that contains URLs, without the URLs' users, passwords and queries."""
     return QUERY.sub(r"\1?…", CREDENTIALS.sub("", text))
 
 
 def mlflow_artifacts(home: Path) -> Path:
-    """Where the home's own tracking store keeps artifacts."""
+    """The folder in which the home's own tracking store keeps artifacts."""
     return home.resolve() / "mlartifacts"
 
 
 def mlflow_environment() -> dict[str, str]:
-    """Settings of the MLflow client; to be set before mlflow is imported, never over the user's own."""
+    """Settings of the MLflow client, without those that the user has set. Set them before mlflow is imported."""
     return {name: value for name, value in (QUIET | MLFLOW_CLIENT).items() if name not in os.environ}
 
 
 def prefect_environment(home: Path) -> dict[str, str]:
-    """Settings of Prefect: its files under the home, no analytics, a start-up time-out for slow machines.
+    """Settings of Prefect: files under the home, no analytics, and a start-up time-out for slow machines.
 
-    The user's own settings win; `PREFECT_API_URL` in the environment selects a standing server.
+    The user's own settings take precedence; `PREFECT_API_URL` in the environment selects a standing server.
     """
     wanted = QUIET | {
         "PREFECT_HOME": str(home.resolve() / "prefect"),
@@ -114,7 +114,7 @@ def prefect_run_page(base: str, flow_run_id: str) -> str:
 
 
 def local_url(port: int, host: str = "127.0.0.1") -> str:
-    """Address of a server on this machine; one that listens everywhere is opened through the loopback."""
+    """URL of a server on this machine. One that listens on all interfaces is opened through the loopback."""
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
@@ -129,11 +129,13 @@ def choose_port(
     """Find a free port.
 
     Args:
+        host: Address to listen on.
         wanted: The first choice.
-        exact: The user named this port, so no other will do.
-        alone: Nobody may even have bound it: vLLM binds its port long before it listens.
-        held: Until it is closed, no other start of this user's homes gets the port. A server listens only seconds
-            after its port is chosen.
+        exact: The user set this port, so no other is accepted.
+        name: The server's name, for messages.
+        alone: The port must not even be bound by a process: vLLM binds its port long before it listens.
+        held: Reserves the port until this stack is closed, against other starts in this user's homes. Needed because
+            a server listens only seconds after its port is chosen.
 
     Raises:
         UserError: the named port is taken, or none of the next fifty is free.
@@ -147,21 +149,21 @@ def choose_port(
 
 
 def start_mlflow(home: Path, host: str, port: int) -> Server:
-    """Start MLflow's server over the home's tracking store; `wait_until_ready` says when it answers."""
+    """Start MLflow's server over the home's tracking store. Use `wait_until_ready` before the first request."""
     uri = mlflow_uri(home)
     if "://" in uri and uri.split("://", 1)[0] in ("http", "https"):
         shown = without_secrets(uri)
         raise UserError(f"MLFLOW_TRACKING_URI={shown}: that server has pages of its own; open it in a browser")
     command = ["mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
     command += ["--artifacts-destination", str(mlflow_artifacts(home))]
-    # Not on the command line, which every user of the machine can read.
+    # The URI may have a password, so it is not passed on the command line, which every user can read.
     environment = WITHOUT_JOBS | os.environ | QUIET | mlflow_server_access(host, port)
     environment["MLFLOW_BACKEND_STORE_URI"] = uri
     return _start("MLflow", command, environment, home, local_url(port, host), "/health")
 
 
 def start_prefect(home: Path, host: str, port: int) -> Server:
-    """Start Prefect's server over the home's database; `wait_until_ready` says when it answers."""
+    """Start Prefect's server over the home's database. Use `wait_until_ready` before the first request."""
     url = local_url(port, host)
     environment = os.environ | prefect_environment(home) | prefect_server_access(home, host, port)
     environment |= {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
@@ -171,13 +173,13 @@ def start_prefect(home: Path, host: str, port: int) -> Server:
 
 @contextlib.contextmanager
 def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
-    """Held from the choice of a port until the server answers: `close` what is yielded then.
+    """Lock the home from the choice of a port until the server answers.
 
-    Two servers that start at once over one new home would create the same tables. Pass what is yielded to
-    `choose_port`, so that starts over two homes do not choose the same port.
+    Two servers that start at once over one new home would create the same tables. Pass the yielded stack to
+    `choose_port`, so that starts over two homes do not choose the same port, and `close` it when the server answers.
 
     Raises:
-        UserError: another start over this home does not come to its end.
+        UserError: another start over this home does not finish.
     """
     home_lock = home.resolve() / "locks" / "servers.lock"
     home_lock.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +189,7 @@ def one_start_at_a_time(home: Path) -> Iterator[contextlib.ExitStack]:
 
 
 def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
-    """Take a home's lock, with a word when that lasts."""
+    """Take a home's lock, with a warning if the wait is long."""
     try:
         held.enter_context(lock.acquire(timeout=LOCK_SECONDS))
     except Timeout:
@@ -202,7 +204,7 @@ def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
 
 
 def _claim(port: int, held: contextlib.ExitStack) -> bool:
-    """Take the lock of a port, which this user's homes share; False where another start holds it."""
+    """Take the lock of a port, which all homes of this user share. False if another start holds it."""
     folder = Path(tempfile.gettempdir()) / f"mopd-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -219,10 +221,10 @@ def _claim(port: int, held: contextlib.ExitStack) -> bool:
 
 
 def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
-    """Wait until a server answers, and not another one on its port.
+    """Wait until this server, and not another one on its port, answers.
 
     Raises:
-        UserError: it ended, or did not answer in time; the message has the end of its log.
+        UserError: the server ended or did not answer in time; the message has the end of its log.
     """
     deadline, port = time.monotonic() + seconds, urllib.parse.urlsplit(server.url).port
     assert port is not None
@@ -235,7 +237,7 @@ def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
 
 
 def stop(servers: Sequence[Server]) -> None:
-    """End servers by group: TERM, then KILL for those that stay."""
+    """End the servers' process groups by SIGTERM, then by SIGKILL for those that remain."""
     for server in servers:
         _signal(server, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
@@ -267,7 +269,7 @@ def _start(
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Let the kernel send this process a signal when its parent is gone; for a child that is about to start."""
+    """Make the kernel send this process a signal when its parent dies. Called in a child before it starts."""
     _LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
@@ -286,8 +288,8 @@ def answers(address: str, password: str = "") -> bool:
     """Whether an address answers a GET with 200 within seconds.
 
     Args:
-        address: A user and password in it are sent as such.
-        password: `USER:PASSWORD` to send where the address has none.
+        address: A URL. A user and password in it are sent as basic authentication.
+        password: `USER:PASSWORD` to send if the address has none.
     """
     scheme, _, rest = address.partition("://")
     credentials, _, place = rest.rpartition("@")
@@ -309,7 +311,7 @@ def _signal(server: Server, number: signal.Signals) -> None:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """What a log tells of a server's end, as it may be shown: from its first error on, else its last lines."""
-    told = log.read_text(errors="replace").splitlines()
-    first = next((i for i, line in enumerate(told) if line.startswith("ERROR:")), max(0, len(told) - lines))
-    return without_secrets("\n".join(told[first : first + lines]))
+    """The cause of a server's end from its log, without secrets: from the first error on, else the last lines."""
+    logged = log.read_text(errors="replace").splitlines()
+    first = next((i for i, line in enumerate(logged) if line.startswith("ERROR:")), max(0, len(logged) - lines))
+    return without_secrets("\n".join(logged[first : first + lines]))

@@ -1,22 +1,16 @@
 """The aliases of a run's registered model, as operations of the outbox."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flows.plan.champion_history import (
-    CANDIDATE_ALIAS,
-    registered_name,
-)
+from flows.plan.champion_history import CANDIDATE_ALIAS, registered_name
 from flows.plan.graph import Node
-
-if TYPE_CHECKING:
-    pass
 
 
 def alias_operations(run: str, candidate: Node | None) -> list[dict[str, Any]]:
-    """What the tracker's outbox is told: whose version is the candidate, and to look who is champion."""
-    said: list[dict[str, Any]] = []
+    """Operations that set the alias of the candidate's version, if there is one, and update the champion's."""
+    operations: list[dict[str, Any]] = []
     if candidate is not None:
         about = {"name": registered_name(run), "key": candidate.key}
-        said.append({"op": "version", **about, "seed": str(candidate.seed)})
-        said.append({"op": "alias", **about, "alias": CANDIDATE_ALIAS})
-    return [*said, {"op": "champion", "run": run}]
+        operations.append({"op": "version", **about, "seed": str(candidate.seed)})
+        operations.append({"op": "alias", **about, "alias": CANDIDATE_ALIAS})
+    return [*operations, {"op": "champion", "run": run}]

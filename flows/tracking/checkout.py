@@ -1,4 +1,4 @@
-"""The git checkout that a run's files are in: its commit, and whether files differ from it."""
+"""The git checkout with a run's files: its commit, and whether files differ from it."""
 
 import logging
 import subprocess
@@ -6,16 +6,16 @@ from pathlib import Path
 
 COMMIT, DIRTY = "mlflow.source.git.commit", "git.dirty"
 TIMEOUT_SECONDS = 20.0
-# No program that a repository's own settings name is started.
+# The repository's own settings must not start a program.
 GIT = ("git", "-c", "core.fsmonitor=false", "--no-optional-locks")
 logger = logging.getLogger(__name__)
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """Tags of a run: the commit of a folder's repository, and `true` where tracked files differ from it.
+    """Tags of a run: the commit of a folder's repository, and whether tracked files differ from it.
 
     Returns:
-        Nothing where the folder is in no repository, has no commit yet, or git is not installed.
+        The tags; empty if the folder is in no repository, has no commit yet, or git is not installed.
     """
     commit = _ask(folder, "rev-parse", "HEAD")
     if not commit:

@@ -1,7 +1,7 @@
-"""Learning curves in MLflow: a monitored student's scores by step, its start's and teachers' as constant lines beside.
+"""Learning curves in MLflow: a monitored student's scores by step, with those of its start and teachers as constants.
 
 The metrics of a domain share a prefix, `curve/DOMAIN/`, by which MLflow groups its charts: `student` (or `expert`),
-`start` and `teacher`. All are of the monitor's examples, so that the lines can be compared.
+`start` and `teacher`. All are measured on the monitor's examples, so that the lines are comparable.
 """
 
 import re
@@ -22,7 +22,7 @@ Values = list[tuple[str, float, int, int]]
 
 
 def tracked_name(name: str) -> str | None:
-    """The name of a stage's metric in MLflow; None for a bin of a histogram, which only `report.json` has."""
+    """The name in MLflow of a stage's metric. None for a bin of a histogram, which is in `report.json` only."""
     if f"/{HISTOGRAM}" in name:
         return None
     monitored = MONITORED.fullmatch(name)
@@ -32,12 +32,12 @@ def tracked_name(name: str) -> str | None:
 
 
 def tracked(metrics: Mapping[str, float]) -> dict[str, float]:
-    """A stage's metrics as MLflow has them; see `tracked_name`."""
-    return {known: value for name, value in metrics.items() if (known := tracked_name(name)) is not None}
+    """A stage's metrics under their names in MLflow; see `tracked_name`."""
+    return {renamed: value for name, value in metrics.items() if (renamed := tracked_name(name)) is not None}
 
 
 def teacher_of(node: Node, domain: str) -> str | None:
-    """Id of the checkpoint that teaches a student a domain: of several the heaviest, of equals the first."""
+    """Id of the checkpoint that teaches a student a domain: the one with the largest weight, or the first of equals."""
     prefix = f"teacher/{domain}"
     roles = [role for role in node.parents if role == prefix or role.startswith(f"{prefix}/")]
     weights = node.config.get("teacher_weights", {}).get(domain, {})
@@ -46,9 +46,9 @@ def teacher_of(node: Node, domain: str) -> str | None:
 
 
 class References:
-    """The constant lines of the run's monitored stages; its methods may be called from several threads.
+    """Logs the constant lines of the run's monitored stages. Its methods may be called from several threads.
 
-    A line is logged once its stage has begun and its checkpoint is scored, whichever comes last.
+    A line is logged when its stage has begun and its checkpoint has been scored, in either order.
     """
 
     def __init__(self, graph: StageGraph, log: Callable[[str, Values], None], now: Callable[[], int]) -> None:
@@ -56,7 +56,7 @@ class References:
 
         Args:
             graph: The planned run.
-            log: Takes a node's id and (name, value, milliseconds, step) of its run.
+            log: Called with a node's id and (name, value, milliseconds, step) for its run.
             now: Milliseconds since the epoch.
         """
         self._log, self._now = log, now
@@ -66,7 +66,7 @@ class References:
         self._sheets: dict[tuple[str, str], Artifact] = {}
 
     def begin(self, node: Node) -> None:
-        """A stage begins: log the lines whose scores are there."""
+        """Log the lines of a stage that begins, as far as their scores exist."""
         if node not in self._monitored:
             return
         with self._lock:
@@ -75,7 +75,7 @@ class References:
         self._draw(node, sheets)
 
     def score(self, node: Node, artifact: Artifact) -> None:
-        """A checkpoint is scored: log its line at the stages that have begun.
+        """Log the line of a newly scored checkpoint for the stages that have begun.
 
         Args:
             node: The evaluation.
@@ -96,7 +96,7 @@ class References:
         examples, last = int(node.config["monitor"]["examples"]), int(node.config["max_steps"])
         for checkpoint, domain, role in _lines(node):
             if (sheet := sheets.get((checkpoint, domain))) is not None:
-                # Both draw the same examples in the same order.
+                # The monitor and the evaluation draw the same examples in the same order.
                 shown_N = read_scores(sheet.path, domain, HELD_OUT).greedy_N[:examples]
                 score, name, time = fmean(shown_N), f"{CURVE}/{domain}/{role}", self._now()
                 self._log(node.id, [(name, score, time, 0), (name, score, time, last)])

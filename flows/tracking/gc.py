@@ -1,10 +1,10 @@
-"""Garbage collection: what no run plans and no registered student descends from. Shown first, then removed.
+"""Garbage collection of artifacts that no run plans and no registered student descends from.
 
-Kept are: every node of every run's lock file; every champion there was, every version in MLflow's registry and every
-one still on its way there; what has yet to be sent to the mirror (`MOPD_STORE`); what stages make at this moment; and
-of all these the ancestors, with their measurements. Ancestors are followed through the mirror too; where one's manifest
-is nowhere, what it was made from is unknown, and every artifact is kept. Only this machine's copies are removed; what
-stands in a mirror stays there.
+Kept are: every node of every run's lock file; every present and former champion; every version in MLflow's registry or
+in an outbox for it; artifacts not yet sent to the mirror (`MOPD_STORE`); artifacts that are being made; and the
+ancestors of all these, with their measurements. Ancestors are followed through the mirror too. If the manifest of one
+is found nowhere, its own ancestors are unknown, and every artifact is kept. Only this machine's copies are removed,
+never those in a mirror.
 """
 
 import json
@@ -35,16 +35,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Garbage:
-    """One thing that can go.
+    """One removable artifact or folder.
 
     Attributes:
         kind: `checkpoint`, `measurement`, `work` (journals and saved steps), `leftover` (of a killed write) or
             `corrupted`.
-        name: Of the artifact, or of the folder.
+        name: Name of the artifact or description of the folder.
         key: Content key; empty for leftovers.
-        path: What is removed.
+        path: The folder to remove.
         size: Bytes.
-        made: Seconds since the epoch.
+        made: Time of the last change, in seconds since the epoch.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Garbage:
 
 @contextmanager
 def plan_lock(store: Store) -> Iterator[None]:
-    """Held while a run plans and writes its lock file, and while garbage is collected: neither sees half the other."""
+    """Exclude garbage collection while a run plans and writes its lock file, and the reverse."""
     with store.lock(LOCK):
         yield
 
@@ -65,16 +65,16 @@ def plan_lock(store: Store) -> Iterator[None]:
 def find_garbage(
     store: Store, registered: Iterable[str], days: float = 0.0, *, corrupted: bool = False
 ) -> list[Garbage]:
-    """What can be removed, largest first.
+    """The removable artifacts and folders, largest first.
 
     Args:
         store: The artifacts.
         registered: Content keys in the registry.
-        days: Younger things stay.
-        corrupted: Also what was set aside as corrupted.
+        days: Minimum age; younger ones are kept.
+        corrupted: Also return artifacts that were set aside as corrupted.
 
     Raises:
-        CorruptedArtifactError: a manifest cannot be read, so nothing is known of what it descends from.
+        CorruptedArtifactError: a manifest cannot be read, so the artifact's ancestors are unknown.
     """
     here = [artifact for artifact in store.artifacts() if store.is_here(artifact)]
     kept = keep(store, here, registered)
@@ -102,9 +102,9 @@ def find_garbage(
 
 
 def keep(store: Store, here: Iterable[Artifact], registered: Iterable[str]) -> set[str]:
-    """Content keys that stay: what is referred to, its ancestors, and their measurements.
+    """Content keys to keep: those of referenced artifacts, their ancestors, and the measurements of both.
 
-    Where an ancestor's manifest is neither here nor in the mirror, all that is here stays, and a warning says so.
+    If an ancestor's manifest is neither here nor in the mirror, all artifacts here are kept, with a warning.
     """
     manifests = {artifact.key: artifact.manifest for artifact in here}
     planned, kept, unknown = set(_planned(store)), set[str](), set[str]()
@@ -123,11 +123,11 @@ def keep(store: Store, here: Iterable[Artifact], registered: Iterable[str]) -> s
         parents = _parents(manifest)
         made_from |= {parent: f"{manifest['name']} ({key})" for parent in parents}
         waiting += parents
-    # A lock file has a planned node's ancestors too.
+    # Planned nodes are exempt, because the lock file has their ancestors too.
     for key in sorted(unknown & made_from.keys() - planned):
         logger.warning(
-            "%s was made from %s, whose manifest is neither in %s nor in a mirror, so nothing is known of what it was "
-            "made from: all artifacts are kept; %s may name the mirror that has it",
+            "%s was made from %s, whose manifest is neither in %s nor in a mirror, so its own ancestors are unknown: "
+            "all artifacts are kept; set %s to the mirror that has it",
             *(made_from[key], key, store.root, VARIABLE),
         )
         kept |= manifests.keys()
@@ -140,17 +140,17 @@ def keep(store: Store, here: Iterable[Artifact], registered: Iterable[str]) -> s
 
 
 def remove(store: Store, garbage: Iterable[Garbage]) -> tuple[int, list[str]]:
-    """Remove what was found; what somebody uses meanwhile stays.
+    """Remove garbage, except what has come into use meanwhile.
 
     Returns:
-        Bytes freed, and a line for each thing that stayed.
+        Bytes freed, and a line for each item that was not removed.
     """
     freed, stayed = 0, []
     for each in garbage:
         lock = store.lock(each.key or each.path.name.partition(".")[0])
         try:
             with lock.acquire(timeout=0):
-                # Out of sight in one step, so that nobody finds half of it.
+                # One rename takes it out of the store, so that no process finds a part of it.
                 target = store.root / ".staging" / f"removed-{each.path.name}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
@@ -184,7 +184,7 @@ def _planned(store: Store) -> Iterator[str]:
 
 
 def _pinned(store: Store) -> Iterator[str]:
-    """Keys that mutable names, such as a champion's, were resolved to."""
+    """Keys to which mutable names, such as a champion's, were resolved."""
     for path in (store.home / "runs").glob("*/lock.json"):
         yield from (str(pin) for pin in read_json(path).get("pins", {}).values())
 
@@ -196,7 +196,7 @@ def _champions(store: Store) -> Iterator[str]:
 
 
 def _unsent(store: Store) -> Iterator[str]:
-    """Keys in what MLflow has yet to be told: versions, and models whose files are read then."""
+    """Keys in operations not yet sent to MLflow: versions, and models whose files are read when they are sent."""
     for path in (store.home / "runs").glob(f"*/{UNSENT}/*.jsonl"):
         for line in path.read_text().splitlines():
             try:
@@ -206,7 +206,7 @@ def _unsent(store: Store) -> Iterator[str]:
 
 
 def _unsent_to_store(store: Store) -> list[str]:
-    """Keys of which the mirror has nothing yet: this machine's copy is the only one."""
+    """Keys not yet sent to the mirror, so that this machine has the only copy."""
     return [path.name for path in (store.home / UNSENT_TO_STORE).glob("*")] if store.mirror is not None else []
 
 
@@ -229,7 +229,7 @@ def _keys_in(operation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _busy(store: Store) -> list[str]:
-    """Keys that are being made at this moment, and those of the checkpoints they are made from."""
+    """Keys of artifacts that are being made, and of the checkpoints they are made from."""
     found = []
     for path in (store.home / "locks").glob("*.lock"):
         lock = store.lock(path.stem)
@@ -264,10 +264,10 @@ def _folders(path: Path) -> list[Path]:
 
 
 def check_home(home: Path) -> None:
-    """See that there is a home at all.
+    """Check that a home exists.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no store at the path.
     """
     if not (home / "store").is_dir():
         raise UserError(f"--home {home}: there is no store in it")

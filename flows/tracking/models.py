@@ -1,7 +1,7 @@
-"""Checkpoints in MLflow: each a LoggedModel with the run that made it, its parents as that run's inputs.
+"""Checkpoints in MLflow: each is a LoggedModel of the run that made it, with its parents as that run's inputs.
 
-A LoggedModel refers to the artifact's directory by URI and digest, weights are not copied. It is found by its content
-key, so a checkpoint has one however many runs use it.
+A LoggedModel refers to the artifact's directory by URI and digest; weights are not copied. It is found by its content
+key, so a checkpoint has one LoggedModel, however many runs use it.
 """
 
 import json
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 NOTE = "mlflow.note.content"
-# What MLflow takes of a tag; it cuts the rest off in the midst of a line, with a warning on the terminal.
+# MLflow's limit for a tag. It would cut a longer one within a line and print a warning on the terminal.
 LONGEST_NOTE = 8000
 CUT_OFF = "\n\n… the rest stands in the report, among the artifacts."
 VERSIONS = "mlflow.modelVersions"
@@ -43,8 +43,11 @@ SOURCE = {"mlflow.source.name": "mopd", "mlflow.source.type": "LOCAL"}
 
 @contextmanager
 def tracking_store(uri: str) -> Iterator[None]:
-    """Make `uri` the store of MLflow's functions for a while: not every one of its calls goes by its client's. MLflow
-    also writes it into the environment, where it would send the next run of this process, in another home, here."""
+    """Make `uri` the store of MLflow's module functions inside the block; not all of them use the client's store.
+
+    MLflow also writes the URI into the environment. It is restored, because it would direct the next run of this
+    process, which may be in another home, to this store.
+    """
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -59,7 +62,7 @@ def tracking_store(uri: str) -> Iterator[None]:
 
 
 def note_within(text: str) -> str:
-    """A page's description, cut at the end of a paragraph where MLflow would take no more."""
+    """A page's description, cut at the end of a paragraph if it exceeds MLflow's limit."""
     if len(text) <= LONGEST_NOTE:
         return text
     return text[: LONGEST_NOTE - len(CUT_OFF)].rpartition("\n\n")[0] + CUT_OFF
@@ -81,10 +84,10 @@ class LoggedCheckpoints:
         self._models: dict[str, str] = {}
 
     def model(self, key: str) -> str | None:
-        """The LoggedModel of a checkpoint, created with its ancestors where this tracking store has none.
+        """The LoggedModel of a checkpoint, created with its ancestors if this tracking store has none.
 
         Returns:
-            Its id; None when neither the tracking store nor the artifact store knows the key.
+            Its id; None if neither the tracking store nor the artifact store has the key.
         """
         if key in self._models:
             return self._models[key]
@@ -102,7 +105,7 @@ class LoggedCheckpoints:
         return next((model for model in found if model.status.name == "READY"), None)
 
     def _made_earlier(self, artifact: Artifact) -> "LoggedModel":
-        """Record a checkpoint this tracking store never saw being made: a finished run of its own, and its model."""
+        """Record a checkpoint that was made without this tracking store, as a separate finished run with a model."""
         manifest = artifact.manifest
         end = int(manifest["created"] * 1000)
         tags = {"key": artifact.key, "stage": str(manifest.get("stage")), "seed": str(manifest.get("seed", 0))}
@@ -114,19 +117,19 @@ class LoggedCheckpoints:
         return model
 
     def record(self, artifact: Artifact, run_id: str, time_ms: int, step: int) -> "LoggedModel":
-        """Make a checkpoint the output of a run, its parents the inputs, its final metrics those of both.
+        """Log a checkpoint as the output of a run, its parents as inputs, and its final metrics on both.
 
         Args:
             artifact: The checkpoint.
             run_id: The run that made it.
-            time_ms: When.
-            step: The run's last: a curve ends there, and not where it began.
+            time_ms: Time of the metrics, in milliseconds since the epoch.
+            step: The run's last step, so that the final metrics end its curves.
         """
         from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
 
         manifest = artifact.manifest
         parents = {role: self.model(parent["key"]) for role, parent in manifest.get("parents", {}).items()}
-        # Another run may be at the same one: it waited for the node, or uses what this one has made.
+        # Another run may record the same checkpoint now: it waited for the node, or uses the result of this run.
         with self.store.lock("models"):
             model = self.find(artifact.key) or self._create(artifact, run_id, parents, step)
         inputs = [LoggedModelInput(parent) for parent in dict.fromkeys(parents.values()) if parent]
@@ -146,14 +149,14 @@ class LoggedCheckpoints:
         return model
 
     def log_table(self, run_id: str, file: str, table: Mapping[str, Any]) -> None:
-        """Keep a table among a run's artifacts, and list it where MLflow's pages look for tables."""
+        """Log a table as an artifact of a run, and list it in the tag from which MLflow's pages read tables."""
         self.client.log_text(run_id, json.dumps(table), file)
         listed = json.loads(self.client.get_run(run_id).data.tags.get(TABLES, "[]"))
         entry = {"path": file, "type": "table"}
         self.client.set_tag(run_id, TABLES, json.dumps([*(other for other in listed if other != entry), entry]))
 
     def describe(self, artifact: Artifact) -> None:
-        """Write a checkpoint's description anew, with the scores it has by now: on its model, versions and run."""
+        """Update the description of a checkpoint's model, versions and run with its current scores."""
         model_id = self.model(artifact.key)
         if model_id is None:
             return
@@ -179,7 +182,7 @@ class LoggedCheckpoints:
         return {role: model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
 
     def _children(self, model: "LoggedModel") -> list[tuple[str, str]]:
-        """Name and page of each checkpoint that was made from one."""
+        """Name and page of each checkpoint that was made from this one."""
         made = {tag.removeprefix(MADE_INTO): name for tag, name in model.tags.items() if tag.startswith(MADE_INTO)}
         often = Counter(made.values())
         return [
@@ -188,7 +191,7 @@ class LoggedCheckpoints:
         ]
 
     def curves(self, model: "LoggedModel", artifact: Artifact) -> dict[str, str]:
-        """domain -> chart of a student's score by step beside its teacher's and start's; empty without a monitor."""
+        """domain -> chart of a student's score by step with those of teacher and start; empty without a monitor."""
         manifest, run_id = artifact.manifest, self.maker(model)
         if manifest.get("stage") != "distill" or not manifest.get("config", {}).get("monitor") or run_id is None:
             return {}
@@ -199,10 +202,10 @@ class LoggedCheckpoints:
         }
 
     def compare(self, key: str, about: Mapping[str, Any]) -> None:
-        """Keep the scores of teacher and start beside a checkpoint's own, and what the gate said, for its description.
+        """Save the comparison of a checkpoint with teacher and start, and the gate's verdict, for its description.
 
         Args:
-            key: Its content key.
+            key: The checkpoint's content key.
             about: `rows`, `verdict`, `run`, `report` and `title`, as `flows.lineage.cards.About` has them.
         """
         if (model_id := self.model(key)) is not None:
@@ -231,7 +234,7 @@ class LoggedCheckpoints:
         return model
 
     def maker(self, model: "LoggedModel") -> str | None:
-        """The run that made a checkpoint, if it was not deleted since."""
+        """The id of the run that made a checkpoint, unless the run has been deleted."""
         if not model.source_run_id:
             return None
         info = self.client.get_run(model.source_run_id).info
@@ -274,7 +277,7 @@ class LoggedCheckpoints:
 
 
 def registered_keys(store: Store) -> set[str]:
-    """The content keys of all versions of all registered models; empty where nothing was ever tracked.
+    """The content keys of all versions of all registered models; empty if nothing was ever tracked.
 
     Raises:
         UserError: the tracking store cannot be read.
@@ -297,12 +300,12 @@ def registered_keys(store: Store) -> set[str]:
                     return keys
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"MLflow's registry cannot be read, so nothing is known of what it refers to: {without_secrets(str(error))}"
+            f"MLflow's registry cannot be read, so what it refers to is unknown: {without_secrets(str(error))}"
         ) from error
 
 
 def _scores(model: "LoggedModel") -> dict[tuple[str, str], float]:
-    """(domain, split) -> the latest greedy score that MLflow holds of a checkpoint."""
+    """(domain, split) -> the latest greedy score of a checkpoint in MLflow."""
     latest: dict[tuple[str, str], float] = {}
     for metric in sorted(model.metrics or (), key=lambda metric: metric.timestamp):
         kind, _, name = metric.key.partition("/")

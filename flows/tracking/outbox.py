@@ -1,9 +1,9 @@
-"""Operations on their way to a tracking server: sent in order, kept on disk while it cannot be reached.
+"""A queue of operations for a tracking server: sent in order, and kept on disk while the server is unreachable.
 
-An operation is a JSON-serialisable mapping with an `op`. Whoever applies it raises `Unreachable` when the server may
-take it later; it then stays at the head of the queue, everything behind it waits, and the file beside the run
-holds all of it, so that neither a dead server nor a killed run loses anything. What can never be sent must not hold up
-the rest: it is set aside in a file of its own. Nothing here knows MLflow.
+An operation is a JSON-serialisable mapping with an `op`. The function that applies it raises `Unreachable` when the
+server may accept it later. The operation then stays at the head of the queue, everything behind it waits, and a file
+beside the run holds them all, so that neither a dead server nor a killed run loses anything. An operation that can
+never be sent must not block the rest: it is set aside in a separate file. Free of mlflow.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from base.store.checkpoint import write_whole
 
 RETRY_SECONDS = 30.0
-# A server that answers, and does not take an operation so often, will not take it.
+# After so many failures against a server that answers, an operation counts as refused.
 DOUBTFUL_TRIES = 3
 ASIDE = ".aside"
 Operation = Mapping[str, Any]
@@ -30,26 +30,30 @@ logger = logging.getLogger(__name__)
 
 
 class Unreachable(Exception):
-    """The server did not take an operation but may take it later."""
+    """The server did not accept an operation but may accept it later."""
 
 
 class Doubtful(Unreachable):
-    """The server answers but did not take an operation, for a reason that may pass or not."""
+    """The server answers but did not accept an operation, for a reason that may be permanent."""
 
 
 class Rejected(Exception):
-    """The server will never take an operation."""
+    """The server will never accept an operation."""
 
 
 class Outbox:
     """A queue of operations, safe to use from several threads.
 
     Attributes:
-        ids: The server's ids of things named by operations; filled by `apply`, kept with the unsent operations.
+        ids: The server's ids for the references in operations; filled by `apply`, saved with the unsent operations.
     """
 
     def __init__(self, path: Path, apply: Apply) -> None:
-        """Open the queue kept at `path`, with what an earlier process could not send, and own it while alive."""
+        """Open and lock the queue at `path`, with the operations that an earlier process could not send.
+
+        Raises:
+            Timeout: a live process owns the queue.
+        """
         self.path = path
         self.ids: dict[str, str] = {}
         self._apply = apply
@@ -61,7 +65,7 @@ class Outbox:
         self._doubts = 0
         self._torn = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not thread-local: whichever thread finishes a run gives its file up.
+        # Not thread-local, because another thread may finish the run and release the lock.
         self._owned = FileLock(self._owned_path, thread_local=False)
         self._owned.acquire(timeout=0)
         if path.exists():
@@ -69,11 +73,11 @@ class Outbox:
 
     @property
     def unsent(self) -> int:
-        """Operations the server has not taken."""
+        """The number of operations the server has not accepted."""
         return len(self._waiting)
 
     def submit(self, operation: Operation) -> None:
-        """Send an operation after all that were submitted before it, or keep it."""
+        """Send an operation after all earlier ones, or keep it for later."""
         with self._mutex:
             self._waiting.append(operation)
             if time.monotonic() >= self._not_before:
@@ -88,7 +92,7 @@ class Outbox:
         """Try to send everything now.
 
         Returns:
-            How many operations are still unsent; they lie in the file.
+            The number of operations that are still unsent and kept in the file.
         """
         with self._mutex:
             while self._waiting:
@@ -111,7 +115,7 @@ class Outbox:
             return 0
 
     def close(self) -> int:
-        """Send what can be sent and give the file up to the next start."""
+        """Send what can be sent, release the file for the next start, and return the number of unsent operations."""
         unsent = self.flush()
         self._owned.release()
         if not unsent:
@@ -123,8 +127,8 @@ class Outbox:
         return self.path.with_suffix(".lock")
 
     def _read(self) -> None:
-        """Take up what an earlier process could not send."""
-        # A process killed while it wrote leaves a last line without an end.
+        """Load the operations that an earlier process could not send."""
+        # A process killed while it wrote leaves a last line without a line break, which is skipped.
         text = self.path.read_text(errors="replace")
         for line in (line for line in text.splitlines(keepends=True) if line.endswith("\n")):
             try:
@@ -145,7 +149,7 @@ class Outbox:
         logger.warning("the tracking server refused '%s': %s; it is kept in %s", operation["op"], error, aside)
 
     def _set_aside(self, line: str) -> Path:
-        """Keep what cannot be sent for a person to look at."""
+        """Save a line that cannot be sent, for inspection, and return the file's path."""
         path = self.path.with_suffix(ASIDE)
         with self._disk_may_be_full(), path.open("a") as file:
             file.write(line)
@@ -153,9 +157,9 @@ class Outbox:
 
     def _warn(self, error: Unreachable) -> None:
         if not self._warned:
-            what = "takes nothing just now" if isinstance(error, Doubtful) else "does not answer"
+            what = "accepts nothing at present" if isinstance(error, Doubtful) else "does not answer"
             logger.warning(
-                "the tracking server %s; the run goes on and what it says is kept in %s: %s", what, self.path, error
+                "the tracking server %s; the run goes on and its records are kept in %s: %s", what, self.path, error
             )
         self._warned = True
 
@@ -167,22 +171,25 @@ class Outbox:
 
     @contextlib.contextmanager
     def _disk_may_be_full(self) -> Iterator[None]:
-        """What cannot be written stays in memory: tracking must not end a run that the disk would still let finish."""
+        """Turn a failed write into a warning; the data stay in memory.
+
+        Tracking must not end a run that could still finish on a full disk.
+        """
         try:
             yield
         except OSError as error:
             if not self._unkept:
-                logger.warning("what the tracking server has not taken cannot be kept in %s: %s", self.path, error)
+                logger.warning("records the tracking server has not taken cannot be kept in %s: %s", self.path, error)
             self._unkept = True
-            # Half a line may stand at the end, to which the next would be joined.
+            # The file may end in half a line, to which the next line would be appended.
             self._torn = True
 
 
 def send_left_over(folder: Path, apply: Apply) -> int:
-    """Send what earlier processes, no longer alive, left unsent in a folder; stop when the server does not answer.
+    """Send the operations that dead processes left unsent in a folder. Stops when the server does not answer.
 
     Returns:
-        How many operations of the file it stopped at are still unsent.
+        The number of operations still unsent in the file it stopped at; 0 if all files were sent.
     """
     for path in sorted(folder.glob("*.jsonl")):
         try:

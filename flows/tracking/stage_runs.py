@@ -1,4 +1,4 @@
-"""A stage's run in the tracking store: what its journal says, by step, and the checkpoint it ends with."""
+"""A stage's run in the tracking store: its journal's records by step, and the checkpoint it makes."""
 
 import json
 import time
@@ -31,7 +31,11 @@ class StageRun:
         self._position = (0, 0)
 
     def forward(self, records: list[dict[str, Any]]) -> None:
-        """Log a journal's new records: metrics now, notes now as a tag and at the end whole, samples at the end."""
+        """Log a journal's new records.
+
+        Metrics are logged at once. Notes are logged at once as a tag, which has a limited length, and in full at the
+        end. Samples are logged at the end.
+        """
         values = [
             (name, value, int(record["time"] * 1000), record["step"])
             for record in records
@@ -48,7 +52,7 @@ class StageRun:
             self.tracker.submit("tag", ref=self.node.id, name=NOTES, value="\n".join(self._notes)[-TAG_LENGTH:])
 
     def finish(self, status: Status, artifact: Artifact | None) -> None:
-        """Close the run; the checkpoint it made becomes a LoggedModel with its parents as inputs."""
+        """Close the run. Its checkpoint, if it made one, becomes a LoggedModel with its parents as inputs."""
         tracker, ref = self.tracker, self.node.id
         step, total = self._position
         if status == "FINISHED" and step < total:
@@ -68,19 +72,19 @@ class StageRun:
 
 
 class EvaluationRun(StageRun):
-    """A measurement: metrics on the checkpoint it is of, no run of its own."""
+    """A measurement, which has no run of its own: its metrics are logged on the measured checkpoint."""
 
     def forward(self, records: list[dict[str, Any]]) -> None:
-        """Keep nothing: the scores hold every completion."""
+        """Log nothing, because the score sheet has every completion."""
 
     def finish(self, status: Status, artifact: Artifact | None) -> None:
-        """Put the scores' metrics onto the checkpoint."""
+        """Log the scores' metrics on the checkpoint."""
         if artifact is not None:
             self.tracker.scored(self.node, artifact)
 
 
 def describe_data(node: Node, domain: str, split: str) -> dict[str, str]:
-    """One split of a domain, or a task of lm-evaluation-harness, as a dataset: name, digest, where it comes from."""
+    """The name, digest and source of one split of a domain, or of a task of lm-evaluation-harness, as a dataset."""
     if node.stage == "harness":
         entry = {"kind": "lm-evaluation-harness", "options": node.config}
         fingerprint = stable_hash([node.config["task"], node.ingredients["harness"], node.ingredients["task"]])

@@ -1,10 +1,10 @@
-"""What a run tells MLflow: runs, metrics, checkpoints with their parents, the registered student.
+"""The record of a run in MLflow: runs, metrics, checkpoints with their parents, and the registered student.
 
-One parent run for each pipeline run and a child run for each stage that trained; a cached stage is linked, not
-repeated. An evaluation has no run of its own, there would be too many: its metrics go onto the LoggedModel it scores,
-each with its dataset. Everything said is an operation in the outbox (`flows.tracking.outbox`), which
-`flows.tracking.writer` says to MLflow: threads may speak at will, and a server that cannot be reached neither stops a
-run nor loses a word.
+Each pipeline run is a parent run and each stage that trained a child run; a cached stage is linked, not repeated. An
+evaluation has no run of its own, because there would be too many: its metrics are logged on the scored LoggedModel,
+each with its dataset. Every record is an operation in the outbox (`flows.tracking.outbox`), which
+`flows.tracking.writer` applies to MLflow. So any thread may submit records, and an unreachable server neither stops a
+run nor loses a record.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class Tracker:
 
     Attributes:
         name: Name of the run.
-        store: Where the artifacts are.
-        page: Address of the flow run in Prefect's pages; empty where there is none.
+        store: The store of the artifacts.
+        page: URL of the flow run in Prefect's pages; empty if there is none.
     """
 
     def __init__(self, graph: StageGraph, home: Path) -> None:
@@ -76,9 +76,9 @@ class Tracker:
         Args:
             graph: The planned run.
             home: `$MOPD_HOME`.
-            run_file: The run file, which is kept.
-            page: Address of the flow run in Prefect's pages.
-            title: What the parent run is called; the run's name when empty.
+            run_file: The run file, which is logged as an artifact.
+            page: URL of the flow run in Prefect's pages.
+            title: Name of the parent run; the run's name when empty.
         """
         tracker = cls(graph, home)
         config = graph.config
@@ -101,7 +101,7 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """Where the parent run can be read, and how; empty while the server has not been reached."""
+        """URL of the parent run, with a hint if no server runs; empty while the server has not been reached."""
         if not self.run_id:
             return ""
         if self.writer.uri.startswith("http"):
@@ -112,11 +112,11 @@ class Tracker:
 
     @property
     def unsent(self) -> int:
-        """Operations the server has not taken; after `finish`, they lie in the run's `unsent` folder."""
+        """Number of operations the server has not accepted; after `finish` they are in the run's `unsent` folder."""
         return self.outbox.unsent
 
     def stage_started(self, node: Node) -> "StageRun":
-        """Open the child run of a stage and log the data it draws from; an evaluation opens none."""
+        """Open the child run of a stage and log its datasets. An evaluation opens no run."""
         if node.stage in EVALUATIONS:
             return EvaluationRun(self, node)
         tags = {"key": node.key, "stage": node.stage, "seed": str(node.seed), "node": node.id}
@@ -128,7 +128,7 @@ class Tracker:
         return StageRun(self, node)
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
-        """Link what an earlier run made: its LoggedModel becomes an input of the parent run."""
+        """Link an artifact of an earlier run: its LoggedModel becomes an input of the parent run."""
         if node.stage in EVALUATIONS:
             self.scored(node, artifact)
             return
@@ -143,14 +143,15 @@ class Tracker:
         candidate: Node | None = None,
         verdict: "Verdict | None" = None,
     ) -> None:
-        """Log the run's results and close it; what the server did not take is sent at the next start.
+        """Log the run's results and close it. Records the server did not accept are sent at the next start.
 
         Args:
             status: How the run ended.
             results: The comparison of base, teachers and student.
-            report: The HTML report; the data it links to stands beside it.
-            candidate: The merge the gate judged: it gets the alias `candidate`; `champion` goes to whoever is.
-            verdict: What the gate said of it.
+            report: The HTML report; the data it links to is in the same folder.
+            candidate: The merge that the gate judged, which gets the alias `candidate`. The alias `champion` goes to
+                the current champion.
+            verdict: The gate's verdict on the candidate.
         """
         if results is not None:
             self._headline(results, verdict)
@@ -179,7 +180,7 @@ class Tracker:
         self.outbox.close()
 
     def _headline(self, results: "Results", verdict: "Verdict | None") -> None:
-        """The parent run's metrics, and its tags by which a list of runs tells them apart."""
+        """Log the parent run's metrics, and the tags that distinguish runs in MLflow's list of runs."""
         from evals.comparison.headline import MEAN, headline
 
         found = headline(results)
@@ -190,7 +191,7 @@ class Tracker:
             self.submit("tag", ref=PARENT, name=VERDICT, value=verdict.conclusion)
 
     def _compare(self, results: "Results", candidate: Node | None, verdict: "Verdict | None", reported: bool) -> None:
-        """Put teacher, start and recovery beside each merge's own scores, and the verdict on the candidate."""
+        """Log teacher, start and recovery beside each merge's own scores, and the verdict on the candidate."""
         from evals.comparison.headline import compared
 
         for node in self.graph.checkpoints:
@@ -199,18 +200,18 @@ class Tracker:
             rows = [dataclasses.asdict(row) for row in compared(results, node.name, node.seed)]
             judged = verdict is not None and candidate is not None and node.key == candidate.key
             if rows and self.store.find(node.key):
-                said = verdict.conclusion if verdict is not None and judged else ""
-                about = {"rows": rows, "verdict": said, "title": self.title, "report": reported}
+                conclusion = verdict.conclusion if verdict is not None and judged else ""
+                about = {"rows": rows, "verdict": conclusion, "title": self.title, "report": reported}
                 self.submit("compared", ref=PARENT, key=node.key, **about)
 
     def submit(self, op: str, **fields: Any) -> None:
-        """Say one operation, now or when the server can be reached."""
+        """Submit one operation to the outbox, which applies it now or when the server can be reached."""
         self.outbox.submit({"op": op, **fields})
 
     def open_run(
         self, ref: str, name: str, parent: str | None, tags: Mapping[str, str], params: Mapping[str, Any]
     ) -> None:
-        """Open a run known here as `ref` and log its parameters."""
+        """Open a run with the reference `ref` and log its parameters."""
         everywhere = {"home": str(self.store.home.resolve()), "token": self.token, "name": self.name}
         everywhere |= {"host": os.uname().nodename, "mlflow.user": _user()}
         self.submit("run", ref=ref, name=name, parent=parent, tags={**everywhere, **tags}, time=now())
@@ -220,21 +221,24 @@ class Tracker:
             self.submit("params", ref=ref, params=chunk)
 
     def log_metrics(self, ref: str, values: list[tuple[str, float, int, int]]) -> None:
-        """Log (name, value, milliseconds, step) on a run, as many as one request takes at a time."""
+        """Log (name, value, milliseconds, step) on a run, in batches of the size that one request allows."""
         named = [(cards.metric_name(name), *rest) for name, *rest in values]
         for first in range(0, len(named), BATCH_METRICS):
             self.submit("metrics", ref=ref, metrics=named[first : first + BATCH_METRICS])
 
     def scored(self, node: Node, artifact: Artifact) -> None:
-        """Put the metrics of a measurement onto the checkpoint it is of, once; one of several is the parent run's."""
+        """Log the metrics of a measurement on the measured checkpoint, once.
+
+        A measurement of several checkpoints is left out; its metrics are the parent run's.
+        """
         if "checkpoint" not in node.parents:
             return
         self.references.score(node, artifact)
         if node.stage == SHIFT:
             key, metrics = self.graph.node(node.parents["checkpoint"]).key, artifact.manifest["metrics"]
             named = {cards.metric_name(name): value for name, value in metrics.items()}
-            told = {"key": key, "scores": artifact.key, "name": node.stage, "metrics": named}
-            self.submit("scores", ref=PARENT, **told, time=now())
+            fields = {"key": key, "scores": artifact.key, "name": node.stage, "metrics": named}
+            self.submit("scores", ref=PARENT, **fields, time=now())
             return
         domain, split = node.config["domain"], node.config["split"]
         checkpoint = self.graph.node(node.parents["checkpoint"])

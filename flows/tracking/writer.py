@@ -1,8 +1,8 @@
-"""Says a tracker's operations to MLflow; with `flows.tracking.models` the only module that imports mlflow.
+"""Applies a tracker's operations to MLflow; with `flows.tracking.models` the only module that imports mlflow.
 
-An operation names runs by reference and checkpoints by content key; both are looked up here when it is said, which may
-be long after it was submitted. Saying an operation twice does no harm: checkpoints are found by their key, scores
-and versions by a tag.
+An operation names runs by reference and checkpoints by content key. Both are resolved when the operation is applied,
+which may be long after it was submitted. Applying an operation twice is harmless: checkpoints are found by their key,
+scores and versions by a tag.
 """
 
 import logging
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from base.store.checkpoint import Artifact, Store
 from flows.lineage import cards
 from flows.plan.champion_history import CHAMPION_ALIAS, read_history, registered_name
-from flows.servers.pages import model_page, remember_pages, run_page, version_page
+from flows.servers.pages import model_page, run_page, save_pages, version_page
 from flows.servers.start import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
 from flows.tracking.models import NOTE, SOURCE, STEP, LoggedCheckpoints, note_within, tracking_store
 from flows.tracking.outbox import Doubtful, Operation, Rejected, Unreachable
@@ -30,7 +30,7 @@ EXPERIMENT = "mopd"
 KIND = "mlflow.experimentKind"
 TAG_LENGTH = 5000
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
-# The server has too much to do, or wants another password: that passes, with patience or with a person's help.
+# The server is overloaded or requires another password: temporary faults, which time or the user resolves.
 PASSING = (
     "TEMPORARILY_UNAVAILABLE",
     "REQUEST_LIMIT_EXCEEDED",
@@ -46,11 +46,11 @@ PASSING = (
 
 
 class Writer:
-    """Applies operations; connects at the first one, for a server may be away when a run starts.
+    """Applies operations. It connects at the first one, because a server may be down when a run starts.
 
     Attributes:
         uri: The tracking store.
-        experiment: MLflow's id of the one experiment all runs are in; empty before the first connection.
+        experiment: MLflow's id of the one experiment with all runs; empty before the first connection.
     """
 
     def __init__(self, store: Store) -> None:
@@ -60,7 +60,7 @@ class Writer:
         self.experiment = ""
         self._client: MlflowClient | None = None
         self._checkpoints: LoggedCheckpoints | None = None
-        self._say: dict[str, Callable[[Operation, dict[str, str]], None]] = {
+        self._handlers: dict[str, Callable[[Operation, dict[str, str]], None]] = {
             "run": self._run,
             "params": self._params,
             "metrics": self._metrics,
@@ -83,31 +83,31 @@ class Writer:
         }
 
     def __call__(self, operation: Operation, ids: dict[str, str]) -> None:
-        """Say one operation.
+        """Apply one operation.
 
         Args:
             operation: `op` and its fields.
-            ids: reference -> MLflow's run id; a new run's is added.
+            ids: reference -> MLflow's run id; the id of a new run is added.
 
         Raises:
-            Unreachable: the server may take it later.
-            Doubtful: the server answers, but does not take it, and does not say that it never will.
-            Rejected: the server will never take it.
+            Unreachable: the server may accept it later.
+            Doubtful: the server answers but does not accept it, and the error may be temporary or permanent.
+            Rejected: the server will never accept it.
         """
         try:
             with tracking_store(self.uri):
-                self._say[operation["op"]](operation, ids)
+                self._handlers[operation["op"]](operation, ids)
         except Rejected:
             raise
         except Exception as error:
-            # Any: the clients of artifact stores have errors of their own, and what is kept may be of another version.
+            # Any error: clients of artifact stores raise their own, and saved operations may be of another version.
             raise self._fault(error)(without_secrets(f"{type(error).__name__}: {error}")) from error
 
     def _fault(self, error: Exception) -> type[Unreachable] | type[Rejected]:
-        """What an operation's error means for it."""
+        """The exception that classifies an operation's error."""
         from mlflow.exceptions import MlflowException
 
-        # A server that was never reached may be any server; an OSError is a connection that failed, or a full disk.
+        # Before the first connection any server may be behind the URI; an OSError is a failed connection or full disk.
         if self._client is None or isinstance(error, OSError):
             return Unreachable
         if isinstance(error, MlflowException):
@@ -123,11 +123,11 @@ class Writer:
 
     @property
     def client(self) -> "MlflowClient":
-        """The connection. The first one migrates a fresh database, alone: several at once break each other."""
+        """The connection. The first one migrates a new database under a lock, as concurrent migrations would fail."""
         if self._client is None:
             import mlflow
 
-            # It prints the traceback of every fault of its database, and then raises it to us.
+            # MLflow logs the traceback of every database fault and then raises it as well.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             with self.store.lock("mlflow"), tracking_store(self.uri):
                 client = mlflow.MlflowClient(self.uri)
@@ -198,7 +198,7 @@ class Writer:
     def _scores(self, operation: Operation, ids: dict[str, str]) -> None:
         from mlflow.entities import Metric
 
-        # Scores are of one split of a domain, other measurements of the checkpoint.
+        # Scores are of one split of a domain, so they have a dataset; other measurements have none.
         model_id, data = self.checkpoints.model(operation["key"]), operation.get("data")
         if model_id is None:
             raise Rejected(f"checkpoint {operation['key']} is no longer in the store")
@@ -236,7 +236,7 @@ class Writer:
         self.client.set_registered_model_alias(operation["name"], operation["alias"], version.version)
 
     def _champion(self, operation: Operation, ids: dict[str, str]) -> None:
-        """Name whoever is champion when this is said, so that a late word does not undo a newer one."""
+        """Set the alias to the champion at the time of applying, so that a late operation does not undo a newer one."""
         history = read_history(self.store, operation["run"])
         if not history:
             return
@@ -249,7 +249,7 @@ class Writer:
             value = str(getattr(champion, fact))[:TAG_LENGTH]
             self.client.set_model_version_tag(name, version.version, f"champion.{fact}", value)
         pages = {"champion": version_page("", name, version.version)}
-        remember_pages(self.store.home, operation["run"], pages)
+        save_pages(self.store.home, operation["run"], pages)
 
     def _note(self, operation: Operation, ids: dict[str, str]) -> None:
         rows: list[tuple[Artifact, str]] = []
@@ -274,13 +274,13 @@ class Writer:
         self.checkpoints.compare(operation["key"], about)
 
     def _pages(self, operation: Operation, ids: dict[str, str]) -> None:
-        """Keep where the run's pages are, for commands that do not ask MLflow."""
+        """Save the URLs of the run's pages, for commands that do not connect to MLflow."""
         run_id = _run_id(operation["ref"], ids)
         pages = {
             "run": run_page("", self.experiment, run_id),
             "lineage": run_page("", self.experiment, run_id, "artifacts/lineage.html"),
         }
-        remember_pages(self.store.home, operation["run"], pages)
+        save_pages(self.store.home, operation["run"], pages)
 
     def _close_killed(self, operation: Operation, ids: dict[str, str]) -> None:
         self._mark_killed(self.client)
@@ -292,8 +292,10 @@ class Writer:
         self.client.set_terminated(_run_id(operation["ref"], ids), operation["status"], operation["time"])
 
     def _mark_killed(self, client: "MlflowClient") -> None:
-        """Close this host's runs whose process died without a word: their outbox is nobody's any more. Another host's
-        home may have the same path; what locks it has is not to be seen from here."""
+        """Close this host's runs whose process was killed: no process holds the lock of their outbox any more.
+
+        Runs of other hosts are left alone: their home may have the same path, but their locks are not visible here.
+        """
         home, host = str(self.store.home.resolve()), os.uname().nodename
         running = f"attributes.status = 'RUNNING' and tags.home = '{home}' and tags.host = '{host}'"
         for run in client.search_runs([self.experiment], running):
@@ -309,7 +311,7 @@ class Writer:
 
 
 def unsent_folder(home: Path, run: str) -> Path:
-    """Where what the tracking server has not taken is kept, a file for each start of the run."""
+    """The folder of operations the tracking server has not accepted, with a file for each start of the run."""
     return home / "runs" / run / "unsent"
 
 

@@ -115,7 +115,7 @@ class Site:
         return [
             process
             for process in psutil.process_iter(["cmdline", "environ"])
-            if "flows.engines.forkserver" in " ".join(process.info["cmdline"] or ())
+            if "flows.engines.fork_server" in " ".join(process.info["cmdline"] or ())
             and (process.info["environ"] or {}).get("MOPD_HOME") == str(self.home)
         ]
 

@@ -9,7 +9,7 @@ import pytest
 from evals.tables.markdown import plain
 from flows.champion.champion import first_of, judge_run, promote_by_gate
 from flows.champion.results import collect
-from flows.servers.pages import known_pages
+from flows.servers.pages import saved_pages
 from flows.tracking.curves import tracked_name
 from flows.tracking.models import LONGEST_NOTE, NOTE, note_within
 from flows.tracking.tracker import Tracker
@@ -91,13 +91,13 @@ def test_checkpoints_link_forward_to_what_was_made_from_them(told: dict[str, Any
 def test_the_home_knows_the_pages_of_its_runs(told: dict[str, Any]) -> None:
     version = told["client"].get_model_version_by_alias("tiny-student", "champion").version
     run, mode = f"/#/experiments/1/runs/{told['tracker'].run_id}", "?workflowType=machine_learning"
-    assert known_pages(told["home"], "tiny") == {
+    assert saved_pages(told["home"], "tiny") == {
         "run": run + mode,
         "lineage": f"{run}/artifacts/lineage.html{mode}",
         "champion": f"/#/models/tiny-student/versions/{version}{mode}",
     }
     (told["home"] / "runs" / "tiny" / "mlflow.json").write_text('["broken')
-    assert known_pages(told["home"], "tiny") == {}
+    assert saved_pages(told["home"], "tiny") == {}
 
 
 def test_every_link_that_is_written_opens_mlflow_where_models_are(told: dict[str, Any]) -> None:

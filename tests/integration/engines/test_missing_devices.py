@@ -11,8 +11,8 @@ import torch
 
 from base.store.checkpoint import Store
 from flows.engines.devices import FOLDER_VARIABLE
-from flows.engines.job import Job
 from flows.engines.launch import Launcher, NodeFailedError
+from flows.engines.process_spec import ProcessSpec
 from flows.engines.worker import ERROR_FILE, USER_ERROR
 from flows.plan.graph import StageGraph, build_graph
 from flows.run_file.schema import ResourcesConfig, RunConfig
@@ -97,7 +97,7 @@ def test_a_stage_that_misses_its_device_names_driver_build_and_variable(
             launcher.run(graph, [node], silent)
         node = graph.evaluations("base@0")[0]
     before = left_in(home)
-    spec = Job.of(graph, [node], home, 1).write(Store(home).work(node.key), {})
+    spec = ProcessSpec.of(graph, [node], home, 1).write(Store(home).work(node.key), {})
     done = subprocess.run(
         [sys.executable, "-m", "flows.engines.worker", str(spec)],
         cwd=ROOT,

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from flows.engines import vllm_servers
-from flows.engines.children import ForkServer, ServerDiedError, child_environment
+from flows.engines.fork_client import ForkServer, ServerDiedError, child_environment
 from flows.engines.vllm_commands import ServerCommand
 from flows.engines.vllm_servers import MOST_RESTARTS, Health, VllmServerError, VllmServers, ask_health
 from tests.support import health_server
@@ -58,7 +58,7 @@ def test_servers_answer_at_urls_known_before_and_nothing_is_left_after_close(for
 
 def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_server, tmp_path):
     said: list[str] = []
-    with VllmServers([ONE], tmp_path, say=said.append) as servers:
+    with VllmServers([ONE], tmp_path, report=said.append) as servers:
         servers.start(fork_server)
         eventually(lambda: up(servers))
         url = servers.urls
@@ -80,7 +80,7 @@ def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch
     monkeypatch.setattr(vllm_servers, "HEALTH_SECONDS", 0.2)
     monkeypatch.setattr(vllm_servers, "HUNG_SECONDS", 1.0)
     said: list[str] = []
-    with VllmServers([ONE], tmp_path, say=said.append) as servers:
+    with VllmServers([ONE], tmp_path, report=said.append) as servers:
         servers.start(fork_server)
         eventually(lambda: up(servers))
         before = group(servers)
@@ -95,7 +95,7 @@ def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch
 def test_a_server_that_takes_itself_out_of_service_is_started_again_at_once(fork_server, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_servers, "LOOK_SECONDS", 0.0)
     said: list[str] = []
-    with VllmServers([ONE], tmp_path, say=said.append) as servers:
+    with VllmServers([ONE], tmp_path, report=said.append) as servers:
         servers.start(fork_server)
         eventually(lambda: up(servers))
         (server,) = servers.servers
@@ -162,7 +162,7 @@ def test_nothing_is_left_when_the_fork_server_is_killed(tmp_path):
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
-from flows.engines.children import ForkServer, child_environment
+from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_servers import VllmServers
 from tests.integration.engines.test_server_group import ONE, group, up
 

@@ -153,7 +153,7 @@ def test_what_a_webhook_is_told(clean, tmp_path, place, monkeypatch):
     with (
         temporary_settings({PREFECT_API_URL: f"{AWAY}/api"}),
         pytest.raises(RuntimeError),
-        pipeline.told(config),
+        pipeline.notify_on_failure(config),
     ):
         raise RuntimeError(f"API request to {AWAY}/api failed")
     (told,) = Server.heard

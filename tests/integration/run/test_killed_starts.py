@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from flows.run import orphans, session
+from flows.run import crashed_runs, session
 from flows.run.starts import begin, killed_starts
 from flows.tracking.models import tracking_store
 from flows.tracking.tracker import Tracker
@@ -41,7 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 1
 
     monkeypatch.setattr(session, "prefect_session", prefect_session)
-    monkeypatch.setattr(orphans, "mark_crashed_runs", mark)
+    monkeypatch.setattr(crashed_runs, "mark_crashed_runs", mark)
     return asked
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, read
-from flows.engines.children import Child, ForkServer, child_environment
+from flows.engines.fork_client import Child, ForkServer, child_environment
 from stages.config.distill import DistillConfig, ObjectiveConfig
 from stages.config.on_policy import RLConfig
 from stages.config.training import OptimizerConfig, StrictModel

@@ -148,7 +148,7 @@ def test_a_cached_run_starts_no_server_and_imports_nothing_heavy(bench: Bench) -
     before = bench.query("prefect/prefect.db", "select count(*) from flow_run")
     code = (
         "import sys\nfrom pathlib import Path\nfrom flows import commands\n"
-        f"asked = commands.Asked(Path({str(bench.file)!r}), (), None, Path({str(bench.home)!r}))\n"
+        f"asked = commands.RunRequest(Path({str(bench.file)!r}), (), None, Path({str(bench.home)!r}))\n"
         "code = commands.run(asked, discard_corrupted=False, plain=True, verbose=False)\n"
         "print(code, [name for name in ('prefect', 'mlflow', 'torch', 'transformers') if name in sys.modules])"
     )
@@ -166,7 +166,7 @@ def test_a_failed_expert_stops_only_what_needs_it(bench: Bench) -> None:
     assert "error: experts/sort@0" in done.stderr
     assert "lora.target_modules ['nope']" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    assert "not started, for they need what failed: student@0" in done.stderr
+    assert "not started, because they depend on a failed job: student@0" in done.stderr
     store = Store(bench.home)
     assert store.find(bench.key("experts/reverse@0", *overrides)) is not None
     assert store.find(bench.key("eval/experts/reverse/reverse/held_out@0", *overrides)) is not None

@@ -13,7 +13,7 @@ from flows.engines.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_
 from flows.plan.graph import Node, build_graph
 from flows.run import tasks
 from flows.run.pipeline import jobs_of
-from flows.run.tasks import Job, task_of
+from flows.run.tasks import TaskGroup, task_of
 from flows.run_file.schema import ResourcesConfig, RunConfig
 from tests.integration.engines.test_launch import RUN
 from tests.support.processes import prefect_of
@@ -27,7 +27,7 @@ class Making:
     def __init__(self, home: Path, launcher: Launcher) -> None:
         self.graph, self.launcher = build_graph(RunConfig.model_validate(RUN), home), launcher
 
-    def make(self, job: Job) -> None:
+    def make(self, job: TaskGroup) -> None:
         def silent(node: Node, records: list[dict[str, Any]]) -> None:
             pass
 

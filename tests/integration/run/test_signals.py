@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.engines.children import ForkServer, child_environment
+from flows.engines.fork_client import ForkServer, child_environment
 from tests.integration.run.test_pipeline import LONG, Bench, processes_of
 from tests.support.homes import with_databases
 from tests.support.processes import ended, eventually

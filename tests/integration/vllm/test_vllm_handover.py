@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig
 
 from base.errors import UserError
 from base.store.checkpoint import Store
-from flows.engines.children import ForkServer, child_environment
+from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import rollout_servers
 from flows.engines.vllm_servers import Health, RunningServer, VllmServers, ask_health
 from flows.run_file.schema import ResourcesConfig

@@ -16,7 +16,7 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from base.store.journal import read
 from experts.loading import load_domain
-from flows.engines.children import ForkServer, child_environment
+from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import rollout_servers, teacher_servers
 from flows.engines.vllm_servers import VllmServers
 from flows.run_file.schema import ResourcesConfig

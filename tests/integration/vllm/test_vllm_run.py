@@ -20,7 +20,7 @@ from base.store.journal import read
 from experts.domain import Example
 from experts.endpoint import NEUTRAL, Endpoint
 from experts.loading import load_domain
-from flows.engines.children import ForkServer, child_environment
+from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import teacher_servers
 from flows.engines.vllm_servers import VllmServers
 from flows.run_file.schema import ResourcesConfig

@@ -11,7 +11,7 @@ from evals.report.table import render_markdown
 from evals.tables.markdown import code, plain
 from flows.lineage import cards, export
 from flows.lineage import rows as lineage
-from flows.run.closing import Outcome
+from flows.run.finish import Outcome
 from tests.support.lineage_home import commit, lessons, shared_graph
 from tests.support.scored import results
 

@@ -102,7 +102,7 @@ def test_a_students_mean_is_the_same_in_tables_drawing_data_and_metrics(tmp_path
     from flows.champion.results import collect
     from flows.lineage import rows as lineage
     from flows.lineage.drawing import draw_html
-    from flows.run.closing import conclude
+    from flows.run.finish import finish_run
 
     graph = graph_of(run_file(tmp_path), tmp_path)
     store = finish(graph, tmp_path)
@@ -113,7 +113,7 @@ def test_a_students_mean_is_the_same_in_tables_drawing_data_and_metrics(tmp_path
     mean = lineage.mean_score(student, results.expert_domains)
     assert mean == pytest.approx(0.8) == results.mean_score("student").mean == metrics(results)["eval/mean/student"]
     assert "mean of experts' domains 80.0 %" in unescape(draw_html(store, [student.key], "tiny"))
-    outcome = conclude(graph, store, promote=False)
+    outcome = finish_run(graph, store, promote=False)
     data = json.loads(outcome.report.with_name("report.json").read_text())
     assert data["metrics"]["eval/mean/student"] == pytest.approx(0.8)
     # Of the candidate, which is TIES here.

@@ -21,8 +21,8 @@ from flows.champion.notify import owe_promotions, tell_promotions
 from flows.cli import runs as commands
 from flows.plan.champion_history import champion_path, read_history
 from flows.plan.graph import StageGraph
-from flows.run.asked import Asked
-from flows.run.closing import conclude
+from flows.run.finish import finish_run
+from flows.run.run_request import RunRequest
 from flows.run_file.notify import NotifyConfig
 from flows.tracking.writer import unsent_folder
 from tests.support.scored_home import finish, graph_of, run_file
@@ -63,17 +63,17 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hook]]:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Asked:
+def asked(tmp_path: Path) -> RunRequest:
     """A run of which everything is made."""
     file = run_file(tmp_path)
     file.write_text(file.read_text() + "notify: {events: [promotion]}\n")
-    asked = Asked(file, (), None, tmp_path / "home")
+    asked = RunRequest(file, (), None, tmp_path / "home")
     finish(graph_of(file, asked.home), asked.home)
     return asked
 
 
 @pytest.fixture
-def graph(asked: Asked) -> StageGraph:
+def graph(asked: RunRequest) -> StageGraph:
     return asked.graph()
 
 
@@ -128,7 +128,7 @@ def test_a_run_in_which_everything_is_cached_tells_of_its_champion_once(asked, h
 
 def test_a_run_in_which_everything_is_cached_sends_what_mlflow_has_not_taken(asked):
     store, folder = Store(asked.home), unsent_folder(asked.home, "tiny")
-    conclude(asked.graph(), store, promote=True)
+    finish_run(asked.graph(), store, promote=True)
     assert commands.run(asked, discard_corrupted=False, plain=True, verbose=False) == DONE
     assert not (asked.home / "mlflow.db").exists(), "nothing is kept: MLflow is not asked"
     folder.mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_a_finished_run_does_not_fail_because_prefect_is_away(graph, asked, caps
 
     from flows.run import pipeline
 
-    outcome = conclude(graph, Store(asked.home), promote=True)
+    outcome = finish_run(graph, Store(asked.home), promote=True)
     away = {PREFECT_API_URL: "http://me:password@127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings(away):
         tracker = SimpleNamespace(url="http://mlflow/#/1")

@@ -16,7 +16,7 @@ from flows.champion.champion import former_scores, judge_run, promote, promote_b
 from flows.champion.results import collect
 from flows.plan.champion_history import Reign, champion_path, read_history
 from flows.plan.graph import Node, StageGraph
-from flows.run.closing import conclude
+from flows.run.finish import finish_run
 from tests.support.scored_home import finish, graph_of, run_file
 
 
@@ -177,11 +177,11 @@ def test_without_a_former_champion_or_its_checkpoint_there_is_no_rollback(graph,
 
 def test_the_gate_does_not_bring_back_what_a_person_rolled_back(graph, store):
     promote_by_gate(graph, store, passed("student"))
-    assert conclude(graph, store, promote=True).changed
+    assert finish_run(graph, store, promote=True).changed
     assert now(graph, store).node == "baselines/ties@0"
     rollback(graph, store)
 
-    again = conclude(graph, store, promote=True)
+    again = finish_run(graph, store, promote=True)
     assert not again.changed and not again.verdict.promoted and again.champion.node == "student@0"
     lines = again.verdict_lines()
     assert "a person chose student@0 instead" in lines[-2] and lines[-1].startswith("champion: student@0")
@@ -189,27 +189,27 @@ def test_the_gate_does_not_bring_back_what_a_person_rolled_back(graph, store):
     assert not promote_by_gate(graph, store, passed("baselines/ties"))
     promote(graph, store, "baselines/ties", "on second thought")
     assert rejected(read_history(store, "tiny")).keys() == {node(graph, "student").key}
-    assert conclude(graph, store, promote=True).verdict.reigns.endswith("UTC, by a person: on second thought")
+    assert finish_run(graph, store, promote=True).verdict.reigns.endswith("UTC, by a person: on second thought")
 
 
 def test_a_decision_stands_only_until_there_is_a_new_candidate(graph, store, tmp_path):
     # Never champion, but the candidate at the time of the decision.
     promote(graph, store, "student", "it reads better")
     assert now(graph, store).against == (node(graph, "baselines/ties").key,)
-    assert not conclude(graph, store, promote=True).changed
+    assert not finish_run(graph, store, promote=True).changed
     newer = graph_of(run_file(tmp_path), store.home, "merge.baselines={ties: {density: 0.5}, mix_sft: {}}")
     finish(newer, store.home)
-    outcome = conclude(newer, store, promote=True)
+    outcome = finish_run(newer, store, promote=True)
     assert outcome.changed and outcome.champion.student == node(newer, "baselines/ties").key
     assert outcome.champion.student != node(graph, "baselines/ties").key
 
 
 def test_the_champion_is_no_candidate_for_its_own_place(graph, store):
-    first = conclude(graph, store, promote=True)
+    first = finish_run(graph, store, promote=True)
     assert first.changed and first.verdict.conclusion == "Promoted to champion: baselines/ties passed"
     before = champion_path(store, "tiny").read_text()
     for promote_it in (True, False):
-        again = conclude(graph, store, promote=promote_it)
+        again = finish_run(graph, store, promote=promote_it)
         assert not again.changed and again.crowned and not again.verdict.promoted
         since = again.champion.when[:16].replace("T", " ")
         assert again.verdict.conclusion == f"baselines/ties is the champion, since {since} UTC, by the gate"
@@ -229,7 +229,7 @@ def test_a_champion_that_todays_gate_would_not_promote_is_said_to_be_one(graph, 
 
 
 def test_a_report_promotes_nobody_and_says_so(graph, store):
-    outcome = conclude(graph, store, promote=False)
+    outcome = finish_run(graph, store, promote=False)
     assert read_history(store, "tiny") == [] and outcome.champion is None
     assert outcome.verdict_lines()[-2:] == [
         "gate: Not promoted: baselines/ties passed, but `mopd run` has yet to make it champion",

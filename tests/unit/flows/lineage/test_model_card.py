@@ -13,7 +13,7 @@ from flows.lineage.card_facts import base_of, facts_of
 from flows.lineage.export import model_card
 from flows.lineage.rows import Row
 from flows.plan.graph import StageGraph
-from flows.run.closing import conclude
+from flows.run.finish import finish_run
 from tests.support.scored_home import finish, graph_of, run_file
 
 
@@ -37,7 +37,7 @@ def card_of(store: Store, graph: StageGraph, name: str, **manifest: object) -> s
 
 
 def test_it_has_base_intervals_and_the_verdict_of_the_gate_on_the_candidate(store: Store, graph: StageGraph) -> None:
-    assert conclude(graph, store, promote=True).changed
+    assert finish_run(graph, store, promote=True).changed
     card = card_of(store, graph, "baselines/ties")
     assert "Base: pretrained from scratch by this pipeline (100 tokens)." in card
     row = next(line for line in card.splitlines() if line.startswith("| sort | held out |"))
@@ -56,7 +56,7 @@ def test_it_says_which_scores_are_of_copies_of_training_data(store: Store, graph
 
 
 def test_a_former_champion_is_said_to_be_one(store: Store, graph: StageGraph) -> None:
-    conclude(graph, store, promote=True)
+    finish_run(graph, store, promote=True)
     promote(graph, store, "student", "it reads better")
     assert "- Was champion of run `tiny` since " in card_of(store, graph, "baselines/ties")
     now = card_of(store, graph, "student")

@@ -15,7 +15,7 @@ from flows.champion.tries import read_tries, try_number
 from flows.plan.graph import StageGraph
 from flows.plan.lock import lock_path
 from flows.plan.state_files import TRIES_FILE
-from flows.run.closing import conclude
+from flows.run.finish import finish_run
 from flows.run_file.schema import STUDENT
 from tests.support.scored import results
 from tests.support.scored_home import finish, graph_of, run_file
@@ -37,30 +37,30 @@ def number(graph: StageGraph, store: Store) -> int:
 
 def test_a_student_counts_once_and_a_look_at_the_report_not_at_all(tmp_path: Path) -> None:
     first, store = made(tmp_path)
-    conclude(first, store, promote=False)
+    finish_run(first, store, promote=False)
     assert read_tries(store, "tiny") == [] and number(first, store) == 1
     for _ in range(2):
-        conclude(first, store, promote=True)
+        finish_run(first, store, promote=True)
     assert len(read_tries(store, "tiny")) == 1 and number(first, store) == 1
     second, _ = made(tmp_path, "merge.max_steps=7")
     assert number(second, store) == 2
     assert (
         "; try 2 on these examples, at 0.25 of the gate's level" in judge_run(second, store, collect(second, store)).why
     )
-    conclude(second, store, promote=True)
+    finish_run(second, store, promote=True)
     assert [number(graph, store) for graph in (first, second)] == [1, 2]
 
 
 def test_another_seed_in_the_first_place_is_another_try(tmp_path: Path) -> None:
     graph, store = made(tmp_path, "seeds=[0,1]")
-    conclude(graph, store, promote=True)
+    finish_run(graph, store, promote=True)
     turned, _ = made(tmp_path, "seeds=[1,0]")
     assert number(turned, store) == 2
 
 
 def test_other_examples_begin_a_count_of_their_own(tmp_path: Path) -> None:
     graph, store = made(tmp_path)
-    conclude(graph, store, promote=True)
+    finish_run(graph, store, promote=True)
     path = lock_path(store.home, "tiny").with_name(TRIES_FILE)
     kept = json.loads(path.read_text())
     kept["tries"][0]["examples"] = dict.fromkeys(kept["tries"][0]["examples"], "other")
@@ -73,9 +73,9 @@ def test_a_damaged_count_is_named_and_the_report_goes_on(tmp_path: Path) -> None
     path = lock_path(store.home, "tiny").with_name(TRIES_FILE)
     path.write_text('{"tries": [{"student": 3}]}')
     with pytest.raises(UserError, match=r"tries\.json: .*counts its tries on the held-out examples from one again"):
-        conclude(graph, store, promote=True)
+        finish_run(graph, store, promote=True)
     faults: list[str] = []
-    assert conclude(graph, store, promote=False, faults=faults).verdict is None and len(faults) == 1
+    assert finish_run(graph, store, promote=False, faults=faults).verdict is None and len(faults) == 1
 
 
 def test_all_tries_together_have_one_and_a_half_times_the_level() -> None:

@@ -14,7 +14,7 @@ from evals.measure.harness_tasks import index_tasks, task_fingerprint
 from experts.domain import HELD_OUT
 from flows.champion.results import collect
 from flows.check.check import deep_check
-from flows.engines.job import Job
+from flows.engines.process_spec import ProcessSpec
 from flows.plan import graph as plan
 from flows.plan.graph import StageGraph, build_graph
 from tests.support.harness_home import write_tasks
@@ -58,10 +58,10 @@ def test_every_checkpoint_is_scored_on_every_task_and_nothing_else_changes(tmp_p
     node = graph.node("eval/student/harness.choice/held_out@0")
     assert (node.stage, dict(node.parents), dict(node.domains)) == ("harness", {"checkpoint": "student@0"}, {})
     assert {node.name for node in graph.checkpoints} == set(CHECKPOINTS)
-    job = Job.of(graph, [n for n in graph.evaluations("student@0") if n.stage == "harness"], tmp_path, 1)
+    job = ProcessSpec.of(graph, [n for n in graph.evaluations("student@0") if n.stage == "harness"], tmp_path, 1)
     assert not job.training
     with pytest.raises(ValueError, match="evaluations of one checkpoint"):
-        Job.of(graph, graph.evaluations("student@0"), tmp_path, 1)
+        ProcessSpec.of(graph, graph.evaluations("student@0"), tmp_path, 1)
 
 
 @pytest.mark.harness

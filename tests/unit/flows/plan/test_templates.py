@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from base.store.checkpoint import Store
-from flows.engines.job import Job
+from flows.engines.process_spec import ProcessSpec
 from flows.plan.graph import StageGraph
 from flows.plan.lock import lock_path, status, write_lock
 from tests.support.checkpoints import pretend_checkpoint
@@ -71,9 +71,9 @@ def test_what_a_template_is_given_is_in_the_keys_of_what_renders_it(tmp_path: Pa
     given = imported(tmp_path, UNDATED, [KWARGS])
     assert changed(first, given) == of_prompts(first)
     assert given.rendering.arguments == {"enable_thinking": False}
-    spec = Job.of(given, [given.node("cold_start@0")], tmp_path, 1).spec
+    spec = ProcessSpec.of(given, [given.node("cold_start@0")], tmp_path, 1).contents
     assert spec["rendering"] == {"arguments": {"enable_thinking": False}, "date": None}
-    assert "rendering" not in Job.of(first, [first.node("cold_start@0")], tmp_path, 1).spec
+    assert "rendering" not in ProcessSpec.of(first, [first.node("cold_start@0")], tmp_path, 1).contents
 
 
 def test_a_model_made_here_takes_nothing(tmp_path: Path) -> None:

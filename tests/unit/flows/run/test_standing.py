@@ -90,9 +90,9 @@ def test_the_server_of_a_run_under_way_is_used_and_replaced_at_its_address(tmp_p
 
 
 def test_it_prints_the_pages_of_the_homes_runs(tmp_path, started, capsys):
-    from flows.servers.pages import remember_pages
+    from flows.servers.pages import save_pages
 
-    remember_pages(tmp_path, "lab", {"run": "/#/r", "champion": "/#/c", "lineage": "/#/l"})
+    save_pages(tmp_path, "lab", {"run": "/#/r", "champion": "/#/c", "lineage": "/#/l"})
     server = started.start("MLflow", tmp_path, choose_port(HOST, 25300, "a test's server"))
     standing._show_pages(tmp_path, server, "http://prefect")
     said = capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from flows.engines.devices import Lease
-from flows.engines.job import Job
+from flows.engines.process_spec import ProcessSpec
 from flows.engines.vllm_commands import Needs, ServerCommand, node_needs
 from flows.engines.vllm_servers import PORTS, VllmServers, free_ports, tail
 from flows.plan.graph import StageGraph, build_graph
@@ -214,7 +214,7 @@ def test_without_vllm_the_error_names_the_key(tmp_path, store, monkeypatch):
 
 def test_the_spec_has_the_servers_and_two_runs_with_their_own_have_two_specs(tmp_path):
     graph = planned(tmp_path)
-    job = Job.of(graph, [graph.node("student@0")], tmp_path, 1)
+    job = ProcessSpec.of(graph, [graph.node("student@0")], tmp_path, 1)
     first, second = (job.write(tmp_path, {"rollout": [f"http://127.0.0.1:{port}"]}) for port in (1, 2))
     assert first != second
     assert json.loads(first.read_text())["servers"] == {"rollout": ["http://127.0.0.1:1"]}

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from prefect.utilities.names import generate_slug
 
-from flows.run import orphans
-from flows.run.orphans import is_generated, name_flow_run
+from flows.run import crashed_runs
+from flows.run.crashed_runs import is_generated, name_flow_run
 
 TITLE = "lab #3, + digits, from champion"
 
@@ -36,5 +36,5 @@ def test_names_of_a_person_are_not(name):
     ],
 )
 def test_a_title_replaces_what_nobody_chose(monkeypatch, before, after):
-    monkeypatch.setattr(orphans, "flow_run", SimpleNamespace(name=before, id=None))
+    monkeypatch.setattr(crashed_runs, "flow_run", SimpleNamespace(name=before, id=None))
     assert name_flow_run(TITLE, "lab") == after

@@ -1,4 +1,4 @@
-"""What one node process makes, written down for `flows.engines.worker`: the spec file."""
+"""The spec file: what one node process makes, written for `flows.engines.worker`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,37 +15,37 @@ from stages.rows.rendering import Rendering
 
 
 @dataclass(frozen=True)
-class Job:
-    """The nodes that one process makes, with what the worker must know of them.
+class ProcessSpec:
+    """The nodes that one process makes, with all the worker needs to make them.
 
     Attributes:
         nodes: One training node, or several evaluations of one checkpoint.
-        spec: The contents of the spec file, but for the servers.
+        contents: The contents of the spec file without the servers.
     """
 
     nodes: tuple[Node, ...]
-    spec: Mapping[str, Any]
+    contents: Mapping[str, Any]
 
     @classmethod
     def of(cls, graph: StageGraph, nodes: Sequence[Node], home: Path, threads: int) -> Self:
-        """Write down what a process needs to make `nodes`.
+        """Collect what a process needs to make `nodes`.
 
         Raises:
-            ValueError: nodes that cannot share a process.
+            ValueError: the nodes cannot share a process.
         """
         kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
         if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage not in EVALUATIONS):
             raise ValueError("one process makes one training node or evaluations of one checkpoint")
-        spec: dict[str, Any] = {
+        contents: dict[str, Any] = {
             "home": str(home),
             "threads": threads,
             "nodes": [_node_spec(graph, node) for node in nodes],
         }
         if graph.rendering != Rendering():
-            spec["rendering"] = asdict(graph.rendering)
+            contents["rendering"] = asdict(graph.rendering)
         if graph.config.remote_code:
-            spec["remote_code"] = True
-        return cls(tuple(nodes), spec)
+            contents["remote_code"] = True
+        return cls(tuple(nodes), contents)
 
     @property
     def training(self) -> bool:
@@ -53,15 +53,16 @@ class Job:
         return STAGES[self.nodes[0].stage].trains
 
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
-        """Write the spec file; the same spec gets the same name, so that repeated runs leave one file.
+        """Write the spec file and return its path. Equal contents give the same name, so repeated runs leave one file.
 
         Args:
-            folder: Where it goes.
-            servers: URLs of the vLLM servers the nodes may ask, by what they do; two runs at a time have their own.
+            folder: Folder of the file.
+            servers: URLs of the nodes' vLLM servers, by kind. They enter the name, because concurrent runs have
+                different servers.
         """
-        spec = {**self.spec, "servers": servers}
-        path = folder / f"spec-{stable_hash(spec if servers else self.spec)[:12]}.json"
-        write_whole(path, json.dumps(spec, indent=1))
+        contents = {**self.contents, "servers": servers}
+        path = folder / f"spec-{stable_hash(contents if servers else self.contents)[:12]}.json"
+        write_whole(path, json.dumps(contents, indent=1))
         return path
 
 

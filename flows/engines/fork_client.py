@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flows.engines.forkserver import MESSAGE_BYTES, PRELOAD
+from flows.engines.fork_server import MESSAGE_BYTES, PRELOAD
 
 
 class ServerDiedError(Exception):
@@ -18,7 +18,7 @@ class ServerDiedError(Exception):
 
 
 class Child:
-    """The client's hold on one job: closing it ends the job."""
+    """The client's handle on one job. Closing it ends the job."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -26,13 +26,13 @@ class Child:
         self.exit_code: int | None = None
 
     def wait(self, timeout: float) -> int | None:
-        """Wait up to `timeout` seconds for the end.
+        """Wait up to `timeout` seconds for the child to end.
 
         Returns:
             The exit code, negative for a signal; None while the child runs.
 
         Raises:
-            ServerDiedError: the server is gone, and the child with it.
+            ServerDiedError: the server is gone, and so is the child.
         """
         deadline = time.monotonic() + timeout
         while self.exit_code is None and (left := deadline - time.monotonic()) > 0:
@@ -51,13 +51,13 @@ class Child:
         return self.exit_code
 
     def end(self, grace: float) -> None:
-        """Ask for SIGTERM to the child's group now and SIGKILL after `grace` seconds; returns at once."""
-        # The other end is closed once the child has ended, which is what is asked for.
+        """Request SIGTERM for the child's group now and SIGKILL after `grace` seconds. Returns at once."""
+        # The server closes its end when the child has ended, so a broken pipe means that nothing is left to do.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send(json.dumps({"grace": grace}).encode())
 
     def close(self) -> None:
-        """Let go of the job; if it still runs, its group is ended."""
+        """Close the connection. If the job still runs, the server ends its process group."""
         self._connection.close()
 
 
@@ -68,15 +68,15 @@ class ForkServer:
         """Start the server.
 
         Args:
-            log: File its own messages are appended to.
+            log: File to which the server appends its own messages.
             environment: The environment of the server and of every child.
-            preload: Modules it imports before the first fork.
+            preload: Modules that the server imports before the first fork.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.engines.forkserver", *preload],
+                [sys.executable, "-m", "flows.engines.fork_server", *preload],
                 stdin=theirs.fileno(),
                 stdout=file,
                 stderr=file,
@@ -106,9 +106,9 @@ class ForkServer:
         """Start a child in a process group of its own.
 
         Args:
-            log: File its stdout and stderr are appended to.
-            spec: What `flows.engines.worker.run_spec` runs in the forked child, or
-            command: a program to run in its place.
+            log: File to which the child's stdout and stderr are appended.
+            spec: Spec file that `flows.engines.worker.run_spec` runs in the forked child; or
+            command: a program that replaces the forked child.
             environment: Variables to add to the server's.
             descriptors: Open files for the child to hold until it ends (device locks).
         """
@@ -128,25 +128,26 @@ class ForkServer:
         return Child(ours)
 
     def close(self) -> None:
-        """End the server, and with it what it still runs."""
+        """End the server and the children that still run."""
         self._control.close()
         self._process.terminate()
         self._process.wait()
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of node processes: this one's, with thread counts set and no telemetry.
+    """The environment of node processes: that of this process, with thread counts set and telemetry off.
 
-    A library that starts a thread pool while it is imported would make the fork server unfit to fork.
+    The thread counts matter before the first fork: a library that starts a thread pool on import would make the fork
+    server unsafe to fork.
     """
     return dict(os.environ) | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Looking for devices must not initialise CUDA in the fork server, for its children could not use it then.
+        # Counting devices must not initialise CUDA in the fork server: its children could not use CUDA afterwards.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        # A folder of the caller's that is named like one of our packages must not take its place.
+        # A folder in the caller's directory must not shadow one of our packages that has the same name.
         "PYTHONSAFEPATH": "1",
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from base.errors import UserError
-from flows.engines.children import Child, ForkServer, ServerDiedError, child_environment
 from flows.engines.devices import DeviceLeases, WaitCancelledError, host_devices, lock_folder
+from flows.engines.fork_client import Child, ForkServer, ServerDiedError, child_environment
 from tests.support.devices import stand_in_driver
 from tests.support.processes import ended, eventually
 

@@ -1,10 +1,10 @@
-"""Flow runs that nobody sees to any more: those whose process is gone without a word are marked as crashed, and those
-to be cancelled whose worker is gone are cancelled.
+"""Flow runs without a supervisor. Runs whose process was killed are marked as crashed, and runs that are to be
+cancelled but have lost their worker are cancelled.
 
-Prefect goes on believing that such a run is running, and its worker cancels only what it started itself: the run keeps
-the one place of its deployment, and every later run of that name would wait for ever. A run is judged on its own host
-alone, by its process and never by a clock. Import this module only after Prefect's environment is set, for it is read
-once.
+Prefect keeps such a run as running, and a worker cancels only runs that it started itself. The run would occupy the
+only slot of its deployment, and every later run of that name would wait for ever. A run is judged only on its own
+host, by its process and not by a time-out. Import this module only after Prefect's environment is set, because Prefect
+reads it once.
 """
 
 import logging
@@ -42,32 +42,36 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 FLOW = "mopd"
-# HOST, process id, and its start in clock ticks.
+# Host, process id and the process's start in clock ticks.
 PROCESS = re.compile(r"process:([^:]+):(\d+):(\d+)")
-# What Prefect calls a worker in the labels of the runs it began, and a run in the environment of its process.
+# Prefect's label of a run with the name of its worker, and its environment variable of a process with the run's id.
 WORKER_LABEL, RUN_VARIABLE = "prefect.worker.name", "PREFECT__FLOW_RUN_ID"
 FORM_NAME = re.compile(
     "(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|phi|chi"
     r"|psi|omega)\d+"
 )
 WORKER_NAME = re.compile(r"mopd-(.+)-[0-9a-f]{8}")
-# A run that is begun again bears the marks of its former worker for a moment.
+# A restarted run still has the label and tag of its former worker for a short time.
 SURE_SECONDS = 60.0
-# Prefect's worker gives a process thirty seconds to end, and then kills it.
+# Prefect's worker gives a process 30 s to end before it kills it.
 HANDLED_SECONDS = 60.0
-TOLD = "no worker cancels it; its process was told to end"
+# Prefect stores this message with a run's state, and it is compared later: do not change it.
+SIGNALLED = "no worker cancels it; its process was told to end"
 GONE = "its process is gone"
 logger = logging.getLogger(__name__)
 
 
 def run_tags(name: str) -> list[str]:
-    """Tags by which others find a run and see whether its process still lives."""
+    """Tags that identify a run and its process, so that other processes can check whether it is alive."""
     pid = os.getpid()
     return [_name_tag(name), f"process:{_host()}:{pid}:{start_of(pid)}"]
 
 
 def claim_flow_run(name: str) -> None:
-    """Tag this flow run with its name and process, as a scheduled one is not yet, and a retried one with its former."""
+    """Tag this flow run with its name and process.
+
+    A scheduled run has no such tags yet, and a retried one has those of its former process.
+    """
     present = list(flow_run.tags)
     others = [tag for tag in present if tag != _name_tag(name) and not PROCESS.fullmatch(tag)]
     wanted = others + run_tags(name)
@@ -77,14 +81,14 @@ def claim_flow_run(name: str) -> None:
 
 
 def name_flow_run(title: str, name: str) -> str:
-    """Call this flow run by a title, unless a person has named it.
+    """Rename this flow run to a title, unless a user has named it.
 
     Args:
-        title: What tells it from the others, `NAME #NUMBER` and more.
+        title: The distinguishing title, `NAME #NUMBER` and more.
         name: The run's name.
 
     Returns:
-        The title; `NAME #NUMBER` and the person's own name where there is one.
+        The title; or `NAME #NUMBER` and the user's name for the run, if there is one.
     """
     own = str(flow_run.name or "")
     if own and not is_generated(own) and not own.startswith(f"{name} #"):
@@ -96,7 +100,7 @@ def name_flow_run(title: str, name: str) -> str:
 
 
 def is_generated(name: str) -> bool:
-    """Whether Prefect made a run's name up: its server two words, its pages a Greek letter with a number and a star."""
+    """Whether Prefect generated a run's name: two words by its server; a Greek letter, number and star by its pages."""
     first, *others = name.split("-")
     if others and FORM_NAME.fullmatch(first):
         return True
@@ -105,14 +109,16 @@ def is_generated(name: str) -> bool:
 
 @cache
 def _words() -> frozenset[str]:
-    """The words of the names that Prefect's server makes up."""
+    """The words in the names that Prefect's server generates."""
     lists = [entry.get("words", ()) for entry in coolname_lists.values() if isinstance(entry, dict)]
     return frozenset(word for words in lists for word in words)
 
 
 def outlive_worker(log: Path) -> None:
-    """Let what this process says go to a file, where a worker of Prefect reads it: with the worker goes its end of the
-    pipe, and the next word would end the run."""
+    """Redirect stdout and stderr to a file if a Prefect worker reads them through a pipe.
+
+    When the worker ends, so does its end of the pipe, and the next output would end the run.
+    """
     if RUN_VARIABLE not in os.environ:
         return
     kinds = {number: os.fstat(number).st_mode for number in (1, 2)}
@@ -124,72 +130,72 @@ def outlive_worker(log: Path) -> None:
 
 
 def worker_name() -> str:
-    """A new name for a worker of Prefect on this host, by which its runs know whether it still lives."""
+    """A new name for a Prefect worker on this host, with which its runs can be checked for a live worker."""
     return f"mopd-{_host()}-{uuid.uuid4().hex[:8]}"
 
 
 def mark_crashed_runs(name: str) -> int:
-    """Mark the flow runs of a name as crashed that a killed process of this host left `Running`.
+    """Mark flow runs of a name as crashed if a killed process of this host left them `Running`.
 
     Returns:
-        How many there were.
+        The number of marked runs.
     """
     with get_client(sync_client=True) as client:
         running = _read_runs(client, [StateType.RUNNING], name)
         processes = Processes()
-        gone = [run for run in running if (place := Place(run, processes)).is_gone and place.is_certain]
+        gone = [run for run in running if (process := RunProcess(run, processes)).is_gone and process.is_certain]
         return sum(_settle(client, run, Crashed(message=GONE)) for run in gone)
 
 
 @dataclass
-class Lookout:
-    """Looks again and again at the runs of this host, and remembers how long each has been as it is.
+class CrashDetector:
+    """Checks the runs of this host repeatedly, and records how long each has been in its state.
 
     Attributes:
-        since: State of a run, and whether its process was gone -> when that was first seen, by the monotonic clock.
+        since: (state id of a run, whether its process is gone) -> time this was first seen, by the monotonic clock.
     """
 
     since: dict[tuple[UUID | None, bool | None], float] = field(default_factory=dict)
 
     def look(self) -> list[str]:
-        """Look once.
+        """Check all runs of this host once.
 
         Returns:
-            What was done, a line each.
+            A line for each action.
 
         Raises:
             httpx.HTTPError: the server does not answer.
         """
         seen: set[tuple[UUID | None, bool | None]] = set()
-        said: list[str] = []
+        actions: list[str] = []
         with get_client(sync_client=True) as client:
             runs = _read_runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
             processes, now = Processes(), time.monotonic()
             for run in runs:
-                place = Place(run, processes)
-                found = (run.state_id, place.is_gone)
+                process = RunProcess(run, processes)
+                found = (run.state_id, process.is_gone)
                 seen.add(found)
                 waited = now - self.since.setdefault(found, now)
                 if run.state_type == StateType.CANCELLING:
-                    said += _see_to_cancelling(client, run, place, waited)
-                elif place.is_gone and (place.is_certain or waited >= SURE_SECONDS):
-                    said += [f"{run.name}: {GONE}; marked as crashed"] * _settle(client, run, Crashed(message=GONE))
+                    actions += _cancel_unattended(client, run, process, waited)
+                elif process.is_gone and (process.is_certain or waited >= SURE_SECONDS):
+                    actions += [f"{run.name}: {GONE}; marked as crashed"] * _settle(client, run, Crashed(message=GONE))
         self.since = {key: first for key, first in self.since.items() if key in seen}
-        return said
+        return actions
 
 
 class Processes:
-    """The processes of this host at one moment."""
+    """A snapshot of this host's processes."""
 
     def __init__(self) -> None:
         self._all = list(psutil.process_iter(["pid", "cmdline", "environ"]))
 
     def any_named(self, worker: str) -> bool:
-        """Whether a worker of this name lives."""
+        """Whether a worker of this name is alive."""
         return any(worker in (process.info["cmdline"] or ()) for process in self._all)
 
     def any_of(self, run: FlowRun) -> bool:
-        """Whether a process belongs to a run; one of another user is known by its id alone."""
+        """Whether a process belongs to a run. A process of another user can only be identified by its id."""
         return any(
             str(process.info["pid"]) == run.infrastructure_pid
             if process.info["environ"] is None
@@ -198,13 +204,14 @@ class Processes:
         )
 
 
-class Place:
-    """Where a run is, as far as this host knows.
+class RunProcess:
+    """The process of a run, as far as this host can determine it.
 
     Attributes:
-        pid: Of its process, if that claimed the run on this host and lives; with its start.
-        is_gone: Whether its process is gone, or will never come; None where this host cannot know.
-        is_certain: Whether that is so at once, and not only if it stays so.
+        pid: Id of the process, if it claimed the run on this host and is alive; else None.
+        start: Start of that process, in clock ticks.
+        is_gone: Whether the process is gone or will never start; None if this host cannot determine it.
+        is_certain: Whether `is_gone` can be trusted at once. Otherwise only if it does not change for `SURE_SECONDS`.
     """
 
     def __init__(self, run: FlowRun, processes: Processes) -> None:
@@ -215,7 +222,7 @@ class Place:
         by_us = WORKER_NAME.fullmatch(worker)
         tag = next((found for tag in run.tags if (found := PROCESS.fullmatch(tag))), None)
         host, pid, start = (tag[1], int(tag[2]), int(tag[3])) if tag else (None, 0, 0)
-        # Begun again by a worker, it still bears the tag of the process before.
+        # A run restarted by a worker still has the tag of its former process while it is pending.
         claimed = host == _host() and not (run.state_type == StateType.PENDING and run.deployment_id)
         self.is_certain = claimed and bool(by_us or not worker)
         if (by_us[1] if by_us else host) != _host():
@@ -228,32 +235,36 @@ class Place:
             self.is_gone = True
 
 
-def _see_to_cancelling(client: "SyncPrefectClient", run: FlowRun, place: Place, waited: float) -> list[str]:
-    """Cancel a run that no worker cancels: its process is told to end once, and when it is gone Prefect is told."""
-    if place.is_gone and (place.is_certain or waited >= SURE_SECONDS):
+def _cancel_unattended(client: "SyncPrefectClient", run: FlowRun, process: RunProcess, waited: float) -> list[str]:
+    """Cancel a run that no worker cancels: send SIGTERM to its process once, and set `Cancelled` when it is gone.
+
+    Returns:
+        A line for each action.
+    """
+    if process.is_gone and (process.is_certain or waited >= SURE_SECONDS):
         return [f"{run.name}: {GONE}; cancelled"] * _settle(client, run, Cancelled(message=GONE))
-    told = run.state is not None and run.state.message == TOLD
-    if place.pid is None or told or (_has_worker(place.pid) and waited < HANDLED_SECONDS):
+    signalled = run.state is not None and run.state.message == SIGNALLED
+    if process.pid is None or signalled or (_has_worker(process.pid) and waited < HANDLED_SECONDS):
         return []
-    # Said before it is done: a second signal would break off the end that the first began.
-    if not _settle(client, run, Cancelling(message=TOLD)):
+    # Recorded before the signal is sent: a second signal would interrupt the shutdown that the first began.
+    if not _settle(client, run, Cancelling(message=SIGNALLED)):
         return []
     try:
-        if start_of(place.pid) == place.start:
-            os.kill(place.pid, signal.SIGTERM)
+        if start_of(process.pid) == process.start:
+            os.kill(process.pid, signal.SIGTERM)
     except ProcessLookupError:
         return []
     except PermissionError:
-        return [f"{run.name}: to be cancelled, but process {place.pid} is another user's; end it there"]
-    return [f"{run.name}: to be cancelled, and no worker does; process {place.pid} was told to end"]
+        return [f"{run.name}: to be cancelled, but process {process.pid} belongs to another user, who has to end it"]
+    return [f"{run.name}: to be cancelled, but no worker does; process {process.pid} was sent SIGTERM"]
 
 
 def _has_worker(pid: int) -> bool:
-    """Whether a process stands below a worker of Prefect."""
+    """Whether a process is a descendant of a Prefect worker."""
     try:
         commands = [parent.cmdline() for parent in psutil.Process(pid).parents()]
     except psutil.NoSuchProcess as error:
-        logger.debug("ended while it was looked at: %s", error)
+        logger.debug("ended while it was inspected: %s", error)
         return False
     return any({"prefect", "worker", "start"} <= {Path(word).name for word in command} for command in commands)
 
@@ -268,7 +279,7 @@ def _read_runs(client: "SyncPrefectClient", states: list[StateType], name: str |
 
 
 def _settle(client: "SyncPrefectClient", run: FlowRun, state: State[Any]) -> bool:
-    """Set a run's state; says whether the run was still there, and still as it was when its process was looked for."""
+    """Set a run's state. False if the run was deleted or its state has changed since its process was looked for."""
     try:
         if client.read_flow_run(run.id).state_id != run.state_id:
             return False

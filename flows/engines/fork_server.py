@@ -1,10 +1,10 @@
-"""A process that has torch and the stages imported and forks one child per job: the import is paid once.
+"""A process that imports torch and the stages once and forks one child per job.
 
-The client (`flows.engines.children`) talks to the server over a socket and hands it, for each job, one end of a further
-socket of its own. On that the server reports the child's pid and exit code and hears when to end it. If the job's
-socket closes, its supervisor is gone and the child's group is ended; if the server is gone, the kernel kills its
-children. So nothing outlives the main process, however that died. The children of multiprocessing's fork server keep
-their server alive, re-import the caller's `__main__` and share its environment; hence this one.
+The client (`flows.engines.fork_client`) sends requests over a socket and passes, for each job, one end of a further
+socket. On that socket the server reports the child's pid and exit code and receives the request to end it. If the
+job's socket closes, the supervisor is gone and the server ends the child's group. If the server dies, the kernel kills
+its children. So no process outlives the main process, however that died. The children of multiprocessing's fork server
+keep their server alive, re-import the caller's `__main__` and share its environment; hence this implementation.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ PRELOAD = (
 )
 MESSAGE_BYTES = 65536
 _MOST_DESCRIPTORS = 64
-_log = logging.getLogger("flows.engines.forkserver")
+_log = logging.getLogger("flows.engines.fork_server")
 
 
 @dataclass(eq=False)
 class _Running:
-    """The server's record of one child."""
+    """The server's record of one child; `kill_at` is the time of its SIGKILL, by the monotonic clock."""
 
     pid: int
     pidfd: int
@@ -56,7 +56,7 @@ class _Running:
 
 
 class _Server:
-    """One thread, one selector: requests, the supervisors' words and the children's ends."""
+    """The event loop: one thread and one selector for requests, supervisors' messages and the ends of children."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
@@ -72,7 +72,7 @@ class _Server:
             In a child: the request it was forked for. In the server: None, at the end.
         """
         while self._open or self._children:
-            for key, _ in self._selector.select(self._patience()):
+            for key, _ in self._selector.select(self._select_timeout()):
                 if key.fileobj is self._control:
                     request = self._take_request()
                     if request is not None:
@@ -82,14 +82,15 @@ class _Server:
                 elif key.fd == key.data.pidfd:
                     self._report_end(key.data)
                 else:
-                    self._hear_supervisor(key.data)
+                    self._read_supervisor(key.data)
             for child in self._children.values():
                 if child.kill_at <= time.monotonic():
                     os.killpg(child.pid, signal.SIGKILL)
                     child.kill_at = math.inf
         return None
 
-    def _patience(self) -> float | None:
+    def _select_timeout(self) -> float | None:
+        """Seconds until the next SIGKILL is due; None if none is."""
         soonest = min((child.kill_at for child in self._children.values()), default=math.inf)
         return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
 
@@ -106,7 +107,7 @@ class _Server:
         try:
             pid = os.fork()
         except OSError as error:
-            # No memory or no process id for this one: its supervisor hears of it, the others' jobs go on.
+            # No memory or no process id for this job. Its closed socket notifies the supervisor; other jobs go on.
             _log.error("cannot fork: %s", error)
             for descriptor in (supervisor.detach(), *descriptors[1:]):
                 os.close(descriptor)
@@ -115,10 +116,10 @@ class _Server:
             os.setpgid(0, 0)
             die_with_parent(server)
             supervisor.close()
-            self._let_go()
+            self._close_in_child()
             request: dict[str, Any] = json.loads(message)
             return request | {"descriptors": descriptors[1:]}
-        # The child does the same: whoever comes first, the group is there before anyone signals it.
+        # Both the child and the server set the group, so that it exists before any signal is sent to it.
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pid)
         for descriptor in descriptors[1:]:
@@ -127,18 +128,18 @@ class _Server:
         self._children[pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
         self._selector.register(supervisor, selectors.EVENT_READ, child)
-        _tell(child, {"pid": pid})
+        _report(child, {"pid": pid})
         return None
 
-    def _let_go(self) -> None:
-        """Close the server's descriptors in a fresh child, so that each end of a socket has one owner."""
+    def _close_in_child(self) -> None:
+        """Close the server's descriptors in a new child, so that each end of a socket has one owner."""
         for child in self._children.values():
             child.supervisor.close()
             os.close(child.pidfd)
         self._selector.close()
         self._control.close()
 
-    def _hear_supervisor(self, child: _Running) -> None:
+    def _read_supervisor(self, child: _Running) -> None:
         try:
             message = child.supervisor.recv(MESSAGE_BYTES)
         except ConnectionResetError:
@@ -148,7 +149,7 @@ class _Server:
         _end(child, json.loads(message)["grace"] if message else GRACE_SECONDS)
 
     def _report_end(self, child: _Running) -> None:
-        # Before the leader is reaped its group id cannot be given to another: what it left behind goes now.
+        # The rest of the group is killed before the leader is reaped: until then its group id cannot be reused.
         os.killpg(child.pid, signal.SIGKILL)
         _, status = os.waitpid(child.pid, 0)
         del self._children[child.pid]
@@ -156,7 +157,7 @@ class _Server:
             if registered in self._selector.get_map():
                 self._selector.unregister(registered)
         os.close(child.pidfd)
-        _tell(child, {"exit_code": os.waitstatus_to_exitcode(status)})
+        _report(child, {"exit_code": os.waitstatus_to_exitcode(status)})
         child.supervisor.close()
 
 
@@ -165,32 +166,32 @@ def _end(child: _Running, grace: float) -> None:
     child.kill_at = min(child.kill_at, time.monotonic() + grace)
 
 
-def _tell(child: _Running, report: Mapping[str, int]) -> None:
-    # A supervisor that is gone is noticed by the end of its socket.
+def _report(child: _Running, report: Mapping[str, int]) -> None:
+    # The selector notices a dead supervisor by the end of its socket.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         child.supervisor.send(json.dumps(report).encode())
 
 
 @contextlib.contextmanager
 def _ended_with_client(control: socket.socket) -> Iterator[None]:
-    """End this process when its client goes while it lasts. The thread that looks is gone before the first fork."""
-    looks, wake = os.pipe()
+    """End this process if the client disconnects inside the block. The watching thread ends before the first fork."""
+    over, wake = os.pipe()
     poll = select.poll()
     poll.register(control, select.POLLRDHUP)
-    poll.register(looks, select.POLLHUP)
+    poll.register(over, select.POLLHUP)
 
-    def look() -> None:
+    def watch() -> None:
         if any(descriptor == control.fileno() for descriptor, _ in poll.poll()):
             os._exit(0)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield
     finally:
         os.close(wake)
         thread.join()
-        os.close(looks)
+        os.close(over)
 
 
 def _preload(modules: Sequence[str]) -> None:
@@ -198,14 +199,14 @@ def _preload(modules: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            # The job that needs the module will fail and say so; the others run.
+            # A job that needs the module fails with this error; the others can run.
             _log.warning("cannot preload %s: %s", name, error)
-    # Collections in the children need not touch, and so copy, the pages they share.
+    # Without this, garbage collection in a child would write to the shared pages and so copy them.
     gc.freeze()
 
 
 def _become(request: Mapping[str, Any]) -> int:
-    """Turn a fresh child into its job."""
+    """Run the request in a new child; returns its exit code unless a command replaces the process."""
     try:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
@@ -223,7 +224,7 @@ def _become(request: Mapping[str, Any]) -> int:
 
 
 def main(preload: Sequence[str]) -> int:
-    """Serve on standard input, which is a socket; a forked child leaves the loop with its request.
+    """Serve on standard input, which is a socket. A forked child leaves the loop with its request.
 
     Args:
         preload: Modules to import first.

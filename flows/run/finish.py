@@ -1,4 +1,4 @@
-"""What a finished run comes to: its scores, what the gate says of its merges, the champion, and the report."""
+"""The outcome of a finished run: its scores, the gate's verdict on its merges, the champion, and the report."""
 
 import dataclasses
 import shutil
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from evals.report.summary import Summary
 
 REPORT_FILE = "report.html"
-# Where the report of a run goes that is not all made, while a whole one stands.
+# The folder for the report of an incomplete run, if there is already a complete report.
 PARTIAL = "partial"
 ANSWERS = {True: "met", False: "FAILED", None: "not compared"}
 
@@ -39,13 +39,13 @@ class Outcome:
 
     Attributes:
         results: The comparison of base, cold start, teachers and student.
-        summary: The first screen: how good, which domain is weakest, why (not) promoted, what next.
-        verdict: Who the candidate is and what the gate says of it; None without a merge.
+        summary: The first screen: quality, the weakest domain, the reason for or against promotion, the next steps.
+        verdict: The gate's verdict, with the candidate's name; None without a merge.
         candidate: The candidate's node, of the first seed; None without a merge.
-        champion: Who is champion now; None where nobody is.
-        changed: Whether the gate made the candidate champion just now.
-        report: The HTML report.
-        missing: Ids of the nodes that are not made yet.
+        champion: The present champion; None if there is none.
+        changed: Whether this call promoted the candidate by the gate.
+        report: Path of the HTML report.
+        missing: Ids of the nodes that are not yet made.
     """
 
     results: "Results"
@@ -59,11 +59,11 @@ class Outcome:
 
     @property
     def crowned(self) -> bool:
-        """Whether the candidate is champion, since just now or from before."""
+        """Whether the candidate is champion, whether promoted now or before."""
         return bool(self.candidate and self.champion and self.champion.student == self.candidate.key)
 
     def verdict_lines(self) -> list[str]:
-        """Who the candidate is, the gate's verdict, a line for each criterion and one for all, and the champion."""
+        """Lines with the candidate, the gate's answer to each criterion, its conclusion, and the champion."""
         if self.verdict is None:
             return []
         lines = [f"candidate: {self.verdict.candidate}: {self.verdict.why}"]
@@ -72,7 +72,7 @@ class Outcome:
         return [*lines, f"champion: {self.champion}, {self.champion.decision}" if self.champion else "champion: none"]
 
     def facts(self) -> dict[str, Any]:
-        """Verdict, table, advice and places for programs; JSON values."""
+        """Verdict, summary, champion and the report's path as JSON values, for programs."""
         verdict = self.verdict and {
             **dataclasses.asdict(self.verdict),
             "conclusion": self.verdict.conclusion,
@@ -97,7 +97,7 @@ class Outcome:
         return [dict(zip(grid.head, row, strict=True)) for row in grid.rows]
 
     def markdown(self) -> str:
-        """Verdict, tables and the report's place as a page."""
+        """Verdict, tables and the report's path as a Markdown page."""
         from evals.report.table import render_markdown
 
         next_lines = "".join(f"- {plain(line)}\n" for line in self.summary.next)
@@ -106,7 +106,7 @@ class Outcome:
         return f"{first}\n{render_markdown(self.results)}\n{verdict}\n\nReport: {code(str(self.report))}\n"
 
 
-def conclude(
+def finish_run(
     graph: StageGraph,
     store: Store,
     *,
@@ -115,17 +115,17 @@ def conclude(
     command: str = "",
     faults: list[str] | None = None,
 ) -> Outcome:
-    """Compare the checkpoints of a run from the scores in the store, ask the gate, and write the report.
+    """Compare the checkpoints of a run from the scores in the store, apply the gate, and write the report.
 
-    A report of a run of which all is made is never replaced by one with gaps: that goes into a folder beside it.
+    The report of a complete run is never replaced by that of an incomplete one, which goes into a separate folder.
 
     Args:
         graph: The run.
-        store: Where its artifacts are.
-        promote: Make the candidate champion where the gate lets it pass.
-        rewrite: Write the report even where one stands already and nothing changed.
+        store: The store of its artifacts.
+        promote: Make the candidate champion if it passes the gate.
+        rewrite: Write the report even if there is one and nothing changed.
         command: The command line that makes the run; by default that of its last run.
-        faults: Gets the messages of files that are damaged, and the report goes on without them; None raises.
+        faults: Receives the messages of damaged files, and the report omits them; None raises them instead.
 
     Raises:
         UserError: a score sheet is malformed.
@@ -169,7 +169,7 @@ def conclude(
 
 
 def _place(store: Store, run: str, missing: Sequence[str]) -> Path:
-    """Where the report goes: beside a whole one, if this one would have gaps."""
+    """Path of the report; that of an incomplete run is in `PARTIAL` if there is already a complete report."""
     from evals.report.export import DATA_FILE
 
     path = lock_path(store.home, run).with_name(REPORT_FILE)
@@ -178,7 +178,7 @@ def _place(store: Store, run: str, missing: Sequence[str]) -> Path:
 
 
 def _curves(graph: StageGraph, store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Metric records and notes, thinned, of every training node whose journal is still there."""
+    """Thinned metric records and notes of every training node whose journal still exists, by node id."""
     journals = {node.id: store.home / "work" / node.key / JOURNAL_FILE for node in graph.checkpoints}
     return {node: thinned_records(journal) for node, journal in journals.items() if journal.is_file()}
 
@@ -191,7 +191,7 @@ def _background(
     from flows.lineage.drawing import drawing
 
     rows = lineage.rows(store, [node.key for node in graph.checkpoints])
-    # One seed's drawing: the others have the same shape.
+    # The drawing shows one seed, because the others have the same shape.
     first = lineage.rows(store, [node.key for node in graph.checkpoints if node.seed == graph.config.seeds[0]])
     return Background(
         summary=summary,

@@ -17,16 +17,16 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Completed, Pending, Running, State
 
 from base.listeners import start_of
-from flows.run import orphans
+from flows.run import crashed_runs
+from flows.run.crashed_runs import CrashDetector, Processes, mark_crashed_runs, run_tags, worker_name
 from flows.run.deploy import _look
-from flows.run.orphans import Lookout, Processes, mark_crashed_runs, run_tags, worker_name
 from flows.servers import start as servers
 from tests.support.processes import eventually, prefect_of
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
 
 
-@flow(name=orphans.FLOW)
+@flow(name=crashed_runs.FLOW)
 def nothing() -> None:
     """Stands for the pipeline."""
 
@@ -77,7 +77,7 @@ def begin(client: SyncPrefectClient, state: State[Any], *tags: str, worker: str 
     if worker:
         deployment = client.create_deployment(client.create_flow(nothing), "tiny")
         run = client.create_flow_run_from_deployment(deployment, tags=tags)
-        client.update_flow_run_labels(run.id, {orphans.WORKER_LABEL: worker})
+        client.update_flow_run_labels(run.id, {crashed_runs.WORKER_LABEL: worker})
     else:
         run = client.create_flow_run(nothing, tags=tags)
     if state.is_cancelling():
@@ -91,9 +91,9 @@ def state(client: SyncPrefectClient, run: FlowRun) -> str:
     return client.read_flow_run(run.id).state.name
 
 
-def later(lookout: Lookout) -> None:
-    """Let a lookout have seen all that it has for an hour."""
-    lookout.since = {key: first - 3600 for key, first in lookout.since.items()}
+def later(detector: CrashDetector) -> None:
+    """Move every first sighting of a detector back by an hour."""
+    detector.since = {key: first - 3600 for key, first in detector.since.items()}
 
 
 def test_a_run_whose_process_is_gone_is_crashed_and_one_that_lives_or_is_elsewhere_is_not(client, process):
@@ -106,11 +106,11 @@ def test_a_run_whose_process_is_gone_is_crashed_and_one_that_lives_or_is_elsewhe
         begin(client, Running(), "process:of a person"),
         begin(client, Pending()),
     ]
-    lookout = Lookout()
-    assert len(lookout.look()) == 2
+    detector = CrashDetector()
+    assert len(detector.look()) == 2
     assert [state(client, run) for run in (lost, reused)] == ["Crashed", "Crashed"]
-    later(lookout)
-    assert lookout.look() == []
+    later(detector)
+    assert detector.look() == []
     assert {state(client, run) for run in others} == {"Running", "Pending"}
 
 
@@ -138,37 +138,37 @@ def test_a_run_that_starts_slowly_is_let_be_while_its_worker_or_its_process_live
     again = begin(client, Pending(), tag_of(gone().pid, start=7), worker=working)
     foreign = begin(client, Pending(), tag_of(gone().pid, start=7), worker="ProcessWorker 1")
     distant = begin(client, Pending(), worker="mopd-elsewhere-12345678")
-    lookout = Lookout()
-    lookout.look()
-    later(lookout)
-    assert lookout.look() == []
+    detector = CrashDetector()
+    detector.look()
+    later(detector)
+    assert detector.look() == []
     assert {state(client, run) for run in (of_a_worker, slow, again, foreign, distant)} == {"Pending"}
 
 
 def test_a_run_whose_worker_died_before_its_process_began_is_crashed_once_that_is_sure(client):
     lost = begin(client, Pending(), worker=worker_name())
-    lookout = Lookout()
-    lookout.look()
+    detector = CrashDetector()
+    detector.look()
     assert state(client, lost) == "Pending"
-    later(lookout)
-    assert len(lookout.look()) == 1
+    later(detector)
+    assert len(detector.look()) == 1
     assert state(client, lost) == "Crashed"
 
 
 def test_a_run_begun_again_elsewhere_is_not_judged_by_its_former_process(client):
     run = begin(client, Running(), tag_of(gone().pid, start=7), worker="mopd-elsewhere-12345678")
-    assert Lookout().look() == []
+    assert CrashDetector().look() == []
     assert state(client, run) == "Running"
 
 
 def test_a_run_to_be_cancelled_whose_worker_is_gone_is_told_once_and_cancelled_when_its_process_is(client, process):
     alive = process()
     run = begin(client, Cancelling(), tag_of(alive.pid), worker=worker_name())
-    lookout = Lookout()
-    assert "was told to end" in lookout.look()[0]
+    detector = CrashDetector()
+    assert "was sent SIGTERM" in detector.look()[0]
     assert alive.wait(20) == -signal.SIGTERM
     assert state(client, run) == "Cancelling"
-    assert "cancelled" in lookout.look()[0]
+    assert "cancelled" in detector.look()[0]
     assert state(client, run) == "Cancelled"
 
 
@@ -178,7 +178,7 @@ def test_nobody_is_told_twice_to_end(client):
         try:
             assert alive.stdout is not None and alive.stdout.readline() == b"ready\n"
             begin(client, Cancelling(), tag_of(alive.pid))
-            first, second = Lookout(), Lookout()
+            first, second = CrashDetector(), CrashDetector()
             assert len(first.look()) == 1 and second.look() == []
             later(first)
             assert first.look() == []
@@ -194,12 +194,12 @@ def test_a_run_below_a_living_worker_is_left_to_it_for_a_while(client):
         assert worker.stdout is not None
         pid = int(worker.stdout.readline())
         run = begin(client, Cancelling(), tag_of(pid))
-        lookout = Lookout()
-        assert lookout.look() == [] and start_of(pid)
-        later(lookout)
-        assert len(lookout.look()) == 1
+        detector = CrashDetector()
+        assert detector.look() == [] and start_of(pid)
+        later(detector)
+        assert len(detector.look()) == 1
         worker.wait(20)
-    assert len(lookout.look()) == 1 and state(client, run) == "Cancelled"
+    assert len(detector.look()) == 1 and state(client, run) == "Cancelled"
 
 
 def test_a_run_that_ended_or_was_deleted_meanwhile_is_let_be(client):
@@ -207,13 +207,13 @@ def test_a_run_that_ended_or_was_deleted_meanwhile_is_let_be(client):
     stale = [client.read_flow_run(run.id) for run in (ended, deleted)]
     client.set_flow_run_state(ended.id, Completed(), force=True)
     client.delete_flow_run(deleted.id)
-    assert [orphans._settle(client, run, Cancelling()) for run in stale] == [False, False]
+    assert [crashed_runs._settle(client, run, Cancelling()) for run in stale] == [False, False]
     assert state(client, ended) == "Completed"
 
 
 def test_a_server_that_is_away_stops_no_worker(server, caplog):
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), caplog.at_level("DEBUG", "flows.run.deploy"):
-        _look(Lookout())
+        _look(CrashDetector())
     assert "did not answer" in caplog.text
 
 

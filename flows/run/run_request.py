@@ -1,4 +1,4 @@
-"""Which run a command is about."""
+"""The run that a command refers to."""
 
 import shlex
 import sys
@@ -11,8 +11,8 @@ from flows.run_file.load import load_run_file
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Which run is meant.
+class RunRequest:
+    """A run file with the options of a command.
 
     Attributes:
         file: The run file.
@@ -30,7 +30,7 @@ class Asked:
         """The run's graph.
 
         Args:
-            faults: Gets the message of a lock that is damaged; None raises.
+            faults: Receives the message of a damaged lock; None raises it instead.
 
         Raises:
             UserError: a mistake in the run file.
@@ -40,15 +40,15 @@ class Asked:
     @classmethod
     def last(
         cls, file: Path, overrides: tuple[str, ...], max_steps: int | None, home: Path, as_written: bool = False
-    ) -> "Asked":
-        """The run with these overrides; without any the last one of this file, with a word on what that had.
+    ) -> "RunRequest":
+        """The run with these overrides; without any, the last run of this file, with a line that shows its overrides.
 
         Args:
             file: The run file.
             overrides: Dotted assignments to its keys.
             max_steps: Cap on the steps of every stage.
             home: `$MOPD_HOME`.
-            as_written: The file as it is, whatever its last run had.
+            as_written: Use the file without the overrides of its last run.
         """
         found = None if overrides or max_steps or as_written else last_run(home, file)
         if found is None or not (found.overrides or found.max_steps):
@@ -59,6 +59,6 @@ class Asked:
 
     @property
     def command(self) -> str:
-        """The command line that runs it again."""
-        asked = words(self.overrides, self.max_steps)
-        return shlex.join(["mopd", "run", str(self.file), *asked, "--home", str(self.home)])
+        """The command line that repeats the run."""
+        options = words(self.overrides, self.max_steps)
+        return shlex.join(["mopd", "run", str(self.file), *options, "--home", str(self.home)])
