@@ -10,8 +10,7 @@ another copy. Its own training uses no demonstration. In every step
    completion tokens. No gradient flows through the sampling (GKD, Agarwal et al. 2024, arXiv:2306.13649; reverse KL for
    language models: MiniLLM, Gu et al. 2024, arXiv:2306.08543; a teacher for each domain: MOPD, MiMo-V2-Flash).
 
-`python examples/opd_minimal.py [SEED]` prints a table of greedy scores on held-out prompts, after about a minute on one
-CPU core. On one machine a seed always gives the same table.
+`python examples/opd_minimal.py [SEED]` prints greedy scores on held-out prompts, after about a minute on one CPU core.
 
 Shape suffixes: B rows, P prompt tokens (padded on the left), C completion tokens (padded on the right), T all tokens of
 a row, V vocabulary, N completion tokens of all rows laid end to end.
@@ -27,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from experts.domain import HELD_OUT, TRAIN, Example, load_domain
+from experts.domain import HELD_OUT, TRAIN, Example
+from experts.loading import load_domain
 from stages.config.training import TinyModelConfig
 from stages.model.tiny import character_tokenizer, tiny_model
 
@@ -67,7 +67,7 @@ def sample(model: PreTrainedModel, prompts_BP: Tensor, greedy: bool = False) -> 
     tokens_BT, ended_B = prompts_BP, torch.zeros(len(prompts_BP), dtype=torch.bool)
     for _ in range(MAX_NEW_TOKENS):
         logits_BV = next_logits(model, tokens_BT)[:, -1]
-        logits_BV[:, PAD] = -torch.inf  # Padding tells where a completion has ended, so it is never drawn.
+        logits_BV[:, PAD] = -torch.inf  # Padding marks the end of a completion, so it is never drawn.
         drawn_B = logits_BV.argmax(-1) if greedy else torch.multinomial(logits_BV.softmax(-1), 1).squeeze(1)
         tokens_BT = torch.cat([tokens_BT, drawn_B.masked_fill(ended_B, PAD)[:, None]], dim=1)
         ended_B |= drawn_B == EOS
