@@ -17,7 +17,7 @@ from rich.console import Console
 from base.store.checkpoint import Store
 from flows.champion import champion
 from flows.cli import show
-from flows.cli.app import doctor
+from flows.cli import doctor
 from flows.run import pipeline
 from flows.run_file.load import load_run_file
 from flows.run_file.notify import NotifyConfig
