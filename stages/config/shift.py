@@ -1,4 +1,4 @@
-"""The config of the shift, how far a checkpoint moved from the run's start. Free of torch."""
+"""The config of the shift, the distance of a checkpoint from the run's start. Free of torch."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from stages.config.training import NewTokens, Positive, Rows, StrictModel, Tempe
 
 
 class ShiftConfig(StrictModel):
-    """What the run file may say about it."""
+    """The part of the shift's config that stands in the run file."""
 
     examples: Positive = Field(
         64, description="Held-out examples of each domain, one completion each; at most evaluate.examples."
@@ -17,7 +17,7 @@ class ShiftConfig(StrictModel):
 
 
 class ShiftRequest(ShiftConfig):
-    """What the node needs beside that; taken from `evaluate`."""
+    """The node's full config: more fields, taken from `evaluate`."""
 
     max_new_tokens: NewTokens = Field(description="Longest completion.")
     batch_size: Rows = Field(description="Sequences sampled together.")

@@ -56,7 +56,7 @@ def imitate(
     total = learner.config.max_steps
     metrics: dict[str, float] = {}
     for step, rows in zip(range(done + 1, total + 1), batches(done), strict=False):
-        learner.begin(step)
+        learner.seed_step(step)
         values = accumulate(learner, rows, partial(cross_entropy, rows, conflicts=conflicts))
         loss = learner.global_sum(
             sum(float((rows[i].weights_N * loss_N).sum()) for i, loss_N in values.get("loss", {}).items())

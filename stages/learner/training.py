@@ -98,7 +98,7 @@ class Learner:
         """Where the student is."""
         return self.accelerator.device
 
-    def begin(self, step: int) -> None:
+    def seed_step(self, step: int) -> None:
         """Start a step: whatever torch draws in it depends on the seed and the step alone."""
         torch.manual_seed(step_seed(self.seed, step, "torch"))
 
@@ -122,12 +122,12 @@ class Learner:
             yield
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         """The policy's model may be used directly inside; sharded weights are gathered for it."""
         with sharding.gathered(self.module) if self.sharded else contextlib.nullcontext():
             yield
 
-    def rounds(self, batches: int) -> int:
+    def num_micro_batches(self, batches: int) -> int:
         """Micro-batches of an update: with sharded weights every process takes part in every forward of the others."""
         if not self.sharded:
             return max(1, batches)

@@ -84,7 +84,7 @@ def accumulate(
     batches = micro_batches([len(rows[i].tokens) for i in run], learner.config.micro_batch_tokens)
     metrics: dict[str, dict[int, Tensor]] = {}
     begin_update(learner.policy.model, own_dropout=learner.config.own_dropout)
-    rounds = learner.rounds(len(batches))
+    rounds = learner.num_micro_batches(len(batches))
     for number in range(rounds):
         with learner.synchronised(number == rounds - 1):
             if number >= len(batches):

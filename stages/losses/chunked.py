@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.model.linear import product
+from stages.model.linear import matmul_t
 
 # Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name, the same
 # names for every slice.
@@ -70,7 +70,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         for start in range(0, hidden_NH.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             hidden_CH = hidden_NH[part]
-            logits_CV = product(hidden_CH, cast_VH).to(wide).requires_grad_(needs_hidden or needs_head)
+            logits_CV = matmul_t(hidden_CH, cast_VH).to(wide).requires_grad_(needs_hidden or needs_head)
             with torch.enable_grad():
                 losses_C, values = token_loss(logits_CV, part)
                 chunk_loss = (losses_C * weights_N[part]).sum()
@@ -84,7 +84,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             grad_CV = torch.autograd.grad(chunk_loss, logits_CV)[0].to(hidden_NH.dtype)
             del logits_CV, losses_C, chunk_loss
             if grad_hidden_NH is not None:
-                grad_hidden_NH[part] = product(grad_CV, cast_VH.T)
+                grad_hidden_NH[part] = matmul_t(grad_CV, cast_VH.T)
             if grad_head_VH is not None:
                 _add_product(grad_head_VH, grad_CV.T, hidden_CH)
         ctx.gradients = [grad_hidden_NH, None if grad_head_VH is None else grad_head_VH.to(head_VH.dtype)]

@@ -20,7 +20,7 @@ from torch.nn import functional
 WORTHWHILE = 2_000_000
 
 
-def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+def matmul_t(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     """left @ right.T [M, N]; differentiable.
 
     Args:
@@ -33,7 +33,7 @@ def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let a model's linear layers choose as `product` does; parameters, their names and what is saved stay."""
+    """Let a model's linear layers choose as `matmul_t` does; parameters, their names and what is saved stay."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = _Linear

@@ -21,7 +21,7 @@ from base.hashing import stable_hash
 from stages.config.on_policy import OnPolicyConfig
 from stages.model.policy import Policy, causal_lm
 from stages.model.stop_strings import StopStrings
-from stages.sampling.sampler import Gap, Sample, Sampling, told_logprobs
+from stages.sampling.sampler import Gap, Sample, Sampling, parse_logprobs
 from stages.vllm.handover import Probe, check_shapes, full_weights, weight_shapes
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
@@ -111,7 +111,7 @@ class VllmEngine:
             return {}
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
 
-    def follow(self, policy: Policy, version: int) -> None:
+    def update_weights(self, policy: Policy, version: int) -> None:
         """Take over the policy's weights; what was cached of the weights before is dropped.
 
         Raises:
@@ -228,13 +228,13 @@ class VllmEngine:
         # A token's own log-probability comes first, the likeliest's may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
         ended = cut is not None or (bool(ids) and ids[-1] in self.stop_ids)
-        return Sample(prompt, ids, told_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
+        return Sample(prompt, ids, parse_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
 
-    def news(self) -> list[str]:
+    def drain_log(self) -> list[str]:
         """Nothing happens here that the caller does not see."""
         return []
 
-    def gap(self) -> Gap | None:
+    def logprob_gap(self) -> Gap | None:
         """None: the loop sees it in what is drawn, which always has the trainer's weights."""
         return None
 

@@ -25,13 +25,13 @@ from stages.learner.workspace import Workspace
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
 from stages.sampling.agreement import plain_logits
-from stages.sampling.sampler import Gap, Sample, Sampling, told_logprobs
+from stages.sampling.sampler import Gap, Sample, Sampling, parse_logprobs
+from stages.vllm.dispatch import dispatch
 from stages.vllm.engine import check_context, prompt_seed
 from stages.vllm.handover import Probe
 from stages.vllm.remote_handover import RemoteHandOver
 from stages.vllm.server import Completion, Ends, ServerLostError, VllmServer, wait_for_any
 from stages.vllm.settings import logprobs_mode, rows_at_a_time
-from stages.vllm.spread import spread
 
 # Completions a server is asked about when its gap to the trainer is measured.
 MEASURED_ROWS = 4
@@ -78,7 +78,7 @@ class RemoteSampler:
         self._student.check(first)
         self.model, self.context = first.base_model(), first.context()
 
-    def follow(self, policy: Policy, version: int) -> None:
+    def update_weights(self, policy: Policy, version: int) -> None:
         """Write the policy's weights down, and hand them to the servers that answer; others take them when they do.
 
         Raises:
@@ -126,7 +126,7 @@ class RemoteSampler:
                 break
             if attempt:
                 self._news.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
-            for server, answers, failed in spread(missing, self._ready(), ask, at_once, self._lost):
+            for server, answers, failed in dispatch(missing, self._ready(), ask, at_once, self._lost):
                 # One that failed was asked no more: what it answered, it drew before.
                 if failed or self._is_current(server):
                     found |= {i: self._samples(prompts[i], answer, group_size) for i, answer in answers.items()}
@@ -157,17 +157,17 @@ class RemoteSampler:
                 self._lost(error)
                 continue
             by_id = zip(told, drawn.completion_ids, strict=True)
-            theirs_N = told_logprobs([known[token] for known, token in by_id], f"the vLLM server {server.url}")
+            theirs_N = parse_logprobs([known[token] for known, token in by_id], f"the vLLM server {server.url}")
             own_NV = plain_logits(policy.model, drawn, self.config.dtype)
             gap_N = (token_logprobs(own_NV, torch.tensor(drawn.completion_ids)) - theirs_N).abs()
             total, tokens, most = total + float(gap_N.sum()), tokens + len(gap_N), max(most, float(gap_N.max()))
         return Gap(total, tokens, most)
 
-    def gap(self) -> Gap | None:
+    def logprob_gap(self) -> Gap | None:
         """None: the loop sees it in what is drawn."""
         return None
 
-    def news(self) -> list[str]:
+    def drain_log(self) -> list[str]:
         """Servers lost, found again, and what was asked anew."""
         told = []
         while not self._news.empty():
@@ -197,7 +197,7 @@ class RemoteSampler:
             Sample(
                 prompt,
                 drawn.token_ids,
-                told_logprobs(drawn.logprobs, "a vLLM server"),
+                parse_logprobs(drawn.logprobs, "a vLLM server"),
                 finished=drawn.stopped or drawn.token_ids[-1] in self.ends.stop_ids,
                 version=self.version,
             )

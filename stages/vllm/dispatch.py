@@ -11,7 +11,7 @@ from stages.vllm.server import ServerLostError, VllmServer
 Answer = TypeVar("Answer")
 
 
-def spread(
+def dispatch(
     items: Sequence[int],
     servers: Sequence[VllmServer],
     ask: Callable[[VllmServer, int], Answer],
