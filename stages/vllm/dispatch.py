@@ -1,4 +1,4 @@
-"""Work shared out among servers, some of which may not live to finish it."""
+"""Dispatches work to several servers; the items of a server that fails go to the others."""
 
 import queue
 import threading
@@ -18,26 +18,26 @@ def dispatch(
     at_once: int,
     lost: Callable[[ServerLostError], None],
 ) -> list[tuple[VllmServer, dict[int, Answer], bool]]:
-    """Deal every server a first share in turn, at most `at_once`, and let it take the rest as it answers.
+    """Assign items to servers round robin, at most `at_once` each; a server takes another as soon as it answers one.
 
-    So a batch that one server could take whole is still everybody's, and of a longer one the quicker take more.
+    So even a batch that one server could take alone is shared by all, and of a longer batch faster servers take more.
 
     Args:
-        items: What is to be answered.
-        servers: Who may answer.
-        ask: Asks one server about one item.
-        at_once: Items a server works on together.
-        lost: Told of a server that failed, once; what it had taken goes to the others.
+        items: The items to process.
+        servers: The servers.
+        ask: Requests one item from one server.
+        at_once: Items that a server processes at the same time.
+        lost: Called once for each server that fails; its unfinished items go to the others.
 
     Returns:
-        What each server answered, and whether it failed; an item nobody answered is missing.
+        Each server with its answers by item, and whether it failed; an item without an answer is missing.
 
     Raises:
-        UserError: what `ask` raises besides losing a server.
+        UserError: raised by `ask`, as any error other than `ServerLostError`.
     """
-    asked: list[tuple[VllmServer, dict[int, Answer], threading.Event]] = []
-    asked += [(server, {}, threading.Event()) for server in servers]
-    workers = [entry for _ in range(max(1, at_once)) for entry in asked][: len(items)]
+    states: list[tuple[VllmServer, dict[int, Answer], threading.Event]] = []
+    states += [(server, {}, threading.Event()) for server in servers]
+    workers = [entry for _ in range(max(1, at_once)) for entry in states][: len(items)]
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for item in items[len(workers) :]:
         waiting.put(item)
@@ -58,7 +58,7 @@ def dispatch(
         waiting.put(item)
 
     with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        dealt = [pool.submit(work, *entry, item) for entry, item in zip(workers, items, strict=False)]
-        for future in dealt:
+        futures = [pool.submit(work, *entry, item) for entry, item in zip(workers, items, strict=False)]
+        for future in futures:
             future.result()
-    return [(server, answers, failed.is_set()) for server, answers, failed in asked]
+    return [(server, answers, failed.is_set()) for server, answers, failed in states]
