@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.model.linear import product
+from stages.model.linear import matmul_t
 
 # Inputs and outputs of the models' linear layers.
 SHAPES = [(128, 128), (128, 256), (256, 128), (576, 576), (576, 1536), (1536, 576)]
@@ -27,7 +27,7 @@ SECONDS_PER_TURN = 0.02
 
 
 def compare(rows: int, inputs: int, outputs: int, train: bool, turns: int) -> float:
-    """How many times as fast `product` is as `torch.nn.functional.linear`."""
+    """How many times as fast `matmul_t` is as `torch.nn.functional.linear`."""
     left_MK = torch.randn(rows, inputs, requires_grad=train)
     right_NK = torch.randn(outputs, inputs, requires_grad=train)
     upstream_MN = torch.randn(rows, outputs)
@@ -39,7 +39,7 @@ def compare(rows: int, inputs: int, outputs: int, train: bool, turns: int) -> fl
             with torch.inference_mode():
                 multiply(left_MK, right_NK)
 
-    sides = {"torch": functional.linear, "ours": product}
+    sides = {"torch": functional.linear, "ours": matmul_t}
     repeats = max(1, round(SECONDS_PER_TURN / seconds(lambda: work(functional.linear), 3)))
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):

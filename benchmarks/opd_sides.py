@@ -24,7 +24,7 @@ from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.load import run as import_base
 from stages.model.policy import load_policy
-from stages.on_policy.loop import Practice, take_step
+from stages.on_policy.loop import OnPolicyTask, take_step
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import TeacherSignal
@@ -131,7 +131,7 @@ class Ours:
         routes = {domain: (Routed(teacher),) for domain, teacher in teachers.items()}
         pool = TeacherPool(routes, store, policy, self.config)
         self.mixture = PromptMixture(examples, case.batch, {}, 0)
-        self.practice = Practice(
+        self.task = OnPolicyTask(
             stage="distill",
             mixture=self.mixture,
             signal=TeacherSignal(pool),
@@ -143,8 +143,8 @@ class Ours:
 
     def step(self, number: int) -> dict[str, float]:
         """Take a step; returns its metrics."""
-        self.learner.begin(number)
-        return take_step(self.practice, self.learner, self.config, number)[2]
+        self.learner.seed_step(number)
+        return take_step(self.task, self.learner, self.config, number)[2]
 
     def prompts(self, number: int) -> list[str]:
         """The prompts of a step as text; tokenized they are those our step samples from."""

@@ -115,7 +115,7 @@ def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, see
 
 def with_vllm(engine: VllmEngine, policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
     """Sample with vLLM as a stage does; the time in which it wakes and takes the weights does not count."""
-    engine.follow(policy, seed)
+    engine.update_weights(policy, seed)
     started = time.perf_counter()
     groups = engine.sample(prompts, group_size, Sampling(length), seed)
     return drawn(groups, time.perf_counter() - started)
@@ -212,7 +212,7 @@ def run(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
     if importlib.util.find_spec("vllm"):
         started = time.perf_counter()
         engine = VllmEngine(policy, DistillConfig(sampler=SamplerConfig(backend="vllm")), scratch)
-        engine.follow(policy, 0)
+        engine.update_weights(policy, 0)
         start_seconds = time.perf_counter() - started
         off = disagreement(policy, engine, batches[0], length)
         print(f"vLLM: log-probabilities within {off:.1e} nats of the model's own", flush=True)

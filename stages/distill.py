@@ -3,10 +3,10 @@
 Each step samples completions of all domains' prompts with the student, scores each by the teacher its domain is
 routed to, and updates the student towards that teacher: by a divergence over the vocabulary (logits in chunks) or its
 likeliest tokens, or by the sampled token's log-ratio as a clipped advantage with an importance weight. The anchor is
-one more teacher: the start checkpoint on general prompts; it is also the reference that `extrapolation` moves away
-from and `reference_kl` holds on to. `outcome_weight` adds the group-normalised reward, `golden_share` cross-entropy on
-gold answers, and `on_policy_fraction` below 1 lets teachers or the dataset write part of the completions. Teachers
-score in this process, or on vLLM servers.
+one more teacher: the start checkpoint on general prompts. The start checkpoint is also the reference that
+`extrapolation` moves away from and that `reference_kl` stays close to. `outcome_weight` adds the group-normalised
+reward, `golden_share` cross-entropy on gold answers. With `on_policy_fraction` below 1, teachers or the dataset write
+part of the completions. Teachers score in this process, or on vLLM servers.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
 from stages.on_policy.backends import make_sampler
-from stages.on_policy.loop import Monitor, Practice, Writer, train_on_policy
+from stages.on_policy.loop import Monitor, OnPolicyTask, Writer, train_on_policy
 from stages.on_policy.noise import reward_noise
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
@@ -40,13 +40,16 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
 
     Args:
         config: The merge's own config.
-        workspace: Parents, domains, seed and places to write to. Where `teacher_weights` names several teachers of a
-            domain, the parents are `teacher/<domain>/<name>`.
-        monitor: Scores the student while it trains.
+        workspace: Parents, domains, seed and folders. If `teacher_weights` names several teachers of a domain, the
+            parents are `teacher/<domain>/<name>`.
+        monitor: Scores the student during training.
+
+    Returns:
+        The committed student.
 
     Raises:
-        UserError: a domain without a teacher, a teacher with another tokenizer or whose scores disagree with its own
-            forward pass, a domain too small.
+        UserError: a domain has no teacher or too few examples, or a teacher has another tokenizer or scores that
+            disagree with its own forward pass.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
@@ -55,10 +58,10 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     learner = Learner(policy, config, config.max_steps * config.updates_per_batch, workspace.progress, workspace.seed)
     routes = _routes(config, workspace)
     reference = needs_reference(config.objective)
-    known: Routes = {**routes, REFERENCE: (Routed(start),)} if reference else routes
+    all_routes: Routes = {**routes, REFERENCE: (Routed(start),)} if reference else routes
     remote = _remote(config, workspace, routes, policy)
-    # A wrapper that holds the student's parameters must not see teachers' adapters among them.
-    pool = TeacherPool(known, workspace.store, policy, config, lends=learner.world_size == 1, remote=remote)
+    # A data-parallel wrapper of the student's parameters must not contain teachers' adapters.
+    pool = TeacherPool(all_routes, workspace.store, policy, config, share_base=learner.world_size == 1, remote=remote)
 
     def own_prompts(step: int) -> Sequence[Example]:
         return mixture.split(step, config.on_policy_fraction)[0]
@@ -70,11 +73,11 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
             remote.check_room(longest + config.max_new_tokens)
         sampler = opened.enter_context(contextlib.closing(make_sampler(config, learner, workspace, own_prompts)))
         check = SamplerCheck(workspace.name, policy, sampler, examples, config)
-        with learner.whole():
+        with learner.gathered_weights():
             preflight(check, pool, config, notes.append)
         if remote is not None:
             pool.release()
-        practice = Practice(
+        task = OnPolicyTask(
             stage="distill",
             mixture=mixture,
             signal=_signal(config, workspace, learner, pool, reference),
@@ -88,14 +91,14 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
             recheck=check.again,
             monitor=monitor,
             notes=notes,
-            news=[sampler.news] if remote is None else [sampler.news, remote.news],
+            logs=[sampler.drain_log] if remote is None else [sampler.drain_log, remote.drain_log],
             facts={"teachers": _manifest(config, routes, mixture)},
         )
-        return train_on_policy(practice, learner, config, workspace)
+        return train_on_policy(task, learner, config, workspace)
 
 
 def _routes(config: DistillConfig, workspace: Workspace) -> Routes:
-    """Who teaches each domain, and with which weight."""
+    """The teachers of each domain, with their weights."""
     routes: Routes = {}
     for domain in workspace.domains:
         if several := config.teacher_weights.get(domain):
@@ -107,7 +110,7 @@ def _routes(config: DistillConfig, workspace: Workspace) -> Routes:
 
 
 def _remote(config: DistillConfig, workspace: Workspace, routes: Routes, policy: Policy) -> RemoteTeachers | None:
-    """The teachers' servers, where they score there."""
+    """The client of the teachers' servers; None if teachers score in this process."""
     if config.teacher_backend == "local":
         return None
     teachers = {routed.teacher.key: routed.teacher.name for taught in routes.values() for routed in taught}
@@ -117,7 +120,7 @@ def _remote(config: DistillConfig, workspace: Workspace, routes: Routes, policy:
 def _signal(
     config: DistillConfig, workspace: Workspace, learner: Learner, pool: TeacherPool, reference: bool
 ) -> Signal:
-    """The routed teacher, with the outcome reward and the trainer's own log-probabilities where they are asked for."""
+    """The routed teacher, plus the outcome reward and the trainer's own log-probabilities if the config needs them."""
     signals: list[Signal] = [TeacherSignal(pool, reference)]
     if config.objective.outcome_weight > 0:
         signals.append(
@@ -133,7 +136,7 @@ def _signal(
 
 
 def _writer(config: DistillConfig, workspace: Workspace, learner: Learner, pool: TeacherPool) -> Writer | None:
-    """Who answers the prompts that the student does not."""
+    """The writer of the completions that the student does not write; None if it writes all."""
     if config.on_policy_fraction == 1.0:
         return None
     if config.off_policy == "teacher":
@@ -142,7 +145,7 @@ def _writer(config: DistillConfig, workspace: Workspace, learner: Learner, pool:
 
 
 def _manifest(config: DistillConfig, routes: Routes, mixture: PromptMixture) -> list[dict[str, Any]]:
-    """Which teacher taught which domain: its digest, weight, share of the prompts and objective."""
+    """The manifest's entry for each teacher of each domain: its digest, weight, share of the prompts and objective."""
     prompts = sum(mixture.counts.values())
     objective = config.objective.key_fields()
     return [

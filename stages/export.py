@@ -1,4 +1,4 @@
-"""A stored checkpoint as a plain Hugging Face directory that any other program loads: adapters merged, safetensors."""
+"""Export a stored checkpoint as a plain Hugging Face directory for other programs: adapters merged, safetensors."""
 
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,21 +21,21 @@ READABLE = 0o644
 
 
 def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str = "auto") -> int:
-    """Write weights, configuration, tokenizer and chat template of a checkpoint, and read them back.
+    """Write weights, configuration, tokenizer and chat template of a checkpoint, then read them back as a check.
 
     An adapter is added to its base in float32 and then cast.
 
     Args:
         checkpoint: A stored checkpoint, full or adapter.
-        store: Where an adapter's base is found.
-        folder: Where to; exists and is empty.
+        store: Holds an adapter's base.
+        folder: The target; exists and is empty.
         dtype: Type of the weights; `auto` is that of the checkpoint, for an adapter that of its base.
 
     Returns:
         The number of parameters.
 
     Raises:
-        UserError: no such type; or what was written does not give the checkpoint's logits.
+        UserError: `dtype` is not valid; or the written files do not give the checkpoint's logits.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: '{dtype}' is none of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
@@ -51,24 +51,28 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     if generation is not None and tokenizer.eos_token_id is not None:
         before = generation.eos_token_id
         generation.eos_token_id = generation_stops(before, stop_ids(tokenizer, before))
-    for parameter in model.eval().parameters():  # the buffers of rotary positions stay as they are
+    for parameter in model.eval().parameters():  # the buffers of rotary positions keep their type
         parameter.data = parameter.data.to(kept)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     for path in folder.iterdir():
-        path.chmod(READABLE)  # safetensors writes for its owner alone
+        path.chmod(READABLE)  # safetensors makes files that only their owner can read
     _check(model, tokenizer, folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """See that what was written is read as the model that was meant."""
+    """Check that the written files load as the intended model and tokenizer.
+
+    Raises:
+        UserError: they do not.
+    """
     again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **options()).eval()
     read = AutoTokenizer.from_pretrained(folder, **options())
     if read.get_vocab() != tokenizer.get_vocab() or read.chat_template != tokenizer.chat_template:
-        raise UserError(f"{folder}: the tokenizer that was written is not read as the checkpoint's own")
+        raise UserError(f"{folder}: the written tokenizer does not load as the checkpoint's own")
     tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.get_text_config().vocab_size))[None]
     with torch.no_grad():
         expected_1TV, found_1TV = (each(input_ids=tokens_1T, use_cache=False).logits for each in (model, again))
     if not torch.equal(expected_1TV, found_1TV):
-        raise UserError(f"{folder}: the weights that were written do not give the checkpoint's logits")
+        raise UserError(f"{folder}: the written weights do not give the checkpoint's logits")

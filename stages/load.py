@@ -1,10 +1,10 @@
-"""Base stage: bring a checkpoint made elsewhere (Hugging Face id, local directory, GGUF file) into the store.
+"""Base stage: copy an external checkpoint (Hugging Face id, local directory, GGUF file) into the store.
 
-It may come from anybody, so nothing in it is run: weights are read from safetensors or GGUF, never from a pickle, and a
-model that brings its own code is refused, unless the run file says `remote_code: true`; then that code goes into the
-store with it.
+The checkpoint is untrusted, so none of its code is run: weights are read from safetensors or GGUF, never from a pickle.
+A model with its own code is refused, unless the run file has `remote_code: true`; its code is then copied into the
+store too.
 
-Weights are kept in the type they come in (a GGUF file's are de-quantized to float32); later stages train in float32.
+Weights keep their original type (a GGUF file's are de-quantized to float32); later stages train in float32.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from stages.model.policy import save_tokenizer
 from stages.model.remote_code import OWN_CODE, options
 from stages.rows.trained_on import TrainedOn
 
-# What transformers, tokenizers and safetensors raise of files that are damaged or do not belong together.
+# Raised by transformers, tokenizers and safetensors for files that are damaged or do not belong together.
 LIBRARIES_FAULTS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError, ArithmeticError,
     SafetensorError,
 )  # fmt: skip
-# Tensors named in a message.
+# Number of tensors named in a message.
 SHOWN = 3
 
 
@@ -37,17 +37,17 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     """Copy the checkpoint into the store.
 
     Raises:
-        UserError: the files are no causal language model with a tokenizer, or only a pickle of one, or bring code, or
-            name weights elsewhere.
+        UserError: the files are no causal language model with a tokenizer, are only a pickle of one, contain code, or
+            refer to weights outside of the folder.
     """
     location, arguments = _arguments(source)
     if source.kind == "hub":
-        # It looks where transformers will.
+        # transformers searches the same places for an adapter.
         if find_adapter_config_file(location, revision=source.revision) is not None:
             raise UserError(refused_adapter(workspace.name, location))
     else:
         if not Path(location).exists():
-            raise UserError(f"{workspace.name}: {source.location}: there is nothing of this name any more")
+            raise UserError(f"{workspace.name}: {source.location}: no longer exists")
         refuse_paths(workspace.name, Path(location))
         if source.kind == "directory":
             check_folder(workspace.name, Path(location))
@@ -76,10 +76,10 @@ def run(source: Source, workspace: Workspace) -> Artifact:
 
 
 def make_writable(model: PreTrainedModel) -> None:
-    """Let transformers write a model's generation settings: it reads contradictions that it refuses to write.
+    """Repair a model's generation settings: transformers reads contradictory settings that it refuses to write.
 
-    Settings of sampling without `do_sample` are those of a model that samples; of other contradictions only the ids
-    of tokens are kept, which alone decide anything here.
+    If sampling settings come without `do_sample`, it is set. For other contradictions only the token ids are kept,
+    since no stage uses any other setting.
     """
     generation = model.generation_config
     if generation is None or _is_writable(generation):
@@ -99,10 +99,10 @@ def _is_writable(generation: GenerationConfig) -> bool:
 
 
 def _require_whole(loaded: Mapping[str, Any], where: str) -> None:
-    """Refuse weights that are not the model's: transformers fills what is missing with random numbers.
+    """Refuse weights that do not match the model: transformers fills missing tensors with random numbers.
 
     Raises:
-        UserError: names missing and unexpected tensors, and those of another shape.
+        UserError: tensors are missing, unexpected or of another shape; the message names some of them.
     """
     shapes = sorted(str(each[0]) if isinstance(each, tuple) else str(each) for each in loaded["mismatched_keys"])
     kinds = {
@@ -120,7 +120,7 @@ def _some(names: list[str]) -> str:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights as an ordinary model: a de-quantized one still counts as quantized and refuses to be saved."""
+    """The same weights as an ordinary model: transformers refuses to save a de-quantized model as it is."""
     values = model.config.to_dict()
     values.pop("quantization_config", None)
     plain = type(model)(type(model.config).from_dict(values))

@@ -1,14 +1,15 @@
-"""Weight merges: one student by arithmetic on the experts' weights; what MOPD is compared with. Nothing is trained.
+"""Weight merges: one student by arithmetic on the experts' weights, a baseline for MOPD. Nothing is trained.
 
-With `start` the weights all experts began from, an expert's task vector is `expert - start`. The methods:
+With `start` the weights from which all experts were trained, an expert's task vector is `expert - start`. The methods:
     weight_average   the weighted mean of the experts (Wortsman et al. 2022)
     task_arithmetic  start + scale * sum of the task vectors (Ilharco et al. 2023)
-    ties             start + scale * disjoint mean: the largest entries of each task vector stay, the sign of their sum
-                     is elected, those of that sign are averaged (Yadav et al. 2023)
-    dare_linear, dare_ties   task_arithmetic, or election and disjoint mean, of task vectors of which a random share
-                     is kept and divided by that share (Yu et al. 2024)
-peft does the arithmetic, tensor by tensor: TIES trims each tensor by itself, where the paper ranks the whole vector at
-once. Adapters are merged as the full weights they stand for. Left out: a scale searched on validation data.
+    ties             start + scale * disjoint mean: the largest entries of each task vector are kept, the sign of their
+                     sum is elected, and the entries of that sign are averaged (Yadav et al. 2023)
+    dare_linear, dare_ties   task_arithmetic, or election and disjoint mean, of sparsified task vectors: a random share
+                     of the entries is kept and divided by that share (Yu et al. 2024)
+peft does the arithmetic, tensor by tensor: TIES trims each tensor by itself, while the paper ranks the whole vector at
+once. Adapters are merged as full weights, with their deltas added to the base. Left out: a scale searched on validation
+data.
 """
 
 import math
@@ -31,19 +32,20 @@ from stages.model.weights import StoredWeights
 from stages.rows.trained_on import TrainedOn
 
 ROLE = "teacher/"
-# Entries worked on at a time.
+# Entries processed at a time.
 _SLICE = 2**20
-# Where they differ, tensors of equal shape mean different things.
+# If one of these differs, tensors of equal shape have different meanings.
 _ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One of the merged.
+    """One of the merged checkpoints.
 
     Attributes:
-        name: What follows `teacher/` in its role.
-        weight: Its weight; the experts' mean is 1.
+        name: Its role without the prefix `teacher/`.
+        checkpoint: The stored checkpoint.
+        weight: Its weight; the mean over experts is 1.
     """
 
     name: str
@@ -53,13 +55,16 @@ class Expert:
 
 @torch.no_grad()
 def run(config: WeightMergeConfig, workspace: Workspace) -> Artifact:
-    """Merge the parents `teacher/<name>` into one full checkpoint laid out as `start` (or its adapter's base).
+    """Merge the parents `teacher/<name>` into one full checkpoint with the layout of `start` (or its adapter's base).
 
-    Beside the start only one tensor of each expert is in memory at a time.
+    Besides the start only one tensor of each expert is in memory at a time.
+
+    Returns:
+        The committed student.
 
     Raises:
-        UserError: no expert, a weight for one that is not there, or an expert with another architecture or tokenizer
-            than the start.
+        UserError: there is no expert, `weights` names an unknown one, or an expert's architecture or tokenizer differs
+            from the start's.
     """
     policy = load_policy(workspace.parents["start"], workspace.store, trainable=True)
     experts = choose_experts(workspace.name, config.weights, workspace.parents)
@@ -100,10 +105,13 @@ def merge(
 
     Args:
         config: The method.
-        start: The tensor they began from, float32 like theirs.
-        experts: Each expert's.
-        weights: Their weights, of mean 1.
-        seed: What decides which entries DARE drops: one stream a tensor, whatever the order of tensors.
+        start: The start's tensor, float32 like the experts'.
+        experts: Each expert's tensor.
+        weights: The experts' weights, of mean 1.
+        seed: Seed of the entries that DARE drops: one random stream per tensor, independent of the order of tensors.
+
+    Returns:
+        The merged tensor.
     """
     if config.method == "weight_average":
         return _mean(experts, weights)
@@ -118,7 +126,7 @@ def merge(
 
 
 def _sparse(config: WeightMergeConfig, task_vector: Tensor) -> Tensor:
-    """The task vector with what the method drops at zero."""
+    """The task vector with the entries that the method drops set to zero."""
     if config.density is None or config.density == 1.0:
         return task_vector
     if config.method == "ties":
@@ -129,7 +137,7 @@ def _sparse(config: WeightMergeConfig, task_vector: Tensor) -> Tensor:
 
 
 def _disjoint_mean(task_vectors: list[Tensor], factors: Tensor) -> Tensor:
-    """The mean of those entries that have the sign of their sum over experts."""
+    """The mean over experts of the entries that have the sign of their sum."""
     stacked = torch.stack(task_vectors)
     agreeing = merge_utils.calculate_majority_sign_mask(stacked)
     mean: Tensor = merge_utils.disjoint_merge(stacked * factors[:, None], agreeing)
@@ -137,7 +145,7 @@ def _disjoint_mean(task_vectors: list[Tensor], factors: Tensor) -> Tensor:
 
 
 def _mean(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted mean, step by step, so that the mean of equal tensors is exactly they."""
+    """The weighted mean, computed incrementally, so that the mean of equal tensors is exactly that tensor."""
     mean, total = experts[0], weights[0]
     for expert, weight in zip(experts[1:], weights[1:], strict=True):
         total += weight
@@ -146,16 +154,16 @@ def _mean(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def choose_experts(node: str, weights: Mapping[str, float], parents: Mapping[str, Artifact]) -> list[Expert]:
-    """The experts by name.
+    """The experts among a node's parents.
 
-    A checkpoint under several roles is one expert, with the sum of what `weights` gives to its roles.
+    A checkpoint with several roles is one expert, with the sum of its roles' `weights`.
 
     Raises:
-        UserError: there is none, or `weights` names one that is not there.
+        UserError: there is no expert, or `weights` names an unknown one.
     """
     named = {role.removeprefix(ROLE): parent for role, parent in sorted(parents.items()) if role.startswith(ROLE)}
     if not named:
-        raise UserError(f"{node}: a weight merge needs experts, and there is none")
+        raise UserError(f"{node}: a weight merge needs experts, and there are none")
     for name in weights:
         if name not in named:
             raise UserError(f"{node}: weights.{name}: no such expert{nearest(name, named)}")
@@ -168,9 +176,9 @@ def choose_experts(node: str, weights: Mapping[str, float], parents: Mapping[str
 
 
 def distinct_tensors(policy: Policy) -> dict[tuple[str, ...], Tensor]:
-    """The model's floating-point tensors with all names each goes by: a tied head is the embedding's other name.
+    """The model's floating-point tensors, each with all its names: a tied head is another name of the embedding.
 
-    Tensors of integers are the start's own: there is nothing between two of them.
+    Integer tensors are not merged; the student keeps those of the start.
     """
     names: dict[int, list[str]] = {}
     state = policy.model.state_dict()
@@ -181,7 +189,7 @@ def distinct_tensors(policy: Policy) -> dict[tuple[str, ...], Tensor]:
 
 
 class Geometry:
-    """Norms of and cosines between task vectors, added up tensor by tensor."""
+    """Norms of task vectors and cosines between them, accumulated tensor by tensor."""
 
     def __init__(self, experts: Sequence[Expert]) -> None:
         self.names = [expert.name for expert in experts]
@@ -189,7 +197,7 @@ class Geometry:
         self.merged = 0.0
 
     def add(self, start: Tensor, experts: Sequence[Tensor], merged: Tensor) -> None:
-        """Count in one tensor of the start, of every expert and of what they became, slice by slice."""
+        """Add one tensor of the start, of every expert and of the merged student, slice by slice."""
         for origin, result, *theirs in zip(
             *(tensor.flatten().split(_SLICE) for tensor in (start, merged, *experts)), strict=True
         ):
@@ -199,7 +207,7 @@ class Geometry:
 
     def metrics(self) -> dict[str, float]:
         """`merge/norm` of the merged task vector, `merge/norm/EXPERT`, and `merge/cosine/ONE/OTHER` of each pair; a
-        task vector of zero has no direction, and no cosine."""
+        task vector of zero has no direction, so its cosines are absent."""
         norms = self.products.diagonal().sqrt()
         values = {"merge/norm": math.sqrt(self.merged)}
         values |= {f"merge/norm/{name}": float(norm) for name, norm in zip(self.names, norms, strict=True)}
@@ -209,7 +217,7 @@ class Geometry:
         return values
 
     def cosine(self, one: int, other: int) -> float | None:
-        """Of two experts' task vectors, by position; None where one is zero, for it has no direction."""
+        """The cosine of two experts' task vectors, by position; None if one is zero and so has no direction."""
         scale = float((self.products[one, one] * self.products[other, other]).sqrt())
         return float(self.products[one, other]) / scale if scale > 0 else None
 
@@ -218,7 +226,11 @@ class Geometry:
 
 
 def _check(expert: Expert, weights: StoredWeights, policy: Policy, tensors: Mapping[tuple[str, ...], Tensor]) -> None:
-    """See that an expert's weights can be added to the start's."""
+    """Check that an expert's weights can be added to the start's.
+
+    Raises:
+        UserError: architecture, tensors or tokenizer differ.
+    """
     who = f"expert {expert.name} ({expert.checkpoint.name})"
     ours = policy.model.config.to_dict()
     for field in _ARCHITECTURE:
@@ -227,7 +239,7 @@ def _check(expert: Expert, weights: StoredWeights, policy: Policy, tensors: Mapp
     for names, tensor in tensors.items():
         shapes = [weights.shapes[name] for name in names if name in weights.shapes]
         if not shapes:
-            raise UserError(f"{who}: it has no {names[0]}, which the start has; weights of one shape can be merged")
+            raise UserError(f"{who}: it has no {names[0]}, which the start has; a merge needs equal shapes")
         if shapes[0] != tuple(tensor.shape):
             raise UserError(f"{who}: its {names[0]} is {shapes[0]}, the start's {tuple(tensor.shape)}")
     if strange := sorted(weights.shapes.keys() - policy.model.state_dict().keys()):

@@ -1,9 +1,9 @@
-"""Pretraining stage: a tiny model from scratch, so that the whole recipe runs where no checkpoint can be had.
+"""Pretraining stage: a tiny model from scratch, so that the whole recipe runs without any downloaded checkpoint.
 
-The corpus is made of the domains' own prompts and rough demonstrations in the chat form all later stages use, so
-that chat and end tokens are trained; a share of documents ends in another example's answer. What results is a base
-that knows the formats and does each task poorly: room for the experts. Each step takes whole documents up to
-`batch_tokens`; prompt tokens weigh `prompt_weight`. Left out: any attempt at general knowledge.
+The corpus consists of the domains' own prompts and rough demonstrations in the chat form of all later stages, so that
+chat and end tokens are trained; a share of the documents ends in another example's answer. The result is a base that
+follows the formats and solves each task poorly, which leaves room for the experts. Each step takes whole documents up
+to `batch_tokens`; prompt tokens have the weight `prompt_weight`. Left out: any attempt at general knowledge.
 """
 
 import itertools
@@ -26,7 +26,7 @@ def train(config: PretrainConfig, workspace: Workspace) -> Artifact:
     """Train a fresh tiny model on rough demonstrations of the workspace's domains.
 
     Raises:
-        UserError: a domain cannot supply `examples` training examples, or some do not fit the model.
+        UserError: a domain has fewer than `examples` training examples, or some do not fit the model.
     """
     tokenizer = character_tokenizer()
     policy = Policy(tiny_model(config.model, tokenizer, workspace.seed), tokenizer)
@@ -43,7 +43,7 @@ def train(config: PretrainConfig, workspace: Workspace) -> Artifact:
 
 
 def _packed(documents: Iterator[Demonstration], batch_tokens: int) -> Iterator[list[Demonstration]]:
-    """Whole documents of about `batch_tokens` tokens a step, at least one."""
+    """Batches of whole documents with about `batch_tokens` tokens per step, at least one document."""
     while True:
         batch: list[Demonstration] = []
         size = 0
@@ -54,7 +54,7 @@ def _packed(documents: Iterator[Demonstration], batch_tokens: int) -> Iterator[l
 
 
 def _rows(documents: list[Demonstration], prompt_weight: float, learner: Learner) -> list[Row]:
-    """Score every token but the first; the weights of all processes' tokens sum to 1."""
+    """Rows that score every token but the first; the weights of all processes' tokens sum to 1."""
     weights = [
         torch.tensor([prompt_weight] * (len(prompt) - 1) + [1.0] * len(completion)) for prompt, completion in documents
     ]

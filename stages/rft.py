@@ -1,9 +1,9 @@
-"""RFT stage: an expert from its own successes; rejection-sampled fine-tuning on the one on-policy loop.
+"""RFT stage: an expert trained on its own successes; rejection-sampled fine-tuning on the one on-policy loop.
 
 Each step samples a group of completions for every prompt and imitates those that the domain's scorer passes (Yuan et
-al. 2023; sampling anew in every step as RAFT does, Dong et al. 2023). No failure pushes anything away, which is all
-that sets it apart from RL. A prompt of which nothing passes teaches nothing.
-Left out: a store of successes from earlier steps, and taking only distinct ones.
+al. 2023; with new samples in every step as in RAFT, Dong et al. 2023). Failed completions have no negative weight; that
+is the only difference from RL. A prompt without a passing completion has no effect.
+Left out: a store of successes from earlier steps, and keeping only distinct ones.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from stages.losses.chunked import TokenLoss
 from stages.losses.log_probabilities import entropy, token_logprobs
 from stages.model.policy import load_policy
 from stages.on_policy.backends import make_sampler
-from stages.on_policy.loop import Monitor, Practice, train_on_policy
+from stages.on_policy.loop import Monitor, OnPolicyTask, train_on_policy
 from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.rollout import PromptMixture, Rollout
-from stages.on_policy.signals import Judgement, SuccessSignal
+from stages.on_policy.signals import Signals, SuccessSignal
 
 
 def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = None) -> Artifact:
@@ -33,12 +33,15 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
 
     Args:
         config: The stage's config.
-        workspace: Parents, domains, seed and places to write to.
-        monitor: Scores the student while it trains.
+        workspace: Parents, domains, seed and folders.
+        monitor: Scores the student during training.
+
+    Returns:
+        The committed expert.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts, some are too long, or the sampler's log-probabilities are
-            not those of the model's own forward pass.
+        UserError: a domain has fewer than `examples` prompts, some are too long, or the sampler's log-probabilities
+            differ from those of the model's own forward pass.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
@@ -48,10 +51,10 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
     noise = reward_noise(config, workspace.seed)
 
-    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+    def objective(rollout: Rollout, signals: Signals, rows: Sequence[int]) -> TokenLoss:
         """The cross-entropy of some rows that passed."""
         tokens_N = rollout.tokens(rows, learner.device)
-        passed_N = judgement.token_advantages(rollout, rows, learner.device)
+        passed_N = signals.token_advantages(rollout, rows, learner.device)
         assert passed_N is not None
 
         def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,9 +67,9 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
 
     with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
-        with learner.whole():
+        with learner.gathered_weights():
             notes.append(check.start())
-        practice = Practice(
+        task = OnPolicyTask(
             stage="rft",
             mixture=mixture,
             signal=SuccessSignal(workspace.domains, config.pass_score, noise),
@@ -76,6 +79,6 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
             recheck=check.again,
             monitor=monitor,
             notes=notes,
-            news=[sampler.news],
+            logs=[sampler.drain_log],
         )
-        return train_on_policy(practice, learner, config, workspace)
+        return train_on_policy(task, learner, config, workspace)

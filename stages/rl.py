@@ -2,9 +2,9 @@
 
 Each step samples a group of completions for every prompt, scores them with the domain's scorer, takes the reward
 relative to the group's mean as the advantage of every token, and makes one or more updates on PPO's surrogate with an
-asymmetric clip (DAPO's clip-higher). Groups whose rewards are all equal carry no signal and are not run backward.
-`reference_kl` adds the exact reverse KL against the start, then every row is run backward. Left out: a critic, DAPO's
-over-long shaping.
+asymmetric clip (DAPO's clip-higher). Groups whose rewards are all equal carry no signal and skip the backward pass.
+`reference_kl` adds the exact reverse KL against the start; every row then takes part in the backward pass. Left out: a
+critic, DAPO's over-long shaping.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from stages.losses.divergences import reverse_kl
 from stages.losses.log_probabilities import clipped_surrogate, entropy, token_logprobs
 from stages.model.policy import load_policy
 from stages.on_policy.backends import make_sampler
-from stages.on_policy.loop import Monitor, Practice, train_on_policy
+from stages.on_policy.loop import Monitor, OnPolicyTask, train_on_policy
 from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.rollout import PromptMixture, Rollout
-from stages.on_policy.signals import Judgement, ReferenceSignal, RewardSignal, Signal, SumSignal
-from stages.teachers.residency import Held
+from stages.on_policy.signals import ReferenceSignal, RewardSignal, Signal, Signals, SumSignal
+from stages.teachers.residency import TeacherSettings
 from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
 
@@ -37,12 +37,15 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
 
     Args:
         config: The stage's config.
-        workspace: Parents, domains, seed and places to write to.
-        monitor: Scores the student while it trains.
+        workspace: Parents, domains, seed and folders.
+        monitor: Scores the student during training.
+
+    Returns:
+        The committed expert.
 
     Raises:
-        UserError: a domain cannot supply `examples` prompts, some are too long, or the sampler's log-probabilities are
-            not those of the model's own forward pass.
+        UserError: a domain has fewer than `examples` prompts, some are too long, or the sampler's log-probabilities
+            differ from those of the model's own forward pass.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
@@ -55,13 +58,13 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
     if config.reference_kl > 0:
         signal = SumSignal(signal, _reference(config, workspace, learner))
 
-    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+    def objective(rollout: Rollout, signals: Signals, rows: Sequence[int]) -> TokenLoss:
         """The clipped surrogate of some rows."""
         tokens_N = rollout.tokens(rows, learner.device)
         sampler_logprobs_N = rollout.logprobs(rows, learner.device)
-        advantages_N = judgement.token_advantages(rollout, rows, learner.device)
+        advantages_N = signals.token_advantages(rollout, rows, learner.device)
         assert advantages_N is not None
-        reference = judgement.reference.logits(rows) if judgement.reference else None
+        reference = signals.reference.logits(rows) if signals.reference else None
 
         def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             scaled_CV = logits_CV / config.temperature
@@ -70,8 +73,8 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
                 logprobs_C, sampler_logprobs_N[part], advantages_N[part], config.clip_low, config.clip_high
             )
             if reference is not None:
-                away_C, more = reverse_kl(scaled_CV, reference(part) / config.temperature)
-                return losses_C + config.reference_kl * away_C, {
+                kl_C, more = reverse_kl(scaled_CV, reference(part) / config.temperature)
+                return losses_C + config.reference_kl * kl_C, {
                     **metrics,
                     "reference_kl": more["reverse_kl"],
                     "entropy": more["entropy"],
@@ -83,9 +86,9 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
 
     with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
-        with learner.whole():
+        with learner.gathered_weights():
             notes.append(check.start())
-        practice = Practice(
+        task = OnPolicyTask(
             stage="rl",
             mixture=mixture,
             signal=signal,
@@ -95,14 +98,15 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             recheck=check.again,
             monitor=monitor,
             notes=notes,
-            news=[sampler.news],
+            logs=[sampler.drain_log],
         )
-        return train_on_policy(practice, learner, config, workspace)
+        return train_on_policy(task, learner, config, workspace)
 
 
 def _reference(config: RLConfig, workspace: Workspace, learner: Learner) -> ReferenceSignal:
-    """The start checkpoint as the policy the penalty holds on to."""
+    """The signal of the start checkpoint, the reference of the KL penalty."""
     routes = {REFERENCE: (Routed(workspace.parents["start"]),)}
-    held = Held(config.dtype, config.micro_batch_tokens)
-    # A wrapper that holds the student's parameters must not see another adapter among them.
-    return ReferenceSignal(TeacherPool(routes, workspace.store, learner.policy, held, lends=learner.world_size == 1))
+    settings = TeacherSettings(config.dtype, config.micro_batch_tokens)
+    # A data-parallel wrapper of the student's parameters must not contain another adapter.
+    share_base = learner.world_size == 1
+    return ReferenceSignal(TeacherPool(routes, workspace.store, learner.policy, settings, share_base))

@@ -1,9 +1,9 @@
 """SFT stage: imitate demonstrations, with the loss on completion tokens only.
 
-The same page trains the cold start (a few rough demonstrations of many domains) and SFT experts (gold answers of one
+The same module trains the cold start (a few rough demonstrations of many domains) and SFT experts (gold answers of one
 domain). Every step takes the next `batch_size` demonstrations of an endless shuffled stream and makes one update on
-the mean cross-entropy of their completion tokens; `mask_conflicts` leaves out those that conflict with what the model
-is sure of. Left out: packing, for the loss must not depend on neighbours.
+the mean cross-entropy of their completion tokens; `mask_conflicts` leaves out tokens that conflict with confident
+predictions of the model. Left out: packing, because the loss must not depend on neighbours.
 """
 
 import itertools
@@ -23,7 +23,7 @@ def train(config: SFTConfig, workspace: Workspace) -> Artifact:
     """Fine-tune the checkpoint `start` on demonstrations of the workspace's domains.
 
     Raises:
-        UserError: a domain cannot supply `examples` training examples, or some do not fit the model.
+        UserError: a domain has fewer than `examples` training examples, or some do not fit the model.
     """
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)

@@ -24,7 +24,7 @@ from stages.learner.training import step_seed
 from stages.learner.workspace import Workspace
 from stages.losses.chunked import chunk_length, chunked_token_loss
 from stages.losses.divergences import forward_kl
-from stages.model.linear import product
+from stages.model.linear import matmul_t
 from stages.model.policy import HiddenStates, Policy, load_policy
 from stages.model.weights import StoredWeights
 from stages.on_policy.health import compression
@@ -140,7 +140,7 @@ def _of_batch(start: Policy, policy: Policy, samples: Sequence[Sample], temperat
     ours_NH, theirs_NH = (packed.scored(HiddenStates(who.model)(*packed.inputs)) for who in (policy, start))
 
     def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
-        theirs_CV = product(theirs_NH[part], start.head_VH)
+        theirs_CV = matmul_t(theirs_NH[part], start.head_VH)
         forward_C, metrics = forward_kl(logits_CV / temperature, theirs_CV / temperature)
         return forward_C, {**metrics, "forward_kl": forward_C}
 

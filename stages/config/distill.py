@@ -1,4 +1,4 @@
-"""The merge's config: the objective, and who teaches. Free of torch."""
+"""The config of the distillation merge: its objective and its teachers. Free of torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -22,13 +22,13 @@ TeacherWeight = Ratio
 class TopKConfig(StrictModel):
     """A divergence over K tokens of the vocabulary instead of all."""
 
-    k: Positive = Field(32, description="Tokens taken from a model; as many as the vocabulary has is the exact form.")
+    k: Positive = Field(32, description="Likeliest tokens of a model; the size of the vocabulary is the exact form.")
     support: Literal["student", "teacher", "union", "intersection"] = Field(
-        "teacher", description="Whose likeliest tokens."
+        "teacher", description="The model whose likeliest tokens are the support."
     )
     remainder: Literal["renormalise", "correct", "tail"] = Field(
         "tail",
-        description="What becomes of the others: both distributions renormalised over the support, the mass "
+        description="Treatment of the other tokens: both distributions renormalised over the support, the mass "
         "difference added (- S + T), or all others in one bucket.",
     )
 
@@ -40,13 +40,13 @@ class TopKConfig(StrictModel):
 
 
 class ObjectiveConfig(StrictModel):
-    """What the student minimises on its samples against the routed teacher; a name alone stands for its defaults."""
+    """The loss of the student's samples against the routed teacher; a name alone selects its defaults."""
 
     name: Literal["reverse_kl", "forward_kl", "jsd", "entropy_aware", "sampled_reverse_kl", "imitation"] = Field(
         "reverse_kl",
         description="Exact full-vocabulary reverse KL, forward KL, generalised JSD, reverse KL plus forward KL where "
-        "the teacher is unsure; the sampled token's log-ratio as a clipped advantage; or the cross-entropy of what "
-        "others wrote (SeqKD, with on_policy_fraction 0).",
+        "the teacher is unsure; the sampled token's log-ratio as a clipped advantage; or the cross-entropy of "
+        "completions that the student did not write (SeqKD, with on_policy_fraction 0).",
     )
     top_k: TopKConfig | None = Field(
         None,
@@ -77,7 +77,7 @@ class ObjectiveConfig(StrictModel):
     importance_level: Literal["token", "sequence"] = Field(
         "token",
         description="Whether trainer and sampler are compared by the token or by the geometric mean over its sequence; "
-        "what updates of the same batch have moved counts by the token.",
+        "the change by updates on the same batch always counts by the token.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     importance_band: tuple[float, float] = Field((0.5, 2.0), description="The band of the ratio: [low, high].")
@@ -100,7 +100,7 @@ class ObjectiveConfig(StrictModel):
     )
     chunk_tokens: Positive | None = Field(
         None,
-        description="Tokens whose logits exist at one time; as many as 64 MiB hold when absent.",
+        description="Tokens whose logits exist at the same time; as many as fit into 64 MiB when absent.",
         json_schema_extra=NOT_IN_KEY,
     )
 
@@ -145,34 +145,35 @@ class DistillConfig(OnPolicyConfig):
     )
     teacher_weights: dict[str, dict[str, TeacherWeight]] = Field(
         default_factory=dict,
-        description="domain -> teacher -> weight, where several teachers share a domain; their geometric mean teaches.",
+        description="domain -> teacher -> weight, for domains with several teachers; the target is their geometric "
+        "mean.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     on_policy_fraction: Share = Field(
         1.0,
-        description="Share of prompts the student answers itself; the others bring completions made elsewhere.",
+        description="Share of prompts that the student answers itself; the others get completions from `off_policy`.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     off_policy: Literal["teacher", "dataset"] = Field(
         "teacher",
-        description="Whose completions the others bring: the routed teacher's own, or the domain's gold answers.",
+        description="Completions of the other prompts: the routed teacher's own, or the domain's gold answers.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     teacher_backend: Literal["local", "vllm_server"] = Field(
         "local",
-        description="Who scores: the trainer's own process, or vLLM servers (`resources.teacher_servers`), which tell "
-        "of a teacher its likeliest tokens and the sampled one.",
+        description="Where teachers score: in the trainer's own process, or on vLLM servers "
+        "(`resources.teacher_servers`), which report a teacher's likeliest tokens and the sampled one.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     max_resident: Positive = Field(
         8,
-        description="Full teacher checkpoints held in memory at one time; of the others only the output heads, while a "
+        description="Full teacher checkpoints in memory at the same time; of the others only the output heads, while a "
         "step needs them.",
         json_schema_extra=NOT_IN_KEY,
     )
     teacher_cache: Literal["device", "cpu"] = Field(
         "device",
-        description="Where the teachers' hidden states wait for the updates of one rollout.",
+        description="Where the teachers' hidden states are stored until the updates of one rollout.",
         json_schema_extra=NOT_IN_KEY,
     )
     optimizer: OptimizerConfig = Field(
@@ -180,7 +181,7 @@ class DistillConfig(OnPolicyConfig):
     )
 
     def key_fields(self) -> dict[str, Any]:
-        """Who would answer prompts decides nothing where the student answers all."""
+        """The fields that decide the result; `off_policy` is not one if the student answers all prompts."""
         values = super().key_fields()
         if self.on_policy_fraction == 1.0:
             values.pop("off_policy", None)
@@ -189,26 +190,28 @@ class DistillConfig(OnPolicyConfig):
     @model_validator(mode="after")
     def _imitates_others(self) -> Self:
         if self.objective.name == "imitation" and self.on_policy_fraction > 0:
-            raise ValueError("objective: imitation learns what others wrote; it needs an on_policy_fraction of 0")
+            raise ValueError(
+                "objective: imitation learns from completions of others; it needs an on_policy_fraction of 0"
+            )
         return self
 
     @model_validator(mode="after")
-    def _servers_tell_enough(self) -> Self:
+    def _servers_report_enough(self) -> Self:
         if self.teacher_backend == "local":
             return self
         top_k = self.objective.top_k
         if self.objective.name != "sampled_reverse_kl" and (top_k is None or top_k.support != "teacher"):
             raise ValueError(
-                f"teacher_backend: vllm_server tells the sampled token's log-probability and the teacher's likeliest "
-                f"ones; objective {self.objective.name} needs more of the teacher. Take sampled_reverse_kl, or top_k "
+                f"teacher_backend: vllm_server reports the sampled token's log-probability and the teacher's likeliest "
+                f"ones; objective {self.objective.name} needs more of the teacher. Use sampled_reverse_kl, or top_k "
                 f"with support: teacher"
             )
         if top_k is not None and self.objective.extrapolation != 1.0:
             raise ValueError("teacher_backend: vllm_server extrapolates with sampled_reverse_kl only, not with top_k")
         if self.temperature != 1.0:
-            raise ValueError("teacher_backend: vllm_server tells log-probabilities at temperature 1 only")
+            raise ValueError("teacher_backend: vllm_server reports log-probabilities at temperature 1 only")
         if self.teacher_weights:
-            raise ValueError("teacher_backend: vllm_server takes one teacher a domain")
+            raise ValueError("teacher_backend: vllm_server takes one teacher per domain")
         if self.on_policy_fraction < 1 and self.off_policy == "teacher":
             raise ValueError("teacher_backend: vllm_server only scores; off_policy: teacher needs local teachers")
         return self
@@ -217,14 +220,14 @@ class DistillConfig(OnPolicyConfig):
     def _noise_has_a_reward(self) -> Self:
         if self.reward_noise != type(self.reward_noise)() and not self.objective.outcome_weight:
             raise ValueError(
-                "reward_noise does nothing without a reward; set objective.outcome_weight, or leave it out"
+                "reward_noise has no effect without a reward; set objective.outcome_weight, or leave it out"
             )
         return self
 
     @model_validator(mode="after")
     def _reward_has_a_group(self) -> Self:
         if self.objective.outcome_weight > 0 and self.group_size < 2:
-            raise ValueError("objective.outcome_weight needs a group_size of 2 or more, to compare rewards in")
+            raise ValueError("objective.outcome_weight compares rewards in a group; it needs a group_size of 2 or more")
         if self.on_policy_fraction < 1 and self.off_policy == "dataset" and self.group_size > 1:
-            raise ValueError("off_policy: dataset has one completion of a prompt; it needs a group_size of 1")
+            raise ValueError("off_policy: dataset has one completion per prompt; it needs a group_size of 1")
         return self

@@ -8,9 +8,9 @@ from stages.config.training import StrictModel
 
 Method = Literal["weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
-# The papers' own without a validation set: Ilharco et al. 2023 for sums, Yadav et al. 2023 for disjoint means.
+# The papers' own values without a validation set: Ilharco et al. 2023 for sums, Yadav et al. 2023 for disjoint means.
 SCALES = {"task_arithmetic": 0.4, "ties": 1.0, "dare_linear": 0.4, "dare_ties": 1.0}
-# TIES keeps the top 20 %; of deltas dropped at random up to 90 % go without loss (Yu et al. 2024).
+# TIES keeps the top 20 %; up to 90 % of the deltas can be dropped at random without loss (Yu et al. 2024).
 DENSITIES = {"ties": 0.2, "dare_linear": 0.2, "dare_ties": 0.2}
 DEFAULTS = {"scale": SCALES, "density": DENSITIES}
 
@@ -40,8 +40,8 @@ class WeightMergeConfig(StrictModel):
     )
     weights: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = Field(
         default_factory=dict,
-        description="Weight of an expert relative to the others, 1 where none is named; their mean is scaled to 1, so "
-        "equal weights change nothing.",
+        description="Weight of an expert relative to the others, 1 when absent; their mean is scaled to 1, so equal "
+        "weights change nothing.",
     )
 
     @model_validator(mode="before")

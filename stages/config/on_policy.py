@@ -1,4 +1,4 @@
-"""The configs of what learns from its own samples: the loop's, and the RL stage's. Free of torch."""
+"""The configs of on-policy training: the loop's, and those of the RL and RFT stages. Free of torch."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,14 +25,14 @@ Ratio = Annotated[float, Field(ge=1e-6, le=1e6)]
 # A year.
 MOST_SECONDS = 365 * 86_400
 
-# How the name of a histogram's bin begins, as in `distill/advantage_from_0.1_to_1/sort`.
+# Prefix of a histogram bin's name, as in `distill/advantage_from_0.1_to_1/sort`.
 HISTOGRAM = "advantage_from_"
-# vLLM draws below this as at this.
+# vLLM samples lower temperatures as this one.
 LEAST_VLLM_TEMPERATURE = 0.01
 
 
 def temperature_fault(temperature: float, backend: str | None) -> str | None:
-    """Why a sampler would not draw at a temperature; None where it does."""
+    """Why a sampler cannot draw at a temperature; None if it can."""
     if backend not in ("vllm", "vllm_server") or temperature >= LEAST_VLLM_TEMPERATURE:
         return None
     return (
@@ -42,7 +42,7 @@ def temperature_fault(temperature: float, backend: str | None) -> str | None:
 
 
 class HealthConfig(StrictModel):
-    """What ends an on-policy stage early, or raises an alarm in its log. Every decision is logged."""
+    """Conditions that end an on-policy stage early, or raise an alarm in its log. Every decision is logged."""
 
     patience: Positive | None = Field(
         None,
@@ -72,7 +72,7 @@ class HealthConfig(StrictModel):
     on_alarm: Literal["warn", "stop"] = Field("warn", description="Only log an alarm, or end the stage with it.")
 
     def key_fields(self) -> dict[str, Any]:
-        """Only what can end a stage decides its result."""
+        """The fields that decide the result: only those that can end the stage."""
         values = super().key_fields()
         idle = (
             [] if self.on_alarm == "stop" else ["min_entropy", "max_length_growth", "max_compression", "max_mismatch"]
@@ -83,14 +83,14 @@ class HealthConfig(StrictModel):
 
 
 class MonitorConfig(StrictModel):
-    """Scores of the student while it trains: a learning curve for each domain."""
+    """Scores of the student during training: a learning curve for each domain."""
 
     every: Positive = Field(50, description="Steps between two measurements.")
     examples: Positive = Field(100, description="Held-out examples of each domain, greedy.")
 
 
 class SamplerConfig(StrictModel):
-    """What draws the student's completions."""
+    """The sampler of the student's completions."""
 
     backend: Literal["transformers", "vllm", "vllm_server"] | None = Field(
         None,
@@ -99,8 +99,8 @@ class SamplerConfig(StrictModel):
     )
     memory_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4,
-        description="vllm: share of the device's memory for weights and cache while it samples; on a GPU it sleeps "
-        "during the update.",
+        description="vllm: share of the device's memory for weights and cache while it samples; on a GPU the engine "
+        "sleeps during the update.",
         json_schema_extra=NOT_IN_KEY,
     )
     ahead: bool = Field(
@@ -113,22 +113,22 @@ class SamplerConfig(StrictModel):
         1,
         ge=0,
         le=10**6,
-        description="Batches of updates the student may be ahead of the weights a completion was drawn with; an older "
-        "group is dropped and counted.",
+        description="Batches of updates by which the student may be newer than the weights that drew a completion; an "
+        "older group is dropped and counted.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     timeout_seconds: float = Field(
         600,
         gt=0,
         le=MOST_SECONDS,
-        description="vllm_server: how long one prompt's completions, or a server's start, may take.",
+        description="vllm_server: longest time for one prompt's completions, or for a server's start.",
         json_schema_extra=NOT_IN_KEY,
     )
     retries: int = Field(
         3,
         ge=0,
         le=1000,
-        description="vllm_server: new attempts at the completions a step still misses, when every server has failed.",
+        description="vllm_server: new attempts at a step's missing completions, when every server has failed.",
         json_schema_extra=NOT_IN_KEY,
     )
 
@@ -142,16 +142,16 @@ class SamplerConfig(StrictModel):
 
 
 class RewardNoiseConfig(StrictModel):
-    """A judge that errs. The `reward` that is logged stays the true one; what training sees is `reward_seen`."""
+    """Errors of a judge. The logged `reward` stays the true one; training uses `reward_seen`."""
 
     flip: Share = Field(0.0, description="Probability that a completion's reward r becomes 1 - r.")
     length_bias: float = Field(
-        0.0, ge=-10, le=10, description="Added for a completion of max_new_tokens, and in proportion for a shorter one."
+        0.0, ge=-10, le=10, description="Added to a completion of max_new_tokens, and in proportion to a shorter one."
     )
 
 
 class OnPolicyConfig(TrainConfig):
-    """The one on-policy loop: sample with the student, judge the samples, update."""
+    """The one on-policy loop: sample with the student, score the samples, update."""
 
     own_dropout: ClassVar[bool] = False
 
@@ -166,13 +166,13 @@ class OnPolicyConfig(TrainConfig):
     )
     sampler: SamplerConfig = Field(
         default_factory=SamplerConfig,
-        description="What draws the completions.",
+        description="How the completions are sampled.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     loss_normalisation: Literal["token", "sequence", "domain"] = Field(
         "token",
         description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "
-        "of each one's token mean, so that a domain of long answers does not own the gradient.",
+        "of each one's token mean, so that a domain of long answers does not dominate the gradient.",
     )
     domain_shares: dict[str, Ratio] = Field(
         default_factory=dict,
@@ -181,20 +181,20 @@ class OnPolicyConfig(TrainConfig):
     )
     max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
-        description="Budget: no domain has more than this share of the loss; what one is over goes to the others.",
+        description="Budget: no domain has more than this share of the loss; the excess goes to the others.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     reward_noise: RewardNoiseConfig = Field(
         default_factory=RewardNoiseConfig,
-        description="For studies of noisy judges: errors put into the reward that training sees. Evaluation and the "
+        description="For studies of noisy judges: errors added to the reward used in training. Evaluation and the "
         "logged reward stay true.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     preflight_tolerance: float = Field(
         0.0,
         ge=0,
-        description="Largest gap between two forwards of one model, in nats, that the preflight and a hand-over of "
-        "weights let pass; 0 takes 1e-3 in float32 and 0.25 in bfloat16.",
+        description="Largest gap between two forward passes of one model, in nats, that the preflight and a hand-over "
+        "of weights accept; 0 means 1e-3 in float32 and 0.25 in bfloat16.",
         json_schema_extra=NOT_IN_KEY,
     )
     health: HealthConfig = Field(
@@ -203,7 +203,7 @@ class OnPolicyConfig(TrainConfig):
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     monitor: MonitorConfig | None = Field(
-        None, description="Measure the student while it trains.", json_schema_extra=NOT_IN_KEY
+        None, description="Measure the student during training.", json_schema_extra=NOT_IN_KEY
     )
 
     @model_validator(mode="after")
@@ -239,7 +239,7 @@ class RLConfig(OnPolicyConfig):
 
 
 class RFTConfig(OnPolicyConfig):
-    """Rejection-sampled fine-tuning: cross-entropy on one's own completions that pass."""
+    """Rejection-sampled fine-tuning: cross-entropy on the policy's own completions that pass."""
 
     pass_score: float = Field(1.0, gt=0, le=1, description="A completion with this score or more is imitated.")
     optimizer: OptimizerConfig = Field(

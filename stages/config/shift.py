@@ -1,4 +1,4 @@
-"""The config of the shift, how far a checkpoint moved from the run's start. Free of torch."""
+"""The config of the shift, the distance of a checkpoint from the run's start. Free of torch."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ class ShiftConfig(StrictModel):
 
 
 class ShiftRequest(ShiftConfig):
-    """What the node needs beside that; taken from `evaluate`."""
+    """The node's full config: more fields, taken from `evaluate`."""
 
     max_new_tokens: NewTokens = Field(description="Longest completion.")
     batch_size: Rows = Field(description="Sequences sampled together.")

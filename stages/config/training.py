@@ -1,9 +1,9 @@
-"""The stages' configs: what a run file may say about each stage, with defaults. Free of torch. Those of the on-policy
-stages stand in `stages.config.on_policy` and `.distill_config`.
+"""The stages' configs, as a run file contains them, with defaults. Free of torch. The configs of the on-policy stages
+are in `stages.config.on_policy` and `stages.config.distill`.
 
-A field marked `not_in_key` changes how a stage runs, never its result, and stays out of the content key. One marked
-`neutral_default` was added after checkpoints had been made without it: at its default it means what its absence meant,
-and stays out of the key, so that a new option makes no finished stage run again.
+A field marked `not_in_key` changes how a stage runs, never its result, and is left out of the content key. A field
+marked `neutral_default` was added after checkpoints had been made without it: its default has the same effect as its
+absence and is left out of the key, so that a new option makes no finished stage run again.
 """
 
 import re
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-# Bounds that no use comes near: what lies beyond is a slip of the hand, and would fill memory or never end.
+# Bounds far above any real use: a larger value is a typing error, and would fill memory or never end.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Steps = Annotated[int, Field(gt=0, le=10**7)]
 Rows = Annotated[int, Field(gt=0, le=2**20)]
@@ -31,12 +31,12 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
 StopList = tuple[Annotated[str, Field(min_length=1, max_length=100)], ...]
-STOP = "Texts that end a completion beside the model's own end, such as a few-shot prompt's next question; not scored."
+STOP = "Texts that end a completion, besides the model's end tokens: a few-shot prompt's next question; not scored."
 NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 
 
 def _named_once(value: Any) -> Any:
-    """A list of names, each of them once; what is no list is left to the type."""
+    """Check that a list has names, each of them once; a value of another type is left to the field's type."""
     if not isinstance(value, list):
         return value
     if not value:
@@ -71,11 +71,11 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """`yes` and `on` are no numbers, though Python counts with them."""
+        """Refuse YAML's `yes` and `on` as numbers, since Python's bool is an int."""
         if isinstance(value, bool) and info.field_name is not None:
             kinds = _kinds(cls.model_fields[info.field_name].annotation)
             if kinds & {int, float} and bool not in kinds:
-                raise ValueError(f"a number is wanted, not {str(value).lower()}")
+                raise ValueError(f"a number is expected, not {str(value).lower()}")
         return value
 
     def key_fields(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class StrictModel(BaseModel):
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of, without those inside of containers."""
+    """The types in an annotation, without those inside containers."""
     if hasattr(annotation, "__metadata__"):
         return _kinds(annotation.__origin__)
     arguments = get_args(annotation)
@@ -115,15 +115,15 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(0.0, ge=0, le=100, description="Decoupled weight decay.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's beta1 and beta2.")
     max_grad_norm: float = Field(
-        1.0, gt=0, allow_inf_nan=True, description="Gradients are clipped to this global norm; .inf clips nothing."
+        1.0, gt=0, allow_inf_nan=True, description="Gradients are clipped to this global norm; .inf does not clip."
     )
 
     @model_validator(mode="after")
     def _decays_less_than_all(self) -> Self:
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
-                f"weight_decay: {self.weight_decay:g} at a learning rate of {self.learning_rate:g} takes all of a "
-                f"weight at each step"
+                f"weight_decay: {self.weight_decay:g} at a learning rate of {self.learning_rate:g} removes the whole "
+                f"weight in each step"
             )
         return self
 
@@ -140,7 +140,7 @@ class LoraConfig(StrictModel):
     @classmethod
     def _name_modules(cls, value: str | list[str]) -> str | list[str]:
         if not all([value] if isinstance(value, str) else value):
-            raise ValueError("name modules, or write all-linear")
+            raise ValueError("is empty; name modules, or write all-linear")
         if isinstance(value, str):
             try:
                 re.compile(value)
@@ -150,10 +150,10 @@ class LoraConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What every training stage shares.
+    """The fields that all training stages share.
 
     Attributes:
-        own_dropout: Whether the dropout that a model's config brings is on in its updates.
+        own_dropout: Whether the dropout of the model's own config is active in updates.
     """
 
     own_dropout: ClassVar[bool] = True
@@ -166,25 +166,25 @@ class TrainConfig(StrictModel):
         16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
     )
     examples: Positive = Field(
-        3000, description="Distinct training examples of each domain; all where its data have fewer."
+        3000, description="Distinct training examples of each domain; all if its data have fewer."
     )
     max_prompt_tokens: Positive | None = Field(
         None,
-        description="Longest prompt, in tokens; what max_new_tokens (SFT: the answer) leaves of the model's context "
-        "when absent.",
+        description="Longest prompt, in tokens; the model's context less max_new_tokens (SFT: less the answer) when "
+        "absent.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     longer_prompts: Literal["refuse", "drop", "truncate"] = Field(
         "refuse",
-        description="What becomes of longer prompts: an error that counts them; left out; or their longest message cut "
-        "at its beginning. The journal counts them.",
+        description="Treatment of longer prompts: an error that counts them; left out; or their longest message cut at "
+        "its beginning. The journal counts them.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
     sharding: Literal["none", "fsdp"] = Field(
         "none",
-        description="Over several devices: a whole copy on each (DDP), or weights, gradients and optimizer state "
-        "sharded over them (FSDP2).",
+        description="On several devices: a full copy on each (DDP), or weights, gradients and optimizer state sharded "
+        "over them (FSDP2).",
         json_schema_extra=NOT_IN_KEY,
     )
     gradient_checkpointing: bool = Field(
@@ -207,8 +207,8 @@ class TinyModelConfig(StrictModel):
     def _heads_divide_the_width(self) -> Self:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
-                f"hidden_size: {self.hidden_size} is no multiple of 2 * heads ({2 * self.heads}); a head has an even "
-                f"width, of which rotary positions turn pairs"
+                f"hidden_size: {self.hidden_size} is no multiple of 2 * heads ({2 * self.heads}); a head needs an even "
+                f"width, because rotary positions rotate pairs"
             )
         return self
 
@@ -230,7 +230,7 @@ class PretrainConfig(TrainConfig):
 
 
 class ConflictMaskConfig(StrictModel):
-    """Which demonstrated tokens conflict with what the model in training is sure of (EAFT, arXiv:2601.02151)."""
+    """Demonstrated tokens that conflict with the trained model's confident predictions (EAFT, arXiv:2601.02151)."""
 
     probability: Share = Field(0.1, description="A conflicting token has less than this probability.")
     entropy: float = Field(0.5, gt=0, le=100, description="The model is sure where its entropy is below this, in nats.")
@@ -241,12 +241,13 @@ class SFTConfig(TrainConfig):
 
     batch_size: Rows = Field(64, description="Examples of one step.")
     demonstrations: Literal["gold", "rough"] = Field(
-        "gold", description="What is imitated: the answer, or a rough one."
+        "gold", description="The demonstrations that are imitated: gold answers, or rough ones."
     )
     mask_conflicts: ConflictMaskConfig | None = Field(
         None,
-        description="Leave tokens out of the loss that the model in training finds improbable while it is sure of "
-        "others; they drive forgetting. The loss is the mean over what is left. No token is left out when absent.",
+        description="Leave tokens out of the loss that are improbable under the model in training while it is "
+        "confident of others; they drive forgetting. The loss is the mean over the remaining tokens. No token is left "
+        "out when absent.",
         json_schema_extra=NEUTRAL_DEFAULT,
     )
     optimizer: OptimizerConfig = Field(
@@ -256,10 +257,10 @@ class SFTConfig(TrainConfig):
 
 
 class EvaluationConfig(StrictModel):
-    """How one checkpoint is scored on one domain and split."""
+    """The settings with which one checkpoint is scored on one domain and split."""
 
-    examples: Positive = Field(400, description="Held-out examples of each domain; all where its data have fewer.")
-    samples: int = Field(4, ge=0, le=10_000, description="Sampled completions of each example beside the greedy one.")
+    examples: Positive = Field(400, description="Held-out examples of each domain; all if its data have fewer.")
+    samples: int = Field(4, ge=0, le=10_000, description="Sampled completions per example, besides the greedy one.")
     temperature: Temperature = Field(1.0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
     stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)

@@ -1,7 +1,7 @@
-"""The device of a stage or an evaluation: those it leased, or the CPU.
+"""The devices of a stage or an evaluation: its leased GPUs, or the CPU.
 
-A stage's lease is what `CUDA_VISIBLE_DEVICES` names: `flows.engines.launch` sets it for every node, and to nothing
-where `resources.gpus` is 0. `python -m stages.learner.device` prints what CUDA shows a fresh process.
+`CUDA_VISIBLE_DEVICES` names the leased GPUs: `flows.engines.launch` sets it for every node, and empties it if
+`resources.gpus` is 0. `python -m stages.learner.device` prints what CUDA shows a fresh process.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """What CUDA shows a process.
+    """The CUDA devices that are visible to a process.
 
     Attributes:
         torch: Version of torch.
-        build: What torch was built for: `CUDA 13.0 build` or `CPU build`.
+        build: Kind of torch's build: `CUDA 13.0 build` or `CPU build`.
         devices: Names of the devices.
-        fault: torch's own message where CUDA cannot be used; else empty.
+        fault: torch's own message if CUDA cannot be used; else empty.
     """
 
     torch: str
@@ -39,19 +39,19 @@ class Shown:
 
 
 def look() -> Shown:
-    """Initialise CUDA and count its devices: `torch.cuda.is_available` may be True where that fails."""
+    """Initialise CUDA and return its devices; `torch.cuda.is_available` may be True even if that fails."""
     build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
     try:
         torch.cuda.init()
         names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    # An assertion of torch's where it was built without CUDA.
+    # A torch that was built without CUDA raises an AssertionError.
     except (RuntimeError, AssertionError) as error:
         return Shown(torch.__version__, build, (), str(error).splitlines()[0])
     return Shown(torch.__version__, build, names)
 
 
 def accelerator(dtype: Literal["float32", "bfloat16"] = "float32") -> "Accelerator":
-    """Accelerate on the stage's device; nothing else chooses one.
+    """Accelerate on the stage's device; no other code chooses a device.
 
     Args:
         dtype: The autocast type.
@@ -75,7 +75,7 @@ def _require_lease() -> None:
         fault = f" ({shown.fault})" if shown.fault else ""
         raise UserError(
             f"resources.gpus: the stage leased {len(leased)} of the machine's devices ({VISIBLE}="
-            f"{os.environ[VISIBLE]}), CUDA shows it {len(shown.devices)}{fault}; torch {shown.torch} is a "
+            f"{os.environ[VISIBLE]}), CUDA shows {len(shown.devices)}{fault}; torch {shown.torch} is a "
             f"{shown.build}, {driver()}. `mopd doctor` compares the two; resources.gpus=0 trains on the CPU"
         )
 

@@ -1,7 +1,7 @@
-"""Which random layers are on while a policy is updated.
+"""Selects the dropout layers that are active while a policy is updated.
 
-A model's config may bring dropout (GPT-2 has 0.1). In an on-policy update it would make another policy than the one
-that drew the completions, and than the teacher or reference it is compared with: a student equal to its teacher would
+A model's config may have dropout (GPT-2 has 0.1). In an on-policy update it would change the policy relative to the one
+that drew the completions, and to the teacher or reference it is compared with: a student equal to its teacher would
 have a divergence and a gradient.
 """
 
@@ -16,9 +16,9 @@ def begin_update(model: PreTrainedModel | PeftModel, *, own_dropout: bool) -> No
     """Put a model into the mode of a training forward.
 
     Args:
-        model: The policy's.
-        own_dropout: Whether what its config says of dropout applies. An adapter's `lora.dropout` always does, for a run
-            file asks for it by name.
+        model: The policy's model.
+        own_dropout: Whether the dropout of the model's config applies. An adapter's `lora.dropout` always applies,
+            because the run file sets it explicitly.
     """
     if own_dropout:
         model.train()
@@ -32,9 +32,9 @@ def begin_update(model: PreTrainedModel | PeftModel, *, own_dropout: bool) -> No
 
 
 def _recompute(layer: nn.Module) -> None:
-    """Let a layer recompute its activations, which it does in training mode alone; its children stay as they are."""
+    """Let a layer recompute its activations, which it does only in training mode; its children keep their mode."""
     layer.training = True
     for name, value in vars(layer).items():
-        # Layers that call the function of dropout themselves keep its probability beside.
+        # Layers that call the dropout function themselves store its probability in an attribute.
         if "dropout" in name and isinstance(value, float):
             setattr(layer, name, 0.0)

@@ -1,4 +1,4 @@
-"""What the processes of one node agree on before a stage begins."""
+"""Agreement of the processes of one node before a stage begins."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from torch.distributed import PrefixStore, TCPStore
 
 
 def use_threads(count: int) -> None:
-    """Let torch compute with so many CPU threads in this process."""
+    """Set the number of CPU threads that torch uses in this process."""
     torch.set_num_threads(count)
 
 
 def agree(decide: Callable[[], Any], longest_wait: timedelta) -> Any:
-    """What rank 0 decides, on every rank of torchrun, before any of them enters a collective.
+    """Return rank 0's decision on every rank of torchrun, before any of them enters a collective.
 
     Args:
-        decide: Called on rank 0 alone; its result is JSON.
-        longest_wait: How long the other ranks wait for it.
+        decide: Called on rank 0 only; its result must be JSON-serialisable.
+        longest_wait: Longest time that the other ranks wait for it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return decide()

@@ -1,9 +1,9 @@
 """Weights, gradients and optimizer state sharded over the processes of torchrun: FSDP2.
 
-Through accelerate a run on a CPU silently becomes DDP; here `fully_shard` is applied directly, on CUDA (NCCL) and CPU
-(gloo) alike. Each decoder layer is a group of its own, gathered for its forward and backward; embeddings, last norm
-and output head belong to the root's, which stays gathered from its forward to the end of the backward pass, for the
-head is read outside of it, chunk by chunk.
+With accelerate a run on a CPU would silently become DDP; here `fully_shard` is applied directly, on CUDA (NCCL) and CPU
+(gloo) alike. Each decoder layer is its own group, gathered for its forward and backward pass. Embeddings, last norm and
+output head belong to the root's group. It stays gathered from its forward to the end of the backward pass, because the
+head is read outside of the module, chunk by chunk.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from stages.model.policy import HiddenStates, causal_lm
 
-# Of an adapter the base need not be written at every save.
+# Frozen parameters are ignored: an adapter's base need not be written in every save.
 _WHOLE = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 _SPREAD = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, strict=False)
 
@@ -27,13 +27,13 @@ _SPREAD = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, stri
 def shard(module: HiddenStates, device: torch.device, processes: int, pad_id: int) -> None:
     """Replace the module's parameters by shards (`DTensor`) in place.
 
-    Layer by layer they move to the device, so that it never holds the whole model.
+    The parameters move to the device layer by layer, so that the device never holds the whole model.
 
     Args:
         module: The policy without its head, on the CPU.
-        device: Where this process's shards go.
-        processes: How many share them.
-        pad_id: A token to run once, for the module that is run first counts as the root.
+        device: The device of this process's shards.
+        processes: Number of processes.
+        pad_id: A token for one forward pass: the module that runs first becomes FSDP's root.
     """
     mesh = init_device_mesh(device.type, (processes,))
     for layer in causal_lm(module.model).get_decoder().layers:
@@ -47,8 +47,8 @@ def shard(module: HiddenStates, device: torch.device, processes: int, pad_id: in
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Whole weights on every process for as long as it lasts; forward passes inside exchange nothing, so that
-    processes may make different numbers of them."""
+    """A context with full weights in every process. Forward passes inside communicate nothing, so that processes may
+    run different numbers of them."""
     parts = _parts(module)
     for part in parts:
         part.unshard()
@@ -62,23 +62,26 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def set_exchange(module: nn.Module, exchange: bool) -> None:
-    """Whether the next backward pass sums gradients over the processes, or lets them wait for one that does."""
+    """Set whether the next backward pass sums gradients over the processes, or leaves that to a later one."""
     assert isinstance(module, FSDPModule)
     module.set_requires_gradient_sync(exchange)
 
 
 def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
-    """Clip to a global norm over all shards; returns the norm before."""
+    """Clip the gradient to a global norm over all shards; returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def whole_parameters(module: HiddenStates, keep: bool) -> dict[str, Tensor]:
-    """Every parameter gathered, on the CPU, a tied one once; all processes take part.
+    """All parameters, gathered on the CPU, a tied one once; all processes must call it.
 
     Args:
-        module: What was sharded.
-        keep: Whether this process wants them: a host has room for them once, not once a device.
+        module: The sharded module.
+        keep: Whether this process keeps them; a host has memory for one copy, not for one per device.
+
+    Returns:
+        Parameters by name; empty unless `keep`.
     """
     kept: dict[str, Tensor] = {}
     for name, parameter in module.model.named_parameters():
@@ -89,15 +92,15 @@ def whole_parameters(module: HiddenStates, keep: bool) -> dict[str, Tensor]:
 
 
 def state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What is trained and the optimizer's state, whole, on the CPU of the leading process; on others nothing. All
-    processes take part."""
+    """The full trained weights and optimizer state on the CPU of the main process; empty in other processes. All
+    processes must call it."""
     weights, optimizers = get_state_dict(module, optimizer, options=_WHOLE)
     return {"weights": weights, "optimizer": optimizers}
 
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
-    """Put back what `state` returned, also with another number of processes. Each of them takes its shards from a file
-    that all map into memory."""
+    """Restore what `state` returned, also with another number of processes. All processes map the same file into
+    memory, and each takes its shards from it."""
     set_state_dict(
         module,
         optimizer,

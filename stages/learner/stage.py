@@ -1,4 +1,4 @@
-"""What all training stages do around their steps: data in, progress saved, checkpoint out."""
+"""The common parts of all training stages: drawing the data, saving progress, committing the checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,17 +15,17 @@ from stages.rows.chat import encode_prompt
 from stages.rows.lengths import Limit, fit
 from stages.rows.trained_on import TrainedOn
 
-# Of each domain's examples, how many the manifest holds for people, and how much of their text.
+# Number of examples of each domain, and characters of each text, that the manifest shows to readers.
 SHOWN, SHOWN_CHARACTERS = 3, 500
 
 
 def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[Example]]:
-    """Training examples of each of the stage's domains, decided by its seed.
+    """Training examples of each of the stage's domains, determined by its seed.
 
     Raises:
-        UserError: a domain has none, or fewer than asked for.
+        UserError: a domain has none, or fewer than requested.
     """
-    # By name: the order in the run file is not part of a content key, so it must not change the result.
+    # Sorted by name: the order in the run file is not part of a content key, so it must not change the result.
     names = sorted(workspace.domains)
     drawn = {name: workspace.domains[name].draw_up_to(config.examples, TRAIN, workspace.seed) for name in names}
     for name, examples in drawn.items():
@@ -37,19 +37,19 @@ def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[E
 def draw_prompts(
     workspace: Workspace, config: TrainConfig, policy: Policy, new_tokens: int
 ) -> tuple[dict[str, list[Example]], list[str]]:
-    """Training examples as `draw_training`, those with prompts that are too long treated as the config says.
+    """Training examples as from `draw_training`, with the config's treatment of prompts that are too long.
 
     Args:
-        workspace: Whose domains.
+        workspace: Has the domains and the seed.
         config: `max_prompt_tokens` and `longer_prompts`.
-        policy: Whose tokens and context.
+        policy: Has the tokenizer and the context length.
         new_tokens: Longest completion.
 
     Returns:
-        The examples, and lines for the journal.
+        The examples by domain, and lines for the journal.
 
     Raises:
-        UserError: a domain has none, fewer than asked for, or prompts that are too long and refused.
+        UserError: a domain has no examples, fewer than requested, or prompts that are too long and refused.
     """
     limit = Limit.of(config.model_dump(), policy.context, new_tokens)
     drawn_by_domain = draw_training(workspace, config)
@@ -61,14 +61,15 @@ def draw_prompts(
 
 
 def left_out(workspace: Workspace) -> list[str]:
-    """What of the domains' data is in no draw, as lines for the journal; known once something was drawn."""
+    """Lines for the journal on the domains' data that no draw uses; complete only after a draw."""
     return [line for name in sorted(workspace.domains) for line in workspace.domains[name].left_out]
 
 
 def end_step(learner: Learner, journal: Journal, step: int, total: int, metrics: Mapping[str, float]) -> None:
-    """Log a finished step, then save the state when it is due; `step` counts from 1.
+    """Log a finished step, then save the state if it is due; `step` counts from 1.
 
-    A journal that is ahead of the saved state is cut back on resume; one behind it would have a gap.
+    The log comes first: a journal that is ahead of the saved state is truncated on resume, one behind it would have a
+    gap.
     """
     if learner.accelerator.is_main_process:
         journal.metrics(step, metrics)
@@ -84,12 +85,17 @@ def finish(
     metrics: Mapping[str, float],
     facts: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Commit the trained policy; the process that leads writes, the others wait for it.
+    """Commit the trained policy; the main process writes it, the others wait.
 
     Args:
-        examples: What was trained on, by domain; the artifact records their hashes.
+        workspace: The node's workspace.
+        learner: The trained policy.
+        examples: The training examples by domain; the artifact records their hashes.
         metrics: Final metrics.
-        facts: More for the manifest.
+        facts: More entries of the manifest.
+
+    Returns:
+        The committed artifact, in every process.
     """
     weights = learner.whole_parameters()
     if learner.accelerator.is_main_process:
@@ -108,11 +114,11 @@ def finish(
     learner.accelerator.wait_for_everyone()
     artifact = workspace.store.find(workspace.key)
     if artifact is None:
-        raise RuntimeError(f"{workspace.name}: the leading process did not commit {workspace.key}")
+        raise RuntimeError(f"{workspace.name}: the main process did not commit {workspace.key}")
     return artifact
 
 
 def _shown(example: Example) -> dict[str, str]:
-    """A prompt and its gold answer, for a person to read."""
+    """A prompt and its gold answer, shortened for readers."""
     prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
     return {"prompt": str(prompt)[:SHOWN_CHARACTERS], "answer": example.answer[:SHOWN_CHARACTERS]}

@@ -1,6 +1,6 @@
-"""What a stage resumes from, as safetensors and JSON: reading a home runs no code.
+"""The saved state of a stage, as safetensors and JSON, so that reading a home runs no code.
 
-The files of torch, accelerate and torch.distributed.checkpoint are pickles, and a pickle runs any code when it is read.
+The files of torch, accelerate and torch.distributed.checkpoint are pickles, and reading a pickle can run any code.
 """
 
 import json
@@ -16,11 +16,11 @@ def write_state(tree: Any, folder: Path, name: str) -> None:
 
     Args:
         tree: Keys of mappings are text or whole numbers; a tuple is read back as a list.
-        folder: Gets `NAME.safetensors` and `NAME.json`.
-        name: Without an ending.
+        folder: Folder of the files `NAME.safetensors` and `NAME.json`.
+        name: `NAME`.
 
     Raises:
-        TypeError: something else is among it.
+        TypeError: the tree contains a value of another type.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -57,5 +57,5 @@ def read_state(folder: Path, name: str) -> Any:
 
 
 def is_state(folder: Path, name: str) -> bool:
-    """Whether a folder has such a state; what earlier versions wrote is none."""
+    """Whether a folder has a state in this format; states of earlier versions are not read."""
     return (folder / f"{name}.json").exists() and (folder / f"{name}.safetensors").exists()

@@ -1,6 +1,6 @@
-"""The supervised half of the training core: cross-entropy on given tokens. Pretraining and SFT are thin over it.
+"""The supervised half of the training core: cross-entropy on given tokens. Pretraining and SFT are thin layers over it.
 
-Shape suffixes: N scored tokens laid end to end, C tokens of one chunk, V vocabulary.
+Shape suffixes: N concatenated scored tokens, C tokens of one chunk, V vocabulary.
 """
 
 import random
@@ -36,17 +36,20 @@ def imitate(
     conflicts: ConflictMaskConfig | None = None,
     notes: Sequence[str] = (),
 ) -> Artifact:
-    """Take the stage's steps from where it was left: each minimises the weighted cross-entropy of one batch.
+    """Run the stage's steps from its last saved state; each minimises the weighted cross-entropy of one batch.
 
     Args:
         stage: Prefix of the metrics.
         learner: The policy in training.
         workspace: Where progress, journal and checkpoint go.
-        examples: What is trained on, by domain, for the manifest.
-        batches: This process's rows of each step, from after the given step on. Over all processes the weights of a
-            step sum to 1.
-        conflicts: Which tokens are left out; none when absent.
+        examples: The training examples by domain, for the manifest.
+        batches: Given the number of finished steps, yields this process's rows of each further step. Over all
+            processes the weights of a step sum to 1.
+        conflicts: Selects the tokens that are left out; none when absent.
         notes: Lines for the log before the first step.
+
+    Returns:
+        The committed checkpoint.
     """
     done = learner.resume()
     journal = workspace.journal(done)
@@ -56,7 +59,7 @@ def imitate(
     total = learner.config.max_steps
     metrics: dict[str, float] = {}
     for step, rows in zip(range(done + 1, total + 1), batches(done), strict=False):
-        learner.begin(step)
+        learner.seed_step(step)
         values = accumulate(learner, rows, partial(cross_entropy, rows, conflicts=conflicts))
         loss = learner.global_sum(
             sum(float((rows[i].weights_N * loss_N).sum()) for i, loss_N in values.get("loss", {}).items())
@@ -74,18 +77,21 @@ def imitate(
 def _update_on_kept(
     learner: Learner, rows: Sequence[Row], masked: Mapping[int, Tensor], loss: float
 ) -> dict[str, float]:
-    """Update on the mean over the tokens that are left; where none is, leave the weights as they are.
+    """Update on the mean over the kept tokens; without any, the weights do not change.
 
-    Which tokens are left is known only after the last micro-batch of the last process, so the summed gradient is
-    divided by their weight.
+    The kept tokens are known only after the last micro-batch of the last process, so the summed gradient is divided by
+    their weight.
 
     Args:
-        learner: With the gradient of the weighted sum over what is left.
+        learner: Has the gradient of the weighted sum over kept tokens.
         rows: This process's rows of the step.
         masked: 1 for each token [N] of a row that was left out, else 0.
-        loss: The weighted sum over what is left, of all processes.
+        loss: The weighted sum over the kept tokens of all processes.
+
+    Returns:
+        The step's metrics by name.
     """
-    # Not 1 minus what was left out: rounding would leave something of a batch with nothing left.
+    # Not 1 minus the weight of masked tokens: rounding would leave a remainder for a batch without kept tokens.
     kept = learner.global_sum(sum(float((rows[i].weights_N * (1 - out_N)).sum()) for i, out_N in masked.items()))
     tokens = learner.global_sum(sum(len(out_N) for out_N in masked.values()))
     share = learner.global_sum(sum(float(out_N.sum()) for out_N in masked.values())) / max(1.0, tokens)
@@ -103,9 +109,9 @@ def cross_entropy(rows: Sequence[Row], batch: Sequence[int], conflicts: Conflict
 
     Args:
         rows: A step's rows.
-        batch: Indices of those whose tokens are laid end to end.
-        conflicts: Tokens of a lower probability where the entropy [nats] is lower too have the loss 0 and no gradient,
-            and the metric `masked` 1 (Diao et al. 2026, arXiv:2601.02151).
+        batch: Indices of the rows whose tokens are concatenated.
+        conflicts: Limits of probability and entropy [nats]. A token below both has the loss 0, no gradient, and the
+            metric `masked` 1 (Diao et al. 2026, arXiv:2601.02151).
     """
     targets_N = torch.tensor([token for i in batch for token in rows[i].targets])
 
@@ -134,14 +140,15 @@ def demonstrations(
 
     Args:
         workspace: Domains and seed.
-        policy: Whose tokens and context.
-        examples: Drawn, by domain.
-        config: What becomes of prompts that leave no room for their completions: `longer_prompts`.
+        policy: Has the tokenizer and the context length.
+        examples: The drawn examples by domain.
+        config: `longer_prompts` sets the treatment of prompts that leave no room for their completions.
         rough: Whether to imitate the domain's rough demonstrations.
         wrong_answers: Share of prompts that get another example's completion.
 
     Raises:
-        UserError: prompts are too long and refused, or none is left; or the template refuses one. Names the domain.
+        UserError: prompts are too long and refused, none is left, or the template refuses one; the message names the
+            domain.
     """
     rows: list[Demonstration] = []
     notes = left_out(workspace)
@@ -158,11 +165,11 @@ def demonstrations(
 
 
 class Fitting:
-    """The demonstrations of one domain that fit the model, and those that do not.
+    """Collects the demonstrations of one domain that fit the model, and counts those that do not.
 
     Args:
-        policy: Whose tokens and context.
-        config: The stage's.
+        policy: Has the tokenizer and the context length.
+        config: The stage's config.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
@@ -172,7 +179,7 @@ class Fitting:
         self._long: list[int] = []
 
     def take(self, example: Example, text: str) -> None:
-        """Add one with this completion, if it fits or may be cut."""
+        """Add an example with this completion, if it fits or may be cut."""
         row = encode_demonstration(self.tokenizer, example.prompt, text)
         limit = Limit.of(self.config, self.context, len(row[1]))
         if limit.tokens is not None and len(row[0]) > limit.tokens:
@@ -184,15 +191,15 @@ class Fitting:
         self.rows.append(row)
 
     def lines(self, domain: str, total: int) -> list[str]:
-        """What the journal says of them.
+        """Lines for the journal on demonstrations that do not fit.
 
         Raises:
-            UserError: some are to be refused, or none is left.
+            UserError: they are refused, or none is left.
         """
         if not self._long:
             return []
-        asked = self.config["max_prompt_tokens"]
-        limits = [f"a context of {self.context} tokens", *([f"max_prompt_tokens {asked}"] if asked else [])]
+        limit = self.config["max_prompt_tokens"]
+        limits = [f"a context of {self.context} tokens", *([f"max_prompt_tokens {limit}"] if limit else [])]
         text = (
             f"domains.{domain}: {len(self._long)} of {total} prompts with their completions do not fit "
             f"{' and '.join(limits)} (the longest have {max(self._long)} tokens)"

@@ -1,7 +1,7 @@
-"""The training core every stage stands on: one optimizer step over accelerate, saved and resumed exactly.
+"""The training core of all stages: one optimizer step over accelerate, saved and resumed exactly.
 
-Everything random in a stage is a function of its seed and the step, so a saved state is model, optimizer, schedule
-and step; a resumed stage takes the same steps an uninterrupted one would.
+All randomness in a stage is a function of its seed and the step. So a saved state needs only model, optimizer, schedule
+and step, and a resumed stage takes the same steps as an uninterrupted one.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ class Learner:
     Args:
         policy: The student; trained in place.
         config: The stage's config.
-        updates: Optimizer updates the stage will make in all: the length of the schedule.
+        updates: Total number of optimizer updates of the stage: the length of the schedule.
         progress: Folder of saved states.
-        seed: Seed of the stage; dropout in adapters is decided by it and the step.
+        seed: Seed of the stage; with the step it determines dropout in adapters.
 
     Attributes:
-        module: What the forward pass goes through: the policy without its head, in its data-parallel wrapper.
-        tokens: Tokens the loss was computed on so far, in all processes.
-        memory: JSON-serialisable facts a stage keeps between steps; saved and restored with the state.
+        module: The module of the forward pass: the policy without its head, in its data-parallel wrapper.
+        tokens: Tokens that the loss was computed on so far, in all processes.
+        memory: JSON-serialisable values that a stage keeps between steps; saved and restored with the state.
 
     Raises:
         UserError: `sharding: fsdp` with one process, or CUDA shows fewer devices than the stage leased.
@@ -63,7 +63,7 @@ class Learner:
         self.memory: dict[str, Any] = {}
         self.accelerator = accelerator(config.dtype)
         if self.sharded and self.world_size == 1:
-            raise UserError("sharding: fsdp shards over 2 devices or more, and this stage has one; see resources.gpus")
+            raise UserError("sharding: fsdp needs 2 devices or more, and this stage has one; see resources.gpus")
         if config.gradient_checkpointing:
             causal_lm(policy.model).gradient_checkpointing_enable({"use_reentrant": False})
         module = HiddenStates(policy.model)
@@ -95,25 +95,25 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """The student's device."""
         return self.accelerator.device
 
-    def begin(self, step: int) -> None:
-        """Start a step: whatever torch draws in it depends on the seed and the step alone."""
+    def seed_step(self, step: int) -> None:
+        """Seed torch for a step: its random numbers depend on the stage's seed and the step alone."""
         torch.manual_seed(step_seed(self.seed, step, "torch"))
 
     def hidden(self, packed: Packed) -> Tensor:
-        """Forward the student; hidden states [N, H] that predict the scored tokens, gradients attached."""
+        """Run the student; returns the hidden states [N, H] that predict the scored tokens, with gradients attached."""
         with self.accelerator.autocast():
             return packed.scored(self.module(*packed.inputs))
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch; over processes gradients add up, not average."""
+        """Accumulate the gradient of one micro-batch; over processes gradients are summed, not averaged."""
         self.accelerator.backward(loss * self.world_size)
 
     @contextlib.contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
-        """Exchange gradients between processes only with the last micro-batch of an update."""
+        """A context in which processes exchange gradients only with the last micro-batch of an update."""
         if self.sharded:
             sharding.set_exchange(self.module, last)
             yield
@@ -122,33 +122,37 @@ class Learner:
             yield
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """The policy's model may be used directly inside; sharded weights are gathered for it."""
+    def gathered_weights(self) -> Iterator[None]:
+        """A context in which the policy's model may be used directly; sharded weights are gathered."""
         with sharding.gathered(self.module) if self.sharded else contextlib.nullcontext():
             yield
 
-    def rounds(self, batches: int) -> int:
-        """Micro-batches of an update: with sharded weights every process takes part in every forward of the others."""
+    def num_micro_batches(self, batches: int) -> int:
+        """The number of micro-batches of an update. With sharded weights it is the largest of all processes, because
+        every process takes part in each forward pass."""
         if not self.sharded:
             return max(1, batches)
         return max(1, *gather_object([batches]))
 
     def whole_parameters(self) -> dict[str, Tensor] | None:
-        """All of the policy's parameters on the leading process, on others nothing; None where they are whole as they
-        are. All processes take part."""
+        """All parameters of a sharded policy by name, in the main process; empty in others. None if they are not
+        sharded. All processes must call it."""
         return sharding.whole_parameters(self.module, self.accelerator.is_main_process) if self.sharded else None
 
     def empty_backward(self) -> None:
-        """Take part in the exchange of gradients without a row to learn from."""
+        """Run a forward and backward pass with zero gradient, to take part in the exchange of gradients."""
         if self.world_size > 1:
             hidden_BTH = self.module(torch.full((1, 2), self.policy.pad_id, device=self.device))
             self.backward((hidden_BTH.sum() + self.policy.head_VH.sum()) * 0.0)
 
     def update(self) -> dict[str, float]:
-        """Clip, step the optimizer and the schedule, clear gradients; returns the gradient's norm and the rate.
+        """Clip, step the optimizer and the schedule, clear gradients.
+
+        Returns:
+            `grad_norm`, before clipping, and `learning_rate`.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights are left as they were.
+            FloatingPointError: the gradient is not finite; the weights are unchanged.
         """
         limit = self.config.optimizer.max_grad_norm
         if self.sharded:
@@ -164,11 +168,11 @@ class Learner:
         return {"grad_norm": float(norm), "learning_rate": rate}
 
     def skip_update(self) -> None:
-        """Let the schedule advance where a step brought nothing to learn from."""
+        """Advance the schedule without an update, for a step without any signal."""
         self.schedule.step()
 
     def averages(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """Means over all processes from each one's sums and counts."""
+        """Means over all processes, from the sums and counts of each."""
         pooled: dict[str, list[float]] = {}
         for part in gather_object([dict(sums)]):
             for name, (total, count) in part.items():
@@ -178,7 +182,7 @@ class Learner:
         return {name: total / count for name, (total, count) in pooled.items() if count}
 
     def global_sum(self, value: float) -> float:
-        """A number summed over the processes that train together."""
+        """The sum of the processes' values."""
         total: Tensor = self.accelerator.reduce(torch.tensor(value, device=self.device), "sum")
         return float(total)
 
@@ -188,12 +192,12 @@ class Learner:
 
     @property
     def rank(self) -> int:
-        """Which of the processes this is."""
+        """Index of this process."""
         return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        """Processes that train together."""
+        """Number of processes that train together."""
         return int(self.accelerator.num_processes)
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
@@ -201,7 +205,7 @@ class Learner:
         return list(items[self.rank :: self.world_size])
 
     def save(self, step: int) -> None:
-        """Save the state after `step` steps; a state is whole or absent, and only the newest is kept."""
+        """Save the state after `step` steps, atomically; only the newest state is kept."""
         temporary = self.progress / f".tmp-{step}"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -213,7 +217,7 @@ class Learner:
             (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens, "memory": self.memory}))
             for path in (temporary, *temporary.rglob("*")):
                 sync_to_disk(path)
-            # One of an earlier version, which was not read.
+            # A state in the format of an earlier version, which `resume` did not read.
             shutil.rmtree(self.progress / f"step-{step}", ignore_errors=True)
             os.rename(temporary, self.progress / f"step-{step}")
             sync_to_disk(self.progress)
@@ -233,11 +237,11 @@ class Learner:
         return step
 
     def _state(self) -> dict[str, Any]:
-        """All that the next steps depend on; with shards the leading process has it alone. All processes take part."""
+        """Everything that later steps depend on; if sharded, only in the main process. All processes must call it."""
         schedule = self.schedule.state_dict()
         if self.sharded:
             return sharding.state(self.module, self.optimizer) | {"schedule": schedule}
-        # For an adapter the base need not be written at every save.
+        # Only trainable parameters: an adapter's base need not be written in every save.
         weights = _trainable(self.policy.model)
         return {"weights": weights, "optimizer": self.optimizer.state_dict(), "schedule": schedule}
 
@@ -257,12 +261,12 @@ class Learner:
 
 
 def step_seed(seed: int, step: int, purpose: str) -> int:
-    """The seed of one purpose in one step: a hash, so that neighbours share nothing."""
+    """The seed of one purpose in one step: a hash, so that neighbouring steps are unrelated."""
     return int(stable_hash([seed, step, purpose])[:15], 16)
 
 
 def epochs(items: Sequence[Item], seed: int, first: int = 0) -> Iterator[Item]:
-    """Items for ever from epoch `first` on, each epoch in an order of its own decided by the seed."""
+    """An endless stream of the items from epoch `first` on; the seed determines the order of each epoch."""
     for epoch in itertools.count(first):
         order = list(items)
         random.Random(step_seed(seed, epoch, "epoch")).shuffle(order)
@@ -270,5 +274,5 @@ def epochs(items: Sequence[Item], seed: int, first: int = 0) -> Iterator[Item]:
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, by name; a tied tensor once."""
+    """Trainable parameters by name; a tied tensor once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -1,9 +1,9 @@
-"""One optimizer update from rows of tokens: micro-batches of like length, logits in chunks, gradients summed.
+"""One optimizer update from rows of tokens: micro-batches of similar length, logits in chunks, gradients summed.
 
-Shape suffixes: B rows, T tokens, N scored tokens of several rows laid end to end.
+Shape suffixes: B rows, T tokens, N concatenated scored tokens of several rows.
 
-Every row brings the weight of each of its scored tokens in the whole update's loss, so how the rows are split into
-micro-batches, or over processes, changes nothing.
+Every row has the weight of each of its scored tokens in the whole update's loss. So the split of rows into
+micro-batches, or over processes, does not change the result.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from stages.rows.packing import micro_batches, pack
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to learn from.
+    """One training sequence.
 
     Attributes:
         tokens: Token ids.
@@ -44,14 +44,14 @@ class Row:
 
 
 def token_weights(lengths: Sequence[int], normalisation: str, learner: Learner) -> list[Tensor]:
-    """Weights that make a sum over tokens a mean over the whole batch of all processes.
+    """Weights with which the sum over tokens is the mean over the whole batch of all processes.
 
     Args:
         lengths: Scored tokens of each row of this process.
-        normalisation: `token`: every token counts the same; `sequence`: every row does.
+        normalisation: `token`: every token has the same weight; `sequence`: every row has the same weight.
 
     Returns:
-        One vector [N] a row.
+        One vector [N] per row.
     """
     if normalisation == "token":
         total = learner.global_sum(float(sum(lengths)))
@@ -71,22 +71,22 @@ def accumulate(
 
     Args:
         learner: The student.
-        rows: This process's rows; may be empty where another process has some.
-        token_loss: Given the indices of a micro-batch's rows in the order their tokens are laid out, the loss of
-            those tokens.
-        chunk_tokens: Tokens whose logits exist at one time; by default what `chunk_length` says.
-        only: Indices of the rows that carry a gradient; all when absent.
+        rows: This process's rows; may be empty if another process has some.
+        token_loss: Given the indices of a micro-batch's rows, returns the loss of their concatenated tokens, in the
+            same order.
+        chunk_tokens: Tokens whose logits exist at the same time; `chunk_length` of the vocabulary by default.
+        only: Indices of the rows that have a gradient; all when absent.
 
     Returns:
-        For each metric of the loss one vector a row that was run, by the row's index.
+        For each metric of the loss, one vector [N] per row that was run, by the row's index.
     """
     run = list(range(len(rows))) if only is None else list(only)
     batches = micro_batches([len(rows[i].tokens) for i in run], learner.config.micro_batch_tokens)
     metrics: dict[str, dict[int, Tensor]] = {}
     begin_update(learner.policy.model, own_dropout=learner.config.own_dropout)
-    rounds = learner.rounds(len(batches))
-    for number in range(rounds):
-        with learner.synchronised(number == rounds - 1):
+    count = learner.num_micro_batches(len(batches))
+    for number in range(count):
+        with learner.synchronised(number == count - 1):
             if number >= len(batches):
                 learner.empty_backward()
                 continue

@@ -1,4 +1,4 @@
-"""What a stage is handed: its parents, its domains, a seed, and the places it may write to. Free of torch."""
+"""The workspace of a stage: its parents, its domains, a seed, and the folders it may write to. Free of torch."""
 
 import importlib.metadata
 import os
@@ -22,14 +22,17 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "token
 
 @dataclass
 class Workspace:
-    """One node at work.
+    """The workspace of one running node.
 
     Attributes:
-        parents: The artifacts it is made from, by role: `start`, `teacher/<domain>`, `checkpoint`, …
-        domains: The domains it draws from, by name.
-        seed: Seed of everything random in it.
-        provenance: What the planner knows and the manifest records (stage, config, code fingerprint, …).
-        servers: URLs of the vLLM servers it may ask, by what they do: `rollout`, `teachers`.
+        store: The store of all artifacts.
+        key: The node's content key.
+        name: The node's name, for messages.
+        seed: Seed of all randomness in the node.
+        parents: The artifacts that the node is made from, by role: `start`, `teacher/<domain>`, `checkpoint`, …
+        domains: The domains that the node draws from, by name.
+        provenance: Entries of the manifest that come from the plan (stage, config, code fingerprint, …).
+        servers: URLs of the vLLM servers that the node uses, by purpose: `rollout`, `teachers`.
     """
 
     store: Store
@@ -46,18 +49,18 @@ class Workspace:
 
     @property
     def folder(self) -> Path:
-        """Work in progress of this node: survives a kill, removed when the artifact is committed."""
+        """Folder of this node's work in progress; survives a kill, and is removed when the artifact is committed."""
         return self.store.work(self.key)
 
     @property
     def progress(self) -> Path:
-        """Where saved steps are kept."""
+        """Folder of the saved states."""
         return self.folder / "progress"
 
     def journal(self, resume_step: int = 0) -> Journal:
-        """Open the node's journal, dropping what lies after the step it resumes from.
+        """Open the node's journal without the records after the step it resumes from.
 
-        Under torchrun every rank but the first has a file of its own: opening a journal rewrites it.
+        Under torchrun every rank except the first has its own file, because opening a journal rewrites it.
         """
         rank = int(os.environ.get("RANK", "0"))
         if rank:
@@ -67,14 +70,17 @@ class Workspace:
     def commit(
         self, folder: Path, *, trained_on: TrainedOn | None, metrics: Mapping[str, float], **facts: Any
     ) -> Artifact:
-        """Turn a staged folder into this node's artifact and drop its saved steps.
+        """Commit a staged folder as this node's artifact, and remove its saved states.
 
         Args:
-            folder: Made by `store.staging(key)`, all files written.
-            trained_on: What this node trained on; the parents' is added, so that an artifact records all that its
-                weights have ever seen. None where there are no weights.
+            folder: Made by `store.staging(key)`, with all files written.
+            trained_on: The training data of this node. The parents' is added, so that an artifact records all data that
+                its weights were ever trained on. None if the artifact has no weights.
             metrics: Final metrics.
-            facts: More to record (`tokens`, `adapter_base`, …).
+            facts: More entries of the manifest (`tokens`, `adapter_base`, …).
+
+        Returns:
+            The committed artifact.
         """
         if trained_on is not None:
             trained_on = together([trained_on, *map(TrainedOn.read, self.parents.values())])
@@ -98,7 +104,7 @@ class Workspace:
 
 
 class MeteredJournal(Journal):
-    """A journal that keeps what was spent with every record: a kill comes between two of them."""
+    """A journal that saves the meter with every record, so that a kill loses only the time since the last record."""
 
     def __init__(self, path: Path, resume_step: int, meter: Meter) -> None:
         super().__init__(path, resume_step)
@@ -111,7 +117,7 @@ class MeteredJournal(Journal):
 
 
 def peak_memory() -> int:
-    """The most bytes this process has held: resident, and on its devices where it has used any."""
+    """The peak memory of this process in bytes: resident, plus that of its devices if it has used any."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -10,8 +10,8 @@ def group_advantages(rewards_PG: Tensor, normalise_by_std: bool) -> Tensor:
 
     Args:
         rewards_PG: Rewards of each prompt's completions.
-        normalise_by_std: Divide by the group's standard deviation; without it (Dr. GRPO, Liu et al. 2025) groups of
-            every difficulty weigh by their spread.
+        normalise_by_std: Divide by the group's standard deviation; without it (Dr. GRPO, Liu et al. 2025) a group's
+            weight grows with the spread of its rewards.
 
     Returns:
         Advantages [P, G]; exactly 0 in a group whose rewards are all equal.

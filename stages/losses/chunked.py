@@ -1,6 +1,6 @@
 """Losses over completion tokens in bounded memory: logits exist for one chunk of tokens at a time.
 
-Shape suffixes: N tokens laid end to end, C tokens of one chunk, H hidden, V vocabulary.
+Shape suffixes: N concatenated tokens, C tokens of one chunk, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.model.linear import product
+from stages.model.linear import matmul_t
 
-# Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name, the same
-# names for every slice.
+# Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name. The names
+# are the same for every slice.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
 
 
-# Smaller chunks spend time between kernels, larger ones leave the cache (`benchmarks/exact_kl.py`).
+# Smaller chunks lose time between kernels, larger ones do not fit the cache (`benchmarks/exact_kl.py`).
 CHUNK_BYTES = 64 * 2**20
 
 
 def chunk_length(vocabulary: int) -> int:
-    """Tokens of a chunk: as many as their float32 logits fill `CHUNK_BYTES`."""
+    """Tokens of a chunk: as many as have float32 logits of `CHUNK_BYTES`."""
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 def chunked_token_loss(
     hidden_NH: Tensor, head_VH: Tensor, weights_N: Tensor, token_loss: TokenLoss, chunk_tokens: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of per-token losses of the logits `hidden @ head.T`, never holding more than a chunk of logits.
+    """Weighted sum of per-token losses of the logits `hidden @ head.T`, with one chunk of logits in memory at a time.
 
-    Gradients are formed chunk by chunk in the forward pass (as fused linear losses do), so the cost is one pass over
-    the head and the peak is O(chunk x V) instead of O(N x V).
+    Gradients are computed chunk by chunk in the forward pass (as in fused linear losses), so the cost is one pass over
+    the head, and the peak memory is O(chunk x V) instead of O(N x V).
 
     Args:
         hidden_NH: Hidden states that predict each token.
@@ -59,10 +59,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         chunk_tokens: int,
         metrics: dict[str, Tensor],
     ) -> Tensor:
-        """Sum the losses and form their gradients, a chunk at a time."""
+        """Sum the losses and compute their gradients, one chunk at a time."""
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_NH, wide = hidden_NH.detach(), torch.promote_types(hidden_NH.dtype, torch.float32)
-        # Multiplied in the hidden states' precision; cast once, not in every chunk.
+        # The product is computed in the hidden states' precision; the head is cast once, not in every chunk.
         cast_VH = head_VH.detach().to(hidden_NH.dtype)
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_head_VH = torch.zeros_like(head_VH, dtype=wide) if needs_head else None
@@ -70,12 +70,12 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         for start in range(0, hidden_NH.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             hidden_CH = hidden_NH[part]
-            logits_CV = product(hidden_CH, cast_VH).to(wide).requires_grad_(needs_hidden or needs_head)
+            logits_CV = matmul_t(hidden_CH, cast_VH).to(wide).requires_grad_(needs_hidden or needs_head)
             with torch.enable_grad():
                 losses_C, values = token_loss(logits_CV, part)
                 chunk_loss = (losses_C * weights_N[part]).sum()
             total += chunk_loss.detach()
-            # Copied: a small tensor kept from every chunk would lie in the room the next chunk's logits need.
+            # Copied: a small tensor kept from every chunk would occupy memory that the next chunk's logits need.
             for name, value_C in values.items():
                 metric_N = metrics.setdefault(name, value_C.new_empty(len(hidden_NH)))
                 metric_N[part] = value_C.detach()
@@ -84,7 +84,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             grad_CV = torch.autograd.grad(chunk_loss, logits_CV)[0].to(hidden_NH.dtype)
             del logits_CV, losses_C, chunk_loss
             if grad_hidden_NH is not None:
-                grad_hidden_NH[part] = product(grad_CV, cast_VH.T)
+                grad_hidden_NH[part] = matmul_t(grad_CV, cast_VH.T)
             if grad_head_VH is not None:
                 _add_product(grad_head_VH, grad_CV.T, hidden_CH)
         ctx.gradients = [grad_hidden_NH, None if grad_head_VH is None else grad_head_VH.to(head_VH.dtype)]
@@ -92,7 +92,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Hand the gradients over, scaled where they lie; so only once."""
+        """Return the gradients, scaled in place, which is possible only once."""
         if ctx.gradients is None:
             raise RuntimeError("a chunked loss can be differentiated only once: its gradients are not kept")
         gradients, ctx.gradients = ctx.gradients, None
@@ -103,7 +103,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a second matrix of its size where precisions allow."""
+    """total += left @ right, without a second matrix of that size if both have one precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -1,11 +1,12 @@
 """Divergences of the student from its teacher, token by token: exact over the vocabulary, or over its likeliest tokens.
 
-Shape suffixes: N tokens laid end to end, V vocabulary, K tokens of a support, J those and the tail's bucket.
+Shape suffixes: N concatenated tokens, V vocabulary, K tokens of a support, J those and the tail's bucket.
 
 S is the student, T the teacher, z the student's logits. A divergence with derivative g = ∂L/∂S has the gradient
-∂L/∂z = S·(g − Σ S·g). It is formed here in closed form beside the value, so that nothing is differentiated through a
-softmax and a teacher equal to the student leaves exactly nothing. Where it cannot be 0·log 0 = 0, a logarithm of a
-probability is cut at `LEAST_LOGPROB`: a token that one side rules out (−inf, a padded vocabulary) costs much, not NaN.
+∂L/∂z = S·(g − Σ S·g). It is computed here in closed form together with the value. So nothing is differentiated through
+a softmax, and a teacher equal to the student has a gradient of exactly 0. Where 0·log 0 = 0 does not apply, the
+logarithm of a probability is clamped at `LEAST_LOGPROB`: a token that one side excludes (−inf, a padded vocabulary) has
+a large loss, not NaN.
 """
 
 from typing import Any
@@ -23,11 +24,11 @@ def reverse_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
     """Exact reverse KL, Σ S·log(S/T), with ∂L/∂z = S·(log(S/T) − KL).
 
     Args:
-        logits_NV: The student's; gradients flow to it alone.
-        teacher_logits_NV: The teacher's.
+        logits_NV: The student's logits; only they receive gradients.
+        teacher_logits_NV: The teacher's logits.
 
     Returns:
-        Losses [N] in nats, and for every full-vocabulary divergence the metrics `reverse_kl` and the student's
+        Losses [N] in nats, and, as for every full-vocabulary divergence, the metrics `reverse_kl` and the student's
         `entropy`, so that objectives can be compared.
     """
     with torch.no_grad():
@@ -55,8 +56,8 @@ def forward_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Losses:
 def jsd(logits_NV: Tensor, teacher_logits_NV: Tensor, beta: float) -> Losses:
     """Generalised JSD, β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S (GKD, Agarwal et al. 2024).
 
-    ∂L/∂z = (1−β)·S·(log(S/m) − Σ S·log(S/m)). Divided by β it tends to the forward KL as β → 0, divided by 1−β to the
-    reverse KL as β → 1. Arguments and metrics as for `reverse_kl`.
+    ∂L/∂z = (1−β)·S·(log(S/m) − Σ S·log(S/m)). The loss divided by β tends to the forward KL as β → 0, divided by 1−β
+    to the reverse KL as β → 1. Arguments and metrics as for `reverse_kl`.
     """
     with torch.no_grad():
         student_NV, probs_NV = _distribution(logits_NV)
@@ -76,8 +77,8 @@ def jsd(logits_NV: Tensor, teacher_logits_NV: Tensor, beta: float) -> Losses:
 def entropy_aware(logits_NV: Tensor, teacher_logits_NV: Tensor, threshold: float) -> Losses:
     """Reverse KL, plus the forward KL where the teacher is unsure: Σ S·log(S/T) + 1[H(T) > threshold]·Σ T·log(T/S).
 
-    Against the loss of diversity that reverse KL brings where many continuations are right. Arguments and metrics as
-    for `reverse_kl`, and `unsure`: whether the forward KL was added.
+    It counters the loss of diversity under reverse KL where many continuations are right. Arguments and metrics as for
+    `reverse_kl`, plus the metric `unsure`: whether the forward KL was added.
     """
     with torch.no_grad():
         student_NV, probs_NV = _distribution(logits_NV)
@@ -93,17 +94,17 @@ def entropy_aware(logits_NV: Tensor, teacher_logits_NV: Tensor, threshold: float
 
 
 def support(logits_NV: Tensor, teacher_logits_NV: Tensor, k: int, source: str) -> tuple[Tensor, Tensor]:
-    """The tokens a top-k divergence looks at.
+    """The tokens of a top-k divergence.
 
     Args:
-        logits_NV: The student's.
-        teacher_logits_NV: The teacher's.
-        k: Tokens taken from a model; at most V are.
-        source: `student`, `teacher`, `union` (the student's, then those of the teacher's not among them) or
-            `intersection` (those of the teacher's among the student's).
+        logits_NV: The student's logits.
+        teacher_logits_NV: The teacher's logits.
+        k: Likeliest tokens of a model; at most V are used.
+        source: `student`, `teacher`, `union` (the student's, then the teacher's that are not among them) or
+            `intersection` (the teacher's that are among the student's).
 
     Returns:
-        Token ids [N, K], and which of them count [N, K]; K is 2·k for the union. Ids that count are distinct.
+        Token ids [N, K], and a mask [N, K] of the valid ones; K is 2·k for the union. Valid ids are distinct.
     """
     with torch.no_grad():
         k = min(k, logits_NV.shape[1])
@@ -120,7 +121,7 @@ def support(logits_NV: Tensor, teacher_logits_NV: Tensor, k: int, source: str) -
             return teachers_NK, shared_NK
         if source == "union":
             return torch.cat([students_NK, teachers_NK], 1), torch.cat([every_NK, ~shared_NK], 1)
-        raise ValueError(f"no support {source!r}; it is student, teacher, union or intersection")
+        raise ValueError(f"no support {source!r}; valid: student, teacher, union, intersection")
 
 
 def top_k_divergence(
@@ -132,21 +133,21 @@ def top_k_divergence(
     remainder: str,
     beta: float,
 ) -> Losses:
-    """A divergence over a support; of the teacher it takes no more than a server can send.
+    """A divergence over a support; it needs only those of the teacher's log-probabilities that a server can send.
 
     Every token of the support adds D = S·log(S/T) − S + T (`reverse_kl`), T·log(T/S) − T + S (`forward_kl`), or for
-    `jsd` the same form of both halves, β·[T·log(T/m) − T + m] + (1−β)·[S·log(S/m) − S + m]; there the corrections
-    cancel and the plain truncated sum is left. Over distributions that sum to 1 they cancel for all three.
+    `jsd` the same form of both halves, β·[T·log(T/m) − T + m] + (1−β)·[S·log(S/m) − S + m]. For `jsd` the corrections
+    cancel, which leaves the plain truncated sum. Over distributions that sum to 1 they cancel for all three.
 
     Args:
-        logits_NV: The student's; gradients flow to it alone.
+        logits_NV: The student's logits; only they receive gradients.
         teacher_logprobs_NK: The teacher's log-probabilities of the support's tokens, normalised over its vocabulary.
-        indices_NK: Token ids of the support; those that count are distinct.
-        valid_NK: Which of them count.
+        indices_NK: Token ids of the support; the valid ones are distinct.
+        valid_NK: Mask of the valid ids.
         divergence: `reverse_kl`, `forward_kl` or `jsd`.
-        remainder: What becomes of the other tokens. `correct`: they add nothing, and −S + T keeps each term at 0 or
-            more; `renormalise`: both distributions are restricted to the support and renormalised (an empty one has
-            loss and gradient 0); `tail`: they share one bucket.
+        remainder: Treatment of the other tokens. `correct`: they add nothing, and −S + T keeps each term at 0 or more;
+            `renormalise`: both distributions are restricted to the support and renormalised (an empty support has loss
+            and gradient 0); `tail`: they share one bucket.
         beta: The teacher's weight in `jsd`.
 
     Returns:
@@ -156,15 +157,15 @@ def top_k_divergence(
         student_NV, probs_NV = _distribution(logits_NV)
         entropy_N = _expectation(probs_NV, student_NV).neg_()
         both = (student_NV.gather(1, indices_NK), teacher_logprobs_NK.to(student_NV.dtype).clamp(min=LEAST_LOGPROB))
-        # What does not count is as good as ruled out by both, which costs nothing.
+        # Invalid ids get the least log-probability on both sides, so that they add no loss.
         student_NK, teacher_NK = (logprobs_NK.masked_fill(~valid_NK, LEAST_LOGPROB) for logprobs_NK in both)
         mass_N = (teacher_NK.exp() * valid_NK).sum(1)
         student_NJ, teacher_NJ = (_with_remainder(x_NK, valid_NK, remainder) for x_NK in (student_NK, teacher_NK))
         values_NJ, flow_NJ = _pointwise(divergence, student_NJ, teacher_NJ, beta)
         mean_N = flow_NJ.sum(1)
         centred_NJ = flow_NJ - student_NJ.exp() * mean_N[:, None]
-        # What is left in probs_NV are the others. They share the bucket's gradient by their probabilities, or have no
-        # term of their own.
+        # Keep only the other tokens in probs_NV. They share the bucket's gradient in proportion to their probabilities,
+        # or have no term of their own.
         probs_NV.scatter_reduce_(1, indices_NK, (~valid_NK).to(probs_NV.dtype), "prod")
         if remainder == "tail":
             outside_N = centred_NJ[:, -1] / probs_NV.sum(1).clamp(min=torch.finfo(probs_NV.dtype).tiny)
@@ -177,11 +178,11 @@ def top_k_divergence(
 
 
 def diagnose(logits_NV: Tensor, teacher_logits_NV: Tensor, k: int) -> dict[str, Tensor]:
-    """How student and teacher agree.
+    """Metrics of the agreement of student and teacher.
 
     Returns:
         `top_k_overlap` [N], the share of the student's k likeliest tokens among the teacher's; `entropy_gap` [N], the
-        student's entropy less the teacher's; `teacher_entropy` [N]; in nats.
+        student's entropy minus the teacher's; `teacher_entropy` [N]; entropies in nats.
     """
     with torch.no_grad():
         entropies = []
@@ -198,18 +199,18 @@ def diagnose(logits_NV: Tensor, teacher_logits_NV: Tensor, k: int) -> dict[str, 
 
 
 class _GivenGradient(torch.autograd.Function):
-    """Values [N] whose gradient with respect to logits [N, V] has been formed already."""
+    """Values [N] whose gradient with respect to logits [N, V] is already computed."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, losses_N: Tensor, gradient_NV: Tensor) -> Tensor:
-        """Keep the gradient."""
+        """Save the gradient for the backward pass."""
         ctx.save_for_backward(gradient_NV)
         ctx.dtype = logits_NV.dtype
         return losses_N.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale it, row by row."""
+        """Return the saved gradient, scaled row by row."""
         (gradient_NV,) = ctx.saved_tensors
         return (gradient_NV * grad_outputs[0][:, None]).to(ctx.dtype), None, None
 
@@ -220,7 +221,7 @@ def _with_gradient(logits_NV: Tensor, losses_N: Tensor, gradient_NV: Tensor) -> 
 
 
 def _distribution(logits_NV: Tensor, probs: bool = True) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, cut where they end, and probabilities, in float32 or better."""
+    """Log-probabilities, clamped at `LEAST_LOGPROB`, and probabilities, in float32 or better."""
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     logprobs_NV = logits_NV.detach().log_softmax(-1, dtype=dtype)
     probs_NV = logprobs_NV.exp() if probs else logprobs_NV
@@ -257,7 +258,7 @@ def _pointwise(divergence: str, student_NJ: Tensor, teacher_NJ: Tensor, beta: fl
         to_mixture_NJ = _log_student_over_mixture(ratio_NJ, beta)
         flow_NJ = (1 - beta) * probs_NJ * to_mixture_NJ
         return flow_NJ + beta * teacher_probs_NJ * (to_mixture_NJ - ratio_NJ), flow_NJ
-    raise ValueError(f"no top-k form of {divergence!r}; there is one of reverse_kl, forward_kl and jsd")
+    raise ValueError(f"no top-k form of {divergence!r}; valid: reverse_kl, forward_kl, jsd")
 
 
 def _with_remainder(logprobs_NK: Tensor, valid_NK: Tensor, remainder: str) -> Tensor:
@@ -267,13 +268,13 @@ def _with_remainder(logprobs_NK: Tensor, valid_NK: Tensor, remainder: str) -> Te
         return _renormalised(logprobs_NK, valid_NK)
     if remainder == "tail":
         return _with_tail(logprobs_NK)
-    raise ValueError(f"no remainder {remainder!r}; it is renormalise, correct or tail")
+    raise ValueError(f"no remainder {remainder!r}; valid: renormalise, correct, tail")
 
 
 def _with_tail(logprobs_NK: Tensor) -> Tensor:
     """Append the log-probability of all other tokens, log(1 − Σ p), at least that of the rounding error.
 
-    By log1mexp, stable at both ends (Mächler 2012).
+    Computed by log1mexp, which is stable at both ends (Mächler 2012).
     """
     mass_N1 = logprobs_NK.logsumexp(1, keepdim=True).clamp(max=-torch.finfo(logprobs_NK.dtype).eps)
     small_N1, large_N1 = torch.log(-torch.expm1(mass_N1)), torch.log1p(-torch.exp(mass_N1))
@@ -281,7 +282,8 @@ def _with_tail(logprobs_NK: Tensor) -> Tensor:
 
 
 def _renormalised(logprobs_NK: Tensor, valid_NK: Tensor) -> Tensor:
-    """Log-probabilities that sum to 1 over what counts; a row where nothing does stays ruled out."""
+    """Log-probabilities normalised over the valid ids; invalid ids get `LEAST_LOGPROB`, also in rows without any valid
+    id."""
     mass_N1 = logprobs_NK.masked_fill(~valid_NK, -torch.inf).logsumexp(1, keepdim=True)
     return torch.where(valid_NK, logprobs_NK - mass_N1, LEAST_LOGPROB)
 

@@ -1,8 +1,8 @@
 """Losses of the on-policy loop: pure functions of tensors that return losses [N] and metrics [N].
 
-Shape suffixes: N sampled tokens laid end to end, V vocabulary. `policy` is the student being trained, `sampler` the
-policy that drew the tokens; advantages and teachers carry no gradient. Weighting and summing the tokens is the
-caller's (`stages.learner.update`).
+Shape suffixes: N concatenated sampled tokens, V vocabulary. `policy` is the student being trained, `sampler` the policy
+that drew the tokens; advantages and teachers have no gradient. The caller weights and sums the tokens
+(`stages.learner.update`).
 """
 
 import torch
@@ -39,8 +39,8 @@ def clipped_surrogate(
 def importance_weights(
     staleness_N: Tensor, mismatch_N: Tensor, correction: str, band: tuple[float, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights that correct tokens the policy did not draw itself; k = trainer / sampler before any update of the
-    rollout, r = policy / trainer since.
+    """Importance weights of tokens that another policy drew; k = trainer / sampler before any update of the rollout,
+    r = policy / trainer since then.
 
     Args:
         staleness_N: log r.
@@ -50,26 +50,26 @@ def importance_weights(
         band: [low, high].
 
     Returns:
-        Weights [N] without gradient, and what became of the tokens.
+        Weights [N] without gradient, and the metrics `ratio` and `truncated_ratio` or `dropped`.
     """
     low, high = band
     ratio_N = (staleness_N + mismatch_N).detach().exp()
     if correction == "truncate":
         return ratio_N.clamp(max=high), {"truncated_ratio": (ratio_N > high).float(), "ratio": ratio_N}
-    judged_N = mismatch_N.detach().exp() if correction == "mask" else ratio_N
-    inside_N = (judged_N >= low) & (judged_N <= high)
+    compared_N = mismatch_N.detach().exp() if correction == "mask" else ratio_N
+    inside_N = (compared_N >= low) & (compared_N <= high)
     return torch.where(inside_N, ratio_N, 0.0), {"dropped": (~inside_N).float(), "ratio": ratio_N}
 
 
 def policy_gradient(policy_logprobs_N: Tensor, advantages_N: Tensor, weights_N: Tensor) -> Tensor:
-    """The score-function loss [N]: −w·A·log policy; neither weight nor advantage carries a gradient."""
+    """The score-function loss [N]: −w·A·log policy; neither weight nor advantage has a gradient."""
     return -weights_N.detach() * advantages_N.detach() * policy_logprobs_N
 
 
 def sampled_advantages(policy_logprobs_N: Tensor, target_logprobs_N: Tensor, clip: float) -> Tensor:
     """The sampled token's teacher signal: clip(sg[log target − log policy], ±clip) (MiMo-V2-Flash).
 
-    Stopped, for the raw log-ratio's own gradient holds nothing of the teacher.
+    The gradient is stopped, because the log-ratio's own gradient does not depend on the teacher.
     """
     return (target_logprobs_N - policy_logprobs_N).detach().clamp(-clip, clip)
 
@@ -77,8 +77,8 @@ def sampled_advantages(policy_logprobs_N: Tensor, target_logprobs_N: Tensor, cli
 def extrapolate(teacher_N: Tensor, reference_N: Tensor, extrapolation: float) -> Tensor:
     """The target beyond the teacher: log T + (λ − 1)(log T − log R) (ExOPD), of logits or log-probabilities.
 
-    From λ(log T − log R) − (log S − log R) = log target − log S. λ = 1 is the teacher exactly, and so is every λ where
-    teacher and reference agree. Where the teacher rules a token out, so does the target.
+    It follows from λ(log T − log R) − (log S − log R) = log target − log S. λ = 1 is the teacher exactly, and so is
+    every λ where teacher and reference agree. A token that the teacher excludes is excluded by the target too.
 
     Args:
         teacher_N: Values of the teacher, of any shape.

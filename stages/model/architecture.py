@@ -1,8 +1,8 @@
-"""What an architecture does beside full causal attention and a linear head, read from its config.
+"""Deviations of an architecture from full causal attention and a linear head, read from its config.
 
-Models of text and images keep it in a nested config, so every function takes the whole config and reads the text's.
+Models of text and images have a nested text config, so every function takes the whole config and reads the text's.
 
-Shape suffixes: B lines of a batch, T new tokens, L tokens they may look at, the new ones last.
+Shape suffixes: B lines of a batch, T new tokens, L tokens they may attend to, the new ones last.
 """
 
 from collections.abc import Mapping
@@ -15,37 +15,37 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 SLIDING = "sliding_attention"
-# Logits are capped by a hyperbolic tangent: no linear head gives them.
+# These cap the logits by a hyperbolic tangent, so that they are not the output of a linear head.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logits_soft_cap")
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
     """Why checkpoints of an architecture cannot be used, as the end of a sentence; None if they can.
 
-    Rows share lines and a cache, so each layer must be attention whose mask keeps them apart.
+    Rows share lines and a cache, so each layer must be attention with a mask that separates them.
     """
     text = config.get_text_config()
     if getattr(text, "is_encoder_decoder", False):
-        return "is an encoder and a decoder, and stages train decoders alone"
+        return "is an encoder and a decoder, and stages train only decoders"
     if text.model_type == "bloom" or getattr(text, "alibi", False):
-        return "counts positions in a mask of whole lines (ALiBi), which the mask of packed rows takes the place of"
+        return "counts positions in a mask of whole lines (ALiBi), which the mask of packed rows replaces"
     for layer in DynamicCache(config=text).layers:
-        # Not by isinstance: layers of attention and a state are a subclass.
+        # Not isinstance: layers with attention and a recurrent state are a subclass.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return (
-                "has layers with a recurrent state, which would run from row to row of a packed batch; models of "
-                "attention alone are supported"
+                "has layers with a recurrent state, which would leak from row to row of a packed batch; only models "
+                "of attention alone are supported"
             )
     if "chunked_attention" in _layer_types(text):
-        return "attends in chunks, which packed rows do not keep; full and sliding-window attention are supported"
+        return "attends in chunks, which packed rows do not preserve; full and sliding-window attention are supported"
     for name in _CAPS:
         if getattr(text, name, None) is not None:
-            return f"caps its logits ({name}), and losses read them as a linear head gives them"
+            return f"caps its logits ({name}), and losses need the output of a linear head"
     return None
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """What logits are multiplied by behind the head: Cohere's `logit_scale`, Granite's `logits_scaling` inverted."""
+    """The factor of the head's logits: Cohere's `logit_scale`, Granite's `logits_scaling` inverted."""
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None)
     if scale is not None:
@@ -55,21 +55,21 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 
 def context(config: PreTrainedConfig) -> int | None:
-    """Most tokens a row may have; None where the config sets no limit."""
+    """The most tokens of a row; None if the config sets no limit."""
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit
 
 
 @dataclass(frozen=True)
 class Masks:
-    """The mask that a decoder takes for a bias that keeps rows apart.
+    """Turns a bias that separates rows into a decoder's attention mask.
 
-    A decoder uses a mask of four dimensions as it is, so its sliding window has to be in it. Decoders with layers of
-    several kinds take a mask for each kind.
+    A decoder uses a four-dimensional mask unchanged, so the mask must include its sliding window. Decoders with several
+    kinds of layers take a mask for each kind.
 
     Attributes:
-        window: Tokens that the layers with a window look at, themselves included; None if no layer has one.
-        kinds: Kinds of layers, where the config names them.
+        window: Tokens in the window of layers that have one, including the token itself; None if no layer has one.
+        kinds: Kinds of layers, if the config names them.
     """
 
     window: int | None
@@ -77,18 +77,18 @@ class Masks:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Masks":
-        """Those of a decoder's config."""
+        """The masks for a decoder's config."""
         text = config.get_text_config()
         layers = DynamicCache(config=text).layers
         windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
         return cls(int(windows.pop()) if windows else None, tuple(dict.fromkeys(_layer_types(text))))
 
     def __call__(self, bias_B1TL: Tensor | None) -> Tensor | Mapping[str, Tensor] | None:
-        """What the decoder takes as its attention mask.
+        """The decoder's attention mask.
 
         Args:
-            bias_B1TL: Added to the scores: 0 where a token may look, the lowest number elsewhere. None for rows that
-                are alone in their lines: the decoder makes its own masks.
+            bias_B1TL: Added to the scores: 0 where a token may attend, the lowest number elsewhere. None if every line
+                has one row: the decoder then makes its own masks.
         """
         if bias_B1TL is None or self.window is None:
             return bias_B1TL
@@ -104,10 +104,10 @@ def _layer_types(text: PreTrainedConfig) -> list[str]:
 
 
 def _windowed(bias_B1TL: Tensor, window: int) -> Tensor:
-    """The bias with what lies a window and more behind hidden: rows lie in one piece, so places count as positions."""
+    """The bias with tokens outside of the window masked too; rows are contiguous, so distances are those of indices."""
     new, all_ = bias_B1TL.shape[-2:]
     if all_ <= window:
         return bias_B1TL
-    places_L = torch.arange(all_, device=bias_B1TL.device)
-    far_TL = places_L[None, :] <= places_L[all_ - new :, None] - window
+    index_L = torch.arange(all_, device=bias_B1TL.device)
+    far_TL = index_L[None, :] <= index_L[all_ - new :, None] - window
     return bias_B1TL.masked_fill(far_TL, torch.finfo(bias_B1TL.dtype).min)

@@ -1,8 +1,8 @@
 """Matrix products in float32 on processors where torch's own choice of library is slow.
 
-On x86 torch hands them to MKL, which leaves the AVX-512 units of processors not made by Intel unused; oneDNN, which
-torch carries too, does not (`benchmarks/linear.py` prints both). Elsewhere, in other precisions, under autocast, with
-`torch.backends.mkldnn` disabled, and for products too small to be worth the way, torch chooses as ever.
+On x86 torch uses MKL, which does not use the AVX-512 units of processors not made by Intel; oneDNN, also included in
+torch, does (`benchmarks/linear.py` prints both). On other processors, in other precisions, under autocast, with
+`torch.backends.mkldnn` disabled, and for products too small to pay for the overhead, torch's choice is kept.
 
 Shape suffixes: M rows (any leading dimensions), K inputs, N outputs.
 """
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Multiply-adds; with fewer the way to oneDNN costs what its kernels save (`benchmarks/linear.py`).
+# Multiply-adds; with fewer, the overhead of oneDNN costs what its kernels save (`benchmarks/linear.py`).
 WORTHWHILE = 2_000_000
 
 
-def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+def matmul_t(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     """left @ right.T [M, N]; differentiable.
 
     Args:
@@ -33,7 +33,8 @@ def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let a model's linear layers choose as `product` does; parameters, their names and what is saved stay."""
+    """Make a model's linear layers choose the library as `matmul_t` does; parameters, their names and saved files do
+    not change."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = _Linear
@@ -61,7 +62,7 @@ def _suits(left_MK: Tensor, right_NK: Tensor) -> bool:
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    """Whether torch would take MKL, and MKL not this processor's widest units."""
+    """Whether torch would use MKL, and MKL would not use this processor's widest units."""
     here = platform.system() == "Linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
     available = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return here and available and "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
@@ -75,7 +76,7 @@ def _through_onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 
 
 def _run(left_MK: Tensor, right_NK: Tensor) -> Tensor:
-    # What torch.compile emits for linear layers on a CPU.
+    # The operation that torch.compile emits for linear layers on a CPU.
     found: Tensor = torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
     return found
 
@@ -83,13 +84,13 @@ def _run(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left_MK: Tensor, right_NK: Tensor) -> Tensor:
-        """Multiply and keep both factors, no copies."""
+        """Multiply, and save both factors without copies."""
         ctx.save_for_backward(left_MK, right_NK)
         return _run(left_MK, right_NK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of those factors that need one."""
+        """The gradients of the factors that need one."""
         left_MK, right_NK = ctx.saved_tensors
         gradient_MN = gradients[0]
         left = _run(gradient_MN, right_NK.t()) if ctx.needs_input_grad[0] else None

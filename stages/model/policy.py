@@ -1,9 +1,9 @@
 """A policy: a causal language model with its tokenizer, full or as an adapter on a shared base.
 
-Shape suffixes: B sequences, T tokens, N completion tokens of a batch laid end to end, H hidden, V vocabulary.
+Shape suffixes: B sequences, T tokens, H hidden, V vocabulary.
 
-A forward pass stops at the hidden states. Logits are made only where a loss or a sampler reads them, from the
-output head, chunk by chunk (`chunked_token_loss` in `stages.losses.chunked`).
+A forward pass stops at the hidden states. Losses and samplers compute logits from them and the output head, chunk by
+chunk (`chunked_token_loss` in `stages.losses.chunked`).
 """
 
 import json
@@ -32,8 +32,8 @@ from stages.rows.chat import decode_completions, encode_demonstration, generatio
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Tokens of the row on which a loaded model's logits are compared with ours.
 PROBE_TOKENS = 8
-# What transformers notes of how a tokenizer was read, and reads from nowhere again: it differs with the machine, its
-# environment and the place, and a digest must not.
+# Fields in which transformers records how a tokenizer was loaded, and which it never reads again. They depend on the
+# machine, its environment and the path, and a digest must not.
 _READ_WITH = {
     "cache_dir",
     "force_download",
@@ -48,7 +48,7 @@ _READ_WITH = {
     "use_safetensors",
 }
 _USER = {"role": "user", "content": "What is 2 + 2?"}
-# Chats by which two tokenizers are compared.
+# Chats on which two tokenizers are compared.
 CHATS: tuple[Prompt, ...] = (
     "What is 2 + 2?",
     [{"role": "system", "content": "Be brief."}, _USER],
@@ -61,7 +61,7 @@ class Policy:
     """A model with its tokenizer.
 
     Attributes:
-        model: A causal language model, wrapped by peft when it carries an adapter.
+        model: A causal language model, wrapped by peft if it has an adapter.
         tokenizer: Its tokenizer; has an EOS and a pad token.
         adapter_base: Key of the full checkpoint under the adapter; None for a full model.
     """
@@ -77,9 +77,8 @@ class Policy:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end a completion, ascending: those `generate` stops at, EOS, and the template's end of turn.
-
-        Every sampler stops at each of them.
+        """The tokens that end a completion, ascending: those of the generation config, EOS, and the template's end of
+        turn. Every sampler stops at each of them.
         """
         generation = causal_lm(self.model).generation_config
         return stop_ids(self.tokenizer, None if generation is None else generation.eos_token_id)
@@ -88,31 +87,31 @@ class Policy:
     def barred_ids(self) -> tuple[int, ...]:
         """Rows of the vocabulary that are no token of the tokenizer, such as padding; no sampler draws them.
 
-        Losses leave them in: exact divergences compare whole distributions, of student and teacher alike.
+        Losses include them: exact divergences compare the whole distributions of student and teacher.
         """
-        known = set(self.tokenizer.get_vocab().values())
-        return tuple(row for row in range(self.head_VH.shape[0]) if row not in known)
+        tokens = set(self.tokenizer.get_vocab().values())
+        return tuple(row for row in range(self.head_VH.shape[0]) if row not in tokens)
 
     @property
     def context(self) -> int | None:
-        """Tokens a prompt and its completion may have together; None where the config has no limit."""
+        """The most tokens of a prompt and its completion together; None if the config sets no limit."""
         limit: int | None = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
         return limit
 
     def texts(self, completions: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> list[str]:
-        """The text of completions, without what ends each, a token or a string, and without control tokens."""
+        """The text of completions, without the stop token or stop string that ends each, and without control tokens."""
         decoded = decode_completions(self.tokenizer, completions, self.stop_ids)
         return [before_stop(text, stop) for text in decoded]
 
     @property
     def pad_id(self) -> int:
-        """The token that fills a batch up; never attended to, never scored."""
+        """The padding token of a batch; never attended to, never scored."""
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else int(pad)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return head_weight(self.model).device
 
     @property
@@ -122,7 +121,7 @@ class Policy:
 
     @property
     def size(self) -> int:
-        """Number of its parameters, without those of adapters its base wears for others."""
+        """Number of parameters, without those of teachers' adapters on a shared base."""
         named = self.model.named_parameters()
         return sum(p.numel() for name, p in named if ".lora_" not in name or ".default." in name)
 
@@ -130,17 +129,17 @@ class Policy:
         """Write weights (or the adapter alone), config and tokenizer as a Hugging Face directory.
 
         Args:
-            folder: Where to.
-            weights: All parameters by name, where the model holds only shards of them.
+            folder: The target folder.
+            weights: All parameters by name, if the model holds only shards of them.
         """
         if isinstance(self.model, PeftModel):
-            # peft notes the directory it loaded the base from; the key says the same wherever the store lies.
+            # peft records the directory of the base; the key does not depend on the store's location.
             shape = self.model.peft_config["default"]
             shape.base_model_name_or_path = self.adapter_base
-            # peft keeps a set, whose order differs from process to process, and the digest covers it.
+            # peft keeps a set. Its order differs from process to process, and would change the digest.
             if isinstance(shape.target_modules, set):
                 shape.target_modules = sorted(shape.target_modules)
-            # Only the student's own: its base may wear teachers' adapters too.
+            # Only the student's own adapter: a shared base may have teachers' adapters too.
             self.model.save_pretrained(
                 folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights
             )
@@ -151,7 +150,8 @@ class Policy:
 
 
 class HiddenStates(nn.Module):
-    """The policy without its head: what data-parallel wrappers wrap, for gradients flow through its forward."""
+    """The policy without its head; data-parallel wrappers wrap this module, because gradients flow through its
+    forward pass."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
@@ -162,9 +162,9 @@ class HiddenStates(nn.Module):
         """Return hidden states [B, T, H] of right-padded tokens.
 
         Args:
-            tokens_BT: One row a line, padded on the right, which causality alone hides; or packed rows.
-            positions_BT: Position of each token in its own row, where rows are packed.
-            bias_B1TT: Added to the attention scores where rows are packed: hides what is not of a token's own row.
+            tokens_BT: One row per line, with padding on the right, which causality hides; or packed rows.
+            positions_BT: Position of each token in its own row, if rows are packed.
+            bias_B1TT: Added to the attention scores if rows are packed: masks tokens of other rows.
         """
         output = causal_lm(self.model).get_decoder()(
             input_ids=tokens_BT, position_ids=positions_BT, attention_mask=self._masks(bias_B1TT), use_cache=False
@@ -173,13 +173,13 @@ class HiddenStates(nn.Module):
 
 
 def scaled(model: PreTrainedModel | PeftModel, hidden_BTH: Tensor) -> Tensor:
-    """Hidden states whose product with the head's weight are the logits: a scale of the logits is taken in here."""
+    """Hidden states whose product with the head's weight are the logits: they include the model's scale of logits."""
     scale = logit_scale(causal_lm(model).config)
     return hidden_BTH if scale == 1.0 else hidden_BTH * scale
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, the same from every machine."""
+    """Write a tokenizer's files, identical on every machine."""
     tokenizer.save_pretrained(folder)
     file = folder / TOKENIZER_CONFIG
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -204,19 +204,19 @@ def load_policy(
 ) -> Policy:
     """Load a checkpoint in float32, for inference or as the start of a training stage.
 
-    A full checkpoint with `lora` gets a fresh adapter; an adapter with `lora` goes on training on its own base;
-    an adapter without `lora` is merged into its base when it is to be trained in full.
-
-    Raises:
-        UserError: see `check_head`; or nothing in the model is called as `lora.target_modules` says; or it brings
-            code that may not be run.
+    A full checkpoint with `lora` gets a new adapter; an adapter with `lora` continues training on its own base; an
+    adapter without `lora` is merged into its base if it is to be trained in full.
 
     Args:
         checkpoint: A stored checkpoint, full or adapter.
-        store: Where an adapter's base is found.
+        store: Holds an adapter's base.
         lora: Shape of the adapter to train.
         trainable: Whether the policy will be trained.
-        seed: Seed of a fresh adapter's weights.
+        seed: Seed of a new adapter's weights.
+
+    Raises:
+        UserError: see `check_head`; or no module of the model matches `lora.target_modules`; or the checkpoint contains
+            code that may not be run.
     """
     base = checkpoint.manifest.get("adapter_base")
     root = store.get(base) if base else checkpoint
@@ -227,13 +227,14 @@ def load_policy(
         if "trust_remote_code" not in str(error):
             raise
         raise UserError(
-            f"{checkpoint.name}: it brings code of its own, which this run file does not let run (`remote_code: true`)"
+            f"{checkpoint.name}: it contains code of its own, which this run file does not permit; to run it set "
+            f"`remote_code: true`"
         ) from None
     use_onednn(model)
     if base:
         model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
         if trainable and lora is None:
-            # peft froze the base, and merging leaves it frozen.
+            # peft froze the base, and merging does not unfreeze it.
             model, base = model.merge_and_unload().requires_grad_(True), None
     elif lora:
         torch.manual_seed(seed)
@@ -253,7 +254,7 @@ def load_policy(
 
 
 def check_head(policy: Policy, checkpoint: Artifact) -> None:
-    """Check that logits are the hidden states times the head's weight, which all chunked losses rely on.
+    """Check that logits are the hidden states times the head's weight, as all chunked losses assume.
 
     Raises:
         UserError: the tokenizer has no EOS or ids beyond the embedding, the head has an adapter, or the architecture
@@ -265,15 +266,15 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
     model = causal_lm(policy.model)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
-            f"{name}: lora.target_modules puts an adapter on the output head, whose weight every loss reads "
-            f"by itself; leave the head out, as 'all-linear' does"
+            f"{name}: lora.target_modules puts an adapter on the output head, but losses read the head's weight "
+            f"without adapters; leave the head out, as 'all-linear' does"
         )
     if (fault := unsupported(model.config)) is not None:
         raise UserError(f"{name}: {type(model).__name__} {fault}")
     rows = model.get_input_embeddings().weight.shape[0]
     if beyond := tokens_beyond(policy.tokenizer.get_vocab(), rows):
         raise UserError(f"{name}: {beyond}")
-    # Ordinary tokens: the embedding of padding is zero in many models, and so would all be that is compared.
+    # Ordinary tokens: in many models the embedding of padding is zero, and all compared values would be zero too.
     tokens_BT = torch.linspace(0, rows - 1, min(rows, PROBE_TOKENS), device=policy.device).long()[None]
     with torch.no_grad():
         logits_BTV = policy.model(input_ids=tokens_BT, use_cache=False).logits
@@ -281,7 +282,7 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
         ours_BTV = HiddenStates(policy.model)(tokens_BT) @ policy.head_VH.T
     tolerated = 1e-3 * float(logits_BTV.std())
     if not torch.allclose(logits_BTV[:, :-1], shorter_BTV, rtol=1e-3, atol=tolerated):
-        raise UserError(f"{name}: {type(model).__name__} looks at tokens to come; causal language models are supported")
+        raise UserError(f"{name}: {type(model).__name__} attends to later tokens; causal language models are supported")
     if not torch.allclose(logits_BTV, ours_BTV, rtol=1e-3, atol=tolerated):
         raise UserError(
             f"{name}: {type(model).__name__} does more to its logits than a linear head without bias and a scale; such "
@@ -290,10 +291,10 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
 
 
 def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """In what two tokenizers differ, one of which must be able to score the other's tokens; None when in nothing.
+    """The first difference of two tokenizers that must agree on tokens; None if there is none.
 
-    Compared are the vocabulary and the tokens of a few chats with their ends. A comment in a template, or another pad
-    token, makes no difference.
+    The vocabulary and the tokens of a few chats with their ends are compared. A comment in a template, or another pad
+    token, is no difference.
     """
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if mine != other:
@@ -308,7 +309,7 @@ def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> list[int] | None:
-    """A chat and an answer as tokens; None where the template refuses it."""
+    """The tokens of a chat with an answer; None if the template refuses it."""
     try:
         return [token for part in encode_demonstration(tokenizer, chat, "the answer") for token in part]
     except UserError:
@@ -316,11 +317,11 @@ def _read(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> list[int] | None:
 
 
 def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
-    """In what a tokenizer has more tokens than a model has embeddings; None in nothing.
+    """A message on tokens without an embedding; None if every token has one.
 
     Args:
         vocabulary: Token -> id.
-        rows: Of the model's embedding.
+        rows: Rows of the model's embedding.
     """
     beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows)
     if not beyond:

@@ -1,20 +1,21 @@
-"""Python code that a checkpoint brings: run only where the run file says `remote_code: true`. Free of torch.
+"""Permission to run a checkpoint's own Python code: only with `remote_code: true` in the run file. Free of torch.
 
-Every place that reads a model's config, weights or tokenizer passes `options()`, so the answer is given once a process.
+All code that loads a model's config, weights or tokenizer passes `options()`, so the permission is set once per
+process.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-OWN_CODE = "it brings code of its own; read it, and if you trust it say `remote_code: true` in the run file"
-# Of the process and all its threads: teachers are read in one of their own.
+OWN_CODE = "it contains code of its own; read it, and if you trust it set `remote_code: true` in the run file"
+# Of the process and all its threads: teachers are loaded in another thread.
 _allowed = [False]
 
 
 @contextmanager
 def remote_code(allowed: bool) -> Iterator[None]:
-    """Let checkpoints run the code they bring, or not, in what follows."""
+    """A context in which checkpoints may run their own code, or may not."""
     _allowed.append(allowed)
     try:
         yield

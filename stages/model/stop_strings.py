@@ -1,10 +1,10 @@
-"""Texts that end a completion, beside the tokens that do: what a base model's few-shot prompt needs. Free of torch."""
+"""Stop strings: texts that end a completion, for example of a base model's few-shot prompt. Free of torch."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-# Tokens before a stop string that its decoding may depend on, such as one that a leading space is left out after.
+# Tokens before a stop string on which its decoding may depend, such as one after which a leading space is left out.
 CONTEXT = 4
 
 
@@ -12,26 +12,26 @@ class StopStrings:
     """Finds the end of a completion while its tokens are drawn.
 
     Args:
-        tokenizer: Decodes them.
-        strings: Each of them ends a completion; none empty.
+        tokenizer: Decodes the tokens.
+        strings: Each of them ends a completion; none is empty.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
         self.tokenizer, self.strings = tokenizer, tuple(strings)
-        # A token stands for at least a byte, or for no text.
+        # A token is at least one byte of text, or no text.
         self.window = max((len(text.encode()) for text in self.strings), default=0) + CONTEXT
 
     def ended(self, tails: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each row's last token completed a stop string.
 
         Args:
-            tails: The last `window` tokens of each row, or all that it has.
+            tails: The last `window` tokens of each row, or all of a shorter row.
         """
         texts = self.tokenizer.batch_decode([list(tail) for tail in tails], skip_special_tokens=True)
         return [any(string in text for string in self.strings) for text in texts]
 
     def length(self, completion: Sequence[int]) -> int | None:
-        """Tokens of a completion up to the one that completes a stop string; None where none does."""
+        """Number of tokens up to the one that completes a stop string, inclusive; None if none does."""
         tails = [completion[max(0, end - self.window) : end] for end in range(1, len(completion) + 1)]
         ended = self.ended(tails) if tails else []
         return ended.index(True) + 1 if True in ended else None

@@ -21,27 +21,28 @@ from base.store.checkpoint import STAGING, Artifact, Store
 from stages.model.policy import load_policy
 from stages.model.remote_code import options
 
-# What a file of adapters calls a layer's factors; in a model the adapter's name stands before the suffix.
+# Names of a layer's factors in an adapter's file; in a model the adapter's name stands before the suffix.
 _FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
 
 
 class StoredWeights:
-    """The weights of a checkpoint by name, read when asked for; of an adapter, its base's with its deltas added.
+    """The weights of a checkpoint by name, read on demand; for an adapter, its base's weights with its deltas added.
 
-    Names are those of the model's parameters. Where its files have others (transformers joins the experts of a mixture
-    into one tensor when it loads them), the checkpoint is loaded once and written to a temporary file under its names.
+    Names are those of the model's parameters. If the files have other names (transformers joins the experts of a
+    mixture into one tensor when it loads them), the checkpoint is loaded once and written to a temporary file under the
+    model's names.
 
     Args:
         checkpoint: A stored checkpoint, full or adapter.
-        store: Where an adapter's base is found.
-
-    Raises:
-        UserError: there are no safetensors files; or the adapter is more than low-rank factors, or changes what they do
-            not hold.
+        store: Holds an adapter's base.
 
     Attributes:
         shapes: Shape of every tensor.
-        config: The model's config, as `config.json` has it.
+        config: The model's config, as in `config.json`.
+
+    Raises:
+        UserError: there are no safetensors files; or the adapter has tensors that are no low-rank factors, or changes a
+            weight that its base does not have.
     """
 
     def __init__(self, checkpoint: Artifact, store: Store) -> None:
@@ -67,13 +68,13 @@ class StoredWeights:
             raise UserError(f"{checkpoint.name}: its adapter changes {strange[0]}, which its base does not hold")
 
     def _rename(self, checkpoint: Artifact, store: Store) -> None:
-        """Read from a file with the model's own names, adapters merged."""
+        """Write a temporary file with the model's own names and merged adapters, and read from it."""
         staging = store.root / STAGING
         staging.mkdir(exist_ok=True)
-        # `mopd gc` leaves what is called so alone while this process runs.
+        # `mopd gc` keeps folders of this name while this process runs.
         self._folder = TemporaryDirectory(dir=staging, prefix=f"{checkpoint.key}-", suffix=f".{os.getpid()}.mirror")
         path = Path(self._folder.name) / "model.safetensors"
-        # A tied tensor has one of its names.
+        # A tied tensor is written once, under one of its names.
         whole = {
             tensor.data_ptr(): (name, tensor)
             for name, tensor in load_policy(checkpoint, store, trainable=True).model.state_dict().items()
@@ -84,8 +85,8 @@ class StoredWeights:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor in float32, in memory of its own."""
-        # An open file stays mapped, and all that was ever read of it in memory.
+        """One tensor in float32, in its own memory."""
+        # Opened for each tensor: an open file stays mapped, and with it all data ever read from it.
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name).to(torch.float32, copy=True)
         if name in self._adapters:
@@ -94,20 +95,20 @@ class StoredWeights:
 
 
 def _parameter_names(config: PreTrainedConfig) -> set[str]:
-    """The names that the model of a config gives its tensors; it holds no memory."""
+    """The names of the tensors of a config's model, which is built without memory."""
     with torch.device("meta"):
         return set(AutoModelForCausalLM.from_config(config, **options()).state_dict())
 
 
 def _adapters(checkpoint: Artifact, config: PreTrainedConfig) -> dict[str, LoraLayer]:
-    """The adapter's layers by the name of the weight each changes; the base under them holds no memory."""
+    """The adapter's layers by the name of the weight that each changes; their base is built without memory."""
     weights = load_peft_weights(checkpoint.uri, device="cpu")
     if strange := [name for name in weights if not _FACTOR.search(name)]:
         raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, which is not a low-rank factor")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **options())
     wrapped = PeftModel(model, PeftConfig.from_pretrained(checkpoint.uri), low_cpu_mem_usage=True)
-    # peft's own loading would send them to where the base is: nowhere.
+    # peft's own loading would move them to the base's device, which is `meta`.
     named = {_FACTOR.sub(r"\1.default\2", name): tensor for name, tensor in weights.items()}
     if strange := wrapped.load_state_dict(named, strict=False, assign=True).unexpected_keys:
         raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, for which its base has no place")

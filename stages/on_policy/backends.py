@@ -1,4 +1,4 @@
-"""The sampler a stage's config asks for."""
+"""Builds the sampler that a stage's config names."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,14 +8,14 @@ from stages.config.on_policy import OnPolicyConfig
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.on_policy.rollout import request
-from stages.sampling.ahead import AheadSampler
+from stages.sampling.prefetch import PrefetchSampler
 from stages.sampling.sampler import Request, Sampler, TransformersSampler
 
 
 def make_sampler(
     config: OnPolicyConfig, learner: Learner, workspace: Workspace, prompts_of: Callable[[int], Sequence[Example]]
 ) -> Sampler:
-    """Start it; whoever asks closes it.
+    """Start the sampler; the caller closes it.
 
     Args:
         config: The stage's config.
@@ -23,9 +23,12 @@ def make_sampler(
         workspace: Servers, and a folder for an engine's files.
         prompts_of: The prompts the student will answer in a step, for rollouts one batch ahead.
 
+    Returns:
+        The sampler of `config.sampler.backend`, with prefetching if `config.sampler.ahead` is set.
+
     Raises:
         UserError: vLLM is not installed, several processes would each start an engine, no server is named, or vLLM
-            cannot tell the log-probabilities that the config's temperature and top-p need.
+            cannot report the log-probabilities that the config's temperature and top-p need.
         ServerLostError: no server answers.
     """
 
@@ -38,7 +41,7 @@ def make_sampler(
         servers = RemoteSampler(learner, config, workspace)
         if not config.sampler.ahead:
             return servers
-        return AheadSampler(servers, upcoming, learner.accelerator.wait_for_everyone, servers.measure)
+        return PrefetchSampler(servers, upcoming, learner.accelerator.wait_for_everyone, servers.measure)
     if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)
     if learner.world_size > 1:

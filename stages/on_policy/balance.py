@@ -2,8 +2,8 @@
 
 Shape suffixes: N completion tokens of a row.
 
-Left alone, a domain of long answers owns the gradient: with a mean over tokens its share of the loss is its share of
-the tokens. The mean over domains and a budget are the published remedies (Open-MOPD; `max_domain_share`).
+Without balancing, a domain of long answers dominates the gradient: with a mean over tokens its share of the loss is its
+share of the tokens. The mean over domains and a budget are the published remedies (Open-MOPD; `max_domain_share`).
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ from stages.on_policy.shares import capped_shares
 def loss_weights(
     domains: Sequence[str], lengths: Sequence[int], config: OnPolicyConfig, learner: Learner, names: Sequence[str]
 ) -> tuple[list[Tensor], dict[str, float]]:
-    """Weights that make a sum over all processes' tokens the mean the config asks for.
+    """Weights with which the sum over all processes' tokens is the mean that the config names.
 
     Args:
         domains: Domain of each row of this process.
@@ -30,7 +30,7 @@ def loss_weights(
         names: All domains of the stage, in one order on every process.
 
     Returns:
-        One vector [N] a row, and each domain's share of the loss.
+        One vector [N] per row, and each domain's share of the loss.
     """
     by_sequence = config.loss_normalisation == "sequence"
     own: dict[str, float] = defaultdict(float)

@@ -1,9 +1,9 @@
-"""Watches an on-policy stage: ends it on a plateau, raises alarms of collapse. Pure and free of torch.
+"""Monitors the health of an on-policy stage: ends it on a plateau, raises alarms of collapse. Pure and free of torch.
 
-Every quantity is averaged over the last `window` steps that measured it, domain by domain; nothing is judged before a
-domain's first window is full. Only the gap between sampler and trainer is judged by each step alone: it is a mean over
-many tokens and does not come and go. The collapses watched for are the known ones of on-policy distillation: entropy
-falls, completions grow, completions repeat themselves (compression ratio).
+Every quantity is averaged over the last `window` steps that measured it, domain by domain. No check runs before a
+domain's first window is full. Only the gap between sampler and trainer is checked in every single step: it is a mean
+over many tokens and does not fluctuate. The monitored collapses are the published ones of on-policy distillation:
+entropy falls, completions grow, completions repeat themselves (compression ratio).
 """
 
 import math
@@ -17,23 +17,24 @@ from stages.config.on_policy import HealthConfig
 
 # Below this the zlib header and the cold dictionary decide the ratio, not the text.
 COMPRESSIBLE_BYTES = 200
-# A domain this sure of itself from the start (nats a token) has no diversity to lose.
+# A domain whose entropy (nats per token) is this low from the start has no diversity to lose.
 DETERMINISTIC_ENTROPY = 0.02
-# Improvements are relative to the best value, but near 0 to this: noise around 0 is no progress.
+# Improvements are relative to the best value, and to this constant when the best is near 0: noise around 0 is no
+# progress.
 SMALLEST_SCALE = 0.01
 
 
 @dataclass(frozen=True)
 class Vitals:
-    """What one step measured, by domain; a map lacks a domain that had nothing to measure.
+    """The measurements of one step, by domain; a domain without a measurement is absent from the mapping.
 
     Attributes:
         signal: Reward, or divergence from the teacher in nats.
-        entropy: Mean entropy of the policy in nats a token.
+        entropy: Mean entropy of the policy in nats per token.
         length: Mean tokens of a completion.
-        compression: Compression ratio of the completions, as `compression` gives it.
+        compression: Compression ratio of the completions, as `compression` returns it.
         mismatch: Mean |log-probability of a sampled token by the trainer − by the sampler| in nats, both with the same
-            weights; under one name where it was not measured by domain.
+            weights; under one name if it was not measured by domain.
     """
 
     signal: Mapping[str, float]
@@ -44,12 +45,12 @@ class Vitals:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a step's vitals mean.
+class HealthVerdict:
+    """The conclusion from one step's vitals.
 
     Attributes:
-        alarms: Those that began with this step, one line each.
-        stop: Why the stage ends here; None where it goes on.
+        alarms: The alarms that began in this step, one line each.
+        stop: Why the stage ends here; None if it continues.
     """
 
     alarms: tuple[str, ...]
@@ -57,15 +58,15 @@ class Verdict:
 
 
 def compression(texts: Sequence[str]) -> float | None:
-    """How far completions shrink under zlib: bytes before / bytes after, mean over completions.
+    """The zlib compression ratio: bytes before / bytes after, mean over completions.
 
-    Ordinary text of a few hundred bytes stays below 3, a phrase over and over goes to 10 and far beyond.
+    Ordinary text of a few hundred bytes stays below 3; a repeated phrase reaches 10 and far more.
 
     Args:
         texts: Completions of one domain.
 
     Returns:
-        None where no completion has the 200 bytes at which the ratio begins to mean something.
+        None if no completion has the 200 bytes from which the ratio is meaningful.
     """
     encoded = [text.encode() for text in texts]
     ratios = [len(data) / len(zlib.compress(data)) for data in encoded if len(data) >= COMPRESSIBLE_BYTES]
@@ -73,28 +74,28 @@ def compression(texts: Sequence[str]) -> float | None:
 
 
 class Health:
-    """Judges a stage step by step. The same vitals give the same verdicts, also across a save of `state`."""
+    """Checks a stage step by step. The same vitals give the same verdicts, also after restoring a saved `state`."""
 
     def __init__(
         self, config: HealthConfig, better: Literal["higher", "lower"], state: Mapping[str, Any] | None
     ) -> None:
-        """Start to watch, or go on.
+        """Start monitoring, or continue from a saved state.
 
         Args:
             config: Limits.
-            better: Whether the signal is a reward or a divergence.
+            better: `higher` if the signal is a reward, `lower` if it is a divergence.
             state: The `state` of an earlier attempt; None at a stage's start.
         """
         self.config = config
         self.better = better
-        known = state or {}
-        self._recent = {name: dict(values) for name, values in known.get("recent", {}).items()}
-        self._baselines = {name: dict(values) for name, values in known.get("baselines", {}).items()}
+        saved = state or {}
+        self._recent = {name: dict(values) for name, values in saved.get("recent", {}).items()}
+        self._baselines = {name: dict(values) for name, values in saved.get("baselines", {}).items()}
         self._best: dict[str, tuple[float, int]] = {
-            domain: (value, step) for domain, (value, step) in known.get("best", {}).items()
+            domain: (value, step) for domain, (value, step) in saved.get("best", {}).items()
         }
-        self._sounding: set[str] = set(known.get("sounding", ()))
-        self._stop: str | None = known.get("stop")
+        self._active: set[str] = set(saved.get("sounding", ()))
+        self._stop: str | None = saved.get("stop")
 
     @property
     def stopped(self) -> bool:
@@ -103,21 +104,21 @@ class Health:
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that a resumed stage needs to go on exactly, as JSON-serialisable values of their own."""
+        """A JSON-serialisable copy of everything a resumed stage needs to continue exactly."""
         return {
             "recent": {name: dict(values) for name, values in self._recent.items()},
             "baselines": {name: dict(values) for name, values in self._baselines.items()},
             "best": {domain: list(found) for domain, found in self._best.items()},
-            "sounding": sorted(self._sounding),
+            "sounding": sorted(self._active),
             "stop": self._stop,
         }
 
-    def observe(self, step: int, vitals: Vitals) -> Verdict:
-        """Take in a step's vitals. A value that is not finite counts as not measured.
+    def observe(self, step: int, vitals: Vitals) -> HealthVerdict:
+        """Add a step's vitals and return the verdict. A value that is not finite counts as not measured.
 
         Args:
             step: Counts from 1, in order.
-            vitals: What the step measured.
+            vitals: The step's measurements.
         """
         alarms = tuple(self._alarms(vitals))
         reasons = [*alarms] if self.config.on_alarm == "stop" else []
@@ -125,7 +126,7 @@ class Health:
         if plateau := self._plateau(step):
             reasons.append(plateau)
         self._stop = "; ".join(reasons) or None
-        return Verdict(alarms, self._stop)
+        return HealthVerdict(alarms, self._stop)
 
     def _smoothed(self, name: str, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
         """The mean over the window of each domain measured in this step, once its window is full."""
@@ -137,11 +138,11 @@ class Health:
                     yield domain, fmean(recent[domain])
 
     def _baseline(self, name: str, domain: str, mean: float) -> float:
-        """The mean of the domain's first window: the first that is asked about."""
+        """The mean of the domain's first full window: the `mean` of the first call."""
         return self._baselines.setdefault(name, {}).setdefault(domain, mean)
 
     def _alarms(self, vitals: Vitals) -> Iterator[str]:
-        """The alarms that begin now; those that have ended may begin again."""
+        """The alarms that begin now; an alarm that has ended may begin again."""
         config = self.config
         for domain, mean in self._smoothed("entropy", vitals.entropy):
             first = self._baseline("entropy", domain, mean)
@@ -152,7 +153,7 @@ class Health:
                     f"({config.min_entropy:g} of the first {first:.3g})"
                 )
         for domain, mean in self._smoothed("length", vitals.length):
-            # Completions of nothing but EOS have no length to multiply.
+            # Completions that consist of EOS alone have no length to multiply.
             first = max(self._baseline("length", domain, mean), 1.0)
             limit = config.max_length_growth * first
             if self._begins(f"length/{domain}", mean > limit):
@@ -167,7 +168,7 @@ class Health:
                     f"completions repeat themselves"
                 )
         for domain, gap in vitals.mismatch.items():
-            # What is no number is not below the limit either.
+            # NaN must raise the alarm too: it is not below the limit.
             if self._begins(f"mismatch/{domain}", not gap <= config.max_mismatch):
                 yield (
                     f"{domain}: sampler and trainer differ by {gap:.3g} nats a token, above {config.max_mismatch:g}: "
@@ -175,16 +176,16 @@ class Health:
                 )
 
     def _begins(self, alarm: str, holds: bool) -> bool:
-        """Whether an alarm holds that did not before."""
-        begins = holds and alarm not in self._sounding
+        """Whether an alarm holds now and did not hold before."""
+        begins = holds and alarm not in self._active
         if holds:
-            self._sounding.add(alarm)
+            self._active.add(alarm)
         else:
-            self._sounding.discard(alarm)
+            self._active.discard(alarm)
         return begins
 
     def _note_progress(self, step: int, vitals: Vitals) -> None:
-        """Remember each domain's best mean; one within `min_improvement` of the best before is no better."""
+        """Record each domain's best mean; a mean within `min_improvement` of the previous best is no improvement."""
         sign = 1.0 if self.better == "higher" else -1.0
         for domain, mean in self._smoothed("signal", vitals.signal):
             if domain in self._best:

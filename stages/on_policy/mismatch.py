@@ -1,8 +1,8 @@
-"""How far sampler and trainer are apart: they compute the same policy by different ways, and never exactly agree.
+"""The gap between sampler and trainer: they compute the same policy in different ways, and never agree exactly.
 
 Measured on the student's own tokens in the forward pass of a rollout's first update, which every step makes anyway.
 
-Shape suffixes: B rows, T tokens, N completion tokens of some rows laid end to end, C those of one chunk, H hidden,
+Shape suffixes: B rows, T tokens, N concatenated completion tokens of several rows, C those of one chunk, H hidden,
 V vocabulary.
 """
 
@@ -18,33 +18,33 @@ from stages.on_policy.rollout import Rollout
 
 
 def hands_over(config: OnPolicyConfig) -> bool:
-    """Whether the sampler has weights of its own, which it is handed."""
+    """Whether the sampler holds its own copy of the weights, which the trainer must send to it."""
     return config.sampler.backend in ("vllm", "vllm_server")
 
 
 def may_differ(config: OnPolicyConfig) -> bool:
-    """Whether sampler and trainer compute in ways that differ by more than rounding."""
+    """Whether the results of sampler and trainer can differ by more than rounding."""
     return hands_over(config) or config.dtype != "float32"
 
 
 def with_mismatch(
     objective: Callable[..., TokenLoss], rollout: Rollout, temperature: float, rows: list[int]
 ) -> TokenLoss:
-    """The objective of some rows, which also tells how far the trainer is from the sampler on the student's tokens.
+    """The objective of some rows, with metrics of the gap between trainer and sampler on the student's tokens.
 
-    `mismatch` where both have the same weights; `drift`, which holds what the updates since have moved as well, where
-    the sampler's are older.
+    The metric is `mismatch` for rows drawn with the trainer's current weights. For rows drawn with older weights it is
+    `drift`, which also contains the effect of the updates since.
     """
     inner = objective(rows)
     cpu = torch.device("cpu")
     tokens_N, sampler_N = rollout.tokens(rows, cpu), rollout.logprobs(rows, cpu)
-    stale = [rollout.own[row] and rollout.staleness(row) > 0 for row in rows]
-    fresh = [rollout.own[row] and not old for row, old in zip(rows, stale, strict=True)]
-    told = {"mismatch": fresh, "drift": stale}
+    stale = [rollout.on_policy[row] and rollout.staleness(row) > 0 for row in rows]
+    fresh = [rollout.on_policy[row] and not old for row, old in zip(rows, stale, strict=True)]
+    masks = {"mismatch": fresh, "drift": stale}
     measured = {
-        name: sampler_N.masked_fill(~_by_token(rollout, rows, which), torch.nan)
-        for name, which in told.items()
-        if any(which)
+        name: sampler_N.masked_fill(~_by_token(rollout, rows, mask), torch.nan)
+        for name, mask in masks.items()
+        if any(mask)
     }
 
     def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -58,13 +58,13 @@ def with_mismatch(
     return token_loss
 
 
-def _by_token(rollout: Rollout, rows: Sequence[int], which: Sequence[bool]) -> Tensor:
-    """A row's answer for each of its completion tokens [N]."""
+def _by_token(rollout: Rollout, rows: Sequence[int], mask: Sequence[bool]) -> Tensor:
+    """A mask of rows as a mask [N] of their completion tokens."""
     lengths = [len(rollout.samples[row].completion_ids) for row in rows]
-    return torch.tensor(which).repeat_interleave(torch.tensor(lengths))
+    return torch.tensor(mask).repeat_interleave(torch.tensor(lengths))
 
 
 def largest(mismatch: Mapping[int, Tensor]) -> float:
-    """The largest gap of all rows' tokens; −1 where none was measured."""
-    known = [part_N[~part_N.isnan()] for part_N in mismatch.values()]
-    return max((float(part_N.max()) for part_N in known if len(part_N)), default=-1.0)
+    """The largest gap over all rows' tokens; −1 if none was measured."""
+    measured = [part_N[~part_N.isnan()] for part_N in mismatch.values()]
+    return max((float(part_N.max()) for part_N in measured if len(part_N)), default=-1.0)

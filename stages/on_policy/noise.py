@@ -1,4 +1,4 @@
-"""Errors of a judge, put into a true reward: for studies of what a noisy reward does to training."""
+"""Errors of a judge, added to a true reward: for studies of how a noisy reward affects training."""
 
 import random
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from stages.on_policy.rollout import Rollout
 
 @dataclass(frozen=True)
 class RewardNoise:
-    """What training sees of a reward: r, or 1 - r with probability `flip`, plus
+    """The noisy reward used in training: r, or 1 - r with probability `flip`, plus
     `length_bias` * completion tokens / `max_new_tokens`.
 
     Attributes:
-        config: How much of either.
+        config: The amounts of both errors.
         max_new_tokens: The longest completion.
-        seed: The node's. With the step, the example and the place in its group it decides who is flipped, however the
-            rows are split over processes and wherever the stage was resumed.
+        seed: The node's seed. Together with the step, the example and the position in its group it decides which
+            rewards are flipped, independent of how rows are split over processes and where the stage was resumed.
     """
 
     config: RewardNoiseConfig
@@ -26,7 +26,7 @@ class RewardNoise:
     seed: int
 
     def seen(self, rollout: Rollout, rewards: Sequence[float]) -> list[float]:
-        """The reward that training sees of each row, given the true one in [0, 1]."""
+        """The noisy reward of each row, given the true one in [0, 1]."""
         return [self._seen(rollout, row, reward) for row, reward in enumerate(rewards)]
 
     def _seen(self, rollout: Rollout, row: int, reward: float) -> float:
@@ -37,12 +37,12 @@ class RewardNoise:
 
 
 def reward_noise(config: OnPolicyConfig, seed: int) -> RewardNoise | None:
-    """The noise that a stage's config asks for; None where the judge does not err."""
+    """The noise of a stage's config; None if the reward has no errors."""
     if config.reward_noise == RewardNoiseConfig():
         return None
     return RewardNoise(config.reward_noise, config.max_new_tokens, seed)
 
 
 def progress_metric(noise: RewardNoise | None) -> str:
-    """The metric by which a stage judges its own progress: it knows no better reward than the one it sees."""
+    """The metric of a stage's progress: with noise the reward used in training, since the true one would be unknown."""
     return "reward" if noise is None else "reward_seen"

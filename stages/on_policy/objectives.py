@@ -1,11 +1,12 @@
-"""What the student minimises on a judged rollout: the config's objective as a loss of each token's logits.
+"""The loss that the student minimises on a scored rollout: the config's objective as a function of each token's logits.
 
-Shape suffixes: N completion tokens of a micro-batch's rows laid end to end, C those of one chunk, V vocabulary.
+Shape suffixes: N concatenated completion tokens of a micro-batch's rows, C those of one chunk, V vocabulary.
 
-Every objective is the same sum: the divergence from the target (exact over the vocabulary or its likeliest tokens) or
-the target's log-ratio on the sampled token as an advantage; the outcome reward's advantage (alpha); the reverse KL
-against the reference (reference_kl). The target is the routed teacher, or lies beyond it (extrapolation). The
-formulas are pure functions in `divergences` and `losses`; this module only hands them their tensors.
+Every objective is the same sum of three parts: the divergence from the target (exact over the vocabulary or over its
+likeliest tokens) or the target's log-ratio on the sampled token as an advantage; the outcome reward's advantage
+(alpha); the reverse KL against the reference (reference_kl). The target is the routed teacher, or lies beyond it
+(extrapolation). The formulas are pure functions in `stages.losses.divergences` and `stages.losses.log_probabilities`;
+this module only passes the tensors to them.
 """
 
 import itertools
@@ -30,21 +31,21 @@ from stages.losses.log_probabilities import (
     token_logprobs,
 )
 from stages.on_policy.rollout import Rollout
-from stages.on_policy.signals import Judgement
+from stages.on_policy.signals import Signals
 
 SAMPLED, IMITATION = "sampled_reverse_kl", "imitation"
-# How the student's and the teacher's likeliest tokens agree is looked at in the first step and every so many.
+# The overlap of the student's and the teacher's likeliest tokens is measured in the first step, then every so many.
 DIAGNOSE_EVERY = 25
 DIAGNOSE_TOP = 8
 ADVANTAGE_EDGES = (-5.0, -1.0, -0.1, 0.1, 1.0, 5.0)
 
 
 def distillation_objective(config: DistillConfig, learner: Learner) -> Callable[..., TokenLoss]:
-    """The config's objective, in the form `stages.on_policy.loop` asks for."""
+    """The config's objective, as the `Objective` of `stages.on_policy.loop`."""
 
-    def objective(rollout: Rollout, judgement: Judgement, rows: Sequence[int]) -> TokenLoss:
+    def objective(rollout: Rollout, signals: Signals, rows: Sequence[int]) -> TokenLoss:
         """The loss of some rows' completion tokens."""
-        return _RowsLoss.of(config, rollout, judgement, rows, learner.device)
+        return _RowsLoss.of(config, rollout, signals, rows, learner.device)
 
     return objective
 
@@ -55,8 +56,8 @@ def needs_reference(objective: ObjectiveConfig) -> bool:
 
 
 def needs_trainer_logprobs(config: DistillConfig) -> bool:
-    """Whether a correction compares the sampler with the trainer before any update; a plain ratio needs no more than
-    the update's own forward."""
+    """Whether a correction compares the sampler with the trainer before any update; a plain ratio needs only the
+    update's own forward pass."""
     objective = config.objective
     corrects = objective.name == SAMPLED or objective.outcome_weight > 0
     before_any_update = objective.importance == "mask" and config.updates_per_batch > 1
@@ -69,14 +70,14 @@ class _RowsLoss:
 
     Attributes:
         tokens_N: The sampled tokens.
-        sampler_N: Their log-probabilities under the policy that drew them; NaN where nobody did.
-        trainer_N: The same under the trainer before any update; None where it equals the student's own.
+        sampler_N: Their log-probabilities under the policy that drew them; NaN for tokens that no policy drew.
+        trainer_N: The same under the trainer before any update; None if it equals the student's own.
         mismatch_N: log(trainer / sampler), of the token or its sequence's mean; None as above.
         outcome_N: The outcome reward's advantage.
         teacher, reference: Logits [C, V] of a slice of the tokens.
-        apart: Each teacher's own logits by name, where a row has several; for a look at how they agree.
-        exact: Whether the teacher's whole distribution is known.
-        diagnoses: Whether to look at how student and teachers agree.
+        per_teacher: Each teacher's own logits by name, if a row has several teachers; for diagnostics.
+        exact: Whether the teacher's whole distribution is available.
+        diagnoses: Whether to measure the agreement of student and teachers.
     """
 
     config: DistillConfig
@@ -87,7 +88,7 @@ class _RowsLoss:
     outcome_N: Tensor | None
     teacher: Callable[[slice], Tensor]
     reference: Callable[[slice], Tensor] | None
-    apart: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]]
+    per_teacher: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]]
     exact: bool
     diagnoses: bool
 
@@ -96,17 +97,17 @@ class _RowsLoss:
         cls,
         config: DistillConfig,
         rollout: Rollout,
-        judgement: Judgement,
+        signals: Signals,
         rows: Sequence[int],
         device: torch.device,
     ) -> "_RowsLoss":
-        """Lay the rows' facts end to end."""
-        assert judgement.teachers is not None
+        """Concatenate the rows' tensors."""
+        assert signals.teachers is not None
         diagnoses = rollout.step % DIAGNOSE_EVERY == 1
         sampler_N = rollout.logprobs(rows, device)
         trainer_N = mismatch_N = None
-        if judgement.trainer_logprobs is not None:
-            parts = [judgement.trainer_logprobs[i] for i in rows]
+        if signals.trainer_logprobs is not None:
+            parts = [signals.trainer_logprobs[i] for i in rows]
             trainer_N = torch.cat(parts).to(device)
             mismatch_N = trainer_N - torch.where(sampler_N.isnan(), trainer_N, sampler_N)
             if config.objective.importance_level == "sequence":
@@ -118,11 +119,11 @@ class _RowsLoss:
             sampler_N=sampler_N,
             trainer_N=trainer_N,
             mismatch_N=mismatch_N,
-            outcome_N=judgement.token_advantages(rollout, rows, device),
-            teacher=judgement.teachers.logits(rows),
-            reference=judgement.reference.logits(rows) if judgement.reference else None,
-            apart=judgement.teachers.apart(rows) if diagnoses else {},
-            exact=judgement.teachers.exact,
+            outcome_N=signals.token_advantages(rollout, rows, device),
+            teacher=signals.teachers.logits(rows),
+            reference=signals.reference.logits(rows) if signals.reference else None,
+            per_teacher=signals.teachers.per_teacher_logits(rows) if diagnoses else {},
+            exact=signals.teachers.exact,
             diagnoses=diagnoses,
         )
 
@@ -139,7 +140,7 @@ class _RowsLoss:
                 if self.exact:
                     metrics = metrics | diagnose(logits_CV, teacher_CV, DIAGNOSE_TOP)
                 metrics |= self._advantage_bins(logits_CV, teacher_CV, part)
-                metrics |= self._apart(logits_CV, part)
+                metrics |= self._kl_per_teacher(logits_CV, part)
         return losses_C, metrics
 
     def _divergence(self, logits_CV: Tensor, teacher_CV: Tensor, reference_CV: Tensor | None, part: slice) -> Losses:
@@ -152,12 +153,12 @@ class _RowsLoss:
         else:
             losses_C, metrics = divergence(objective, logits_CV, target_CV)
         if "reverse_kl" not in metrics:
-            # A support without the rest tells no divergence that could be compared with other objectives'.
+            # A divergence over a support alone cannot be compared with that of other objectives.
             metrics = metrics | self._reverse_kl(logits_CV.detach(), target_CV, part)
         if objective.reference_kl > 0:
             assert reference_CV is not None
-            away_C, more = reverse_kl(logits_CV, reference_CV)
-            losses_C = losses_C + objective.reference_kl * away_C
+            reference_kl_C, more = reverse_kl(logits_CV, reference_CV)
+            losses_C = losses_C + objective.reference_kl * reference_kl_C
             metrics = metrics | {"reference_kl": more["reverse_kl"]}
         if self.outcome_N is not None:
             logprobs_C = token_logprobs(logits_CV, self.tokens_N[part])
@@ -177,15 +178,18 @@ class _RowsLoss:
         if self.outcome_N is not None:
             advantages_C = advantages_C + self.outcome_N[part]
         if reference_C is not None and objective.reference_kl > 0:
-            away_C = logprobs_C.detach() - reference_C
-            advantages_C = advantages_C - objective.reference_kl * away_C
-            metrics["reference_kl"] = away_C
+            reference_kl_C = logprobs_C.detach() - reference_C
+            advantages_C = advantages_C - objective.reference_kl * reference_kl_C
+            metrics["reference_kl"] = reference_kl_C
         weights_C, more = self._importance(logprobs_C, part)
         return policy_gradient(logprobs_C, advantages_C, weights_C), metrics | more
 
     def _reverse_kl(self, logits_CV: Tensor, target_CV: Tensor, part: slice) -> dict[str, Tensor]:
-        """The exact reverse KL for the log, which means something on whoever's tokens; of a teacher that is not wholly
-        known its estimate on the tokens the student drew, NaN on others."""
+        """The reverse KL and the student's entropy for the log.
+
+        The exact reverse KL is valid on tokens of any origin. If only part of the teacher's distribution is available,
+        it is estimated on the tokens that the student drew, and NaN on others.
+        """
         if self.exact:
             return reverse_kl(logits_CV, target_CV)[1]
         tokens_C = self.tokens_N[part]
@@ -206,7 +210,7 @@ class _RowsLoss:
         return importance_weights(staleness_C, mismatch_C, objective.importance, objective.importance_band)
 
     def _advantage_bins(self, logits_CV: Tensor, teacher_CV: Tensor, part: slice) -> dict[str, Tensor]:
-        """Where each sampled token's log(teacher / student) falls; averaged, the bins are a histogram."""
+        """The bin of each sampled token's log(teacher / student), one-hot; averaged over tokens a histogram."""
         tokens_C = self.tokens_N[part]
         advantages_C = token_logprobs(teacher_CV, tokens_C) - token_logprobs(logits_CV, tokens_C)
         edges = torch.tensor(ADVANTAGE_EDGES, device=advantages_C.device)
@@ -217,15 +221,15 @@ class _RowsLoss:
             for i, (low, high) in enumerate(itertools.pairwise(bounds))
         }
 
-    def _apart(self, logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
-        """The student's reverse KL from each of several teachers; NaN where a teacher was not asked."""
+    def _kl_per_teacher(self, logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
+        """The student's reverse KL from each of several teachers; NaN for tokens that a teacher did not score."""
         found: dict[str, Tensor] = {}
-        for name, read in self.apart.items():
+        for name, read in self.per_teacher.items():
             here_M, theirs_MV = read(part)
             found[f"reverse_kl_from/{name}"] = torch.full(logits_CV.shape[:1], torch.nan, device=logits_CV.device)
             if len(here_M):
-                apart_M, _ = reverse_kl(logits_CV[here_M], _tempered(theirs_MV, self.config.temperature))
-                found[f"reverse_kl_from/{name}"][here_M] = apart_M
+                kl_M, _ = reverse_kl(logits_CV[here_M], _tempered(theirs_MV, self.config.temperature))
+                found[f"reverse_kl_from/{name}"][here_M] = kl_M
         return found
 
 
@@ -247,7 +251,7 @@ def divergence(objective: ObjectiveConfig, logits_CV: Tensor, target_CV: Tensor)
 
 
 def _target(teacher: Tensor, reference: Tensor | None, objective: ObjectiveConfig) -> Tensor:
-    """What the student is drawn to: the teacher, or what lies beyond it seen from the reference."""
+    """The target of the student: the teacher, or its extrapolation away from the reference."""
     if objective.extrapolation == 1.0:
         return teacher
     assert reference is not None

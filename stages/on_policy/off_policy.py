@@ -1,7 +1,7 @@
-"""Completions the student did not write: the routed teacher's own, or the domain's gold answers.
+"""Completions that the student did not write: the routed teacher's own, or the domain's gold answers.
 
-They run through the same loop and the same loss as the student's own samples, so that a sweep of the on-policy
-fraction changes where the data comes from and nothing else (GKD, Agarwal et al. 2024).
+They go through the same loop and the same loss as the student's own samples, so that a sweep of the on-policy
+fraction changes only the origin of the data (GKD, Agarwal et al. 2024).
 """
 
 import random
@@ -21,9 +21,9 @@ from stages.teachers.scoring import TeacherPool
 
 
 class TeacherWriter:
-    """Lets each prompt's own teacher answer it.
+    """Samples each prompt's completions from the teacher of its domain.
 
-    What a teacher writes depends on the seed and the step alone, never on the student.
+    The completions depend on the seed and the step alone, never on the student.
     """
 
     def __init__(self, pool: TeacherPool, config: DistillConfig, learner: Learner) -> None:
@@ -41,7 +41,7 @@ class TeacherWriter:
             prompts = [encode_prompt(policy.tokenizer, e.prompt) for e in examples if e.domain == domain]
             seed = step_seed(self.learner.seed, step, f"teacher {domain} {self.learner.rank}")
             groups += self._answers(domain, prompts, sampling, seed)
-        return gather(policy, examples, groups, config.group_size, step, own=False, stop=config.stop)
+        return gather(policy, examples, groups, config.group_size, step, on_policy=False, stop=config.stop)
 
     def _answers(self, domain: str, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[Sample]]:
         with self.pool.teaching(domain) as teacher:
@@ -49,7 +49,7 @@ class TeacherWriter:
 
 
 class DatasetWriter:
-    """Answers each prompt with the domain's gold completion; nobody's log-probabilities are known of it."""
+    """Uses the domain's gold completion of each prompt; its log-probabilities are NaN, since no policy drew it."""
 
     def __init__(self, domains: Mapping[str, Domain], config: DistillConfig, learner: Learner) -> None:
         self.domains = domains
@@ -66,15 +66,15 @@ class DatasetWriter:
             kept = answer_ids[:limit]
             unknown_N = torch.full((len(kept),), torch.nan)
             groups.append([Sample(prompt_ids, kept, unknown_N, finished=len(answer_ids) <= limit)])
-        return gather(policy, examples, groups, 1, step, own=False)
+        return gather(policy, examples, groups, 1, step, on_policy=False)
 
 
 class GoldenRows:
-    """Gold answers learned by cross-entropy beside the teachers' signal, as a share of the loss.
+    """Gold answers learned by cross-entropy in addition to the teachers' signal, as a share of the loss.
 
     Args:
         examples: Training examples of each domain.
-        domains: Who demonstrates them.
+        domains: The domains, which provide the demonstrations.
         config: The merge's config.
         learner: The student.
     """

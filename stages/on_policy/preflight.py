@@ -1,13 +1,13 @@
-"""What an on-policy stage checks: the sampler agrees with a plain forward pass, and in a merge every teacher's scores.
+"""Preflight checks of an on-policy stage: the sampler, and in a merge every teacher, agree with a plain forward pass.
 
-The sampler is checked before the first step, and again once it has taken weights that an update has changed.
+The sampler is checked before the first step, and again once it has received weights that an update has changed.
 
 Shape suffixes: N completion tokens.
 
-The loss compares log-probabilities that come by different ways: from the sampler's cache, from packed rows, from
-hidden states and a head in chunks, from adapters on a shared base. Here each way is measured against the plainest one
-there is, the model's own forward of one unpadded row. A first loss that is off by an order of magnitude is how such a
-disagreement is found elsewhere.
+The loss compares log-probabilities that are computed in different ways: with the sampler's cache, with packed rows,
+from hidden states and a head in chunks, with adapters on a shared base. Each way is compared here with the simplest
+one, the model's own forward pass of one unpadded row. Without this check a disagreement would only show as a first loss
+that is wrong by an order of magnitude.
 """
 
 import dataclasses
@@ -53,18 +53,18 @@ class SamplerCheck:
     config: OnPolicyConfig
 
     def start(self) -> str:
-        """Hand the weights over and compare, before the first step; result and errors as for `again`."""
-        self.sampler.follow(self.policy, 0)
+        """Send the weights to the sampler and compare, before the first step; result and errors as for `again`."""
+        self.sampler.update_weights(self.policy, 0)
         return self._line("")
 
     def again(self) -> str:
-        """Compare once the sampler was handed weights that an update has changed.
+        """Compare once the sampler has received weights that an update has changed.
 
         Returns:
             A line for the log, with the largest gap and the tolerance.
 
         Raises:
-            UserError: a gap above the tolerance; shows the first such token.
+            UserError: a gap is above the tolerance; the message shows the first such token.
         """
         return self._line(" after the first update")
 
@@ -84,7 +84,11 @@ class SamplerCheck:
         return chosen, samples, max(gaps)
 
     def compare(self, domain: str, drawn: Sample, scored: tuple[str, Tensor], plain_N: Tensor) -> float:
-        """The largest gap; above the tolerance (or where one is not a number) an error that shows the first."""
+        """Return the largest gap.
+
+        Raises:
+            UserError: a gap is above the tolerance, or not a number; the message shows the first such token.
+        """
         who, scored_N = scored
         tolerance = agreement_tolerance(self.config)
         gap_N = (scored_N.cpu() - plain_N).abs()
@@ -116,13 +120,13 @@ def preflight(check: SamplerCheck, pool: TeacherPool, config: DistillConfig, not
         check: The student, its sampler and examples.
         pool: The teachers, whose tokenizers and vocabularies have been compared.
         config: The merge's.
-        note: Takes the line with the tolerance and the largest gaps.
+        note: Called with the line that gives the tolerance and the largest gaps.
 
     Raises:
-        UserError: a gap above the tolerance; shows the first such token.
+        UserError: a gap is above the tolerance; the message shows the first such token.
     """
     policy = check.policy
-    check.sampler.follow(policy, 0)
+    check.sampler.update_weights(policy, 0)
     chosen, samples, gap = check.draw()
     gaps = {"sampler and trainer": gap, "teachers": 0.0}
     rows = [Row(drawn.tokens, len(drawn.prompt_ids), torch.ones(len(drawn.completion_ids))) for drawn in samples]
@@ -136,8 +140,8 @@ def preflight(check: SamplerCheck, pool: TeacherPool, config: DistillConfig, not
             who = f"{_names(pool, domain)}, scored as a teacher,"
             gap = check.compare(domain, drawn, (who, scored_N), _pooled(pool, domain, drawn, config))
             gaps["teachers"] = max(gaps["teachers"], gap)
-    told = ", ".join(f"{who} agree within {gap:.1e}" for who, gap in gaps.items())
-    note(f"preflight: {told} nats (tolerance {agreement_tolerance(config):g})")
+    agreement = ", ".join(f"{who} agree within {gap:.1e}" for who, gap in gaps.items())
+    note(f"preflight: {agreement} nats (tolerance {agreement_tolerance(config):g})")
 
 
 def _pooled(pool: TeacherPool, domain: str, drawn: Sample, config: DistillConfig) -> Tensor:
@@ -148,7 +152,7 @@ def _pooled(pool: TeacherPool, domain: str, drawn: Sample, config: DistillConfig
 
 
 def _taught(pool: TeacherPool, routed: Routed, drawn: Sample, config: DistillConfig) -> Tensor:
-    with pool.residents.wearing(routed.teacher) as model:
+    with pool.residents.activated(routed.teacher) as model:
         return plain_logits(model, drawn, config.dtype)
 
 

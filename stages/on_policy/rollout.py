@@ -1,4 +1,4 @@
-"""What one step of the on-policy loop works on: prompts drawn by the domain mixture and the student's completions."""
+"""The data of one step of the on-policy loop: prompts drawn by the domain mixture, and the student's completions."""
 
 import itertools
 import math
@@ -20,15 +20,16 @@ from stages.sampling.sampler import Request, Sample, Sampler, Sampling
 
 @dataclass(frozen=True)
 class Rollout:
-    """The samples of one step, the student's own but for those a config asks to be written elsewhere; rows of a group
-    stand together.
+    """The samples of one step; the rows of a group are adjacent.
+
+    The student draws them, except for the off-policy share that a config may set.
 
     Attributes:
         step: Counts from 1.
         examples: The example of each row.
         samples: The completion of each row.
-        completions: Its text.
-        own: Whether the student drew it.
+        completions: The text of each row's completion.
+        on_policy: Whether the student drew the row.
         group_size: Rows of one prompt.
     """
 
@@ -36,7 +37,7 @@ class Rollout:
     examples: list[Example]
     samples: list[Sample]
     completions: list[str]
-    own: list[bool]
+    on_policy: list[bool]
     group_size: int
 
     @property
@@ -45,42 +46,44 @@ class Rollout:
         return [example.domain for example in self.examples]
 
     def __add__(self, other: "Rollout") -> "Rollout":
-        """Both steps' rows, these first."""
+        """The rows of both rollouts, these first."""
         return Rollout(
             self.step,
             self.examples + other.examples,
             self.samples + other.samples,
             self.completions + other.completions,
-            self.own + other.own,
+            self.on_policy + other.on_policy,
             self.group_size,
         )
 
     def staleness(self, row: int) -> int:
-        """Batches the student had been updated on since the weights that drew a row."""
+        """The batches of updates between the weights that drew a row and this step's weights."""
         return self.step - 1 - self.samples[row].version
 
-    def fresh(self, most: int) -> "Rollout":
-        """The groups none of whose rows has a greater staleness; completions that the student did not draw have
-        none."""
+    def drop_stale(self, most: int) -> "Rollout":
+        """The rollout without groups that have a row of staleness above `most`; off-policy rows are never stale."""
         groups = [range(first, first + self.group_size) for first in range(0, len(self.samples), self.group_size)]
         kept = [
-            row for group in groups if all(not self.own[i] or self.staleness(i) <= most for i in group) for row in group
+            row
+            for group in groups
+            if all(not self.on_policy[i] or self.staleness(i) <= most for i in group)
+            for row in group
         ]
         return Rollout(
             self.step,
             [self.examples[row] for row in kept],
             [self.samples[row] for row in kept],
             [self.completions[row] for row in kept],
-            [self.own[row] for row in kept],
+            [self.on_policy[row] for row in kept],
             self.group_size,
         )
 
     def tokens(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Completion tokens [N] of the rows, laid end to end."""
+        """The concatenated completion tokens [N] of the rows."""
         return torch.tensor([token for row in rows for token in self.samples[row].completion_ids], device=device)
 
     def logprobs(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """The log-probabilities [N] of those tokens under the policy that drew them; NaN where nobody drew them."""
+        """Log-probabilities [N] of those tokens under the policy that drew them; NaN if no policy drew them."""
         return torch.cat([self.samples[row].logprobs_N for row in rows]).to(device)
 
 
@@ -91,7 +94,7 @@ class PromptMixture:
         examples: Training examples of each domain.
         per_step: Prompts of one step, over all domains.
         weights: Share of a domain relative to 1.
-        seed: Decides the order.
+        seed: Seed of the order.
 
     Raises:
         UserError: a domain's share of a step is less than one prompt.
@@ -112,7 +115,7 @@ class PromptMixture:
         return self.split(step, 1.0)[0]
 
     def split(self, step: int, fraction: float) -> tuple[list[Example], list[Example]]:
-        """The prompts of a step in two parts, `fraction` of each domain's in the first over the steps so far."""
+        """The prompts of a step in two parts; over all steps so far the first has `fraction` of each domain's."""
         first: list[Example] = []
         second: list[Example] = []
         for name, items in self.examples.items():
@@ -125,7 +128,7 @@ class PromptMixture:
 
 
 def _slice(items: Sequence[Item], seed: int, first: int, count: int) -> list[Item]:
-    """Items `first` to `first + count` of the endless stream, without walking the epochs before."""
+    """Items `first` to `first + count` of the endless stream, without iterating over earlier epochs."""
     epoch, offset = divmod(first, len(items))
     return list(itertools.islice(epochs(items, seed, epoch), offset, offset + count))
 
@@ -133,14 +136,15 @@ def _slice(items: Sequence[Item], seed: int, first: int, count: int) -> list[Ite
 def roll_out(
     learner: Learner, sampler: Sampler, drawn: Sequence[Example], config: OnPolicyConfig, step: int
 ) -> Rollout:
-    """Let the student answer each prompt of this process's share `group_size` times."""
-    asked = request(learner, drawn, config, step)
-    groups = sampler.sample(asked.prompts, asked.group_size, asked.sampling, asked.seed)
-    return gather(learner.policy, learner.shard(drawn), groups, config.group_size, step, own=True, stop=config.stop)
+    """Sample `group_size` completions by the student for each prompt of this process's share."""
+    own = request(learner, drawn, config, step)
+    groups = sampler.sample(own.prompts, own.group_size, own.sampling, own.seed)
+    examples = learner.shard(drawn)
+    return gather(learner.policy, examples, groups, config.group_size, step, on_policy=True, stop=config.stop)
 
 
 def request(learner: Learner, drawn: Sequence[Example], config: OnPolicyConfig, step: int) -> Request:
-    """What this process asks its sampler for in a step."""
+    """The request of this process to its sampler in a step."""
     prompts = [encode_prompt(learner.policy.tokenizer, example.prompt) for example in learner.shard(drawn)]
     sampling = Sampling.of(config)
     return Request(prompts, config.group_size, sampling, step_seed(learner.seed, step, f"sample {learner.rank}"))
@@ -152,19 +156,19 @@ def gather(
     groups: Sequence[Sequence[Sample]],
     group_size: int,
     step: int,
-    own: bool,
+    on_policy: bool,
     stop: Sequence[str] = (),
 ) -> Rollout:
-    """Lay the samples of each example's prompt out as rows.
+    """Return the samples of each example's prompt as the rows of a rollout.
 
     Args:
-        policy: Whose tokens they are.
+        policy: Its tokenizer decodes the completions.
         examples: One for each group.
         groups: The samples of each example's prompt.
-        group_size: Of each group.
+        group_size: Samples of each group.
         step: The step they are for.
-        own: Whether the student drew them.
-        stop: Texts before which a completion's text ends.
+        on_policy: Whether the student drew them.
+        stop: Stop strings; a completion's text ends before the first of them.
     """
     samples = [row for group in groups for row in group]
     return Rollout(
@@ -172,12 +176,12 @@ def gather(
         examples=[example for example in examples for _ in range(group_size)],
         samples=samples,
         completions=policy.texts((sample.completion_ids for sample in samples), stop),
-        own=[own] * len(samples),
+        on_policy=[on_policy] * len(samples),
         group_size=group_size,
     )
 
 
-def score(rollout: Rollout, domains: Mapping[str, Domain]) -> list[float]:
+def verifiable_rewards(rollout: Rollout, domains: Mapping[str, Domain]) -> list[float]:
     """The verifiable reward of each row, in [0, 1]."""
     scores = [0.0] * len(rollout.examples)
     for name in dict.fromkeys(rollout.domains):

@@ -1,4 +1,4 @@
-"""How a whole is split by weight. Pure and free of torch."""
+"""Splits a total by weights. Pure and free of torch."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def without_prompts(per_step: int, weights: Mapping[str, float]) -> list[str]:
-    """What is wrong with each domain that a step's prompts, split by weight, leave out."""
+    """A message for each domain that gets no prompt when a step's prompts are split by weight."""
     return [
         f"prompts_per_step {per_step} leaves no prompt for domain '{name}' of {len(weights)}; raise it, or the "
         f"domain's weight of {weights[name]:g}"
@@ -24,9 +24,9 @@ def without_prompts(per_step: int, weights: Mapping[str, float]) -> list[str]:
 
 
 def capped_shares(wanted: Mapping[str, float], cap: float) -> dict[str, float]:
-    """Shares of 1 in proportion to `wanted`, none above `cap`; what one is over goes to the others in proportion.
+    """Shares of 1 in proportion to `wanted`, none above `cap`; the excess goes to the others in proportion.
 
-    With fewer than 1 / cap domains no share can stay below the cap; they are then equal.
+    With fewer than 1 / cap domains the shares cannot all stay below the cap; they are equal then.
     """
     if cap * len(wanted) <= 1.0:
         return dict.fromkeys(wanted, 1.0 / len(wanted)) if wanted else {}

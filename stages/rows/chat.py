@@ -1,7 +1,7 @@
-"""From messages to tokens: prompts and demonstrations as the chat template renders them, and what ends a completion.
+"""From messages to tokens: prompts and demonstrations as the chat template renders them, and the end of a completion.
 
-What stands in data is text. The template writes control tokens, such as those that begin and end a turn; the same
-characters in a message are tokenised like any others, so that no message can end itself or begin another turn.
+Data is plain text. Only the template writes control tokens, such as those that begin and end a turn. The same
+characters in a message are tokenised as text, so that no message can end itself or begin another turn.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,24 +18,24 @@ from experts.isolation.time_limit import processor_limit
 from stages.rows.literal import MARK, encode, mark
 from stages.rows.rendering import template_arguments
 
-# What Python raises of expressions in a template, which may come from anybody.
+# Raised by Python for expressions in a template, which is untrusted.
 TEMPLATES_FAULTS = (
     TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
 )  # fmt: skip
 # Two nested loops of a template can run for years.
 TEMPLATE_SECONDS = 20.0
-# The contents of a chat whose rendering shows how the template ends a turn.
+# The contents of a sample chat whose rendering shows how the template ends a turn.
 ASKED, ANSWERED = "question", "answer"
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What of a tokenizer's tokens is no text.
+    """The control tokens of a tokenizer.
 
     Attributes:
         names: Ids of the control tokens by name: all special tokens, and the end of a turn. Other added tokens, such as
-            `<think>`, belong to what a model writes.
-        end_of_turn: The token that the chat template writes behind an assistant's answer; None where it writes none.
+            `<think>`, are part of a model's text.
+        end_of_turn: The token that the chat template writes after an assistant's answer; None if it writes none.
     """
 
     names: Mapping[str, int]
@@ -48,24 +48,24 @@ _controls: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Controls]] = We
 def controls(tokenizer: PreTrainedTokenizerBase) -> Controls:
     """The tokenizer's control tokens; read once for each tokenizer."""
     state = (len(tokenizer), tokenizer.eos_token_id, str(tokenizer.chat_template))
-    known = _controls.get(tokenizer)
-    if known is None or known[0] != state:
+    cached = _controls.get(tokenizer)
+    if cached is None or cached[0] != state:
         end, special = end_of_turn(tokenizer), set(tokenizer.all_special_ids)
         added = tokenizer.added_tokens_decoder
-        # A token of one character, such as a newline that is the EOS, is the text too.
+        # A token of one character, such as a newline that is the EOS, is text as well.
         names = {
             token.content: id_
             for id_, token in added.items()
             if len(token.content) > 1 and (token.special or id_ in special or id_ == end)
         }
-        known = _controls[tokenizer] = (state, Controls(names, end))
-    return known[1]
+        cached = _controls[tokenizer] = (state, Controls(names, end))
+    return cached[1]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the chat template renders it, up to where the completion begins.
+    """Token ids of a prompt as the chat template renders it, up to the beginning of the completion.
 
-    Without a chat template plain text is encoded as it is, with BOS where the tokenizer adds one, and no EOS.
+    Without a chat template plain text is encoded unchanged, with BOS if the tokenizer adds one, and without EOS.
 
     Raises:
         UserError: chat messages for a tokenizer without a chat template, or the template refuses them.
@@ -79,7 +79,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def _plain_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A text's ids with what the tokenizer adds before them, and nothing behind."""
+    """A text's ids with the tokens that the tokenizer adds before them, but without those it adds after them."""
     names = controls(tokenizer).names
     text = mark(prompt, names)
     own, whole = (encode(tokenizer, text, names, add_special_tokens=added) for added in (False, True))
@@ -96,50 +96,50 @@ def encode_demonstration(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its completion, which ends with the token that ends an assistant's turn.
 
-    The completion is what the chat template renders of prompt and answer behind the rendering of the prompt. Where the
-    template ends a turn by no token, and without a template, EOS ends it.
+    The completion is the part of the rendered chat that follows the rendered prompt. If the template ends a turn
+    without a token, and without a template, EOS ends it.
 
     Raises:
-        UserError: as for `encode_prompt`; or the rendering of the prompt does not begin that of the whole chat.
+        UserError: as for `encode_prompt`; or the rendered chat does not begin with the rendered prompt.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    eos, known = int(tokenizer.eos_token_id), controls(tokenizer)
+    eos, control = int(tokenizer.eos_token_id), controls(tokenizer)
     if tokenizer.chat_template is None:
         return prompt_ids, [*encode_text(tokenizer, completion), eos]
     messages = _marked(tokenizer, prompt)
-    asked = render(tokenizer, messages, add_generation_prompt=True)
-    answer = {"role": "assistant", "content": mark(completion, known.names)}
+    question = render(tokenizer, messages, add_generation_prompt=True)
+    answer = {"role": "assistant", "content": mark(completion, control.names)}
     whole = render(tokenizer, [*messages, answer], add_generation_prompt=False)
-    if not whole.startswith(asked):
+    if not whole.startswith(question):
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} renders an answered prompt otherwise than the prompt: "
-            f"{_apart(asked, whole)}; set chat_template_kwargs, or use a template that agrees with itself"
+            f"the chat template of {tokenizer.name_or_path} renders an answered prompt differently from the prompt: "
+            f"{_difference(question, whole)}; set chat_template_kwargs, or use a consistent template"
         )
-    ids = encode(tokenizer, whole, known.names)
+    ids = encode(tokenizer, whole, control.names)
     if ids[: len(prompt_ids)] == prompt_ids:
         target = ids[len(prompt_ids) :]
     else:
-        # A merge across the border would leave the completion to begin within a token.
-        target = encode(tokenizer, whole[len(asked) :], known.names)
-    ends = {eos, known.end_of_turn}
+        # With a merge across the border, the completion would begin inside a token.
+        target = encode(tokenizer, whole[len(question) :], control.names)
+    ends = {eos, control.end_of_turn}
     last = next((at for at, token in enumerate(target) if token in ends), None)
     return prompt_ids, [*target, eos] if last is None else target[: last + 1]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text alone, without BOS and EOS."""
+    """Token ids of a text, without BOS and EOS."""
     names = controls(tokenizer).names
     return encode(tokenizer, mark(text, names), names)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token the chat template writes behind an assistant's answer; None where it writes none."""
+    """The token that the chat template writes after an assistant's answer; None if it writes none."""
     if tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
     try:
         text = render(tokenizer, chat, add_generation_prompt=False)
-    except UserError:  # It takes no plain chat; what it takes is refused where it is rendered.
+    except UserError:  # The template refuses this sample chat; a real chat that it refuses is an error when rendered.
         return None
     tail = text.rpartition(ANSWERED)[2].lstrip()
     added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
@@ -162,10 +162,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[
 
 
 def generation_stops(before: int | Sequence[int] | None, stops: Sequence[int]) -> int | list[int] | None:
-    """`eos_token_id` of a generation config by which `generate` and servers stop where completions end here.
+    """The `eos_token_id` of a generation config with which `generate` and servers stop at the same tokens as stages.
 
     Args:
-        before: What it is; stays where it says the same.
+        before: The current value; returned unchanged if it names the same tokens.
         stops: The tokens that end a completion.
     """
     own = [before] if isinstance(before, int) else list(before or [])
@@ -179,15 +179,15 @@ def decode_completions(
 ) -> list[str]:
     """The text of completions, without the token that ends each and without control tokens."""
     ids = [list(each[:-1] if each and each[-1] in stops else each) for each in completions]
-    # Of no rows at all the tokenizer makes one empty text.
+    # For an empty list the tokenizer would return one empty text.
     return list(tokenizer.batch_decode(ids, skip_special_tokens=True)) if ids else []
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """The text of a chat as the template writes it.
+    """The text of a chat as the template renders it.
 
     Raises:
-        UserError: the template refuses the messages, is none, or computes for too long.
+        UserError: the template refuses the messages, is not valid, or takes too long.
     """
     try:
         with processor_limit(TEMPLATE_SECONDS, f"the chat template of {tokenizer.name_or_path}: to render one chat"):
@@ -196,7 +196,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
             )
     except TemplateSyntaxError as error:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} is no template: line {error.lineno}: {error.message}"
+            f"the chat template of {tokenizer.name_or_path} is not valid: line {error.lineno}: {error.message}"
         ) from error
     except TEMPLATES_FAULTS as error:
         raise UserError(
@@ -211,7 +211,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[Message]:
-    """The messages of a prompt, control tokens in them marked as text."""
+    """The messages of a prompt, with names of control tokens marked as text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     names = controls(tokenizer).names
     return [
@@ -220,8 +220,8 @@ def _marked(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[Message]
     ]
 
 
-def _apart(asked: str, whole: str) -> str:
-    """Where two texts part, with a little of each."""
-    at = next((i for i, pair in enumerate(zip(asked, whole, strict=False)) if pair[0] != pair[1]), len(whole))
-    ours, theirs = (text[max(0, at - 20) : at + 20].replace(MARK, "") for text in (asked, whole))
+def _difference(question: str, whole: str) -> str:
+    """The first difference of two texts, with some context of each."""
+    at = next((i for i, pair in enumerate(zip(question, whole, strict=False)) if pair[0] != pair[1]), len(whole))
+    ours, theirs = (text[max(0, at - 20) : at + 20].replace(MARK, "") for text in (question, whole))
     return f"{ours!r} and {theirs!r}"

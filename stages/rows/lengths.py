@@ -1,4 +1,4 @@
-"""Prompts longer than a stage takes: refused, left out, or cut, and counted. Free of torch."""
+"""Treatment of prompts longer than a stage's limit: refused, left out, or cut, and counted. Free of torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,19 +7,19 @@ from typing import Any, Literal
 from base.errors import UserError
 from experts.domain import Example, Prompt
 
-# Tokens of a prompt as the model reads it.
+# Counts the tokens of a prompt for the model.
 Measure = Callable[[Prompt], int]
-# Tokens by which a message may be longer than its bytes and its template, such as one for a leading space.
+# Tokens that a message may have beyond its bytes and its template, such as one for a leading space.
 SLACK = 2
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a stage takes.
+    """A stage's limit of prompts.
 
     Attributes:
-        tokens: Longest prompt; None for any.
-        longer: What becomes of longer ones.
+        tokens: Longest prompt; None for any length.
+        longer: Treatment of longer prompts.
     """
 
     tokens: int | None
@@ -27,34 +27,37 @@ class Limit:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], context: int | None, answer: int) -> "Limit":
-        """A stage's limit.
+        """The limit from a stage's config and the model's context.
 
         Args:
-            config: The stage's, of which `max_prompt_tokens` and `longer_prompts` are read.
-            context: Tokens of a prompt and its completion together; None where that is not known.
-            answer: Tokens that the completion may take.
+            config: The stage's config; its `max_prompt_tokens` and `longer_prompts` are used.
+            context: The most tokens of a prompt and its completion together; None if unlimited or unknown.
+            answer: The most tokens of the completion.
         """
-        asked = config.get("max_prompt_tokens")
-        limits = [limit for limit in (asked, None if context is None else context - answer) if limit is not None]
+        configured = config.get("max_prompt_tokens")
+        limits = [limit for limit in (configured, None if context is None else context - answer) if limit is not None]
         return cls(min(limits, default=None), config.get("longer_prompts", "refuse"))
 
 
 def fit(domain: str, examples: Sequence[Example], limit: Limit, measure: Measure) -> tuple[list[Example], list[str]]:
-    """The examples of a domain whose prompts a stage takes, and lines for the journal.
+    """Apply a stage's limit to the examples of a domain.
 
     Args:
-        domain: Its name.
-        examples: Drawn.
-        limit: What is taken.
+        domain: The domain's name.
+        examples: The drawn examples.
+        limit: The limit.
         measure: Counts the tokens of a prompt.
 
+    Returns:
+        The examples within the limit, and lines for the journal.
+
     Raises:
-        UserError: some are longer and to be refused, none is left, or one cannot be cut; names the domain.
+        UserError: longer prompts are refused, none is left, or one cannot be cut; the message names the domain.
     """
     long = {} if limit.tokens is None else longer(examples, limit.tokens, measure)
     if not long:
         return list(examples), []
-    text = f"domains.{domain}: {told(len(long), len(examples), max(long.values()), limit.tokens)}"
+    text = f"domains.{domain}: {count_message(len(long), len(examples), max(long.values()), limit.tokens)}"
     if limit.longer == "refuse":
         raise UserError(f"{text}; shorten them, raise the limit, or set longer_prompts: drop or truncate")
     assert limit.tokens is not None
@@ -72,15 +75,15 @@ def fit(domain: str, examples: Sequence[Example], limit: Limit, measure: Measure
     return cut, [f"{text}: truncated"]
 
 
-def told(count: int, total: int, longest: int, limit: int | None) -> str:
-    """How many prompts are too long."""
+def count_message(count: int, total: int, longest: int, limit: int | None) -> str:
+    """The message with the number of prompts that are too long."""
     return f"{count} of {total} prompts have more than {limit} tokens (the longest {longest})"
 
 
 def longer(examples: Sequence[Example], limit: int, measure: Measure) -> dict[int, int]:
-    """Tokens of each prompt that has more than `limit`, by its place.
+    """The tokens of each prompt that has more than `limit`, by the index of its example.
 
-    A token is a byte of text or more, so prompts that are short in bytes are not measured.
+    A token is at least one byte of text, so prompts that are short in bytes are not measured.
     """
     overheads: dict[tuple[str, ...], int] = {}
     found: dict[int, int] = {}
@@ -96,10 +99,10 @@ def longer(examples: Sequence[Example], limit: int, measure: Measure) -> dict[in
 
 
 def shorten(prompt: Prompt, limit: int, measure: Measure) -> Prompt:
-    """The prompt with its longest message cut at the beginning, so that what is asked at its end stays.
+    """The prompt with its longest message cut at the beginning, so that a question at its end is kept.
 
     Raises:
-        UserError: without that message it is still longer than `limit`.
+        UserError: the prompt is longer than `limit` even without that message.
     """
     texts = [message["content"] for message in _messages(prompt)]
     place = max(range(len(texts)), key=lambda i: len(texts[i]))
@@ -110,7 +113,7 @@ def shorten(prompt: Prompt, limit: int, measure: Measure) -> Prompt:
 
     low, high = 0, len(texts[place])
     if measure(cut(0)) > limit:
-        raise UserError(f"a prompt has more than {limit} tokens also without its longest message: {texts[0][:60]!r}")
+        raise UserError(f"a prompt has more than {limit} tokens even without its longest message: {texts[0][:60]!r}")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if measure(cut(middle)) <= limit else (low, middle)

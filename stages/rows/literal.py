@@ -1,8 +1,8 @@
-"""Text that holds a control token's characters, tokenised as text.
+"""Tokenises data that contains a control token's characters as text.
 
-A tokenizer replaces the characters of a control token by its id wherever they stand. Here such characters in data are
-marked before the template is rendered. A second tokenizer, whose control tokens have other names, reads the rendered
-text: the template's control tokens are renamed for it, those in data are not. It is made only where data holds such
+A tokenizer replaces the characters of a control token by its id everywhere. So such characters in data are marked
+before the template is rendered. A second tokenizer, whose control tokens have other names, encodes the rendered text:
+the template's control tokens are renamed for it, those in data are not. It is built only if data contains such
 characters.
 """
 
@@ -18,22 +18,22 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from base.errors import UserError
 
-# Private code points: no text holds them, no template reads them, and normalisation leaves them.
+# Private code points: no text contains them, no template reads them, and normalisation keeps them.
 MARK, NAME = "\uf8fe", "\uf8fd"
 
 _twins: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Mapping[str, int], Tokenizer]] = WeakKeyDictionary()
 
 
 def mark(text: str, names: Iterable[str]) -> str:
-    """The text, with a mark inside of each run of characters that is the name of a control token.
+    """The text with a mark inside each name of a control token.
 
     Args:
-        text: From data.
-        names: Of the control tokens.
+        text: A text from data.
+        names: The names of the control tokens.
     """
     if not any(name in text for name in names):
         return text
-    # A name may begin within another, so each one's first character gets a mark behind it.
+    # A name may begin within another, so a mark follows each name's first character.
     starts = sorted({match.start() for name in names for match in re.finditer(f"(?={re.escape(name)})", text)})
     cuts = [0, *(start + 1 for start in starts), len(text)]
     return MARK.join(text[first:last] for first, last in pairwise(cuts))
@@ -42,25 +42,25 @@ def mark(text: str, names: Iterable[str]) -> str:
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str, names: Mapping[str, int], *, add_special_tokens: bool = False
 ) -> list[int]:
-    """Token ids of a text in which control tokens are control tokens, unless they are marked.
+    """Token ids of a text; marked names of control tokens are encoded as text, others as control tokens.
 
     Args:
-        tokenizer: Reads the text.
+        tokenizer: The tokenizer.
         text: Rendered from marked messages.
         names: The control tokens' ids by name.
-        add_special_tokens: Whether the tokenizer adds BOS and EOS as it is set to.
+        add_special_tokens: Whether the tokenizer adds BOS and EOS according to its settings.
 
     Raises:
-        UserError: some are marked, and the tokenizer has no form in which they could be read as text.
+        UserError: the text has marked names, and this tokenizer cannot encode them as text.
     """
     if MARK not in text:
         return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-    known = _twins.get(tokenizer)
-    if known is None or known[0] != names:
-        known = _twins[tokenizer] = (names, _twin(tokenizer, names))
+    cached = _twins.get(tokenizer)
+    if cached is None or cached[0] != names:
+        cached = _twins[tokenizer] = (names, _twin(tokenizer, names))
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     renamed = re.sub(pattern, lambda match: _renamed(match.group()), text).replace(MARK, "")
-    return list(known[1].encode(renamed, add_special_tokens=add_special_tokens).ids)
+    return list(cached[1].encode(renamed, add_special_tokens=add_special_tokens).ids)
 
 
 def _renamed(name: str) -> str:
@@ -71,8 +71,8 @@ def _twin(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, int]) -> Token
     """The same tokenizer with other names for its control tokens."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"the data holds control tokens of the tokenizer {tokenizer.name_or_path}, one of {', '.join(names)}; "
-            f"{type(tokenizer).__name__} cannot read them as text; take such rows out"
+            f"the data contains control tokens of the tokenizer {tokenizer.name_or_path}, one of {', '.join(names)}; "
+            f"{type(tokenizer).__name__} cannot encode them as text; remove such rows"
         )
     written: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in written["added_tokens"]:
@@ -91,8 +91,8 @@ def _twin(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, int]) -> Token
     twin = Tokenizer.from_str(json.dumps(written))
     if wrong := [name for name, id_ in names.items() if twin.token_to_id(_renamed(name)) != id_]:
         raise UserError(
-            f"the data holds control tokens of the tokenizer {tokenizer.name_or_path}, and {wrong[0]!r} cannot be read "
-            f"as text; take such rows out"
+            f"the data contains control tokens of the tokenizer {tokenizer.name_or_path}, and {wrong[0]!r} cannot be "
+            f"encoded as text; remove such rows"
         )
     return twin
 

@@ -1,6 +1,6 @@
-"""Rows of tokens as batches without padding waste: short rows share a line with others, none sees another.
+"""Packs rows of tokens into batches with little padding: short rows share a line, and no row attends to another.
 
-Shape suffixes: B lines of a batch, T tokens of a line, N scored tokens of the rows laid end to end, H hidden.
+Shape suffixes: B lines of a batch, T tokens of a line, N concatenated scored tokens of the rows, H hidden.
 
 To run rows through a model and read the hidden states that predict their scored tokens, in the order of the rows:
 
@@ -10,7 +10,7 @@ To run rows through a model and read the hidden states that predict their scored
         for i, part_NH in zip(batch, hidden_NH.split([rows[i].scored for i in batch]), strict=True):
             ...
 
-A `Learner`'s own forward, gradients attached, is `learner.hidden(packed)`.
+A `Learner`'s own forward pass, with gradients attached, is `learner.hidden(packed)`.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ ENOUGH_ON_GPU = 8192
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid into lines, all tensors on one device: `pack` makes a batch where the model is, and none is moved.
+    """Rows packed into lines, with all tensors on the model's device.
 
     Attributes:
-        tokens_BT: Their tokens, every line filled up on the right.
-        scored_N: Where in the flattened [B * T] lines the scored tokens are predicted, row after row as given.
-        offsets_B: Where in them each row begins; here B counts the rows given.
-        positions_BT: Position of each token in its own row; None where every line is one row.
-        bias_B1TT: Added to the attention scores: 0 where a token may look, the lowest number elsewhere; None where
-            every line is one row, for then plain causal attention hides the filling.
+        tokens_BT: The rows' tokens, with padding on the right of every line.
+        scored_N: Indices into the flattened [B * T] lines at which the scored tokens are predicted, in the rows' order.
+        offsets_B: Index into the flattened lines at which each row begins; here B counts the rows.
+        positions_BT: Position of each token in its own row; None if every line is one row.
+        bias_B1TT: Added to the attention scores: 0 where a token may attend, the lowest number elsewhere. None if every
+            line is one row, since plain causal attention then hides the padding.
     """
 
     tokens_BT: Tensor
@@ -50,25 +50,25 @@ class Packed:
         return self.tokens_BT, self.positions_BT, self.bias_B1TT
 
     def scored(self, hidden_BTH: Tensor) -> Tensor:
-        """Hidden states [N, H] that predict the scored tokens: those one position earlier."""
+        """The hidden states [N, H] that predict the scored tokens, which are one position before them."""
         return hidden_BTH.flatten(0, 1).index_select(0, self.scored_N)
 
 
 def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int, device: torch.device) -> Packed:
-    """Lay rows into lines as wide as the longest of them.
+    """Pack rows into lines as wide as the longest row.
 
     Args:
         tokens: Token ids of each row.
         starts: Index of each row's first scored token, at least 1; all after it are scored.
-        pad_id: What fills lines up.
-        device: Where the model is that will run them.
+        pad_id: The padding token.
+        device: Device of the model that will run them.
     """
     lengths = [len(row) for row in tokens]
     width = max(lengths)
     lines = first_fit(lengths, width)
     tokens_BT = torch.full((len(lines), width), pad_id)
     positions_BT = torch.zeros((len(lines), width), dtype=torch.long)
-    # The filling is a row of its own; it reads only itself, and nothing reads it.
+    # Padding counts as its own row: it attends only to itself, and no row attends to it.
     owners_BT = torch.full((len(lines), width), -1)
     scored: list[Tensor] = [torch.empty(0)] * len(tokens)
     offsets_B = torch.zeros(len(tokens), dtype=torch.long)
@@ -86,12 +86,12 @@ def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int, de
     tokens_BT, scored_N, offsets_B = tokens_BT.to(device), torch.cat(scored).to(device), offsets_B.to(device)
     if len(lines) == len(tokens):
         return Packed(tokens_BT, scored_N, offsets_B)
-    # The bias is made on the device: it is T times as large as the owners.
+    # The bias is computed on the device, because it is T times as large as the owners.
     return Packed(tokens_BT, scored_N, offsets_B, positions_BT.to(device), block_causal_bias(owners_BT.to(device)))
 
 
 def block_causal_bias(owners_BT: Tensor) -> Tensor:
-    """Attention bias [B, 1, T, T]: a token looks at itself and what stands before it in its own row."""
+    """Attention bias [B, 1, T, T] with which a token attends to itself and to earlier tokens of its own row."""
     width, device = owners_BT.shape[1], owners_BT.device
     earlier_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     allowed_BTT = (owners_BT[:, :, None] == owners_BT[:, None, :]) & earlier_TT
@@ -100,8 +100,8 @@ def block_causal_bias(owners_BT: Tensor) -> Tensor:
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Rows by line, each at most `width` tokens: the longest first, each into the first line with room (first-fit
-    decreasing, at most 11/9 of the fewest lines and one more; Johnson 1973)."""
+    """Assign rows to lines of at most `width` tokens: the longest first, each to the first line with room (first-fit
+    decreasing, at most 11/9 of the fewest lines plus one; Johnson 1973). Returns the rows of each line."""
     lines: list[list[int]] = []
     room: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -115,25 +115,25 @@ def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, enough_tokens: int | None = None) -> list[list[int]]:
-    """Split rows into micro-batches of like length, each of at most `max_tokens` padded tokens.
+    """Split rows into micro-batches of similar length, each of at most `max_tokens` padded tokens.
 
-    A micro-batch ends early where it keeps the device busy already and the next row would be padding by more than
-    1/8; below that rows of other lengths join, and `pack` lays them into shared lines.
+    A micro-batch ends early if it keeps the device busy already and more than 1/8 of the next row would be padding. A
+    smaller micro-batch also gets rows of other lengths, which `pack` places into shared lines.
 
     Args:
         lengths: Tokens of each row.
-        max_tokens: Size of a micro-batch, padded and unpacked; a single longer row still makes one.
-        enough_tokens: Size from which a micro-batch keeps the device busy; of this machine when absent.
+        max_tokens: Size of a micro-batch, padded and unpacked; a single longer row forms its own.
+        enough_tokens: Size from which a micro-batch keeps the device busy; by default this device's constant.
 
     Returns:
-        Indices of the rows of each micro-batch, every row once. No row is shorter than 1/8 of its batch's width, for
-        attention in shared lines costs their width squared.
+        Indices of the rows of each micro-batch, every row once. No row is shorter than 1/8 of its batch's width,
+        because attention in shared lines costs their width squared.
     """
     if enough_tokens is None:
         enough_tokens = ENOUGH_ON_GPU if torch.cuda.is_available() else ENOUGH_ON_CPU
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        # Rows come longest first, so a batch's first row is as wide as the batch.
+        # Rows are sorted by length, longest first, so a batch's first row is as wide as the batch.
         width = lengths[batches[-1][0]] if batches else 0
         size = width * len(batches[-1]) if batches else 0
         alike = 8 * lengths[row] >= (7 if size >= enough_tokens else 1) * width

@@ -1,9 +1,9 @@
-"""How chat templates are rendered in a run: the run file's `chat_template_kwargs`, and one date for all days.
+"""Settings of chat templates in a run: the run file's `chat_template_kwargs`, and a fixed date.
 
 Templates of Llama 3, Mistral, SmolLM3 and Granite write today's date into each prompt (`strftime_now`). A run renders
 them with the date that its lock pins. Free of torch.
 
-Every place that renders a chat passes `template_arguments()`, so the answer is given once a process.
+All code that renders a chat passes `template_arguments()`, so the settings are made once per process.
 """
 
 import datetime
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-# What a template reads the date by.
+# Names by which a template reads the date.
 DATE_WORDS = ("strftime_now", "date_string")
-# Arguments of `apply_chat_template` that are no variables of a template, and those that stages give themselves.
+# Arguments of `apply_chat_template` that are no template variables, and those that stages pass themselves.
 OWN_ARGUMENTS = frozenset(
     (
         *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now", "tokenizer_kwargs"),
@@ -26,11 +26,11 @@ OWN_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Rendering:
-    """What templates are given beside the messages.
+    """The arguments of templates, besides the messages.
 
     Attributes:
         arguments: The run file's `chat_template_kwargs`.
-        date: Today's date for templates, `YYYY-MM-DD`; the machine's own when absent.
+        date: Today's date for templates, `YYYY-MM-DD`; the machine's date when absent.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ _rendering = [Rendering()]
 
 @contextmanager
 def rendering(chosen: Rendering) -> Iterator[None]:
-    """Render templates so in what follows."""
+    """A context in which templates are rendered with these settings."""
     _rendering.append(chosen)
     try:
         yield
@@ -61,5 +61,5 @@ def template_arguments() -> dict[str, Any]:
 
 
 def reads_date(template: str) -> bool:
-    """Whether a chat template, or a file that holds one, reads today's date."""
+    """Whether a chat template, or a file that contains one, reads today's date."""
     return any(word in template for word in DATE_WORDS)

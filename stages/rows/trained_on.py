@@ -1,11 +1,11 @@
-"""What a checkpoint and all it was made from were trained on, kept as hashes: copies of a prompt can be found in it.
+"""Hashes of the training data of a checkpoint and all its ancestors, with which copies of a prompt can be found.
 
 Each domain of each stage is one group of prompts, in the file `trained_on.npz` of the artifact; the manifest's
-`trained_on` lists the groups, and the ancestors whose training is unknown. A long prompt has a sketch beside its hash:
+`trained_on` lists the groups, and the ancestors whose training is unknown. A long prompt has a sketch besides its hash:
 the lowest hashes of its shingles, from which its likeness to another prompt is estimated (bottom-k sampling, Cohen and
 Kaplan 2007). Free of torch.
 
-Shape suffixes: `N` prompts, `S` hashes of all sketches laid end to end, `C` shingles of the template.
+Shape suffixes: `N` prompts, `S` concatenated hashes of all sketches, `C` shingles of the template.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from experts.domain import Domain, Example
 from stages.rows.shingles import FEWEST_SHINGLES, shingles, template_shingles, without
 
 FILE, FACT = "trained_on.npz", "trained_on"
-# Hashes of one sketch.
+# Number of hashes of one sketch.
 SKETCH = 32
 WHOLE = 2**32 - 1
 
@@ -32,13 +32,13 @@ class Prompts:
     """The prompts of one domain as hashes.
 
     Attributes:
-        forms_N: Of their normal forms, 64 bits.
-        answers_N: Of their gold answers: as they are in the low 32 bits, without case in the high ones.
-        units_N: Of what the domain splits by, 64 bits.
-        numbers_N: Of the numbers in each, 64 bits; 0 for a prompt without a sketch.
-        sketches_S: Each sketch in ascending order.
-        ends_N: Where each sketch ends.
-        limits_N: Up to which hash a sketch is complete.
+        forms_N: Hashes of their normal forms, 64 bits.
+        answers_N: Hashes of their gold answers: the exact text in the low 32 bits, without case in the high 32 bits.
+        units_N: Hashes of the units by which the domain splits its data, 64 bits.
+        numbers_N: Hashes of the numbers in each prompt, 64 bits; 0 for a prompt without a sketch.
+        sketches_S: The hashes of all sketches, each sketch in ascending order.
+        ends_N: End of each sketch in `sketches_S`.
+        limits_N: The hash up to which each sketch is complete.
         template_C: Shingles that are left out of the sketches, in ascending order.
     """
 
@@ -63,12 +63,12 @@ class Prompts:
             kept = own[:SKETCH] if len(own) >= FEWEST_SHINGLES else own[:0]
             sketches.append(kept)
             limits.append(kept[-1] if len(kept) == SKETCH < len(own) else WHOLE)
-        told = [short_hash(numbers(form)) if len(own) else 0 for form, own in zip(forms, sketches, strict=True)]
+        by_numbers = [short_hash(numbers(form)) if len(own) else 0 for form, own in zip(forms, sketches, strict=True)]
         return cls(
             forms_N=np.array([short_hash(form) for form in forms], dtype=np.uint64),
             answers_N=np.array([answer_hash(example.answer) for example in examples], dtype=np.uint64),
             units_N=np.array([unit_hash(domain, example) for example in examples], dtype=np.uint64),
-            numbers_N=np.array(told, dtype=np.uint64),
+            numbers_N=np.array(by_numbers, dtype=np.uint64),
             sketches_S=np.concatenate([np.empty(0, dtype=np.uint32), *sketches]),
             ends_N=np.cumsum([len(own) for own in sketches], dtype=np.int64),
             limits_N=np.array(limits, dtype=np.uint32),
@@ -77,7 +77,7 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """Hash of all arrays: the same group in two ancestors is kept once."""
+        """Hash of all arrays, so that a group of two ancestors is stored once."""
         sha = hashlib.sha256()
         for column in fields(self):
             sha.update(getattr(self, column.name).tobytes())
@@ -86,7 +86,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """All that a checkpoint has seen.
+    """All training data of a checkpoint and its ancestors.
 
     Attributes:
         groups: Digest -> prompts.
@@ -100,11 +100,11 @@ class TrainedOn:
 
     @classmethod
     def of(cls, domains: Mapping[str, Domain], examples: Mapping[str, Sequence[Example]]) -> Self:
-        """What a stage trains on.
+        """The training data of one stage.
 
         Args:
-            domains: By name.
-            examples: Drawn, by the name of their domain.
+            domains: The domains by name.
+            examples: The drawn examples by the name of their domain.
         """
         made = {name: Prompts.of(domains[name], drawn) for name, drawn in examples.items()}
         return cls(
@@ -114,7 +114,7 @@ class TrainedOn:
 
     @classmethod
     def read(cls, checkpoint: Artifact) -> Self:
-        """What a stored checkpoint was trained on; one without a record is unknown as a whole."""
+        """The training data of a stored checkpoint; without a record the checkpoint counts as unknown."""
         facts = checkpoint.manifest.get(FACT)
         if facts is None:
             return cls(unknown=(checkpoint.name,))
@@ -127,13 +127,13 @@ class TrainedOn:
         return cls(groups, {digest: one["domain"] for digest, one in listed.items()}, tuple(facts["unknown"]))
 
     def write(self, folder: Path) -> None:
-        """Write the groups into an artifact's folder; none, no file."""
+        """Write the groups into an artifact's folder; without groups no file is written."""
         if self.groups:
             arrays = {f"{d}/{c.name}": getattr(p, c.name) for d, p in self.groups.items() for c in fields(p)}
             np.savez_compressed(folder / FILE, **arrays)
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest holds of it."""
+        """The manifest's entry."""
         listed = {
             digest: {"domain": self.domains[digest], "prompts": len(prompts.forms_N)}
             for digest, prompts in self.groups.items()
@@ -142,7 +142,7 @@ class TrainedOn:
 
 
 def together(parts: Iterable[TrainedOn]) -> TrainedOn:
-    """The union of what several checkpoints have seen."""
+    """The union of the training data of several checkpoints."""
     groups: dict[str, Prompts] = {}
     domains: dict[str, str] = {}
     unknown: dict[str, None] = {}
@@ -154,11 +154,11 @@ def together(parts: Iterable[TrainedOn]) -> TrainedOn:
 
 
 def unit_hash(domain: Domain, example: Example) -> int:
-    """Hash of what an example is split by, the same for all domains that split alike."""
+    """Hash of the unit by which an example is split, the same in all domains with the same split."""
     return short_hash(f"{domain.source_space}\n{example.source}")
 
 
 def answer_hash(answer: str) -> int:
-    """32 bits of a gold answer without its case, and 32 of it as it is."""
+    """Hash of a gold answer: 32 bits without case in the high half, 32 bits of the exact text in the low half."""
     bare = answer.strip()
     return (short_hash(bare.casefold()) << 32 | short_hash(bare) & WHOLE) & (2**64 - 1)

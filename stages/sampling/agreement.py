@@ -1,6 +1,7 @@
-"""A plain forward pass, and how far from it another way to compute the same policy may be.
+"""A plain forward pass, and the largest gap to it that another computation of the same policy may have.
 
-Shape suffixes: B rows, T tokens, N completion tokens, H hidden, V vocabulary."""
+Shape suffixes: B rows, T tokens, N completion tokens, H hidden, V vocabulary.
+"""
 
 import torch
 from peft import PeftModel
@@ -15,13 +16,13 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 def agreement_tolerance(config: OnPolicyConfig) -> float:
-    """Largest gap between two forwards of one model that counts as rounding, in nats."""
+    """Largest gap between two forward passes of one model that counts as rounding, in nats."""
     return config.preflight_tolerance or TOLERANCES[config.dtype]
 
 
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel | PeftModel, drawn: Sample, dtype: str) -> Tensor:
-    """Logits [N, V] of a completion by the model's own forward of that row alone, in the trainer's precision."""
+    """Logits [N, V] of a completion by the model's own forward pass of that row alone, in the trainer's precision."""
     head_VH = head_weight(model)
     tokens_BT = torch.tensor([drawn.tokens], device=head_VH.device)
     with torch.autocast(head_VH.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -1,10 +1,10 @@
 """A key-value cache with room for the whole completion, filled from packed prompts.
 
-A decoding step writes its token where it goes and copies nothing. Prompts are run without padding, in shared lines
-where that is shorter, and their keys and values are laid side by side afterwards, padded on the left.
+A decoding step writes its token in place and copies nothing. Prompts are run without padding, packed into shared lines
+if that is shorter. Their keys and values are then copied into one left-padded batch.
 
 Shape suffixes: B rows, K key-value heads, R room in tokens, D head size, T new tokens, L tokens so far, P width of the
-prompts, N prompt tokens of several rows laid end to end, H hidden.
+prompts, N concatenated prompt tokens of several rows, H hidden.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ def prefill(
     Args:
         decoder: The model without its head.
         prompts: Token ids, none empty.
-        room: Most tokens a row will ever have, padding on the left included.
-        pad_id: What fills lines up.
-        device: Where the decoder is.
+        room: The most tokens that a row can reach, including padding on the left.
+        pad_id: The padding token.
+        device: The decoder's device.
 
     Returns:
-        The cache, prompts padded on the left, and the hidden states [B, H] after each prompt.
+        The cache of left-padded prompts, and the hidden states [B, H] after each prompt.
     """
     lengths = [len(prompt) for prompt in prompts]
     layers = [_RoomyLayer(len(prompts), max(lengths), room) for _ in range(decoder.config.num_hidden_layers)]
@@ -43,7 +43,7 @@ def prefill(
     for batch in micro_batches(lengths, PREFILL_TOKENS):
         packed = pack([prompts[i] for i in batch], [1] * len(batch), pad_id, device)
         tokens_BT, positions_BT, bias_B1TT = packed.inputs
-        # Without a config it keeps every token, of layers with a window too: masks hide what lies behind it.
+        # Without a config the cache keeps every token also in sliding-window layers: the masks apply the window.
         found = DynamicCache()
         hidden_BTH = decoder(
             input_ids=tokens_BT,
@@ -66,7 +66,7 @@ def prefill(
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values [B, K, R, D], of which the first `length` tokens are there."""
+    """Keys and values [B, K, R, D], of which the first `length` tokens are filled."""
 
     def __init__(self, rows: int, width: int, room: int) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class _RoomyLayer(DynamicLayer):
         self.room = room
 
     def fill(self, row: int, keys_KTD: Tensor, values_KTD: Tensor) -> None:
-        """Lay a prompt's keys and values down, its end where all prompts end."""
+        """Copy a prompt's keys and values into the cache, aligned so that all prompts end at the same position."""
         if not self.is_initialized:
             self.lazy_initialization(keys_KTD, values_KTD)
-            # Zeros: what the padding holds is multiplied by weights of zero, which no NaN would survive.
+            # Zeros, not uninitialised memory: padding is multiplied by weights of zero, and 0 * NaN would be NaN.
             self.keys, self.values = (
                 part.new_zeros((self.rows, part.shape[0], self.room, part.shape[-1])) for part in (keys_KTD, values_KTD)
             )
@@ -87,7 +87,7 @@ class _RoomyLayer(DynamicLayer):
         self.values[row, :, start : self.length] = values_KTD
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, K, T, D] behind the others; returns all [B, K, L, D] as views."""
+        """Append keys and values [B, K, T, D]; returns all [B, K, L, D] as views."""
         end = self.length + key_states.shape[-2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states

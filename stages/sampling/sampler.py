@@ -1,10 +1,10 @@
-"""Batched sampling in the trainer's own process: transformers models with a KV cache.
+"""The `Sampler` protocol, and batched sampling in the trainer's own process: transformers models with a KV cache.
 
 Shape suffixes: B rows still sampling, R room of the cache, L cached length, H hidden, V vocabulary, N completion
 tokens.
 
-Each distinct prompt is prefilled once, without padding, and its cache repeated for the group. Prompts of all domains
-share one batch; rows that have ended leave it, so that a batch costs what its unfinished rows cost. A greedy
+Each distinct prompt is prefilled once, without padding, and its cache is repeated for the group. Prompts of all domains
+share one batch. Rows that have ended are removed from it, so that the cost follows the unfinished rows. A greedy
 sampler (`temperature` 0) takes the likeliest token.
 """
 
@@ -19,25 +19,25 @@ from torch import Tensor
 from base.errors import UserError
 from stages.config.on_policy import OnPolicyConfig
 from stages.model.architecture import Masks, context
-from stages.model.linear import product
+from stages.model.linear import matmul_t
 from stages.model.policy import Policy, causal_lm, scaled
 from stages.model.stop_strings import StopStrings
 from stages.sampling.cache import prefill
 
-# Rows are dropped in batches, for dropping copies the cache.
+# Finished rows are dropped several at a time, because dropping copies the cache.
 DROP_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """The settings of sampling.
 
     Attributes:
         max_new_tokens: Longest completion.
         temperature: Divides the logits; 0 is greedy.
         top_p: Only the likeliest tokens whose probabilities reach this sum can be drawn.
-        max_rows: Completions sampled together; more prompts are taken in several batches.
-        stop: Texts that end a completion, beside the tokens that do; the token that completes one is its last.
+        max_rows: Completions sampled together; more prompts are split into several batches.
+        stop: Texts that end a completion, besides the stop tokens; the token that completes such a text is the last.
     """
 
     max_new_tokens: int
@@ -48,7 +48,7 @@ class Sampling:
 
     @classmethod
     def of(cls, config: OnPolicyConfig) -> "Sampling":
-        """How an on-policy stage draws."""
+        """The sampling settings of an on-policy stage."""
         return cls(config.max_new_tokens, config.temperature, config.top_p, stop=config.stop)
 
 
@@ -58,12 +58,12 @@ class Sample:
 
     Attributes:
         prompt_ids: The prompt.
-        completion_ids: The completion; when it ended by itself, its last token ends completions or a stop string.
-        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature. Top-p, and
-            what is no token, only bar tokens from being drawn: with them in the numbers, an importance ratio would fall
-            below 1 where sampler and trainer are one policy.
-        finished: Whether it ended by itself within `max_new_tokens`.
-        version: Of the weights it was drawn with: the batches they had been updated on.
+        completion_ids: The completion; if it is finished, its last token is a stop token or completes a stop string.
+        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature, before top-p
+            and before barred ids are excluded. If they were included, the importance ratio would fall below 1 although
+            sampler and trainer are one policy.
+        finished: Whether it ended within `max_new_tokens`, by a stop token or a stop string.
+        version: The version of the weights that drew it: the batches they had been updated on.
     """
 
     prompt_ids: list[int]
@@ -80,12 +80,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a sampler is from the trainer on some tokens, both with the same weights.
+    """The gap between a sampler and the trainer on some tokens, both with the same weights.
 
     Attributes:
         total: Sum over the tokens of |log-probability by the trainer − by the sampler|, in nats.
-        tokens: How many; 0 where none could be asked about.
-        most: The largest; −1 of none.
+        tokens: Number of tokens; 0 if none could be measured.
+        most: The largest gap of a token; −1 without tokens.
     """
 
     total: float
@@ -95,7 +95,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Request:
-    """What a sampler is asked for in a step: the arguments of `Sampler.sample`."""
+    """A step's request to a sampler: the arguments of `Sampler.sample`."""
 
     prompts: Sequence[list[int]]
     group_size: int
@@ -104,51 +104,52 @@ class Request:
 
 
 class Sampler(Protocol):
-    """Draws the student's completions, here or elsewhere, with the weights it was given last."""
+    """Draws the student's completions, in this process or elsewhere, with the weights it received last."""
 
-    def follow(self, policy: Policy, version: int) -> None:
-        """Take the policy's weights; `version` counts the batches they have been updated on."""
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Use the policy's weights from now on; `version` counts the batches they have been updated on."""
 
     def sample(
         self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
     ) -> list[list[Sample]]:
         """Arguments, result and errors as for the function `sample`."""
 
-    def news(self) -> list[str]:
-        """What a reader of the log should know of since this was asked last."""
+    def drain_log(self) -> list[str]:
+        """Return the lines for the log since the last call."""
 
-    def gap(self) -> Gap | None:
-        """How far it was from the trainer when it last took weights; None where what it draws tells that."""
+    def logprob_gap(self) -> Gap | None:
+        """The gap to the trainer when it last received weights; None if its samples show the gap themselves."""
 
     def close(self) -> None:
-        """Free what it holds; nothing is left running."""
+        """Free all resources and end all processes of the sampler."""
 
 
-def told_logprobs(values: Sequence[float], who: str) -> Tensor:
-    """The log-probabilities that somebody else gave of the tokens it drew.
+def parse_logprobs(values: Sequence[float], engine: str) -> Tensor:
+    """Check the log-probabilities that another engine reported for its tokens, and return them as a tensor [N].
 
     Args:
         values: One for each token.
-        who: Gave them; for the message.
+        engine: The engine's name, for the message.
 
     Raises:
         FloatingPointError: one is not finite: weights or precision of the engine are broken.
     """
-    told_N = torch.tensor(values)
-    if not bool(told_N.isfinite().all()):
-        raise FloatingPointError(f"{who} gave {values[int(told_N.isfinite().int().argmin())]} as a log-probability")
-    return told_N
+    logprobs_N = torch.tensor(values)
+    if not bool(logprobs_N.isfinite().all()):
+        first = values[int(logprobs_N.isfinite().int().argmin())]
+        raise FloatingPointError(f"{engine} gave {first} as a log-probability")
+    return logprobs_N
 
 
 class TransformersSampler:
-    """The trainer's own model; its weights need no following."""
+    """Samples with the trainer's own model, so that no weights need to be copied."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.version = 0
 
-    def follow(self, policy: Policy, version: int) -> None:
-        """Sample with this policy."""
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Sample with this policy from now on."""
         self.policy, self.version = policy, version
 
     def sample(
@@ -158,16 +159,16 @@ class TransformersSampler:
         groups = sample(self.policy, prompts, group_size, sampling, seed)
         return [[dataclasses.replace(drawn, version=self.version) for drawn in group] for group in groups]
 
-    def news(self) -> list[str]:
-        """Nothing happens here that the caller does not see."""
+    def drain_log(self) -> list[str]:
+        """Always empty: there are no servers to report on."""
         return []
 
-    def gap(self) -> Gap | None:
-        """None: trainer and sampler are one model."""
+    def logprob_gap(self) -> Gap | None:
+        """Always None: trainer and sampler are one model."""
         return None
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: the model belongs to the trainer."""
 
 
 def sample(
@@ -186,7 +187,7 @@ def sample(
         One list of `group_size` samples per prompt, in order.
 
     Raises:
-        UserError: a prompt with `max_new_tokens` more does not fit the model's context.
+        UserError: a prompt plus `max_new_tokens` exceeds the model's context.
     """
     if not prompts:
         return []
@@ -198,7 +199,7 @@ def sample(
             f"of {limit} tokens; lower max_new_tokens or shorten the domain's prompts"
         )
     generator = torch.Generator(policy.device).manual_seed(seed)
-    # Prompts of like length go together, so that little of a batch is padding.
+    # Prompts of similar length are batched together, so that a batch has little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups: list[list[Sample]] = [[] for _ in prompts]
     per_batch = max(1, sampling.max_rows // group_size)
@@ -242,18 +243,18 @@ class _Batch:
 
     def run(self) -> list[Sample]:
         """Sample until every row has ended or is as long as allowed."""
-        # Left before the samples are made: a tensor born inside can take no part in a backward pass.
+        # The samples are made outside: a tensor created in inference mode cannot be used in a backward pass.
         with torch.inference_mode():
             self._decode(*self._prefill())
         return self._samples()
 
     def _decode(self, logits_BV: Tensor, bias_BR: Tensor, positions_B: Tensor) -> None:
-        """Draw and run token after token."""
+        """Draw and run tokens one after another."""
         alive_B = torch.arange(self.tokens.shape[0], device=self.tokens.device)
         running_B = torch.ones_like(alive_B, dtype=torch.bool)
         for step in range(self.sampling.max_new_tokens):
             tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator, self.barred)
-            # Rows that have ended and are still here go on; what is written behind their end is never read.
+            # Ended rows that are not dropped yet continue; tokens after their end are never read.
             self.tokens[alive_B, step] = tokens_B
             self.logprobs[alive_B, step] = logprobs_B
             ended_B = running_B & torch.isin(tokens_B, self.stops_S)
@@ -279,7 +280,8 @@ class _Batch:
         """Run the distinct prompts and repeat the result for their groups.
 
         Returns:
-            Logits [B, V] of the first token, attention bias [B, R] of all tokens to come, and its position [B].
+            Logits [B, V] of the first token, attention bias [B, R] for all later tokens, and the first token's position
+            [B].
         """
         # The last token drawn is never run.
         room = self.width + self.sampling.max_new_tokens - 1
@@ -298,7 +300,7 @@ class _Batch:
         )
 
     def _forward(self, tokens_B: Tensor, bias_BL: Tensor, positions_B: Tensor) -> Tensor:
-        """Logits [B, V] after one more token of each row; the cache grows by it."""
+        """Logits [B, V] after one more token of each row; the token is added to the cache."""
         output = self.decoder(
             input_ids=tokens_B[:, None],
             attention_mask=self.masks(bias_BL[:, None, None, :]),
@@ -309,7 +311,7 @@ class _Batch:
         return self._logits(output.last_hidden_state[:, -1])
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV: Tensor = product(scaled(self.policy.model, hidden_BH), self.head_VH).float()
+        logits_BV: Tensor = matmul_t(scaled(self.policy.model, hidden_BH), self.head_VH).float()
         return logits_BV
 
     def _samples(self) -> list[Sample]:
@@ -329,10 +331,10 @@ class _Batch:
 def draw(
     logits_BV: Tensor, sampling: Sampling, generator: torch.Generator, barred: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row; none of the ids in `barred`.
+    """Draw one token per row; none of the ids in `barred`.
 
     Returns:
-        Tokens [B] and their log-probabilities [B] at the sampling temperature, before anything is barred.
+        Tokens [B] and their log-probabilities [B] at the sampling temperature, before top-p and `barred` apply.
     """
     scaled_BV = logits_BV if sampling.temperature in (0.0, 1.0) else logits_BV / sampling.temperature
     logprobs_BV = scaled_BV.log_softmax(-1)
@@ -342,7 +344,8 @@ def draw(
     else:
         whole = sampling.top_p >= 1.0 and barred is None
         allowed_BV = logprobs_BV if whole else truncate(drawable_BV, sampling.top_p).log_softmax(-1)
-        # The first of independent exponential clocks with these rates to ring is a draw from the softmax.
+        # Of independent exponential clocks with these rates, the index of the first to ring has the softmax's
+        # distribution.
         clocks_BV = torch.empty_like(allowed_BV).exponential_(generator=generator)
         tokens_B = (allowed_BV.exp() / clocks_BV).argmax(-1)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)

@@ -1,9 +1,9 @@
-"""Teachers behind vLLM servers: of each token they tell its log-probability and those of the likeliest ones.
+"""Teachers behind vLLM servers: they report the log-probabilities of each sampled token and of the likeliest tokens.
 
-Shape suffixes: N completion tokens, C those of one chunk, V vocabulary, K tokens a server tells of.
+Shape suffixes: N completion tokens, C those of one chunk, V vocabulary, K tokens that a server reports.
 
-A teacher is found on a server by its content key, the name it is served under, so that no other checkpoint can stand
-in for it. Rows of several teachers are scored at the same time, each on its own servers.
+Servers serve a teacher under its content key, so that no other checkpoint can be used in its place. Rows of several
+teachers are scored at the same time, each on its own servers.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from torch import Tensor
 from base.errors import UserError
 from stages.config.distill import DistillConfig
 from stages.learner.update import Row
+from stages.vllm.dispatch import dispatch
 from stages.vllm.server import ServerLostError, VllmServer
-from stages.vllm.spread import spread
 
 ROWS_AT_ONCE = 64
-# Probability left for the tokens a server told nothing of, where rounding leaves none.
+# Probability of all tokens that a server did not report, if rounding leaves none.
 LEAST_REST = 1e-9
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a server told of one row.
+class TopLogprobs:
+    """The log-probabilities that a server reported for one row.
 
     Attributes:
-        ids_NK: Tokens told of; the sampled one fills up what is short of K.
+        ids_NK: The reported tokens; if there are fewer than K, the sampled token is repeated.
         logprobs_NK: Their log-probabilities.
-        sampled_N: Those of the sampled tokens.
-        rest_N: Log-probability of each other token, were they all alike.
+        sampled_N: The log-probabilities of the sampled tokens.
+        rest_N: Log-probability of each other token, with the remaining mass spread evenly.
     """
 
     ids_NK: Tensor
@@ -46,49 +46,54 @@ class Known:
     rest_N: Tensor
 
     @classmethod
-    def of(cls, told: Sequence[Mapping[int, float]], tokens: Sequence[int], width: int, vocabulary: int) -> "Known":
-        """Lay out what was told of each token.
+    def of(
+        cls, reported: Sequence[Mapping[int, float]], tokens: Sequence[int], width: int, vocabulary: int
+    ) -> "TopLogprobs":
+        """Return a server's report as tensors.
 
         Args:
-            told: Log-probability by id, for each token.
+            reported: Log-probability by id, for each token.
             tokens: The sampled tokens.
             width: K.
             vocabulary: V.
         """
-        ids = [[*known, *[token] * (width - len(known))] for known, token in zip(told, tokens, strict=True)]
-        logprobs = [[known[token] for token in row] for known, row in zip(told, ids, strict=True)]
-        left = [max(LEAST_REST, 1.0 - sum(math.exp(value) for value in known.values())) for known in told]
-        even = [math.log(share / max(1, vocabulary - len(known))) for share, known in zip(left, told, strict=True)]
-        # Rounding must not lift the others above the likeliest K − 1.
-        least = [sorted(known.values(), reverse=True)[width - 2] if width > 1 else 0.0 for known in told]
+        ids = [[*by_id, *[token] * (width - len(by_id))] for by_id, token in zip(reported, tokens, strict=True)]
+        logprobs = [[by_id[token] for token in row] for by_id, row in zip(reported, ids, strict=True)]
+        left = [max(LEAST_REST, 1.0 - sum(math.exp(value) for value in by_id.values())) for by_id in reported]
+        even = [math.log(share / max(1, vocabulary - len(by_id))) for share, by_id in zip(left, reported, strict=True)]
+        # Rounding must not raise the other tokens above the likeliest K − 1.
+        least = [sorted(by_id.values(), reverse=True)[width - 2] if width > 1 else 0.0 for by_id in reported]
         rest = [min(pair) for pair in zip(even, least, strict=True)]
-        sampled = [known[token] for known, token in zip(told, tokens, strict=True)]
+        sampled = [by_id[token] for by_id, token in zip(reported, tokens, strict=True)]
         return cls(torch.tensor(ids), torch.tensor(logprobs), torch.tensor(sampled), torch.tensor(rest))
 
 
 @dataclass(frozen=True)
 class RemoteScores:
-    """What servers told of one rollout's rows; read like `stages.teachers.scoring.TeacherScores`.
+    """The servers' scores of one rollout's rows; has the methods of `stages.teachers.scoring.Scores`.
 
     Attributes:
-        known: By row.
+        reported: The reported log-probabilities of each row.
         vocabulary: V.
-        seconds: Time each teacher took, by its name; several at the same time.
+        seconds: Time each teacher took, by its name; several run at the same time.
         device: Where the student's logits are.
-        exact: Whether all of a distribution is known.
+        exact: Whether the whole distribution is available.
     """
 
-    known: Sequence[Known]
+    reported: Sequence[TopLogprobs]
     vocabulary: int
     seconds: Mapping[str, float]
     device: torch.device
     exact: bool = False
 
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
-        """Of a slice of the rows' tokens laid end to end log-probabilities [C, V]: exact for the likeliest tokens and
-        the sampled one, what is left spread evenly over the others. The likeliest K stay the likeliest K."""
+        """A function of a slice of the rows' concatenated tokens that returns their log-probabilities [C, V].
+
+        The likeliest tokens and the sampled one are exact; the remaining mass is spread evenly over the others. The
+        likeliest K remain the likeliest K.
+        """
         ids_NK, logprobs_NK, rest_N = (
-            torch.cat([getattr(self.known[i], name) for i in rows]) for name in ("ids_NK", "logprobs_NK", "rest_N")
+            torch.cat([getattr(self.reported[i], name) for i in rows]) for name in ("ids_NK", "logprobs_NK", "rest_N")
         )
 
         def read(part: slice) -> Tensor:
@@ -97,8 +102,8 @@ class RemoteScores:
 
         return read
 
-    def apart(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
-        """Nothing: a row has one teacher."""
+    def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+        """Empty: each row has one teacher."""
         del rows
         return {}
 
@@ -106,11 +111,11 @@ class RemoteScores:
         """Log-probability [N] of each of the rows' sampled tokens."""
         assert temperature == 1.0
         del tokens_N
-        return torch.cat([self.known[i].sampled_N for i in rows]).to(self.device)
+        return torch.cat([self.reported[i].sampled_N for i in rows]).to(self.device)
 
 
 class RemoteTeachers:
-    """Servers that score for a stage.
+    """Client of the servers that score for a stage.
 
     Args:
         urls: The servers; each teacher is on one or more of them.
@@ -119,8 +124,8 @@ class RemoteTeachers:
         vocabulary: The student's output tokens.
 
     Raises:
-        UserError: no server is named, or one that answers does not serve what it should.
-        ServerLostError: a teacher is on no server that answers.
+        UserError: no server is named, or all servers answer and none serves some teacher.
+        ServerLostError: no server that answers serves some teacher.
     """
 
     def __init__(
@@ -140,7 +145,7 @@ class RemoteTeachers:
         self._serving = self._find(list(teachers))
 
     def check_room(self, tokens: int) -> None:
-        """See that a row fits: scoring it takes one token more.
+        """Check that a row fits the servers' context: scoring it takes one more token.
 
         Raises:
             UserError: it does not.
@@ -152,50 +157,55 @@ class RemoteTeachers:
             )
 
     def score(self, rows: Sequence[Row], keys: Sequence[str], device: torch.device) -> RemoteScores:
-        """Ask of every row its own teacher.
+        """Score every row by its own teacher.
+
+        Args:
+            rows: The rows.
+            keys: Content key of each row's teacher.
+            device: Where the student's logits are.
 
         Raises:
-            ServerLostError: answers are missing after all retries.
+            ServerLostError: scores are missing after all retries.
         """
         mine: dict[str, list[int]] = defaultdict(list)
         for index, key in enumerate(keys):
             mine[key].append(index)
-        known: dict[int, Known] = {}
+        reported: dict[int, TopLogprobs] = {}
         seconds: dict[str, float] = {}
 
         def work(key: str) -> None:
             started = time.monotonic()
-            known.update(self._score(key, mine[key], rows))
+            reported.update(self._score(key, mine[key], rows))
             seconds[self.teachers[key]] = time.monotonic() - started
 
         with ThreadPoolExecutor(max(1, len(mine))) as pool:
             for future in [pool.submit(work, key) for key in mine]:
                 future.result()
-        return RemoteScores([known[i] for i in range(len(rows))], self.vocabulary, seconds, device)
+        return RemoteScores([reported[i] for i in range(len(rows))], self.vocabulary, seconds, device)
 
-    def news(self) -> list[str]:
-        """Servers lost since this was asked last."""
-        told, self._lost = [f"lost: {error}" for error in self._lost], []
-        return told
+    def drain_log(self) -> list[str]:
+        """Return a line for each server lost since the last call."""
+        lines, self._lost = [f"lost: {error}" for error in self._lost], []
+        return lines
 
     def close(self) -> None:
-        """Close the connections; the servers go on running."""
+        """Close the connections; the servers keep running."""
         for server in self.servers:
             server.close()
 
-    def _score(self, key: str, mine: Sequence[int], rows: Sequence[Row]) -> dict[int, Known]:
-        def ask(server: VllmServer, index: int) -> Known:
+    def _score(self, key: str, mine: Sequence[int], rows: Sequence[Row]) -> dict[int, TopLogprobs]:
+        def ask(server: VllmServer, index: int) -> TopLogprobs:
             row = rows[index]
-            told = server.score(key, row.tokens, row.start, self.top)
-            return Known.of(told, row.targets, self.top + 1, self.vocabulary)
+            logprobs = server.score(key, row.tokens, row.start, self.top)
+            return TopLogprobs.of(logprobs, row.targets, self.top + 1, self.vocabulary)
 
-        found: dict[int, Known] = {}
+        found: dict[int, TopLogprobs] = {}
         for attempt in range(self.config.sampler.retries + 1):
             missing = [index for index in mine if index not in found]
             if not missing:
                 return found
             servers = self._find([key])[key] if attempt else self._serving[key]
-            for _, answers, _ in spread(missing, servers, ask, ROWS_AT_ONCE, self._lost.append):
+            for _, answers, _ in dispatch(missing, servers, ask, ROWS_AT_ONCE, self._lost.append):
                 found |= answers
         if len(found) == len(mine):
             return found
@@ -205,7 +215,7 @@ class RemoteTeachers:
         )
 
     def _find(self, keys: Sequence[str]) -> dict[str, list[VllmServer]]:
-        """The servers of each teacher, once every one of them has some."""
+        """Wait until every teacher has a server; returns the servers of each."""
         deadline = time.monotonic() + self.config.sampler.timeout_seconds
         while True:
             serving: dict[str, list[VllmServer]] = {key: [] for key in keys}
@@ -225,10 +235,10 @@ class RemoteTeachers:
             names = ", ".join(f"{self.teachers[key]} ({key})" for key in lacking)
             if len(up) == len(self.servers):
                 raise UserError(
-                    f"resources.teacher_servers.urls: no server serves {names}; served are {', '.join(served)}. "
+                    f"resources.teacher_servers.urls: no server serves {names}; they serve {', '.join(served)}. "
                     f"`mopd serve teachers` serves a run's teachers under their content keys"
                 )
             if time.monotonic() > deadline:
                 down = ", ".join(server.url for server in self.servers if server not in up)
-                raise ServerLostError(f"no server of teacher {names} answers; down are {down}")
+                raise ServerLostError(f"no server of teacher {names} answers; these are down: {down}")
             time.sleep(0.5)

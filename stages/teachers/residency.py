@@ -1,8 +1,8 @@
-"""Which teachers' weights are in memory, and how a model becomes each of them.
+"""Keeps teachers' weights in memory, and activates one teacher at a time.
 
-Teachers that are adapters of one base share that base; a student that is one more adapter of it lends its own. Of
-other bases at most `max_resident` are in memory: the least recently used goes, and while one teacher scores, a thread
-reads the weights of the next. No teacher carries gradients.
+Teachers that are adapters of one base share that base. If the student is an adapter of the same base, they share the
+student's. Of other bases at most `max_resident` are in memory: the least recently used is dropped, and while one
+teacher scores, a thread reads the weights of the next. No teacher has gradients.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def base_key(teacher: Artifact) -> str:
 
 
 class PoolConfig(Protocol):
-    """How teachers are held and run; a merge's config says it."""
+    """The settings of teachers; a merge's config has them."""
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -51,16 +51,16 @@ class PoolConfig(Protocol):
 
     @property
     def max_resident(self) -> int:
-        """Full checkpoints in memory at one time."""
+        """Full checkpoints in memory at the same time."""
 
     @property
     def teacher_cache(self) -> Literal["device", "cpu"]:
-        """Where hidden states wait for the updates."""
+        """Where hidden states are stored until the updates."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """How one reference beside a learner is held and run."""
+class TeacherSettings:
+    """The settings of a single reference policy; a `PoolConfig`."""
 
     dtype: Literal["float32", "bfloat16"]
     micro_batch_tokens: int
@@ -72,53 +72,54 @@ class Residents:
     """The bases in memory.
 
     Args:
-        store: Where they are read from.
-        student: Lends its base where it is an adapter itself.
+        store: The store that holds the bases.
+        student: Its base is shared if it is an adapter itself.
         config: `max_resident`, `dtype`.
-        lends: Whether the student may lend: not where a data-parallel wrapper holds its parameters.
+        share_base: Whether the student's base may be shared; not if a data-parallel wrapper holds its parameters.
     """
 
-    def __init__(self, store: Store, student: Policy, config: PoolConfig, lends: bool) -> None:
+    def __init__(self, store: Store, student: Policy, config: PoolConfig, share_base: bool) -> None:
         self.store = store
         self.student = student
         self.config = config
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.lent = _Lent(student) if lends and student.adapter_base and isinstance(student.model, PeftModel) else None
+        is_adapter = bool(student.adapter_base) and isinstance(student.model, PeftModel)
+        self.shared = SharedBase(student) if share_base and is_adapter else None
         self.bases: OrderedDict[str, _Base] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self._reading: dict[str, Future[Weights]] = {}
 
     def ordered(self, teachers: Iterable[Artifact]) -> list[Artifact]:
-        """Teachers by base, those in memory first and of them the least recently used: it is the next to go."""
+        """Teachers by base: those in memory first, starting with the least recently used, which is dropped next."""
         recency = {key: index for index, key in enumerate(self.bases)}
         return sorted(teachers, key=lambda t: (recency.get(base_key(t), len(recency)), base_key(t), t.key))
 
-    def read_ahead(self, coming: Sequence[Artifact]) -> None:
-        """Start to read the next teacher's base if it is not in memory; it counts as one of those that may be."""
-        key = base_key(coming[0]) if coming else None
+    def read_ahead(self, upcoming: Sequence[Artifact]) -> None:
+        """Start to read the next teacher's base if it is not in memory; it counts towards `max_resident`."""
+        key = base_key(upcoming[0]) if upcoming else None
         if key is None or self.config.max_resident < 2 or key in self.bases or key in self._reading:
             return
-        if not self._is_lent(key):
+        if not self._is_shared(key):
             self._drop_to(self.config.max_resident - 1)
             self._reading[key] = self._reader.submit(_read, self.store.get(key))
 
     @contextlib.contextmanager
-    def wearing(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model as this teacher, in eval mode."""
+    def activated(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:
+        """A context in which the yielded model is this teacher, in eval mode."""
         key = base_key(teacher)
-        if self.lent is not None and self._is_lent(key):
-            with self.lent.wearing(teacher) as model:
+        if self.shared is not None and self._is_shared(key):
+            with self.shared.activated(teacher) as model:
                 yield model
             return
-        with self._base(key).wearing(teacher) as model:
+        with self._base(key).activated(teacher) as model:
             yield model
 
     def drop_all(self) -> None:
-        """Keep none in memory, but for what the student lends."""
+        """Drop all bases from memory, except a base shared with the student."""
         self._drop_to(0)
 
     def _base(self, key: str) -> "_Base":
-        """A base in memory; room for it is made before it is read."""
+        """A base in memory; others are dropped before it is read, to make room."""
         if key not in self.bases:
             reading = self._reading.pop(key, None)
             self._drop_to(max(0, self.config.max_resident - 1 - len(self._reading)))
@@ -128,11 +129,11 @@ class Residents:
         self.bases.move_to_end(key)
         return self.bases[key]
 
-    def _is_lent(self, key: str) -> bool:
-        return self.lent is not None and key == self.student.adapter_base
+    def _is_shared(self, key: str) -> bool:
+        return self.shared is not None and key == self.student.adapter_base
 
     def _drop_to(self, allowed: int) -> None:
-        """Drop the least recently used until no more are left than allowed."""
+        """Drop the least recently used bases until at most `allowed` are left."""
         while len(self.bases) > allowed:
             self.bases.popitem(last=False)
 
@@ -145,7 +146,7 @@ def _read(base: Artifact) -> Weights:
 
 
 def _model_class(config: PreTrainedConfig, base: Artifact) -> type[PreTrainedModel]:
-    """The class of a base's model: transformers' own, or the one it brings where that may be run."""
+    """The class of a base's model: transformers' own, or the base's own code if the run file permits it."""
     own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     found: type[PreTrainedModel] = (
         get_class_from_dynamic_module(own, base.uri)
@@ -156,7 +157,7 @@ def _model_class(config: PreTrainedConfig, base: Artifact) -> type[PreTrainedMod
 
 
 class _Base:
-    """A base with the adapters it has worn so far."""
+    """A base with the adapters that were activated on it so far."""
 
     def __init__(
         self,
@@ -173,15 +174,15 @@ class _Base:
         check_head(Policy(model, tokenizer), base)
         use_onednn(model)
         _narrow(model, dtype)
-        # Read from the file it is mapped from; a head outlives its model, and would keep the whole file in memory.
+        # Copied: the weight is mapped from its file, and a head that outlives its model would keep all of it in memory.
         head = model.get_output_embeddings().weight
         head.data = head.data.clone()
         self.model: PreTrainedModel | PeftModel = model.to(device).eval()
         self.model.requires_grad_(False)
 
     @contextlib.contextmanager
-    def wearing(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model as this teacher: the base itself, or the base with the teacher's adapter."""
+    def activated(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:
+        """A context that yields this teacher: the base itself, or the base with the teacher's adapter."""
         if teacher.key == self.key:
             with self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext():
                 yield self.model
@@ -198,22 +199,23 @@ class _Base:
 
 
 def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keep what autocast would narrow anyway in the narrow type, and no more: an equal teacher is then equal."""
+    """Convert only the weights that autocast would convert anyway, so that a teacher equal to the student has equal
+    scores."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             module.to(dtype)
 
 
-class _Lent:
-    """The student's own base: it wears a teacher's adapter for a while and is left as it was."""
+class SharedBase:
+    """The student's own base, with a teacher's adapter activated temporarily; the student is then restored."""
 
     def __init__(self, student: Policy) -> None:
         self.student = student
 
     @contextlib.contextmanager
-    def wearing(self, teacher: Artifact) -> Iterator[PeftModel]:
-        """The student's model as this teacher."""
+    def activated(self, teacher: Artifact) -> Iterator[PeftModel]:
+        """A context in which the student's model is this teacher."""
         model = self.student.model
         assert isinstance(model, PeftModel)
         own, training = model.active_adapter, model.training
@@ -229,7 +231,7 @@ class _Lent:
                 yield model.eval()
         finally:
             model.set_adapter(own)
-            # peft decides by adapter what is trained; the student's choice was finer.
+            # peft sets what is trained for whole adapters; the student's selection is finer.
             model.requires_grad_(False)
             for parameter in trained:
                 parameter.requires_grad_(True)

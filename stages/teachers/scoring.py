@@ -1,10 +1,11 @@
-"""TeacherPool: every sample is scored once by each teacher its domain is routed to.
+"""TeacherPool: every sample is scored once by each teacher of its domain.
 
-Shape suffixes: B rows, T tokens, N completion tokens, C those of one chunk, H hidden, V vocabulary.
+Shape suffixes: B rows, T tokens, N completion tokens, C those of one chunk, M those of one teacher, H hidden,
+V vocabulary.
 
-Rows are sorted by teacher, so that scoring costs what its tokens cost, however many teachers there are. Of a forward
-pass only the hidden states that predict completion tokens are kept; logits are formed from them and the teacher's
-output head a chunk at a time, when an objective reads them, and again in every further update of the rollout.
+Rows are sorted by teacher, so that the cost of scoring depends on the tokens, not on the number of teachers. A forward
+pass keeps only the hidden states that predict completion tokens. Logits are computed from them and the teacher's output
+head one chunk at a time, when an objective reads them, and again in every further update of the rollout.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ from base.store.checkpoint import Artifact, Store
 from stages.learner.update import Row
 from stages.losses.chunked import chunk_length
 from stages.losses.log_probabilities import token_logprobs
-from stages.model.linear import product
+from stages.model.linear import matmul_t
 from stages.model.policy import HiddenStates, Policy, head_weight, tokenizer_difference
 from stages.model.remote_code import options
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.remote_teachers import RemoteTeachers
 from stages.teachers.residency import PoolConfig, Residents
 
-# The pseudo-domain of the policy that extrapolation moves away from and a KL penalty holds on to.
+# The pseudo-domain of the policy that extrapolation moves away from and that a KL penalty stays close to.
 REFERENCE = "(reference)"
 
 
@@ -43,7 +44,7 @@ class Routed:
 
 
 class Scores(Protocol):
-    """What teachers say of one rollout's rows; see `TeacherScores` for the methods."""
+    """Teachers' scores of one rollout's rows; see `TeacherScores` for the methods."""
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -51,13 +52,13 @@ class Scores(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether all of a distribution is known, or only its likeliest tokens and the sampled one."""
+        """Whether the whole distribution is available, or only its likeliest tokens and the sampled one."""
 
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
-        """Target logits [C, V] of a slice of the rows' tokens laid end to end."""
+        """A function of a slice of the rows' concatenated tokens that returns their target logits [C, V]."""
 
-    def apart(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
-        """Each teacher alone, by name, where some row has several."""
+    def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+        """Each teacher's own logits, by name, if some row has several teachers; else empty."""
 
     def logprobs(self, rows: Sequence[int], tokens_N: Tensor, temperature: float) -> Tensor:
         """Log-probability [N] of each of the rows' sampled tokens."""
@@ -65,16 +66,16 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What the routed teachers say of one rollout's rows.
+    """The routed teachers' scores of one rollout's rows.
 
     Attributes:
         weights: Each row's teachers by key, with weights that sum to 1.
         hidden: The teachers' hidden states [N, H] that predict the row's completion tokens, by teacher.
         heads: Output head [V, H] of each teacher.
         names: Name of each teacher.
-        seconds: Time each teacher took, loading included, by its name.
-        device: Where logits are formed.
-        exact: Whether all of a distribution is known.
+        seconds: Time each teacher took, including loading, by its name.
+        device: Where logits are computed.
+        exact: Whether the whole distribution is available.
     """
 
     weights: Sequence[Mapping[str, float]]
@@ -86,9 +87,9 @@ class TeacherScores:
     exact: bool = True
 
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
-        """Target logits of the rows' tokens laid end to end, a slice [C, V] at a time.
+        """A function of a slice of the rows' concatenated tokens that returns their target logits [C, V].
 
-        Of several teachers of a row the logits are averaged by weight: up to its normalisation that is the geometric
+        If a row has several teachers, their logits are averaged by weight. Up to normalisation this is the geometric
         mean of their distributions at any temperature, and Σ_i w_i·KL(S‖T_i) is the KL to it up to a constant.
         """
         present = sorted({key for i in rows for key in self.weights[i]})
@@ -109,9 +110,12 @@ class TeacherScores:
 
         return read
 
-    def apart(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
-        """Each teacher alone, by name, where some row has several: of a slice of the rows' tokens laid end to end the
-        positions [M] it was asked about, and its logits [M, V] there."""
+    def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+        """Each teacher's own logits, by name, if some row has several teachers; else empty.
+
+        Each value is a function of a slice of the rows' concatenated tokens. It returns the positions [M] that the
+        teacher scored, and its logits [M, V] there.
+        """
         if all(len(self.weights[i]) == 1 for i in rows):
             return {}
         total = sum(self._length(i) for i in rows)
@@ -139,7 +143,7 @@ class TeacherScores:
         return len(next(iter(self.hidden[row].values())))
 
     def _share(self, rows: Sequence[int], key: str) -> "_Share":
-        """What a teacher was asked about the rows."""
+        """The tokens of the rows that a teacher scored."""
         starts = itertools.accumulate((self._length(i) for i in rows), initial=0)
         mine = [(i, start, self._length(i)) for i, start in zip(rows, starts, strict=False) if key in self.weights[i]]
         return _Share(
@@ -150,26 +154,26 @@ class TeacherScores:
         )
 
     def _read(self, share: "_Share", key: str, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the tokens from `first` to `last`: positions [M] among them, logits [M, V] and weights [M]."""
-        # Positions ascend, so a slice of the tokens is a slice of each teacher's.
+        """A teacher's positions [M] among the tokens from `first` to `last`, with its logits [M, V] and weights [M]."""
+        # Positions ascend, so a slice of the tokens is a slice of each teacher's tokens.
         low, high = torch.searchsorted(share.index_M, torch.tensor([first, last])).tolist()
         here_M = (share.index_M[low:high] - first).to(self.device)
         return here_M, self._logits(share.hidden_MH[low:high], key), share.weights_M[low:high].to(self.device)
 
     def _logits(self, hidden_CH: Tensor, key: str) -> Tensor:
         head_VH = self.heads[key]
-        return product(hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True), head_VH).float()
+        return matmul_t(hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True), head_VH).float()
 
 
 @dataclass(frozen=True)
 class _Share:
-    """One teacher's part of some rows' tokens laid end to end, M of them.
+    """One teacher's M tokens among the concatenated tokens of some rows.
 
     Attributes:
         index_M: Their positions, ascending.
         hidden_MH: The teacher's hidden states.
-        weights_M: Its weight on each.
-        alone: Whether no other teacher shares a row.
+        weights_M: The teacher's weight for each token.
+        alone: Whether none of these rows has another teacher.
     """
 
     index_M: Tensor
@@ -182,15 +186,15 @@ class TeacherPool:
     """Routes rows to teachers and keeps as many in memory as allowed.
 
     Args:
-        routes: domain -> its teachers, the strict routing.
-        store: Where the bases of adapters are.
-        student: Whose tokens the teachers must be able to score.
-        config: How teachers are held and run; a merge's config says it.
-        lends: Whether a student that is an adapter may lend its base to teachers of the same base.
-        remote: Scores in place of the teachers here, but for the reference.
+        routes: domain -> its teachers; a domain without an entry is an error.
+        store: The store of the teachers and their bases.
+        student: The policy whose tokens the teachers score.
+        config: The settings of teachers; a merge's config has them.
+        share_base: Whether teachers may share the base of a student that is an adapter of the same base.
+        remote: Scores instead of teachers in this process; the reference is always scored here.
 
     Raises:
-        UserError: a teacher's tokenizer or vocabulary differs from the student's; names domain and teacher.
+        UserError: a teacher's tokenizer or vocabulary differs from the student's; the message names domain and teacher.
     """
 
     def __init__(
@@ -199,24 +203,24 @@ class TeacherPool:
         store: Store,
         student: Policy,
         config: PoolConfig,
-        lends: bool = False,
+        share_base: bool = False,
         remote: RemoteTeachers | None = None,
     ) -> None:
         self.routes = routes
         self.remote = remote
         self.student = student
         self.config = config
-        self.residents = Residents(store, student, config, lends)
+        self.residents = Residents(store, student, config, share_base)
         self._preflight()
 
     @property
     def teachers(self) -> dict[str, Artifact]:
-        """Every teacher once, by key."""
+        """All teachers by key, each once."""
         return {routed.teacher.key: routed.teacher for taught in self.routes.values() for routed in taught}
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], domains: Sequence[str]) -> Scores:
-        """Forward every row through its own teachers, teacher after teacher, or let servers do so.
+        """Run every row through its own teachers, one teacher after another, or score on servers.
 
         Raises:
             UserError: a row's domain has no teacher.
@@ -233,7 +237,7 @@ class TeacherPool:
         for number, teacher in enumerate(order):
             started = time.monotonic()
             mine = [i for i, row in enumerate(weights) if teacher.key in row]
-            heads[teacher.key], found = self._ask(teacher, [rows[i] for i in mine], order[number + 1 :])
+            heads[teacher.key], found = self._run(teacher, [rows[i] for i in mine], order[number + 1 :])
             for i, part_NH in zip(mine, found, strict=True):
                 hidden[i][teacher.key] = part_NH
             seconds[teacher.name] = seconds.get(teacher.name, 0.0) + time.monotonic() - started
@@ -241,20 +245,20 @@ class TeacherPool:
         return TeacherScores(weights, hidden, heads, names, seconds, self.student.device)
 
     def release(self) -> None:
-        """Drop the teachers that are in memory; one that is needed is read again."""
+        """Drop the teachers in memory; a teacher that is needed again is read again."""
         self.residents.drop_all()
 
     @contextlib.contextmanager
     def teaching(self, domain: str) -> Iterator[Policy]:
-        """A domain's teacher as a policy to sample from; of several the heaviest."""
+        """A context that yields a domain's teacher as a policy to sample from; of several, the one of most weight."""
         routed = max(self._route(domain), key=lambda r: r.weight)
-        with self.residents.wearing(routed.teacher) as model, self._precision():
+        with self.residents.activated(routed.teacher) as model, self._precision():
             yield Policy(model, self.student.tokenizer)
 
-    def _ask(self, teacher: Artifact, rows: Sequence[Row], coming: Sequence[Artifact]) -> tuple[Tensor, list[Tensor]]:
-        """A teacher's head [V, H] and hidden states of the rows; nothing else of it outlives this."""
-        with self.residents.wearing(teacher) as model:
-            self.residents.read_ahead(coming)
+    def _run(self, teacher: Artifact, rows: Sequence[Row], upcoming: Sequence[Artifact]) -> tuple[Tensor, list[Tensor]]:
+        """A teacher's head [V, H] and its hidden states of the rows; no other tensor of the teacher is kept alive."""
+        with self.residents.activated(teacher) as model:
+            self.residents.read_ahead(upcoming)
             return head_weight(model).detach(), self._forward(model, rows)
 
     def _forward(self, model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor]:
@@ -273,7 +277,7 @@ class TeacherPool:
         return found
 
     def _precision(self) -> torch.autocast:
-        """The trainer's."""
+        """Autocast in the trainer's precision."""
         return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _route(self, domain: str) -> Sequence[Routed]:
@@ -282,7 +286,7 @@ class TeacherPool:
         return self.routes[domain]
 
     def _weights(self, domain: str) -> dict[str, float]:
-        """The domain's teachers by key; one checkpoint under two names counts as one."""
+        """The weights of the domain's teachers by key, summing to 1; one checkpoint under two names counts as one."""
         weights: dict[str, float] = {}
         for routed in self._route(domain):
             weights[routed.teacher.key] = weights.get(routed.teacher.key, 0.0) + routed.weight
@@ -290,11 +294,11 @@ class TeacherPool:
         return {key: weight / total for key, weight in weights.items()}
 
     def _preflight(self) -> None:
-        """Refuse a teacher that reads or writes other tokens than the student."""
-        known: set[str] = set()
+        """Refuse a teacher whose tokenizer or vocabulary differs from the student's."""
+        checked: set[str] = set()
         for domain, taught in self.routes.items():
-            for teacher in (routed.teacher for routed in taught if routed.teacher.key not in known):
-                known.add(teacher.key)
+            for teacher in (routed.teacher for routed in taught if routed.teacher.key not in checked):
+                checked.add(teacher.key)
                 difference = tokenizer_difference(
                     self.student.tokenizer, AutoTokenizer.from_pretrained(teacher.uri, **options())
                 )
@@ -311,5 +315,5 @@ class TeacherPool:
                     )
 
     def _output_tokens(self, teacher: Artifact) -> int:
-        with self.residents.wearing(teacher) as model:
+        with self.residents.activated(teacher) as model:
             return head_weight(model).shape[0]

@@ -1,8 +1,9 @@
-"""vLLM in the trainer's process: it samples with the student's weights, handed over before every rollout.
+"""vLLM in the trainer's process: it samples with the student's weights, which are handed over before every rollout.
 
-The engine starts with a model of the student's shape and no weights. Full weights are handed over by vLLM's own
-`reload_weights`, tensor by tensor, from the trainer's parameters; of a LoRA student the base goes over once and each
-version's adapter is swapped in. On a GPU the engine sleeps while the trainer updates, and its memory is free.
+The engine starts with a model of the student's shape and dummy weights. Full weights are handed over by vLLM's own
+`reload_weights`, tensor by tensor, from the trainer's parameters. For a LoRA student the base is handed over once, then
+the adapter of each version replaces the previous one. On a GPU the engine sleeps during updates, so that its memory is
+free.
 """
 
 import gc
@@ -21,7 +22,7 @@ from base.hashing import stable_hash
 from stages.config.on_policy import OnPolicyConfig
 from stages.model.policy import Policy, causal_lm
 from stages.model.stop_strings import StopStrings
-from stages.sampling.sampler import Gap, Sample, Sampling, told_logprobs
+from stages.sampling.sampler import Gap, Sample, Sampling, parse_logprobs
 from stages.vllm.handover import Probe, check_shapes, full_weights, weight_shapes
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
@@ -44,12 +45,12 @@ class VllmEngine:
     """A `Sampler` with an engine in this process.
 
     Args:
-        policy: The student; its shape, not yet its weights.
+        policy: The student; only its shape is used, its weights are handed over later.
         config: Lengths, temperature, number type and `sampler`.
-        folder: For the shape's files and adapters.
+        folder: Folder for the model's config and for adapters.
 
     Raises:
-        UserError: vLLM is not installed, cannot run on this device, or cannot tell the log-probabilities these
+        UserError: vLLM is not installed, cannot run on this device, or cannot report the log-probabilities that these
             settings need.
     """
 
@@ -91,7 +92,7 @@ class VllmEngine:
         self._has_base = False
         self._version = 0
         self._fault: str | None = "no weights were handed over yet"
-        # Whether a load failed, after which vLLM's layers are in no state to take another.
+        # Whether a load failed: vLLM's layers cannot take another load then.
         self._damaged = False
         self._sleep()
 
@@ -111,19 +112,20 @@ class VllmEngine:
             return {}
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
 
-    def follow(self, policy: Policy, version: int) -> None:
-        """Take over the policy's weights; what was cached of the weights before is dropped.
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Load the policy's weights; cached results of the previous weights are dropped.
 
         Raises:
             UserError: the weights do not fit the engine's model, cannot be loaded, or give other log-probabilities
-                than the policy's own forward; after a failed load the engine neither samples nor takes weights again.
+                than the policy's own forward pass. After a failed load the engine neither samples nor takes weights
+                again.
         """
         if self._damaged:
             raise UserError(f"{NAME} takes no weights after a load that failed: {self._fault}")
-        # What was there before is not what is asked for from here on.
+        # From here on the previous weights must not be sampled from, even if these do not fit.
         self._version, self._fault = version, "the last weights it was given did not fit"
         check_shapes(weight_shapes(policy), self.shapes, NAME)
-        # A hand-over that ends early leaves part of two versions.
+        # An interrupted hand-over leaves a mixture of two versions.
         self._damaged, self._fault = True, "a hand-over of weights did not end"
         probe = Probe.of(policy, self.config)
         try:
@@ -138,7 +140,7 @@ class VllmEngine:
         self._fault = None
 
     def _take(self, policy: Policy, version: int, probe: Probe) -> list[float]:
-        """Load the weights; returns the engine's log-probabilities of the probe's completion."""
+        """Load the weights, and return the engine's log-probabilities of the probe's completion."""
         self._wake("weights")
         if self.lora is None or not self._has_base:
             self.engine.collective_rpc("take_weights", kwargs={"tensors": full_weights(policy)})
@@ -154,13 +156,13 @@ class VllmEngine:
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        asked = [{"prompt_token_ids": probe.tokens}]
-        (answer,) = self.engine.generate(asked, [parameters], use_tqdm=False, lora_request=self._request)
-        by_id = zip(answer.prompt_logprobs[probe.start :], probe.tokens[probe.start :], strict=True)
-        return [float(known[token].logprob) for known, token in by_id]
+        requests = [{"prompt_token_ids": probe.tokens}]
+        (answer,) = self.engine.generate(requests, [parameters], use_tqdm=False, lora_request=self._request)
+        pairs = zip(answer.prompt_logprobs[probe.start :], probe.tokens[probe.start :], strict=True)
+        return [float(by_id[token].logprob) for by_id, token in pairs]
 
     def _adapter(self, policy: Policy, version: int) -> Any:
-        """A request's name for this version's adapter; the one before makes room for it."""
+        """Write this version's adapter and return vLLM's handle of it; the previous adapter is removed."""
         from vllm.lora.request import LoRARequest
 
         if self._request is not None:
@@ -169,7 +171,7 @@ class VllmEngine:
         folder = self.folder / f"adapter-{version}"
         assert isinstance(policy.model, PeftModel)
         policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
-        # Ids begin with 1.
+        # vLLM's adapter ids begin with 1.
         return LoRARequest(f"student-{version}", version + 1, str(folder))
 
     def sample(
@@ -178,7 +180,7 @@ class VllmEngine:
         """Arguments and result as for `stages.sampling.sampler.sample`.
 
         Raises:
-            UserError: a prompt with its completion does not fit the model's context, or `sampling` asks for
+            UserError: a prompt with its completion does not fit the model's context, or `sampling` needs
                 log-probabilities of another kind than the engine was started for, or the last hand-over of weights
                 failed.
         """
@@ -187,12 +189,12 @@ class VllmEngine:
         if self._fault is not None:
             raise UserError(f"{NAME} does not sample without the student's weights: {self._fault}")
         if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
-            raise UserError(f"the engine tells {self.mode}, which temperature {sampling.temperature} does not go with")
+            raise UserError(f"the engine reports {self.mode}, which does not fit temperature {sampling.temperature}")
         if not prompts:
             self._sleep()
             return []
         check_context(prompts, sampling.max_new_tokens, int(self.engine.model_config.max_model_len))
-        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
+        # vLLM refuses several greedy completions of one prompt, which would all be the same.
         drawn, copies = (group_size, 1) if sampling.temperature > 0 else (1, group_size)
         parameters = [
             SamplingParams(
@@ -200,7 +202,7 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                # The student's own, which need not be those of the model's config.
+                # The student's own stop tokens are used; the model's config may name others.
                 ignore_eos=True,
                 stop_token_ids=self.stop_ids,
                 logit_bias=self.bias,
@@ -211,10 +213,10 @@ class VllmEngine:
             )
             for index in range(len(prompts))
         ]
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        found = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self._request)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = self.engine.generate(requests, parameters, use_tqdm=False, lora_request=self._request)
         self._sleep()
-        # The engine has no tokenizer, so completions are cut at stop strings once they are drawn.
+        # The engine has no tokenizer, so completions are cut at stop strings after they are drawn.
         stop = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         return [
             [self._sample(prompt, output, stop) for output in sorted(answer.outputs, key=lambda o: o.index)] * copies
@@ -225,28 +227,28 @@ class VllmEngine:
         ids = list(output.token_ids)
         cut = None if stop is None else stop.length(ids)
         ids = ids[:cut]
-        # A token's own log-probability comes first, the likeliest's may follow.
+        # The sampled token's log-probability comes first; that of the likeliest token may follow.
         logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
         ended = cut is not None or (bool(ids) and ids[-1] in self.stop_ids)
-        return Sample(prompt, ids, told_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
+        return Sample(prompt, ids, parse_logprobs(logprobs[: len(ids)], "vLLM"), ended, self._version)
 
-    def news(self) -> list[str]:
-        """Nothing happens here that the caller does not see."""
+    def drain_log(self) -> list[str]:
+        """Always empty: there are no servers to report on."""
         return []
 
-    def gap(self) -> Gap | None:
-        """None: the loop sees it in what is drawn, which always has the trainer's weights."""
+    def logprob_gap(self) -> Gap | None:
+        """Always None: samples are drawn with the trainer's weights, so the loop measures the gap on them."""
         return None
 
     def close(self) -> None:
-        """End the engine; its memory is free afterwards."""
+        """Shut the engine down and free its memory."""
         self.engine.llm_engine.engine_core.shutdown()
         del self.engine
         gc.collect()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _sleep(self) -> None:
-        """Leave the device's memory to the trainer: the cache, and weights that will be handed over anew."""
+        """Free the device's memory for the trainer: the cache, and weights that will be handed over again."""
         if self.cuda:
             self.engine.sleep(level=1 if self._has_base and self.lora else 2)
 
@@ -256,12 +258,12 @@ class VllmEngine:
 
 
 def prompt_seed(seed: int, index: int) -> int:
-    """A seed for each prompt of a rollout, of which vLLM makes one for each completion by counting on."""
+    """The seed of one prompt of a rollout; vLLM derives each completion's seed from it by counting up."""
     return int(stable_hash([seed, index])[:15], 16)
 
 
 def check_context(prompts: Sequence[list[int]], max_new_tokens: int, limit: int) -> None:
-    """See that all prompts leave room for their completions.
+    """Check that all prompts leave room for their completions.
 
     Raises:
         UserError: one does not.

@@ -1,10 +1,10 @@
-"""ASGI middleware of a rollout server (`--middleware`): no number without weights that were verified.
+"""ASGI middleware of a rollout server (`--middleware`): no completions or scores without verified weights.
 
-A rollout server starts with random weights, and a load that fails leaves part of one version and part of another.
-vLLM 0.32 goes on to answer in both cases. With the guard a server has no version from the moment its weights are
-touched until a client names one (`/update_weight_version`), which it does once a probe has agreed; without a version,
-completions and scores are refused with 503. A load that failed cannot be mended in place: `/health` then answers 503
-with the reason, so that the server's supervisor starts it anew. Free of torch and vLLM.
+A rollout server starts with random weights, and a failed load leaves part of one version and part of another. vLLM 0.32
+keeps answering requests in both cases. With the guard a server has no version from the moment its weights are changed
+until a client sets one (`/update_weight_version`), which it does after a successful probe. Without a version,
+completions and scores are refused with 503. A failed load cannot be repaired in place: `/health` then answers 503 with
+the reason, so that the server's supervisor restarts it. Free of torch and vLLM.
 """
 
 import json
@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-# Paths that change weights, and whether a failure leaves the engine with part of two versions.
+# Paths that change weights, and whether a failure leaves the engine with parts of two versions.
 CHANGES = {
     "/collective_rpc": True,
     "/start_weight_update": True,
@@ -32,7 +32,7 @@ CHANGES = {
     "/weight_checker": False,
 }
 VERSION, HEALTH, NAMED = "/weight_info", ("/health", "/ping"), "/update_weight_version"
-# Requests without a number in their answer.
+# POST requests whose answers do not depend on the weights.
 HARMLESS = {
     "/reset_prefix_cache",
     "/reset_mm_cache",
@@ -51,14 +51,14 @@ class Guard:
     """Wraps vLLM's application.
 
     Args:
-        app: What answers requests that may pass.
+        app: The application; it gets the requests that may pass.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
         self.verified = False
         self.fault: str | None = None
-        # Changes begun, and those of them that have ended.
+        # Number of weight changes begun, and of those ended.
         self._begun = self._ended = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -85,13 +85,13 @@ class Guard:
             await _answer(send, 503, {"error": {"message": reason}})
 
     async def _change(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass on what changes weights; the version before is gone, also when it fails."""
+        """Forward a request that changes weights; the previous version is invalid from here on, even if it fails."""
         self.verified = False
         self._begun += 1
         answered: list[int] = []
         body = bytearray()
 
-        async def noting(message: Message) -> None:
+        async def observe(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answered.append(int(message["status"]))
             elif message["type"] == "http.response.body":
@@ -99,7 +99,7 @@ class Guard:
             await send(message)
 
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, receive, observe)
         except BaseException as error:
             if CHANGES[path]:
                 self.fault = f"{path} failed: {str(error) or type(error).__name__}"
@@ -110,18 +110,18 @@ class Guard:
             self.fault = f"{path} failed: {_message(bytes(body))}"
 
     async def _name(self, scope: Message, receive: Receive, send: Send) -> None:
-        """A client has verified the weights and names their version."""
+        """Forward the request of a client that has verified the weights and sets their version."""
         begun = self._begun
         if begun != self._ended:
             await _answer(send, 409, {"error": {"message": "weights are being changed"}})
             return
 
-        async def noting(message: Message) -> None:
+        async def observe(message: Message) -> None:
             if message["type"] == "http.response.start" and int(message["status"]) < 300 and begun == self._begun:
                 self.verified = True
             await send(message)
 
-        await self.app(scope, receive, noting)
+        await self.app(scope, receive, observe)
 
 
 def _is_probe(scope: Message) -> bool:
@@ -129,7 +129,7 @@ def _is_probe(scope: Message) -> bool:
 
 
 def _message(body: bytes) -> str:
-    """The message of an error, where it has vLLM's form."""
+    """The message of an error in vLLM's format; else the beginning of the body."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

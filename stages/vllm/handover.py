@@ -1,10 +1,10 @@
-"""What a hand-over of weights is checked by: names and shapes before it, a probe's log-probabilities after it.
+"""Checks of a hand-over of weights: names and shapes before it, a probe's log-probabilities after it.
 
 Shape suffixes: N completion tokens.
 
-An engine takes what it is given tensor by tensor, and a load that fails half-way leaves some of each. So a policy is
-compared with the engine's own model before a byte is sent, and no number of the engine counts before it has scored a
-short row as the trainer's own forward does.
+An engine loads weights tensor by tensor, and a load that fails half-way leaves a mixture of two versions. So the policy
+is compared with the engine's model before any byte is sent, and the engine's results are used only after it has scored
+a short row as the trainer's own forward pass does.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,14 +27,17 @@ from stages.sampling.sampler import Sample
 
 HEAD = "lm_head.weight"
 PROBE_PROMPT, PROBE_TOKENS, PROBE_SEED = "1 + 1 =", 8, 0
-# Names shown of tensors that do not fit.
+# Number of tensors that a message names.
 SHOWN = 3
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The weights under their checkpoint's names, of a LoRA student its base's, the head always by its own name."""
+    """The weights under their names in the checkpoint; for a LoRA student its base's.
+
+    The head always has its own name, also if it is tied to the embedding.
+    """
     model = causal_lm(policy.model)
     yield from ((name, parameter.detach()) for name, parameter in _named(model) if name != HEAD)
     yield HEAD, policy.head_VH.detach()
@@ -46,7 +49,7 @@ def weight_shapes(policy: Policy) -> Shapes:
 
 
 def shapes_of_config(folder: Path) -> Shapes:
-    """Names and shapes of the weights that an engine takes which was started with a folder's `config.json`.
+    """Names and shapes of the weights of an engine that was started with a folder's `config.json`.
 
     Raises:
         UserError: the folder has no readable config.
@@ -56,32 +59,32 @@ def shapes_of_config(folder: Path) -> Shapes:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the shape of the server's model cannot be read: {error}") from error
+        raise UserError(f"{folder}: cannot read the config of the server's model: {error}") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in _named(model)}
     return shapes | {HEAD: tuple(head_weight(model).shape)}
 
 
-def check_shapes(given: Shapes, taken: Shapes, engine: str) -> None:
+def check_shapes(student: Shapes, engine: Shapes, engine_name: str) -> None:
     """Compare the student's weights with those of an engine's model.
 
     Args:
-        given: The student's.
-        taken: The engine's.
-        engine: Its name, for the message.
+        student: The student's shapes.
+        engine: The engine's shapes.
+        engine_name: The engine's name, for the message.
 
     Raises:
-        UserError: a name or a shape differs; names the first ones.
+        UserError: a name or a shape differs; the message shows the first differences.
     """
     wrong = [
-        f"{name} is {_shape(given.get(name))} in the student and {_shape(taken.get(name))} in the engine"
-        for name in [*given, *(name for name in taken if name not in given)]
-        if given.get(name) != taken.get(name)
+        f"{name} is {_shape(student.get(name))} in the student and {_shape(engine.get(name))} in the engine"
+        for name in [*student, *(name for name in engine if name not in student)]
+        if student.get(name) != engine.get(name)
     ]
     if wrong:
         rest = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise UserError(
-            f"{engine} was started for a model of another shape: {'; '.join(wrong[:SHOWN])}{rest}. No weights were "
-            f"sent; start it from the checkpoint this stage starts from, as `mopd serve rollout` does"
+            f"{engine_name} was started for a model of another shape: {'; '.join(wrong[:SHOWN])}{rest}. No weights "
+            f"were sent; start it from the checkpoint this stage starts from, as `mopd serve rollout` does"
         )
 
 
@@ -93,7 +96,7 @@ class Probe:
         tokens: Prompt and completion.
         start: Where the completion begins.
         logprobs: One for each completion token.
-        tolerance: Largest mean gap of an engine that has the weights, in nats.
+        tolerance: Largest accepted mean gap of an engine with the same weights, in nats.
     """
 
     tokens: list[int]
@@ -104,12 +107,12 @@ class Probe:
     @classmethod
     @torch.no_grad()
     def of(cls, policy: Policy, config: OnPolicyConfig) -> "Probe":
-        """Draw a row by the policy's plain forward, which no cache and no packing can spoil."""
+        """Draw a row with the policy's plain forward pass, without cache and packing."""
         prompt = encode_prompt(policy.tokenizer, PROBE_PROMPT) or [policy.eos_id]
         generator, logprobs = torch.Generator().manual_seed(PROBE_SEED), []
         tokens = list(prompt)
         for _ in range(PROBE_TOKENS):
-            # The last token stands for the one that is not drawn yet; nothing before it sees it.
+            # The last token is a placeholder for the one to draw; causality hides it from all tokens before.
             unfinished = Sample(tokens, [policy.eos_id], torch.zeros(1), finished=False)
             logits_NV = plain_logits(policy.model, unfinished, config.dtype)
             drawn_N = torch.multinomial(logits_NV[0].softmax(-1), 1, generator=generator)
@@ -119,26 +122,26 @@ class Probe:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Probe":
-        """From what `written` gave."""
+        """The probe from the values of `to_json`."""
         return cls(**values)
 
-    def written(self) -> dict[str, Any]:
-        """As JSON-serialisable values."""
+    def to_json(self) -> dict[str, Any]:
+        """The probe as JSON-serialisable values."""
         return asdict(self)
 
     def check(self, scored: list[float], engine: str) -> None:
-        """Compare an engine's log-probabilities of the completion.
+        """Compare an engine's log-probabilities of the completion with the trainer's.
 
         Args:
             scored: One for each completion token.
-            engine: Its name, for the message.
+            engine: The engine's name, for the message.
 
         Raises:
-            UserError: their mean gap is above the tolerance, or one is not a number.
+            UserError: the mean gap is above the tolerance, or a value is not a number.
         """
         gaps = [abs(own - other) for own, other in zip(self.logprobs, scored, strict=True)]
         mean = sum(gaps) / len(gaps)
-        # What is no number is not below the tolerance either.
+        # Not `mean > tolerance`, so that NaN fails too.
         if not mean <= self.tolerance:
             shown = ", ".join(f"{other:.3f} for {own:.3f}" for own, other in zip(self.logprobs, scored, strict=True))
             raise UserError(

@@ -1,7 +1,7 @@
-"""The student's weights on their way to vLLM servers: written down once a version, taken by each server that lacks it.
+"""Hands the student's weights over to vLLM servers: each version is written once, and loaded by each server without it.
 
-A server has a version once it has scored the version's probe as the trainer does. One that fails to load reports it
-(`stages.vllm.guard`) and is started anew by its supervisor; the second failure is no accident.
+A server has a version once it has scored the version's probe as the trainer does. A server that fails to load reports
+this (`stages.vllm.guard`), and its supervisor restarts it; a second failure ends the stage.
 """
 
 import json
@@ -27,7 +27,7 @@ from stages.vllm.weight_transfer import NcclTransfer, takes_transfers
 
 CURRENT = "current.json"
 WEIGHTS = "model.safetensors"
-# Loads of one server that fail before the stage does.
+# Failed loads of one server after which the stage fails.
 MOST_FAILURES = 2
 
 
@@ -35,10 +35,10 @@ class RemoteHandOver:
     """Hands a stage's student over to servers; several processes may share its folder.
 
     Args:
-        policy: The student; its shape decides which servers can take it.
+        policy: The student; its shape decides which servers can load it.
         config: Number type, adapter and log-probabilities.
-        key: Of the stage: part of every version's name.
-        folder: Where servers read weights.
+        key: The stage's content key, part of every version's name.
+        folder: The folder from which servers read weights.
         mode: The `--logprobs-mode` that the servers must have.
     """
 
@@ -53,7 +53,7 @@ class RemoteHandOver:
         self._failures: dict[str, int] = {}
 
     def publish(self, policy: Policy, version: int, probe: Probe) -> None:
-        """Write a version down; servers have none of it yet.
+        """Write a version's files; servers load them later.
 
         Args:
             policy: The student.
@@ -63,46 +63,46 @@ class RemoteHandOver:
         folder = self.folder / f"version-{version}"
         shutil.rmtree(folder, ignore_errors=True)
         self._write(policy, folder)
-        # Unlike another attempt's at the same step.
+        # The time makes the name differ from that of another attempt at the same step.
         name = f"{self.key}:{version}:{time.time_ns():x}"
-        before = self.current() if (self.folder / CURRENT).exists() else None
-        current = {"name": name, "folder": folder.name, "probe": probe.written()}
+        previous = self.current() if (self.folder / CURRENT).exists() else None
+        current = {"name": name, "folder": folder.name, "probe": probe.to_json()}
         write_whole(self.folder / CURRENT, json.dumps(current))
-        if before is not None and before["folder"] != folder.name:
-            shutil.rmtree(self.folder / before["folder"])
+        if previous is not None and previous["folder"] != folder.name:
+            shutil.rmtree(self.folder / previous["folder"])
 
     def current(self) -> Mapping[str, Any]:
-        """Name, folder and probe of the version written down last."""
+        """Name, folder and probe of the version that was written last."""
         current: dict[str, Any] = json.loads((self.folder / CURRENT).read_text())
         return current
 
     def served_name(self, model: str) -> str:
-        """What requests call the student: an adapter's name, or that of the server's model."""
+        """The student's model name in requests: the adapter's name, or that of the server's model."""
         return model if self.config.lora is None else str(self.current()["name"])
 
     def bring_up_to_date(self, server: VllmServer, policy: Policy | None = None) -> None:
         """Hand the current version over unless the server has it.
 
         Args:
-            server: One that answers.
-            policy: The same weights where they lie in memory, for a transfer between devices.
+            server: A server that answers.
+            policy: The same weights in memory, for a transfer between devices; None to load from files.
 
         Raises:
-            UserError: the server was started for something else, scores the probe otherwise than the trainer does, or
+            UserError: the server was started with other settings, scores the probe differently from the trainer, or
                 has failed to load the weights twice.
-            ServerLostError: it is lost, or has failed to load them.
+            ServerLostError: it does not answer, or has failed to load the weights.
         """
-        # Of several processes that see a new server, one hands over.
+        # If several processes see a new server, one of them hands over.
         with FileLock(self.folder / f"{stable_hash(server.url)[:12]}.lock"):
-            current, has = self.current(), server.weight_version()
-            if has == NO_VERSION:
+            current, served = self.current(), server.weight_version()
+            if served == NO_VERSION:
                 # It may be another server at the same address.
                 self._checked.discard(server.url)
             self.check(server)
-            if has == current["name"]:
+            if served == current["name"]:
                 return
             try:
-                self._hand_over(server, current, has, policy)
+                self._hand_over(server, current, served, policy)
             except ServerFailedError as error:
                 self._count_failure(server, error)
                 raise
@@ -111,7 +111,7 @@ class RemoteHandOver:
             self._failures.pop(server.url, None)
 
     def is_current(self, server: VllmServer) -> bool:
-        """Whether a server has the version written down last.
+        """Whether a server has the version that was written last.
 
         Raises:
             ServerLostError: it does not answer.
@@ -119,10 +119,10 @@ class RemoteHandOver:
         return server.weight_version() == str(self.current()["name"])
 
     def check(self, server: VllmServer) -> None:
-        """See, once, that a server was started for what this stage asks of it.
+        """Check, once per server, that it was started with the settings that this stage needs.
 
         Raises:
-            UserError: it was not; names what differs.
+            UserError: it was not; the message names the setting.
             ServerLostError: it does not answer.
         """
         if server.url in self._checked:
@@ -142,17 +142,17 @@ class RemoteHandOver:
                 f"the vLLM server {server.url} has no room for adapters of rank {lora.rank}; it needs --enable-lora "
                 f"--max-lora-rank, as `mopd serve rollout` sets them"
             )
-        taken = shapes_of_config(Path(server.setting("model_config", "model")))
-        check_shapes(self._shapes, taken, f"the vLLM server {server.url}")
+        served = shapes_of_config(Path(server.setting("model_config", "model")))
+        check_shapes(self._shapes, served, f"the vLLM server {server.url}")
         self._checked.add(server.url)
 
     def close(self) -> None:
-        """Leave the groups in which weights are transferred."""
+        """Leave the process groups of the weight transfers."""
         for transfer in self._transfers.values():
             transfer.close()
 
     def _write(self, policy: Policy, folder: Path) -> None:
-        """What a server reads of this version: an adapter, or all weights. Of an adapter's base once."""
+        """Write this version for servers: all weights, or an adapter, and before the first adapter its base."""
         if self.config.lora is None:
             save_weights(policy, folder)
             return
@@ -161,56 +161,64 @@ class RemoteHandOver:
         assert isinstance(policy.model, PeftModel)
         policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
 
-    def _hand_over(self, server: VllmServer, current: Mapping[str, Any], has: str, policy: Policy | None) -> None:
+    def _hand_over(self, server: VllmServer, current: Mapping[str, Any], served: str, policy: Policy | None) -> None:
         folder = self.folder / current["folder"]
         if self.config.lora is None:
-            self._give(server, folder, has, policy)
+            self._send_full(server, folder, served, policy)
             return
         for name, entry in server.models().items():
             if entry.get("parent"):
                 server.unload_adapter(name)
-        if not has.startswith(f"{self.key}:"):
-            self._give(server, self.folder / "base", has, policy)
+        if not served.startswith(f"{self.key}:"):
+            self._send_full(server, self.folder / "base", served, policy)
         server.load_adapter(current["name"], folder)
 
-    def _give(self, server: VllmServer, folder: Path, has: str, policy: Policy | None) -> None:
-        """Full weights, from a folder or over NCCL."""
-        # A server that was started anew is no longer in the group it was in.
-        known = self._transfers.pop(server.url, None)
-        if known is not None and (policy is None or has == NO_VERSION):
-            known.close()
-            known = None
+    def _send_full(self, server: VllmServer, folder: Path, served: str, policy: Policy | None) -> None:
+        """Send full weights to a server, from a folder or over NCCL."""
+        # A restarted server is no longer a member of its process group.
+        transfer = self._transfers.pop(server.url, None)
+        if transfer is not None and (policy is None or served == NO_VERSION):
+            transfer.close()
+            transfer = None
         if policy is None or not takes_transfers(server):
             server.load_weights(folder)
             return
-        known = known or NcclTransfer(server, policy)
+        transfer = transfer or NcclTransfer(server, policy)
         try:
-            known.send()
+            transfer.send()
         except BaseException:
-            known.close()
+            transfer.close()
             raise
-        self._transfers[server.url] = known
+        self._transfers[server.url] = transfer
 
     def _prove(self, server: VllmServer, current: Mapping[str, Any]) -> None:
-        """Have the server score the version's probe."""
+        """Check the server's score of the version's probe.
+
+        Raises:
+            UserError: it differs from the trainer's.
+        """
         probe = Probe.read(current["probe"])
         name = self.served_name(server.base_model())
         scored = server.score(name, probe.tokens, probe.start, 0, probe=True)
-        by_id = zip(scored, probe.tokens[probe.start :], strict=True)
-        probe.check([known[token] for known, token in by_id], f"the vLLM server {server.url}")
+        pairs = zip(scored, probe.tokens[probe.start :], strict=True)
+        probe.check([by_id[token] for by_id, token in pairs], f"the vLLM server {server.url}")
 
     def _count_failure(self, server: VllmServer, error: ServerFailedError) -> None:
-        """A server that was lost on the way may come back; one that fails to load what it is given will again."""
+        """Count a failed load; a server that is lost may recover, one that fails to load these weights twice will not.
+
+        Raises:
+            UserError: it has failed `MOST_FAILURES` times.
+        """
         self._failures[server.url] = self._failures.get(server.url, 0) + 1
         if self._failures[server.url] >= MOST_FAILURES:
             raise UserError(
-                f"the vLLM server {server.url} cannot load the student's weights, nor could it after a new start "
+                f"the vLLM server {server.url} cannot load the student's weights, not even after a restart "
                 f"({error}); sample with sampler.backend: transformers"
             ) from error
 
 
 def save_weights(policy: Policy, folder: Path) -> None:
-    """Full weights as a server reads them; of an adapter its base's."""
+    """Write full weights in the format that a server reads; for an adapter its base's."""
     folder.mkdir(parents=True)
     # A tied head is written a second time, under its own name.
     save_file({name: tensor.contiguous().clone() for name, tensor in full_weights(policy)}, folder / WEIGHTS)

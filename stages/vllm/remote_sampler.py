@@ -1,10 +1,10 @@
-"""Rollouts from vLLM servers: prompts are shared out among those that answer, and weights follow the student.
+"""Rollouts from vLLM servers: prompts are dispatched to the servers that answer, and each gets the student's weights.
 
-A server may end and come back in the middle of a step. What it had not answered is asked of the others, or of itself
-once it is back. A server that was started anew says that its weights are no version of the student's, and is handed
-them; should one come back unnoticed while it is asked, what it answered does not count.
+A server may end and return in the middle of a step. Its unanswered prompts go to the other servers, or again to it once
+it is back. A restarted server has no version of the student's weights, and receives them. If a server restarts
+unnoticed during its requests, its answers are discarded.
 
-One stage samples with a server at a time, for its weights are that stage's student; another waits for it.
+Only one stage at a time samples with a server, because the server has that stage's weights; another stage waits.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from stages.learner.workspace import Workspace
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
 from stages.sampling.agreement import plain_logits
-from stages.sampling.sampler import Gap, Sample, Sampling, told_logprobs
+from stages.sampling.sampler import Gap, Sample, Sampling, parse_logprobs
+from stages.vllm.dispatch import dispatch
 from stages.vllm.engine import check_context, prompt_seed
 from stages.vllm.handover import Probe
 from stages.vllm.remote_handover import RemoteHandOver
 from stages.vllm.server import Completion, Ends, ServerLostError, VllmServer, wait_for_any
 from stages.vllm.settings import logprobs_mode, rows_at_a_time
-from stages.vllm.spread import spread
 
-# Completions a server is asked about when its gap to the trainer is measured.
+# Completions that each server scores when its gap to the trainer is measured.
 MEASURED_ROWS = 4
 
 
@@ -41,14 +41,14 @@ class RemoteSampler:
     """A `Sampler` over servers, used by every process of a stage.
 
     Args:
-        learner: The student, whose first process hands the weights over.
+        learner: The student; its main process hands the weights over.
         config: Lengths, temperature, adapter and `sampler`.
-        workspace: Its `servers` are the URLs; its folder is where servers read weights.
+        workspace: `servers` has the URLs; servers read weights from its folder.
 
     Raises:
-        UserError: no server is named, vLLM cannot tell the log-probabilities these settings need, or the first server
-            that answers was started for something else.
-        ServerLostError: none answers.
+        UserError: no server is named, vLLM cannot report the log-probabilities that these settings need, or the first
+            server that answers was started with other settings.
+        ServerLostError: no server answers.
     """
 
     def __init__(self, learner: Learner, config: OnPolicyConfig, workspace: Workspace) -> None:
@@ -64,8 +64,8 @@ class RemoteSampler:
         self.ends = Ends(learner.policy.stop_ids, learner.policy.barred_ids)
         self.folder = workspace.folder / "rollout-weights"
         self.version = 0
-        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._held = contextlib.ExitStack()
+        self._log: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._locks = contextlib.ExitStack()
         self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
         if learner.accelerator.is_main_process:
             for url in sorted(urls):
@@ -78,13 +78,13 @@ class RemoteSampler:
         self._student.check(first)
         self.model, self.context = first.base_model(), first.context()
 
-    def follow(self, policy: Policy, version: int) -> None:
-        """Write the policy's weights down, and hand them to the servers that answer; others take them when they do.
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Write the policy's weights, and hand them over to the servers that answer; others get them when they answer.
 
         Raises:
-            UserError: a server cannot take them, or computes something else with them.
+            UserError: a server cannot load them, or scores differently from the trainer.
         """
-        # On every process: none leaves the others in a forward of sharded weights.
+        # In every process: a forward pass of sharded weights needs all of them.
         probe = Probe.of(policy, self.config)
         if self.learner.accelerator.is_main_process:
             self._student.publish(policy, version, probe)
@@ -92,7 +92,7 @@ class RemoteSampler:
                 try:
                     self._student.bring_up_to_date(server, policy)
                 except ServerLostError as error:
-                    # It is handed the files when it answers again.
+                    # It loads the files when it answers again.
                     self._lost(error)
         self.version = version
         self.learner.accelerator.wait_for_everyone()
@@ -103,16 +103,16 @@ class RemoteSampler:
         """Arguments and result as for `stages.sampling.sampler.sample`.
 
         Raises:
-            UserError: a prompt with its completion does not fit the servers' context, or `sampling` asks for
+            UserError: a prompt with its completion does not fit the servers' context, or `sampling` needs
                 log-probabilities of another kind than the servers were started for.
             ServerLostError: completions are missing after all retries.
         """
         if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
-            raise UserError(f"the servers tell {self.mode}, which temperature {sampling.temperature} does not go with")
+            raise UserError(f"the servers report {self.mode}, which does not fit temperature {sampling.temperature}")
         check_context(prompts, sampling.max_new_tokens, self.context)
         found: dict[int, list[Sample]] = {}
         at_once = max(1, rows_at_a_time(self.config) // group_size)
-        # Greedy completions of one prompt are all the same; vLLM refuses to draw several.
+        # vLLM refuses several greedy completions of one prompt, which would all be the same.
         drawn = group_size if sampling.temperature > 0 else 1
         name = self._student.served_name(self.model)
 
@@ -125,9 +125,9 @@ class RemoteSampler:
             if not missing:
                 break
             if attempt:
-                self._news.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
-            for server, answers, failed in spread(missing, self._ready(), ask, at_once, self._lost):
-                # One that failed was asked no more: what it answered, it drew before.
+                self._log.put(f"{len(missing)} of {len(prompts)} prompts are asked again (attempt {attempt + 1})")
+            for server, answers, failed in dispatch(missing, self._ready(), ask, at_once, self._lost):
+                # A failed server got no further requests, so its answers are from before it failed.
                 if failed or self._is_current(server):
                     found |= {i: self._samples(prompts[i], answer, group_size) for i, answer in answers.items()}
         if len(found) < len(prompts):
@@ -138,66 +138,66 @@ class RemoteSampler:
         return [found[index] for index in range(len(prompts))]
 
     def measure(self, policy: Policy, samples: Sequence[Sample]) -> Gap:
-        """How far the servers are from the trainer, at temperature 1, on completions whoever drew them.
+        """Measure the gap between the servers and the trainer, at temperature 1, on completions of any origin.
 
         Args:
-            policy: Whose weights the servers were given last.
-            samples: A few are asked about, of every server that answers.
+            policy: The policy whose weights the servers received last.
+            samples: Completions; every server that has the weights scores up to `MEASURED_ROWS` of them.
 
         Raises:
-            FloatingPointError: a log-probability is no number.
+            FloatingPointError: a log-probability is not a finite number.
         """
         total, tokens, most, name = 0.0, 0, -1.0, self._student.served_name(self.model)
         servers = [server for server in self.servers if self._is_current(server)]
-        asked = samples[: MEASURED_ROWS * len(servers)]
-        for drawn, server in zip(asked, itertools.cycle(servers), strict=False):
+        measured = samples[: MEASURED_ROWS * len(servers)]
+        for drawn, server in zip(measured, itertools.cycle(servers), strict=False):
             try:
-                told = server.score(name, drawn.tokens, len(drawn.prompt_ids), 0)
+                scored = server.score(name, drawn.tokens, len(drawn.prompt_ids), 0)
             except ServerLostError as error:
                 self._lost(error)
                 continue
-            by_id = zip(told, drawn.completion_ids, strict=True)
-            theirs_N = told_logprobs([known[token] for known, token in by_id], f"the vLLM server {server.url}")
+            pairs = zip(scored, drawn.completion_ids, strict=True)
+            theirs_N = parse_logprobs([by_id[token] for by_id, token in pairs], f"the vLLM server {server.url}")
             own_NV = plain_logits(policy.model, drawn, self.config.dtype)
             gap_N = (token_logprobs(own_NV, torch.tensor(drawn.completion_ids)) - theirs_N).abs()
             total, tokens, most = total + float(gap_N.sum()), tokens + len(gap_N), max(most, float(gap_N.max()))
         return Gap(total, tokens, most)
 
-    def gap(self) -> Gap | None:
-        """None: the loop sees it in what is drawn."""
+    def logprob_gap(self) -> Gap | None:
+        """Always None: the loop measures the gap on the samples, or a `PrefetchSampler` calls `measure`."""
         return None
 
-    def news(self) -> list[str]:
-        """Servers lost, found again, and what was asked anew."""
-        told = []
-        while not self._news.empty():
-            told.append(self._news.get())
-        return told
+    def drain_log(self) -> list[str]:
+        """Return the new log lines: lost servers, waits for another stage, and repeated requests."""
+        lines = []
+        while not self._log.empty():
+            lines.append(self._log.get())
+        return lines
 
     def close(self) -> None:
-        """Let go of the servers, which go on running."""
+        """Close the connections and release the locks; the servers keep running."""
         self._student.close()
         for server in self.servers:
             server.close()
-        # No waiting for the others here: one of them may have come to grief, and nobody would hear of it.
+        # No barrier here: another rank may have failed, and a barrier would hang.
         if self.learner.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._held.close()
+        self._locks.close()
 
     def _hold(self, lock: FileLock, url: str) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            self._news.put(f"waited for another stage that samples with {url}")
+            self._log.put(f"waited for another stage that samples with {url}")
             lock.acquire()
-        self._held.callback(lock.release)
+        self._locks.callback(lock.release)
 
     def _samples(self, prompt: list[int], answer: Sequence[Completion], group_size: int) -> list[Sample]:
         samples = [
             Sample(
                 prompt,
                 drawn.token_ids,
-                told_logprobs(drawn.logprobs, "a vLLM server"),
+                parse_logprobs(drawn.logprobs, "a vLLM server"),
                 finished=drawn.stopped or drawn.token_ids[-1] in self.ends.stop_ids,
                 version=self.version,
             )
@@ -206,10 +206,10 @@ class RemoteSampler:
         return samples * (group_size // len(samples))
 
     def _ready(self) -> list[VllmServer]:
-        """Servers with the student's weights, as soon as there is one.
+        """Wait until at least one server has the student's weights; returns all that have them.
 
         Raises:
-            ServerLostError: there is none in time.
+            ServerLostError: none has them in time.
         """
         deadline = time.monotonic() + self.config.sampler.timeout_seconds
         while True:
@@ -228,7 +228,7 @@ class RemoteSampler:
             time.sleep(0.5)
 
     def _lost(self, error: ServerLostError) -> None:
-        self._news.put(f"lost: {error}")
+        self._log.put(f"lost: {error}")
 
     def _is_current(self, server: VllmServer) -> bool:
         try:

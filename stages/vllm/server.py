@@ -1,7 +1,7 @@
-"""One vLLM server as a stage sees it: a URL that draws completions, scores tokens and takes weights.
+"""Client of one vLLM server, which draws completions, scores tokens and loads weights.
 
-Prompts and completions travel as token ids, so that no tokenizer stands between trainer and server. Weights and
-adapters are folders that the server reads itself: both need one file system.
+Prompts and completions are sent as token ids, so that no tokenizer is involved between trainer and server. Weights and
+adapters are folders that the server reads itself, so that trainer and server need a shared file system.
 """
 
 import time
@@ -17,15 +17,15 @@ from experts.endpoint import NEUTRAL
 from stages.sampling.sampler import Sampling
 from stages.vllm.settings import PROBE_HEADER, barring, is_local
 
-# Answers that need no model come at once or not at all.
+# Time-out of requests that need no forward pass of the model.
 QUICK_SECONDS = 10.0
 CONNECTIONS = 512
-# vLLM closes a connection nobody has used for 5 s; a request sent in that moment gets no answer.
+# vLLM closes a connection that was idle for 5 s; a request sent at that moment gets no answer.
 IDLE_SECONDS = 2.0
 COMPLETIONS = "/v1/completions"
-# Of the client's errors those that pass with time. A model that is not there passes too: a server that was started anew
-# has not been told of the adapter yet.
-PASSING = {408, 425, 429}
+# Client errors after which another attempt may succeed. A missing model is treated alike, since a restarted server has
+# not loaded the adapter yet.
+TEMPORARY = {408, 425, 429}
 FORGET_ATTEMPTS, FORGET_SECONDS = 20, 0.5
 
 
@@ -34,16 +34,16 @@ class ServerLostError(ConnectionError):
 
 
 class ServerFailedError(ServerLostError):
-    """A server answers that it has failed inside; the message has its words."""
+    """A server answers with an internal error; the message quotes it."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server drew.
+    """A completion drawn by a server.
 
     Attributes:
         token_ids: The tokens.
-        logprobs: The log-probability of each, as the server's `--logprobs-mode` has it.
+        logprobs: The log-probability of each, in the server's `--logprobs-mode`.
         stopped: Whether a stop string ended it.
     """
 
@@ -54,11 +54,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends a completion, and what is no token.
+    """Token ids that end a completion, and ids that are never drawn.
 
     Attributes:
         stop_ids: Each of them ends a completion.
-        barred_ids: Never drawn.
+        barred_ids: Never drawn, because they are no tokens.
     """
 
     stop_ids: Sequence[int]
@@ -66,11 +66,11 @@ class Ends:
 
 
 class VllmServer:
-    """One server; several threads may ask at once.
+    """Client of one server; several threads may use it at once.
 
     Args:
         url: Without the final `/v1`.
-        timeout: Seconds one answer may take.
+        timeout: Longest time for one answer, in seconds.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -79,7 +79,7 @@ class VllmServer:
         limits = httpx.Limits(
             max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_SECONDS
         )
-        # A proxy is for other machines.
+        # Proxies of the environment apply to other machines only.
         self._client = httpx.Client(base_url=url, timeout=timeout, limits=limits, trust_env=not is_local(url))
 
     def close(self) -> None:
@@ -87,18 +87,18 @@ class VllmServer:
         self._client.close()
 
     def healthy(self) -> bool:
-        """Whether it answers and its engine lives."""
+        """Whether the server answers and its engine is alive."""
         try:
             return self._client.get("/health", timeout=QUICK_SECONDS).is_success
         except httpx.TransportError:
             return False
 
     def models(self) -> dict[str, Mapping[str, Any]]:
-        """What it serves, adapters included: name -> `max_model_len`, `parent`, …"""
+        """The served models, including adapters: name -> `max_model_len`, `parent`, …"""
         return {entry["id"]: entry for entry in self._get("/v1/models")["data"]}
 
     def context(self) -> int:
-        """Tokens a prompt and its completion may have together."""
+        """The most tokens of a prompt and its completion together."""
         return int(self.models()[self.base_model()]["max_model_len"])
 
     def base_model(self) -> str:
@@ -106,67 +106,67 @@ class VllmServer:
         return next(name for name, entry in self.models().items() if not entry.get("parent"))
 
     def setting(self, group: str, name: str) -> Any:
-        """One of its settings, such as `model_config`, `logprobs_mode`; None where it has no such group.
+        """A setting of the server, such as `model_config`, `logprobs_mode`; None if it has no such group.
 
-        Told, as weights are taken, by a server in development mode only.
+        Only a server in development mode reports its settings (and takes weights).
         """
-        # The first answer waits for a look at the machine.
-        told = self._answer("GET", "/server_info?config_format=json", None, self.timeout)
-        settings = _json(told)["vllm_config"][group]
+        # The full time-out: before the first answer vLLM inspects the machine.
+        answer = self._answer("GET", "/server_info?config_format=json", None, self.timeout)
+        settings = _json(answer)["vllm_config"][group]
         return None if settings is None else settings[name]
 
     def weight_version(self) -> str:
-        """The version of its weights; `NO_VERSION` until they are verified after a change."""
+        """The version of the server's weights; `NO_VERSION` until they are verified after a change."""
         return str(self._get("/weight_info")["weight_version"])
 
     def set_weight_version(self, version: str) -> None:
-        """Tell it the version of the weights it now has."""
+        """Set the version of the weights that the server has now."""
         self._post("/update_weight_version", {"new_version": version})
 
     def world_size(self) -> int:
-        """Devices it runs on."""
+        """Number of devices that the server runs on."""
         return int(self._get("/get_world_size")["world_size"])
 
     def load_weights(self, folder: Path) -> None:
-        """Let it read full weights; its cache is dropped, and it has no version until it is given one.
+        """Load full weights from a folder; the server's cache is dropped, and it has no version until one is set.
 
         Args:
-            folder: With safetensors of all parameters under their checkpoint's names.
+            folder: With safetensors of all parameters under their names in the checkpoint.
 
         Raises:
-            ServerFailedError: it cannot load them, and is out of service until it is started anew.
+            ServerFailedError: the server cannot load them, and is out of service until it is restarted.
         """
         self._post("/collective_rpc", {"method": "take_weights", "kwargs": {"folder": str(folder)}})
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is cached of prompts, which other weights made.
+        """Drop the prefix cache, which older weights filled.
 
         Raises:
-            ServerLostError: it does not, for somebody else keeps it at work.
+            ServerLostError: the server does not drop it, because it is busy with requests of other clients.
         """
         for _ in range(FORGET_ATTEMPTS):
             if self._post("/reset_prefix_cache", {}).json()["success"]:
                 return
             time.sleep(FORGET_SECONDS)
-        raise ServerLostError(f"{self.url}: others' requests keep it from dropping its cache")
+        raise ServerLostError(f"{self.url}: requests of other clients keep it from dropping its cache")
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Serve an adapter under a name."""
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
 
     def unload_adapter(self, name: str) -> None:
-        """Serve it no longer."""
+        """Stop serving an adapter."""
         self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def complete(
         self, model: str, prompt: Sequence[int], count: int, sampling: Sampling, seed: int, ends: Ends
     ) -> list[Completion]:
-        """Draw `count` completions of a prompt; each ends with one of the stop tokens, or is as long as allowed.
+        """Draw `count` completions of a prompt; each ends with a stop token or stop string, or has the maximum length.
 
         Raises:
-            ServerLostError: see there.
-            UserError: it refuses the request.
+            ServerLostError: the server does not answer, or fails.
+            UserError: the server refuses the request.
         """
         body = {
             "model": model,
@@ -197,28 +197,28 @@ class VllmServer:
     def score(
         self, model: str, tokens: Sequence[int], start: int, top: int, *, probe: bool = False
     ) -> list[dict[int, float]]:
-        """Log-probabilities, at temperature 1, of tokens that somebody else wrote.
+        """Log-probabilities, at temperature 1, of given tokens.
 
         Args:
             model: Name of the model or adapter.
             tokens: A prompt and its completion.
-            start: Where the completion begins.
-            top: The likeliest tokens to tell of; 0 for none.
-            probe: The answer serves to verify weights, so that the server need not have a version.
+            start: Index of the completion's first token.
+            top: Number of likeliest tokens to report; 0 for none.
+            probe: Whether the answer serves to verify weights; the server then answers without a version.
 
         Returns:
             For each completion token: log-probability by id of the `top` likeliest tokens and of the token itself.
 
         Raises:
-            ServerLostError: see there.
-            UserError: it refuses the request.
+            ServerLostError: the server does not answer, or fails.
+            UserError: the server refuses the request.
         """
-        asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        body = {"model": model, "prompt": list(tokens), **NEUTRAL, **asked}
+        options = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        body = {"model": model, "prompt": list(tokens), **NEUTRAL, **options}
         headers = {PROBE_HEADER: "1"} if probe else {}
         (choice,) = _json(self._answer("POST", COMPLETIONS, body, self.timeout, headers))["choices"]
-        told = choice["prompt_logprobs"][start:]
-        return [{int(token): float(entry["logprob"]) for token, entry in known.items()} for known in told]
+        by_token = choice["prompt_logprobs"][start:]
+        return [{int(token): float(entry["logprob"]) for token, entry in by_id.items()} for by_id in by_token]
 
     def _get(self, path: str) -> Any:
         return _json(self._answer("GET", path, None, QUICK_SECONDS))
@@ -241,40 +241,42 @@ class VllmServer:
             try:
                 answer = request()
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                # It ended, or closed an idle connection while the request was under way: a new connection tells which.
-                # A request that changes the server is not made twice.
+                # The server ended, or closed an idle connection during the request; a second attempt on a new
+                # connection shows which. A request that changes the server is not sent twice.
                 if method != "GET" and path != COMPLETIONS:
                     raise
                 answer = request()
         except httpx.TransportError as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         gone = answer.status_code == httpx.codes.NOT_FOUND and path == COMPLETIONS
-        if answer.is_server_error or answer.status_code in PASSING or gone:
-            inside = answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
-            lost = ServerFailedError if inside else ServerLostError
-            raise lost(f"{self.url}{path}: HTTP {answer.status_code}: {_said(answer)}")
+        if answer.is_server_error or answer.status_code in TEMPORARY or gone:
+            internal = answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+            lost = ServerFailedError if internal else ServerLostError
+            raise lost(f"{self.url}{path}: HTTP {answer.status_code}: {_error_message(answer)}")
         if answer.status_code == httpx.codes.NOT_FOUND and not path.startswith("/v1/"):
             raise UserError(
-                f"the vLLM server {self.url} has no {path}: it does not run in development mode, in which it takes a "
-                f"student's weights; `mopd serve rollout` starts such servers"
+                f"the vLLM server {self.url} has no {path}: it does not run in development mode, which is needed to "
+                f"load a student's weights; `mopd serve rollout` starts such servers"
             )
         if answer.is_client_error:
-            raise UserError(f"the vLLM server {self.url}{path} refuses with HTTP {answer.status_code}: {_said(answer)}")
+            raise UserError(
+                f"the vLLM server {self.url}{path} refuses with HTTP {answer.status_code}: {_error_message(answer)}"
+            )
         return answer
 
 
 def wait_for_any(
     servers: Sequence[VllmServer], seconds: float, lost: Callable[[ServerLostError], None] = lambda error: None
 ) -> list[VllmServer]:
-    """Those that answer, as soon as one does.
+    """Wait until a server answers; returns all that answer then.
 
     Args:
-        servers: Who may answer.
-        seconds: How long one is waited for.
-        lost: Told of each that does not answer when it is asked first.
+        servers: The servers to try.
+        seconds: Longest time to wait.
+        lost: Called for each server that does not answer the first request.
 
     Raises:
-        ServerLostError: none does in so many seconds.
+        ServerLostError: none answers in time.
     """
     deadline = time.monotonic() + seconds
     up = [server for server in servers if server.healthy()]
@@ -297,8 +299,8 @@ def _json(answer: httpx.Response) -> Any:
         raise ServerLostError(f"{answer.url}: no JSON but {answer.text[:100]!r}") from error
 
 
-def _said(answer: httpx.Response) -> str:
-    """The message of an error, where it has vLLM's form."""
+def _error_message(answer: httpx.Response) -> str:
+    """The message of an error in vLLM's format; else the beginning of the body."""
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""How vLLM is set up, in the trainer's process and as a server alike. Free of torch and vLLM."""
+"""The settings of vLLM, for an engine in the trainer's process and for servers. Free of torch and vLLM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from base.errors import UserError
 from stages.config.on_policy import OnPolicyConfig
 from stages.config.training import LoraConfig
 
-# Set unless the user has: no telemetry, no cores of its own, and on a CPU nothing compiled, which would take a C++
-# compiler and longer than a short run's rollouts.
+# Defaults of the environment: no telemetry, no binding to cores, and on a CPU no compilation, which would need a C++
+# compiler and more time than a short run's rollouts.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -19,41 +19,41 @@ ENVIRONMENT = {
 }
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 MAX_ROWS = 256
-# Room for a prompt in the cache of a CPU; longer ones leave room for fewer rows at a time.
+# Room for a prompt in the cache on a CPU; longer prompts leave room for fewer rows at a time.
 PROMPT_TOKENS = 512
-# The cache is counted in blocks of 128 tokens on a CPU, and one of them is never used.
+# On a CPU the cache is allocated in blocks of 128 tokens, and one of them is never used.
 SPARE_TOKENS = 2 * 128
 LEAST_BATCH_TOKENS = 2048
-# Of a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its
-# fault in an answer, and the header of a request that may be answered without verified weights.
+# Of a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its fault in an answer, and
+# the header of a request that may be answered without verified weights.
 NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"
-# The lowest that vLLM takes.
+# The lowest logit bias that vLLM accepts.
 LEAST_BIAS = -100.0
-# What vLLM makes room for.
+# The adapter ranks that vLLM can allocate.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def logprobs_mode(temperature: float, top_p: float) -> str:
-    """Which of vLLM's log-probabilities are those of the policy at its temperature before top-p.
+    """The `--logprobs-mode` in which vLLM reports the policy's log-probabilities at its temperature before top-p.
 
     Raises:
-        UserError: none are.
+        UserError: there is no such mode.
     """
     if temperature in (0.0, 1.0):
         return "raw_logprobs"
     if top_p < 1.0:
         raise UserError(
-            f"vLLM cannot tell log-probabilities at temperature {temperature} before top_p {top_p}; set one of them to "
-            f"1, or sample with backend: transformers"
+            f"vLLM cannot report log-probabilities at temperature {temperature} before top_p {top_p}; set one of them "
+            f"to 1, or sample with backend: transformers"
         )
     return "processed_logprobs"
 
 
 def lora_rank(lora: LoraConfig) -> int:
-    """The rank vLLM makes room for.
+    """The smallest rank that vLLM can allocate for an adapter.
 
     Raises:
-        UserError: there is none as large.
+        UserError: the adapter's rank is too large.
     """
     rank = next((rank for rank in LORA_RANKS if rank >= lora.rank), None)
     if rank is None:
@@ -62,10 +62,10 @@ def lora_rank(lora: LoraConfig) -> int:
 
 
 def model_overrides(architecture: str) -> dict[str, Any]:
-    """What a model's config is to say differently.
+    """Overrides of a model's config.
 
     Output heads are never tied: on a CPU vLLM multiplies by a packed copy of the head, which a reload of the embedding
-    alone leaves as it was (seen with vLLM 0.32). A model that was made here may not say in its config what it is.
+    alone does not update (seen with vLLM 0.32). The config of a model made from scratch may lack `architectures`.
     """
     return {"tie_word_embeddings": False, "architectures": [architecture]}
 
@@ -76,20 +76,20 @@ def rows_at_a_time(config: OnPolicyConfig) -> int:
 
 
 def cpu_batch_tokens(context: int) -> int:
-    """Tokens of one forward pass on a CPU, where no prefill may be split: vLLM 0.32 ends its engine over one that is
-    and has a seed."""
+    """Tokens of one forward pass on a CPU, enough that no prefill is split: vLLM 0.32's engine fails on a split prefill
+    of a request with a seed."""
     return max(LEAST_BATCH_TOKENS, context)
 
 
 def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_share: float) -> int:
-    """Cache for so many rows; left alone, vLLM would take nine tenths of the memory there is, whatever it can use.
+    """Bytes of the cache for `rows` sequences; by default vLLM would take nine tenths of the memory, used or not.
 
     Args:
         shape: The model's config.
         dtype: `float32` or `bfloat16`.
         rows: Sequences at a time.
         new_tokens: Longest completion.
-        memory_share: Of the memory that is free, the cache takes this share at most.
+        memory_share: Largest share of the free memory that the cache takes.
     """
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -100,7 +100,7 @@ def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_s
 
 
 def barring(ids: Sequence[int]) -> dict[int, float] | None:
-    """vLLM's `logit_bias` by which tokens are never drawn; None where all may be."""
+    """vLLM's `logit_bias` with which these ids are never drawn; None without ids."""
     return dict.fromkeys(ids, LEAST_BIAS) or None
 
 

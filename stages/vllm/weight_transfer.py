@@ -1,8 +1,8 @@
-"""Full weights from the trainer's device to a server's by vLLM's own weight-transfer interface, over NCCL.
+"""Sends full weights from the trainer's device to a server's by vLLM's own weight-transfer interface, over NCCL.
 
-Between devices of hosts that see each other. The files that a restarted server would read are written all the same.
-A server that dies while it receives blocks NCCL until its own time-out. Used where the trainer is on a GPU and the
-server was started for it (`--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline and `mopd serve` do).
+The hosts must reach each other. The weights are also written to files, which a restarted server reads. A server that
+dies during a transfer blocks NCCL until its own time-out. Used if the trainer is on a GPU and the server was started
+with `--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline and `mopd serve` do.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ class NcclTransfer:
     """The trainer's end of one server's transfers.
 
     Args:
-        server: Its workers join a group of their own with this process.
-        policy: The student whose weights are sent, each time as they are then.
+        server: Its workers and this process form a process group.
+        policy: The student; each `send` sends its current weights.
 
     Raises:
         ServerLostError: the server does not join.
@@ -54,28 +54,29 @@ class NcclTransfer:
             raise ServerLostError(f"{server.url}: no transfer of weights: {error}") from error
 
     def send(self) -> None:
-        """Send the weights; the server's cache of what the old ones made is dropped.
+        """Send the weights, then drop the server's prefix cache, which older weights filled.
 
         Raises:
-            ServerLostError: the server is lost, or answers that it failed.
+            ServerLostError: the server does not answer.
+            ServerFailedError: the server answers with an error.
         """
         import requests
 
         try:
             self._engine.send_weights()
         except requests.HTTPError as error:
-            raise ServerFailedError(f"{self._server.url}: weights were not taken: {error}") from error
+            raise ServerFailedError(f"{self._server.url}: weights were not received: {error}") from error
         except requests.RequestException as error:
-            raise ServerLostError(f"{self._server.url}: weights were not taken: {error}") from error
+            raise ServerLostError(f"{self._server.url}: weights were not received: {error}") from error
         self._server.forget()
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the process group."""
         self._engine.shutdown()
 
 
 def weight_source(policy: Policy) -> Any:
-    """The policy's weights as vLLM's transfer asks for them: what there is, and then each tensor in that order."""
+    """The policy's weights as a source of vLLM's transfer: the metadata, then each tensor in the same order."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Student(WeightSource):

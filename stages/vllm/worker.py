@@ -1,4 +1,4 @@
-"""Methods that every vLLM worker gets (`--worker-extension-cls`), in the trainer's process and in a server alike."""
+"""Methods added to every vLLM worker (`--worker-extension-cls`), in the trainer's process and in servers."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,26 +11,26 @@ EXTENSION = "stages.vllm.worker.HandOver"
 
 
 class HandOver:
-    """Mixed into vLLM's worker class, whose `reload_weights` and `update_config` it calls."""
+    """Mixin of vLLM's worker class, whose `reload_weights` and `update_config` it calls."""
 
     model_runner: Any
     reload_weights: Any
     update_config: Any
 
     def take_weights(self, tensors: "Iterator[tuple[str, Tensor]] | None" = None, folder: str | None = None) -> None:
-        """Load full weights in the place of those that are there.
+        """Replace the weights by other full weights.
 
         Args:
             tensors: Names and tensors in checkpoint format, from this process.
-            folder: Where safetensors of them are, if not from this process.
+            folder: The folder of their safetensors, if they are not from this process.
 
         Raises:
             RuntimeError: vLLM has not loaded the weights of some experts.
         """
         experts = self._packed_experts()
         for method in experts:
-            # vLLM 0.32 packs experts for the CPU's kernel only where there is no kernel yet: without this a reload
-            # leaves them in the layout of a checkpoint, which the kernel reads as packed.
+            # vLLM 0.32 packs experts for the CPU's kernel only if there is no kernel yet. Without this, a reload leaves
+            # them in the checkpoint's layout, which the kernel reads as packed.
             method.moe_kernel = None
         if folder is not None:
             # The engine may have been started with `--load-format dummy`, which reads no files.
@@ -41,7 +41,7 @@ class HandOver:
             raise RuntimeError(f"vLLM does not reload the experts of {name} on a CPU")
 
     def _packed_experts(self) -> list[Any]:
-        """The methods of the layers whose experts are packed for a CPU."""
+        """The quantization methods of the layers whose experts are packed for a CPU."""
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
         from vllm.platforms import current_platform
 

@@ -103,7 +103,7 @@ def experts_follow(folder: Path, policy: Policy) -> list[float]:
     engine = VllmEngine(policy, RLConfig(sampler=VLLM), folder)
     gaps = []
     for update in range(3):
-        engine.follow(policy, update)
+        engine.update_weights(policy, update)
         gaps.append(gap(policy, engine.sample(PROMPTS, 4, Sampling(16), 1), 1.0))
         move(policy)
     engine.close()
@@ -126,12 +126,12 @@ def refuses(folder: Path) -> dict:
         return engine.sample(PROMPTS, 4, Sampling(16), 1)
 
     note("nothing given", draw)
-    engine.follow(policy, 0)
+    engine.update_weights(policy, 0)
     tokenizer = character_tokenizer()
     other = Policy(tiny_model(SHAPE.model_copy(update={"intermediate_size": 96}), tokenizer, 5), tokenizer)
-    note("shape", lambda: engine.follow(other, 1))
+    note("shape", lambda: engine.update_weights(other, 1))
     note("after shape", draw)
-    engine.follow(policy, 2)
+    engine.update_weights(policy, 2)
     said["gap"] = gap(policy, draw(), 1.0)
     load = engine.engine.collective_rpc
 
@@ -147,10 +147,10 @@ def refuses(folder: Path) -> dict:
 
     engine.engine.collective_rpc = half
     move(policy)
-    note("half", lambda: engine.follow(policy, 3))
+    note("half", lambda: engine.update_weights(policy, 3))
     engine.engine.collective_rpc = load
     note("after half", draw)
-    note("again", lambda: engine.follow(policy, 4))
+    note("again", lambda: engine.update_weights(policy, 4))
     note("after again", draw)
     engine.close()
     return said
@@ -163,7 +163,7 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
     engine = VllmEngine(policy, config, folder)
     greedy, warm = Sampling(16, 0.0), Sampling(16, 0.7)
     for update in range(UPDATES + 1):
-        engine.follow(policy, update)
+        engine.update_weights(policy, update)
         chosen = engine.sample(PROMPTS, 1, greedy, 0)
         drawn = engine.sample(PROMPTS, 4, warm, 1)
         cut, own_cut = cut_by_a_string(policy, chosen, 16)
@@ -195,7 +195,7 @@ def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -
     """A short merge: its metrics and notes; `deaf` lets the engine follow only once and say that it always did."""
     parents = {role: random_checkpoint(store, role, seed) for seed, role in enumerate(("start", "teacher/sort"))}
     place = Workspace(store, key, key, 0, parents, {"sort": load_domain("sort", "strings", {"task": "sort"})}, {})
-    follow = VllmEngine.follow
+    follow = VllmEngine.update_weights
 
     def claim(self: VllmEngine, policy: Policy, version: int) -> None:
         if self._has_base:
@@ -204,11 +204,11 @@ def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -
             follow(self, policy, version)
 
     if deaf:
-        VllmEngine.follow = claim
+        VllmEngine.update_weights = claim
     try:
         student = stages.distill.train(config, place)
     finally:
-        VllmEngine.follow = follow
+        VllmEngine.update_weights = follow
     records = list(read(place.folder / "journal.jsonl"))
     return {
         "digest": student.digest,

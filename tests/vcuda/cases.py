@@ -53,7 +53,7 @@ from stages.config.training import (
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.on_policy.objectives import divergence
-from stages.teachers.remote_teachers import Known, RemoteScores
+from stages.teachers.remote_teachers import RemoteScores, TopLogprobs
 from tests.vcuda.device import CUDA, marks, pretend, record, watching
 from tests.vcuda.families import FAMILIES, random_model
 from tests.vcuda.faults import FAULTS, HARMLESS
@@ -175,7 +175,7 @@ class Bench:
 
 def remote_scores() -> None:
     """What a teachers' server tells, read as logits where the student's are."""
-    known = [Known.of([{1: -0.1, 2: -2.5, 5: -4.0}], [5], 3, 113) for _ in range(2)]
+    known = [TopLogprobs.of([{1: -0.1, 2: -2.5, 5: -4.0}], [5], 3, 113) for _ in range(2)]
     logits = torch.randn(2, 113).to("cuda").requires_grad_(True)
     config = ObjectiveConfig(top_k={"k": 3, "support": "teacher"})
     losses, _ = divergence(config, logits, RemoteScores(known, 113, {}, CUDA).logits([0, 1])(slice(0, 2)))

@@ -144,7 +144,7 @@ for kind, lora in {"full": None, "lora": LoraConfig(rank=4)}.items():
     done, norms = learner.resume(), []
     for step in range(done, 4):
         # Completions of different lengths, prompts of different numbers: no process waits for another's tokens.
-        with learner.whole():
+        with learner.gathered_weights():
             assert not any(isinstance(parameter, DTensor) for parameter in policy.model.parameters())
             sample(policy, [[7, 8, 9]] * (1 + learner.rank), 1, Sampling(4 + 8 * learner.rank), 0)
         assert all(isinstance(parameter, DTensor) for parameter in policy.model.parameters())

@@ -149,7 +149,7 @@ def test_servers_follow_the_weights(served, lora):
     learner, servers = served.student(f"follow-{lora is None}", config_of(lora=lora))
     policy = learner.policy
     for update in range(1 + UPDATES):
-        servers.follow(policy, update)
+        servers.update_weights(policy, update)
         greedy = servers.sample(PROMPTS, 2, Sampling(16, 0.0), 0)
         drawn = servers.sample(PROMPTS, 4, Sampling(16, 1.0), 1)
         assert tokens(greedy) == tokens(sample(policy, PROMPTS, 2, Sampling(16, 0.0), 0))
@@ -167,7 +167,7 @@ def test_servers_follow_the_weights(served, lora):
         assert all(ends_as_it_should(one, policy.eos_id, 16) for group in drawn for one in group)
         move(policy)
         assert gap(policy, drawn, 1.0) > 0.1
-    assert servers.news() == []
+    assert servers.drain_log() == []
     servers.close()
     assert not servers.folder.exists()
 
@@ -201,13 +201,13 @@ def test_teachers_on_a_server_say_what_they_say_here(served):
     other = TeacherPool(routes, served.store, student, DistillConfig()).score(rows, domains[1:] + domains[:1])
     assert (other.logprobs(every, tokens_N, 1.0) - mine_N).abs().max() > 0.1
     assert set(there.seconds) == set(names.values())
-    assert remote.news() == []
+    assert remote.drain_log() == []
     remote.close()
 
 
 def test_a_teacher_no_server_has_is_named(served):
     config = DistillConfig(objective="sampled_reverse_kl", teacher_backend="vllm_server")
-    with pytest.raises(UserError, match=r"no server serves caesar \(abc\); served are start, .*`mopd serve teachers`"):
+    with pytest.raises(UserError, match=r"no server serves caesar \(abc\); they serve start, .*`mopd serve teachers`"):
         RemoteTeachers(served.group.urls["teachers"], {"abc": "caesar"}, config, 113)
 
 
@@ -255,7 +255,7 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
 def test_two_servers_share_the_prompts_and_one_that_is_lost_leaves_them_to_the_other(served):
     learner, servers = served.student("shared", config_of(lora=LORA))
     prompts = [[5 + i % 90, 6 + i % 80, 7] for i in range(400)]
-    servers.follow(learner.policy, 1)
+    servers.update_weights(learner.policy, 1)
     asked: dict[str, int] = {}
     under_way = threading.Event()
 
@@ -274,7 +274,7 @@ def test_two_servers_share_the_prompts_and_one_that_is_lost_leaves_them_to_the_o
         counting(server)
     expected = tokens(sample(learner.policy, prompts, 1, Sampling(60, 0.0), 0))
     assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == expected
-    assert servers.news() == []
+    assert servers.drain_log() == []
     # Each was dealt its share, however slow; the rest went to whoever was quicker.
     assert set(asked) == set(served.group.urls["rollout"]) and min(asked.values()) >= rows_at_a_time(servers.config)
 
@@ -286,12 +286,12 @@ def test_two_servers_share_the_prompts_and_one_that_is_lost_leaves_them_to_the_o
     killer.start()
     assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == expected
     killer.join()
-    assert any(line.startswith(f"lost: {lost.url}") for line in servers.news())
+    assert any(line.startswith(f"lost: {lost.url}") for line in servers.drain_log())
     # It comes back without weights and is handed an adapter's base and the adapter before it is asked again.
     eventually(lambda: lost.restarts == before + 1 and lost.answered, within=600)
     move(learner.policy)
     asked.clear()
-    servers.follow(learner.policy, 2)
+    servers.update_weights(learner.policy, 2)
     assert tokens(servers.sample(prompts, 1, Sampling(60, 0.0), 0)) == tokens(
         sample(learner.policy, prompts, 1, Sampling(60, 0.0), 0)
     )
@@ -331,7 +331,7 @@ def test_a_server_killed_in_the_midst_of_a_merge_costs_no_step(served):
 def test_a_server_killed_in_the_middle_of_a_step_costs_what_it_had_not_answered(served):
     learner, servers = served.student("killed", config_of(), rollout=1)
     prompts = [[5 + i % 90, 6 + i % 80, 7] for i in range(600)]
-    servers.follow(learner.policy, 1)
+    servers.update_weights(learner.policy, 1)
     rollout = served.group.servers[0]
     restarts = rollout.restarts
     answered = threading.Event()
@@ -357,7 +357,7 @@ def test_a_server_killed_in_the_middle_of_a_step_costs_what_it_had_not_answered(
     assert rollout.restarts == restarts + 1
     assert tokens(drawn) == tokens(sample(learner.policy, prompts, 1, Sampling(100, 0.0), 0))
     assert {one.version for (one,) in drawn} == {1}
-    news = servers.news()
+    news = servers.drain_log()
     assert any(line.startswith("lost: ") for line in news)
     # Of a server that comes back slowly more than once.
     missing = [int(line.split(" ")[0]) for line in news if "asked again" in line]

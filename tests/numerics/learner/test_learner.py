@@ -128,7 +128,7 @@ def test_the_trainers_log_probabilities_are_those_of_its_update(dtype, tmp_path)
     ]
     rollout = Rollout(1, [], samples, [], [True] * len(samples), 1)
     rows = [Row(sample.tokens, 4, torch.ones(len(sample.completion_ids))) for sample in samples]
-    judged = TrainerSignal(learner, 1.0).judge(rollout, rows).trainer_logprobs
+    judged = TrainerSignal(learner, 1.0).score(rollout, rows).trainer_logprobs
     found = accumulate(learner, rows, partial(cross_entropy, rows))["loss"]
     for i, logprobs_N in enumerate(judged):
         torch.testing.assert_close(-found[i], logprobs_N, rtol=1e-5, atol=1e-5)

@@ -81,7 +81,7 @@ def test_what_is_cut_keeps_its_end_its_template_and_fits(name, chat):
     example = Example(prompt, "", "d", "s")
     assert longer([example, Example("x", "", "d", "s")], whole - 1, measure) == {0: whole}
     assert longer([example], whole, measure) == {}
-    with pytest.raises(UserError, match="tokens also without its longest message"):
+    with pytest.raises(UserError, match="tokens even without its longest message"):
         shorten([{"role": "user", "content": "x"}] if name != "base" else "xy" * 9, 1 - (name == "base"), measure)
 
 

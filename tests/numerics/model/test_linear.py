@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import stages.model.linear
-from stages.model.linear import WORTHWHILE, product, use_onednn
+from stages.model.linear import WORTHWHILE, matmul_t, use_onednn
 from tests.numerics.conftest import tiny_policy
 
 SHAPE = (3, 96, 128, 256)
@@ -49,7 +49,7 @@ def test_products_and_their_gradients_are_those_of_float64(runs, needs, contiguo
     sides = []
     for dtype in (torch.float32, torch.float64):
         a, b = (x.detach().to(dtype).requires_grad_(need) for x, need in zip((left, right), needs, strict=True))
-        found = product(a, b)
+        found = matmul_t(a, b)
         if any(needs):
             found.backward(upstream.to(dtype))
         sides.append([found.detach(), a.grad, b.grad])
@@ -63,12 +63,12 @@ def test_products_and_their_gradients_are_those_of_float64(runs, needs, contiguo
 def test_what_is_left_to_torch(runs):
     left, right = factors()
     small = left[0, :4]
-    assert torch.equal(product(small, right), small @ right.T)
-    assert torch.equal(product(left.bfloat16(), right.bfloat16()), left.bfloat16() @ right.bfloat16().T)
+    assert torch.equal(matmul_t(small, right), small @ right.T)
+    assert torch.equal(matmul_t(left.bfloat16(), right.bfloat16()), left.bfloat16() @ right.bfloat16().T)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert torch.equal(product(left, right), left @ right.T)
+        assert torch.equal(matmul_t(left, right), left @ right.T)
     with torch.autocast("cpu", torch.bfloat16):
-        assert product(left, right).dtype == torch.bfloat16
+        assert matmul_t(left, right).dtype == torch.bfloat16
     assert not runs
 
 

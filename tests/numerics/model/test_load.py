@@ -51,7 +51,7 @@ def test_a_models_own_code_is_not_run(tmp_path, workspace):
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(config | own))
     (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
-    with pytest.raises(UserError, match="it brings code of its own"):
+    with pytest.raises(UserError, match="it contains code of its own"):
         load.run(source, workspace("k", {}, {}))
     assert not mark.exists()
 

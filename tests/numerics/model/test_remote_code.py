@@ -72,5 +72,5 @@ def test_it_goes_through_every_stage_where_the_run_file_says_so(given, workspace
     assert (tmp_path / "out" / "own.py").exists()
     # Another run, that does not trust it, does not run what stands in the store either.
     assert options() == {"trust_remote_code": False}
-    with pytest.raises(UserError, match="student: it brings code of its own, which this run file does not let run"):
+    with pytest.raises(UserError, match="student: it contains code of its own, which this run file does not permit"):
         load_policy(student, store)

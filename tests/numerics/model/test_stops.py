@@ -14,7 +14,7 @@ from experts.loading import load_domain
 from stages.export import export_weights
 from stages.model.policy import Policy, load_policy
 from stages.model.stop_strings import StopStrings
-from stages.on_policy.rollout import gather, score
+from stages.on_policy.rollout import gather, verifiable_rewards
 from stages.rows.chat import encode_prompt, encode_text
 from stages.rows.trained_on import TrainedOn
 from stages.sampling.sampler import Sampling, sample
@@ -63,9 +63,9 @@ def test_every_stop_of_the_generation_config_ends_a_completion_as_in_generate():
     assert drawn.completion_ids == theirs
     assert drawn.finished
     example = Example("2 + 2 =", "4", "sort", "x")
-    rollout = gather(policy, [example], [[drawn]], 1, 1, own=True)
+    rollout = gather(policy, [example], [[drawn]], 1, 1, on_policy=True)
     assert rollout.completions == ["4"]
-    assert score(rollout, {"sort": SORT}) == [1.0]
+    assert verifiable_rewards(rollout, {"sort": SORT}) == [1.0]
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -163,7 +163,7 @@ def test_a_stop_string_ends_a_completion_and_is_not_scored(name, text, stop, see
     assert cut.finished
     # Up to the token that completes it, and no further.
     assert cut.completion_ids == plain.completion_ids[: len(cut.completion_ids)]
-    rollout = gather(policy, [Example("2 + 2 =", "42", "sort", "x")], [[cut]], 1, 1, own=True, stop=stop)
+    rollout = gather(policy, [Example("2 + 2 =", "42", "sort", "x")], [[cut]], 1, 1, on_policy=True, stop=stop)
     assert rollout.completions == [seen]
     found = [string for string in stop if string in written]
     assert (len(cut.completion_ids) < len(plain.completion_ids)) == bool(found)

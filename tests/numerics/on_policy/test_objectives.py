@@ -21,7 +21,7 @@ from stages.losses.log_probabilities import (
 )
 from stages.on_policy.objectives import DIAGNOSE_EVERY, distillation_objective, needs_trainer_logprobs
 from stages.on_policy.rollout import Rollout
-from stages.on_policy.signals import Judgement
+from stages.on_policy.signals import Signals
 from stages.sampling.sampler import Sample
 
 VOCABULARY, LENGTHS = 11, (3, 1, 4)
@@ -56,7 +56,7 @@ class Logits:
 
     exact = True
 
-    def apart(self, rows: list[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
+    def per_teacher_logits(self, rows: list[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         return {}
 
     def logits(self, rows: list[int]) -> Callable[[slice], Tensor]:
@@ -79,20 +79,18 @@ def random_logits(seed: int) -> Tensor:
     return 2.0 * torch.randn(sum(LENGTHS), VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-def evaluate(config: DistillConfig, judgement: Judgement, rollout: Rollout, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(config: DistillConfig, signals: Signals, rollout: Rollout, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [N] and the gradient [N, V] of their sum."""
     logits_NV = logits_NV.detach().requires_grad_()
-    losses_N, _ = distillation_objective(config, CPU)(rollout, judgement, [0, 1, 2])(logits_NV, slice(None))
+    losses_N, _ = distillation_objective(config, CPU)(rollout, signals, [0, 1, 2])(logits_NV, slice(None))
     (gradient_NV,) = torch.autograd.grad(losses_N.sum(), logits_NV)
     return losses_N.detach(), gradient_NV
 
 
-def judged(
-    rollout: Rollout, teacher_NV: Tensor, reference_NV: Tensor, trainer_NV: Tensor, **facts: object
-) -> Judgement:
+def judged(rollout: Rollout, teacher_NV: Tensor, reference_NV: Tensor, trainer_NV: Tensor, **facts: object) -> Signals:
     tokens_N = rollout.tokens([0, 1, 2], CPU.device)
     trainer = token_logprobs(trainer_NV, tokens_N).split(LENGTHS)
-    return Judgement(teachers=Logits(teacher_NV), reference=Logits(reference_NV), trainer_logprobs=trainer, **facts)
+    return Signals(teachers=Logits(teacher_NV), reference=Logits(reference_NV), trainer_logprobs=trainer, **facts)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -115,8 +113,8 @@ def test_every_objective_logs_the_exact_reverse_kl(variant):
     # Tokens that nobody's model drew: on them a sampled ratio would mean nothing.
     rollout = make_rollout(random_logits(7))
     objective = distillation_objective(config, CPU)
-    judgement = judged(rollout, teacher_NV, random_logits(2), student_NV)
-    _, metrics = objective(rollout, judgement, [0, 1, 2])(student_NV, slice(None))
+    signals = judged(rollout, teacher_NV, random_logits(2), student_NV)
+    _, metrics = objective(rollout, signals, [0, 1, 2])(student_NV, slice(None))
     exact_N = torch.nn.functional.kl_div(
         (teacher_NV / 0.7).log_softmax(-1), (student_NV / 0.7).log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
@@ -131,13 +129,13 @@ def test_chunks_change_no_objective(variant):
     head_VH = torch.randn(VOCABULARY, 5, generator=generator)
     rollout = make_rollout(random_logits(4))
     # In step 1 the agreement is looked at too, which must not change the loss.
-    rollout = Rollout(1, rollout.examples, rollout.samples, rollout.completions, rollout.own, 1)
-    judgement = judged(rollout, random_logits(1), random_logits(2), random_logits(5), advantages=[1.0, -1.0, 0.5])
+    rollout = Rollout(1, rollout.examples, rollout.samples, rollout.completions, rollout.on_policy, 1)
+    signals = judged(rollout, random_logits(1), random_logits(2), random_logits(5), advantages=[1.0, -1.0, 0.5])
     weights_N = torch.rand(sum(LENGTHS), generator=generator)
     found = []
     for chunk_tokens in (100, 3, 1):
         hidden_NH, head_VH = hidden_NH.detach().requires_grad_(), head_VH.detach().requires_grad_()
-        objective = distillation_objective(config, CPU)(rollout, judgement, [0, 1, 2])
+        objective = distillation_objective(config, CPU)(rollout, signals, [0, 1, 2])
         loss, metrics = chunked_token_loss(hidden_NH, head_VH, weights_N, objective, chunk_tokens)
         found.append([loss, *torch.autograd.grad(loss, (hidden_NH, head_VH))])
         assert all(len(values_N) == sum(LENGTHS) for values_N in metrics.values())
@@ -155,10 +153,10 @@ def test_extrapolation_by_one_is_the_teacher_exactly():
         plain, scaled = (
             DistillConfig(objective=ObjectiveConfig(name=name, extrapolation=factor)) for factor in (1.0, 1.0 + 1e-12)
         )
-        judgement = judged(rollout, random_logits(0), random_logits(1), student_NV)
+        signals = judged(rollout, random_logits(0), random_logits(1), student_NV)
         for mine, theirs in zip(
-            evaluate(plain, judgement, rollout, student_NV),
-            evaluate(scaled, judgement, rollout, student_NV),
+            evaluate(plain, signals, rollout, student_NV),
+            evaluate(scaled, signals, rollout, student_NV),
             strict=True,
         ):
             torch.testing.assert_close(mine, theirs)
@@ -175,9 +173,9 @@ def test_extrapolation_aims_beyond_the_teacher():
 def test_the_parts_of_an_exact_objective_add_up():
     teacher_NV, reference_NV, student_NV = (random_logits(seed) for seed in range(3))
     rollout = make_rollout(random_logits(4))
-    judgement = judged(rollout, teacher_NV, reference_NV, student_NV, advantages=[1.0, -2.0, 0.5])
+    signals = judged(rollout, teacher_NV, reference_NV, student_NV, advantages=[1.0, -2.0, 0.5])
     objective = ObjectiveConfig(reference_kl=0.3, outcome_weight=1.0, importance="truncate", importance_band=(0.5, 3.0))
-    losses_N, gradient_NV = evaluate(DistillConfig(objective=objective, group_size=3), judgement, rollout, student_NV)
+    losses_N, gradient_NV = evaluate(DistillConfig(objective=objective, group_size=3), signals, rollout, student_NV)
     logits_NV, tokens_N = student_NV.clone().requires_grad_(), rollout.tokens([0, 1, 2], CPU.device)
     logprobs_N = token_logprobs(logits_NV, tokens_N)
     weights_N = (logprobs_N - rollout.logprobs([0, 1, 2], CPU.device)).detach().exp().clamp(max=3.0)
@@ -194,11 +192,11 @@ def test_the_parts_of_an_exact_objective_add_up():
 def test_the_sampled_advantage_sums_teacher_outcome_and_reference():
     teacher_NV, reference_NV, student_NV = (random_logits(seed) for seed in range(3))
     rollout = make_rollout(student_NV)
-    judgement = judged(rollout, teacher_NV, reference_NV, student_NV, advantages=[1.0, -2.0, 0.5])
+    signals = judged(rollout, teacher_NV, reference_NV, student_NV, advantages=[1.0, -2.0, 0.5])
     objective = ObjectiveConfig(
         name="sampled_reverse_kl", extrapolation=1.25, reference_kl=0.3, outcome_weight=1.0, advantage_clip=2.0
     )
-    losses_N, _ = evaluate(DistillConfig(objective=objective, group_size=3), judgement, rollout, student_NV)
+    losses_N, _ = evaluate(DistillConfig(objective=objective, group_size=3), signals, rollout, student_NV)
     student_N, teacher_N, reference_N = (
         token_logprobs(logits_NV, rollout.tokens([0, 1, 2], CPU.device))
         for logits_NV in (student_NV, teacher_NV, reference_NV)
@@ -266,8 +264,8 @@ def test_a_sequence_is_kept_or_masked_as_one():
     # log k of the tokens: the first row's mean is log 2.1 (outside), the others' lie inside though one token is not.
     gaps_N = torch.tensor([2.1, 2.1, 2.1, 1.5, 8.0, 0.25, 1.0, 1.0]).log()
     logprobs_N = token_logprobs(student_NV, tokens_N)
-    judgement = Judgement(teachers=Logits(teacher_NV), trainer_logprobs=(logprobs_N + gaps_N).split(LENGTHS))
-    losses_N, _ = evaluate(config, judgement, rollout, student_NV)
+    signals = Signals(teachers=Logits(teacher_NV), trainer_logprobs=(logprobs_N + gaps_N).split(LENGTHS))
+    losses_N, _ = evaluate(config, signals, rollout, student_NV)
     advantages_N = sampled_advantages(logprobs_N, token_logprobs(teacher_NV, tokens_N), 5.0)
     means_N = torch.tensor([0.0] * 3 + [1.5] + [2.0**0.25] * 4)
     torch.testing.assert_close(losses_N, -means_N * (-gaps_N).exp() * advantages_N * logprobs_N)
@@ -277,7 +275,7 @@ def test_a_token_nobody_drew_weighs_one():
     config = DistillConfig(objective=ObjectiveConfig(name="sampled_reverse_kl"))
     student_NV, teacher_NV = random_logits(0), random_logits(1)
     rollout = make_rollout(torch.full_like(student_NV, torch.nan))
-    losses_N, _ = evaluate(config, Judgement(teachers=Logits(teacher_NV)), rollout, student_NV)
+    losses_N, _ = evaluate(config, Signals(teachers=Logits(teacher_NV)), rollout, student_NV)
     logprobs_N, teacher_N = (
         token_logprobs(logits_NV, rollout.tokens([0, 1, 2], CPU.device)) for logits_NV in (student_NV, teacher_NV)
     )
@@ -288,7 +286,7 @@ def test_the_advantage_histogram_counts_every_token_once():
     config = DistillConfig()
     student_NV, teacher_NV = random_logits(0), random_logits(1)
     rollout = make_rollout(student_NV, step=1 + DIAGNOSE_EVERY)
-    objective = distillation_objective(config, CPU)(rollout, Judgement(teachers=Logits(teacher_NV)), [0, 1, 2])
+    objective = distillation_objective(config, CPU)(rollout, Signals(teachers=Logits(teacher_NV)), [0, 1, 2])
     _, metrics = objective(student_NV, slice(None))
     bins_BN = torch.stack([values_N for name, values_N in metrics.items() if name.startswith("advantage_from")])
     assert bins_BN.sum(0).tolist() == [1.0] * sum(LENGTHS)
@@ -297,7 +295,7 @@ def test_the_advantage_histogram_counts_every_token_once():
     assert metrics["advantage_from_1_to_5"].tolist() == ((advantages_N > 1) & (advantages_N <= 5)).float().tolist()
     assert "top_k_overlap" in metrics
     _, quiet = distillation_objective(config, CPU)(
-        make_rollout(student_NV, step=2), Judgement(teachers=Logits(teacher_NV)), [0, 1, 2]
+        make_rollout(student_NV, step=2), Signals(teachers=Logits(teacher_NV)), [0, 1, 2]
     )(student_NV, slice(None))
     assert "top_k_overlap" not in quiet
 

@@ -96,7 +96,7 @@ class Stale(TransformersSampler):
         super().__init__(copy.deepcopy(policy))
         self.last = last
 
-    def follow(self, policy, version):
+    def update_weights(self, policy, version):
         if version <= self.last:
             self.policy = copy.deepcopy(policy)
         self.version = version
@@ -105,7 +105,7 @@ class Stale(TransformersSampler):
 class Sharp(TransformersSampler):
     """Samples with other weights from the start."""
 
-    def follow(self, policy, version):
+    def update_weights(self, policy, version):
         self.policy, self.version = copy.deepcopy(policy), version
         with torch.no_grad():
             self.policy.head_VH.mul_(1.1)

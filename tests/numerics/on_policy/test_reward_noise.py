@@ -41,18 +41,18 @@ def noise(flip=0.0, length_bias=0.0, seed=0):
 
 def test_certain_flips_turn_rewards_and_successes_around():
     rollout, domains = rollout_of([3] * 4, 4), {"sort": Given([1.0, 0.0, 0.25, 0.0])}
-    plain = RewardSignal(domains).judge(rollout, [])
-    turned = RewardSignal(domains, noise=noise(flip=1.0)).judge(rollout, [])
+    plain = RewardSignal(domains).score(rollout, [])
+    turned = RewardSignal(domains, noise=noise(flip=1.0)).score(rollout, [])
     assert turned.values == {"reward": [1.0, 0.0, 0.25, 0.0], "reward_seen": [0.0, 1.0, 0.75, 1.0]}
     assert turned.advantages == pytest.approx([-advantage for advantage in plain.advantages], abs=1e-6)
-    passed = SuccessSignal(domains, 1.0, noise(flip=1.0)).judge(rollout, [])
+    passed = SuccessSignal(domains, 1.0, noise(flip=1.0)).score(rollout, [])
     assert (passed.advantages, passed.values) == ([0.0, 1.0, 0.0, 1.0], turned.values)
     assert "reward_seen" not in plain.values
 
 
 def test_a_judge_that_likes_length():
     rollout, domains = rollout_of([10, 5, 0, 1], 2), {"sort": Given([0.0, 0.0, 1.0, 1.0])}
-    said = RewardSignal(domains, noise=noise(length_bias=0.4)).judge(rollout, [])
+    said = RewardSignal(domains, noise=noise(length_bias=0.4)).score(rollout, [])
     assert said.values["reward_seen"] == pytest.approx([0.4, 0.2, 1.0, 1.04])
     assert said.advantages[0] > 0 > said.advantages[1]
     assert said.values["reward"] == [0.0, 0.0, 1.0, 1.0]

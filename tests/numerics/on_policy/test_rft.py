@@ -33,10 +33,10 @@ def test_only_what_passes_matters():
             return {}
 
     rollout = make_rollout(random_logits(0))
-    judgement = SuccessSignal({"sort": Thirds(), "reverse": Thirds()}, pass_score=0.5).judge(rollout, [])
-    assert judgement.values["reward"] == [0.25, 0.5, 0.5]
-    assert judgement.advantages == [0.0, 1.0, 1.0]
-    assert [judgement.matters(row) for row in range(3)] == [False, True, True]
+    signals = SuccessSignal({"sort": Thirds(), "reverse": Thirds()}, pass_score=0.5).score(rollout, [])
+    assert signals.values["reward"] == [0.25, 0.5, 0.5]
+    assert signals.advantages == [0.0, 1.0, 1.0]
+    assert [signals.has_signal(row) for row in range(3)] == [False, True, True]
 
 
 def test_imitating_what_passes_makes_more_of_it_pass(checkpoint, domains, workspace):

@@ -11,12 +11,12 @@ from stages.config.on_policy import RLConfig, SamplerConfig
 from stages.config.training import LoraConfig
 from stages.learner.training import Learner
 from stages.losses.log_probabilities import token_logprobs
-from stages.on_policy.loop import Practice, take_step
+from stages.on_policy.loop import OnPolicyTask, take_step
 from stages.on_policy.mismatch import largest, with_mismatch
 from stages.on_policy.rollout import PromptMixture, request
 from stages.on_policy.signals import RewardSignal
-from stages.sampling.ahead import AheadSampler
-from stages.sampling.sampler import Gap, Sampler, TransformersSampler, told_logprobs
+from stages.sampling.prefetch import PrefetchSampler
+from stages.sampling.sampler import Gap, Sampler, TransformersSampler, parse_logprobs
 from tests.numerics.on_policy.test_objectives import make_rollout, random_logits
 from tests.support.vllm_scenario import make_policy
 
@@ -32,10 +32,10 @@ class Remote(TransformersSampler):
         self.copy = make_policy(None)
         self.calls: list[tuple] = []
 
-    def follow(self, policy, version):
+    def update_weights(self, policy, version):
         self.copy.model.load_state_dict(policy.model.state_dict())
-        super().follow(self.copy, version)
-        self.calls.append(("follow", version))
+        super().update_weights(self.copy, version)
+        self.calls.append(("update_weights", version))
 
     def sample(self, prompts, group_size, sampling, seed):
         self.calls.append(("sample", seed, threading.current_thread().name.startswith("rollout")))
@@ -52,28 +52,28 @@ def learner(tmp_path):
     return Learner(make_policy(None), config, 3, tmp_path, seed=5)
 
 
-def practise(learner: Learner, sampler: Sampler) -> Practice:
+def task_of(learner: Learner, sampler: Sampler) -> OnPolicyTask:
     examples = {"sort": SORT["sort"].draw("train", 20, 0)}
 
-    def objective(rollout, judgement, rows):
+    def objective(rollout, signals, rows):
         # Moves the weights whatever the reward.
         return lambda logits_CV, part: (logits_CV.pow(2).mean(-1), {})
 
     class Always(RewardSignal):
-        def judge(self, rollout, rows):
-            judgement = super().judge(rollout, rows)
-            return replace(judgement, advantages=[1.0] * len(rows))
+        def score(self, rollout, rows):
+            signals = super().score(rollout, rows)
+            return replace(signals, advantages=[1.0] * len(rows))
 
     mixture = PromptMixture(examples, learner.config.prompts_per_step, {}, 5)
-    return Practice("rl", mixture, Always(SORT), objective, ("reward", "higher"), sampler=sampler)
+    return OnPolicyTask("rl", mixture, Always(SORT), objective, ("reward", "higher"), sampler=sampler)
 
 
 def test_the_next_batch_is_drawn_with_the_weights_of_before_the_update(learner):
     remote = Remote(learner)
-    practice = practise(learner, remote)
+    task = task_of(learner, remote)
 
     def request_of(step):
-        return request(learner, practice.mixture.step(step), learner.config, step) if step <= 3 else None
+        return request(learner, task.mixture.step(step), learner.config, step) if step <= 3 else None
 
     asked = []
 
@@ -81,15 +81,15 @@ def test_the_next_batch_is_drawn_with_the_weights_of_before_the_update(learner):
         asked.append((policy is learner.policy, [one.version for one in samples]))
         return Gap(0.5 * len(asked), 2, 0.4 * len(asked))
 
-    practice = replace(practice, sampler=AheadSampler(remote, request_of, settle=lambda: None, measure=measure))
+    task = replace(task, sampler=PrefetchSampler(remote, request_of, settle=lambda: None, measure=measure))
     ages, gaps, before = [], [], learner.policy.head_VH.clone()
     for step in (1, 2, 3):
-        rollout, _, metrics = take_step(practice, learner, learner.config, step)
+        rollout, _, metrics = take_step(task, learner, learner.config, step)
         ages.append({rollout.staleness(row) for row in range(len(rollout.samples))})
         assert metrics["rl/staleness"] == max(ages[-1])
         assert metrics["rl/stale"] == 0
         gaps.append((metrics["rl/mismatch"], metrics["rl/mismatch_max"], "rl/drift" in metrics))
-    practice.sampler.close()
+    task.sampler.close()
     # What is drawn ahead tells of older weights; the gap is measured on the batch before, with the new ones.
     assert gaps[0][2] is False and gaps[1:] == [(0.25, 0.4, True), (0.5, 0.8, True)]
     assert asked == [(True, [0] * 4), (True, [0] * 4)]
@@ -98,33 +98,33 @@ def test_the_next_batch_is_drawn_with_the_weights_of_before_the_update(learner):
     assert ages == [{0}, {1}, {1}]
     seeds = [request_of(step).seed for step in (1, 2, 3)]
     assert remote.calls == [
-        ("follow", 0),
+        ("update_weights", 0),
         ("sample", seeds[0], False),
         ("sample", seeds[1], True),
-        ("follow", 1),
+        ("update_weights", 1),
         ("sample", seeds[2], True),
-        ("follow", 2),
+        ("update_weights", 2),
     ]
 
 
 def test_what_was_drawn_ahead_is_what_the_old_weights_draw(learner):
     remote = Remote(learner)
-    practice = practise(learner, remote)
+    task = task_of(learner, remote)
 
     def request_of(step):
-        return request(learner, practice.mixture.step(step), learner.config, step)
+        return request(learner, task.mixture.step(step), learner.config, step)
 
-    ahead = AheadSampler(remote, request_of, settle=lambda: None, measure=no_gap)
+    prefetch = PrefetchSampler(remote, request_of, settle=lambda: None, measure=no_gap)
     first, second = request_of(1), request_of(2)
-    ahead.follow(learner.policy, 0)
-    ahead.sample(first.prompts, first.group_size, first.sampling, first.seed)
+    prefetch.update_weights(learner.policy, 0)
+    prefetch.sample(first.prompts, first.group_size, first.sampling, first.seed)
     expected = TransformersSampler(make_policy(None))
     groups = expected.sample(second.prompts, second.group_size, second.sampling, second.seed)
     with torch.no_grad():
         learner.policy.head_VH.mul_(-1.0)
-    ahead.follow(learner.policy, 1)
-    drawn = ahead.sample(second.prompts, second.group_size, second.sampling, second.seed)
-    ahead.close()
+    prefetch.update_weights(learner.policy, 1)
+    drawn = prefetch.sample(second.prompts, second.group_size, second.sampling, second.seed)
+    prefetch.close()
     assert [[one.completion_ids for one in group] for group in drawn] == [
         [one.completion_ids for one in group] for group in groups
     ]
@@ -133,36 +133,36 @@ def test_what_was_drawn_ahead_is_what_the_old_weights_draw(learner):
 
 def test_a_request_out_of_turn_is_drawn_at_once_and_starts_nothing(learner):
     remote = Remote(learner)
-    practice = practise(learner, remote)
-    ahead = AheadSampler(
+    task = task_of(learner, remote)
+    prefetch = PrefetchSampler(
         remote,
-        lambda step: request(learner, practice.mixture.step(step), learner.config, step),
+        lambda step: request(learner, task.mixture.step(step), learner.config, step),
         settle=lambda: None,
         measure=no_gap,
     )
-    ahead.follow(learner.policy, 0)
-    ahead.sample([[5, 6]], 1, request(learner, [], learner.config, 1).sampling, 77)
-    ahead.close()
-    assert remote.calls == [("follow", 0), ("sample", 77, False)]
+    prefetch.update_weights(learner.policy, 0)
+    prefetch.sample([[5, 6]], 1, request(learner, [], learner.config, 1).sampling, 77)
+    prefetch.close()
+    assert remote.calls == [("update_weights", 0), ("sample", 77, False)]
 
 
 def test_a_failure_ahead_is_told_by_the_step_it_was_for(learner):
     remote = Remote(learner)
-    practice = practise(learner, remote)
+    task = task_of(learner, remote)
 
     def request_of(step):
-        return request(learner, practice.mixture.step(step), learner.config, step)
+        return request(learner, task.mixture.step(step), learner.config, step)
 
-    ahead = AheadSampler(remote, request_of, settle=lambda: None, measure=no_gap)
-    ahead.follow(learner.policy, 0)
+    prefetch = PrefetchSampler(remote, request_of, settle=lambda: None, measure=no_gap)
+    prefetch.update_weights(learner.policy, 0)
     first, second = request_of(1), request_of(2)
     whole, remote.sample = remote.sample, None
     remote.sample = lambda prompts, *rest: whole(prompts, *rest) if rest[-1] == first.seed else 1 / 0
-    ahead.sample(first.prompts, first.group_size, first.sampling, first.seed)
-    ahead.follow(learner.policy, 1)
+    prefetch.sample(first.prompts, first.group_size, first.sampling, first.seed)
+    prefetch.update_weights(learner.policy, 1)
     with pytest.raises(ZeroDivisionError):
-        ahead.sample(second.prompts, second.group_size, second.sampling, second.seed)
-    ahead.close()
+        prefetch.sample(second.prompts, second.group_size, second.sampling, second.seed)
+    prefetch.close()
 
 
 def test_whole_groups_are_dropped_when_one_of_theirs_is_stale():
@@ -170,29 +170,29 @@ def test_whole_groups_are_dropped_when_one_of_theirs_is_stale():
     ages = [replace(sample, version=version) for sample, version in zip(rollout.samples, (5, 4, 2), strict=True)]
     rollout = replace(rollout, samples=ages)
     assert [rollout.staleness(row) for row in range(3)] == [0, 1, 3]
-    assert [s.version for s in rollout.fresh(1).samples] == [5, 4]
-    assert [s.version for s in rollout.fresh(0).samples] == [5]
+    assert [s.version for s in rollout.drop_stale(1).samples] == [5, 4]
+    assert [s.version for s in rollout.drop_stale(0).samples] == [5]
     # What the student did not draw has no age.
-    assert len(replace(rollout, own=[True, True, False]).fresh(1).samples) == 3
+    assert len(replace(rollout, on_policy=[True, True, False]).drop_stale(1).samples) == 3
     pairs = replace(
         rollout,
         samples=[*ages, ages[0]],
         examples=rollout.examples[:1] * 4,
         completions=["x"] * 4,
-        own=[True] * 4,
+        on_policy=[True] * 4,
         group_size=2,
     )
-    assert [s.version for s in pairs.fresh(1).samples] == [5, 4]
+    assert [s.version for s in pairs.drop_stale(1).samples] == [5, 4]
 
 
 def test_a_step_whose_samples_are_all_stale_changes_nothing_and_counts_them(learner):
     class Old(Remote):
-        def follow(self, policy, version):
-            super().follow(policy, version - 2)
+        def update_weights(self, policy, version):
+            super().update_weights(policy, version - 2)
 
-    practice = practise(learner, Old(learner))
+    task = task_of(learner, Old(learner))
     before = {name: value.clone() for name, value in learner.policy.model.state_dict().items()}
-    rollout, _, metrics = take_step(practice, learner, learner.config, 3)
+    rollout, _, metrics = take_step(task, learner, learner.config, 3)
     assert rollout.samples == []
     assert metrics["rl/stale"] == 8
     assert metrics["rl/informative"] == 0
@@ -211,7 +211,7 @@ def test_ahead_needs_servers_and_a_batch_of_staleness():
 def test_the_gap_to_the_sampler_is_told_apart_from_what_updates_moved(learner):
     rollout = make_rollout(random_logits(0), step=6)
     ages = [replace(sample, version=version) for sample, version in zip(rollout.samples, (5, 4, 5), strict=True)]
-    rollout = replace(rollout, samples=ages, own=[True, True, False])
+    rollout = replace(rollout, samples=ages, on_policy=[True, True, False])
     student_NV = random_logits(1)
 
     def objective(rows):
@@ -234,5 +234,5 @@ def test_the_gap_to_the_sampler_is_told_apart_from_what_updates_moved(learner):
 @pytest.mark.parametrize("wrong", [float("nan"), -float("inf"), float("inf")])
 def test_a_log_probability_that_is_no_number_ends_the_stage(wrong):
     with pytest.raises(FloatingPointError, match="vLLM gave "):
-        told_logprobs([-0.5, wrong, -1.0], "vLLM")
-    assert told_logprobs([-0.5, 0.0], "vLLM").tolist() == [-0.5, 0.0]
+        parse_logprobs([-0.5, wrong, -1.0], "vLLM")
+    assert parse_logprobs([-0.5, 0.0], "vLLM").tolist() == [-0.5, 0.0]

@@ -10,8 +10,8 @@ from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
 from stages.losses.log_probabilities import token_logprobs
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.rollout import Rollout
-from stages.on_policy.signals import Judgement
-from stages.teachers.remote_teachers import Known, RemoteScores
+from stages.on_policy.signals import Signals
+from stages.teachers.remote_teachers import RemoteScores, TopLogprobs
 from tests.numerics.on_policy.test_objectives import (
     CPU,
     LENGTHS,
@@ -37,7 +37,7 @@ def told(logits_NV: Tensor, rollout: Rollout, top: int) -> RemoteScores:
         entries = [
             {index: float(logprobs_NV[i, index]) for index in [token, *ids[i]]} for i, token in enumerate(tokens)
         ]
-        known.append(Known.of(entries, tokens, top + 1, VOCABULARY))
+        known.append(TopLogprobs.of(entries, tokens, top + 1, VOCABULARY))
     return RemoteScores(known, VOCABULARY, {}, CPU.device)
 
 
@@ -48,8 +48,8 @@ def test_an_objective_is_the_same_whoever_scores(variant, step):
     teacher_NV, student_NV = random_logits(1), random_logits(0)
     rollout = make_rollout(random_logits(2), step)
     top = 4 if "top_k" in variant else 0
-    here = evaluate(config, Judgement(teachers=Logits(teacher_NV)), rollout, student_NV)
-    there = evaluate(config, Judgement(teachers=told(teacher_NV, rollout, top)), rollout, student_NV)
+    here = evaluate(config, Signals(teachers=Logits(teacher_NV)), rollout, student_NV)
+    there = evaluate(config, Signals(teachers=told(teacher_NV, rollout, top)), rollout, student_NV)
     for mine, theirs in zip(there, here, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert here[1].abs().max() > 1e-3
@@ -91,8 +91,8 @@ def test_the_log_tells_the_estimate_on_the_students_own_tokens_only():
     teacher_NV, student_NV = random_logits(1), random_logits(0)
     rollout = make_rollout(student_NV)
     rollout.samples[1].logprobs_N.fill_(torch.nan)
-    judgement = Judgement(teachers=told(teacher_NV, rollout, 0))
-    _, metrics = distillation_objective(config, CPU)(rollout, judgement, [0, 1, 2])(student_NV, slice(None))
+    signals = Signals(teachers=told(teacher_NV, rollout, 0))
+    _, metrics = distillation_objective(config, CPU)(rollout, signals, [0, 1, 2])(student_NV, slice(None))
     tokens_N = rollout.tokens([0, 1, 2], CPU.device)
     expected_N = token_logprobs(student_NV, tokens_N) - token_logprobs(teacher_NV, tokens_N)
     assert metrics["reverse_kl"][3].isnan()
@@ -108,7 +108,7 @@ def test_the_log_tells_the_estimate_on_the_students_own_tokens_only():
         ({"objective": "jsd"}, "objective jsd needs more"),
         ({"objective": "sampled_reverse_kl", "temperature": 0.7}, "temperature 1 only"),
         ({"objective": {"top_k": {}, "extrapolation": 1.5}}, "extrapolates with sampled_reverse_kl only"),
-        ({"objective": "sampled_reverse_kl", "teacher_weights": {"a": {"b": 1.0, "c": 1.0}}}, "one teacher a domain"),
+        ({"objective": "sampled_reverse_kl", "teacher_weights": {"a": {"b": 1.0, "c": 1.0}}}, "one teacher per domain"),
         ({"objective": "sampled_reverse_kl", "on_policy_fraction": 0.5}, "needs local teachers"),
     ],
 )

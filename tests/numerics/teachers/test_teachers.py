@@ -216,7 +216,7 @@ def test_a_student_on_the_same_base_lends_it(store, checkpoint, workspace, domai
     saved = student.model.state_dict().keys()
     rows = make_rows()
     before_NV = student.model(torch.tensor([rows[0].tokens])).logits
-    pool = TeacherPool(routes(teachers), store, student, DistillConfig(lora=LoraConfig(rank=4)), lends=True)
+    pool = TeacherPool(routes(teachers), store, student, DistillConfig(lora=LoraConfig(rank=4)), share_base=True)
     scores = pool.score(rows, DOMAINS)
     assert not pool.residents.bases
     for i, name in enumerate(DOMAINS):

@@ -110,7 +110,7 @@ CHECKPOINTS = {
     "config: heads that do not divide": Made(_config(num_attention_heads=True), ("num_attention_heads is True",)),
     "config: code of its own": Made(
         _config(model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
-        ("base.checkpoint", "it brings code of its own", "remote_code: true"),
+        ("base.checkpoint", "it contains code of its own", "remote_code: true"),
         True,
     ),
     "config: no language model": Made(_config(model_type="vit", architectures=None), ("base.checkpoint", "vit"), True),
@@ -123,7 +123,7 @@ CHECKPOINTS = {
     "tokenizer: a pipe": Made(_pipe("tokenizer.json"), ("tokenizer.json is no regular file",)),
     "tokenizer: no settings": Made(_write("tokenizer_config.json", "7"), ("tokenizer_config.json: holds no",)),
     "template: large": Made(_sparse("chat_template.jinja", 2**24), ("chat_template.jinja has 16,777,216 bytes",)),
-    "template: none": Made(_write("chat_template.jinja", "{% if %}"), ("is no template: line 1: Expected",), True),
+    "template: none": Made(_write("chat_template.jinja", "{% if %}"), ("is not valid: line 1: Expected",), True),
     "template: endless": Made(
         _write("chat_template.jinja", "{% for i in range(10**12) %}x{% endfor %}"),
         ("domains.sort: the chat template of", "cannot be rendered: OverflowError: Range too big"),

@@ -290,8 +290,8 @@ def test_rows_of_several_domains_get_their_own_scores_and_training_logs_the_nois
     (other,) = sort.draw(TRAIN, 1, seed=0)
     examples = [example(), other, example(), other]
     texts = ["good", other.answer, "bad", "?"]
-    rollout = Rollout(1, examples, [], texts, own=[True] * 4, group_size=2)
-    said = RewardSignal({"sort": sort, "manners": make(noise_sample=1.0)}).judge(rollout, [])
+    rollout = Rollout(1, examples, [], texts, on_policy=[True] * 4, group_size=2)
+    said = RewardSignal({"sort": sort, "manners": make(noise_sample=1.0)}).score(rollout, [])
     assert said.values["reward"] == [0.4, 1.0, 0.1, 0.0]
     assert said.facts == {"judge_noise/manners": pytest.approx(0.65), "judged_twice/manners": 2}
 

@@ -12,8 +12,7 @@ from base.errors import UserError
 from evals.measure.monitor import Monitor
 from experts.domain import TRAIN
 from experts.loading import load_domain
-from stages.on_policy.rollout import Rollout
-from stages.on_policy.rollout import score as rewards
+from stages.on_policy.rollout import Rollout, verifiable_rewards
 from tests.unit.flows.cli.test_cli import mopd
 from tests.unit.flows.run_file.test_config import MINIMAL
 
@@ -101,11 +100,11 @@ WRONG = [
 def test_any_other_score_is_refused_as_reward_and_in_evaluation(tmp_path, expression, shown):
     domain = scored(tmp_path, expression)
     (example,) = domain.draw(TRAIN, 1, 0)
-    rollout = Rollout(1, [example], [], ["x"], own=[True], group_size=1)
+    rollout = Rollout(1, [example], [], ["x"], on_policy=[True], group_size=1)
     for ask in (
         lambda: domain.score(example, "x"),
         lambda: domain.score_all([(example, "x")]),
-        lambda: rewards(rollout, {"mine": domain}),
+        lambda: verifiable_rewards(rollout, {"mine": domain}),
     ):
         with pytest.raises(UserError) as error:
             ask()

@@ -213,10 +213,10 @@ def test_a_lost_verifier_is_counted_and_in_the_log_of_the_stage(ending, tmp_path
             lost = "$4x$"
         assert domain.score(example, lost) == 0.0
     assert domain.facts() == {"verifier_lost": 1.0}
-    rollout = Rollout(1, [example] * 2, [], ["$4x$", "$5x$"], own=[True] * 2, group_size=2)
-    judgement = RewardSignal({"sums": domain}).judge(rollout, [])
-    assert judgement.values["reward"] == [1.0, 0.0]
-    assert judgement.facts == {"verifier_lost/sums": 1.0}
+    rollout = Rollout(1, [example] * 2, [], ["$4x$", "$5x$"], on_policy=[True] * 2, group_size=2)
+    signals = RewardSignal({"sums": domain}).score(rollout, [])
+    assert signals.values["reward"] == [1.0, 0.0]
+    assert signals.facts == {"verifier_lost/sums": 1.0}
     (line,) = domain.news()
     assert "domains.sums: 1 completion(s) scored 0 because the verifier was lost" in line
     assert domain.news() == []

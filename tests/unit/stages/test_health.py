@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.config.on_policy import HealthConfig
-from stages.on_policy.health import Health, Verdict, Vitals, compression
+from stages.on_policy.health import Health, HealthVerdict, Vitals, compression
 
 
 def vitals(
@@ -20,7 +20,7 @@ def vitals(
     return Vitals(signal or {}, entropy or {}, length or {}, compression or {}, mismatch or {})
 
 
-def watch(health: Health, series: list[Vitals], first: int = 1) -> list[Verdict]:
+def watch(health: Health, series: list[Vitals], first: int = 1) -> list[HealthVerdict]:
     return [health.observe(step, measured) for step, measured in enumerate(series, start=first)]
 
 
@@ -111,7 +111,7 @@ def test_noise_around_zero_is_no_improvement() -> None:
 def test_a_value_that_is_not_finite_counts_as_not_measured() -> None:
     series = [{"sort": 0.5}, {"sort": math.nan}, {"sort": math.inf}, {"sort": -math.inf}, {"sort": 0.6}]
     health = Health(HealthConfig(window=1, patience=5), "higher", None)
-    assert all(verdict == Verdict((), None) for verdict in watch(health, [vitals(signal) for signal in series]))
+    assert all(verdict == HealthVerdict((), None) for verdict in watch(health, [vitals(signal) for signal in series]))
     assert health.state["best"] == {"sort": [0.6, 5]}
     assert alarms(HealthConfig(window=1), "length", [10.0, math.nan, math.inf]) == {}
 

@@ -144,7 +144,7 @@ def test_a_template_that_contradicts_itself_is_refused_where_answers_are_learned
     problems, _ = checked(tmp_path, base, "sft")
     assert len(problems) == 1
     assert problems[0].startswith("domains.own: the chat template of ")
-    assert "renders an answered prompt otherwise than the prompt" in problems[0]
+    assert "renders an answered prompt differently from the prompt" in problems[0]
     assert checked(tmp_path, base, "rl") == ([], [])
 
 

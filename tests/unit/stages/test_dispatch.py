@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from base.errors import UserError
+from stages.vllm.dispatch import dispatch
 from stages.vllm.server import ServerLostError
-from stages.vllm.spread import spread
 
 
 @dataclass
@@ -36,7 +36,7 @@ def by_server(found) -> dict[str, list[int]]:
 
 
 def test_a_batch_one_server_could_take_whole_is_dealt_in_turn(pair):
-    found = spread(range(8), pair, answer, 8, pytest.fail)
+    found = dispatch(range(8), pair, answer, 8, pytest.fail)
     assert by_server(found) == {"a": [0, 2, 4, 6], "b": [1, 3, 5, 7]}
     assert found[1][1][3] == "b3"
 
@@ -52,7 +52,7 @@ def test_what_is_not_dealt_goes_to_whoever_is_quicker(pair):
         return told
 
     pair[1].may.clear()
-    assert by_server(spread(range(20), pair, ask, 2, pytest.fail)) == {"a": [0, 2, *range(4, 20)], "b": [1, 3]}
+    assert by_server(dispatch(range(20), pair, ask, 2, pytest.fail)) == {"a": [0, 2, *range(4, 20)], "b": [1, 3]}
 
 
 def test_what_a_lost_server_was_dealt_others_answer(pair):
@@ -70,7 +70,7 @@ def test_what_a_lost_server_was_dealt_others_answer(pair):
         lost.append(error)
         over.set()
 
-    (_, answers, failed), (_, none, gone) = spread(range(40), pair, ask, 1, tell)
+    (_, answers, failed), (_, none, gone) = dispatch(range(40), pair, ask, 1, tell)
     assert (failed, gone, none, [str(error) for error in lost]) == (False, True, {}, ["b is gone"])
     # The one that it failed at is missing at most: it may come back when nobody works any more.
     assert set(range(40)) - set(answers) <= {1}
@@ -82,9 +82,9 @@ def test_with_nobody_left_the_rest_is_missing_and_without_work_nothing_is_asked(
             raise ServerLostError("gone")
         return answer(server, item)
 
-    found = spread(range(9), pair, ask, 1, lambda error: None)
+    found = dispatch(range(9), pair, ask, 1, lambda error: None)
     assert by_server(found) == {"a": [0], "b": [1]} and all(failed for *_, failed in found)
-    assert by_server(spread([], pair, ask, 4, pytest.fail)) == {"a": [], "b": []}
+    assert by_server(dispatch([], pair, ask, 4, pytest.fail)) == {"a": [], "b": []}
 
 
 def test_what_no_retry_helps_is_raised(pair):
@@ -92,4 +92,4 @@ def test_what_no_retry_helps_is_raised(pair):
         raise UserError("refused")
 
     with pytest.raises(UserError, match="refused"):
-        spread(range(3), pair, ask, 2, pytest.fail)
+        dispatch(range(3), pair, ask, 2, pytest.fail)
