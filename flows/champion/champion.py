@@ -18,7 +18,7 @@ from experts.domain import HELD_OUT
 from flows.champion.tries import try_number
 from flows.plan.champion_history import (
     By,
-    Reign,
+    ChampionRecord,
     champion_path,
     read_history,
     to_seconds,
@@ -30,15 +30,17 @@ from flows.tracking.aliases import alias_operations
 if TYPE_CHECKING:
     from evals.comparison.results import Results
     from evals.comparison.scores import Scores
-    from evals.promotion.gate import Verdict
+    from evals.promotion.gate import GateVerdict
 
 
-def champion_scores(store: Store, history: Sequence[Reign]) -> "dict[str, Scores] | None":
+def champion_scores(store: Store, history: Sequence[ChampionRecord]) -> "dict[str, Scores] | None":
     """domain -> held-out sheet of the present champion; None where there is no champion."""
     return _sheets(store, history[-1]) if history else None
 
 
-def former_scores(store: Store, history: Sequence[Reign], but: Collection[str]) -> "dict[str, dict[str, Scores]]":
+def former_scores(
+    store: Store, history: Sequence[ChampionRecord], but: Collection[str]
+) -> "dict[str, dict[str, Scores]]":
     """Champions before the present one -> their sheets; without these keys and what a person decided against."""
     left_out = {*but, *rejected(history), *(reign.student for reign in history[-1:])}
     before = {reign.student: reign for reign in history if reign.student not in left_out}
@@ -46,16 +48,16 @@ def former_scores(store: Store, history: Sequence[Reign], but: Collection[str]) 
     return {name: sheets for name, sheets in found.items() if sheets}
 
 
-def _sheets(store: Store, reign: Reign) -> "dict[str, Scores]":
+def _sheets(store: Store, reign: ChampionRecord) -> "dict[str, Scores]":
     from evals.comparison.scores import read_scores
 
     found = {domain: store.find(key) for domain, key in reign.scores.items()}
     return {domain: read_scores(sheet.path, domain, HELD_OUT) for domain, sheet in found.items() if sheet}
 
 
-def rejected(history: Sequence[Reign]) -> dict[str, Reign]:
+def rejected(history: Sequence[ChampionRecord]) -> dict[str, ChampionRecord]:
     """Content keys a person decided against, and has not promoted since -> that decision."""
-    standing: dict[str, Reign] = {}
+    standing: dict[str, ChampionRecord] = {}
     for reign in history:
         if reign.by == "person":
             standing |= dict.fromkeys(reign.against, reign)
@@ -63,7 +65,7 @@ def rejected(history: Sequence[Reign]) -> dict[str, Reign]:
     return standing
 
 
-def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
+def judge_run(graph: StageGraph, store: Store, results: "Results") -> "GateVerdict":
     """What the gate says of the run's merges, with what a person has decided before.
 
     Raises:
@@ -107,7 +109,7 @@ def first_of(graph: StageGraph, name: str) -> Node:
     return next(node for node in graph.checkpoints if node.name == name)
 
 
-def promote_by_gate(graph: StageGraph, store: Store, verdict: "Verdict") -> bool:
+def promote_by_gate(graph: StageGraph, store: Store, verdict: "GateVerdict") -> bool:
     """Make the candidate champion where the gate lets it pass.
 
     Returns:
@@ -241,28 +243,28 @@ def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
     return node
 
 
-def _reign(graph: StageGraph, node: Node, by: By, reason: str) -> Reign:
+def _reign(graph: StageGraph, node: Node, by: By, reason: str) -> ChampionRecord:
     sheets = [sheet for sheet in graph.evaluations(node.id) if sheet.config["split"] == HELD_OUT]
     scores = {str(sheet.config["domain"]): sheet.key for sheet in sheets}
-    return Reign(node.key, node.id, scores, to_seconds(datetime.now(UTC)), by, reason)
+    return ChampionRecord(node.key, node.id, scores, to_seconds(datetime.now(UTC)), by, reason)
 
 
-def _again(store: Store, former: Reign, reason: str, action: Literal["promote", "rollback"]) -> Reign:
+def _again(store: Store, former: ChampionRecord, reason: str, action: Literal["promote", "rollback"]) -> ChampionRecord:
     """A former champion's new reign, by a person."""
     if store.find(former.student) is None:
         raise UserError(f"{former}: this former champion is no longer in {store.root}")
     when = to_seconds(datetime.now(UTC))
-    return Reign(former.student, former.node, former.scores, when, "person", reason, action)
+    return ChampionRecord(former.student, former.node, former.scores, when, "person", reason, action)
 
 
-def _against(chosen: Reign, now: Reign | None, candidate: Node, store: Store) -> Reign:
+def _against(chosen: ChampionRecord, now: ChampionRecord | None, candidate: Node, store: Store) -> ChampionRecord:
     """A person's choice with what it was made against."""
     others = [now.student] if now else []
     others += [candidate.key] if store.find(candidate.key) else []
     return dataclasses.replace(chosen, against=tuple(key for key in dict.fromkeys(others) if key != chosen.student))
 
 
-def _write(store: Store, run: str, history: Sequence[Reign]) -> None:
+def _write(store: Store, run: str, history: Sequence[ChampionRecord]) -> None:
     path = champion_path(store, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"history": [dataclasses.asdict(reign) for reign in history]}, indent=1))

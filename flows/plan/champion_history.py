@@ -20,7 +20,7 @@ By = Literal["gate", "person"]
 
 
 @dataclass(frozen=True)
-class Reign:
+class ChampionRecord:
     """One entry of the history: from `when` on, this checkpoint is champion.
 
     Attributes:
@@ -59,19 +59,19 @@ class Reign:
         return f"{datetime.fromisoformat(self.when):%Y-%m-%d %H:%M} UTC, {who}"
 
 
-def read_history(store: Store, run: str) -> list[Reign]:
+def read_history(store: Store, run: str) -> list[ChampionRecord]:
     """The champions of a run, the present one last; empty where there was none."""
     path = champion_path(store, run)
     if not path.exists():
         return []
     record = read_json(path)
     if "history" in record:
-        return [Reign(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
+        return [ChampionRecord(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
     # Written before there was a history: one champion, a student by MOPD, promoted when the file was written.
     artifact = store.find(record["student"])
     seed = f"@{artifact.manifest.get('seed', 0)}" if artifact else ""
     when = to_seconds(datetime.fromtimestamp(path.stat().st_mtime, UTC))
-    return [Reign(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
+    return [ChampionRecord(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
 
 
 def champion_path(store: Store, run: str) -> Path:

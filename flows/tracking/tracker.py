@@ -37,7 +37,7 @@ from flows.tracking.writer import Writer, unsent_folder
 
 if TYPE_CHECKING:
     from evals.comparison.results import Results
-    from evals.promotion.gate import Verdict
+    from evals.promotion.gate import GateVerdict
 
 BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH = 1000, 100, 6000
 PARENT = "run"
@@ -140,7 +140,7 @@ class Tracker:
         results: "Results | None",
         report: Path | None,
         candidate: Node | None = None,
-        verdict: "Verdict | None" = None,
+        verdict: "GateVerdict | None" = None,
     ) -> None:
         """Log the run's results and close it; what the server did not take is sent at the next start.
 
@@ -177,7 +177,7 @@ class Tracker:
         self.submit("end", ref=PARENT, status=status, time=now())
         self.outbox.close()
 
-    def _headline(self, results: "Results", verdict: "Verdict | None") -> None:
+    def _headline(self, results: "Results", verdict: "GateVerdict | None") -> None:
         """The parent run's metrics, and its tags by which a list of runs tells them apart."""
         from evals.comparison.headline import MEAN, headline
 
@@ -188,7 +188,9 @@ class Tracker:
         if verdict is not None:
             self.submit("tag", ref=PARENT, name=VERDICT, value=verdict.conclusion)
 
-    def _compare(self, results: "Results", candidate: Node | None, verdict: "Verdict | None", reported: bool) -> None:
+    def _compare(
+        self, results: "Results", candidate: Node | None, verdict: "GateVerdict | None", reported: bool
+    ) -> None:
         """Put teacher, start and recovery beside each merge's own scores, and the verdict on the candidate."""
         from evals.comparison.headline import compared
 

@@ -14,7 +14,7 @@ import pytest
 from base.exit_codes import DONE
 from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from flows.champion import notify
 from flows.champion.champion import promote_by_gate
 from flows.champion.notify import owe_promotions, tell_promotions
@@ -27,7 +27,7 @@ from flows.run_file.notify import NotifyConfig
 from flows.tracking.writer import unsent_folder
 from tests.support.scored_home import finish, graph_of, run_file
 
-PASSED = Verdict("student", "because", (Criterion("all", True, ""),))
+PASSED = GateVerdict("student", "because", (Criterion("all", True, ""),))
 
 
 class Hook(BaseHTTPRequestHandler):

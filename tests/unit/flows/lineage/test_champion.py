@@ -10,11 +10,11 @@ import pytest
 from base.errors import UserError
 from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from flows.champion import champion
 from flows.champion.champion import former_scores, judge_run, promote, promote_by_gate, rejected, rollback
 from flows.champion.results import collect
-from flows.plan.champion_history import Reign, champion_path, read_history
+from flows.plan.champion_history import ChampionRecord, champion_path, read_history
 from flows.plan.graph import Node, StageGraph
 from flows.run.closing import conclude
 from tests.support.scored_home import finish, graph_of, run_file
@@ -47,11 +47,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return heard
 
 
-def passed(candidate: str) -> Verdict:
-    return Verdict(candidate, "because", (Criterion("all", True, ""),))
+def passed(candidate: str) -> GateVerdict:
+    return GateVerdict(candidate, "because", (Criterion("all", True, ""),))
 
 
-def now(graph: StageGraph, store: Store) -> Reign:
+def now(graph: StageGraph, store: Store) -> ChampionRecord:
     return read_history(store, graph.config.name)[-1]
 
 
