@@ -87,7 +87,7 @@ def judge(
     margin: float,
     max_forgetting: float,
     champion: Mapping[str, Scores] | None = None,
-    reigning: str = "",
+    champion_name: str = "",
     former: Mapping[str, Mapping[str, Scores]] | None = None,
     tries: int = 1,
 ) -> GateVerdict:
@@ -116,7 +116,7 @@ def judge(
         margin: Allowed deficit to each domain's teacher (`Results.teacher`).
         max_forgetting: Allowed mean drop on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
-        reigning: The merge that is this champion, which is not compared with itself; empty if none is.
+        champion_name: The merge that is this champion, which is not compared with itself; empty if none is.
         former: Champions before the present one: name -> held-out sheets. Each may be worse than the last by an
             undetected amount, so a line of champions could decline step by step.
         tries: The number of students judged on these examples, this one included. Enough tries would pass by chance, so
@@ -128,8 +128,8 @@ def judge(
         shared = results.at_share(_share(name, len(others)) * spent(tries))
         criteria = [*_teachers(shared, name, margin), _forgetting(results, name, max_forgetting)]
         criteria += _gains(shared, name)
-        criteria.append(itself(name) if name == reigning else previous(results, name, champion))
-        criteria += [] if name == reigning else best_of_line(results, name, former or {})
+        criteria.append(itself(name) if name == champion_name else previous(results, name, champion))
+        criteria += [] if name == champion_name else best_of_line(results, name, former or {})
         judged[name] = GateVerdict(name, "", tuple(criteria))
         if judged[name].passed:
             break

@@ -1,4 +1,4 @@
-"""The champions of a run, as their file has them. Free of prefect and mlflow."""
+"""The champions of a run, read from their file. Free of prefect and mlflow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ class ChampionRecord:
     Attributes:
         student: Its content key.
         node: Its node id in the run that made it, such as `student@0` or `baselines/ties@0`.
-        scores: domain -> content key of its held-out sheet, which the next candidate is compared with.
+        scores: domain -> content key of its held-out sheet, with which the next candidate is compared.
         when: UTC, ISO 8601, to the second.
-        by: Who decided.
-        reason: Why.
+        by: `gate` or `person`.
+        reason: The reason of the decision.
         action: `promote`, or `rollback` for a former champion that came back.
-        against: Content keys a person decided against: the champion left, and the run's candidate of that time.
+        against: Content keys that a person decided against: the previous champion, and the run's candidate at that
+            time.
     """
 
     student: str
@@ -48,7 +49,7 @@ class ChampionRecord:
 
     @property
     def decision(self) -> str:
-        """Who decided when, and why."""
+        """By whom and when it was decided, and the reason."""
         who = "by the gate" if self.by == "gate" else "by a person"
         return f"{who}, {self.when}: {self.reason}"
 
@@ -60,7 +61,7 @@ class ChampionRecord:
 
 
 def read_history(store: Store, run: str) -> list[ChampionRecord]:
-    """The champions of a run, the present one last; empty where there was none."""
+    """The champions of a run, the present one last; empty if there was none."""
     path = champion_path(store, run)
     if not path.exists():
         return []

@@ -26,7 +26,7 @@ from rich.console import Console
 from base.errors import UserError
 from base.signals import interruptible
 from base.store.checkpoint import Store
-from flows.champion.notify import notify, owe_promotions, tell_promotions
+from flows.champion.notify import notify, queue_notifications, send_notifications
 from flows.check.check import deep_check
 from flows.engines.launch import Launcher
 from flows.plan.graph import StageGraph, build_graph
@@ -158,7 +158,7 @@ def _run(
         title = name_flow_run(
             run_title(_start.number, config, planned_experts(root, config.name), overrides), config.name
         )
-        tell_promotions(Store(root), config)
+        send_notifications(Store(root), config)
         # Planned only now: a run of this name that was waited for may have moved what it starts from.
         graph = build_graph(config, root)
         store = Store(root)
@@ -210,7 +210,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     if failures:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
-    owe_promotions(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
+    queue_notifications(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
     outcome = conclude(graph, supervisor.store, promote=True)
     tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate, outcome.verdict)
     _publish(supervisor, outcome)
@@ -313,7 +313,7 @@ def _tell_end(supervisor: Supervisor, outcome: Outcome) -> None:
         "scores": outcome.rows(),
     }
     notify(config.notify, "success", config.name, f"{config.name} is finished\n{text}", facts)
-    tell_promotions(supervisor.store, config, facts)
+    send_notifications(supervisor.store, config, facts)
 
 
 @contextlib.contextmanager

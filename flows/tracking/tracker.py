@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from base.store.checkpoint import Artifact, Store
 from experts.domain import TRAIN
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.lineage.drawing import draw_html
 from flows.plan.champion_history import registered_name
 from flows.plan.graph import EVALUATIONS, Node, StageGraph
@@ -215,14 +215,14 @@ class Tracker:
         everywhere = {"home": str(self.store.home.resolve()), "token": self.token, "name": self.name}
         everywhere |= {"host": os.uname().nodename, "mlflow.user": _user()}
         self.submit("run", ref=ref, name=name, parent=parent, tags={**everywhere, **tags}, time=now())
-        flat = list(cards.flatten(params).items())
+        flat = list(descriptions.flatten(params).items())
         for first in range(0, len(flat), BATCH_PARAMS):
             chunk = {name: value[:PARAM_LENGTH] for name, value in flat[first : first + BATCH_PARAMS]}
             self.submit("params", ref=ref, params=chunk)
 
     def log_metrics(self, ref: str, values: list[tuple[str, float, int, int]]) -> None:
         """Log (name, value, milliseconds, step) on a run, as many as one request takes at a time."""
-        named = [(cards.metric_name(name), *rest) for name, *rest in values]
+        named = [(descriptions.metric_name(name), *rest) for name, *rest in values]
         for first in range(0, len(named), BATCH_METRICS):
             self.submit("metrics", ref=ref, metrics=named[first : first + BATCH_METRICS])
 
@@ -233,14 +233,14 @@ class Tracker:
         self.references.score(node, artifact)
         if node.stage == SHIFT:
             key, metrics = self.graph.node(node.parents["checkpoint"]).key, artifact.manifest["metrics"]
-            named = {cards.metric_name(name): value for name, value in metrics.items()}
+            named = {descriptions.metric_name(name): value for name, value in metrics.items()}
             told = {"key": key, "scores": artifact.key, "name": node.stage, "metrics": named}
             self.submit("scores", ref=PARENT, **told, time=now())
             return
         domain, split = node.config["domain"], node.config["split"]
         checkpoint = self.graph.node(node.parents["checkpoint"])
         metrics = {
-            cards.metric_name(f"eval/{domain}/{split}/{name}"): value
+            descriptions.metric_name(f"eval/{domain}/{split}/{name}"): value
             for name, value in artifact.manifest["metrics"].items()
         }
         data = describe_data(node, domain, split)

@@ -351,4 +351,4 @@ def test_names_are_checked_when_the_run_file_is_read(tmp_path):
     test |= {"compare": ["experts/sorts", "student"], "domains": ["sorted"]}
     said = message(tmp_path, hypotheses=hypotheses)
     assert "hypotheses.H.tests.t: unknown checkpoint 'experts/sorts' — did you mean 'experts/sort'?" in said
-    assert "'sorted' is no domain that is scored — did you mean 'sort'?" in said
+    assert "'sorted' is not a scored domain — did you mean 'sort'?" in said

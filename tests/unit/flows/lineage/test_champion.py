@@ -43,7 +43,7 @@ def store(made: tuple[StageGraph, Path], tmp_path: Path) -> Store:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs whose champion was told to MLflow."""
     heard: list[str] = []
-    monkeypatch.setattr(champion, "tell_mlflow", lambda store, run, candidate=None: heard.append(run))
+    monkeypatch.setattr(champion, "update_aliases", lambda store, run, candidate=None: heard.append(run))
     return heard
 
 
@@ -141,7 +141,7 @@ def test_what_is_not_finished_or_has_no_reason_is_refused(graph, store):
     shutil.rmtree(store.root / sheet.key)
     with pytest.raises(UserError, match=f"{sheet.id}: not finished; `mopd run` makes what is missing"):
         promote(graph, store, "baselines/ties", "better")
-    with pytest.raises(UserError, match="--reason: say why"):
+    with pytest.raises(UserError, match="--reason: give a reason"):
         promote(graph, store, "student", " ")
     assert read_history(store, "tiny") == []
 
