@@ -1,4 +1,4 @@
-"""What an expert is an expert in: examples to learn from and a score for any completion.
+"""A domain, the skill of an expert: examples to learn from and a score for any completion.
 
 A domain is a typed source of examples with one scorer; the scorer is the reward in training and the measure in
 evaluation, so the two can never drift apart. `experts.loading` makes domains.
@@ -22,27 +22,28 @@ Prompt = str | list[Message]
 TRAIN = "train"
 HELD_OUT = "held_out"
 OUT_OF_DISTRIBUTION = "out_of_distribution"
-# A kind that ends so is a person's own file.
+# A kind with this ending is a user's own file.
 OWN_SUFFIX = ".py"
 
 
 class Options(BaseModel):
-    """Base of every kind's options: unknown keys are refused, values never change."""
+    """Base of every kind's options: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with what its scorer needs.
+    """One prompt with the data that its scorer needs.
 
     Attributes:
         prompt: Plain text (becomes one user message) or chat messages.
         answer: The gold completion.
         domain: Name of the domain that scores it.
-        source: The unit the train/held-out split is made by: the prompt itself, or the source function of an edit.
+        source: The unit by which the train/held-out split is made: the prompt itself, or the source function of an
+            edit.
         meta: JSON-serialisable facts for the scorer.
-        asked: The prompt without what stands before or behind every prompt of the domain, where that is known.
+        asked: The prompt without the text before or behind every prompt of the domain, where that is known.
     """
 
     prompt: Prompt
@@ -54,7 +55,7 @@ class Example:
 
     @property
     def question(self) -> Prompt:
-        """What is asked, by which copies of a prompt are found."""
+        """The question itself, by which copies of a prompt are found."""
         return self.prompt if self.asked is None else self.asked
 
     @property
@@ -70,11 +71,11 @@ class Example:
 
 
 class Domain(ABC):
-    """A skill: where its examples come from and how a completion is scored.
+    """A skill: a source of examples, and a scorer of completions.
 
     Attributes:
         name: Its key in the run file.
-        code: Hash of the file a domain of one's own is read from; empty for a kind of ours, which has a version.
+        code: Hash of a user's own domain file; empty for a built-in kind, which has a version.
     """
 
     def __init__(self, name: str) -> None:
@@ -88,19 +89,19 @@ class Domain(ABC):
 
     @property
     def source_space(self) -> str:
-        """Domains with the same name for it split alike: their examples of one `source` are copies."""
+        """Domains with the same source space split alike: their examples of one `source` are copies."""
         return self.name
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What of the data the draws so far left out, a line each, for the journal and the plan."""
+        """Notes on data that the draws so far left out, one line each, for the journal and the plan."""
         return ()
 
     def check_split(self, split: str) -> None:
-        """See that this domain has a split.
+        """Check that this domain has a split.
 
         Raises:
-            UserError: it has not.
+            UserError: it does not have this split.
         """
         if split not in self.splits:
             raise UserError(f"domains.{self.name}: no split '{split}'{nearest(split, self.splits)}")
@@ -116,12 +117,12 @@ class Domain(ABC):
         """
 
     def supply(self, split: str) -> int | None:
-        """How many distinct examples a split has; None where they are generated."""
+        """The number of distinct examples in a split; None where they are generated."""
         del split
         return None
 
     def draw_up_to(self, most: int, split: str, seed: int) -> list[Example]:
-        """Draw `most` examples, or all that a smaller data set has; see `draw`."""
+        """Draw `most` examples, or all examples of a smaller data set; see `draw`."""
         supply = self.supply(split)
         return self.draw(split, most if supply is None else min(most, supply), seed)
 
@@ -130,22 +131,22 @@ class Domain(ABC):
         """Score a completion in [0, 1]; malformed or hostile text scores 0 and never raises."""
 
     def score_all(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-        """Score completions, each as `score` does; a domain whose scores take a wait asks for many at a time."""
+        """Score completions, each as `score` does; a domain that waits for its scores requests many at a time."""
         return [self.score(example, completion) for example, completion in pairs]
 
     def facts(self) -> dict[str, float]:
-        """What scoring has told of the scorer itself, for the metrics; most have nothing to tell."""
+        """Measurements of the scorer itself, for the metrics; empty for most domains."""
         return {}
 
     def news(self) -> list[str]:
-        """What went wrong in scoring since the last call, a line each, for the log; most have nothing to tell."""
+        """Faults in scoring since the last call, one line each, for the log; empty for most domains."""
         return []
 
-    def preflight(self) -> None:  # noqa: B027 - most domains have nothing outside themselves
-        """See that what scoring needs outside this process is there.
+    def preflight(self) -> None:  # noqa: B027 - most domains need nothing outside this process
+        """Check that everything scoring needs outside this process is available.
 
         Raises:
-            UserError: it is not; names the key.
+            UserError: something is missing; the message names the key.
         """
 
     def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
@@ -155,14 +156,14 @@ class Domain(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of all that decides the examples and their scores (kind, version, options, data, packages)."""
+        """Hash of everything that determines the examples and their scores (kind, version, options, data, packages)."""
 
     def identity(self) -> str:
-        """The fingerprint, and with it the code of a domain of one's own: another scorer is another reward."""
+        """The fingerprint, combined with the code of a user's own domain, because another scorer is another reward."""
         return stable_hash([self.fingerprint(), self.code]) if self.code else self.fingerprint()
 
 
 def in_train(source: str, held_out_share: float) -> bool:
-    """Whether a source belongs to the train split: decided by its hash alone, so it never changes sides."""
+    """Whether a source belongs to the train split: decided by its hash alone, so it never changes."""
     bucket = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) / 2**32
     return bucket >= held_out_share

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: requests that are retried, and whose fault it is when none is answered."""
+"""An OpenAI-compatible endpoint: requests with retries, and errors that name the cause if none is answered."""
 
 import json
 import os
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
 CHAT = "/chat/completions"
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
-# Of the client's errors only these pass with time.
+# The only client errors that are temporary.
 _PASSING = {408, 409, 425, 429}
-# And these speak of what was asked, not of who asks: too long for the model, or not to its liking.
+# Client errors about the request's content, not about the client: it is too long for the model, or refused by it.
 _OF_THE_CONTENT = {400, 413, 422}
 
-# Values that change nothing, sent so that a server's own do not count: vLLM takes those it is not sent from its model's
-# generation_config. Those in the second group are vLLM's, and endpoints of others may refuse them as unknown.
+# Neutral values, sent to override a server's own: vLLM takes missing ones from its model's generation_config. Those in
+# the second group are specific to vLLM, and other endpoints may refuse them as unknown.
 _OF_OPENAI: dict[str, Any] = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _OF_VLLM: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
 NEUTRAL: dict[str, Any] = _OF_OPENAI | _OF_VLLM
 
 
 class ContentRefusedError(UserError):
-    """The endpoint refuses one request for what stands in it; others may be answered."""
+    """The endpoint refuses one request because of its content; others may be answered."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, and how patiently.
+    """The address of an endpoint, and the limits of waiting for it.
 
     Attributes:
         key: The options in the run file, `domains.NAME.options`, for the messages of errors.
-        url: With or without the final `/v1`.
+        url: The URL, with or without the final `/v1`.
         api_key_env: Environment variable that holds the API key.
         timeout_seconds: Longest wait for the next part of an answer.
         retries: New attempts after a failure.
-        unknown: Names of `NEUTRAL` that the endpoint has refused to be sent.
+        unknown: Names of `NEUTRAL` that the endpoint has refused as unknown.
     """
 
     key: str
@@ -53,11 +53,11 @@ class Endpoint:
 
     @property
     def base(self) -> str:
-        """The address that paths are added to."""
+        """The address to which paths are appended."""
         return self.url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
 
     def client(self) -> "httpx.Client":
-        """Open connections, for several threads to share.
+        """An HTTP client whose connections several threads can share.
 
         Raises:
             UserError: the environment has no such API key.
@@ -75,10 +75,10 @@ class Endpoint:
         """Names of the models served.
 
         Args:
-            retries: In place of the endpoint's own.
+            retries: Used instead of the endpoint's own number.
 
         Raises:
-            UserError: the answer lists no models; besides, see `request`.
+            UserError: the answer lists no models; otherwise as `request`.
         """
         with self.client() as client:
             body = self.request(client, "GET", "/models", retries=retries)
@@ -88,15 +88,15 @@ class Endpoint:
             raise UserError(f"{self.key}.url: {self.base}/models lists no models: {json.dumps(body)[:300]}") from None
 
     def chat(self, client: "httpx.Client", body: Mapping[str, Any]) -> Any:
-        """Ask for a chat completion at neutral sampling values, but for those in `body`.
+        """Request a chat completion at neutral sampling values, except for those in `body`.
 
-        An endpoint that refuses some of them as unknown is asked without, then and later.
+        If an endpoint refuses some of them as unknown, this request is repeated without them, and later ones omit them.
 
         Returns:
             The answer's JSON.
 
         Raises:
-            ContentRefusedError: the request is refused for what stands in it; besides, see `request`.
+            ContentRefusedError: the request is refused because of its content; otherwise as `request`.
         """
         dropped: set[str] = set()
         while True:
@@ -107,10 +107,10 @@ class Endpoint:
                 named = {name for name in sent if name in str(error)}
                 if not named:
                     raise
-                # One of vLLM's is named first; the others would be next.
+                # The refusal names one of vLLM's values first; the others would be next.
                 dropped |= named | (_OF_VLLM.keys() if named & _OF_VLLM.keys() else set())
             else:
-                # Only now: a refusal may quote a key that stands in what was asked.
+                # Only after an answer, because a refusal may quote a key from the request's text.
                 self.unknown.update(dropped)
                 return answer
 
@@ -122,15 +122,15 @@ class Endpoint:
         body: Mapping[str, Any] | None = None,
         retries: int | None = None,
     ) -> Any:
-        """Send a request until it is answered, waiting twice as long after each failure.
+        """Send a request until it is answered, doubling the wait after each failure.
 
         Returns:
             The answer's JSON.
 
         Raises:
-            ContentRefusedError: the request is refused for what stands in it.
-            UserError: it is refused for another reason, or the answer is no JSON.
-            ConnectionError: every attempt found nobody, timed out or met a failing server.
+            ContentRefusedError: the request is refused because of its content.
+            UserError: it is refused for another reason, or the answer is not JSON.
+            ConnectionError: every attempt found no server, timed out or met a failing server.
         """
         import httpx
 

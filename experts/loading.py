@@ -1,7 +1,7 @@
-"""Kinds of domains, and a domain made from its entry in the run file.
+"""The kinds of domains, and the function that makes a domain from its entry in the run file.
 
-A kind of domain is one module with an `Options` model and a `load(name, options)`; `KINDS` lists ours, and a run
-file may name a Python file of its own (`kind: domains/mine.py`).
+A kind of domain is one module with an `Options` model and a `load(name, options)`; `KINDS` lists the built-in ones, and
+a run file may name a Python file (`kind: domains/mine.py`).
 """
 
 import importlib
@@ -29,7 +29,7 @@ def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
     """Make a domain from its entry in the run file.
 
     Raises:
-        UserError: unknown kind, unknown or invalid option; names the key and the nearest valid choice.
+        UserError: unknown kind, unknown or invalid option; the message names the key and the nearest valid choice.
     """
     if kind.endswith(OWN_SUFFIX):
         return load_own(name, Path(kind), options, lambda given: check_options(name, kind, given))
@@ -62,7 +62,7 @@ def _describe(name: str, schema: type[Options], error: ValidationError) -> str:
         hint = nearest(key, schema.model_fields) if problem["type"] == "extra_forbidden" else ""
         if problem["type"] == "literal_error":
             close = nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
-            # Where none is close, the message lists them all already.
+            # If no choice is close, the message already lists all of them.
             hint = close if "did you mean" in close else ""
         message = (
             "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")

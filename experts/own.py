@@ -1,4 +1,4 @@
-"""A domain in a person's own Python file: what its code gives is checked once, here, and a mistake names file and line.
+"""A domain in a user's own Python file: all its results are checked here, and errors name file and line.
 
 All stages reach such a domain through `OwnDomain`, so no score, example or fingerprint passes unchecked.
 """
@@ -29,11 +29,11 @@ SHOWN_CHARACTERS = 80
 
 
 class OwnDomain(Domain):
-    """Checks every call of a person's domain.
+    """Checks every call of a user's domain.
 
     Args:
-        inner: What their `load` made.
-        file: Where it stands.
+        inner: The domain that their `load` returned.
+        file: The file that defines it.
     """
 
     def __init__(self, inner: Domain, file: Path) -> None:
@@ -69,7 +69,7 @@ class OwnDomain(Domain):
         """The inner domain's examples.
 
         Raises:
-            UserError: it raises, or gives another number of examples, or one that cannot be used.
+            UserError: the inner domain raises, or gives another number of examples, or one that cannot be used.
         """
         with self._calling("draw"):
             drawn = list(self.inner.draw(split, count, seed))
@@ -84,14 +84,14 @@ class OwnDomain(Domain):
         """The inner domain's score as a float in [0, 1].
 
         Raises:
-            UserError: it raises, or gives anything else.
+            UserError: the inner domain raises, or gives anything else.
         """
         with self._calling(f"score, {_shown(example)}"):
             value = self.inner.score(example, completion)
         return self._score(value, example)
 
     def score_all(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-        """The inner domain's scores as floats in [0, 1]; see `score` for what raises."""
+        """The inner domain's scores as floats in [0, 1]; raises as `score` does."""
         if type(self.inner).score_all is Domain.score_all:
             return [self.score(example, completion) for example, completion in pairs]
         with self._calling("score_all"):
@@ -159,7 +159,7 @@ class OwnDomain(Domain):
         for field, text in texts.items():
             if not isinstance(text, str):
                 raise self._mistake(f"{where}: {field} is no text but {text!r:.60}")
-            # Where a score needs no gold answer there may be none; `demonstration` refuses to teach it.
+            # If scoring needs no gold answer, it may be empty; `demonstration` refuses to teach it.
             if not text.strip() and field != "answer":
                 raise self._mistake(f"{where}: {field} is empty")
         if example.domain != self.name:
@@ -189,7 +189,7 @@ class OwnDomain(Domain):
 
 @contextmanager
 def calling(key: str, file: Path, what: str) -> Iterator[None]:
-    """Turn what a person's code raises, an exit too, into a UserError that names file, line and call."""
+    """Turn any error or exit of a user's code into a UserError that names file, line and call."""
     try:
         yield
     except (UserError, ConnectionError):
@@ -201,13 +201,13 @@ def calling(key: str, file: Path, what: str) -> Iterator[None]:
 
 
 def load_own(name: str, file: Path, options: Mapping[str, Any], validate: Any) -> OwnDomain:
-    """Make a domain of a person's file.
+    """Make a domain from a user's file.
 
     Args:
         name: The domain's key in the run file.
         file: The Python file.
-        options: Its entry's options.
-        validate: Makes its `Options` of them.
+        options: The options of its entry.
+        validate: Converts them to the file's `Options`.
 
     Raises:
         UserError: the file cannot be imported, or its `load` raises or makes no domain.
@@ -222,10 +222,10 @@ def load_own(name: str, file: Path, options: Mapping[str, Any], validate: Any) -
 
 
 def own_module(name: str, file: Path) -> Any:
-    """Import a person's file under a name of its own, once in a process.
+    """Import a user's file under a unique name, once per process.
 
     Raises:
-        UserError: it is not there, raises or ends the process, or lacks `Options` or `load`.
+        UserError: the file does not exist, raises or ends the process, or lacks `Options` or `load`.
     """
     key = f"domains.{name}.kind"
     if not file.is_file():

@@ -1,7 +1,7 @@
 """Digit sums: a whole domain in one short file, which `mopd add-expert --module FILE` copies for you to change.
 
-A domain draws examples and scores completions. What an expert is rewarded for in RL, and what every checkpoint is
-measured by, is `score` alone.
+A domain draws examples and scores completions. `score` alone is both the reward in RL and the measure of every
+checkpoint.
 """
 
 import random
@@ -13,13 +13,13 @@ from base.hashing import stable_hash
 from experts.domain import TRAIN, Domain, Example, in_train
 from experts.domain import Options as DomainOptions
 
-# Share of the examples that nothing trains on.
+# Share of the examples that are never trained on.
 HELD_OUT_SHARE = 0.25
 DRAWS = 100
 
 
 class Options(DomainOptions):
-    """What the run file may set under `options`."""
+    """Options that the run file may set under `options`."""
 
     digits: int = Field(4, ge=2, le=12, description="Length of the numbers.")
 
@@ -32,7 +32,7 @@ class OwnDomain(Domain):
         self.options = options
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
-        """Draw examples with distinct prompts; the prompt's hash alone says on which side of the split it is."""
+        """Draw examples with distinct prompts; the prompt's hash alone decides its side of the split."""
         self.check_split(split)
         rng, found = random.Random(f"{seed}/{split}"), dict[str, Example]()
         for _ in range(DRAWS * count):
@@ -46,11 +46,11 @@ class OwnDomain(Domain):
         return list(found.values())
 
     def score(self, example: Example, completion: str) -> float:
-        """1 for the right sum and nothing else, 0 for any other text."""
+        """1 for the right sum without other text, else 0."""
         return float(completion.strip() == example.answer)
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the examples and their scores; this file's own text is added for you."""
+        """Hash of everything that determines examples and scores; this file's text is added automatically."""
         return stable_hash(["digit_sum", self.options.model_dump()])
 
     def _example(self, rng: random.Random) -> Example:

@@ -1,8 +1,8 @@
-"""How often the product's intervals cover the truth and its tests are wrong, by simulation.
+"""Simulates how often the intervals cover the true value and how often the tests are wrong.
 
     python -m studies.calibration [--trials 2000] [--json FILE]
 
-prints a line for each case with its bounds, and exits with 1 where one is outside. `docs/evidence.md` has its table.
+prints a line for each case with its bounds, and exits with 1 if any case is outside. `docs/evidence.md` has its table.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from evals.comparison.results import BASELINES, MIN_SEEDS, STUDENT, Expert, Resu
 from evals.comparison.scores import Scores
 from evals.config.claims import ComparisonConfig, Expectation, FitConfig
 from evals.promotion.gate import judge
-from evals.statistics.crossed import over_both, over_examples
-from evals.statistics.hypotheses import non_inferiority
+from evals.statistics.crossed_effects import over_both, over_examples
 from evals.statistics.interval import Interval
 from evals.statistics.intervals import mean_over, mean_over_domains
+from evals.statistics.tests_of_scores import non_inferiority
 from evals.statistics.units import by_unit
 from experts.domain import HELD_OUT
 
-# A 95 % interval may cover 92 % at the least; near 0 and 1 no width of it covers less than all.
+# A 95 % interval must cover at least 92 %. There is no upper bound: near 0 and 1 any interval may cover all.
 COVERED = (0.92, 1.0)
 LEVEL = 0.025
-# What is told as 2.5 % may be 4 %.
+# A nominal level of 2.5 % may be 4 %.
 WRONG = (0.0, 0.04)
 MARGIN = 0.08
 
@@ -44,10 +44,10 @@ class Case:
     Attributes:
         what: The quantity.
         setting: Its parameters.
-        value: How often, of all trials.
-        low: The least that is right.
-        high: The most.
-        trials: How many.
+        value: The share of trials.
+        low: The least share that is right.
+        high: The largest share that is right.
+        trials: Number of trials.
     """
 
     what: str
@@ -59,16 +59,16 @@ class Case:
 
     @property
     def holds(self) -> bool:
-        """Whether the value is inside its bounds, but for three standard errors of the simulation."""
+        """Whether the value is inside its bounds, allowing three standard errors of the simulation."""
         error = 3 * (max(self.value * (1 - self.value), 1 / self.trials) / self.trials) ** 0.5
         return self.low - error <= self.value <= self.high + error
 
 
 def covered(
-    draw: Callable[[], Mapping[str, np.ndarray]], truth: float, told: Callable[..., Interval], trials: int
+    draw: Callable[[], Mapping[str, np.ndarray]], truth: float, interval_of: Callable[..., Interval], trials: int
 ) -> float:
-    """How often the interval holds the truth."""
-    found = [told(draw()) for _ in range(trials)]
+    """The share of trials in which the interval covers the true value."""
+    found = [interval_of(draw()) for _ in range(trials)]
     return float(np.mean([each.low <= truth + 1e-12 and truth - 1e-12 <= each.high for each in found]))
 
 
@@ -124,16 +124,16 @@ def recoveries(rng: np.random.Generator, trials: int) -> Iterator[Case]:
                 luck_N = rng.random(examples)
                 own_N = np.where(rng.random(examples) < 2 / 3, luck_N, rng.random(examples))
                 right = rng.random(examples) < start, luck_N < teacher, own_N < student
-                told = recovery({"a": Triple(*(row_N[None].astype(float) for row_N in right))})
-                found += [told.low <= truth <= told.high] if told else []
+                interval = recovery({"a": Triple(*(row_N[None].astype(float) for row_N in right))})
+                found += [interval.low <= truth <= interval.high] if interval else []
             setting = f"teacher={teacher:g} student={student:g} n={examples}"
             yield Case("recovery covered", setting, float(np.mean(found)), *COVERED, len(found))
 
 
 def levels(rng: np.random.Generator, trials: int) -> Iterator[Case]:
-    """How often a student at the margin below its teacher passes, and one that is 3 points below.
+    """How often a student at the margin below its teacher passes, and how often one that is 3 points below.
 
-    The power may be 3 points lower than that of the t-test without made-up examples, on the same draws.
+    The power may be 3 points lower than that of the t-test without added examples, on the same draws.
     """
 
     def passes(examples: int, won: float, lost: float) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def unit_levels(rng: np.random.Generator, trials: int) -> Iterator[Case]:
 
 
 def runs(rng: np.random.Generator, trials: int) -> Iterator[Case]:
-    """Whole runs with several merges: the winner's interval, and the gate that may take any of them."""
+    """Whole runs with several merges: the winner's interval, and the gate's choice among them."""
     for rivals in (1, 4, 9):
         few = max(100, trials // 10)
         outs = passed = 0
@@ -228,7 +228,7 @@ def fits(rng: np.random.Generator, trials: int) -> Iterator[Case]:
 def pages(rng: np.random.Generator, trials: int) -> Iterator[Case]:
     """How often a page of thirty tests shows, or contradicts, anything where each is at its limit.
 
-    Ten differences are 0, ten are a margin below, ten are a margin apart; half of an example's answer is luck of the
+    Ten differences are 0, ten are a margin below, ten are a margin apart. Half of an example's answer depends on the
     seed, and with three seeds and more the seeds themselves scatter by 2 points.
     """
     kinds: tuple[tuple[Expectation, float], ...] = (("above", 0.0), ("not_below", -MARGIN), ("within", MARGIN))
@@ -260,10 +260,10 @@ SECTIONS = (scores, differences, recoveries, levels, unit_levels, runs, fits, pa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print every case; 1 where one does not hold."""
+    """Print every case; 1 if one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000, help="Of a case that is quick; others have fewer.")
-    parser.add_argument("--json", type=Path, help="Keep the cases here.")
+    parser.add_argument("--trials", type=int, default=2000, help="Trials of a quick case; others have fewer.")
+    parser.add_argument("--json", type=Path, help="Write the cases to this file.")
     asked = parser.parse_args(arguments)
     cases: list[Case] = []
     for section in SECTIONS:

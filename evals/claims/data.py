@@ -1,4 +1,4 @@
-"""What was measured of hypotheses as JSON: with it they are judged again, by a reader or after the scores are gone."""
+"""The measurements of hypotheses as JSON, from which they can be judged again, also after the scores are deleted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -6,23 +6,24 @@ from typing import Any
 
 from evals.claims.verdicts import Finding, judged
 from evals.config.claims import HypothesisConfig
-from evals.statistics.crossed import Estimate, Part
+from evals.statistics.crossed_effects import Estimate, Part
 
 
 def findings_data(found: Sequence[Finding]) -> list[dict[str, Any]]:
-    """A row a test, with its measurement and its verdict."""
+    """One row for each test, with its measurement and its verdict."""
     return [{**asdict(one), "config": one.config.model_dump(mode="json")} for one in found]
 
 
 def findings_again(
     rows: Sequence[Mapping[str, Any]], hypotheses: Mapping[str, HypothesisConfig], confidence: float
 ) -> list[Finding]:
-    """Judge the tests of a run file by measurements that `findings_data` wrote.
+    """Judge the tests of a run file from measurements that `findings_data` wrote.
 
     Args:
         rows: The measurements.
-        hypotheses: As the run file has them now: what they expect, not what is compared, may have changed.
-        confidence: Of the intervals.
+        hypotheses: As the run file has them now. The expectations may have changed since the measurement, the
+            comparisons not.
+        confidence: Level of the intervals.
 
     Raises:
         ValueError: a test of the run file compares other checkpoints, or by another measure, than its measurement.

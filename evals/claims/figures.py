@@ -1,7 +1,7 @@
-"""Figures of the page of claims: fits as points with their curves, slopes as lines, contrasts of scores as intervals,
-and of what has one value a seed these values.
+"""Figures of the page of claims: fits as points with their curves, slopes as lines, contrasts of scores as intervals.
+Measures with one value per seed are drawn as these values.
 
-On white, for a Markdown page has no colours of its own to take.
+The background is white, because a Markdown page has no theme colours to adopt.
 """
 
 import io
@@ -25,7 +25,7 @@ LINES = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9")
 
 
 def claim_figure(own: Sequence[Finding]) -> str | None:
-    """The figure of one hypothesis as an SVG document, a panel for each kind of test; None where there is nothing."""
+    """The figure of one hypothesis as SVG, one panel for each kind of test; None if nothing was measured."""
     measured = [one for one in own if one.interval is not None]
     fits = [one for one in measured if one.coefficients]
     slopes = [one for one in measured if one.config.slope]
@@ -44,14 +44,14 @@ def claim_figure(own: Sequence[Finding]) -> str | None:
 
 
 def _fits(fits: Sequence[Finding], axes: Any) -> None:
-    """Every checkpoint by its two measures, and the least-squares parabola of each fit."""
+    """Plot each checkpoint by its two measures, and the least-squares parabola of each fit."""
     first = fits[0].config
     assert first.fit is not None
     points = {name: point for one in fits for name, point in one.points.items()}
     axes.scatter([x for x, _ in points.values()], [100 * y for _, y in points.values()], color=LINES[0], zorder=3)
     ordered = sorted(points, key=lambda name: points[name])
     for number, name in enumerate(ordered, 1):
-        # Neighbours' numbers go to different sides; their names would lie on each other.
+        # Neighbours' labels go to different sides; otherwise they would overlap.
         offset, side = (((6, 3), "left"), ((-6, 3), "right"), ((6, -9), "left"))[number % 3]
         x, y = points[name]
         axes.annotate(str(number), (x, 100 * y), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
@@ -71,7 +71,7 @@ def _fits(fits: Sequence[Finding], axes: Any) -> None:
 
 
 def _slopes(slopes: Sequence[Finding], axes: Any) -> None:
-    """Each checkpoint's mean over its setting, a line a test."""
+    """Plot each checkpoint's mean over its setting, one line for each test."""
     for one, colour in zip(slopes, cycle(LINES), strict=False):
         assert one.config.slope is not None
         points = sorted((setting, 100 * one.values[name]) for name, setting in one.config.slope.items())
@@ -89,7 +89,7 @@ def _slopes(slopes: Sequence[Finding], axes: Any) -> None:
 
 
 def _intervals(found: Sequence[Finding], axes: Any) -> None:
-    """A forest plot: each test's contrast with its interval and its margin."""
+    """Draw a forest plot: each test's contrast with its interval and its margin."""
     for place, one in enumerate(reversed(found)):
         assert one.interval is not None
         value = Interval(*(100 * bound for bound in (one.interval.mean, one.interval.low, one.interval.high)))
@@ -106,7 +106,7 @@ def _intervals(found: Sequence[Finding], axes: Any) -> None:
 
 
 def _seed_rows(found: Sequence[Finding]) -> dict[str, dict[str, list[float]]]:
-    """Unit -> row's label -> a value a seed; tests that share a checkpoint's measure share its row."""
+    """Unit -> row label -> one value for each seed; tests that share a checkpoint's measure share its row."""
     panels: dict[str, dict[str, list[float]]] = {}
     for one in found:
         title, unit, scale, _ = UNITS[one.config.measure]
@@ -116,13 +116,13 @@ def _seed_rows(found: Sequence[Finding]) -> dict[str, dict[str, list[float]]]:
 
 
 def _seed_values(unit: str, rows: dict[str, list[float]], axes: Any) -> None:
-    """A row a checkpoint and measure: a dot a seed, and the mean as a line."""
+    """Draw a row for each checkpoint and measure: a dot for each seed, and the mean as a line."""
     for place, values in enumerate(reversed(rows.values())):
         axes.plot(values, [place] * len(values), "o", color=LINES[0], alpha=0.6, markersize=5)
         axes.plot([float(np.mean(values))] * 2, [place - 0.3, place + 0.3], color=LINES[1], linewidth=1.6)
     axes.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel(f"{unit}; a dot a seed, a line their mean")
+    axes.set_xlabel(f"{unit}; one dot per seed, the line is their mean")
 
 
 def _drawn(panels: Sequence[tuple[float, Callable[[Any], None]]]) -> str:
@@ -139,7 +139,7 @@ def _drawn(panels: Sequence[tuple[float, Callable[[Any], None]]]) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as a document that is the same for the same values."""
+    """The figure as an SVG document; equal values give equal bytes."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()

@@ -1,9 +1,9 @@
-"""What a run's hypotheses come to: each a contrast of checkpoints, or a fit, measured and then judged.
+"""Measures and judges a run's hypotheses, each a contrast of checkpoints or a fit.
 
-Measures by example (`score`, `sampled`, `passes`, `drop`) are paired by example and seed; with `MIN_SEEDS` seeds and
-more their interval speaks of new seeds and new examples, with fewer of new examples alone, for these seeds
-(`evals.statistics.crossed`). Measures with one value a checkpoint and seed (shift, cost) are paired by seed and take
-the t interval over seeds. `evals.claims.verdicts` judges them.
+Measures by example (`score`, `sampled`, `passes`, `drop`) are paired by example and seed. With at least `MIN_SEEDS`
+seeds their interval is for new seeds and new examples; with fewer it is for new examples of the same seeds
+(`evals.statistics.crossed_effects`). Measures with one value per checkpoint and seed (shift, cost) are paired by seed
+and take the t interval over seeds. `evals.claims.verdicts` judges them.
 
 Shape suffixes: `C` checkpoints, `S` seeds, `N` examples.
 """
@@ -17,7 +17,7 @@ from evals.claims.measures import by_example, by_seed, start_score
 from evals.claims.verdicts import Finding, judged
 from evals.comparison.results import MIN_SEEDS, Results
 from evals.config.claims import EXAMPLE_MEASURES, HypothesisConfig
-from evals.statistics.crossed import Estimate, over_both, over_examples, over_seeds
+from evals.statistics.crossed_effects import Estimate, over_both, over_examples, over_seeds
 
 
 def findings(results: Results, hypotheses: Mapping[str, HypothesisConfig]) -> list[Finding]:
@@ -45,27 +45,27 @@ def _by_example(results: Results, blank: Finding) -> Finding:
     seeds, tables = found
     weights = list(test.weights.values())
     strata = {domain: np.tensordot(weights, table_CSN, axes=1) for domain, table_CSN in tables.items()}
-    # Of an example that is won by every checkpoint with a weight above 0, and lost by the others.
+    # The contrast of an example that every checkpoint with a weight above 0 wins and all others lose.
     largest = sum(map(abs, weights)) / 2
     estimate = (over_both if len(seeds) >= MIN_SEEDS else over_examples)(strata, largest)
     means_CS = np.mean([table_CSN.mean(axis=2) for table_CSN in tables.values()], axis=0)
-    told = _told(blank, seeds, means_CS, estimate)
-    return replace(told, start=start_score(results, test), examples=next(iter(tables.values())).shape[-1])
+    finding = _measured(blank, seeds, means_CS, estimate)
+    return replace(finding, start=start_score(results, test), examples=next(iter(tables.values())).shape[-1])
 
 
 def _by_seed(results: Results, blank: Finding) -> Finding:
-    """The contrast of values that a checkpoint has one of for each seed; no estimate with one seed."""
+    """The contrast of a measure with one value per checkpoint and seed; no estimate with a single seed."""
     columns = {name: by_seed(results, name, blank.config) for name in blank.config.weights}
     seeds = [seed for seed in results.seeds if all(seed in column for column in columns.values())]
     if not seeds:
         return blank
     values_CS = np.array([[column[seed] for seed in seeds] for column in columns.values()])
     contrast_S = np.array(list(blank.config.weights.values())) @ values_CS
-    return _told(blank, seeds, values_CS, over_seeds(contrast_S) if len(seeds) > 1 else None)
+    return _measured(blank, seeds, values_CS, over_seeds(contrast_S) if len(seeds) > 1 else None)
 
 
-def _told(blank: Finding, seeds: list[int], values_CS: np.ndarray, estimate: Estimate | None) -> Finding:
-    """What both kinds of measures come to."""
+def _measured(blank: Finding, seeds: list[int], values_CS: np.ndarray, estimate: Estimate | None) -> Finding:
+    """The finding of either kind of measure."""
     test = blank.config
     contrast_S = np.array(list(test.weights.values())) @ values_CS
     rows = dict(zip(test.weights, values_CS, strict=True))
@@ -80,7 +80,7 @@ def _told(blank: Finding, seeds: list[int], values_CS: np.ndarray, estimate: Est
 
 
 def _fitted(results: Results, blank: Finding) -> Finding:
-    """The points of a fit: a checkpoint each, means over seeds."""
+    """The points of a fit: one for each checkpoint, means over seeds."""
     test = blank.config
     assert test.fit is not None
     across = test.model_copy(update={"measure": test.fit.x, "domains": test.fit.x_domains})

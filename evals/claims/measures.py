@@ -1,4 +1,4 @@
-"""What a test of the run file measures of a checkpoint: by example, or one value a seed.
+"""The measures that a test of the run file compares: per example, or one value per seed.
 
 Shape suffixes: `C` checkpoints, `S` seeds, `N` examples.
 """
@@ -60,7 +60,7 @@ def by_seed(results: Results, name: str, test: ComparisonConfig) -> dict[int, fl
 
 
 def start_score(results: Results, test: ComparisonConfig) -> float | None:
-    """The start's mean score on what a test of scores or of drops is about; None for other measures."""
+    """The start's mean score on a test's domains if it measures scores or drops; None for other measures."""
     if test.measure not in EXAMPLE_MEASURES:
         return None
     plain = test

@@ -1,4 +1,4 @@
-"""What became of a run's hypotheses, for people: a table of the report, and the page of claims as Markdown."""
+"""The results of a run's hypotheses for readers: a table of the report, and the page of claims as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Judged:
         file: The run file.
         results: Its results.
         found: Its findings.
-        figures: hypothesis -> an image, as a path beside the page.
+        figures: hypothesis -> path of its image, relative to the page.
     """
 
     file: Path
@@ -47,7 +47,7 @@ class Judged:
 
 
 def hypotheses_grid(results: Results) -> Grid | None:
-    """Every test of the run's hypotheses; None where there are none."""
+    """A row for every test of the run's hypotheses; None where there are none."""
     if not results.hypotheses:
         return None
     rows = [
@@ -66,7 +66,7 @@ def hypotheses_grid(results: Results) -> Grid | None:
 
 
 def what(results: Results, test: ComparisonConfig) -> str:
-    """What is compared, in words."""
+    """The comparison of a test, in words."""
     title = UNITS[test.measure][0]
     if test.measure in EXAMPLE_MEASURES or test.measure.startswith(("kl", "entropy", "length", "repetition")):
         split = ", unseen kind" if test.split != "held_out" else ""
@@ -87,7 +87,7 @@ def what(results: Results, test: ComparisonConfig) -> str:
 
 
 def expectation(finding: Finding) -> str:
-    """What was expected, with the margin in the measure's unit."""
+    """The expectation of a test, with the margin in the measure's unit."""
     test = finding.config
     margin = f"{test.margin:g}" if test.fit else _number(test.margin, test)
     return {
@@ -113,7 +113,7 @@ def measured(finding: Finding) -> str:
 
 
 def p_of(finding: Finding) -> str:
-    """Holm's p of what is expected, or of the opposite where that has the smaller one."""
+    """Holm's p-value of the expectation, or of its opposite if that is smaller."""
     p, other = finding.p, finding.opposite_p
     if p is None or other is None:
         return ABSENT
@@ -125,8 +125,8 @@ def claims_page(tested: Sequence[Judged], intro: str) -> str:
     """The page of claims: an overview, then each claim with its tests, values and figures.
 
     Args:
-        tested: Runs in the order in which they are told.
-        intro: How it was made, as Markdown.
+        tested: The runs, in the order of the page.
+        intro: How the page was made, as Markdown.
     """
     claims: dict[str, str] = {}
     for run in tested:
@@ -139,7 +139,7 @@ def claims_page(tested: Sequence[Judged], intro: str) -> str:
         for run in tested:
             for key, hypothesis in run.results.hypotheses.items():
                 if _claim(key) == claim:
-                    parts += _told(run, key, hypothesis)
+                    parts += _tests(run, key, hypothesis)
     return "\n\n".join(parts) + "\n"
 
 
@@ -153,11 +153,11 @@ def _overview(tested: Sequence[Judged], claims: Mapping[str, str], ordered: Sequ
             if _claim(one.hypothesis) == claim
         ]
         rows.append(f"| {claim} | {claims[claim]} | {'<br>'.join(verdicts)} |")
-    return "\n".join(["| claim | says | verdicts |", "| --- | --- | --- |", *rows])
+    return "\n".join(["| claim | statement | verdicts |", "| --- | --- | --- |", *rows])
 
 
-def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
-    """A run's tests of one claim: what was compared, found and judged; then each checkpoint's own value."""
+def _tests(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
+    """A run's tests of one claim: comparison, measurement and verdict; then each checkpoint's own value."""
     own = [one for one in run.found if one.hypothesis == key]
     rows = [
         f"| {one.test.replace('_', ' ')} | {what(run.results, one.config)} | {expectation(one)} | {measured(one)} | "
@@ -180,7 +180,7 @@ def _told(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
 
 
 def _marked(finding: Finding) -> str:
-    """The verdict as Markdown: what was shown or contradicted is bold."""
+    """The verdict as Markdown; `shown` and `contradicted` are bold."""
     return f"**{finding.label}**" if finding.verdict in ("shown", "contradicted") else finding.label
 
 
@@ -193,12 +193,12 @@ def _values(own: Sequence[Finding]) -> str:
         start = "" if one.start is None else f"; the start scores {100 * one.start:.1f} %"
         if one.coefficients:
             squared, linear, constant = one.coefficients
-            said = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
-            lines.append(f"- {one.test.replace('_', ' ')}: {said}{start}")
+            values = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
+            lines.append(f"- {one.test.replace('_', ' ')}: {values}{start}")
             continue
         unit = UNITS[one.config.measure][1].replace("points", "%")
-        said = ", ".join(f"{short(name)} {_number(value, one.config)}" for name, value in one.values.items())
-        lines.append(f"- {one.test.replace('_', ' ')}: {said} ({unit}; {UNITS[one.config.measure][0]}){start}")
+        values = ", ".join(f"{short(name)} {_number(value, one.config)}" for name, value in one.values.items())
+        lines.append(f"- {one.test.replace('_', ' ')}: {values} ({unit}; {UNITS[one.config.measure][0]}){start}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -208,7 +208,7 @@ def _number(value: float, test: ComparisonConfig, signed: bool = False) -> str:
 
 
 def short(name: str) -> str:
-    """A checkpoint as a reader calls it: `expert sort`, `student half`, `baseline ties`."""
+    """A checkpoint's name for readers: `expert sort`, `student half`, `baseline ties`."""
     for prefix, role in (("experts/", "expert"), (VARIANTS, STUDENT), (BASELINES, "baseline")):
         if name.startswith(prefix):
             return f"{role} {name.removeprefix(prefix).replace('_', ' ')}"
@@ -216,7 +216,7 @@ def short(name: str) -> str:
 
 
 def _claim(key: str) -> str:
-    """The claim a hypothesis speaks of: `C1` of `C1_spelling`."""
+    """The claim that a hypothesis belongs to: `C1` of `C1_spelling`."""
     return key.partition("_")[0]
 
 

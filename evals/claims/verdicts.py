@@ -1,7 +1,7 @@
 """Verdicts on measured hypotheses.
 
-Each test has two p-values, of what is expected and of its opposite, both on the two-sided scale (twice the one-sided
-one), and both corrected by Holm over all tests of the run file:
+Each test has two p-values, one of the expectation and one of its opposite. Both are on the two-sided scale (twice the
+one-sided p-value), and both are corrected by Holm over all tests of the run file:
 
     above, below     the contrast is above, or below, 0; the opposite is the other sign
     within           it lies within the margins (two one-sided tests, Schuirmann 1987); the opposite is outside
@@ -9,9 +9,9 @@ one), and both corrected by Holm over all tests of the run file:
     not_above
     fit              the parabola explains more than the margin; the opposite is less
 
-`shown` and `contradicted` need a corrected p below 1 - confidence. A margin that the start itself would keep in the
-place of the first checkpoint shows nothing: `not informative`. What has values and no test, because there is one seed
-or are fewer than `MIN_POINTS` independent points, `cannot be judged`. Anything else is `not shown`.
+`shown` and `contradicted` need a corrected p below 1 - confidence. A test is `not informative` if the start itself, in
+place of the first checkpoint, would keep the margin. A test `cannot be judged` if it has values but only one seed, or
+fewer than `MIN_POINTS` independent points. Anything else is `not shown`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,42 +22,43 @@ import numpy as np
 
 from evals.comparison.results import MIN_SEEDS
 from evals.config.claims import EXAMPLE_MEASURES, ComparisonConfig
-from evals.statistics.crossed import Estimate
+from evals.statistics.crossed_effects import Estimate
 from evals.statistics.fit import MIN_POINTS, Fit, quadratic_fit
-from evals.statistics.hypotheses import holm
 from evals.statistics.interval import Interval
+from evals.statistics.tests_of_scores import holm
 
-Verdict = Literal["shown", "not shown", "contradicted", "not informative", "cannot be judged", "not measured"]
+ClaimVerdict = Literal["shown", "not shown", "contradicted", "not informative", "cannot be judged", "not measured"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one test, with what a reader needs to compute it again.
+    """The result of one test, with all that is needed to compute it again.
 
     Attributes:
         hypothesis: Its key in the run file, such as `C1`.
         test: The test's name.
         config: The test as the run file has it.
         verdict: See the module.
-        interval: Of the contrast, or of the share of variance a fit explains; None where there is no estimate.
-        p: Of what is expected, after Holm's correction; None where there is no estimate.
-        opposite_p: Of the opposite, after Holm's correction.
+        interval: Interval of the contrast, or of the share of variance that a fit explains; None where there is no
+            estimate.
+        p: P-value of the expectation, after Holm's correction; None where there is no estimate.
+        opposite_p: P-value of the opposite, after Holm's correction.
         raw_p: `p` before the correction.
-        estimate: Of the contrast; None for a fit, and where there is one seed alone.
+        estimate: Estimate of the contrast; None for a fit, and where there is only one seed.
         values: Each checkpoint's own mean, where it was measured.
         by_seed: checkpoint -> seed -> its own mean.
         contrast: seed -> the contrast, a mean over examples and domains.
         start: The start's mean score on the same examples, where the measure is a score or a drop.
-        seeds: How many seeds it rests on.
-        examples: How many independent examples of each seed; 0 for measures without.
-        points: Of a fit: checkpoint -> what predicts and what is predicted, means over seeds.
-        coefficients: Of a fit: of x², x and 1.
+        seeds: Number of seeds measured.
+        examples: Number of independent examples of each seed; 0 for measures without examples.
+        points: For a fit: checkpoint -> predictor and predicted measure, means over seeds.
+        coefficients: For a fit: coefficients of x², x and 1.
     """
 
     hypothesis: str
     test: str
     config: ComparisonConfig
-    verdict: Verdict = "not measured"
+    verdict: ClaimVerdict = "not measured"
     interval: Interval | None = None
     p: float | None = None
     opposite_p: float | None = None
@@ -74,13 +75,13 @@ class Finding:
 
     @property
     def of_these_seeds(self) -> bool:
-        """Whether it speaks of the seeds that were run alone: examples are the only thing that was repeated."""
+        """Whether the verdict holds for the seeds that were run only: no more than examples were repeated."""
         few = 0 < self.seeds < MIN_SEEDS
         return few and self.config.measure in EXAMPLE_MEASURES and self.config.fit is None
 
     @property
     def label(self) -> str:
-        """The verdict with what it speaks of."""
+        """The verdict, with `of these seeds` where it holds for them only."""
         judged = self.verdict in ("shown", "contradicted")
         return f"{self.verdict} of these seeds" if judged and self.of_these_seeds else self.verdict
 
@@ -107,7 +108,7 @@ def judged(found: Sequence[Finding], confidence: float) -> list[Finding]:
 
 
 def _fit(finding: Finding) -> Fit | None:
-    """The parabola through a fit's points, those of one group taken as their mean where there are groups enough."""
+    """The parabola through a fit's points; with `MIN_POINTS` groups or more, each group counts as its mean."""
     asked, points = finding.config.fit, finding.points
     if asked is None or not points:
         return None
@@ -118,7 +119,7 @@ def _fit(finding: Finding) -> Fit | None:
 
 
 def _tails(finding: Finding, fit: Fit | None) -> tuple[float, float] | None:
-    """Two-sided p-values of what is expected and of its opposite; None where neither can be tested."""
+    """Two-sided p-values of the expectation and of its opposite; None where neither can be tested."""
     margin = finding.config.margin
     if fit is not None:
         if fit.points < MIN_POINTS:
@@ -144,8 +145,8 @@ def _doubled(p: float) -> float:
     return min(1.0, 2 * p)
 
 
-def _verdict(finding: Finding, level: float) -> Verdict:
-    """Judge corrected p-values by what was expected."""
+def _verdict(finding: Finding, level: float) -> ClaimVerdict:
+    """The verdict that follows from the corrected p-values."""
     if finding.p is None or finding.opposite_p is None:
         return "cannot be judged" if finding.values else "not measured"
     if finding.p < level:
@@ -154,10 +155,10 @@ def _verdict(finding: Finding, level: float) -> Verdict:
 
 
 def _informs(finding: Finding) -> bool:
-    """Whether the margin of a comparison is below what the second checkpoint gained, or forgot, since the start.
+    """Whether the margin of a comparison is smaller than what the second checkpoint gained, or forgot, since the start.
 
-    The start in the place of the first would then not pass. Below an upper bound lies any start that learnt nothing,
-    so there it counts whether it is as near as the margin.
+    If so, the start in place of the first checkpoint would fail the test. A start that learnt nothing always lies below
+    an upper bound, so for these tests its distance from the second checkpoint is compared with the margin.
     """
     test = finding.config
     if test.compare is None or test.margin == 0 or finding.start is None:

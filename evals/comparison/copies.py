@@ -21,19 +21,19 @@ class Copies:
     """Looks for copies in what a checkpoint was trained on.
 
     Args:
-        trained: Of all domains, the checkpoint's ancestors included.
+        trained: What it was trained on in all domains, its ancestors included.
     """
 
     def __init__(self, trained: TrainedOn) -> None:
         self._groups = [_Index(prompts) for prompts in trained.groups.values()]
 
     def find(self, domain: Domain, examples: Sequence[Example]) -> list[str]:
-        """What each example has in common with the training data.
+        """The kind of copy of each example in the training data.
 
         Returns:
-            `UNIT` where what the domain splits by was trained on, `PROMPT` where a prompt of the same normal form was,
-            `NEAR` for most of a long prompt's shingles and the same numbers, else `NONE`. Prompts that differ in case
-            are no copies where their answers differ in case alone: there it is part of the exercise.
+            `UNIT` if the unit by which the domain splits was trained on, `PROMPT` if a prompt of the same normal form
+            was, `NEAR` for most of a long prompt's shingles and the same numbers, else `NONE`. Prompts that differ in
+            case are no copies where their answers differ in case alone: there it is part of the exercise.
         """
         forms = [normal_form(example.question) for example in examples]
         parts = [shingles(form) for form in forms]
@@ -48,12 +48,12 @@ class Copies:
             return UNIT
         if any(group.has_prompt(short_hash(form), answer) for group in self._groups):
             return PROMPT
-        told = short_hash(numbers(form))
-        return NEAR if any(group.has_near(runs_R, template_C, told) for group in self._groups) else NONE
+        numbers_hash = short_hash(numbers(form))
+        return NEAR if any(group.has_near(runs_R, template_C, numbers_hash) for group in self._groups) else NONE
 
 
 class _Index:
-    """One group, in the orders in which it is searched."""
+    """One group of prompts, sorted for each kind of search."""
 
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
@@ -75,13 +75,13 @@ class _Index:
                 return True
         return False
 
-    def has_near(self, runs_R: np.ndarray, template_C: np.ndarray, told: int) -> bool:
+    def has_near(self, runs_R: np.ndarray, template_C: np.ndarray, numbers_hash: int) -> bool:
         """Whether a prompt has the same numbers and at least `LIKENESS` of the shingles in common.
 
         Args:
             runs_R: All shingles of a held-out prompt.
             template_C: Those of its own domain's template.
-            told: Hash of its numbers.
+            numbers_hash: Hash of its numbers.
         """
         templates = np.union1d(template_C, self.prompts.template_C)
         own_R = without(runs_R, templates)
@@ -93,7 +93,7 @@ class _Index:
         if not places:
             return False
         rows, shared = np.unique(np.concatenate(places), return_counts=True)
-        like = (shared >= LIKENESS * FEWEST_SHINGLES) & (self.prompts.numbers_N[rows] == told)
+        like = (shared >= LIKENESS * FEWEST_SHINGLES) & (self.prompts.numbers_N[rows] == numbers_hash)
         return any(self._likeness(row, own_R, template_C) >= LIKENESS for row in rows[like].tolist())
 
     def _likeness(self, row: int, own_R: np.ndarray, template_C: np.ndarray) -> float:
@@ -107,7 +107,7 @@ class _Index:
 
 
 def _range(sorted_M: np.ndarray, value: int) -> slice:
-    """Where a value stands in a sorted array; empty at 0 where it does not."""
+    """The range of a value in a sorted array; empty at 0 where the value is absent."""
     wanted = sorted_M.dtype.type(value)
     low, high = (int(np.searchsorted(sorted_M, wanted, side=side)) for side in ("left", "right"))
     return slice(low, high) if high > low else slice(0, 0)

@@ -1,4 +1,4 @@
-"""Forgetting: how far a checkpoint falls below the start on what it was not trained for. Positive = forgot."""
+"""Forgetting: how far a checkpoint falls below the start on domains it was not trained for. Positive = forgot."""
 
 from dataclasses import dataclass
 

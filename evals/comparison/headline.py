@@ -16,7 +16,7 @@ MEAN, RECOVERY = "eval/mean/student", "eval/recovery"
 def headline(results: Results) -> dict[str, float]:
     """Means, recovery, and student, teacher and gap of each expert's domain, as shares.
 
-    The gap is the student's score less the teacher's. What was not measured has no key.
+    The gap is the student's score less the teacher's. Missing measurements have no key.
     """
     measured = {
         MEAN: results.mean_score(STUDENT),
@@ -51,15 +51,16 @@ def histograms(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, l
 
 @dataclass(frozen=True)
 class Compared:
-    """One checkpoint on one split of a domain, beside the teacher it is measured by and the start; shares in [0, 1].
+    """One checkpoint on one split of a domain, beside the teacher it is compared with and the start; shares in [0, 1].
 
     Attributes:
         domain: The domain.
         split: Which examples.
         own: The checkpoint's mean greedy score.
-        teacher: The domain's teacher's, of the same seed; None where it was not scored, or nobody teaches the domain.
-        start: That of the checkpoint the student starts from.
-        recovery: Share of the teacher's gain over the start; None where there is no gain to speak of.
+        teacher: The score of the domain's teacher of the same seed; None where it was not scored or there is no
+            teacher.
+        start: The score of the checkpoint the student starts from.
+        recovery: Share of the teacher's gain over the start; None where no gain is shown.
     """
 
     domain: str
@@ -71,7 +72,7 @@ class Compared:
 
 
 def compared(results: Results, name: str, seed: int) -> list[Compared]:
-    """A checkpoint of one seed on everything it was scored on, in the order of the results."""
+    """A checkpoint of one seed on every domain and split it was scored on, in the order of the results."""
     found = []
     for checkpoint, domain, split in results.cells:
         if checkpoint != name:

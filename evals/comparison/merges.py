@@ -1,4 +1,4 @@
-"""The ways one student was made of the same experts, side by side: how good, what was forgotten, what it cost."""
+"""The merges of the same experts side by side: scores, forgetting and cost."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class Merge:
     Attributes:
         name: `student` (MOPD), `baselines/NAME`, or `variants/NAME` (MOPD with other settings).
         score: Mean over the experts' domains.
-        over_student: The same less MOPD's, on the same examples; None for MOPD itself.
+        over_student: This score less MOPD's, on the same examples; None for MOPD itself.
         drop: Mean drop from the start on domains no expert trains.
-        cost: Of this merge alone, the experts not counted; a mean over seeds.
+        cost: Cost of this merge alone, without the experts; a mean over seeds.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Merge:
 
 
 def merges(results: Results) -> list[Merge]:
-    """MOPD, its variants and its baselines, in the graph's order; none where it stands alone."""
+    """MOPD, its variants and its baselines, in the graph's order; empty where MOPD is the only merge."""
     others = [name for name in results.checkpoints if name.startswith((BASELINES, VARIANTS))]
     if not others:
         return []
@@ -44,7 +44,7 @@ def merges(results: Results) -> list[Merge]:
 
 
 def best(found: list[Merge]) -> Merge | None:
-    """The one with the highest mean score; None where one was not scored."""
+    """The merge with the highest mean score; None if any was not scored."""
     scored = [(merge.score.mean, merge) for merge in found if merge.score is not None]
     return max(scored, key=lambda pair: pair[0])[1] if scored and len(scored) == len(found) else None
 
@@ -52,7 +52,7 @@ def best(found: list[Merge]) -> Merge | None:
 def lead(results: Results, found: list[Merge], first: Merge) -> Interval | None:
     """How far the best merge is ahead of MOPD, with an interval that holds for all comparisons with MOPD at once.
 
-    The winner's own interval would leave out 0 too often, for it is the best of several (Bonferroni).
+    The winner's own interval would exclude 0 too often, because it is the best of several (Bonferroni).
     """
     together = results.at_share(1 / max(1, len(found) - 1))
     return together.mean_difference(first.name, STUDENT, results.expert_domains)

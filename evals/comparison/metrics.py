@@ -7,10 +7,10 @@ from math import comb
 import numpy as np
 
 from evals.comparison.scores import Scores
-from evals.statistics.crossed import Estimate, over_both, over_examples
+from evals.statistics.crossed_effects import Estimate, over_both, over_examples
 from evals.statistics.interval import Interval
 
-# A ratio this far from its estimate has no bound.
+# Beyond this distance from the estimate the ratio counts as unbounded.
 LARGEST_STEP = 1e6
 
 
@@ -33,15 +33,15 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, *, new_see
 
     Args:
         domains: domain -> scores.
-        confidence: Of the interval.
+        confidence: Level of the interval.
         new_seeds: For new seeds as well as new examples; seeds are averaged otherwise.
 
     Returns:
-        None where the ratio says nothing: the teachers' gain is not shown to be above 0 at the interval's level, or a
+        None where the ratio is meaningless: the teachers' gain is not shown to be above 0 at the interval's level, or a
         domain has a single example.
 
     Raises:
-        ValueError: as for `evals.statistics.crossed.over_both`, where it is for new seeds.
+        ValueError: with `new_seeds`, as `evals.statistics.crossed_effects.over_both`.
     """
     over, tail = over_both if new_seeds else over_examples, (1 - confidence) / 2
     possible = {name: triple.teacher_SN - triple.start_SN for name, triple in domains.items()}
@@ -63,7 +63,7 @@ def recovery(domains: Mapping[str, Triple], confidence: float = 0.95, *, new_see
 
 
 def _crossing(distance: Callable[[float], float]) -> float:
-    """The step from 0 up at which a falling function crosses 0."""
+    """The smallest step from 0 upwards at which a falling function crosses 0."""
     from scipy.optimize import brentq
 
     step = 0.125

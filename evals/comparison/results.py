@@ -13,7 +13,7 @@ from evals.comparison.metrics import Triple, pass_at_k, recovery
 from evals.comparison.scores import Scores
 from evals.comparison.shifts import shift_metrics
 from evals.config.claims import HypothesisConfig
-from evals.statistics.crossed import over_both
+from evals.statistics.crossed_effects import over_both
 from evals.statistics.interval import Interval
 from evals.statistics.intervals import mean_interval, mean_over, mean_over_domains, paired_difference
 from evals.statistics.units import by_unit
@@ -21,18 +21,18 @@ from experts.domain import HELD_OUT
 
 ROLES = ("base", "cold_start", "teacher", "student")
 STUDENT, BASELINES, VARIANTS = "student", "baselines/", "variants/"
-# With fewer an interval for new seeds is too wide to say anything.
+# With fewer seeds an interval for new seeds is too wide to be of use.
 MIN_SEEDS = 3
 Cell = Mapping[int, Scores]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a checkpoint took to make.
+    """The cost of making a checkpoint.
 
     Attributes:
         tokens: Tokens the loss was computed on.
-        seconds: From start to checkpoint.
+        seconds: Time from the start of its stage to the checkpoint.
         memory: Most bytes held at one time; 0 where it was not recorded.
     """
 
@@ -43,7 +43,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Expert:
-    """Who learned what: its domain and `sft`, `rl` or `given` (trained elsewhere)."""
+    """An expert's domain and method: `sft`, `rl` or `given` (trained elsewhere)."""
 
     domain: str
     method: str
@@ -51,7 +51,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Results:
-    """All score sheets of a run; a sheet that is not there yet is absent.
+    """All score sheets of a run; sheets that do not exist yet are absent.
 
     Attributes:
         run: The run's name.
@@ -65,15 +65,15 @@ class Results:
         start: The checkpoint gains and drops are measured from.
         confidence: Level of all intervals.
         provenance: Content key and digest of each evaluation artifact, by node id.
-        costs: Mean over seeds of what a checkpoint took to make, by node name.
-        spent: The same of each seed: node name -> seed -> cost.
-        hypotheses: What the run file fixed beforehand.
+        costs: Node name -> cost of making the checkpoint, a mean over seeds.
+        spent: The cost of each seed: node name -> seed -> cost.
+        hypotheses: The hypotheses that the run file fixed beforehand.
         shift: How far a checkpoint moved from the start: (node name, measure, domain, or "" for its weights) -> seed ->
             value.
         kl_examples: (node name, domain) -> seed -> values [G] by independent example; their mean is the
             shift `kl_start`.
-        cosines: Of the task vectors of two experts, (name, another) -> seed -> cosine; each pair once.
-        left_out: Seeds of the run of which some scores are not there yet, where `of_shared_seeds` left them out.
+        cosines: (expert, other expert) -> seed -> cosine of their task vectors; each pair once.
+        left_out: Seeds that `of_shared_seeds` left out because some of their scores do not exist yet.
     """
 
     run: str
@@ -110,24 +110,24 @@ class Results:
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """Domains that no expert trains: where forgetting shows."""
+        """Domains that no expert trains, on which forgetting is measured."""
         return tuple(domain for domain in self.domains if domain not in self.expert_domains)
 
     def examples(self, domain: str) -> int:
-        """How many held-out examples of a domain were scored."""
+        """Number of held-out examples of a domain that were scored."""
         sheets = (sheet for key, cell in self.cells.items() if key[1:] == (domain, HELD_OUT) for sheet in cell.values())
         return next((len(sheet.rows) for sheet in sheets), 0)
 
     def teacher(self, domain: str) -> str | None:
-        """The teacher a domain's student is measured by: of several the heaviest, of equals the first in the run file.
+        """The teacher that a domain's student is compared with: that of the largest weight, or the first of equals.
 
-        Not the best by score: who that is changes with the examples drawn, and its score would be biased upwards.
+        It is not the best by score: that one changes with the examples drawn, and its score would be biased upwards.
         """
         weights = self.teachers.get(domain, {})
         return max(weights, key=lambda name: weights[name], default=None)
 
     def checkpoint(self, role: str, domain: str) -> str | None:
-        """The node name behind a role: `teacher` is the domain's own teacher, others name themselves."""
+        """The node name of a role: `teacher` is the domain's own teacher, any other role is a node name."""
         return self.teacher(domain) if role == "teacher" else role
 
     def aligned(
@@ -139,17 +139,17 @@ class Results:
         seeds: Sequence[int] | None = None,
         passes: bool = False,
     ) -> list[np.ndarray] | None:
-        """Scores `[S, N]` of several checkpoints over the seeds all of them have; None if there are none.
+        """Scores `[S, N]` of several checkpoints over the seeds that all of them have; None if there are none.
 
-        Examples of one unit come as one value (`evals.statistics.units`), so N is the number of units, or fewer.
+        Examples of one unit give one value (`evals.statistics.units`), so N is the number of units, or fewer.
 
         Args:
             names: Node names.
             domain: The domain.
             split: Which examples.
-            sampled: The mean of an example's sampled completions in place of the greedy one's score.
-            seeds: Only of these; the run's by default.
-            passes: 1 for a score above 0 and 0 for others, in place of the score.
+            sampled: Take the mean over an example's sampled completions instead of the greedy completion's score.
+            seeds: Restrict to these seeds; all seeds of the run by default.
+            passes: Return 1 for a score above 0 and 0 otherwise, instead of the score.
         """
         cells = [self.cells.get((name or "", domain, split), {}) for name in names]
         shared = [seed for seed in seeds or self.seeds if all(seed in cell for cell in cells)]
@@ -164,7 +164,7 @@ class Results:
         return [by_unit((table_SN > 0).astype(float) if passes else table_SN, units) for table_SN in tables]
 
     def of_shared_seeds(self) -> "Results":
-        """The results of the seeds that all scored cells have, so that the columns of a table are of the same models.
+        """The results of the seeds that all scored cells have, so that the columns of a table compare the same models.
 
         Unchanged where there is no such seed.
         """
@@ -176,11 +176,11 @@ class Results:
 
     @property
     def mixes_seeds(self) -> bool:
-        """Whether some cells are of other seeds than others."""
+        """Whether the cells have different seeds."""
         return len({frozenset(cell) for cell in self.cells.values()}) > 1
 
     def at_share(self, share: float) -> "Results":
-        """The same results, judged at this share of their level: with wider intervals."""
+        """The same results judged at this share of their level, which widens the intervals."""
         return replace(self, confidence=1 - (1 - self.confidence) * share)
 
     def score(self, role: str, domain: str, split: str = HELD_OUT) -> Interval | None:
@@ -202,7 +202,7 @@ class Results:
         return mean, reached, tries
 
     def shifted(self, name: str, measure: str, domains: Sequence[str]) -> dict[int, float]:
-        """seed -> a shift of a checkpoint: of its weights, or the mean over domains where every one was measured."""
+        """seed -> a checkpoint's shift: of its weights, or the mean over domains if every one was measured."""
         if (whole := self.shift.get((name, measure, ""))) is not None:
             return dict(whole)
         parts = [self.shift.get((name, measure, domain), {}) for domain in domains]
@@ -229,7 +229,7 @@ class Results:
             role: A role or checkpoint.
             other: Another.
             domains: The domains.
-            new_seeds: An interval for new seeds as well; None unless every seed was scored and there are `MIN_SEEDS`.
+            new_seeds: The interval is for new seeds as well; None unless all seeds, at least `MIN_SEEDS`, were scored.
         """
         differences = {}
         for domain in domains:
@@ -262,14 +262,14 @@ class Results:
         return recovery(triples, self.confidence, new_seeds=new_seeds)
 
     def speaks_of_seeds(self, scores_SN: np.ndarray) -> bool:
-        """Whether scores are of every seed and of enough, and of enough examples, for an interval for new seeds."""
+        """Whether the scores cover every seed, and enough seeds and examples for an interval for new seeds."""
         return len(scores_SN) == len(self.seeds) >= MIN_SEEDS and scores_SN.shape[1] > 1
 
 
 def metrics(results: Results) -> dict[str, float]:
     """The summary as flat metrics: `eval/DOMAIN/ROLE`, `eval/mean/ROLE`, recovery and forgetting, with `_low`/`_high`.
 
-    What was not measured has no key.
+    Missing measurements have no key.
     """
     values: dict[str, Interval | None] = {}
     for domain in results.domains:

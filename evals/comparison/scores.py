@@ -1,4 +1,4 @@
-"""Score sheets: what an evaluation wrote, read back and checked. Free of torch.
+"""Score sheets: the files that an evaluation wrote, read back and checked. Free of torch.
 
 Shape suffixes: `N` examples, `G` groups of them, `K` samples of each, `S` seeds.
 """
@@ -16,7 +16,7 @@ from evals.comparison.copies import NEAR
 from evals.statistics.units import by_unit
 
 FILE = "scores.jsonl"
-# Everyone is measured on the same examples, whatever the seed of its training.
+# All checkpoints are measured on the same examples, whatever the seed of their training.
 EXAMPLES_SEED = 0
 ROW_KEYS = {"id", "source", "prompt", "answer", "contaminated", "greedy", "samples"}
 COMPLETION_KEYS = {"completion", "score", "tokens", "truncated"}
@@ -29,7 +29,7 @@ class Scores:
     Attributes:
         domain: Name of the domain.
         split: `held_out` or `out_of_distribution`.
-        rows: One mapping an example, in the order all checkpoints share.
+        rows: One mapping per example, in the order that all checkpoints share.
     """
 
     domain: str
@@ -43,7 +43,7 @@ class Scores:
 
     @property
     def units(self) -> list[str]:
-        """What each example is made from; those of one unit are no independent evidence (`evals.statistics.units`)."""
+        """The unit of each example; examples of one unit are not independent evidence (`evals.statistics.units`)."""
         return [row["source"] for row in self.rows]
 
     @property
@@ -53,7 +53,7 @@ class Scores:
 
     @property
     def greedy_G(self) -> np.ndarray:
-        """The same as one value for each independent example; see `evals.statistics.units.by_unit`."""
+        """`greedy_N` as one value for each independent example; see `evals.statistics.units.by_unit`."""
         return by_unit(self.greedy_N, self.units)
 
     @property
@@ -71,17 +71,17 @@ class Scores:
 
     @property
     def contaminated(self) -> float:
-        """Share of examples with a copy in what the checkpoint was trained on, as far as that is known."""
+        """Share of examples with a copy in the checkpoint's recorded training data."""
         return float(np.mean([bool(row["contaminated"]) for row in self.rows]))
 
     @property
     def near_copies(self) -> float:
-        """Share of examples of which there is no more than a near copy."""
+        """Share of examples with no more than a near copy."""
         return float(np.mean([row.get("copy") == NEAR for row in self.rows]))
 
     @property
     def unknown(self) -> bool:
-        """Whether examples without a known copy may have one: not all of the training is recorded."""
+        """Whether examples without a copy found may have one, because not all training data are recorded."""
         return any(row["contaminated"] is None for row in self.rows)
 
     @property

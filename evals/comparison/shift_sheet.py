@@ -1,4 +1,4 @@
-"""How far a checkpoint moved from the run's start: `shift.json` and `cosines.json`, and their reading. Free of torch.
+"""Schemas and readers of `shift.json` and `cosines.json`: a checkpoint's distance from the run's start. Free of torch.
 
 Shape suffixes: `N` examples, `G` independent ones.
 """
@@ -15,7 +15,7 @@ from stages.config.training import Positive, Share, StrictModel
 
 SHIFT_FILE = "shift.json"
 COSINES_FILE = "cosines.json"
-# Of a domain, and of the weights.
+# Measures of a domain, and measures of the weights.
 DOMAIN_MEASURES = ("kl_start", "kl_policy", "entropy", "length", "repetition")
 WEIGHT_MEASURES = ("changed_bfloat16", "changed_float32", "rounded_away", "relative_norm")
 
@@ -26,11 +26,11 @@ class ExampleShift(StrictModel):
     """One prompt: a completion by the start and one by the checkpoint; divergences in nats, mean over its tokens."""
 
     id: str = Field(description="The example's.")
-    source: str = Field(description="What the example is made from; see `evals.statistics.units`.")
+    source: str = Field(description="The unit the example is made from; see `evals.statistics.units`.")
     kl_start: float = Field(description="KL(start || checkpoint) on the start's completion.")
     start_tokens: Positive = Field(description="Tokens of that completion.")
     kl_policy: float = Field(description="KL(checkpoint || start) on the checkpoint's completion.")
-    entropy: float = Field(description="The checkpoint's entropy there.")
+    entropy: float = Field(description="The checkpoint's entropy on its completion.")
     tokens: Positive = Field(description="Tokens of that completion.")
 
 
@@ -41,8 +41,8 @@ class DomainShift(StrictModel):
     kl_policy: float = Field(description="KL(checkpoint || start) along the checkpoint's completions.")
     entropy: float = Field(description="The checkpoint's entropy along its completions.")
     length: float = Field(description="Mean tokens of the checkpoint's completions, EOS included.")
-    repetition: float | None = Field(description="Their compression ratio; none where all are too short for one.")
-    examples: Annotated[list[ExampleShift], Field(min_length=1)] = Field(description="One by one.")
+    repetition: float | None = Field(description="Their compression ratio; none where all are too short to compress.")
+    examples: Annotated[list[ExampleShift], Field(min_length=1)] = Field(description="Each example.")
 
     @property
     def kl_start_N(self) -> np.ndarray:
@@ -59,12 +59,12 @@ class DomainShift(StrictModel):
 
     @property
     def kl_start_G(self) -> np.ndarray:
-        """The same as one value for each independent example; see `evals.statistics.units.by_unit`."""
+        """`kl_start_N` as one value for each independent example; see `evals.statistics.units.by_unit`."""
         return by_unit(self.kl_start_N, [example.source for example in self.examples])
 
 
 class WeightChange(StrictModel):
-    """Some of the weights."""
+    """The change of some of the weights."""
 
     weights: Positive = Field(description="How many.")
     changed_bfloat16: Share = Field(description="Share that differs by more than 1e-5, both rounded to bfloat16.")
@@ -78,12 +78,12 @@ class WeightChange(StrictModel):
 
 
 class WeightShift(WeightChange):
-    """All weights, and their parts; a tied head is counted once, among the embeddings."""
+    """The change of all weights and of their parts; a tied head is counted once, among the embeddings."""
 
     embeddings: WeightChange | None = Field(description="Input embeddings.")
     layers: list[WeightChange] = Field(description="Decoder layers, in order.")
     head: WeightChange | None = Field(description="The output head; none where it is tied.")
-    rest: WeightChange | None = Field(description="What is in none of them, such as the last norm.")
+    rest: WeightChange | None = Field(description="Weights in no other part, such as the last norm.")
 
 
 class ShiftSheet(StrictModel):
@@ -93,7 +93,7 @@ class ShiftSheet(StrictModel):
     weights: WeightShift = Field(description="The weights.")
 
     def values(self) -> dict[tuple[str, str], float]:
-        """(measure, domain, or "" for the weights) -> value; what could not be measured is absent."""
+        """(measure, domain, or "" for the weights) -> value; measures that could not be computed are absent."""
         found = {
             (name, domain): getattr(self.domains[domain], name) for name in DOMAIN_MEASURES for domain in self.domains
         }
@@ -102,11 +102,11 @@ class ShiftSheet(StrictModel):
 
 
 class CosineSheet(StrictModel):
-    """`cosines.json`: between the task vectors (weights less the start's) of experts."""
+    """`cosines.json`: cosines between the experts' task vectors (weights less the start's)."""
 
     experts: list[str] = Field(min_length=2, description="Their names.")
     cosines: list[list[Annotated[float, Field(ge=-1.001, le=1.001)] | None]] = Field(
-        description="A row each, in that order; none where a task vector is zero."
+        description="One row per expert, in that order; none where a task vector is zero."
     )
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ def read_shift(folder: Path) -> ShiftSheet:
     """Read and check the sheet in a shift artifact's folder.
 
     Raises:
-        UserError: it is missing or malformed; names the file and the place in it.
+        UserError: the sheet is missing or malformed; the message names the file and the place in it.
     """
     return _read(folder / SHIFT_FILE, ShiftSheet)
 
@@ -140,7 +140,7 @@ def _read(path: Path, schema: type[Sheet]) -> Sheet:
     try:
         return schema.model_validate_json(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such sheet") from None
+        raise UserError(f"{path}: the sheet does not exist") from None
     except ValidationError as error:
         first: Any = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evals.statistics.crossed import over_both
+from evals.statistics.crossed_effects import over_both
 from evals.statistics.interval import Interval
 from evals.tables.grid import ABSENT, Grid
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Move:
-    """One checkpoint: means over seeds, those of several domains over domains; what was not measured is None.
+    """The shift of one checkpoint: means over seeds, and over domains if there are several; None if not measured.
 
     Attributes:
         name: Node name.
-        kl_own: KL(start || checkpoint) in nats a token on its own domains: those it was trained in, or all experts'.
-        kl_others: The same on the other domains.
+        kl_own: KL(start || checkpoint) in nats a token on its own domains: those it was trained on, or all experts'.
+        kl_others: KL(start || checkpoint) on the other domains.
         kl_policy: KL(checkpoint || start) along its own completions, on its own domains.
-        entropy: Nats a token, on its own domains.
-        length: Tokens of a completion there.
-        repetition: Compression ratio of the completions there.
+        entropy: Nats per token along its own completions, on its own domains.
+        length: Tokens per completion on its own domains.
+        repetition: Compression ratio of the completions on its own domains.
         changed_bfloat16: Share of weights changed, rounded to bfloat16.
         changed_float32: Share of weights changed.
         relative_norm: Norm of the task vector, relative to that of the start's weights.
@@ -47,7 +47,7 @@ class Move:
 
 
 def domains_of(results: "Results", name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the domains a checkpoint was measured on, its own, those it was trained in, and the others."""
+    """A checkpoint's own domains (those it was trained on) and the others, among those it was measured on."""
     measured = {domain for checkpoint, _, domain in results.shift if domain and checkpoint == name}
     expert = results.experts.get(name)
     own = results.expert_domains if expert is None else (expert.domain,)
@@ -56,7 +56,7 @@ def domains_of(results: "Results", name: str) -> tuple[tuple[str, ...], tuple[st
 
 
 def moves(results: "Results") -> list[Move]:
-    """Every checkpoint of which a shift was measured, in the run's order."""
+    """Every checkpoint with a measured shift, in the run's order."""
     measured = {name for name, _, _ in results.shift}
     return [_move(results, name) for name in results.checkpoints if name in measured]
 
@@ -76,7 +76,7 @@ def kl_interval(results: "Results", name: str, domains: tuple[str, ...]) -> Inte
     """KL(start || checkpoint), mean over domains, with an interval for new seeds and examples.
 
     Returns:
-        None unless every seed was measured on all domains and there are enough of them.
+        None unless every seed was measured on all domains and there are enough seeds.
     """
     parts = {domain: results.kl_examples.get((name, domain), {}) for domain in domains}
     seeds = [seed for seed in results.seeds if parts and all(seed in part for part in parts.values())]
@@ -87,11 +87,11 @@ def kl_interval(results: "Results", name: str, domains: tuple[str, ...]) -> Inte
 
 
 def shift_grid(results: "Results", narrow: bool = False) -> Grid | None:
-    """The shift from the start, a row a checkpoint; None where none was measured.
+    """The shift from the start, one row per checkpoint; None where none was measured.
 
     Args:
-        results: The run's.
-        narrow: Half an interval's width in place of its bounds, for a terminal's eighty columns.
+        results: The run's results.
+        narrow: Show half the interval's width instead of its bounds, for a terminal of eighty columns.
     """
     rows = []
     for move in moves(results):
@@ -125,7 +125,7 @@ def cosines_grid(results: "Results") -> Grid | None:
 
 
 def shift_metrics(results: "Results") -> dict[str, float]:
-    """The same as flat metrics: `shift/CHECKPOINT/MEASURE`, with `_low`/`_high` of KL, and `shift/cosine/ONE/OTHER`."""
+    """The shifts as metrics: `shift/CHECKPOINT/MEASURE`, with `_low`/`_high` of KL, and `shift/cosine/ONE/OTHER`."""
     flat: dict[str, float] = {}
     for move in moves(results):
         values = {name: value for name, value in vars(move).items() if name != "name" and value is not None}

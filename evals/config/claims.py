@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from stages.config.training import StrictModel
 
-# By example, so that comparisons are paired by it.
+# Measures with a value per example, so that comparisons are paired by example.
 EXAMPLE_MEASURES = ("score", "sampled", "passes", "drop")
-# One value a checkpoint and seed; so has a shift.
+# Measures with one value per checkpoint and seed; so are the shifts.
 COST_MEASURES = ("seconds", "tokens")
 
 Measure = Literal[
@@ -39,13 +39,13 @@ class FitConfig(StrictModel):
     x_domains: list[str] = Field(min_length=1, description="Domains it is averaged over.")
     checkpoints: list[str | list[str]] = Field(
         min_length=2,
-        description="The points: one a checkpoint, a mean over seeds. A list inside holds checkpoints that are not "
+        description="The points: one per checkpoint, a mean over seeds. A nested list holds checkpoints that are not "
         "independent, such as those of one method: they count as one point.",
     )
 
     @property
     def groups(self) -> list[list[str]]:
-        """The independent points, each the checkpoints of one."""
+        """The independent points, each as its list of checkpoints."""
         return [[one] if isinstance(one, str) else one for one in self.checkpoints]
 
     @model_validator(mode="after")
@@ -107,7 +107,7 @@ class ComparisonConfig(StrictModel):
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """checkpoint -> its weight in the sum that is tested; empty for a fit."""
+        """checkpoint -> its weight in the tested sum; empty for a fit."""
         if self.compare is not None:
             return {self.compare[0]: 1.0, self.compare[1]: -1.0}
         if self.slope is not None:
@@ -118,7 +118,7 @@ class ComparisonConfig(StrictModel):
 
     @property
     def checkpoints(self) -> list[str]:
-        """All checkpoints the test speaks of."""
+        """All checkpoints that the test compares."""
         return [name for group in self.fit.groups for name in group] if self.fit else list(self.weights)
 
 
@@ -126,5 +126,5 @@ class HypothesisConfig(StrictModel):
     """A claim and the tests that would show it."""
 
     claim: str = Field(description="What is claimed, in a sentence.")
-    note: str = Field("", description="What a reader of the result should know.")
+    note: str = Field("", description="A remark for readers of the result.")
     tests: dict[str, ComparisonConfig] = Field(min_length=1, description="Comparisons, by a name.")

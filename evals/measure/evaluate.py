@@ -1,9 +1,9 @@
 """Score one checkpoint on held-out examples: a greedy and several sampled completions of each, kept one by one.
 
 The examples of a domain and split are the same for every checkpoint and seed of a run, so that all comparisons are
-paired. The completions come from the sampler the on-policy loop uses and the scores from the domain's own scorer,
-which is also the reward. An example with a copy in what the checkpoint and its ancestors were trained on is flagged as
-contaminated; one without is clean only where all of that is recorded, else it is unknown.
+paired. The completions come from the sampler of the on-policy loop, the scores from the domain's own scorer, which is
+also the reward. An example with a copy in the training data of the checkpoint or its ancestors is flagged as
+contaminated. An example without one is clean only if all of these data are recorded; otherwise its status is unknown.
 """
 
 import json
@@ -32,7 +32,7 @@ class EvaluationRequest:
     """One node of the graph: score the checkpoint on a domain's split.
 
     Attributes:
-        workspace: Where the scores go; its parent `checkpoint` is scored.
+        workspace: Where the scores are written; its parent `checkpoint` is scored.
         config: How completions are drawn.
         domain: Name of the domain.
         split: `held_out` or `out_of_distribution`.
@@ -63,7 +63,7 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
     """Score one checkpoint on several domains and splits.
 
     Returns:
-        One artifact a request: `scores.jsonl` with a row per example, and mean scores in its manifest.
+        One artifact per request: `scores.jsonl` with a row per example, and mean scores in its manifest.
 
     Raises:
         UserError: a domain cannot supply the examples, a prompt does not fit the model, or CUDA does not show the
@@ -117,8 +117,8 @@ def _evaluate(request: EvaluationRequest, policy: Policy, copies: Copies, known:
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean greedy score, mean sampled score where there are samples, and the share of contaminated examples.
 
-    Where some are unknown that share is `contaminated_at_least`, and absent at 0. `near_copies` is the part of it that
-    near copies are, where there are some.
+    Where some are unknown the share is named `contaminated_at_least`, and is absent at 0. `near_copies` is the part of
+    this share that near copies make up, if there are any.
     """
     values = {"greedy": statistics.fmean(row["greedy"]["score"] for row in rows)}
     sampled = [completion["score"] for row in rows for completion in row["samples"]]
@@ -135,7 +135,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _judged(drawn: Sample, completion: str, score: float) -> dict[str, Any]:
-    """All that is known of one completion."""
+    """The record of one completion in the score sheet."""
     return {
         "completion": completion,
         "score": score,
@@ -145,7 +145,7 @@ def _judged(drawn: Sample, completion: str, score: float) -> dict[str, Any]:
 
 
 def _row(example: Example, judged: Sequence[Mapping[str, Any]], copy: str, known: bool) -> dict[str, Any]:
-    """All that is known of one example; the greedy completion comes first."""
+    """The score sheet's row of one example; the greedy completion comes first."""
     return {
         "id": example.id,
         "source": example.source,

@@ -1,12 +1,12 @@
 """Score one checkpoint on tasks of lm-evaluation-harness, with the rows that `evals.measure.evaluate` writes.
 
-The harness loads the task, asks the model and judges each example; the value of the task's main metric is the
-example's score. What it measures is thus paired, compared and counted as forgetting like any other domain.
+The harness loads the task, queries the model and judges each example; the value of the task's main metric is the
+example's score. These scores are thus paired, compared and counted as forgetting like those of any other domain.
 
-Left out: sampled completions beside the harness's own, for its tasks fix how they are decoded; and contamination,
-which is unknown, for the prompts hold the task's own examples. The harness's `simple_evaluate` is left out as well: it
-adds a report of the machine (1.5 s) and asks the Hub for the model; its seeds and its rule for the number of shots are
-kept.
+Left out: sampled completions beside the harness's own, because its tasks fix how they are decoded; and contamination,
+which is unknown because the prompts contain the task's own examples. The harness's `simple_evaluate` is left out as
+well, because it adds a report of the machine (1.5 s) and queries the Hub for the model. Its seeds and its rule for the
+number of shots are kept.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class HarnessRequest:
     """One node of the graph: score the checkpoint on a task.
 
     Attributes:
-        workspace: Where the scores go; its parent `checkpoint` is scored.
-        config: The task, and how it is put.
+        workspace: Where the scores are written; its parent `checkpoint` is scored.
+        config: The task and its settings.
     """
 
     workspace: Workspace
@@ -71,14 +71,14 @@ def evaluate_tasks(requests: Sequence[HarnessRequest], checkpoint: Artifact, sto
     """Score one checkpoint on several tasks.
 
     Returns:
-        One artifact a request: `scores.jsonl` with a row per example, and in its manifest the mean score, the metric
-        it is, and the task's version.
+        One artifact per request: `scores.jsonl` with a row per example, and in its manifest the mean score, the
+        metric's name and the task's version.
 
     Raises:
-        UserError: no such task, one that cannot be put to the model, or a metric that is not a number in [0, 1] for
-            each example.
+        UserError: there is no such task, it cannot be run on this model, or a metric is not a number in [0, 1] for each
+            example.
     """
-    # It reports every argument it does not use.
+    # The harness logs every argument that it does not use.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = accelerator().device
     policy = load_policy(checkpoint, store)
@@ -128,7 +128,7 @@ def _evaluate(request: HarnessRequest, policy: Policy) -> Artifact:
 
 
 def _load_task(config: HarnessTaskConfig) -> Task:
-    """Read the task and its data; sets its number of shots as the harness's own command does."""
+    """Read the task and its data, and set its number of shots as the harness's own command does."""
     if config.file is None:
         file = own_tasks(KEY).tasks.get(config.task)
         if file is None:
@@ -137,7 +137,7 @@ def _load_task(config: HarnessTaskConfig) -> Task:
         file = Path(config.file)
     # Indexing all tasks would take the harness 8 s.
     manager = TaskManager(include_defaults=False)
-    # A name on the Hub must not be taken for a folder beside one of the harness's own YAMLs.
+    # A dataset's name on the Hub must not be taken for a folder beside one of the harness's own YAMLs.
     with contextlib.chdir(file.parent) if config.file else contextlib.nullcontext():
         task = manager.load([str(file)])["tasks"][config.task]
     own = task.get_config("num_fewshot")
@@ -148,7 +148,7 @@ def _load_task(config: HarnessTaskConfig) -> Task:
 
 
 def _check(task: Task, config: HarnessTaskConfig, lm: HFLM) -> None:
-    """See that the task can be put to this model."""
+    """Check that the task can be run on this model."""
     if task.get_config("unsafe_code"):
         raise UserError(
             f"{KEY}.tasks: {config.task} runs the code that a model writes, outside any sandbox; the domain kind "
@@ -161,14 +161,14 @@ def _check(task: Task, config: HarnessTaskConfig, lm: HFLM) -> None:
         if asked >= lm.max_length:
             raise UserError(
                 f"{KEY}.tasks: {config.task} generates up to {asked} tokens, which leaves no room for a prompt in a "
-                f"context of {lm.max_length}; its generation_kwargs.max_gen_toks says how many"
+                f"context of {lm.max_length}; its generation_kwargs.max_gen_toks sets this number"
             )
 
 
 def _chosen(
     config: HarnessTaskConfig, task: Task, samples: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Mapping[str, Any]]]:
-    """The metric that is the score, and the samples as filtered for it: the run file's choice, else the first."""
+    """The metric that is the score (the run file's choice, else the first), and the samples as filtered for it."""
     listed = [entry["metric"] for entry in task.get_config("metric_list") or []]
     asked = config.metric or (listed or samples[0]["metrics"])[0]
     metric, _, named = str(asked).partition(",")
@@ -196,7 +196,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _choices(samples: Sequence[Mapping[str, Any]]) -> str:
-    """All metrics of a task, and which of them can be scores."""
+    """A text that lists all metrics of a task and those that can be scores."""
     values: dict[str, list[Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -206,7 +206,7 @@ def _choices(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(config: HarnessTaskConfig, sample: Mapping[str, Any], score: float, lm: HFLM) -> dict[str, Any]:
-    """All that is known of one example, as a row of the score sheet."""
+    """The score sheet's row of one example."""
     arguments = sample["arguments"]
     answer, completion = sample["target"], _completion(sample)
     limit = None
@@ -233,7 +233,7 @@ def _row(config: HarnessTaskConfig, sample: Mapping[str, Any], score: float, lm:
 
 
 def _completion(sample: Mapping[str, Any]) -> str:
-    """What the model said: the text it generated, or the choice it finds the most likely."""
+    """The model's answer: the text it generated, or the choice it finds most likely."""
     answers = [responses[0] for responses in sample["resps"]]
     if isinstance(answers[0], str):
         return answers[0]

@@ -1,6 +1,6 @@
-"""Finds lm-evaluation-harness tasks and what they are made of, without importing the harness: it takes seconds.
+"""Finds lm-evaluation-harness tasks and their files without importing the harness, which takes seconds.
 
-Paths in a task's `dataset_kwargs` are relative to the folder of its YAML, as those of `include` and `!function` are.
+Paths in a task's `dataset_kwargs` are relative to the folder of its YAML, as are those of `include` and `!function`.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ _NAMED = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{&*!]+)"""
 
 @dataclass(frozen=True)
 class TaskIndex:
-    """Names and YAML files of what a directory holds.
+    """Names and YAML files of the tasks in a directory.
 
     Attributes:
         tasks: Name of a single task -> its YAML.
@@ -37,7 +37,7 @@ class TaskIndex:
 
 
 def index_tasks(folder: Path) -> TaskIndex:
-    """Index the YAMLs below a directory, 14,000 in about a second; of two of one name the first counts."""
+    """Index the YAMLs below a directory, 14,000 in about a second; the first of two with the same name counts."""
     tasks: dict[str, Path] = {}
     groups: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.yaml")):
@@ -53,10 +53,10 @@ def own_tasks(key: str) -> TaskIndex:
     """Index the tasks that come with the installed harness.
 
     Args:
-        key: The run file's key that asks for it.
+        key: The run file's key that needs the harness.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the harness is not installed.
     """
     harness_version(key)
     spec = importlib.util.find_spec("lm_eval")
@@ -66,10 +66,10 @@ def own_tasks(key: str) -> TaskIndex:
 
 
 def task_fingerprint(path: Path) -> str:
-    """Hash of a task: its YAML, what that includes, the files of its `!function`s, and its local data.
+    """Hash of a task: its YAML, the YAMLs included, the files of its `!function`s, and its local data.
 
     Raises:
-        UserError: a YAML cannot be read, or a file it names is not there.
+        UserError: a YAML cannot be read, or a file that it names does not exist.
     """
     files: set[Path] = set()
     config = _merged(path, files, ())
@@ -78,13 +78,13 @@ def task_fingerprint(path: Path) -> str:
 
 
 def _merged(path: Path, files: set[Path], includers: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML's contents over those of what it includes; adds every file read or named as code to `files`."""
+    """A YAML's contents merged over those it includes; adds every file read or named as code to `files`."""
     if path in includers:
         raise UserError(f"{path}: includes itself")
     files.add(path)
 
     class Loader(yaml.SafeLoader):
-        """Takes `!function MODULE.NAME` as a file beside the YAML, where there is one."""
+        """Reads `!function MODULE.NAME` as a file beside the YAML, if there is one."""
 
     def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
         name = str(loader.construct_scalar(node))
@@ -110,7 +110,7 @@ def _merged(path: Path, files: set[Path], includers: tuple[Path, ...]) -> dict[s
 
 
 def _data_files(config: dict[str, Any], path: Path) -> Iterator[Path]:
-    """The local files a task's data is read from; data on the Hub has none."""
+    """The local files that a task's data are read from; none for data on the Hub."""
     source = str(config.get("dataset_path", ""))
     kwargs = config.get("dataset_kwargs") or {}
     if source not in FILE_LOADERS:
@@ -129,7 +129,7 @@ def _data_files(config: dict[str, Any], path: Path) -> Iterator[Path]:
 
 
 def _names(value: Any) -> list[str]:
-    """`data_files` in any of its forms: one, several, or either by split."""
+    """The file names in `data_files`, which holds one, several, or either by split."""
     if isinstance(value, dict):
         return [name for part in value.values() for name in _names(part)]
     if isinstance(value, list):

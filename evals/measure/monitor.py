@@ -1,7 +1,7 @@
 """A learning curve: greedy held-out scores of the student while it trains.
 
 The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin; the
-weights do not depend on it. Under several processes each computes the same scores.
+weights do not depend on it. With several processes each computes the same scores.
 """
 
 import statistics
@@ -17,18 +17,18 @@ from stages.sampling.sampler import Sampling, sample
 
 
 class Monitor:
-    """Scores the student now and then; a stage calls it with the policy and the number of steps done."""
+    """Scores the student at intervals; a stage calls it with the policy and the number of steps done."""
 
     def __init__(
         self, domains: Mapping[str, Domain], config: MonitorConfig, max_new_tokens: int, stop: Sequence[str] = ()
     ) -> None:
-        """Draws the examples; prompts are encoded at the first measurement.
+        """Draw the examples; prompts are encoded at the first measurement.
 
         Args:
-            domains: The domains practised.
+            domains: The training domains.
             config: When and on how many examples.
             max_new_tokens: Longest completion.
-            stop: Texts that end one.
+            stop: Texts that end a completion.
 
         Raises:
             UserError: a domain cannot supply the examples, or has none.
@@ -45,14 +45,14 @@ class Monitor:
         self._prompts: list[list[int]] = []
 
     def __call__(self, policy: Policy, step: int) -> dict[str, float]:
-        """Measure the policy where it is due: before the first step and after every `every` steps.
+        """Measure the policy when a measurement is due: before the first step and after every `every` steps.
 
         Args:
             policy: The student, in eval mode.
             step: Steps done.
 
         Returns:
-            `score/DOMAIN` -> mean greedy score in [0, 1]; empty where nothing is due.
+            `score/DOMAIN` -> mean greedy score in [0, 1]; empty if none is due.
         """
         if step % self.every:
             return {}

@@ -1,10 +1,10 @@
 """How far a checkpoint moved from the run's start: KL both ways, the shape of its completions, its weights.
 
-KL(start || checkpoint) along the start's own completions of a task's prompts is what arXiv:2509.04259 relates
-forgetting to. Every token's divergence is exact over the vocabulary; means are over tokens. Prompts are the same
-held-out ones for all checkpoints and seeds, and both models draw with the same random numbers.
+arXiv:2509.04259 relates forgetting to KL(start || checkpoint) along the start's own completions of a task's prompts.
+Every token's divergence is exact over the vocabulary; means are over tokens. Prompts are the same held-out ones for all
+checkpoints and seeds, and both models draw with the same random numbers.
 
-Shape suffixes: N completion tokens laid end to end, C those of one chunk, H hidden, V vocabulary.
+Shape suffixes: N concatenated completion tokens, C those of one chunk, H hidden, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,11 +69,11 @@ def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Do
     """Measure a policy against the start on a domain's held-out prompts.
 
     Args:
-        config: How many prompts, and how completions are drawn.
+        config: The number of prompts, and how completions are drawn.
         start: The start.
-        policy: Trained from it: same tokens, same device.
-        domain: Whose prompts.
-        seed: Both draw with it.
+        policy: Trained from the start, so it has the same vocabulary; on the same device.
+        domain: The domain whose prompts are used.
+        seed: Both models draw with it.
 
     Raises:
         UserError: the domain has no held-out examples, or a prompt does not fit the model.
@@ -111,16 +111,16 @@ def domain_shift(config: ShiftRequest, start: Policy, policy: Policy, domain: Do
 def divergences(
     start: Policy, policy: Policy, samples: Sequence[Sample], temperature: float
 ) -> dict[str, list[Tensor]]:
-    """Exact divergences at every token of some completions, whoever drew them.
+    """Exact divergences at every token of some completions, whichever model drew them.
 
     Args:
         start: The start.
-        policy: Another model of the same tokens, on the same device.
+        policy: Another model with the same vocabulary, on the same device.
         samples: Completions.
         temperature: Divides both models' logits.
 
     Returns:
-        In nats, a vector [N] a completion: `forward_kl`, KL(start || policy); `reverse_kl`, KL(policy || start);
+        In nats, one vector [N] per completion: `forward_kl`, KL(start || policy); `reverse_kl`, KL(policy || start);
         `entropy`, the policy's.
     """
     found: dict[str, list[Tensor]] = {}
@@ -134,7 +134,7 @@ def divergences(
 
 
 def _of_batch(start: Policy, policy: Policy, samples: Sequence[Sample], temperature: float) -> Mapping[str, Tensor]:
-    """The same, laid end to end; logits of both models exist for one chunk of tokens at a time."""
+    """The divergences of concatenated completions; logits of both models exist for one chunk of tokens at a time."""
     starts = [len(drawn.prompt_ids) for drawn in samples]
     packed = pack([drawn.tokens for drawn in samples], starts, policy.pad_id, policy.device)
     ours_NH, theirs_NH = (packed.scored(HiddenStates(who.model)(*packed.inputs)) for who in (policy, start))

@@ -1,8 +1,8 @@
-"""What training did to the weights: how many of them changed, by how much, and whether experts moved the same way.
+"""Changes of the weights by training: how many changed, by how much, and whether experts moved in the same direction.
 
 A checkpoint's task vector is its weights less the start's (Ilharco et al. 2023). Weights count as changed where they
-differ by more than 1e-5, in float32 or after both were rounded to bfloat16, as in arXiv:2505.11711 on how sparse RL's
-updates are: rounding hides what is small beside its weight.
+differ by more than 1e-5, in float32 or after both were rounded to bfloat16, as in arXiv:2505.11711 on the sparsity of
+RL's updates: rounding hides a change that is small relative to its weight.
 """
 
 import re
@@ -22,7 +22,7 @@ from stages.model.weights import StoredWeights
 
 TOLERANCE = 1e-5
 EXPERT_ROLE = "expert/"
-# Weights worked on at a time.
+# Number of weights processed at a time.
 _SLICE = 2**20
 _LAYER = re.compile(r"\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
@@ -34,9 +34,9 @@ class Tally:
     """Counts over some tensors.
 
     Attributes:
-        weights: Weights seen.
-        bfloat16: Those changed, rounded to bfloat16.
-        float32: Those changed as they are.
+        weights: Number of weights.
+        bfloat16: Number changed after both were rounded to bfloat16.
+        float32: Number changed in float32.
         moved: Sum of squares of the task vector.
         size: Sum of squares of the start's weights.
     """
@@ -48,7 +48,7 @@ class Tally:
     size: float = 0.0
 
     def add(self, start: Tensor, trained: Tensor) -> None:
-        """Count in one tensor of the start and of the checkpoint, both float32, slice by slice."""
+        """Add the counts of one tensor of the start and of the checkpoint, both float32, slice by slice."""
         self.weights += start.numel()
         for before, after in zip(start.flatten().split(_SLICE), trained.flatten().split(_SLICE), strict=True):
             difference = after - before
@@ -62,7 +62,7 @@ class Tally:
         return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def change(self) -> WeightChange:
-        """The shares; a start of zeros counts as of norm 1."""
+        """The counts as shares; a start of zeros counts as having norm 1."""
         return WeightChange(
             weights=self.weights,
             changed_bfloat16=self.bfloat16 / self.weights,
@@ -74,11 +74,12 @@ class Tally:
 def weight_shift(start: StoredWeights, checkpoint: StoredWeights) -> WeightShift:
     """How a checkpoint's weights differ from the start's, by part of the model.
 
-    Beside the counts one tensor of each is in memory at a time. An adapter counts as the full weights it stands for.
+    One tensor of each checkpoint is in memory at a time, besides the counts. An adapter counts as the full weights that
+    it represents.
 
     Args:
         start: The run's start.
-        checkpoint: Trained from it, so of the same architecture.
+        checkpoint: Trained from the start, so of the same architecture.
     """
     parts = defaultdict[str, Tally](Tally)
     for name in distinct_names(start):
@@ -92,7 +93,7 @@ def weight_shift(start: StoredWeights, checkpoint: StoredWeights) -> WeightShift
 
 
 def distinct_names(weights: StoredWeights) -> Iterator[str]:
-    """Names of the tensors, without a head that is the embedding's other name."""
+    """Names of the tensors, without a head that is tied to the embeddings."""
     tied = bool(weights.config.get("tie_word_embeddings"))
     return (name for name in weights.shapes if not (tied and _HEAD.search(name)))
 
@@ -110,9 +111,9 @@ def cosines(start: StoredWeights, experts: Mapping[str, StoredWeights], geometry
     """Cosine of the task vectors of every two experts.
 
     Args:
-        start: What all were trained from.
+        start: The checkpoint that all were trained from.
         experts: By name.
-        geometry: An empty one over the same experts.
+        geometry: An empty geometry over the same experts.
     """
     for name in distinct_names(start):
         origin = start.read(name)

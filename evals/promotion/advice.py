@@ -1,4 +1,4 @@
-"""What to do next, from the numbers of a run: rules as data, the first that fits a domain speaks for it."""
+"""Suggests what to do next, from the numbers of a run. Rules are data; the first that fits a domain is used."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import numpy as np
 from evals.comparison.forgetting import drop
 from evals.comparison.results import BASELINES, STUDENT, Results
 from evals.promotion.criterion import Kind
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from evals.statistics.interval import Interval
 from evals.statistics.power import examples_needed
 from experts.domain import HELD_OUT
 
 MOST = 3
-# Below this a policy is rewarded too seldom to learn from it.
+# Below the first, a policy is rewarded too seldom to learn from it.
 NO_REWARD, CEILING = 0.02, 0.95
 # The share of its first entropy below which a student has settled on few answers.
 COLLAPSED = 0.3
@@ -25,7 +25,7 @@ OPEN_TEACHER = 0.9
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a run's settings the rules speak of.
+    """The settings of a run that the rules use.
 
     Attributes:
         command: The command line that makes the run.
@@ -56,17 +56,18 @@ class Case:
         domain: Its name.
         teacher: Node name of its teacher.
         candidate: Node name of the merge that is judged.
-        start: Score of the start, a share; likewise `taught` of the teacher and `own` of the candidate.
-        taught: See `start`.
-        own: See `start`; None where it is not scored, as `gap`.
+        start: Score of the start, a share.
+        taught: Score of the teacher, a share.
+        own: Score of the candidate, a share; None where it is not scored, as is `gap`.
         gain: The teacher's score less the start's.
         gap: The candidate's score less the teacher's.
         spread: Standard deviation of a unit's difference between candidate and teacher (`evals.statistics.units`).
-        examples: How many were scored.
-        units: How many examples those of few units are worth; 0 where the candidate is not scored.
-        truncated: Share of the candidate's completions that were cut off.
-        method: How the teacher was trained, `given` elsewhere; empty where it is no expert.
-        settings: Of the run.
+        examples: Number of examples scored.
+        units: Number of independent examples that they are worth, given their units; 0 where the candidate is not
+            scored.
+        truncated: Share of the candidate's completions that are truncated.
+        method: How the teacher was trained (`given`: elsewhere); empty where it is no expert.
+        settings: The run's settings.
     """
 
     domain: str
@@ -91,17 +92,17 @@ class Case:
 
     @property
     def lags(self) -> bool:
-        """Whether the candidate is shown below its teacher, by enough to matter."""
+        """Whether the candidate is shown below its teacher, by a relevant amount."""
         return self.gap is not None and self.gap.high < 0 and self.gap.mean < -LAG
 
     @property
     def entropies(self) -> tuple[float, float]:
-        """Of the candidate's training here, at its beginning and end; zeros where it is not known."""
+        """Entropies at the beginning and end of the candidate's training here; zeros where they are not recorded."""
         return self.settings.entropy.get((self.candidate, self.domain), (0.0, 0.0))
 
     @property
     def imprecise(self) -> bool:
-        """Whether the candidate is not shown within the margin, and more examples could."""
+        """Whether the candidate is not shown within the margin, and more examples could show it."""
         return self.gap is not None and self.gap.low <= -self.settings.margin and self.enough > 0
 
     @property
@@ -112,9 +113,9 @@ class Case:
 
     @property
     def remedy(self) -> str:
-        """What brings the candidate nearer to its teacher."""
+        """A suggestion that brings the candidate nearer to its teacher."""
         if self.candidate.startswith(BASELINES):
-            return f"its settings stand in merge.{self.candidate.replace('/', '.')}"
+            return f"its settings are in merge.{self.candidate.replace('/', '.')}"
         return f"merge longer, {self.longer(STUDENT)}, or give it more prompts, merge.domain_weights.{self.domain}=2"
 
     def longer(self, checkpoint: str) -> str:
@@ -125,11 +126,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a suggestion follows, how it is worded, and which kind of criterion it helps to meet."""
+    """The condition of a suggestion, its wording, and the kind of criterion that it helps to meet."""
 
     name: str
     fits: Callable[[Case], bool]
-    says: Callable[[Case], str]
+    wording: Callable[[Case], str]
     helps: Kind
 
 
@@ -210,13 +211,13 @@ RULES = (
 )
 
 
-def advice(results: Results, verdict: Verdict | None, settings: Settings) -> tuple[str, ...]:
-    """At most three suggestions, the most urgent first; none where nothing is measured.
+def advice(results: Results, verdict: GateVerdict | None, settings: Settings) -> tuple[str, ...]:
+    """At most three suggestions, the most urgent first; none if nothing is measured.
 
     Args:
         results: The run's scores.
-        verdict: What the gate said; None without a merge.
-        settings: Of the run.
+        verdict: The gate's verdict; None without a merge.
+        settings: The run's settings.
     """
     if verdict is not None and verdict.unfinished:
         return (f"`{settings.command}` makes what is missing",)
@@ -228,7 +229,7 @@ def advice(results: Results, verdict: Verdict | None, settings: Settings) -> tup
         helpful.append((_anchor(results, verdict.candidate), "forgetting"))
     if "champion" in failed:
         helpful.append(("merge.start_from=champion begins with all that the champion has", "champion"))
-    # What would meet a criterion that failed comes before what would only help.
+    # A suggestion that helps to meet a failed criterion comes before any other.
     found = [text for text, kind in sorted(helpful, key=lambda each: each[1] not in failed)]
     if verdict is not None and verdict.passed:
         found += _better_teacher(cases)
@@ -270,31 +271,31 @@ def _case(results: Results, domain: str, candidate: str, settings: Settings) -> 
 
 
 def _by_domain(cases: Sequence[Case]) -> list[tuple[str, Kind]]:
-    """A sentence for each rule that fits somewhere, with what it helps: of its worst domain, the others by name."""
+    """A sentence for each rule that fits a domain, with the kind it helps: on the worst domain, the others by name."""
     fitting: dict[str, list[Case]] = {}
     for case in cases:
         if rule := next((rule for rule in RULES if rule.fits(case)), None):
             fitting.setdefault(rule.name, []).append(case)
-    said: list[tuple[str, Kind]] = []
+    suggestions: list[tuple[str, Kind]] = []
     for rule in RULES:
         if found := sorted(fitting.get(rule.name, ()), key=lambda case: (_gap(case), case.taught)):
             others = ", ".join(case.domain for case in found[1:4]) + (", …" if len(found) > 4 else "")
-            said.append((rule.says(found[0]) + (f" (also {others})" if others else ""), rule.helps))
-    return said
+            suggestions.append((rule.wording(found[0]) + (f" (also {others})" if others else ""), rule.helps))
+    return suggestions
 
 
 def _anchor(results: Results, candidate: str) -> str:
-    """What keeps the domain that was forgotten most."""
+    """A suggestion that preserves the domain that was forgotten most."""
     drops = {domain: lost.mean for domain in results.untrained if (lost := drop(results, candidate, domain))}
     worst = max(drops, key=lambda domain: drops[domain])
-    told = f"{worst} fell by {100 * drops[worst]:.1f} points"
+    loss = f"{worst} fell by {100 * drops[worst]:.1f} points"
     if worst in results.anchored:
-        return f"{told} although it is anchored: merge.anchor.weight=2"
-    return f"{told} and is not practised: merge.anchor.domains=[{', '.join([*results.anchored, worst])}]"
+        return f"{loss} although it is anchored: merge.anchor.weight=2"
+    return f"{loss} and is not trained on: merge.anchor.domains=[{', '.join([*results.anchored, worst])}]"
 
 
 def _better_teacher(cases: Sequence[Case]) -> list[str]:
-    """Of a student as good as its teachers, the teacher that limits it most."""
+    """For a student as good as its teachers: a suggestion for the teacher that limits it most."""
     weakest = min((case for case in cases if case.trained), key=lambda case: case.taught, default=None)
     if weakest is None or weakest.taught >= OPEN_TEACHER:
         return []

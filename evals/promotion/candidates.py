@@ -1,11 +1,11 @@
-"""Which merge of a run is the better one: MOPD, unless another is shown better on the mean of the experts' domains."""
+"""Selects a run's best merge: MOPD, unless another is shown better on the mean of the experts' domains."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from evals.comparison.results import BASELINES, STUDENT, VARIANTS, Results
-from evals.statistics.hypotheses import holm, mean_superiority
+from evals.statistics.tests_of_scores import holm, mean_superiority
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Rival:
     Attributes:
         name: `baselines/NAME` or `variants/NAME`.
         gain: Its mean score over the experts' domains less MOPD's, on the same examples; a share.
-        p_value: One-sided, that the gain is above 0; after Holm's correction over all rivals that were scored.
-        level: What the p-value must be below.
+        p_value: One-sided p-value of a gain above 0, after Holm's correction over all scored rivals.
+        level: The p-value must be below it.
     """
 
     name: str
@@ -26,15 +26,15 @@ class Rival:
 
     @property
     def shown(self) -> bool:
-        """Whether it is the better merge for new examples, beyond chance."""
+        """Whether the rival is significantly better for new examples."""
         return self.p_value < self.level
 
 
 def rivals(results: Results) -> list[Rival]:
     """The run's other merges that were scored on every expert's domain, the highest gain first.
 
-    The level is that of one tail of the results' intervals, (1 - confidence) / 2, as everywhere in the gate: one false
-    claim among all rivals has at most this probability.
+    The level is one tail of the results' intervals, (1 - confidence) / 2, as everywhere in the gate. The probability of
+    any false claim among all rivals is at most this level.
     """
     pairs = {name: whole for name in results.checkpoints if (whole := _pairs(results, name))}
     p_values = holm({name: mean_superiority(pairs[name]) for name in pairs})

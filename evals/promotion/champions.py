@@ -1,4 +1,4 @@
-"""A candidate against the champions before it, on the examples both were scored on."""
+"""Compares a candidate with earlier champions, on the examples that both were scored on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ BEST = "not worse than the best champion before it"
 
 
 def itself(candidate: str) -> Criterion:
-    """The candidate is the champion already."""
+    """The criterion of a candidate that is the champion already."""
     text = f"{candidate} is the champion itself: not compared"
     return Criterion(PREVIOUS, None, text, kind="champion")
 
 
 def previous(results: Results, candidate: str, champion: Mapping[str, Scores] | None) -> Criterion:
-    """Against the present champion, domain -> its held-out sheet."""
+    """The criterion against the present champion, whose held-out sheets are given by domain."""
     if not champion:
         return Criterion(PREVIOUS, None, "no scores of a previous champion: not compared", kind="champion")
     found = _against(results, candidate, champion)
@@ -38,7 +38,7 @@ def previous(results: Results, candidate: str, champion: Mapping[str, Scores] | 
 
 
 def best_of_line(results: Results, candidate: str, former: Mapping[str, Mapping[str, Scores]]) -> list[Criterion]:
-    """Against the best champion before the present one: each may be worse than the last by what is not shown."""
+    """The criterion against the best former champion: each may be worse than the last by an undetected amount."""
     shared = results.at_share(1 / max(1, len(former)))
     found = {name: _against(shared, candidate, sheets) for name, sheets in former.items()}
     compared = {name: pair for name, pair in found.items() if pair is not None}
@@ -57,18 +57,18 @@ def best_of_line(results: Results, candidate: str, former: Mapping[str, Mapping[
 
 @dataclass(frozen=True)
 class _Against:
-    """A candidate against another checkpoint on the examples both were scored on, mean over the experts' domains."""
+    """A candidate's difference to another checkpoint on the examples of both, a mean over the experts' domains."""
 
     difference: Interval
     where: str
 
 
 def _against(results: Results, candidate: str, other: Mapping[str, Scores]) -> _Against | None:
-    """The comparison with another run's sheets; None where no domain has two examples that both have."""
+    """The comparison with another run's sheets; None if no domain has two examples in common."""
     strata: dict[str, np.ndarray] = {}
     shared = asked = 0
     for domain in results.expert_domains:
-        # One checkpoint can become champion: the first seed's.
+        # Only the first seed's checkpoint can become champion.
         own = results.cells.get((candidate, domain, HELD_OUT), {}).get(results.seeds[0])
         sheet = other.get(domain)
         if own is None or sheet is None:

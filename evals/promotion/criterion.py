@@ -1,4 +1,4 @@
-"""One line of a verdict, and how a difference is written in it."""
+"""One line of a verdict, and the format of its differences."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +13,12 @@ class Criterion:
     """One line of the verdict.
 
     Attributes:
-        name: What is asked.
+        name: The criterion in words.
         passed: Whether it is met; None where there was nothing to compare with.
-        text: What was measured, with interval and p-value.
-        brief: The same in less than a line, for the first screen; `text` where it is empty.
-        kind: What is asked, for programs; `missing` where the scores it needs are not there.
-        domain: Of a teacher's criterion.
+        text: The measurement, with interval and p-value.
+        brief: `text` in less than a line, for the first screen; `text` is used where it is empty.
+        kind: The kind of criterion, for programs; `missing` where the scores it needs do not exist.
+        domain: The domain, for a criterion against a teacher.
     """
 
     name: str

@@ -1,8 +1,7 @@
-"""The gate: which merge of a run is its candidate, and what it must show to become champion, one line a criterion.
+"""The gate: selects the candidate among a run's merges and judges by criteria whether it becomes champion.
 
-Merges are compared as recipes, over all seeds; what is promoted is one checkpoint, the first seed's, and it is judged
-by its own scores against its own seed's teachers. What the recipe does over all seeds is said beside that and decides
-nothing.
+Merges are compared as recipes, over all seeds. A single checkpoint is promoted, the first seed's, and it is judged by
+its own scores against its own seed's teachers. The recipe's result over all seeds is reported for information only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +15,26 @@ from evals.comparison.scores import Scores
 from evals.promotion.candidates import Rival, rivals
 from evals.promotion.champions import best_of_line, itself, previous
 from evals.promotion.criterion import Criterion, points
-from evals.statistics.hypotheses import intersection_union, mean_superiority, non_inferiority
 from evals.statistics.interval import Interval
 from evals.statistics.intervals import differences, mean_over, paired_difference
 from evals.statistics.power import fewest_examples
+from evals.statistics.tests_of_scores import intersection_union, mean_superiority, non_inferiority
 
 NOTHING = "nothing was learnt"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who the run's candidate is, whether it becomes champion, and why.
+class GateVerdict:
+    """The run's candidate, whether it becomes champion, and the reasons.
 
     Attributes:
         candidate: Name of a merge: `student` (MOPD), `baselines/NAME` or `variants/NAME`.
-        why: Why it and no other is the candidate.
-        criteria: What the gate says of it.
-        withheld: Why it does not become champion although it passed: a person's decision stands. Empty otherwise.
+        why: Why this merge is the candidate.
+        criteria: The criteria, each with its result.
+        withheld: Why it does not become champion although it passed: a person's decision takes precedence. Empty
+            otherwise.
         reigns: Since when, by whom and why the candidate is the champion already. Empty where it is not.
-        unfinished: What of the run is not made yet, so that nothing can be judged. Empty where all is made.
+        unfinished: What the run has not made yet, so that nothing can be judged. Empty where all is made.
     """
 
     candidate: str
@@ -67,7 +67,7 @@ class Verdict:
 
     @property
     def conclusion(self) -> str:
-        """What follows from the criteria, in a few words."""
+        """The conclusion from the criteria, in a few words."""
         if self.unfinished:
             return f"Not judged yet: {self.unfinished}"
         nothing = f"{NOTHING}: " if self.nothing_learnt else ""
@@ -87,75 +87,73 @@ def judge(
     margin: float,
     max_forgetting: float,
     champion: Mapping[str, Scores] | None = None,
-    reigning: str = "",
+    champion_name: str = "",
     former: Mapping[str, Mapping[str, Scores]] | None = None,
     tries: int = 1,
-) -> Verdict:
+) -> GateVerdict:
     """Choose the candidate among the merges of a run and judge it; intervals are at the results' own confidence.
 
     Merges that are shown better than MOPD (`evals.promotion.candidates`) come first, the highest mean first, MOPD last.
-    The first that passes is the candidate; where none does, the first of all. The winner is chosen by the scores that
-    judge it, and each merge that is tried has its own chance to pass falsely. So where there are other merges half of
-    the level is MOPD's and the other half is shared by all of them, tried or not: together they pass falsely as seldom
-    as one.
+    The first that passes is the candidate; if none does, the first of all is. The winner is chosen by the same scores
+    that judge it, and each merge that is tried may pass falsely. So with other merges MOPD gets half of the level and
+    all others share the other half, tried or not: the probability that any passes falsely is that of a single merge.
 
-    A criterion whose scores are missing fails: nothing is promoted unmeasured. Teachers that learnt nothing are easy to
-    equal, so both they and the candidate must be shown above the start, each by one test of the mean over the experts'
-    domains (`evals.statistics.hypotheses.mean_superiority`): a test for each domain would refuse a run with one skill
-    that was at its ceiling from the start. Both must pass, so neither is corrected. Non-inferiority to every teacher is
-    an intersection-union test (Berger 1982): all must pass, so each is held to the full level without correction, and
-    the largest p-value is that of all. The level is one tail of the intervals, (1 - confidence) / 2, so a domain passes
-    exactly where the lower bound of its interval lies above the margin.
+    A criterion with missing scores fails, so nothing is promoted unmeasured. Teachers that learnt nothing are easy to
+    equal, so both teachers and candidate must be shown above the start, each by one test of the mean over the experts'
+    domains (`evals.statistics.tests_of_scores.mean_superiority`): a test for each domain would refuse a run with one
+    skill that was at its ceiling from the start. Both must pass, so neither is corrected. Non-inferiority to every
+    teacher is an intersection-union test (Berger 1982): all must pass, so each is held to the full level without
+    correction, and the largest p-value holds for all. The level is one tail of the intervals, (1 - confidence) / 2, so
+    a domain passes exactly where the lower bound of its interval lies above the margin.
 
-    Forgetting is judged by the estimate and not by its upper bound, as the design has it: a candidate forgets no more
-    than allowed. `max_forgetting` is a limit on what is measured and not, as the margin, one for which the plan finds a
-    number of examples; on the few domains that no expert trains the bound could refuse a checkpoint that lost nothing.
-    The interval is told beside it, and where it reaches past the limit.
+    Forgetting is judged by the estimate and not by its upper bound, following the design: a candidate forgets no more
+    than allowed. `max_forgetting` limits the measured drop. Unlike the margin, it is not a bound for which the plan
+    finds a number of examples; on the few domains that no expert trains the upper bound could refuse a checkpoint that
+    lost nothing. The text shows the interval, and whether it extends beyond the limit.
 
     Args:
         results: The run's scores.
         margin: Allowed deficit to each domain's teacher (`Results.teacher`).
         max_forgetting: Allowed mean drop on domains no expert trains.
         champion: domain -> held-out sheet of the previous champion; None when there is none.
-        reigning: The merge that is this champion, which is not compared with itself; empty where none is.
-        former: Champions before the present one, by what they are called -> their held-out sheets. Each may be worse
-            than the last by what is not shown, and a line of them would sink step by step.
-        tries: Which student this is that is judged on these examples. Whoever tries until one passes finds one: later
-            tries have less of the level (`spent`).
+        champion_name: The merge that is this champion, which is not compared with itself; empty if none is.
+        former: Champions before the present one: name -> held-out sheets. Each may be worse than the last by an
+            undetected amount, so a line of champions could decline step by step.
+        tries: The number of students judged on these examples, this one included. Enough tries would pass by chance, so
+            later tries get less of the level (`spent`).
     """
     others = rivals(results)
-    judged: dict[str, Verdict] = {}
+    judged: dict[str, GateVerdict] = {}
     for name in (*(rival.name for rival in others if rival.shown), STUDENT):
         shared = results.at_share(_share(name, len(others)) * spent(tries))
         criteria = [*_teachers(shared, name, margin), _forgetting(results, name, max_forgetting)]
         criteria += _gains(shared, name)
-        criteria.append(itself(name) if name == reigning else previous(results, name, champion))
-        criteria += [] if name == reigning else best_of_line(results, name, former or {})
-        judged[name] = Verdict(name, "", tuple(criteria))
+        criteria.append(itself(name) if name == champion_name else previous(results, name, champion))
+        criteria += [] if name == champion_name else best_of_line(results, name, former or {})
+        judged[name] = GateVerdict(name, "", tuple(criteria))
         if judged[name].passed:
             break
     found = next((verdict for verdict in judged.values() if verdict.passed), next(iter(judged.values())))
     again = f"; try {tries} on these examples, at {spent(tries):.2g} of the gate's level" if tries > 1 else ""
-    return Verdict(found.candidate, _why(judged, others) + again, found.criteria)
+    return GateVerdict(found.candidate, _why(judged, others) + again, found.criteria)
 
 
 def spent(tries: int) -> float:
-    """The share of the level that a try has: 1 for the first, 1 / (2 t (t - 1)) for the t-th after it.
-
-    All later ones together have half of the level, however many they are (alpha spending, Lan & DeMets 1983, Biometrika
-    70:659), so a false promotion in any of them is at most one and a half times as likely as the level says.
+    """The share of the level for a try: 1 for the first, 1 / (2 t (t - 1)) for the t-th after it. All later tries
+    together get half of the level, however many they are (alpha spending, Lan & DeMets 1983, Biometrika 70:659). The
+    probability of a false promotion in any try is therefore at most one and a half times the level.
     """
     return 1.0 if tries <= 1 else 0.5 / (tries * (tries - 1))
 
 
 def _share(name: str, others: int) -> float:
-    """The share of the level at which a merge is judged beside so many others."""
+    """The share of the level at which a merge is judged beside this number of others."""
     if not others:
         return 1.0
     return 0.5 if name == STUDENT else 0.5 / others
 
 
-def _why(judged: Mapping[str, Verdict], others: Sequence[Rival]) -> str:
+def _why(judged: Mapping[str, GateVerdict], others: Sequence[Rival]) -> str:
     if not others:
         return "no other merge to compare with"
     ahead = [rival for rival in others if rival.shown]
@@ -177,7 +175,7 @@ def _lead(rival: Rival) -> str:
 
 
 def _gains(results: Results, candidate: str) -> list[Criterion]:
-    """The teachers, and the candidate, are above the start on the mean of what there was to learn."""
+    """The criteria that teachers and candidate are above the start, on the mean of the domains that can be learnt."""
     start, domains = results.start, _learnt(results)
     if not domains:
         text = f"no domain has another teacher than {start}, so there is nothing to learn"
@@ -222,13 +220,13 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         return [Criterion("teachers", False, "no teacher to compare with", kind="missing")]
     one = _promotable(results)
     pairs = {domain: one.aligned([candidate, one.teacher(domain)], domain) for domain in one.teachers}
-    # What was not scored is not shown, and of a single example nothing is.
+    # A domain without scores, or with a single example, counts as not shown.
     p_values = {
         domain: non_inferiority(pair[0], pair[1], margin) if pair and pair[0].shape[1] > 1 else 1.0
         for domain, pair in pairs.items()
     }
     worst = intersection_union(p_values)
-    together = f" (every teacher must pass, so no correction; all of them: p = {worst:.2g})" if len(pairs) > 1 else ""
+    together = f" (all teachers must pass, so p is not corrected; largest p = {worst:.2g})" if len(pairs) > 1 else ""
     criteria = []
     for domain, pair in pairs.items():
         name = f"non-inferior to {results.teacher(domain)} on {domain}"
@@ -243,13 +241,12 @@ def _teachers(results: Results, candidate: str, margin: float) -> list[Criterion
         if not passed and pair[0].shape[1] < fewest:
             shared = pair[0].shape[1] < one.examples(domain)
             what = f"independent examples, here {pair[0].shape[1]}," if shared else "examples"
-            judged = f"cannot be judged: of fewer than {fewest} {what} equal answers do not show it"
+            judged = f"cannot be judged: with fewer than {fewest} {what} even equal answers do not show it"
             shown = f"cannot be judged with fewer than {fewest} {what.rstrip(',')}, so not shown"
         text = (
             f"{domain}: {100 * pair[0].mean():.1f} % against its teacher's {100 * pair[1].mean():.1f} %"
             f"{_seed(results)}: difference {points(difference)}, p = {p_values[domain]:.2g}, "
-            f"{'all' if passed else 'not all'} of it above the allowed {-100 * margin:.1f}, "
-            f"so {judged}{together}."
+            f"the interval {'lies' if passed else 'does not lie'} above {-100 * margin:.1f}: {judged}{together}."
         )
         brief = f"{domain}: {points(difference)} to {results.teacher(domain)}, {shown} above {-100 * margin:.1f}"
         text += _over_all(results, results.difference(candidate, "teacher", domain))
@@ -267,7 +264,7 @@ def _seed(results: Results) -> str:
 
 
 def _over_all(results: Results, value: Interval | None) -> str:
-    """What the recipe does over all seeds, for information."""
+    """The recipe's difference over all seeds, for information."""
     return f" Over all {len(results.seeds)} seeds: {points(value)}." if value and len(results.seeds) > 1 else ""
 
 
@@ -278,7 +275,7 @@ def _forgetting(results: Results, candidate: str, allowed: float) -> Criterion:
     if lost is None:
         return Criterion("forgetting", False, "not scored", kind="missing")
     passed = lost.mean <= allowed
-    unsure = ", past which the interval reaches" if passed and lost.high > allowed else ""
+    unsure = ", beyond which the interval extends" if passed and lost.high > allowed else ""
     text = (
         f"mean drop {points(lost)} on {', '.join(results.untrained)}{_seed(results)}; the estimate may be at most "
         f"{100 * allowed:.1f}{unsure}."

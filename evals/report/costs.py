@@ -1,4 +1,4 @@
-"""What a run took, stage by stage: seconds, tokens and memory of the checkpoints and of their evaluations."""
+"""The costs of a run, stage by stage: seconds, tokens and memory of the checkpoints and of their evaluations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ EVALUATION, ALL = "evaluation", "all"
 
 @dataclass(frozen=True)
 class Spending:
-    """What one checkpoint took, a mean over seeds.
+    """The costs of one checkpoint, a mean over seeds.
 
     Attributes:
         name: The checkpoint's node name.
-        made: Its training; tokens are those with a loss. None where it is not in the store.
-        scored: Its evaluations together; tokens are those of the completions. None where there are none.
+        made: Cost of its training; tokens are those with a loss. None where it is not in the store.
+        scored: Cost of all its evaluations; tokens are those of the completions. None where there are none.
     """
 
     name: str
@@ -37,18 +37,18 @@ class Spending:
 
 
 def spendings(results: Results, scoring: Mapping[str, Cost]) -> list[Spending]:
-    """What every checkpoint took, in the graph's order; those of which nothing is known are left out.
+    """The costs of every checkpoint, in the graph's order; checkpoints without recorded costs are left out.
 
     Args:
         results: The run's scores and the checkpoints' costs.
-        scoring: checkpoint -> what its evaluations took, a mean over seeds.
+        scoring: checkpoint -> cost of its evaluations, a mean over seeds.
     """
     found = [Spending(name, results.costs.get(name), scoring.get(name)) for name in results.checkpoints]
     return [one for one in found if one.made or one.scored]
 
 
 def totals(found: Sequence[Spending]) -> dict[str, Cost]:
-    """Groups of stages, the evaluations, and all: seconds and tokens are sums, memory is the most of any one."""
+    """The costs of groups of stages, of the evaluations and of all: sums of seconds and tokens, maximum of memory."""
     groups = {title: [one.made for one in found if one.made and fits(one.name)] for title, fits in GROUPS.items()}
     groups[EVALUATION] = [one.scored for one in found if one.scored]
     groups[ALL] = [cost for costs in list(groups.values()) for cost in costs]
@@ -63,7 +63,7 @@ def costs_section(results: Results, scoring: Mapping[str, Cost]) -> str:
     summed = totals(found)
     whole = summed[ALL].seconds or 1.0
     many = f"means over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed"
-    said = (
+    intro = (
         f'<p class="soft">One seed\'s run ({many}), whether or not a stage was cached this time. Seconds are the time '
         "of the machine that ran it. Tokens: of training those with a loss, of an evaluation those of its completions. "
         f"Memory is the most held at one time by one process; {ABSENT} where it was not recorded.</p>"
@@ -80,7 +80,7 @@ def costs_section(results: Results, scoring: Mapping[str, Cost]) -> str:
         for one in found
     )
     return (
-        f'{said}<div class="scroll"><table class="costs"><thead><tr><th>stages</th>{heads}'
+        f'{intro}<div class="scroll"><table class="costs"><thead><tr><th>stages</th>{heads}'
         f'<th class="share">share of all seconds</th></tr></thead><tbody>{groups}</tbody></table></div>'
         '<h3>Every checkpoint <small><span class="key"><i class="made"></i>training</span>'
         '<span class="key"><i class="scored"></i>evaluations</span></small></h3>'
@@ -92,7 +92,7 @@ def costs_section(results: Results, scoring: Mapping[str, Cost]) -> str:
 
 
 def checkpoint_title(name: str) -> str:
-    """How a checkpoint is called in a table: a merge as in the table of merges, another without its folder."""
+    """A checkpoint's name in a table: of a merge as in the table of merges, of any other without its folder."""
     if name == STUDENT or name.startswith((BASELINES, VARIANTS)):
         return merge_title(name)
     return name.removeprefix("experts/")

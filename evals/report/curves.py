@@ -1,6 +1,6 @@
-"""Training curves as small inline SVG panels: one a metric, one line a seed.
+"""Training curves as small inline SVG panels: one per metric, with a line per seed.
 
-Drawn here and not by matplotlib: a run of three seeds has some 400 panels, which take matplotlib 17 s and 3 MB.
+They are drawn here, because matplotlib takes 17 s and 3 MB for the some 400 panels of a run of three seeds.
 """
 
 import math
@@ -13,16 +13,16 @@ from evals.tables.markup import card
 Points = list[tuple[int, float]]
 
 COLOURS = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9", "#d9605a", "#7f8c97")
-# What a reader looks for first.
+# The metrics of most interest, which come first.
 FIRST = ("loss", "reward", "reverse_kl", "entropy", "length", "grad_norm")
-# As many panels as a reader will look at, and as many points as a panel has room for.
+# The number of panels that a reader will look at, and half the number of points that fit into a panel.
 PANELS, BUCKETS = 12, 80
 WIDTH, HEIGHT = 240, 120
 LEFT, RIGHT, TOP, BOTTOM = 42, 236, 20, 104
 
 
 def curves_cards(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A folded card for every checkpoint with its curves and what its training noted.
+    """A folded card for every checkpoint with its curves and its training's notes.
 
     Args:
         curves: node id (`NAME@SEED`, or `NAME`) -> its journal's metric records `{"step", "values"}` and notes
@@ -42,7 +42,7 @@ def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for name, value in record.get("values", {}).items():
                 if math.isfinite(value):
                     metrics.setdefault(name, {}).setdefault(seed, []).append((record["step"], value))
-    lines = _telling(metrics)
+    lines = _changing(metrics)
     if not lines:
         return ""
     colours = {seed: COLOURS[index % len(COLOURS)] for index, seed in enumerate(seeds)}
@@ -53,15 +53,18 @@ def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     )
     panels = "".join(_panel(name, own, colours) for name, own in list(lines.items())[:PANELS])
     more = (
-        f'<p class="soft">{len(lines) - PANELS} more that change stand in the journal.</p>'
+        f'<p class="soft">{len(lines) - PANELS} more changing metrics are in the journal.</p>'
         if len(lines) > PANELS
         else ""
     )
     return f'{keys}<div class="panels">{panels}</div>{more}'
 
 
-def _telling(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, Points]]:
-    """The metrics that change, the well-known first; of two with equal values (one domain and the whole) the first."""
+def _changing(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, Points]]:
+    """The metrics that change, those of most interest first.
+
+    Of metrics with equal values, as of one domain and of the whole, only the first is kept.
+    """
     known = {name: index for index, name in enumerate(FIRST)}
     found: dict[str, dict[str, Points]] = {}
     for name in sorted(metrics, key=lambda name: known.get(name.partition("/")[2].partition("/")[0], len(FIRST))):
@@ -98,7 +101,7 @@ def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -
 
 
 def thinned(points: Points) -> Points:
-    """At most `2 * BUCKETS` points: of each stretch the lowest and the highest, so that spikes stay."""
+    """At most `2 * BUCKETS` points: the lowest and the highest of each bucket, so that spikes are kept."""
     if len(points) <= 2 * BUCKETS:
         return points
     size = math.ceil(len(points) / BUCKETS)
@@ -111,10 +114,10 @@ def thinned(points: Points) -> Points:
 
 
 def _notes(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    said = []
+    items = []
     for seed, records in seeds.items():
         where = f"{seed}, step" if seed else "step"
-        said += [
+        items += [
             f"<li>{where} {record['step']}: {escape(record['text'])}</li>" for record in records if "text" in record
         ]
-    return f"<ul>{''.join(said)}</ul>" if said else ""
+    return f"<ul>{''.join(items)}</ul>" if items else ""

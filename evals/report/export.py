@@ -3,16 +3,17 @@
 `scores.csv` has one row for each checkpoint, domain, split, seed and example, with these columns:
 
 - `checkpoint`: node name, as `base`, `cold_start`, `experts/NAME`, `student`, `baselines/NAME`;
-- `domain`, `split`: what it was scored on; the split is `held_out` or `out_of_distribution`;
-- `seed`: of the run; a checkpoint that all seeds share has a row for each of them, with equal scores;
+- `domain`, `split`: the examples it was scored on; the split is `held_out` or `out_of_distribution`;
+- `seed`: seed of the run; a checkpoint that all seeds share has a row for each of them, with equal scores;
 - `example`: identity of the example, the same for every checkpoint and seed, so that rows can be paired;
 - `greedy_score`: score of the greedy completion, 0 to 1;
 - `sampled_score`: mean score of the sampled completions; empty where none were drawn;
 - `tokens`: length of the greedy completion;
-- `truncated`: 1 where the greedy completion was cut off at the longest length allowed, else 0;
+- `truncated`: 1 where the greedy completion was truncated at the longest length allowed, else 0;
 - `contaminated`: 1 where the checkpoint or an ancestor was trained on a copy of the example, 0 where not, empty where
   that is unknown;
-- `copy`: what was found: the same `unit` that its domain splits by, the same `prompt`, or a `near` copy; else empty.
+- `copy`: the kind of copy found: the same `unit` by which its domain splits, the same `prompt`, or a `near` copy; else
+  empty.
 
 `report.json` has `run`, `made` (UTC), `seeds`, `confidence`, `checkpoints`, `domains`, `summary` (the first screen: its
 sentence, a line for each domain, what failed, what next), `missing` (ids of the run's nodes that are not made yet),
@@ -33,7 +34,7 @@ from typing import Any
 
 from base.store.checkpoint import write_whole
 from evals.comparison.results import Cost, Results, metrics
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from evals.report.costs import spendings, totals
 from evals.report.summary import Summary
 from evals.report.table import grids, statements
@@ -55,7 +56,7 @@ COLUMNS = (
 
 
 def write_scores(path: Path, results: Results) -> None:
-    """Write `scores.csv`, replaced whole; for the columns see the module."""
+    """Write `scores.csv`, replacing the whole file; the module's docstring lists the columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -87,7 +88,7 @@ def _score_rows(results: Results) -> Iterator[tuple[Any, ...]]:
 def write_data(
     path: Path,
     results: Results,
-    verdict: Verdict | None,
+    verdict: GateVerdict | None,
     scoring: Mapping[str, Cost],
     lineage: Sequence[Mapping[str, str]],
     made: datetime,
@@ -95,7 +96,7 @@ def write_data(
     missing: Sequence[str] = (),
     bins: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Write `report.json`, replaced whole; for its keys see the module."""
+    """Write `report.json`, replacing the whole file; the module's docstring lists its keys."""
     from pydantic_core import to_json
 
     found = spendings(results, scoring)

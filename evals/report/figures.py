@@ -22,7 +22,7 @@ def roles_figure(results: Results) -> str:
 
 
 def forgetting_figure(results: Results) -> str:
-    """Drop of every trained checkpoint on the domains no expert trains, a row each; empty when there are none."""
+    """Drop of every trained checkpoint on the domains no expert trains, one row each; empty if there are none."""
     names = [name for name in results.checkpoints if name not in ("base", results.start)]
     groups = {domain: [drop(results, name, domain) for name in names] for domain in results.untrained}
     if not any(value for values in groups.values() for value in values):
@@ -50,7 +50,7 @@ def _bars(groups: Mapping[str, Sequence[Interval | None]], labels: Sequence[str]
 
 
 def _dots(groups: Mapping[str, Sequence[Interval | None]], labels: Sequence[str], unit: str) -> str:
-    """A row for every label, so that many labels stay legible; within it a dot with its interval for every group."""
+    """A row for every label, so that many labels stay legible; each row has a dot with its interval for every group."""
     figure = _figure(9, 0.9 + len(labels) * (0.12 + 0.14 * len(groups)))
     axes = figure.add_subplot()
     apart = 0.7 / len(groups)
@@ -71,7 +71,7 @@ def _dots(groups: Mapping[str, Sequence[Interval | None]], labels: Sequence[str]
 
 
 def _means(found: Sequence[tuple[int, Interval]]) -> tuple[list[float], list[list[float]]]:
-    """Means in percent, and how far the bounds lie below and above them."""
+    """Means in percent, and the distances to the bounds below and above."""
     means = [100 * value.mean for _, value in found]
     below = [max(0.0, 100 * (value.mean - value.low)) for _, value in found]
     above = [max(0.0, 100 * (value.high - value.mean)) for _, value in found]

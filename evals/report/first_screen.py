@@ -1,9 +1,9 @@
-"""The report's first screen as HTML: how good, which domain is weakest, why (not) promoted, what next."""
+"""The report's first screen as HTML: scores, the weakest domain, why it was (not) promoted, and what to do next."""
 
 import re
 from html import escape
 
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from evals.report.summary import CAPTION, Line, Summary, percent, points
 from evals.tables.grid import ABSENT
 
@@ -11,8 +11,8 @@ TRACK, TALL, MIDDLE = 180, 16, 8
 CODE = re.compile("`([^`]*)`")
 
 
-def first_screen(summary: Summary, verdict: Verdict | None) -> str:
-    """The sentence, the table of domains with a picture of each, what failed and what to do next."""
+def first_screen(summary: Summary, verdict: GateVerdict | None) -> str:
+    """The sentence, the table of domains with a figure for each, the failed criteria and the suggestions."""
     good = verdict is not None and (verdict.promoted or (bool(verdict.reigns) and verdict.passed))
     style = "na" if verdict is None or verdict.unfinished else "ok" if good else "bad"
     status, _, goodness = summary.sentence.partition(": ")
@@ -47,7 +47,7 @@ def _row(line: Line, weakest: bool, last: bool = False) -> str:
 
 
 def _track(line: Line) -> str:
-    """0 to 100 % as a line, with start and teacher as ticks and the student as a dot."""
+    """A figure: 0 to 100 % as a line, start and teacher as ticks, the student as a dot."""
 
     def place(share: float) -> str:
         return f"{6 + share * (TRACK - 12):.1f}"

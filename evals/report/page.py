@@ -1,7 +1,7 @@
-"""A run's report: one HTML page that asks nothing of the network, and its data beside it (`evals.report.export`).
+"""A run's report: one HTML page without network access, and its data in files beside it (`evals.report.export`).
 
-The page reads well in light, dark and narrow and on paper; without JavaScript everything shows, only the filters of
-the samples are missing. A content security policy lets run the page's own script and nothing else.
+The page supports light and dark themes, narrow screens and paper. Without JavaScript everything is shown and only the
+filters of the samples are missing. A content security policy allows the page's own script and no other.
 """
 
 import base64
@@ -18,7 +18,7 @@ from base.store.checkpoint import write_whole
 from evals.comparison.headline import histograms
 from evals.comparison.results import Cost, Results
 from evals.promotion.advice import Settings
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from evals.report.costs import costs_section
 from evals.report.curves import curves_cards
 from evals.report.export import DATA_FILE, SCORES_FILE, write_data, write_scores
@@ -29,23 +29,23 @@ from evals.report.summary import Summary, summarise
 from evals.report.table import grids, statements
 from evals.tables.markup import card, figure, folded, grid_table, word_table
 
-# Failed criteria stand first.
+# Failed criteria come first.
 ORDER = (False, None, True)
-# As many ids of what is missing as the head of the page has room for.
+# The number of missing nodes' ids that fit into the head of the page.
 GAPS = 5
 MARKS = {True: ("✓ met", "ok"), False: ("✗ failed", "bad"), None: ("not compared", "na")}
 
 
 @dataclass(frozen=True)
 class Background:
-    """What is known of a run beside its scores.
+    """The data of a run besides its scores.
 
     Attributes:
         curves: node id -> its journal's metric records `{"step", "values"}` and notes `{"step", "text"}`.
-        drawing: The lineage as HTML with inline SVG, trusted as it is.
+        drawing: The lineage as HTML with inline SVG, which is trusted and not escaped.
         lineage: A mapping of column to text for each checkpoint.
-        scoring: checkpoint -> what its evaluations took, a mean over seeds.
-        summary: The first screen; made from scores and verdict alone where it is None.
+        scoring: checkpoint -> cost of its evaluations, a mean over seeds.
+        summary: The first screen; made from scores and verdict only where it is None.
         missing: Ids of the run's nodes that are not made yet.
     """
 
@@ -57,19 +57,19 @@ class Background:
     missing: Sequence[str] = ()
 
 
-def write_report(path: Path, results: Results, verdict: Verdict | None, background: Background) -> Path:
-    """Write the report of a run, and `scores.csv` and `report.json` beside it; each is replaced whole.
+def write_report(path: Path, results: Results, verdict: GateVerdict | None, background: Background) -> Path:
+    """Write the report of a run, and `scores.csv` and `report.json` beside it, replacing whole files.
 
     Args:
         path: The HTML file.
         results: The run's scores.
-        verdict: What the gate said; None when nothing was judged.
-        background: What else is known of the run.
+        verdict: The gate's verdict; None if nothing was judged.
+        background: The data of the run besides its scores.
     """
     made = datetime.now(UTC)
     summary = background.summary or summarise(results, verdict, Settings())
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The page links to the data, so they come first.
+    # The page links to the data, so they are written first.
     write_scores(path.with_name(SCORES_FILE), results)
     data, bins = path.with_name(DATA_FILE), histograms(background.curves)
     write_data(data, results, verdict, background.scoring, background.lineage, made, summary, background.missing, bins)
@@ -77,7 +77,9 @@ def write_report(path: Path, results: Results, verdict: Verdict | None, backgrou
     return path
 
 
-def _page(results: Results, verdict: Verdict | None, background: Background, summary: Summary, made: datetime) -> str:
+def _page(
+    results: Results, verdict: GateVerdict | None, background: Background, summary: Summary, made: datetime
+) -> str:
     style, script = (_asset(name) for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
@@ -94,7 +96,7 @@ def _page(results: Results, verdict: Verdict | None, background: Background, sum
     )
 
 
-def _sections(results: Results, verdict: Verdict | None, background: Background) -> dict[str, str]:
+def _sections(results: Results, verdict: GateVerdict | None, background: Background) -> dict[str, str]:
     """Title -> content, in the page's order."""
     roles, *others = grids(results)
     shown = "".join(f"<li>{escape(line)}</li>" for line in statements(results))
@@ -128,7 +130,7 @@ def _header(results: Results, made: datetime, missing: Sequence[str]) -> str:
     )
 
 
-def _verdict(verdict: Verdict | None) -> str:
+def _verdict(verdict: GateVerdict | None) -> str:
     if verdict is None:
         return '<p class="soft">Nothing was judged.</p>'
     style = "ok" if verdict.promoted or (verdict.reigns and verdict.passed) else "bad"

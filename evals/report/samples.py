@@ -1,6 +1,7 @@
-"""The samples of a report: what base, cold start, teacher and student wrote to the same prompts, side by side.
+"""The samples of a report: completions of base, cold start, teacher and student for the same prompts, side by side.
 
-A row carries its outcomes as tokens, so that the page's script only compares words; without the script all rows show.
+A row carries its outcomes as tokens, so that the page's script only compares words; without the script all rows are
+shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,9 @@ from evals.report.costs import checkpoint_title
 from experts.domain import HELD_OUT, Prompt
 
 EXAMPLES = 40
-# Characters of all samples together, and of one completion: a page stays below 5 MB.
+# Limits in characters, of all samples together and of one completion: a page stays below 5 MB.
 BUDGET, LONGEST, SHORTEST = 1_200_000, 4000, 120
-# What stands unfolded.
+# Texts up to these sizes are shown unfolded.
 OPEN_CHARACTERS, OPEN_LINES = 240, 8
 RIGHT, PARTLY, WRONG = "right", "partly", "wrong"
 SIGNS = {RIGHT: "✓ correct", PARTLY: "◐ partly", WRONG: "✗ wrong"}
@@ -55,7 +56,7 @@ def samples_section(results: Results) -> str:
 
 
 def columns_of(results: Results, domain: str, seed: int, other: str | None) -> list[Column]:
-    """Base, cold start, the domain's teacher, the student and another merge, as far as they were scored."""
+    """The columns of base, cold start, the domain's teacher, the student and another merge, if they were scored."""
     teacher = results.teacher(domain)
     found = [("base", "base", "base"), ("cold_start", "cold start", "cold_start")]
     if teacher:
@@ -77,7 +78,7 @@ def best_other(results: Results) -> str | None:
 
 
 def outcomes(standings: Mapping[str, str]) -> list[str]:
-    """Which of the filters' outcomes a row has; `partly` counts as wrong.
+    """The filters' outcomes that a row has; `partly` counts as wrong.
 
     Args:
         standings: role -> `right`, `partly` or `wrong`.
@@ -148,17 +149,17 @@ def _row(columns: Sequence[Column], number: int, longest: int) -> str:
 def _completion(title: str, row: Mapping[str, Any], longest: int) -> str:
     greedy = row["greedy"]
     kind = standing(greedy["score"])
-    said = [SIGNS[kind] + (f", {greedy['score']:.2f}" if kind == PARTLY else "")]
-    said += ["cut off"] if greedy["truncated"] else []
-    said += ["contaminated (near copy)" if row.get("copy") == NEAR else "contaminated"] if row["contaminated"] else []
+    marks = [SIGNS[kind] + (f", {greedy['score']:.2f}" if kind == PARTLY else "")]
+    marks += ["cut off"] if greedy["truncated"] else []
+    marks += ["contaminated (near copy)" if row.get("copy") == NEAR else "contaminated"] if row["contaminated"] else []
     return (
-        f'<td class="{kind}" data-label="{escape(title)}"><span class="mark">{" · ".join(said)}</span>'
+        f'<td class="{kind}" data-label="{escape(title)}"><span class="mark">{" · ".join(marks)}</span>'
         f"{_text(greedy['completion'], longest)}</td>"
     )
 
 
 def _text(text: str, longest: int) -> str:
-    """A text as it is; a long one folded under its beginning, a very long one cut."""
+    """A text as HTML; a long one is folded under its beginning, a very long one truncated."""
     whole = text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
     block = f"<pre>{escape(whole)}</pre>"
     if len(whole) <= OPEN_CHARACTERS and whole.count("\n") < OPEN_LINES:
@@ -168,7 +169,7 @@ def _text(text: str, longest: int) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as text; of a conversation each message after its role."""
+    """A prompt as text; in a conversation each message follows its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,5 +1,7 @@
-"""The first screen of a run: how good, which domain is weakest, why (not) promoted, what next. Everything else is
-behind it (`evals.report.table`)."""
+"""The first screen of a run: scores, the weakest domain, why it was (not) promoted, and what to do next.
+
+Everything else is in the tables that follow (`evals.report.table`).
+"""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from evals.comparison.results import Results
 from evals.promotion.advice import Settings, advice
-from evals.promotion.gate import NOTHING, Verdict
+from evals.promotion.gate import NOTHING, GateVerdict
 from evals.statistics.interval import Interval
 from evals.tables.grid import ABSENT
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-# Of more domains than this the worst are shown.
+# With more domains than this only the worst are shown.
 SHOWN = 8
-# As many lines of what failed are shown, for what to do next stands below.
+# At most this number of failed criteria is shown, so that the suggestions below remain visible.
 FAILURES = 4
 NAME_CHARACTERS = 30
 WIDTH = 80
@@ -34,8 +36,8 @@ class Line:
         start: Score of the checkpoint that gains are measured from.
         teacher: Score of its teacher; None where it has none.
         student: Score of the candidate.
-        gap: The candidate's less the teacher's, or less the start's where there is no teacher, with its interval;
-            without a merge the expert's less the start's.
+        gap: The candidate's score less the teacher's, or less the start's where there is no teacher, with its interval;
+            without a merge the expert's score less the start's.
     """
 
     domain: str
@@ -47,17 +49,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a person wants to know first.
+    """The first screen of a run, as texts and numbers.
 
     Attributes:
-        sentence: The verdict with how good the candidate is.
+        sentence: The verdict and the candidate's score.
         lines: A line for each domain, in the run file's order.
         mean: The mean over the experts' domains.
         weakest: The domain with the lowest gap; empty where nothing was compared.
-        weakest_text: How far it is from its teacher.
+        weakest_text: Its distance from its teacher.
         failed: A line for each criterion of the gate that is not met; those of domains last, the worst of them first.
-        met: How many criteria failed, are met, or had nothing to compare with.
-        next: What to do next.
+        met: Numbers of criteria that failed, are met, or had nothing to compare with.
+        next: Suggestions of what to do next.
     """
 
     sentence: str
@@ -71,34 +73,34 @@ class Summary:
 
     @property
     def shown(self) -> tuple[Line, ...]:
-        """All lines, or of many those with the lowest gaps."""
+        """All lines, or only those with the lowest gaps if there are many."""
         if len(self.lines) <= SHOWN:
             return self.lines
         return tuple(sorted(self.lines, key=_rank)[:SHOWN])
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """The first lines of `failed`, and how many more there are."""
+        """The first lines of `failed`, and the number of the others."""
         if len(self.failed) <= FAILURES:
             return self.failed
         return (*self.failed[: FAILURES - 1], f"{len(self.failed) - FAILURES + 1} criteria more")
 
     @property
     def more(self) -> str:
-        """What is said of the domains that are not shown; empty where all are."""
+        """A text about the domains that are not shown; empty where all are."""
         if not (rest := [line for line in self.lines if line not in self.shown]):
             return ""
         gaps = [100 * line.gap.mean for line in rest if line.gap]
         return f"and {len(rest)} more" + (f", gaps from {min(gaps):+.1f} to {max(gaps):+.1f}" if gaps else "")
 
 
-def summarise(results: Results, verdict: Verdict | None, settings: Settings) -> Summary:
+def summarise(results: Results, verdict: GateVerdict | None, settings: Settings) -> Summary:
     """The first screen of a run.
 
     Args:
         results: Its scores.
-        verdict: What the gate said; None without a merge.
-        settings: Of the run.
+        verdict: The gate's verdict; None without a merge.
+        settings: The run's settings.
     """
     candidate = verdict.candidate if verdict else ""
     lines = tuple(_line(results, domain, candidate) for domain in results.domains)
@@ -120,14 +122,14 @@ def summarise(results: Results, verdict: Verdict | None, settings: Settings) -> 
     )
 
 
-def _met(verdict: Verdict) -> str:
+def _met(verdict: GateVerdict) -> str:
     answers = [one.passed for one in verdict.criteria]
     counts = [(answers.count(False), "failed"), (answers.count(True), "met"), (answers.count(None), "not compared")]
     return ", ".join([f"{len(answers)} criteria", *(f"{count} {word}" for count, word in counts if count)])
 
 
 def _rank(line: Line) -> tuple[float, float]:
-    """The lowest gap first; of equal gaps the lowest score; what was not compared last."""
+    """The sort key: the lowest gap first, at equal gaps the lowest score; lines without a gap last."""
     score = line.student if line.student is not None else line.teacher
     return (line.gap.mean if line.gap else 2.0, score if score is not None else 2.0)
 
@@ -150,7 +152,7 @@ def _mean(results: Results, candidate: str) -> Line:
     return Line(MEAN, start, taught, own, gap)
 
 
-def _status(results: Results, verdict: Verdict | None) -> str:
+def _status(results: Results, verdict: GateVerdict | None) -> str:
     if verdict is None:
         return "The gate was not asked" if results.teachers else "No merge in this run"
     if verdict.unfinished:
@@ -204,7 +206,7 @@ def _text(line: Line, width: int) -> str:
 
 
 def render(summary: Summary, width: int = WIDTH) -> list["Text"]:
-    """The first screen as styled lines; words are broken nowhere."""
+    """The first screen as styled lines; words are never broken."""
     from rich.text import Text
 
     found = [Text(line, style="bold") for line in _wrapped(summary.sentence, width)]

@@ -1,4 +1,4 @@
-"""The comparison for people: a rich rendering for the terminal, Markdown for a page, from the same cells."""
+"""The comparison as tables: a rich rendering for the terminal and Markdown for a page, from the same cells."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ def roles_grid(results: Results, cell: Callable[[Interval | None], str] | None =
 
     Args:
         results: The run's scores.
-        cell: How an interval is written; `percent` by default.
+        cell: Formats an interval; `percent` by default.
     """
     write = cell or percent
     rows = []
@@ -45,7 +45,7 @@ def roles_grid(results: Results, cell: Callable[[Interval | None], str] | None =
 
 
 def checkpoints_grid(results: Results) -> Grid:
-    """Every checkpoint, each single expert included, on every domain: greedy means."""
+    """Greedy means of every checkpoint, experts included, on every domain."""
     rows = []
     for name in results.checkpoints:
         cells = [_mean(results.score(name, domain)) for domain in results.domains]
@@ -55,11 +55,11 @@ def checkpoints_grid(results: Results) -> Grid:
 
 
 def sampled_grid(results: Results, cell: Callable[[Interval | None], str] | None = None) -> Grid | None:
-    """Sampled completions: mean score and pass@k of every role; without domains, or None, where nothing was sampled.
+    """Mean score and pass@k of the sampled completions of every role; None where nothing was sampled.
 
     Args:
         results: The run's scores.
-        cell: How an interval is written; `percent` by default.
+        cell: Formats an interval; `percent` by default.
     """
     write = cell or percent
     rows: list[tuple[str, ...]] = []
@@ -68,7 +68,7 @@ def sampled_grid(results: Results, cell: Callable[[Interval | None], str] | None
         tries = max((found[2] for found in drawn if found), default=0)
         if tries:
             rows.append((domain, "mean score", *(write(found[0] if found else None) for found in drawn)))
-        # With one sample each there is no more to say.
+        # With one sample per example pass@k equals the mean score.
         if tries > 1:
             rows.append((domain, f"pass@{tries}", *(write(found[1] if found else None) for found in drawn)))
     head = ("domain", "of samples", *(ROLE_TITLES[role] for role in ROLES))
@@ -81,7 +81,7 @@ def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None 
 
     Args:
         results: The run's scores.
-        cell: How an interval is written; `percent` by default.
+        cell: Formats an interval; `percent` by default.
     """
     found = merges(results)
     if not found:
@@ -104,7 +104,7 @@ def merges_grid(results: Results, cell: Callable[[Interval | None], str] | None 
 
 
 def seeds_grid(results: Results) -> Grid | None:
-    """The student against start and teacher for new seeds as well; None with fewer seeds than that takes."""
+    """The student's differences to start and teacher for new seeds as well; None with too few seeds."""
     spans = {_label(results, domain, HELD_OUT): [domain] for domain in results.domains}
     spans["mean of experts' domains"] = list(results.expert_domains)
     rows = []
@@ -120,7 +120,7 @@ def seeds_grid(results: Results) -> Grid | None:
 
 
 def merge_title(name: str) -> str:
-    """How a merge is called in a table: MOPD, MOPD with a variant's name, or the baseline's name."""
+    """A merge's name in a table: MOPD, MOPD with a variant's name, or the baseline's name."""
     if name == STUDENT or name.startswith(VARIANTS):
         return " ".join(["MOPD", *name.split("/")[1:]])
     return name.removeprefix(BASELINES)
@@ -143,7 +143,7 @@ def grids(results: Results, cell: Callable[[Interval | None], str] | None = None
 
 
 def statements(results: Results) -> list[str]:
-    """What the tables show, in sentences; what is not shown is said to be not shown."""
+    """The results in the tables as sentences, which also state that a difference is not shown."""
     lines = []
     for name, expert in results.experts.items():
         gain = results.expert_gain(name)
@@ -183,7 +183,7 @@ def statements(results: Results) -> list[str]:
     lines.append(_contamination(results))
     lines.append(
         f"Seeds {', '.join(map(str, results.seeds))}. The intervals of scores and differences keep these "
-        "seeds fixed: they speak of new examples, not of new training runs. Those for new seeds, and of KL, "
+        "seeds fixed: they are for new examples, not for new training runs. Those for new seeds, and of KL, "
         "take seeds and examples as crossed random effects."
     )
     if results.left_out:
@@ -194,7 +194,7 @@ def statements(results: Results) -> list[str]:
 
 
 def _contamination(results: Results) -> str:
-    """In how many cells there are copies of training data, and in how many that is unknown."""
+    """A sentence with the number of cells with copies of training data, and of cells where this is unknown."""
     cells = {"/".join(key): list(cell.values()) for key, cell in results.cells.items()}
     flagged = {name: max(sheet.contaminated for sheet in sheets) for name, sheets in cells.items()}
     worst = max(flagged, key=lambda name: flagged[name], default="")
@@ -206,12 +206,12 @@ def _contamination(results: Results) -> str:
         f"near copies at most {100 * near:.1f} %" if near else "",
         f"unknown in {unknown} of {len(cells)} cells, whose training data are not all recorded" if unknown else "",
     ]
-    told = "; ".join(part for part in found if part) or "none"
-    return f"Contaminated examples (a copy in what the checkpoint or an ancestor was trained on): {told}."
+    counts = "; ".join(part for part in found if part) or "none"
+    return f"Contaminated examples (a copy in what the checkpoint or an ancestor was trained on): {counts}."
 
 
 def render(results: Results, width: int = WIDTH) -> "Group":
-    """The tables and statements as a rich renderable; a table too wide for the terminal stands in several parts."""
+    """The tables and statements as a rich renderable; a table too wide for the terminal is split into several parts."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -228,7 +228,7 @@ def render(results: Results, width: int = WIDTH) -> "Group":
 
 
 def fitted(grid: Grid, width: int) -> list[Grid]:
-    """A table, or its parts by columns, so narrow that no word of it is broken; each part has the first column."""
+    """A table, or its parts by columns, narrow enough that no word is broken; each part has the first column."""
 
     def least(column: int) -> int:
         texts = [grid.head[column], *(row[column] for row in grid.rows)]
@@ -272,7 +272,7 @@ def _mean(value: Interval | None) -> str:
 
 
 def difference(value: Interval | None) -> str:
-    """A difference in points with its bounds, and whether it is one."""
+    """A difference in points with its bounds, and whether a difference is shown."""
     if value is None:
         return "not measured"
     text = points(value).replace(" [", " points [")

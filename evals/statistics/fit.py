@@ -1,8 +1,8 @@
-"""A quadratic fit of one measure on another over checkpoints, and how sure its R squared is.
+"""A quadratic fit of one measure on another over checkpoints, with an interval of its R squared.
 
-The residual sum of squares of P points leaves `F = (R² / 2) / ((1 - R²) / (P - 3))`, for fixed x and normal errors
-noncentral F with 2 and P - 3 degrees of freedom and noncentrality `P ρ² / (1 - ρ²)`, where `ρ²` is the share of
-variance that the parabola truly explains. Its tails give the test of `ρ²` and, turned around, the interval (Steiger
+For the residual sum of squares of P points, `F = (R² / 2) / ((1 - R²) / (P - 3))`is, for fixed x and normal errors,
+distributed as noncentral F with 2 and P - 3 degrees of freedom and noncentrality `P ρ² / (1 - ρ²)`, where `ρ²` is the
+true share of variance that the parabola explains. Its tails give the test of `ρ²` and, inverted, the interval (Steiger
 2004, Psychological Methods 9:164). A bootstrap of the points was left out: with five points and no relation its lower
 bound exceeded 0.5 in 32 % of simulations, because three coefficients always explain something.
 
@@ -16,10 +16,10 @@ import numpy as np
 
 from evals.statistics.interval import Interval
 
-# Of fewer points a parabola's R squared says nothing: three coefficients take as many.
+# With fewer points a parabola's R squared is meaningless, because the three coefficients explain as many points.
 MIN_POINTS = 7
 COEFFICIENTS = 3
-# The noncentral F of a smaller rest cannot be computed.
+# The noncentral F cannot be computed for a smaller residual share.
 ROUNDING = 1e-7
 
 
@@ -28,9 +28,9 @@ class Fit:
     """A parabola by least squares.
 
     Attributes:
-        coefficients: Of x², x and 1.
+        coefficients: Coefficients of x², x and 1.
         r_squared: 1 - residual sum of squares / total sum of squares.
-        points: How many points.
+        points: Number of points.
     """
 
     coefficients: tuple[float, float, float]
@@ -43,15 +43,16 @@ class Fit:
         return self.points - COEFFICIENTS
 
     def above(self, share: float) -> float:
-        """P-value that the parabola explains more than a share of the variance, of all such points.
+        """P-value for the claim that the parabola explains more than a share of the variance in the population of
+        points.
 
         Args:
-            share: In [0, 1).
+            share: The share, in [0, 1).
         """
         return self._tail(self.points * share / (1 - share))
 
     def interval(self, confidence: float) -> Interval:
-        """Of the share of variance explained: [0, 1] with fewer than `MIN_POINTS` points."""
+        """The interval of the share of variance explained: [0, 1] with fewer than `MIN_POINTS` points."""
         if self.points < MIN_POINTS:
             return Interval(self.r_squared, 0.0, 1.0)
         tail = (1 - confidence) / 2
@@ -70,7 +71,7 @@ class Fit:
         return float(1 - ncfdtr(COEFFICIENTS - 1, self.freedom, noncentrality, ratio))
 
     def _share_at(self, level: float) -> float:
-        """The share of variance with which an F as large as this one has the probability `level`."""
+        """The share of variance for which an F as large as this one has the probability `level`."""
         from scipy.optimize import brentq
 
         if self.r_squared >= 1:
@@ -85,13 +86,13 @@ class Fit:
 
 
 def quadratic_fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
-    """Fit y on x and x² (the form in which arXiv:2509.04259 relates forgetting to KL).
+    """Fit y on x and x², as arXiv:2509.04259 relates forgetting to KL.
 
     Returns:
-        None with fewer than four points, fewer than four different x, or where y has no spread.
+        The fit; None with fewer than four points, fewer than four different x, or a constant y.
 
     Raises:
-        ValueError: x and y are not of one length.
+        ValueError: x and y differ in length.
     """
     if len(x) != len(y):
         raise ValueError(f"not paired: {len(x)} and {len(y)} points")
@@ -101,5 +102,5 @@ def quadratic_fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
     squared, linear, constant = (float(c) for c in np.polyfit(x_P, y_P, 2))
     residual_P = y_P - np.polyval([squared, linear, constant], x_P)
     share = 1 - float(np.sum(residual_P**2) / np.sum((y_P - y_P.mean()) ** 2))
-    # What is left of points on a parabola is rounding, and so is what is explained of points that know nothing of it.
+    # Points on a parabola leave a residual of rounding errors; points without relation may get a share below 0 by them.
     return Fit((squared, linear, constant), 1.0 if share > 1 - ROUNDING else max(0.0, share), len(x_P))

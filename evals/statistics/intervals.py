@@ -1,9 +1,9 @@
 """Intervals of scores and of paired differences, for new examples.
 
-Seeds are kept fixed, because three of them are too few to say how others would differ: an interval then speaks of new
-examples, not of new training runs. For those see `evals.statistics.crossed`.
+Seeds are kept fixed, because three of them are too few to estimate how others would differ. An interval is therefore
+for new examples, not for new training runs; for those see `evals.statistics.crossed_effects`.
 
-An interval keeps a width where all examples agree: of 400 right answers out of 400 the next one may be wrong.
+An interval keeps a width where all examples agree: after 400 right answers out of 400 the next one may be wrong.
 
 Shape suffixes: `S` seeds, `N` examples.
 """
@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from evals.statistics.crossed import over_examples
+from evals.statistics.crossed_effects import over_examples
 from evals.statistics.interval import Interval
 
 
@@ -25,10 +25,10 @@ def mean_interval(scores_SN: np.ndarray, confidence: float = 0.95) -> Interval:
 def mean_over_domains(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
     """Unweighted mean over domains of the mean score of each, with the interval of Agresti & Coull for a proportion.
 
-    It is Wilson's (1927, JASA 22:209) but for a width that does not fall short near 0 and 1: z² / 2 right and as many
-    wrong answers are made up (1998, Am. Statistician 52:119). The number of examples is the one that has the variance
-    seen. Of right and wrong answers and one seed that is the number of examples itself; several seeds, scores between 0
-    and 1 and domains of different levels have less variance than a proportion, so they count for more.
+    The interval is Wilson's (1927, JASA 22:209), except that its width is sufficient near 0 and 1: z² / 2 right answers
+    and as many wrong ones are added (1998, Am. Statistician 52:119). The number of examples is the one that gives the
+    observed variance. For right and wrong answers and one seed that is the number of examples itself; several seeds,
+    scores between 0 and 1 and domains of different levels have less variance than a proportion, so they count for more.
 
     Args:
         strata: domain -> `[S, N]` or `[N]` scores in [0, 1]; seeds are averaged first.
@@ -43,7 +43,7 @@ def mean_over_domains(strata: Mapping[str, np.ndarray], confidence: float = 0.95
     mean = float(np.mean([row_N.mean() for row_N in rows]))
     fewest = len(rows) * min(len(row_N) for row_N in rows)
     seen = sum(float(row_N.var()) / len(row_N) for row_N in rows) / len(rows) ** 2
-    # One made-up example that is right and one that is wrong keep it above 0 where all scores are alike.
+    # One added right example and one added wrong one keep the variance above 0 where all scores are alike.
     variance = seen + (mean**2 + (1 - mean) ** 2) / fewest**2
     examples = max(fewest, mean * (1 - mean) / variance)
     z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
@@ -75,14 +75,15 @@ def differences(a_SN: np.ndarray, b_SN: np.ndarray) -> np.ndarray:
 
 
 def mean_over(strata: Mapping[str, np.ndarray], confidence: float = 0.95) -> Interval:
-    """Unweighted mean over domains of the mean difference of each, with the t interval of `evals.statistics.crossed`.
+    """Unweighted mean over domains of their mean differences, with the t interval of
+    `evals.statistics.crossed_effects`.
 
     Args:
         strata: domain -> `[S, N]` or `[N]` differences of scores in [0, 1].
         confidence: Level of the interval.
 
     Returns:
-        -1 and 1 as bounds where a domain has a single example: nothing is known of how it varies.
+        The interval; its bounds are -1 and 1 where a domain has a single example, whose variance is unknown.
     """
     if any(np.shape(part_SN)[-1] < 2 for part_SN in strata.values()):
         return Interval(float(np.mean([np.mean(part_SN) for part_SN in strata.values()])), -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""How many examples a paired comparison needs, before anything is measured. Closed forms, without numpy."""
+"""The number of examples that a paired comparison needs, before anything is measured. Closed forms, without numpy."""
 
 from collections.abc import Mapping
 from math import ceil, sqrt
@@ -7,13 +7,13 @@ from statistics import NormalDist
 from evals.config.claims import EXAMPLE_MEASURES, HypothesisConfig
 
 POWER = 0.8
-# Examples that are made up in every interval of a difference, half of them won and half lost; see
-# `evals.statistics.crossed`.
+# Examples that are added in every interval of a difference, half of them won and half lost; see
+# `evals.statistics.crossed_effects`.
 MADE_UP = 4
-# Two binary scores of one example that are independent, each right half the time: the variance of their difference is
-# 2 p (1 - p) <= 1/2. Scores of related checkpoints correlate, so theirs is smaller.
+# For two independent binary scores of one example, each right half the time: the variance of their difference is 2 p (1
+# - p) <= 1/2. Scores of related checkpoints correlate, so that their variance is smaller.
 BINARY_SD = sqrt(0.5)
-# A student and its teacher whose answers agree on nine of ten examples.
+# For a student and a teacher whose answers agree on nine of ten examples.
 RELATED_SD = sqrt(0.1)
 
 
@@ -21,7 +21,7 @@ def resolved(examples: int, confidence: float = 0.95, sd: float = BINARY_SD) -> 
     """Half the width of the two-sided normal interval of a mean paired difference: z sqrt(sd² / n + MADE_UP / n²).
 
     Args:
-        examples: How many examples are scored, n.
+        examples: The number of examples scored, n.
         confidence: Two-sided level of the interval.
         sd: Standard deviation of the difference of an example.
     """
@@ -32,7 +32,7 @@ def resolved(examples: int, confidence: float = 0.95, sd: float = BINARY_SD) -> 
 
 
 def fewest_examples(margin: float, confidence: float = 0.95) -> int:
-    """Examples below which no answers show a candidate within the margin, equal ones neither."""
+    """The number of examples below which not even equal answers show a candidate within the margin."""
     _check(confidence, BINARY_SD)
     if margin <= 0:
         raise ValueError(f"margin must be above 0: {margin}")
@@ -45,10 +45,10 @@ def fewest_examples(margin: float, confidence: float = 0.95) -> int:
 def examples_needed(
     margin: float, confidence: float = 0.95, power: float = POWER, sd: float = BINARY_SD, domains: int = 1
 ) -> int:
-    """Examples of each domain for which two equal checkpoints are shown non-inferior on all of them.
+    """The number of examples per domain with which two equal checkpoints are shown non-inferior on all domains.
 
     The n at which (z_(1 - alpha) + z_p) sqrt(sd² / n + MADE_UP / n²) is the margin, with alpha = (1 - confidence) / 2,
-    for the gate takes the lower bound of a two-sided interval (Julious 2004, Statistics in Medicine 23:1921, normal
+    because the gate takes the lower bound of a two-sided interval (Julious 2004, Statistics in Medicine 23:1921, normal
     approximation, true difference 0). Domains share no examples, so each must pass with p = power^(1 / domains).
 
     Args:
@@ -75,13 +75,13 @@ def power_of(examples: int, margin: float, confidence: float = 0.95, sd: float =
 
 
 def equivalence_needed(margin: float, alpha: float = 0.05, power: float = POWER, sd: float = BINARY_SD) -> int:
-    """Examples for which two equal checkpoints are shown equivalent (TOST) with probability `power`.
+    """The number of examples with which two equal checkpoints are shown equivalent (TOST) with probability `power`.
 
-    As `examples_needed` with z_(1 - beta / 2) in place of z_p, beta = 1 - power (Julious 2004, as above, for a true
+    As `examples_needed`, with z_(1 - beta / 2) in place of z_p, beta = 1 - power (Julious 2004, as above, for a true
     difference of 0: both one-sided tests must succeed, so beta is shared between them).
 
     Args:
-        margin: The difference either way that still counts as none, as a share.
+        margin: The largest difference, either way, that still counts as none, as a share.
         alpha: Level of each one-sided test.
         power: Wanted probability of showing it.
         sd: Standard deviation of the difference of an example.
@@ -97,7 +97,7 @@ def equivalence_needed(margin: float, alpha: float = 0.05, power: float = POWER,
 
 
 def margin_notes(hypotheses: Mapping[str, HypothesisConfig], confidence: float) -> list[str]:
-    """What the plan says of the margins of a run's hypotheses: a line for each kind of test and margin."""
+    """The plan's lines on the margins of a run's hypotheses, one for each kind of test and margin."""
     wanted: dict[tuple[str, float], list[str]] = {}
     for key, hypothesis in hypotheses.items():
         for name, test in hypothesis.tests.items():
@@ -116,10 +116,10 @@ def margin_notes(hypotheses: Mapping[str, HypothesisConfig], confidence: float) 
 
 
 def precision_notes(examples: int, margin: float, confidence: float, domains: int = 1) -> list[str]:
-    """What the plan says of a run's examples and margin, with the assumption it rests on.
+    """The plan's lines on a run's examples and margin, with the assumption behind them.
 
-    A warning follows where a student equal to its teachers, of related answers, is more likely to fail the gate than to
-    pass it, another where it cannot pass.
+    A warning follows if a student equal to its teachers, with related answers, is more likely to fail the gate than to
+    pass it, and another if it cannot pass.
 
     Args:
         examples: Held-out examples of a domain.
@@ -140,7 +140,7 @@ def precision_notes(examples: int, margin: float, confidence: float, domains: in
     if examples < (fewest := fewest_examples(margin, confidence)):
         lines.append(
             f"warning: evaluate.examples {examples} can show nothing within gate.non_inferiority_margin {margin:g}: "
-            f"that needs {fewest} examples, even of equal answers"
+            f"that needs {fewest} examples, even with equal answers"
         )
     elif chances[0] < 0.5:
         lines.append(

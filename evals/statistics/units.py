@@ -1,10 +1,10 @@
-"""Examples of one unit, such as the corruptions of one function, tell less than as many of their own.
+"""Groups examples by unit, because those of one unit, such as the corruptions of one function, are not independent.
 
-Their scores move together, so the unit is what a new sample would draw anew. `by_unit` puts the units into groups of
-about one size, as many as they are worth if all examples of a unit agree (Kish 1965, Survey Sampling), and turns the
-examples into one value a group. Their mean is the examples' mean and their variance the jackknife's over groups
-(MacKinnon & White 1985, J. Econometrics 29:305): what is computed of examples is computed of these values. Where every
-example has a unit of its own they are the examples themselves.
+Their scores are correlated, and a new sample would draw new units. `by_unit` puts the units into groups of about equal
+size, as many as their effective number if all examples of a unit agree (Kish 1965, Survey Sampling), and turns the
+examples into one value per group. Their mean is the examples' mean and their variance the jackknife's over groups
+(MacKinnon & White 1985, J. Econometrics 29:305): statistics of examples are computed from these values. Where every
+example has a unit of its own, the values are the examples themselves.
 
 Shape suffixes: `S` seeds, `N` examples, `G` groups.
 """
@@ -18,13 +18,13 @@ import numpy as np
 
 
 def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """One value a group: the mean of all, plus G - 1 times what it moves by where the group is left out.
+    """One value per group: the mean of all, plus G - 1 times its change if the group is left out.
 
-    It is linear in the scores, so the values of a difference are the difference of the values.
+    The values are linear in the scores, so the values of a difference are the difference of the values.
 
     Args:
         scores_SN: `[S, N]` or `[N]`.
-        units: Of each example.
+        units: The unit of each example.
 
     Returns:
         `[S, G]` or `[G]`.
@@ -45,13 +45,13 @@ def by_unit(scores_SN: np.ndarray, units: Sequence[str]) -> np.ndarray:
 
 
 def independent(units: Sequence[str]) -> int:
-    """How many values `by_unit` makes of examples of these units."""
+    """The number of values that `by_unit` returns for examples of these units."""
     return int(_groups(tuple(units)).max(initial=-1)) + 1
 
 
 @lru_cache(maxsize=64)
 def _groups(units: tuple[str, ...]) -> np.ndarray:
-    """The group of each example: units from the largest on, each into the smallest group so far."""
+    """The group of each example: units are placed from the largest on, each into the smallest group so far."""
     sizes = Counter(units)
     if len(sizes) == len(units):
         return np.arange(len(units))

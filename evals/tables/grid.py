@@ -1,4 +1,4 @@
-"""A table as text, however it is drawn."""
+"""A table of texts, independent of its rendering."""
 
 from dataclasses import dataclass
 

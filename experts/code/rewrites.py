@@ -1,4 +1,4 @@
-"""Needless rewrites of working code (rough demonstrations), and the measure of how much of an edit was needless."""
+"""Needless rewrites of working code (rough demonstrations), and a measure of the needless part of an edit."""
 
 import ast
 import io
@@ -56,7 +56,7 @@ def rewrites(code: str, rng: random.Random) -> list[str]:
     Equivalence is likely, not proven (`a+b` of lists does not commute): the caller runs the tests.
 
     Raises:
-        SyntaxError: the text is no Python.
+        SyntaxError: the text is not valid Python.
     """
     source = Source(code)
     found = [splice.apply(code) for splice in (*_stored(source), *_flipped(source))]

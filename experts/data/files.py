@@ -1,7 +1,7 @@
-"""Rows of local text files, JSON, JSONL, CSV or TSV, plain or gzipped, with every value as it is written.
+"""Reads rows of local text files, JSON, JSONL, CSV or TSV, plain or gzipped, with every value as it is written.
 
-No type is inferred: a CSV cell is text, and a JSON number is `Number`, its own text. What is ambiguous (a key that
-stands twice, a row that is longer than its header) is refused with file and row.
+No type is inferred: a CSV cell is text, and a JSON number is a `Number`, its own text. Ambiguous rows (a repeated key,
+a row that is longer than its header) raise an error that names file and row.
 """
 
 import csv
@@ -21,7 +21,7 @@ FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"
 }  # fmt: skip
 PACKED = ".gz"
-# Python's own limit is 131,072 characters, which a long document passes.
+# Python's own limit is 131,072 characters, which a long document exceeds.
 LONGEST_CELL = 16 * 2**20
 
 _SPLIT_WORDS = {
@@ -39,12 +39,12 @@ class Number(str):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands, for the message of an error.
+    """The location of a row, for error messages.
 
     Attributes:
         file: Path or Hub id.
         row: Counts from 1.
-        line: In a file of lines, from 1.
+        line: Counts from 1, in a file of lines.
     """
 
     file: str
@@ -57,7 +57,7 @@ class Place:
 
 
 def file_format(path: Path) -> str | None:
-    """The format that a file's name ends in; None for a name that ends in none."""
+    """The format by the ending of a file's name; None for any other ending."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == PACKED:
         kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
@@ -66,12 +66,12 @@ def file_format(path: Path) -> str | None:
 
 
 def endings() -> str:
-    """The endings of names that are read, for a message."""
+    """The supported endings of file names, for messages."""
     return f"{', '.join(FORMATS)}, all but the last also with {PACKED}"
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that hold a split, by the words of their names; all where no name has such a word.
+    """The files of a folder that hold a split, by the words in their names; all files if no name has such a word.
 
     Raises:
         UserError: the folder has no file that can be read, or none of this split.
@@ -101,7 +101,7 @@ def read_rows(path: Path) -> Iterator[tuple[Place, Row]]:
     """Yield a file's rows with their places.
 
     Raises:
-        UserError: what cannot be read, with file, row and field.
+        UserError: something cannot be read; the message names file, row and field.
     """
     kind = file_format(path)
     if kind in ("csv", "tsv"):
@@ -126,7 +126,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[Place, Row]]:
-    """Rows of a list, of one object, or one object a line."""
+    """Rows of a list, of a single object, or of one object per line."""
     try:
         whole = _parse(text)
     except json.JSONDecodeError as error:
@@ -142,7 +142,7 @@ def _json(path: Path, text: str) -> Iterator[tuple[Place, Row]]:
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[Place, Row]]:
     number = 0
-    # `splitlines` would also divide at characters that may stand in a JSON text.
+    # `splitlines` would also split at characters that may occur in a JSON text.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue

@@ -1,5 +1,4 @@
-"""The likely options of a data set: which fields are prompt and answer, and how the answer is scored. For a person to
-check."""
+"""Guesses the options of a data set: the fields of prompt and answer, and the scorer. A person has to check them."""
 
 import itertools
 import re
@@ -12,12 +11,12 @@ from experts.data.files import Row
 from experts.data.sources import find_source
 
 READ_ROWS = 200
-# In the order in which they are looked for.
+# In order of preference.
 PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input", "text")
 ANSWERS = ("answer", "answers", "completion", "response", "output", "solution", "target", "label")
 CHATS = ("messages", "conversation", "chat")
 CHOICES = ("choices", "options")
-# GSM8K's way to write the number behind its reasoning.
+# GSM8K writes the number behind its reasoning in this form.
 HASHES = "#### (.+)"
 # Longer answers are hardly ever repeated word for word.
 SHORT_ANSWER = 60
@@ -27,12 +26,12 @@ def guess_options(path: str, folder: Path, given: Mapping[str, Any]) -> dict[str
     """The options of a `hub` domain over a data set.
 
     Args:
-        path: A local file or folder, from `folder` on, or a Hub id.
-        folder: The run file's.
-        given: Options that are known; they stay.
+        path: A local file or folder, relative to `folder`, or a Hub id.
+        folder: The run file's folder.
+        given: Options that are fixed already; they are kept.
 
     Raises:
-        UserError: it cannot be read, or no field looks like a prompt or an answer; names those there are.
+        UserError: the data cannot be read, or no field looks like a prompt or an answer; the message lists the fields.
         ConnectionError: the Hub cannot be reached.
     """
     place = folder / Path(path).expanduser()
@@ -101,7 +100,7 @@ def _scorer(columns: Sequence[str], answers: Sequence[Any], options: Mapping[str
 
 
 def _last_answer(value: Any) -> str | None:
-    """The text of a chat's last message where that is the assistant's."""
+    """The text of a chat's last message if it is the assistant's; otherwise None."""
     last = value[-1] if isinstance(value, list) and value else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant":
         return None
@@ -113,5 +112,5 @@ def _is_number(text: str) -> bool:
         float(text.replace(",", ""))
     except ValueError:
         return False
-    # What is written with a zero in front is rather a code than a number.
+    # A text with a leading zero is probably a code, not a number.
     return re.match(r"-?0\d", text.strip()) is None

@@ -1,8 +1,8 @@
-"""What copies of a prompt have in common: their normal form.
+"""The normal form of a prompt, which all of its copies share.
 
-It leaves out what a copy may differ in: the system turn, case, white space, the style of quotes and dashes, punctuation
-behind words, and the order of lettered choices. Numbers, signs, operators and the punctuation of code stay, so that
-prompts with other numbers or other code have other forms.
+It leaves out the features in which copies may differ: the system turn, case, white space, the style of quotes and
+dashes, punctuation behind words, and the order of lettered choices. Numbers, signs, operators and
+the punctuation of code stay, so that prompts with other numbers or other code have other forms.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _ONE_STYLE = str.maketrans(
     {**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟″«»", '"'), **dict.fromkeys("‐‑‒–—―−", "-")}
 )
 _CHOICE = re.compile(r"(?:\(([a-z])\)|([a-z])[.)]) (\S.*)")
-# Behind a word of two letters or more: `5!` and `x.` may be mathematics, and `x,` a tuple.
+# Only behind a word of two letters or more: `5!` and `x.` may be mathematics, and `x,` a tuple.
 _AFTER_WORD = re.compile(r"(?<=[^\W\d_]{2})(?:[.;:!?]+(?=\s|$)|,(?=[ \t]+[^\W\d_]))")
 _END = " \t\n\r\f\v.?:=…"
 _NUMBER = re.compile(r"\d+")
@@ -30,7 +30,7 @@ def normal_form(prompt: Prompt) -> str:
     """The text that all copies of a prompt share.
 
     Args:
-        prompt: Plain text or chat messages; of messages the roles, without the system's, are part of the form.
+        prompt: Plain text or chat messages. The roles of messages, except the system's, are part of the form.
     """
     if isinstance(prompt, str):
         return _text(prompt)
@@ -63,14 +63,14 @@ def _text(text: str) -> str:
 
 
 def _line(line: str) -> str:
-    """A line without what copies may differ in; one of signs alone may be a row of a picture, and stays."""
+    """A line without what copies may differ in; a line of signs only may be a row of a picture and is kept."""
     if not any(map(str.isalnum, line)):
         return line.rstrip()
     return " ".join(_AFTER_WORD.sub("", line).split())
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """Lines of prose as one; between rows of a grid, which have no letter, the line break stays."""
+    """Lines of prose joined; line breaks between rows of a grid, which have no letter, are kept."""
     joined = lines[:1]
     for before, line in pairwise(lines):
         if any(map(str.isalpha, before)) or any(map(str.isalpha, line)):
@@ -81,7 +81,7 @@ def _joined(lines: list[str]) -> list[str]:
 
 
 def _with_sorted_choices(lines: list[str]) -> list[str]:
-    """The lines; lettered choices without their letters, in alphabetical order."""
+    """The lines, with lettered choices in alphabetical order and without their letters."""
     found: list[str] = []
     run: list[tuple[str, str]] = []
 

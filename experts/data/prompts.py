@@ -1,4 +1,4 @@
-"""Prompts made of a row's fields: text, a template, or chat messages, with a system prompt and examples before them."""
+"""Makes prompts of a row's fields: text, a template or chat messages, after a system prompt and examples."""
 
 import datetime
 import decimal
@@ -13,10 +13,10 @@ from base.hashing import stable_hash
 from experts.data.files import Row
 from experts.domain import Example, Message, Prompt
 
-# Characters of a prompt, or of an answer; more is a mistake in the data, and no model's context.
+# Limit in characters of a prompt or an answer; more is a mistake in the data, and exceeds any model's context.
 LONGEST_TEXT = 500_000
 ROLES = ("system", "developer", "user", "assistant")
-# What a message may carry beside its text that a rendering without it would distort.
+# Parts of a message besides its text; a rendering without them would be wrong.
 _CALLS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "images")
 
 
@@ -24,7 +24,7 @@ def template_fields(template: str) -> list[str]:
     """The fields that a template names, in order.
 
     Raises:
-        ValueError: it holds anything but field names in braces.
+        ValueError: the braces hold anything but field names.
     """
     fields = []
     for _, name, form, conversion in string.Formatter().parse(template):
@@ -43,7 +43,7 @@ def filled(template: str, values: Mapping[str, str]) -> str:
 
 
 def look_up(row: Row, field: str) -> Any:
-    """A field's value; `answers.text` is `text` in the object `answers`. None where it is not there."""
+    """A field's value; `answers.text` is `text` in the object `answers`. None if it is missing."""
     if field in row:
         return row[field]
     value: Any = row
@@ -53,10 +53,10 @@ def look_up(row: Row, field: str) -> Any:
 
 
 def written(value: Any, where: str) -> str:
-    """A value's text as it is written: of text and JSON numbers their own, of a typed column's its exact value.
+    """A value's text: text and JSON numbers as they are written, values of a typed column exactly.
 
     Raises:
-        UserError: there is none, or it is a list, an object or binary data.
+        UserError: the value is missing, or is a list, an object or binary data.
     """
     if isinstance(value, str):
         text = str(value)
@@ -75,10 +75,10 @@ def written(value: Any, where: str) -> str:
 
 
 def check_text(text: str, where: str) -> None:
-    """See that a text can be used.
+    """Check that a text can be used.
 
     Raises:
-        UserError: it is too long, or is no Unicode text.
+        UserError: the text is too long, or is not valid Unicode.
     """
     if len(text) > LONGEST_TEXT:
         raise UserError(f"{where} has {len(text):,} characters, the most are {LONGEST_TEXT:,}")
@@ -90,12 +90,12 @@ def chat(value: Any, where: str, unused: Counter[str]) -> list[Message]:
     """Chat messages of a row, as role and content.
 
     Args:
-        value: What the row holds.
-        where: Names row and field in the message of an error.
+        value: The row's value.
+        where: Row and field, for error messages.
         unused: Counts the keys of messages that are not used.
 
     Raises:
-        UserError: it is no list of messages with a role and a text, or holds tool calls.
+        UserError: the value is not a list of messages with a role and a text, or holds tool calls.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UserError(f"{where} is neither text nor a list of chat messages: {value!r:.60}")
@@ -105,7 +105,7 @@ def chat(value: Any, where: str, unused: Counter[str]) -> list[Message]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"{here} has no 'role' and 'content': {message!r:.80}")
         for key in message.keys() - {"role", "content"}:
-            # A typed column gives every message every key.
+            # In a typed column every message has every key.
             if message[key] is None or message[key] == []:
                 continue
             if key in _CALLS:
@@ -122,15 +122,15 @@ def chat(value: Any, where: str, unused: Counter[str]) -> list[Message]:
 
 
 def prompt_source(prompt: Prompt) -> str:
-    """The unit the split is made by: the prompt's text, or the hash of a chat."""
+    """The unit by which the split is made: the prompt's text, or the hash of a chat."""
     return prompt if isinstance(prompt, str) else stable_hash(prompt)
 
 
 def with_context(prompt: Prompt, system: str | None, shots: Iterable[Example]) -> Prompt:
     """A prompt with a system prompt and solved examples before it.
 
-    Without a system prompt, text stays text: each example is its prompt, a space unless it ends in white space, its
-    answer and an empty line. Otherwise the examples are turns of a chat.
+    Without a system prompt, a text prompt remains text: each example is its prompt, a space (unless the prompt ends in
+    white space), its answer and an empty line. Otherwise the examples are turns of a chat.
     """
     shots = list(shots)
     if isinstance(prompt, str) and system is None:

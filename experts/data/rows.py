@@ -1,7 +1,7 @@
-"""Rows of a source as examples: a data set on the Hub, or local JSON, JSONL, CSV, TSV or Parquet files.
+"""Makes examples of a source's rows: a data set on the Hub, or local JSON, JSONL, CSV, TSV or Parquet files.
 
-What kinds of domains share that differ in how a completion is scored. A file is looked for when the domain is made;
-its rows are read, and unknown fields found, by the first draw. Text stays as it is written (`experts.data.files`).
+The base class of all kinds that read rows; they differ in how a completion is scored. Making the domain checks that the
+file exists. The first draw reads the rows and checks the fields. Text is kept as it is written (`experts.data.files`).
 """
 
 import itertools
@@ -25,20 +25,20 @@ from experts.data.sources import Source, find_source
 from experts.domain import HELD_OUT, TRAIN, Domain, Example, Prompt, in_train
 from experts.domain import Options as DomainOptions
 
-# Raised with every change of what rows become, for all kinds that read them.
+# Increased with every change to the examples that rows become, for all kinds that read rows.
 ROWS_VERSION = 2
-# Rows with a mistake that one message names.
+# Number of faulty rows that one message names.
 MOST_NAMED = 3
 
 logger = logging.getLogger(__name__)
 
 
 class RowOptions(DomainOptions):
-    """Where the rows are and which of their fields make the prompt."""
+    """The location of the rows, and the fields that make the prompt."""
 
     path: str = Field(
-        description="Hub id (owner/name), or a local file or folder, from the run file's folder: .jsonl, .json, .csv, "
-        ".tsv (also with .gz) or .parquet."
+        description="Hub id (owner/name), or a local file or folder relative to the run file's folder: .jsonl, .json, "
+        ".csv, .tsv (also with .gz) or .parquet."
     )
     held_out_path: str | None = Field(
         None, description="Local file or folder, or Hub id, with the rows to measure on; `path` is then trained on."
@@ -60,8 +60,8 @@ class RowOptions(DomainOptions):
     )
     assistant_turns: Literal["last", "all"] = Field(
         "last",
-        description="Of a whole chat: its last answer is the example, or each is one, with what stands before it as "
-        "the prompt. All of a chat are trained on or held out together.",
+        description="Whole chats: the last answer is the example, or each answer is one, with the messages before it "
+        "as the prompt. All examples of a chat are trained on or held out together.",
     )
     prompt_template: str | None = Field(
         None, validate_default=True, description="Prompt made of fields, e.g. `Question: {question}`."
@@ -71,7 +71,7 @@ class RowOptions(DomainOptions):
         0, ge=0, le=64, description="Solved examples before every prompt, from train rows that are then left out."
     )
     answer_field: str | None = Field(
-        None, description="Field with the gold answer, or a list of which each is right; `answers.text` reads inside."
+        None, description="Field with the gold answer, or a list of right ones; `answers.text` reads inside an object."
     )
 
     @field_validator("held_out_split")
@@ -124,7 +124,7 @@ class RowDomain(Domain):
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Rows that are no examples, for others have their prompts."""
+        """Notes on rows that are not examples because other rows have their prompts."""
         return tuple(self._left_out)
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
@@ -144,7 +144,7 @@ class RowDomain(Domain):
         return random.Random(f"{split}/{seed}").sample(pool, count)
 
     def supply(self, split: str) -> int:
-        """How many rows of a split have distinct prompts; see `draw` for what raises."""
+        """The number of rows of a split with distinct prompts; raises as `draw` does."""
         self.check_split(split)
         return len(self._examples[split])
 
@@ -169,13 +169,13 @@ class RowDomain(Domain):
         return self._in_context(trained, list(held_out.values()))
 
     def _unit(self, example: Example) -> str:
-        """What is trained on or held out as a whole: a prompt, or the opening of a chat whose answers are examples."""
+        """The unit trained on or held out as a whole: a prompt, or the opening of a chat whose answers are examples."""
         if self.source.assistant_turns == "last" or isinstance(example.prompt, str):
             return example.source
         return stable_hash(list(itertools.takewhile(lambda message: message["role"] != "assistant", example.prompt)))
 
     def _turns(self, row: Row) -> Iterator[Row]:
-        """A row for each example that is to be made of this one."""
+        """A row for each example to be made of this row."""
         field = self.source.messages_field
         messages = look_up(row, field) if field and self.source.assistant_turns == "all" else None
         if field is None or not isinstance(messages, list):
@@ -198,11 +198,11 @@ class RowDomain(Domain):
             raise UserError(
                 f"domains.{self.name}.options.few_shot: {count} examples leave none of the {len(train)} to train on"
             )
-        # By hash: neither the order of the file nor a held-out row decides them.
+        # By hash, so that neither the order of the file nor a held-out row affects the choice.
         shots = sorted(train, key=lambda example: stable_hash(example.source))[:count] if count else []
         left_out = {example.source for example in shots}
         splits = {TRAIN: [e for e in train if e.source not in left_out], HELD_OUT: held_out}
-        # Answers of one chat are no independent examples: their source is the chat.
+        # Answers of one chat are not independent examples, so their source is the chat.
         splits = {split: [replace(e, source=self._unit(e)) for e in drawn] for split, drawn in splits.items()}
         if system is None and not shots:
             return splits
@@ -250,7 +250,7 @@ class RowDomain(Domain):
         logger.warning("domains.%s: %s", self.name, text)
 
     def _rows(self, source: Source, split: str) -> Iterator[tuple[Place, Row]]:
-        """A source's rows; what cannot be read names its key."""
+        """A source's rows; an error of reading them names the option's key."""
         try:
             yield from source.rows(split, self.source.name, self.source.revision)
         except ConnectionError as error:
@@ -263,14 +263,14 @@ class RowDomain(Domain):
 
     @abstractmethod
     def _example(self, row: Row, where: str) -> Example:
-        """Make an example of a row; `where` names the row in the message of an error."""
+        """Make an example of a row; `where` names the row in error messages."""
 
     def _named_fields(self) -> dict[str, str | None]:
-        """Option -> the field of a row that it names."""
+        """Option -> the field that it names."""
         return {key: getattr(self.source, key) for key in ("prompt_field", "messages_field", "answer_field")}
 
     def _described(self) -> dict[str, Any]:
-        """The options with the data in place of its path: local content, or a Hub id with its revision."""
+        """The options with the path replaced by the data: a hash of local content, or a Hub id with its revision."""
         options = self.source.model_dump(mode="json")
         held_out = self._held_out_source
         if options["assistant_turns"] == "last":
@@ -292,9 +292,9 @@ class RowDomain(Domain):
                 )
 
     def _parts(self, row: Row, where: str, choices: str = "", choices_field: str = "") -> tuple[Prompt, Any]:
-        """A row's prompt, and its gold answer as it stands in the row; None where no field is named for it.
+        """A row's prompt, and its gold answer as the row has it; None if no field is named for it.
 
-        Choices are shown where the template names their field, or last.
+        Choices are inserted where the template names their field, otherwise at the end.
         """
         options = self.source
         field = options.messages_field or options.prompt_field
@@ -333,7 +333,7 @@ def answers_of(gold: Any, where: str) -> list[str]:
     """The right answers of a row: text, a number, or a list of them; SQuAD's object has its list under `text`.
 
     Raises:
-        UserError: there is none, or one of them cannot be used or is empty.
+        UserError: there is no answer, or an answer cannot be used or is empty.
     """
     if isinstance(gold, dict) and isinstance(gold.get("text"), list):
         gold = gold["text"]

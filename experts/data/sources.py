@@ -1,4 +1,4 @@
-"""Where rows come from: a data set on the Hub, or a local file or folder."""
+"""Sources of rows: a data set on the Hub, or a local file or folder."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ PATH_OPTIONS = ("path", "held_out_path")
 
 
 def placed(path: str, folder: Path) -> str:
-    """A path as it stands in a run file, from that file's folder on; a Hub id and an address stay as they are."""
+    """A run file's path resolved from that file's folder; a Hub id and an address are returned unchanged."""
     if "://" in path:
         return path
     place = folder / Path(path).expanduser()
@@ -24,19 +24,19 @@ def placed(path: str, folder: Path) -> str:
 
 
 def located(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A domain's options as they stand in a run file, with the files they name found from that file's folder on."""
+    """A domain's options in a run file, with the paths in them resolved from that file's folder."""
     return {**options, **{key: placed(value, folder) for key, value in _named(options).items()}}
 
 
 def typed(path: str, folder: Path) -> str:
-    """A path that was typed from the working folder, as a run file in `folder` names it; what is not there stays."""
+    """A path relative to the working folder, rewritten for a run file in `folder`; unchanged if it does not exist."""
     if os.path.isabs(path) or not os.path.exists(path):
         return path
     return os.path.relpath(os.path.abspath(path), folder.resolve())
 
 
 def typed_options(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A domain's options as they were typed, with the files they name as `typed` names them."""
+    """A domain's options from the command line, with the paths in them rewritten by `typed`."""
     return {**options, **{key: typed(value, folder) for key, value in _named(options).items()}}
 
 
@@ -45,18 +45,18 @@ def _named(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path can be no Hub id."""
+    """Whether a path can only be local, not a Hub id."""
     place = Path(path)
     return file_format(place) is not None or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """A source of rows.
 
     Attributes:
         key: The option that names it.
-        path: As it stands in the run file.
+        path: The path in the run file.
         local: The file or folder; None for a Hub id.
     """
 
@@ -65,11 +65,11 @@ class Source:
     local: Path | None
 
     def rows(self, split: str, name: str | None, revision: str | None) -> Iterator[tuple[Place, Row]]:
-        """Yield the rows of a split with their places; `name` is a Hub data set's configuration, or a folder's folder.
+        """Yield the rows of a split with their places; `name` is a Hub data set's configuration, or a subfolder.
 
         Raises:
-            UserError: what cannot be read.
-            ConnectionError: the Hub cannot be reached, which is no mistake of the user's.
+            UserError: something cannot be read.
+            ConnectionError: the Hub cannot be reached, which is not the user's mistake.
         """
         if self.local is None:
             yield from _hub_rows(self.path, name, revision, split)
@@ -81,7 +81,7 @@ class Source:
             yield from _parquet_rows(path) if file_format(path) == "parquet" else read_rows(path)
 
     def digest(self) -> Any:
-        """What stands for the data in a fingerprint: local content, or the Hub id."""
+        """The data's part of a fingerprint: local content, or the Hub id."""
         if self.local is None:
             return self.path
         if self.local.is_file():
@@ -91,15 +91,15 @@ class Source:
 
 
 def find_source(options: str, key: str, path: str) -> Source:
-    """Find the local file or folder of a path; a path that is none is a Hub id.
+    """Find the local file or folder of a path; any other path is a Hub id.
 
     Args:
         options: Key of the domain's options, for the message of an error.
         key: The option that holds the path.
-        path: As it stands in the run file.
+        path: The path in the run file.
 
     Raises:
-        UserError: a path that only a local file can have, and no such file, or one of another kind.
+        UserError: the path can only be local, and there is no such file, or it is of another format.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -150,7 +150,7 @@ def _file_digest(path: Path) -> str:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Keep `datasets` from drawing bars into the log, and leave its setting as it was."""
+    """Keep `datasets` from drawing progress bars into the log; its setting is restored afterwards."""
     import datasets
 
     if datasets.are_progress_bars_disabled():

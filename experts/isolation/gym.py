@@ -1,7 +1,7 @@
 """Import reasoning-gym with or without pycosat.
 
-pip has pycosat as source only, so it needs a C compiler and Python's headers. reasoning-gym imports it whole for one
-task. Set-up leaves it out; that task is refused by name unless somebody installed pycosat.
+pip has pycosat only as source, so installing it needs a C compiler and Python's headers. reasoning-gym imports it at
+once, but uses it for one task. Set-up leaves it out; that task is refused by name unless pycosat is installed.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def import_reasoning_gym() -> ModuleType:
     try:
         return importlib.import_module("reasoning_gym")
     finally:
-        # Others that look for pycosat must find that it is absent.
+        # Other libraries that look for pycosat must find it absent.
         del sys.modules["pycosat"]
 
 

@@ -1,7 +1,7 @@
-"""Runs code a model wrote, in pydantic-monty's sandbox, and brings back plain values.
+"""Runs a model's code in pydantic-monty's sandbox and returns plain values.
 
-Only the outputs of the calls come from the sandbox. What they ought to be stays on the host and is compared there by
-exact type (`same_value`), so a candidate can neither read nor shadow a test, and an `__eq__` of its own is never run.
+Only the outputs of the calls leave the sandbox. The expected outputs remain on the host and are compared there by exact
+type (`same_value`), so a candidate can neither read nor shadow a test, and its own `__eq__` is never run.
 """
 
 import math
@@ -13,13 +13,13 @@ from typing import Any
 
 Value = Any
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
-# Repairs may add up in another order; the tests of HumanEval allow a millionth.
+# Repairs may sum in another order; the tests of HumanEval allow a millionth.
 FLOAT_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one run may spend.
+    """Limits of one run.
 
     Attributes:
         seconds: Execution time of each of the two steps, definition and calls.
@@ -34,11 +34,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a run gave no values.
+    """The reason why a run gave no values.
 
     Attributes:
         reason: The interpreter's or the host's message.
-        lost: Whether the sandbox's process ended, so that the code was not judged by its own doing alone.
+        lost: Whether the sandbox's process ended, so that the code may not be the cause.
     """
 
     reason: str
@@ -55,11 +55,11 @@ def run_calls(
     Args:
         code: Untrusted source text.
         entry: Name of the function to call.
-        arguments: Plain values, one sequence of positional arguments a call.
-        limits: What the run may spend; the default is `Limits()`.
+        arguments: Plain values, one sequence of positional arguments for each call.
+        limits: Limits of the run; `Limits()` by default.
 
     Returns:
-        The outputs in order, or a `Failure` if the code is malformed, raises, breaks a limit or kills its worker.
+        The outputs in order, or a `Failure` if the code is malformed, raises, exceeds a limit or kills its worker.
     """
     import pydantic_monty
 
@@ -75,7 +75,7 @@ def run_calls(
     }
     silent = pydantic_monty.CollectString(max_bytes=1024 * 1024)
     calls = [tuple(call) for call in arguments]
-    # A worker that cannot be had at all is the host's trouble and is raised, not scored.
+    # If no worker is available, the host is at fault: this raises and is not scored.
     with _POOLS.get().checkout(limits=budget) as session:
         try:
             session.feed_run(code, print_callback=silent)
@@ -135,7 +135,7 @@ def _same_members(left: Value, right: Value) -> bool:
 
 
 class _Pools:
-    """The sandbox's worker pool of this process, made at its first use and closed at its exit."""
+    """The sandbox's worker pool of this process, made at the first use and closed at exit."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -145,8 +145,8 @@ class _Pools:
         """The pool of the current process.
 
         Raises:
-            RuntimeError: this process was forked from one that had already run code. The native runtime behind the
-                pool does not survive a fork (it would wait for ever), unlike the mere import of this module.
+            RuntimeError: this process was forked from one that had already run code. The pool's native runtime does not
+                survive a fork (it would wait forever); merely importing this module before the fork is safe.
         """
         if self._pid is None:
             import pydantic_monty
@@ -163,7 +163,7 @@ class _Pools:
         return self._pool
 
     def close(self) -> None:
-        """End the workers of this process, so that none is left behind; the pool cannot be used afterwards."""
+        """End the workers of this process, so that none is left running; the pool cannot be used afterwards."""
         if self._pid == os.getpid():
             self._pool.__exit__(None, None, None)
 

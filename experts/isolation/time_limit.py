@@ -1,4 +1,4 @@
-"""A limit on what one call of somebody else's code may compute: a generator, a chat template."""
+"""A limit on the processor time of one call of third-party code, such as a generator or a chat template."""
 
 import contextlib
 import signal
@@ -12,20 +12,20 @@ AGAIN_SECONDS = 1.0
 
 
 class _OverLimit(BaseException):
-    """Not an `Exception`, which the code under the limit may catch."""
+    """Not an `Exception`, because the limited code may catch those."""
 
 
 @contextlib.contextmanager
 def processor_limit(seconds: float, what: str) -> Iterator[None]:
-    """Stop a block of Python that computes for longer than this.
+    """Stop a block of Python that uses more processor time than this.
 
-    It counts the processor time of this process, so a slow machine, a busy one and a wait for the network are no fault.
-    A call into C is stopped when it returns. Outside the main thread, where Python runs no signal handler, there is no
-    limit.
+    Only the processor time of this process counts, so a busy machine or a wait for the network is not an error. A call
+    into C is stopped when it returns. There is no limit outside the main thread, because Python runs no signal handlers
+    there.
 
     Args:
         seconds: Processor time allowed.
-        what: Begins the message: what took so long, and the key it stands under.
+        what: The start of the message: what took too long, and its key.
 
     Raises:
         UserError: the block took longer.

@@ -1,11 +1,11 @@
 """Runs third-party verifiers, which may evaluate a model's text, in child processes that can be ended.
 
-Each process that scores has its own few workers (`experts.isolation.untrusted_worker` says what holds them). A worker
-is started by the first completion that needs it, which takes the one or two seconds its library takes to import, and is
-kept; after that a completion costs about 0.07 ms besides the verifier's own time (1,000 of `chain_sum` took 0.074 s). A
-worker that exceeds its time, ends or answers out of turn is replaced at the next completion, and `Losses` counts it:
-such a completion scores 0 without having been judged. An action that a worker may not do raises inside it and costs
-nothing else.
+Each process that scores has a few workers of its own (`experts.isolation.untrusted_worker` lists their restrictions).
+The first completion that needs a worker starts it, which takes the one or two seconds of importing its library. The
+worker is kept, and a completion then costs about 0.07 ms besides the verifier's own time (1,000 of `chain_sum` took
+0.074 s). A worker that exceeds its time, ends or answers out of turn is replaced at the next completion. `Losses`
+counts such a completion, which scores 0 without having been judged. A forbidden action raises inside the worker and has
+no other effect.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from typing import Any
 
 from experts.isolation.untrusted_worker import CPU_SECONDS
 
-# Wall-clock time of one completion; honest answers take milliseconds, the slowest of 80 integrals 0.7 s.
+# Wall-clock limit of one completion; honest answers take milliseconds, the slowest of 80 integrals 0.7 s.
 SECONDS = 5.0
-# Importing a library and making a task's data set is trusted work, and slow on a busy machine.
+# Importing a library and making a task's data set are trusted, and slow on a busy machine.
 START_SECONDS = 120.0
 WORKERS = 2
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_REPLY = 64 * 1024
-# reasoning-gym imports matplotlib, which looks for its list of fonts at home and would else gather it anew.
+# reasoning-gym imports matplotlib, which caches its list of fonts in the home directory and would otherwise rebuild it.
 _KEPT_VARIABLES = ("HOME", "LD_LIBRARY_PATH", "MPLCONFIGDIR", "TMPDIR", "TZ")
 
 
@@ -55,16 +55,16 @@ class Losses:
         self._count, self._logged, self._last = 0, 0, ""
 
     def add(self, error: VerifierLostError) -> None:
-        """Count one; any thread may."""
+        """Count one loss; thread-safe."""
         with self._lock:
             self._count, self._last = self._count + 1, str(error)
 
     def facts(self) -> dict[str, float]:
-        """`verifier_lost`, where there is one."""
+        """`verifier_lost`, if it is above 0."""
         return {"verifier_lost": float(self._count)} if self._count else {}
 
     def news(self) -> list[str]:
-        """One line on those since the last call."""
+        """One line on the losses since the last call."""
         with self._lock:
             new, self._logged = self._count - self._logged, self._count
         if not new:
@@ -88,7 +88,7 @@ class _Worker:
 
         Raises:
             VerifierError: the verifier raised.
-            VerifierLostError: the worker cannot be asked again.
+            VerifierLostError: the worker cannot be used again.
         """
         self.settled = False
         token = secrets.token_hex(8)
@@ -96,21 +96,21 @@ class _Worker:
         try:
             self.channel.settimeout(seconds)
             self.channel.sendall(json.dumps(question).encode() + b"\n")
-            told = self.hear(seconds)
+            reply = self.hear(seconds)
         except TimeoutError:
             raise VerifierLostError(f"no answer within {seconds:g} s") from None
         except (OSError, ValueError) as error:
             self.end(patience=1.0)
             raise VerifierLostError(f"its process ended ({self.process.returncode}): {error}") from None
-        if told.get("token") != token:
+        if reply.get("token") != token:
             raise VerifierLostError("it answered with another token")
         self.settled = True
-        self.cpu_seconds = told["cpu_seconds"]
-        for action in told["actions_refused"]:
+        self.cpu_seconds = reply["cpu_seconds"]
+        for action in reply["actions_refused"]:
             logger.debug("a verifier was refused an action: %s", action)
-        if "refused" in told:
-            raise VerifierError(told["refused"])
-        return told["value"]
+        if "refused" in reply:
+            raise VerifierError(reply["refused"])
+        return reply["value"]
 
     def hear(self, seconds: float) -> dict[str, Any]:
         """One line from the worker as an object."""
@@ -122,13 +122,13 @@ class _Worker:
             if not part or len(line) > _LONGEST_REPLY:
                 raise ConnectionError("no whole answer")
             line += part
-        told = json.loads(line)
-        if not isinstance(told, dict):
+        reply = json.loads(line)
+        if not isinstance(reply, dict):
             raise ValueError("not an object")
-        return told
+        return reply
 
     def end(self, patience: float = 0.0) -> None:
-        """Kill the worker, if it does not end by itself within some seconds, and wait for its end."""
+        """Wait for the worker to end, and kill it if it does not end by itself within `patience` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
         self.process.kill()
@@ -137,9 +137,9 @@ class _Worker:
 
 
 class Workers:
-    """The workers of this process for one library; any thread may ask.
+    """The workers of this process for one library; thread-safe.
 
-    A fork has none and starts its own: those of its parent answer to the parent alone.
+    A forked process has none and starts its own, because its parent's workers serve the parent only.
     """
 
     def __init__(self, library: str) -> None:
@@ -148,14 +148,14 @@ class Workers:
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        """Have no workers, as in a process that has just been forked."""
+        """Drop all workers, as needed in a process that has just been forked."""
         self._idle: list[_Worker] = []
         self._free = threading.BoundedSemaphore(WORKERS)
-        # PR_SET_PDEATHSIG means the thread that started the child, so one starts them all and stays.
+        # PR_SET_PDEATHSIG refers to the thread that started the child, so a permanent thread starts all of them.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix=f"untrusted-{self.library}")
 
     def ask(self, verifier: str, arguments: Mapping[str, Any], preparation: Mapping[str, Any] | None = None) -> Any:
-        """What a verifier says of a text.
+        """The value that a verifier gives a text.
 
         Args:
             verifier: A function of the library, by its name in `experts.isolation.untrusted_worker`.
@@ -165,7 +165,7 @@ class Workers:
         Raises:
             VerifierError: the verifier raised.
             VerifierLostError: it exceeded `SECONDS`, or its process ended.
-            RuntimeError: no worker could be started or prepared, which is the host's trouble.
+            RuntimeError: no worker could be started or prepared; the host is at fault, not the text.
         """
         with self._free:
             worker = self._take()
@@ -190,7 +190,7 @@ class Workers:
         return self._starter.submit(_start, self.library).result()
 
     def _give_back(self, worker: _Worker) -> None:
-        # An interrupted question leaves a worker unsettled too.
+        # An interrupted request leaves a worker unsettled too.
         if not worker.settled or worker.cpu_seconds > CPU_SECONDS / 2:
             worker.end()
         else:
@@ -209,7 +209,7 @@ def _start(library: str) -> _Worker:
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     environment |= {
         "PYTHONPATH": os.pathsep.join(os.path.abspath(place) for place in sys.path),
-        # A simplification may follow the order of sets; the same text is to score the same in every process.
+        # A simplification may depend on the order of sets; the same text must score the same in every process.
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",

@@ -1,18 +1,18 @@
-"""The child of `experts.isolation.untrusted`: runs third-party verifiers on a model's text, cut off from the machine.
+"""The child of `experts.isolation.untrusted`: runs third-party verifiers on a model's text, isolated from the machine.
 
 It is started as `python -m experts.isolation.untrusted_worker LIBRARY PARENT_PID` with a socket as its standard input,
-on which it answers one line of JSON to each line it is asked. What holds it, outermost first:
+on which it answers each line of JSON with one line. Its restrictions, outermost first:
 
-- The kernel kills it with its parent, and at its limits of CPU seconds and memory. It can write no byte to a file,
-  holds few descriptors and, where a namespace is permitted, has no network. Its environment is what Python needs.
-- RLIMIT_NPROC keeps it from forking, except for root, whom Linux exempts; the audit hook stands for both.
+- The kernel kills it with its parent, and at its limits of CPU seconds and memory. It cannot write to files,
+  holds few descriptors and, where a namespace is permitted, has no network. Its environment has only what Python needs.
+- RLIMIT_NPROC prevents forking, except for root, which Linux exempts; the audit hook prevents it in either case.
 - Once its library is imported, an audit hook refuses every event that verifying does not need: a file opened for
   writing or outside Python's own folders, a process, a socket, a signal, a foreign function. The hook cannot be
   removed. It raises before the action, so a verifier that catches the error goes on without it. CPython itself asks
   for such actions: a SyntaxError in evaluated text looks for a file called `<unknown>` to show its line.
 
-Python's attributes are within reach of a text that is evaluated here, so one that got at them could still tell this
-process what to answer. `experts.kinds.reasoning.is_safe_to_verify` refuses such texts beforehand.
+A text that is evaluated here can reach Python's attributes, and through them could still forge this process's answer.
+`experts.kinds.reasoning.is_safe_to_verify` refuses such texts beforehand.
 """
 
 import ctypes
@@ -31,9 +31,9 @@ from typing import Any
 
 MEMORY_BYTES = 2 * 1024**3
 DESCRIPTORS = 64
-# The worker is replaced before it has used this much; only one that no longer has a parent to do so meets the limit.
+# The parent replaces the worker before it has used this much; only a worker without a parent reaches the limit.
 CPU_SECONDS = 1200
-# Refused actions of one text that the reply names.
+# Number of a text's refused actions that the reply names.
 MOST_NAMED = 8
 
 _PR_SET_PDEATHSIG = 1
@@ -52,7 +52,7 @@ Verifier = Callable[..., Any]
 
 
 def main(library: str, parent: int) -> None:
-    """Answer what comes in on standard input until it is closed."""
+    """Answer requests on standard input until it is closed."""
     channel = socket.socket(fileno=os.dup(0))
     lines = channel.makefile("rb")
     os.dup2(1, 0)
@@ -62,10 +62,10 @@ def main(library: str, parent: int) -> None:
     _limit(resource.RLIMIT_CPU, CPU_SECONDS)
     _limit(resource.RLIMIT_CORE, 0)
     verifiers = _LIBRARIES[library]()
-    # What goes wrong before is shown where the parent shows its own errors; what a verifier prints is not.
+    # Earlier errors appear on the parent's standard error; the output of verifiers is discarded.
     os.dup2(1, 2)
-    _say(channel, {"started": library})
-    # An import may store what it has compiled or gathered.
+    _send(channel, {"started": library})
+    # Set after the imports, which may write caches.
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NPROC, 0)
     _limit(resource.RLIMIT_NOFILE, DESCRIPTORS)
@@ -75,16 +75,16 @@ def main(library: str, parent: int) -> None:
     for line in lines:
         asked = json.loads(line)
         refused.clear()
-        told = _answer(verifiers[asked["verifier"]], asked["arguments"])
-        _say(channel, {"token": asked["token"], "actions_refused": refused[:MOST_NAMED]} | told)
+        reply = _answer(verifiers[asked["verifier"]], asked["arguments"])
+        _send(channel, {"token": asked["token"], "actions_refused": refused[:MOST_NAMED]} | reply)
 
 
 def _answer(verifier: Verifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        told = {"value": verifier(**arguments)}
-    except Exception as error:  # noqa: BLE001 - a hundred verifiers raise whatever their parsers raise; it is told
-        told = {"refused": f"{type(error).__name__}: {error}"[:500]}
-    return told | {"cpu_seconds": time.process_time()}
+        reply = {"value": verifier(**arguments)}
+    except Exception as error:  # noqa: BLE001 - a hundred verifiers raise whatever their parsers raise; it is sent
+        reply = {"refused": f"{type(error).__name__}: {error}"[:500]}
+    return reply | {"cpu_seconds": time.process_time()}
 
 
 def _reasoning() -> dict[str, Verifier]:
@@ -120,7 +120,7 @@ _LIBRARIES = {"patterns": _patterns, "reasoning": _reasoning, "values": _values}
 
 
 def _leave_the_network() -> None:
-    """Go to an empty network of one's own; a container that permits neither way leaves that to the audit hook."""
+    """Enter an empty network namespace; if a container permits neither way, only the audit hook blocks the network."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
         libc.unshare(_CLONE_NEWNET)
@@ -157,12 +157,12 @@ def _hook(refused: list[str]) -> Callable[[str, tuple[Any, ...]], None]:
 
 def _only_reads(details: tuple[Any, ...], folders: tuple[str, ...]) -> bool:
     path, _, flags = details
-    # A subclass could show one path here and open another.
+    # A subclass could show one path to this check and open another.
     return type(path) is str and not flags & _WRITING and os.path.realpath(path).startswith(folders)
 
 
-def _say(channel: socket.socket, told: Mapping[str, Any]) -> None:
-    channel.sendall(json.dumps(told).encode() + b"\n")
+def _send(channel: socket.socket, reply: Mapping[str, Any]) -> None:
+    channel.sendall(json.dumps(reply).encode() + b"\n")
 
 
 if __name__ == "__main__":

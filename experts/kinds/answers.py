@@ -16,23 +16,23 @@ _BREAKS = str.maketrans({"\u00a0": " ", "\u202f": " "})
 def same_text(completion: str, golds: Sequence[str]) -> bool:
     """Whether a completion is one of the gold answers.
 
-    Ignored are thoughts before it, white space and characters without width around it, the form of its line ends and
-    no-break spaces, and Unicode's form (NFC, NFD). Case, punctuation, quotes and fences count. An empty text is no
-    answer, and so right for no gold answer.
+    The comparison ignores thoughts before the answer, white space and zero-width characters around it, the form of line
+    ends and no-break spaces, and Unicode's form (NFC, NFD). Case, punctuation, quotes and fences count. An empty text
+    is no answer and matches no gold answer.
     """
     given = _composed(completion)
     return bool(given) and any(given == _composed(gold) for gold in golds)
 
 
 def is_blank(gold: str) -> bool:
-    """Whether nothing is left of a gold answer to compare with."""
+    """Whether a gold answer is empty after normalisation."""
     return not _composed(gold)
 
 
 def same_value(completion: str, golds: Sequence[str], question: str = "") -> bool:
     """Whether a completion states one of the gold numbers or formulas; see `experts.scoring.values`.
 
-    sympy computes what it reads, a tower of powers for hours, and therefore runs in a process that can be ended.
+    sympy evaluates what it reads, which takes hours for a tower of powers, so it runs in a process that can be ended.
 
     Raises:
         VerifierLostError: that process ended or took longer than `untrusted.SECONDS`.
@@ -41,7 +41,7 @@ def same_value(completion: str, golds: Sequence[str], question: str = "") -> boo
 
 
 def has_value(gold: str) -> bool:
-    """Whether a number or formula is found in a gold answer.
+    """Whether a gold answer contains a number or formula.
 
     Raises:
         VerifierLostError: see `same_value`.
@@ -50,9 +50,9 @@ def has_value(gold: str) -> bool:
 
 
 def last_match(pattern: str, completion: str) -> str | None:
-    """The group of the last match of a pattern in a completion; None where it matches nowhere.
+    """The group of the last match of a pattern in a completion; None without a match.
 
-    A pattern may take for ever on a text that its author never saw, so it runs in a process that can be ended.
+    A pattern may run forever on a text that its author did not foresee, so it runs in a process that can be ended.
 
     Raises:
         VerifierLostError: that process ended or took longer than `untrusted.SECONDS`.

@@ -2,7 +2,7 @@
 
 A working function is corrupted by one or more splices of known families (`code_mutations`); the completion is run
 against the function's tests in a sandbox and compared with the corrupted text. With Levenshtein distance d over Python
-tokens (comments and the width of white space do not count),
+tokens (comments and the width of white space are ignored),
 
     excess = max(0, d(completion, corrupted) - d(original, corrupted))
     score  = passes * (1 - 0.7 * min(1, excess / 3))
@@ -45,7 +45,7 @@ INSTRUCTION = (
 
 
 class Options(DomainOptions):
-    """What a `code_edit` domain asks for."""
+    """Options of a `code_edit` domain."""
 
     source: Literal["generated", "humaneval"] = Field(
         "generated",
@@ -56,15 +56,15 @@ class Options(DomainOptions):
         "all", description="Families of corruptions to draw from."
     )
     held_out_families: list[str] = Field(
-        [], description="Families kept for the out-of-distribution split, which then has no others."
+        [], description="Families reserved for the out-of-distribution split, which uses only these."
     )
     mutations: int = Field(1, ge=1, le=4, description="Corruptions in one function.")
-    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of the source functions kept out of training.")
+    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of the source functions held out from training.")
     rough_share: float = Field(0.5, ge=0, le=1, description="Share of rough demonstrations that over-edit.")
     prompt_style: Literal["compact", "instruct"] = Field(
         "compact", description="`compact`: 'fix:' and the code. `instruct`: an instruction and a fenced block."
     )
-    timeout_seconds: float = Field(1.0, gt=0, le=60, description="Time a completion may run for.")
+    timeout_seconds: float = Field(1.0, gt=0, le=60, description="Time limit for running a completion.")
 
     @field_validator("families", "held_out_families")
     @classmethod
@@ -100,12 +100,12 @@ class CodeEditDomain(Domain):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Train and held-out, and out-of-distribution where families are held out."""
+        """Train and held-out, and out-of-distribution if families are held out."""
         return (*super().splits, OUT_OF_DISTRIBUTION) if self.options.held_out_families else super().splits
 
     @property
     def source_space(self) -> str:
-        """All domains of the same functions."""
+        """Shared by all domains of the same functions."""
         return f"code_edit/{self.options.source}"
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
@@ -132,7 +132,7 @@ class CodeEditDomain(Domain):
         return list(found.values())
 
     def score(self, example: Example, completion: str) -> float:
-        """Score of a repair; the formula is in the module's docstring. Malformed or hostile code scores 0."""
+        """The score of a repair, by the formula in the module's docstring. Malformed or hostile code scores 0."""
         code = extract_code(completion)
         if len(code) > LONGEST_COMPLETION:
             return 0.0
@@ -149,7 +149,7 @@ class CodeEditDomain(Domain):
         return 1.0 - OVER_EDIT_PENALTY * min(1.0, excess / TOLERATED_EXCESS)
 
     def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
-        """The gold repair; if `rough`, with probability `rough_share` one that still works but rewrites needlessly."""
+        """The gold repair; if `rough`, with probability `rough_share` a needless but working rewrite."""
         if rough and rng.random() < self.options.rough_share:
             arguments, expected = _tests(example.meta["tests"])
             for candidate in rewrites(extract_code(example.answer), rng):
@@ -163,7 +163,7 @@ class CodeEditDomain(Domain):
         return self._losses.facts()
 
     def news(self) -> list[str]:
-        """Those since the last call."""
+        """One line on these completions since the last call."""
         return self._losses.news()
 
     def fingerprint(self) -> str:
@@ -226,7 +226,7 @@ def load(name: str, options: Options) -> CodeEditDomain:
 
 
 def excess_edit(example: Example, completion: str) -> int:
-    """How many tokens a completion changes beyond the smallest repair (see the module's docstring).
+    """The number of tokens that a completion changes beyond the smallest repair (see the module's docstring).
 
     Raises:
         SyntaxError: the completion cannot be tokenized.

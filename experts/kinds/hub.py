@@ -1,8 +1,8 @@
 """Any `datasets` source as a domain: a data set on the Hub, or local JSON, JSONL, CSV, TSV or Parquet files.
 
-Rows become examples by naming fields or by a template; completions are scored by exact match, as numbers and formulas
-(math-verify), or as the letter of a multiple-choice question. Where a row has several right answers, each of them is.
-A file is looked for when the domain is made; its rows are read, and unknown fields found, by the first draw.
+Rows become examples by naming fields or by a template. Completions are scored by exact match, as numbers and formulas
+(math-verify), or as the letter of a multiple-choice question. Where a row has several answers, each of them is right.
+Making the domain checks that the file exists; the first draw reads the rows and checks the fields.
 """
 
 import re
@@ -24,25 +24,25 @@ from experts.kinds import answers
 from experts.scoring.choices import chosen_letter, gold_letters, lettered
 from experts.scoring.final_answer import without_thoughts
 
-# Raised with every change of the marks that a scorer gives.
+# Increased with every change to the scores that a scorer gives.
 VERSION = 3
-# In an example's meta: the right answers where they are not its gold completion alone.
+# Key in an example's meta: the right answers, if the gold completion is not the only one.
 ANSWERS = "answers"
 
 
 class Options(RowOptions):
-    """What a `hub` domain asks for."""
+    """Options of a `hub` domain."""
 
     answer_field: str | None = Field(
         None,
         validate_default=True,
-        description="Field with the gold answer, or a list of which each is right (`answers.text` reads inside an "
-        "object); for choices an index, a letter or the text.",
+        description="Field with the gold answer, or a list of right answers (`answers.text` reads inside an object); "
+        " for choices an index, a letter or the text.",
     )
     answer_pattern: str | None = Field(
         None,
         description="Regular expression with one group that finds the answer in the field's text, such as "
-        "`#### (.+)`; the text stays what SFT imitates. Where a completion matches, its last match is scored.",
+        "`#### (.+)`; SFT still imitates the whole text. If a completion matches, its last match is scored.",
     )
     choices_field: str | None = Field(
         None,
@@ -95,7 +95,7 @@ class HubDomain(RowDomain):
             if self.options.answer_pattern is not None:
                 completion = without_thoughts(completion)
                 found = answers.last_match(self.options.answer_pattern, completion)
-                # A match that is empty is an empty answer.
+                # An empty match is an empty answer.
                 completion = completion if found is None else found
             if self.options.scorer == "multiple_choice":
                 return float(chosen_letter(completion, example.meta["choices"]) in golds)
@@ -107,11 +107,11 @@ class HubDomain(RowDomain):
             return 0.0
 
     def facts(self) -> dict[str, float]:
-        """`verifier_lost`: completions that scored 0 because the process that reads them ended or took too long."""
+        """`verifier_lost`: completions that scored 0 because the process that parses them ended or took too long."""
         return self._losses.facts()
 
     def news(self) -> list[str]:
-        """Those since the last call."""
+        """One line on these completions since the last call."""
         return self._losses.news()
 
     def fingerprint(self) -> str:
@@ -181,13 +181,13 @@ def load(name: str, options: Options) -> HubDomain:
 
 
 def _question(example: Example) -> str:
-    """The text of what is asked: of a chat its last message."""
+    """The text of the question: in a chat the last message."""
     asked = example.question
     return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
 def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:
-    """Texts and, where the data set has its own, labels of the choices."""
+    """The texts of the choices and, if the data set has them, their labels."""
     labels: list[str] = []
     if isinstance(value, Mapping) and "text" in value:
         labels = [written(label, f"{where}: label") for label in value.get("label") or []]

@@ -1,9 +1,9 @@
-"""A language model as the scorer: rows of a `datasets` source, marked by an OpenAI-compatible chat endpoint.
+"""A language model as the scorer: completions for rows of a `datasets` source, marked by an OpenAI-compatible endpoint.
 
 The judge gets a rubric, the question, the reference answer where the rows have one, and the completion, and answers
-with one integer from 0 to `scale`. Each part stands between tags that carry a hash of all parts, so that no completion
-can close its own. Marks are kept under `$MOPD_HOME/judge` by the content they were given for; a share of them is asked
-for a second time, in another order and with another seed, which tells how much a mark depends on chance.
+with one integer from 0 to `scale`. Each part is enclosed in tags with a hash of all parts, so that no completion can
+close its own. Marks are stored under `$MOPD_HOME/judge` by the content they were given for. A share of them is
+requested a second time, in another order and with another seed, to measure how much a mark depends on chance.
 """
 
 import json
@@ -31,7 +31,7 @@ from experts.endpoint import ContentRefusedError, Endpoint
 if TYPE_CHECKING:
     import httpx
 
-# Raised with every change of the texts below or of how the judge samples, for such marks cannot be compared.
+# Increased with every change to the texts below or to the judge's sampling, because such marks cannot be compared.
 PROMPT_VERSION = 2
 SYSTEM = (
     "You are a strict and impartial judge of one answer to one question. The user's message holds parts between tags "
@@ -43,22 +43,22 @@ SYSTEM = (
 REMINDER = "Your reply must be one integer from 0 to {scale} and nothing else."
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _KEPT = re.compile(r"^([0-9a-f]{64}) (\d+)$", re.MULTILINE)
-# What decides how a judge is asked, but not what it thinks.
+# Options that affect how a judge is called, but not its marks.
 _IMMATERIAL = {"api_key_env", "parallel", "timeout_seconds", "retries", "noise_sample", "max_unmarked"}
-# In an example's meta: its reference answers where there are several.
+# Key in an example's meta: its reference answers, if there are several.
 REFERENCES = "references"
-# Completions without a mark that are no sign of a judge that does not work.
+# Up to this number of completions without a mark the judge is not considered broken.
 FEW_UNMARKED = 3
 
 
 class Options(RowOptions):
-    """What a `judge` domain asks for."""
+    """Options of a `judge` domain."""
 
     url: str = Field(description="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1.")
     model: str | None = Field(
-        None, min_length=1, description="The endpoint's name of the judge; when absent, the only model it serves."
+        None, min_length=1, description="The judge's name at the endpoint; when absent, the only model it serves."
     )
-    rubric: str = Field(min_length=1, description="What makes a completion good; the judge sees it as it stands.")
+    rubric: str = Field(min_length=1, description="The criteria of a good completion; sent to the judge verbatim.")
     scale: int = Field(10, ge=1, le=100, description="Best mark; the score is the mark divided by it.")
     max_tokens: int = Field(16, ge=1, description="Longest reply of the judge; raise it for one that thinks first.")
     constrained: bool = Field(
@@ -67,15 +67,15 @@ class Options(RowOptions):
         "judges too small to keep to a form by themselves.",
     )
     api_key_env: str | None = Field(None, description="Environment variable that holds the endpoint's API key.")
-    parallel: int = Field(8, ge=1, description="Requests under way at a time.")
+    parallel: int = Field(8, ge=1, description="Number of concurrent requests.")
     timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for a reply.")
     retries: int = Field(4, ge=0, description="New attempts after a failure, or a reply without a mark.")
     max_unmarked: float = Field(
         0.02,
         ge=0,
         le=1,
-        description="Share of completions the judge may give no mark, because it refuses them (too long, say) or says "
-        "anything else: they score 0 and are counted. More are an error, and so is the first one at 0.",
+        description="Largest share of completions without a mark, because the judge refuses them (e.g. too long) or "
+        "answers without an integer: they score 0 and are counted. More are an error, and so is the first one at 0.",
     )
     noise_sample: float = Field(
         0.0, ge=0, le=1, description="Share of completions marked a second time to measure the judge's noise."
@@ -100,18 +100,18 @@ class JudgeDomain(RowDomain):
             f"domains.{name}.options", options.url, options.api_key_env, options.timeout_seconds, options.retries
         )
         self._differences: dict[str, float] = {}
-        # Completions marked for the first time, those the judge gave no mark, and why it gave the last of them none.
+        # Counts of completions sent for a first mark and of those without one, and the reason for the last of these.
         self._asked, self._unmarked, self._logged, self._fault = 0, 0, 0, ""
 
     def score(self, example: Example, completion: str) -> float:
-        """The judge's mark divided by the scale; see `score_all` for what raises."""
+        """The judge's mark divided by the scale; raises as `score_all` does."""
         return self.score_all([(example, completion)])[0]
 
     def score_all(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-        """Marks divided by the scale, `parallel` requests at a time; an empty completion gets 0 without one.
+        """Marks divided by the scale, `parallel` requests at a time; an empty completion gets 0 without a request.
 
         Raises:
-            UserError: the endpoint refuses to be asked, or more than `max_unmarked` of all completions got no mark.
+            UserError: the endpoint refuses requests, or more than `max_unmarked` of all completions got no mark.
             ConnectionError: the endpoint cannot be reached or fails.
         """
         keys = [self._key(example, completion) if completion.strip() else "" for example, completion in pairs]
@@ -124,17 +124,17 @@ class JudgeDomain(RowDomain):
         if jobs:
             with self._endpoint.client() as client, ThreadPoolExecutor(self.options.parallel) as pool:
                 found = list(pool.map(lambda job: self._mark(client, *asked[job[0]], *job), jobs))
-            told = {job: mark for job, mark in zip(jobs, found, strict=True) if mark is not None}
-            marks |= {key: mark for (key, again), mark in told.items() if not again}
+            given = {job: mark for job, mark in zip(jobs, found, strict=True) if mark is not None}
+            marks |= {key: mark for (key, again), mark in given.items() if not again}
             self._count(sum(not again for _, again in jobs), sum(key not in marks for key in asked))
-            seconds = {key: mark for (key, again), mark in told.items() if again and key in marks}
+            seconds = {key: mark for (key, again), mark in given.items() if again and key in marks}
             scale = self.options.scale
             self._differences |= {key: abs(mark - marks[key]) / scale for key, mark in seconds.items()}
-        # An empty completion has no key, one without a mark is not among them.
+        # An empty completion has no key, and one without a mark is not among the marks.
         return [marks.get(key, 0) / self.options.scale for key in keys]
 
     def _count(self, asked: int, unmarked: int) -> None:
-        """Count completions marked and not; too many without a mark are an error."""
+        """Count completions with and without a mark; raises if too many have none."""
         limit = self.options.max_unmarked
         self._asked, self._unmarked = self._asked + asked, self._unmarked + unmarked
         if unmarked and self._unmarked > limit * self._asked and (limit == 0 or self._unmarked >= FEW_UNMARKED):
@@ -154,14 +154,15 @@ class JudgeDomain(RowDomain):
         return super().demonstration(example, rng, rough)
 
     def fingerprint(self) -> str:
-        """Hash of data, rubric, prompt, scale and model; of the endpoint too where it alone says which model."""
+        """Hash of data, rubric, prompt, scale and model; of the endpoint too if it alone determines the model."""
         described = {key: value for key, value in self._described().items() if key not in _IMMATERIAL}
         described["url"] = None if self.options.model else self._endpoint.base
         return stable_hash(["judge", PROMPT_VERSION, described])
 
     def facts(self) -> dict[str, float]:
-        """The judge's noise: mean absolute difference of the scores given twice, and how many; how many completions it
-        gave no mark. Each where there is one."""
+        """The judge's noise: the mean absolute difference of scores given twice, and their number; and the number of
+        completions without a mark. Each only if there is one.
+        """
         facts = {"judge_unmarked": float(self._unmarked)} if self._unmarked else {}
         if found := self._differences.values():
             facts |= {"judge_noise": statistics.fmean(found), "judged_twice": float(len(found))}
@@ -174,10 +175,10 @@ class JudgeDomain(RowDomain):
         return [text] if new else []
 
     def preflight(self) -> None:
-        """See that the endpoint answers and serves the model, by one request.
+        """Check by one request that the endpoint answers and serves the model.
 
         Raises:
-            UserError: it does not; names the key.
+            UserError: it does not; the message names the key.
         """
         try:
             self._choose(self._endpoint.models(retries=0))
@@ -195,12 +196,12 @@ class JudgeDomain(RowDomain):
 
     @cached_property
     def _model(self) -> str:
-        """The judge's name at the endpoint; not every endpoint lists what it serves to those who know the name."""
+        """The judge's name at the endpoint; a configured name is not checked: not all endpoints list their models."""
         return self.options.model or self._choose(self._endpoint.models())
 
     @cached_property
     def _settings(self) -> str:
-        """Hash of what a mark depends on beside its example and completion."""
+        """Hash of everything a mark depends on besides its example and completion."""
         options = self.options
         settings = [self._model, options.rubric, PROMPT_VERSION, options.scale, options.max_tokens]
         return stable_hash([*settings, "constrained"] if options.constrained else settings)
@@ -219,13 +220,15 @@ class JudgeDomain(RowDomain):
         prompt, gold = self._parts(row, where)
         field = self.options.answer_field or self.options.messages_field
         golds = [] if field is None else answers_of(gold, f"{where}: '{field}'")
-        # The judge sees them all; SFT imitates the first.
+        # The judge sees all of them; SFT imitates the first.
         meta = {REFERENCES: golds} if len(golds) > 1 else {}
         return Example(prompt, golds[0] if golds else "", self.name, prompt_source(prompt), meta)
 
     def _mark(self, client: "httpx.Client", example: Example, completion: str, key: str, again: int) -> int | None:
-        """Ask for one mark; `again` asks in another order and with another seed, and keeps nothing. None where the
-        judge gives none."""
+        """Request one mark; None if the judge gives none.
+
+        `again` requests it in another order and with another seed, and does not store it.
+        """
         scale, replies = self.options.scale, []
         messages = chat(self.options.rubric, scale, example, completion, tag=key[:16], rubric_last=bool(again))
         body: dict[str, Any] = {"model": self._model, "temperature": 0, "seed": again}
@@ -244,7 +247,7 @@ class JudgeDomain(RowDomain):
                 if not again:
                     self._marks.add(key, mark)
                 return mark
-            # The same question at temperature 0 would get the same reply.
+            # At temperature 0 the same request would get the same reply.
             reminder = {"role": "user", "content": REMINDER.format(scale=scale)}
             messages = [*messages[:2], {"role": "assistant", "content": replies[-1]}, reminder]
         self._fault = (
@@ -264,7 +267,7 @@ class _Marks:
         self._offset = 0
 
     def read(self) -> dict[str, int]:
-        """All marks, with those that other processes have added."""
+        """All marks, including those added by other processes."""
         if self._path.exists():
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -274,7 +277,7 @@ class _Marks:
         return dict(self._known)
 
     def add(self, key: str, mark: int) -> None:
-        """Append a line by one write, which processes and threads cannot mix up."""
+        """Append a line by a single write, so that those of processes and threads do not mix."""
         with self._path.open("ab", buffering=0) as file:
             file.write(f"{key} {mark}\n".encode())
 
@@ -294,11 +297,11 @@ def chat(
     """The judge's messages.
 
     Args:
-        rubric: How to judge.
+        rubric: The criteria.
         scale: Best mark.
         example: Its prompt is the question, its answer, if any, the reference.
-        completion: What is judged.
-        tag: Part of every tag; no part may be able to foresee it.
+        completion: The completion to judge.
+        tag: Included in every tag; must not be predictable by any part.
         rubric_last: Give the parts in reverse order.
     """
     parts = {"rubric": rubric, "question": _question(example.prompt)}
@@ -308,19 +311,19 @@ def chat(
     text = "\n\n".join(f"<{name}-{tag}>\n{parts[name]}\n</{name}-{tag}>" for name in order)
     ask = f"Mark the part completion-{tag} by the part rubric-{tag}: one integer from 0 to {scale}."
     system = {"role": "system", "content": SYSTEM.format(tag=tag, scale=scale)}
-    # A lone surrogate is text to Python but not to a server.
+    # Python accepts a lone surrogate in text, a server does not.
     return [system, {"role": "user", "content": f"{text}\n\n{ask}".encode("utf-8", "replace").decode()}]
 
 
 def read_mark(reply: str, scale: int) -> int | None:
-    """The mark in a reply that holds nothing else; thoughts, `Score:` and `/ scale` are forgiven. None without one."""
+    """The mark in a reply with nothing else but thoughts, `Score:` and `/ scale`; None otherwise."""
     text = _THOUGHTS.sub("", reply).strip()
     found = re.fullmatch(rf"(?:score|mark)?\s*[:=]?\s*\**(\d{{1,3}})\**(?:\s*/\s*{scale})?\.?", text, re.IGNORECASE)
     return int(found[1]) if found and int(found[1]) <= scale else None
 
 
 def _reply(answer: Any) -> str:
-    """The text of a chat completion; of an answer that is none, the answer itself."""
+    """The text of a chat completion; for any other answer, the answer itself."""
     try:
         content = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):

@@ -1,10 +1,10 @@
 """Any reasoning-gym tasks as one domain: its generators make the examples, its own verifiers score them.
 
-Several tasks are mixed evenly. reasoning-gym costs seconds to import, so it is imported by the first draw or score;
-unknown tasks and parameters are therefore found there, and not when the options are checked.
+Several tasks are mixed evenly. reasoning-gym takes seconds to import, so the first draw or score imports it. Unknown
+tasks and parameters are therefore found there, not when the options are checked.
 
-A verifier of a task's own may evaluate the model's text, compute without end or be led anywhere, so it runs in a child
-process (`experts.isolation.untrusted`); only reasoning-gym's default one, which compares strings, runs here.
+A task's own verifier may evaluate the model's text or never end, so it runs in a child process
+(`experts.isolation.untrusted`). Only reasoning-gym's default verifier, which compares strings, runs in this process.
 """
 
 import json
@@ -41,7 +41,7 @@ FULL_MARKS = 1 - 1e-9
 LITERAL_VERIFIERS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 EXPRESSION_VERIFIERS = frozenset({"countdown", "puzzle24", "simple_integration"})
 
-# Their examples follow Python's string hash seed: they differ from process to process (seen in reasoning-gym 0.1.25).
+# Their examples depend on Python's string hash seed, so they differ between processes (seen in reasoning-gym 0.1.25).
 UNREPEATABLE = frozenset(
     {
         "codeio",
@@ -55,10 +55,10 @@ UNREPEATABLE = frozenset(
     }
 )
 
-# Their items are texts of a short list, put in ever new ways: in a split by prompts most held-out answers stand in
-# training (of 1,280 prompts 85 to 95 %). They are split by the answer.
+# Their items are texts of a short list in ever new forms: with a split by prompts most held-out answers occur in
+# training (85 to 95 % of 1,280 prompts). They are split by the answer instead.
 SPLIT_BY_ANSWER = frozenset({"caesar_cipher", "emoji_mystery", "modulo_grid", "sentence_reordering"})
-# A split without any answer would be looked for without end.
+# Without this limit, the search for a split without any answer would never end.
 FRUITLESS_FACTOR = 30
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -74,12 +74,12 @@ logger = logging.getLogger(__name__)
 
 
 class Options(DomainOptions):
-    """What a `reasoning` domain asks for."""
+    """Options of a `reasoning` domain."""
 
     tasks: dict[str, dict[str, Any]] = Field(
         min_length=1, description="reasoning-gym tasks and their parameters, e.g. {basic_arithmetic: {min_terms: 2}}."
     )
-    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of all prompts kept out of training.")
+    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of all prompts held out from training.")
     partial: bool = Field(
         False, description="Give the verifier's partial credit instead of 0, also for the gold inside another answer."
     )
@@ -115,7 +115,7 @@ class ReasoningDomain(Domain):
 
     @property
     def source_space(self) -> str:
-        """All domains of this kind."""
+        """Shared by all domains of this kind."""
         return "reasoning"
 
     def draw(self, split: str, count: int, seed: int) -> list[Example]:
@@ -131,7 +131,7 @@ class ReasoningDomain(Domain):
     def score(self, example: Example, completion: str) -> float:
         """1 where the task's own verifier gives the extracted answer full marks, else 0, or its credit if `partial`.
 
-        A full stop at the end is no part of an answer. What verifiers pay in full although it is wrong is 0
+        A full stop at the end is not part of an answer. Wrong answers that verifiers give full marks score 0
         (`experts.kinds.reasoning_answers`).
         """
         task, gold = example.meta["task"], example.meta["answer"]
@@ -156,7 +156,7 @@ class ReasoningDomain(Domain):
         return self._losses.facts()
 
     def news(self) -> list[str]:
-        """Those since the last call."""
+        """One line on these answers since the last call."""
         return self._losses.news()
 
     def fingerprint(self) -> str:
@@ -252,7 +252,7 @@ class ReasoningDomain(Domain):
             raise UserError(f"{where}: {error or 'these parameters are not valid'}") from None
 
     def _check_task(self, task: str) -> None:
-        """Raises UserError for a task or parameter that reasoning-gym does not know."""
+        """Raise UserError for a task or parameter that reasoning-gym does not have."""
         import_reasoning_gym()
         from reasoning_gym.factory import DATASETS
 
@@ -271,7 +271,7 @@ def load(name: str, options: Options) -> ReasoningDomain:
 
 
 def extract_answer(completion: str) -> str:
-    """The last `<answer>…</answer>` behind a completion's thoughts, or all that stands there, stripped."""
+    """The last `<answer>…</answer>` behind a completion's thoughts, or the whole text there, stripped."""
     answer = without_thoughts(completion)
     tagged = _TAGGED.findall(answer)
     return (tagged[-1] if tagged else answer).strip()
@@ -290,10 +290,10 @@ def is_safe_to_verify(task: str, answer: str) -> bool:
     """Whether an answer may reach the task's verifier.
 
     Verifiers that evaluate text only get literals or plain formulas: no attribute, keyword, string or unknown function,
-    and no power whose value could fill the memory. Their process holds what this lets through (see
-    `experts.isolation.untrusted_worker`), but only this keeps a text from telling that process what to answer.
+    and no power whose value could fill the memory. Their process contains whatever passes this check (see
+    `experts.isolation.untrusted_worker`), but only this check prevents a text from forging that process's answer.
     """
-    # complex_arithmetic's verifier takes the distance of NaN for none.
+    # complex_arithmetic's verifier treats a distance of NaN as 0.
     if len(answer) > LONGEST_ANSWER or (task == "complex_arithmetic" and "nan" in answer.casefold()):
         return False
     if task in LITERAL_VERIFIERS:

@@ -1,16 +1,16 @@
-"""Which answers of reasoning-gym's tasks are right, where its verifiers pay for others too.
+"""Rejects wrong answers to which verifiers of reasoning-gym give full marks.
 
 Seen in reasoning-gym 0.1.25, task by task, with the gold answer cut, doubled, in a sentence and beside another answer.
-Its default verifier pays len(gold) / len(answer) to whatever holds the gold, and many of the others pay for a part of
-the answer; a score is how often an answer is right, so only full marks count. What follows gets full marks there for
-answers that are not right.
+Its default verifier gives len(gold) / len(answer) to any text that contains the gold, and many others give credit for a
+part of the answer. A score is how often an answer is right, so only full marks count. The tasks below give full marks
+to wrong answers.
 """
 
 import ast
 import re
 from fractions import Fraction
 
-# One text is right; the verifier looks for it inside the answer, or ignores what stands around it.
+# One text is right; the verifier searches for it inside the answer, or ignores the text around it.
 ONE_TEXT = frozenset(
     {
         "fraction_simplification",
@@ -21,29 +21,29 @@ ONE_TEXT = frozenset(
         "spell_backward",
     }
 )
-# Several answers are right; the verifier leaves out whatever is written in other characters than these.
+# Several answers are right; the verifier ignores all other characters than these.
 _NUMBER = r"-?\d+(?:\.\d+)?(?:/\d+)?"
 WRITTEN_IN = {
-    # Of a longer list of coordinates the first two count there, and NaN is at no distance.
+    # The verifier takes the first two of a longer list of coordinates, and a distance of NaN as 0.
     "advanced_geometry": re.compile(rf"\(?\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)?|{_NUMBER}\s*°?"),
     "complex_arithmetic": re.compile(r"[\dij\s.+*()-]*"),
     "kakurasu": re.compile(r"[01\s]*"),
     "quantum_lock": re.compile(r"[A-Z→\s]*"),
     "sokoban": re.compile(r"[LRUDlrud\s]*"),
     "survo": re.compile(r"[\d\s-]*"),
-    # The number of days is the first word there, and a minus sign is lost.
+    # The verifier takes the first word as the number of days, and ignores a minus sign.
     "time_intervals": re.compile(r"(?:\d+\s+days?)?,?\s*(?:\d+(?::\d+)+(?:\.\d+)?)?"),
 }
-# Lists in which the verifier overlooks what is too much.
+# Lists in which the verifier ignores superfluous entries.
 AS_LONG_AS_GOLD = frozenset({"cryptarithm", "word_sorting"})
-# A probability, short, so that no exponent fills the memory.
+# A probability of limited length, so that no exponent fills the memory.
 _PROBABILITY = re.compile(r"\d{0,40}\.?\d{1,40}(?:[eE]-?\d{1,3}|\s?/\s?\d{1,40})?")
 # The verifier gives full marks to the first digits of a probability.
 PROBABILITIES = frozenset({"coin_flip"})
 
 
 def without_full_stop(answer: str, gold: str) -> str:
-    """The answer without a full stop that ends it as a sentence."""
+    """The answer without a full stop that ends a sentence."""
     return answer[:-1].rstrip() if answer.endswith(".") and not gold.endswith(".") else answer
 
 
@@ -77,7 +77,7 @@ def _is_near(answer: str, gold: str) -> bool:
 def _makes_24(answer: str, gold: str) -> bool:
     """Whether a formula is 24 exactly and uses each number of the gold formula once.
 
-    The verifier takes any four numbers within its range, and cuts a fraction off.
+    The verifier accepts any four numbers within its range, and truncates fractions.
     """
     if sorted(re.findall(r"\d+", answer)) != sorted(re.findall(r"\d+", gold)):
         return False

@@ -1,8 +1,8 @@
 """Compact text tasks a character-level model of half a million parameters can learn.
 
 Each task turns a few digits or random pronounceable letters into a prompt such as `sort up 5 3 9 1:` or
-`reverse kotap:` with one right answer, all in printable ASCII. Words are generated rather than taken from a list,
-because a list of a few thousand words leaves too few distinct prompts once they are filtered by length.
+`reverse kotap:` with one right answer, all in printable ASCII. Words are generated and not taken from a list, because a
+list of a few thousand words, filtered by length, leaves too few distinct prompts.
 """
 
 import random
@@ -45,7 +45,7 @@ class Task:
 
     Attributes:
         make: Makes a prompt and its answer from a length.
-        flaw: Makes the mistake natural to this task in an answer.
+        flaw: Makes this task's typical mistake in an answer.
         min_length: Shortest input by default: digits, letters of a word, or words for `first_letters`.
         max_length: Longest input by default.
     """
@@ -57,7 +57,7 @@ class Task:
 
 
 class Options(DomainOptions):
-    """What a `strings` domain asks for."""
+    """Options of a `strings` domain."""
 
     task: TaskName = Field(description="What to do with the text.")
     min_length: int | None = Field(
@@ -66,7 +66,7 @@ class Options(DomainOptions):
     max_length: int | None = Field(
         None, ge=2, le=12, description="Longest input (digits, letters or words); the task's own default when absent."
     )
-    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of all prompts kept out of training.")
+    held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of all prompts held out from training.")
     rough_share: float = Field(0.0, ge=0, le=1, description="Probability that a rough demonstration has a mistake.")
     partial: bool = Field(False, description="Score the share of right positions instead of exact match.")
 
@@ -121,9 +121,9 @@ class StringsDomain(Domain):
         return right / max(len(given), len(example.answer))
 
     def demonstration(self, example: Example, rng: random.Random, rough: bool = False) -> str:
-        """The gold answer; if `rough`, with probability `rough_share` one that makes the task's natural mistake.
+        """The gold answer; if `rough`, with probability `rough_share` one with the task's typical mistake.
 
-        An answer that leaves no room for the mistake (sorting equal digits) stays right.
+        An answer in which the mistake is impossible (sorting equal digits) stays right.
         """
         if rough and rng.random() < self.options.rough_share:
             return self._task.flaw(rng, example.answer)
@@ -221,7 +221,7 @@ def _shifted(letter: str, shift: int) -> str:
 
 
 def _swap_neighbours(rng: random.Random, answer: str) -> str:
-    """Swap two neighbouring, different symbols; digits are apart by a space."""
+    """Swap two neighbouring, different symbols; digits are separated by a space."""
     gap = " " if " " in answer else ""
     symbols = answer.split(" ") if gap else list(answer)
     places = [i for i in range(len(symbols) - 1) if symbols[i] != symbols[i + 1]]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from experts.scoring.final_answer import framed, visible
 
-# A reading that found more than one letter, and so none.
+# The result of a reading that found more than one letter, which counts as none.
 SEVERAL = ""
 # Characters after "answer" within which its letter is looked for.
 REACH = 120
-# Second thoughts that are looked at, from the last on.
+# Number of second thoughts examined, from the last backwards.
 MOST_THOUGHTS = 10
 
 _OPENING = r"[\s*_`\"'“‘„«$(\[{<>]*+(?:\\(?:text|mathrm|mathbf|textbf)\{)?[\s*_`\"'(\[]*+"
@@ -30,7 +30,7 @@ _MENTION = re.compile(
 _JUDGED = re.compile(
     r"(?<![A-Za-zÀ-ɏ\d_'’])([A-Z])[*_`)\].]*\s+(?i:is|was)\s+(?i:(?:the\s+|clearly\s+)?(?:only\s+)?(?:right|correct|best|final|answer))\b"
 )
-# A capital that is no word of the sentence: `I think` and `A cow` are none.
+# A capital letter that is not a word of the sentence: `I think` and `A cow` do not count.
 _LETTER = re.compile(
     r"(?<![A-Za-zÀ-ɏ\d_'’])([A-Z])(?![A-Za-zÀ-ɏ\d_'’])"
     r"(?!\s+(?!(?:because|since|as|is|which|for|due|and|or|by|from|with|in|but|not|over|rather|while|whereas|instead|–|—)\b)[a-z])"
@@ -48,7 +48,7 @@ _DOUBT = re.compile(
     re.IGNORECASE,
 )
 _GLUE = r"[\s*_`\"'”’)\].$}]*"
-# Another letter beside the first: `A or B`, `A, B`, `(A) (B)`, `A (or B)`, `A; maybe B`.
+# Another letter next to the first: `A or B`, `A, B`, `(A) (B)`, `A (or B)`, `A; maybe B`.
 _ANOTHER = re.compile(
     rf"{_GLUE}(?:[,;/|&+]|\b(?:or|and|oder|und|ou|et)\b|[\s(])\s*\(?"
     r"(?:(?:or|and|else|also|even|either|maybe|perhaps|possibly|option|choice|the)\b[\s,]*){0,3}"
@@ -83,7 +83,7 @@ def lettered(choices: Sequence[str]) -> str:
 def gold_letters(gold: str, is_index: bool, choices: Sequence[str], labels: Sequence[str] = ()) -> list[str]:
     """The letters of the right choice, from its text, its label in the data set, its letter or its index from 0.
 
-    They are tried in this order, so that choices which are digits or letters themselves keep their meaning as text.
+    They are tried in this order, so that choices that are digits or letters themselves keep their meaning as text.
 
     Args:
         gold: The answer as it is written in the data.
@@ -92,7 +92,7 @@ def gold_letters(gold: str, is_index: bool, choices: Sequence[str], labels: Sequ
         labels: Their labels in the data set.
 
     Returns:
-        Several where two choices have the right one's text, none where the answer names no choice.
+        Several letters if two choices have the right text, none if the answer names no choice.
     """
     letters = string.ascii_uppercase[: len(choices)]
     bare = gold.strip()
@@ -110,12 +110,12 @@ def gold_letters(gold: str, is_index: bool, choices: Sequence[str], labels: Sequ
 
 
 def chosen_letter(completion: str, choices: Sequence[str]) -> str | None:
-    """The letter a completion settles on, among those on offer; None without one.
+    """The letter that a completion gives as its answer, among those on offer; None without one.
 
     In this order: a boxed or tagged answer, one that takes back an earlier one ("A. No, B"), a stated one ("the answer
     is B", "答案：B"; the last counts), a single letter or a choice's own text, a leading letter ("B. cow"), "option B"
-    where no other option is named. A list of the choices is not an answer. Neither is a letter beside another one
-    ("A or B", "A, B", "A (B is also possible)"), a denied one ("anything but B"), one in doubt ("I am not sure it is
+    where no other option is named. A list of the choices is not an answer. Neither is a letter next to another one
+    ("A or B", "A, B", "A (B is also possible)"), a denied one ("anything but B"), a doubtful one ("I am not sure it is
     B") or one with the text of another choice ("B. dog" where dog is C).
     """
     reading = _Reading(choices)
@@ -129,7 +129,7 @@ def chosen_letter(completion: str, choices: Sequence[str]) -> str | None:
 
 
 class _Reading:
-    """Reads letters among those of some choices."""
+    """Reads the letter of one of the given choices in a text."""
 
     def __init__(self, choices: Sequence[str]) -> None:
         self.letters = string.ascii_uppercase[: len(choices)]
@@ -138,11 +138,11 @@ class _Reading:
         self.by_text = {_folded(text): letter for letter, text in reversed(self.texts.items()) if _folded(text)}
 
     def first(self, text: str, *ways: Callable[[str], str | None]) -> str | None:
-        """The letter of the first way of reading that finds one; None where that finds several."""
+        """The letter of the first way of reading that finds any; None if it finds several."""
         return next((letter for way in ways if (letter := way(text)) is not None), None) or None
 
     def whole(self, text: str) -> str | None:
-        """The letter or choice that is all of a text, or the only one that is a line of it."""
+        """The letter or choice that is the whole text, or the only one that is a whole line."""
         lines = {letter for line in (text, *text.splitlines()) if (letter := self._line(line)) is not None}
         return lines.pop() if len(lines) == 1 else SEVERAL if lines else None
 
@@ -171,7 +171,7 @@ class _Reading:
         return letters[-1] if letters else None
 
     def leading(self, text: str) -> str | None:
-        """The letter a text begins with, as in `B. cow`; none where all choices are labelled one after the other."""
+        """The letter at the start of a text, as in `B. cow`; None if all choices are labelled one after the other."""
         labels = [label for label in _LABEL.findall(text) if label in self.letters]
         match = _LEADING.match(text) or _REASON.match(text)
         if match is None or list(dict.fromkeys(labels)) == list(self.letters) or not self._offered(match[1].upper()):
@@ -189,7 +189,7 @@ class _Reading:
         return named.pop() if len(named) == 1 else None
 
     def without_list(self, text: str) -> str:
-        """A text without the choices it repeats behind their letters, where it repeats two or more."""
+        """A text without the choices repeated behind their letters, if it repeats two or more."""
         found = [
             match
             for letter, choice in self.texts.items()
@@ -212,7 +212,7 @@ class _Reading:
         return self.by_text.get(_folded(line)) or self.by_text.get(_folded(_ARTICLE.sub("", line.strip())))
 
     def _judged(self, text: str, match: re.Match[str]) -> str | None:
-        """The letter that "is correct"; several where the sentence calls another one so as well."""
+        """The letter that "is correct"; `SEVERAL` if the sentence calls another one correct too."""
         sentence = re.split(r"[.;!?\n]", text[match.end() : match.end() + REACH])[0]
         before = re.split(r"[.;!?\n]", text[max(0, match.start() - REACH) : match.start()])[-1]
         others = {other[1] for part in (before, sentence) for other in (*_JUDGED.finditer(part), *_ALSO.finditer(part))}
@@ -220,7 +220,7 @@ class _Reading:
         return SEVERAL if letter and others & (set(self.letters) - {letter}) else letter
 
     def _after(self, rest: str) -> str | None:
-        """The letter of what follows "answer"; several where it names two."""
+        """The letter in the text behind "answer"; `SEVERAL` if it names two."""
         sentence = re.sub(r"^(?:is|are|would be|should be|must be|:)\s*", "", rest.strip(), flags=re.IGNORECASE)
         for text in (sentence, re.split(r"[.,;]", sentence)[0]):
             for bare in (text, re.sub(r"^(?:an?|the)\s+", "", text, flags=re.IGNORECASE)):
@@ -231,7 +231,7 @@ class _Reading:
         return None
 
     def _alone(self, letter: str, text: str, end: int) -> str:
-        """A letter, where no other one is offered beside it and no other choice's text follows."""
+        """A letter, if no other one is offered with it and no other choice's text follows."""
         another = _ANOTHER.match(text, end)
         others = {another[1]} if another is not None else set()
         sentence = re.split(r"[.;!?\n]", text[end : end + REACH].lstrip(" *_`)].:"))[0]
@@ -254,5 +254,5 @@ class _Reading:
 
 
 def _folded(text: str) -> str:
-    """A text as choices are compared: without case, emphasis and outer punctuation."""
+    """A text in the form in which choices are compared: without case, emphasis and outer punctuation."""
     return text.strip(" \t\n*_`\"'.,:;!$").casefold()

@@ -1,8 +1,8 @@
-"""Where in a completion its answer stands: after the thoughts, and in the last box or `<answer>` tag if there is one.
+"""Locates the answer in a completion: after the thoughts, and in the last box or `<answer>` tag if there is one.
 
 All scorers that read free text share these rules, so that one completion has one final answer. Thoughts end at the last
-`</think>`; thoughts that never end leave no answer. Characters without a width are dropped. A text with a direction
-override (U+202D, U+202E) looks different from what it holds, so it has no answer.
+`</think>`; thoughts that never end leave no answer. Zero-width characters are dropped. A text with a direction override
+(U+202D, U+202E) looks different from its content, so it has no answer.
 """
 
 import re
@@ -12,12 +12,12 @@ _OVERRIDES = frozenset("\u202d\u202e")
 # Soft hyphen, zero-width space and joiners, direction marks, word joiner, byte order mark.
 ZERO_WIDTH = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _DROPPED = dict.fromkeys(map(ord, ZERO_WIDTH))
-# Characters of a long text that are read.
+# Number of characters read at the beginning and the end of a long text.
 HEAD, TAIL = 2_000, 8_000
 _REACH = 200
 _LINES = re.compile(r"\n[ \t]*+\n\s*+")
 _BLANKS = re.compile(r"[ \t\u00a0]{2,}+")
-# Written out by a model that never learned to end.
+# Stop tokens written as text by a model that never learned to end.
 _STOP_TOKENS = re.compile(r"(?:\s*(?:<\|[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
@@ -34,15 +34,15 @@ class _Frame:
 
 
 def without_thoughts(completion: str) -> str:
-    """What follows the last `</think>`, up to thoughts that do not end."""
+    """The text behind the last `</think>`, up to thoughts that do not end."""
     return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def visible(completion: str) -> str:
     """The answer part of a completion as a reader sees it; empty with a direction override.
 
-    It has no stop tokens, no runs of white space, and of a long text the beginning and the end alone: where an answer
-    is looked for, the time to read a text may grow with its square.
+    It has no stop tokens and no runs of white space, and only the beginning and end of a long text, because the time to
+    search for an answer may grow with the square of the length.
     """
     text = without_thoughts(completion)
     if _OVERRIDES.intersection(text):
@@ -53,10 +53,11 @@ def visible(completion: str) -> str:
 
 
 def framed(text: str) -> str | None:
-    """The content of the last box or pair of tags; None where there is neither.
+    """The content of the last box or pair of tags; None if there is neither.
 
     Boxes side by side are alternatives and come back joined (`72 or 73`), and so do tags with a word or comma between
-    them. A last box that is never closed was cut off and is empty. Tags may lack their end, which a stop text removes.
+    them. A last box that is never closed was truncated and is empty. Tags may lack their end, which a stop text
+    removes.
     """
     boxes, tags = _boxes(text), _tags(text)
     if tags and (not boxes or tags[-1].end >= boxes[-1].end):
@@ -66,7 +67,7 @@ def framed(text: str) -> str | None:
 
 
 def _joined(text: str, frames: list[_Frame], blank_joins: bool) -> str:
-    """The last frame's content, with those before it that are alternatives to it."""
+    """The last frame's content, joined with preceding frames that are alternatives to it."""
     content, start = frames[-1].content, frames[-1].start
     for frame in reversed(frames[:-1]):
         between = text[frame.end : start]
@@ -91,7 +92,7 @@ def _boxes(text: str) -> list[_Frame]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place behind the brace that closes a group which begins at `start`; the text's end plus one without it."""
+    """The position behind the brace that closes the group beginning at `start`; else the text's end plus one."""
     depth = 1
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

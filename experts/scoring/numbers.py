@@ -1,9 +1,9 @@
-"""Plain numbers in text: how they are written, and the value that a piece of text states.
+"""Reads plain numbers in text in their written forms, and the value that a piece of text states.
 
-Read are integers, decimals, fractions and mixed numbers, powers of ten, percentages, digits in groups (`1,234`,
-`1 234`, `1.234,5`), `72k` and `72 million`, in any script's digits. `72.000` is 72, `72,000` is 72,000 and `72,5` is
-72.5: the English reading wherever there is one. Numbers in words are not read. A formula that has not been worked out
-(`70 + 2`, `8 * 9`) states no value; in a chain of equations the last side that is a number counts.
+Supported are integers, decimals, fractions and mixed numbers, powers of ten, percentages, digits in groups (`1,234`, `1
+234`, `1.234,5`), `72k` and `72 million`, in any script's digits. `72.000` is 72, `72,000` is 72,000 and `72,5` is 72.5:
+the English reading if there is one. Numbers in words are not read. A formula that has not been evaluated (`70 + 2`, `8
+* 9`) states no value; in a chain of equations the last side that is a number counts.
 """
 
 import re
@@ -38,7 +38,7 @@ _LATEX = [
 _MINUS_FRACTION = re.compile(r"([-−])\s+(?=\d+/\d+ )")
 _SUPERSCRIPTS = re.compile(r"(?<=[\w)}])([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
 
-# Groups are never possessive: Python before 3.11.5 keeps what a repetition that failed had consumed (gh-106052).
+# Groups are never possessive: Python before 3.11.5 keeps the text that a failed repetition had consumed (gh-106052).
 _DECIMAL = (
     r"(?:(?<!\d )\d{1,3}(?:[ ']\d{3})+(?:[.,]\d++)?(?![ ']?\d)"  # 1 234 567,8
     r"|\d++(?:[.,'_]\d++)*|\.\d++)"
@@ -65,7 +65,7 @@ _UNITS = "mshglLtCKFNVAWJ"
 _VARIABLE = re.compile(
     rf"(?![{_UNITS}](?![A-Za-z]))[A-Za-z](?![A-Za-z])|\s[xyz](?![A-Za-z])|\s?(?:π|\\?pi\b|√|\\[a-z]*sqrt)|_"
 )
-# What makes a number a part of a formula with a variable: `x^5`, `x + 5`, `\\frac{x}{5}`, `f(5)`, `\\log_2 5`.
+# The number belongs to a formula with a variable: `x^5`, `x + 5`, `\\frac{x}{5}`, `f(5)`, `\\log_2 5`.
 _INSIDE = re.compile(
     r"(?:\^|[A-Za-z)}\]]\s*[*/+]|(?:(?<![A-Za-z])[A-Za-z]|[)}])\s*-)\s*[({]*$|(?<![A-Za-z])[A-Za-z]\($"
     r"|(?:\\[A-Za-z]{1,10}|\blog)_(?:\{[^{}]*\}|\w)\s*[({]*$"
@@ -98,11 +98,11 @@ class Stated:
     """A number or formula in a text.
 
     Attributes:
-        start: Its place in the text.
-        end: The place behind it.
-        value: None where it is no number: a formula that is not worked out, a bound, a number with a variable.
+        start: Its position in the text.
+        end: The position behind it.
+        value: None if it is not a number: a formula that is not evaluated, a bound, a number with a variable.
         percent: Whether the value was written as a percentage.
-        is_formula: Whether it has no value only because it is not worked out.
+        is_formula: Whether it has no value only because it is not evaluated.
         fraction: The text of a fraction; empty for other numbers.
     """
 
@@ -139,7 +139,7 @@ def numbers_in(text: str) -> list[Stated]:
 
 
 def whole_number(text: str) -> Stated | None:
-    """The number that is all of a text, but for a unit in words and signs around it; None for anything else."""
+    """The number that makes up a text, apart from a unit in words and signs around it; None for any other text."""
     if len(text) > LONGEST:
         return None
     text = _UNIT_POWER.sub(r"\1", written_plainly(text)).strip().strip("$*`\"'").strip()
@@ -151,7 +151,7 @@ def whole_number(text: str) -> Stated | None:
 
 
 def same_number(left: Fraction, right: Fraction) -> bool:
-    """Equality; up to six decimals between numbers that are no integers, as a fraction written as a decimal needs."""
+    """Equality; non-integers are compared to six decimals, because a fraction may be written as a decimal."""
     if left == right or 1 in (left.denominator, right.denominator):
         return left == right
     apart = abs(left - right)
@@ -162,7 +162,7 @@ def _stated(text: str, match: re.Match[str]) -> Stated:
     start, end = match.span()
     before, behind = text[max(0, start - 40) : start], text[end : end + 40]
     value, percent, fraction, is_formula = _evaluated(match[0])
-    # A pair or an interval, and no decimal comma.
+    # A pair or an interval, not a decimal comma.
     is_pair = match[0][0] in "([{" and re.fullmatch(r"\D*\d+,\d+\D*", match[0]) is not None
     nothing = Stated(start, end, None)
     if (
@@ -189,7 +189,7 @@ def _stated(text: str, match: re.Match[str]) -> Stated:
 
 
 def _sign(before: str) -> int:
-    """What a word or a dash apart from a number does to it: 1, -1, or 0 where that is not clear."""
+    """The sign that a word or a detached dash gives a number: 1, -1, or 0 if it is unclear."""
     if negative := _NEGATIVE.search(before):
         return 0 if before[: negative.start()].rstrip()[-1:].isdigit() else -1
     apart = _APART.search(before)
@@ -202,7 +202,7 @@ def _sign(before: str) -> int:
 
 
 def _evaluated(formula: str) -> tuple[Fraction | None, bool, str, bool]:
-    """Value, whether it is a percentage, the text of a fraction, and whether the formula is not worked out."""
+    """Value, whether it is a percentage, the text of a fraction, and whether the formula is not evaluated."""
     if re.search(r"[<>≤≥≠]|!=", formula):
         return None, False, "", False
     sides = [side.strip() for side in re.split(r"==?|≈", formula)]
@@ -239,7 +239,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(text: str) -> Fraction | None:
-    """The value of digits with their separators; None where those make no sense."""
+    """The value of digits with their separators; None if these are inconsistent."""
     if len(text) > LONGEST:
         return None
     if re.fullmatch(r"\d{1,3}(?:[ '_]\d{3})+(?:[.,]\d+)?", text):

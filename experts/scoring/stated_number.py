@@ -1,9 +1,9 @@
 """The one number that a completion gives as its answer.
 
-In this order: the last box or tag, a line `#### 72`, the last "answer is" or "Answer:" (what a later "wait" or "no"
-puts in its place counts), the last number of the text. A completion that offers two different numbers there has none:
-`72 or 73`, `72, 73`, `between 70 and 74`, `72–73`, `5 pears and 72 apples`. Neither do bounds (`at least 72`), `72 ± 1`
-and numbers that the text denies (`not 72`, `72 is wrong`). `about 72` and `≈ 72` are 72.
+In this order: the last box or tag, a line `#### 72`, the last "answer is" or "Answer:" (a correction after a later
+"wait" or "no" counts), the last number of the text. A completion that offers two different numbers there has none: `72
+or 73`, `72, 73`, `between 70 and 74`, `72–73`, `5 pears and 72 apples`. Neither do bounds (`at least 72`), `72 ± 1` and
+numbers that the text denies (`not 72`, `72 is wrong`). `about 72` and `≈ 72` are 72.
 """
 
 import re
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from experts.scoring.final_answer import framed
 from experts.scoring.numbers import Stated, numbers_in, same_number, written_plainly
 
-# Possessive and bounded, so that no text costs more than its length.
+# Possessive and bounded, so that the time is linear in the length of the text.
 _NUMBER = r"[-+]?\$?(?:\d[\d,]*+(?:\.\d++)?|\.\d++)%?"
 _OPENING = r"(?:[*_`$({\[]|\\\(|\\boxed\{){0,6}"
 _CLOSING = r"(?:[*_`$)}\]]|\\\)){0,6}"
@@ -29,12 +29,12 @@ _DENIED = re.compile(
     r"(?:wrong|incorrect|false|right['’]?s?\s+not|not\b(?!\s+only))(?:\s+(?:right|correct))?",
     re.IGNORECASE,
 )
-# Emphasis around a number, and the single marks that are left.
+# Emphasis around a number, and single marks left over.
 _EMPHASIS = re.compile(r"(?<![\w*_`])([*_`]{1,3})(?=[-+$.\d])([-+$.,\d\s*/^=×÷%()]{1,200}?)\1(?![\w*_`])")
 _MARKS = re.compile(
     r"(?<![\d)\s])(?:\s?\*{2,3}|\*|\s\*(?!\s))|`+|\*{1,3}(?![\d\s(*])|(?<![\w*])_{1,3}|_{1,3}(?!\w)|(?<=\d)\*{2,3}(?=\s|$)"
 )
-# Of HTML, and GSM8K's notes for a calculator.
+# HTML tags, and GSM8K's calculator annotations.
 _TAG = re.compile(r"</?[a-z]{1,10}/?>|<<[^<>\n]{0,200}>>", re.IGNORECASE)
 _HASHES = re.compile(r"^[ \t]*####(?!#)(.+)$", re.MULTILINE)
 _ANSWER = re.compile(
@@ -58,14 +58,14 @@ _JOINS = re.compile(
     rf"|\s*,?\s*(?:maybe|perhaps|possibly|alternatively)\s+",
     re.IGNORECASE,
 )
-# How a number came about, behind it: `72 (48 + 24)`, `540 meters a week (9 sprints * 60 meters)`.
+# The derivation of a number, behind it: `72 (48 + 24)`, `540 meters a week (9 sprints * 60 meters)`.
 _REMARK = re.compile(
     r"(?<=[\w%*$)])\s{1,3}\(\$?(?=\d)(?![^()\n]*\b(?:or|maybe|perhaps|possibly)\b)[^()\n=]{1,80}\s[-+*/]\s[^()\n=]{1,80}\)"
 )
 _OPERATOR_BEHIND_UNIT = re.compile(r"(?:\s?[^\W\d_]{1,20}[²³]?){1,3}\s{1,3}([+*/×÷])\s{1,3}\$?")
 _FACTORIAL = re.compile(r"(?<=[\d)}])\s?!(?!=)")
 _WRAPPING = re.compile(r"[()\[\]{}$\"'`*_\\]")
-# `In 2020, 72 people came` has a comma and no two answers.
+# `In 2020, 72 people came` has a comma but not two answers.
 _AT_A_PLACE = re.compile(
     r"\b(?:in|on|by|at|since|after|before|step|question|problem|part|example|day|year)\s*$", re.IGNORECASE
 )
@@ -81,10 +81,10 @@ def _instead(tag: re.Match[str]) -> str:
 
 
 def stated_number(text: str) -> tuple[Stated, str] | None:
-    """The number a text settles on, with the text it was read in; None where there is none or there are several.
+    """The number that a text gives as its answer, with the text it was read in; None if there is none or several.
 
     Args:
-        text: A completion's answer part, see `experts.scoring.final_answer.visible`.
+        text: The answer part of a completion; see `experts.scoring.final_answer.visible`.
     """
     frame = framed(text)
     if frame is not None and (denied := _DENIED.search(text)) and "\\boxed" in denied[0] and frame in denied[0]:
@@ -102,7 +102,7 @@ def stated_number(text: str) -> tuple[Stated, str] | None:
 
 
 def _behind_hashes(text: str) -> tuple[str, Stated | None] | None:
-    """The number of the last line `#### 72`, which a heading is not."""
+    """The number of the last line `#### 72`; a heading is not such a line."""
     lines = _HASHES.findall(text)
     found = numbers_in(lines[-1]) if lines else []
     if not found or lines[-1][: found[0].start].strip(" $:") or not found[0].value:
@@ -111,7 +111,7 @@ def _behind_hashes(text: str) -> tuple[str, Stated | None] | None:
 
 
 def _only(text: str, found: Sequence[Stated]) -> Stated | None:
-    """The first number of a short text, where no other one is offered beside it."""
+    """The first number of a short text, if no other one is offered with it."""
     values = [stated for stated in found if not stated.is_formula]
     if not values or _offers_another(text, found, found.index(values[0]), forward=True):
         return None
@@ -135,21 +135,21 @@ def _settled(text: str, found: Sequence[Stated]) -> Stated | None:
 
 
 def _anchor(text: str, found: Sequence[Stated]) -> int | None:
-    """Where the last sentence that calls a number the answer has it."""
+    """The position of the number in the last sentence that calls a number the answer."""
     places = [match.end() for match in _ANSWER.finditer(text)]
     places += [stated.start for stated in found if _CALLED_ANSWER.match(text, stated.end)]
     return max(places, default=None)
 
 
 def _sentence_end(text: str, start: int) -> int:
-    """The end of the sentence from a place on, blank lines before it skipped."""
+    """The end of the sentence that begins at a position, skipping blank lines before it."""
     skipped = re.compile(r"[\s:=*]*").match(text, start)
     match = _SENTENCE_END.search(text, skipped.end() if skipped else start)
     return match.start() if match else len(text)
 
 
 def _last(text: str, found: Sequence[Stated]) -> Stated | None:
-    """The last number, where it is not one of several on offer; formulas that are not worked out are passed over."""
+    """The last number, if it is not one of several on offer; formulas that are not evaluated are skipped."""
     values = [stated for stated in found if not (stated.is_formula or _is_term(text, stated, found))]
     if not values or _offers_another(text, found, found.index(values[-1]), forward=False):
         return None

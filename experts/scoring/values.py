@@ -1,14 +1,14 @@
 """Compares the number or formula of a completion with gold ones.
 
 A gold answer that is a plain number (`72`, `1/2`, `$1,234.50`, `72%`, `3 hours`) is compared with the one number that
-the completion settles on (`experts.scoring.stated_number`), by value. Units and currencies are not compared. What has
-yet to be worked out is no answer to such a question: `70 + 2` and `\\sqrt{5184}` are not 72, and a fraction that the
-question itself holds is not its answer. A percentage is its value (72% is 0.72) where the gold answer has no `%`; where
-it has one, `72%`, `72` and `0.72` are right.
+the completion settles on (`experts.scoring.stated_number`), by value. Units and currencies are not compared. An
+unevaluated formula is no answer to such a question: `70 + 2` and `\\sqrt{5184}` are not 72, and a fraction that occurs
+in the question is not its answer. A percentage is its value (72% is 0.72) if the gold answer has no `%`; if it has one,
+`72%`, `72` and `0.72` are right.
 
-Any other gold answer is a formula and is compared by math-verify, without denied numbers, and not where the completion
-offers two formulas by "or" or repeats one of the question's. Only `experts.isolation.untrusted_worker` imports this
-module, because sympy computes what it reads.
+Any other gold answer is a formula and is compared by math-verify, without denied numbers. A completion that offers two
+formulas by "or", or repeats one of the question's, is wrong. Only `experts.isolation.untrusted_worker` imports this
+module, because sympy evaluates what it reads.
 """
 
 import re
@@ -24,7 +24,7 @@ from experts.scoring.stated_number import stated_number, without_denied
 
 _LATEX = re.compile(r"[\\^_={}()+*/]|\d")
 _OR = re.compile(r"\s(?:or|oder|ou)\s|\\text\s*\{\s*or\s*\}", re.IGNORECASE)
-# No words but LaTeX's.
+# Without words, except those of LaTeX.
 _BARE = re.compile(r"(?:[^$\nA-Za-z]|\\[A-Za-z]+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){1,300}")
 _UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{(?!\s*(?:and|or)\b)[^{}]*\}(?:\s*\^\s*\{?\d\}?)?")
 _MARKED = re.compile(r"\$|\\[(\[]|\\boxed")
@@ -33,7 +33,7 @@ _OPERATION = re.compile(r"[-+*/^=\\]")
 
 
 def has_value(text: str) -> bool:
-    """Whether a number or formula is found in a gold answer."""
+    """Whether a gold answer contains a number or formula."""
     return whole_number(text) is not None or bool(_gold(text))
 
 
@@ -41,9 +41,9 @@ def same_value(completion: str, golds: Sequence[str], question: str = "") -> boo
     """Whether a completion states one of the gold numbers or formulas.
 
     Args:
-        completion: The text to mark.
+        completion: The text to score.
         golds: Right answers.
-        question: The prompt, parts of which are no answer to it.
+        question: The prompt, parts of which do not count as an answer.
     """
     text = visible(completion)
     asked = _squeezed(question)
@@ -84,7 +84,7 @@ def _same_formula(text: str, golds: Sequence[str], asked: str) -> bool:
 
 
 def _formula(text: str) -> list[Any]:
-    """What math-verify reads in a text; one that is a formula and nothing else it gets as LaTeX, or reads in part."""
+    """The result of math-verify for a text; a bare formula is passed as LaTeX, or it would be read only in part."""
     bare = with_plain_signs(text).strip().rstrip(".").replace("∞", "\\infty")
     bare = re.sub(r"\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", re.sub(r"(?<!\\)\bpi\b", r"\\pi", bare))
     bare = _UNIT.sub("", bare) if _UNIT.sub("", bare).strip() else bare
@@ -93,7 +93,7 @@ def _formula(text: str) -> list[Any]:
 
 
 def _gold(text: str) -> list[Any]:
-    """A gold answer as math-verify reads it, with or without signs around its LaTeX; nothing where it reads a part."""
+    """A gold answer as read by math-verify, with or without signs around its LaTeX; empty if it reads only a part."""
     if _TIME.search(text):
         return []
     if _MARKED.search(text):
@@ -105,7 +105,7 @@ def _gold(text: str) -> list[Any]:
 
 
 def _is_part(text: str, found: list[Any]) -> bool:
-    """Whether a formula was read in a text that has more digits or signs than it."""
+    """Whether only a part was read: the text has more digits or signs than the formula."""
     read = found[-1] if found and isinstance(found[-1], str) else ""
     bare = re.sub(r"(?<!\\)\bpi\b", r"\\pi", with_plain_signs(text))
     rest = bare.replace(read, " ", 1) if read and read in bare else ""
@@ -114,7 +114,7 @@ def _is_part(text: str, found: list[Any]) -> bool:
 
 def _same(stated: list[Any], gold: list[Any]) -> bool:
     if _is_percentage(stated) and not _is_percentage(gold):
-        # Without its second entry, the text of the number alone.
+        # Without the second entry, which is only the number's text.
         stated = [value.doit() for value in stated if not isinstance(value, str)]
     return bool(verify(gold, stated, timeout_seconds=None))
 

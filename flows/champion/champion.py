@@ -1,7 +1,7 @@
-"""The champion of a run: who it is, who it was before, and a person's word on it. Free of prefect and mlflow.
+"""The champion of a run: the present one, its history, and promotion by a person. Free of prefect and mlflow.
 
-The file is the truth; the alias in MLflow follows it. What a person decides stands: the gate does not bring back a
-checkpoint that a person decided against, only one that is new since.
+The file is authoritative; the alias in MLflow follows it. A person's decision has precedence: the gate does not promote
+a checkpoint that a person decided against, only one made since.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from experts.domain import HELD_OUT
 from flows.champion.tries import try_number
 from flows.plan.champion_history import (
     By,
-    Reign,
+    ChampionRecord,
     champion_path,
     read_history,
     to_seconds,
@@ -30,41 +30,43 @@ from flows.tracking.aliases import alias_operations
 if TYPE_CHECKING:
     from evals.comparison.results import Results
     from evals.comparison.scores import Scores
-    from evals.promotion.gate import Verdict
+    from evals.promotion.gate import GateVerdict
 
 
-def champion_scores(store: Store, history: Sequence[Reign]) -> "dict[str, Scores] | None":
+def champion_scores(store: Store, history: Sequence[ChampionRecord]) -> "dict[str, Scores] | None":
     """domain -> held-out sheet of the present champion; None where there is no champion."""
     return _sheets(store, history[-1]) if history else None
 
 
-def former_scores(store: Store, history: Sequence[Reign], but: Collection[str]) -> "dict[str, dict[str, Scores]]":
-    """Champions before the present one -> their sheets; without these keys and what a person decided against."""
-    left_out = {*but, *rejected(history), *(reign.student for reign in history[-1:])}
-    before = {reign.student: reign for reign in history if reign.student not in left_out}
-    found = {f"{reign.node} of {reign.when}": _sheets(store, reign) for reign in before.values()}
+def former_scores(
+    store: Store, history: Sequence[ChampionRecord], but: Collection[str]
+) -> "dict[str, dict[str, Scores]]":
+    """Former champions -> their sheets; without the keys `but` and those that a person decided against."""
+    left_out = {*but, *rejected(history), *(record.student for record in history[-1:])}
+    before = {record.student: record for record in history if record.student not in left_out}
+    found = {f"{record.node} of {record.when}": _sheets(store, record) for record in before.values()}
     return {name: sheets for name, sheets in found.items() if sheets}
 
 
-def _sheets(store: Store, reign: Reign) -> "dict[str, Scores]":
+def _sheets(store: Store, record: ChampionRecord) -> "dict[str, Scores]":
     from evals.comparison.scores import read_scores
 
-    found = {domain: store.find(key) for domain, key in reign.scores.items()}
+    found = {domain: store.find(key) for domain, key in record.scores.items()}
     return {domain: read_scores(sheet.path, domain, HELD_OUT) for domain, sheet in found.items() if sheet}
 
 
-def rejected(history: Sequence[Reign]) -> dict[str, Reign]:
-    """Content keys a person decided against, and has not promoted since -> that decision."""
-    standing: dict[str, Reign] = {}
-    for reign in history:
-        if reign.by == "person":
-            standing |= dict.fromkeys(reign.against, reign)
-            standing.pop(reign.student, None)
+def rejected(history: Sequence[ChampionRecord]) -> dict[str, ChampionRecord]:
+    """Content keys that a person decided against and has not promoted since -> that decision."""
+    standing: dict[str, ChampionRecord] = {}
+    for record in history:
+        if record.by == "person":
+            standing |= dict.fromkeys(record.against, record)
+            standing.pop(record.student, None)
     return standing
 
 
-def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
-    """What the gate says of the run's merges, with what a person has decided before.
+def judge_run(graph: StageGraph, store: Store, results: "Results") -> "GateVerdict":
+    """The gate's verdict on the run's merges, including earlier decisions of a person.
 
     Raises:
         UserError: a score sheet of the champion is malformed.
@@ -73,30 +75,30 @@ def judge_run(graph: StageGraph, store: Store, results: "Results") -> "Verdict":
 
     gate, history = graph.config.gate, read_history(store, graph.config.name)
     now = history[-1] if history else None
-    reigning = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
+    champion_name = next((node.name for node in merges_of(graph) if now and node.key == now.student), "")
     former = former_scores(store, history, [node.key for node in merges_of(graph)])
     verdict = judge(
         results,
         gate.non_inferiority_margin,
         gate.max_forgetting,
         champion_scores(store, history),
-        reigning,
+        champion_name,
         former,
         try_number(store, results, first_of(graph, STUDENT).key),
     )
-    if now and verdict.candidate == reigning:
+    if now and verdict.candidate == champion_name:
         return dataclasses.replace(verdict, reigns=now.since)
     decision = rejected(history).get(first_of(graph, verdict.candidate).key)
     if decision is None or not verdict.passed:
         return verdict
     withheld = (
-        f"a person chose {decision.node} instead, {decision.when}: {decision.reason}; `mopd promote` overrules that"
+        f"a person chose {decision.node} instead, {decision.when}: {decision.reason}; `mopd promote` overrides this"
     )
     return dataclasses.replace(verdict, withheld=withheld)
 
 
 def merges_of(graph: StageGraph) -> list[Node]:
-    """The merges of the first seed, which alone can become champion, in the graph's order."""
+    """The merges of the first seed, the only ones that can become champion, in the graph's order."""
     seed = graph.config.seeds[0]
     names = [node for node in graph.checkpoints if node.name == STUDENT or node.name.startswith((BASELINES, VARIANTS))]
     return [node for node in names if node.seed == seed]
@@ -107,8 +109,8 @@ def first_of(graph: StageGraph, name: str) -> Node:
     return next(node for node in graph.checkpoints if node.name == name)
 
 
-def promote_by_gate(graph: StageGraph, store: Store, verdict: "Verdict") -> bool:
-    """Make the candidate champion where the gate lets it pass.
+def promote_by_gate(graph: StageGraph, store: Store, verdict: "GateVerdict") -> bool:
+    """Make the candidate champion if it passes the gate.
 
     Returns:
         Whether the champion changed.
@@ -118,15 +120,15 @@ def promote_by_gate(graph: StageGraph, store: Store, verdict: "Verdict") -> bool
     node, run = first_of(graph, verdict.candidate), graph.config.name
     with store.lock(f"champion-{run}"):
         history = read_history(store, run)
-        # Somebody may have spoken since the verdict.
+        # A person may have decided since the verdict.
         if (history and history[-1].student == node.key) or node.key in rejected(history):
             return False
-        _write(store, run, [*history, _reign(graph, node, "gate", f"passed the gate; {verdict.why}")])
+        _write(store, run, [*history, _record_of(graph, node, "gate", f"passed the gate; {verdict.why}")])
     return True
 
 
 def promote(graph: StageGraph, store: Store, name: str | None, reason: str) -> None:
-    """Make a merge of the run champion, whatever the gate says, and say so; once more changes nothing.
+    """Make a merge of the run champion regardless of the gate, and print it; a repetition changes nothing.
 
     Args:
         graph: The run.
@@ -136,29 +138,29 @@ def promote(graph: StageGraph, store: Store, name: str | None, reason: str) -> N
         reason: Why, for the history.
 
     Raises:
-        UserError: no such merge, or it is not made or not evaluated yet; no reason.
+        UserError: there is no such merge, it is not made or not evaluated yet, or the reason is empty.
     """
     run = graph.config.name
     if not reason.strip():
-        raise UserError("--reason: say why, for the champion's history")
+        raise UserError("--reason: give a reason, for the champion's history")
     candidate = _candidate(graph, store)
     with store.lock(f"champion-{run}"):
         history = read_history(store, run)
         now = history[-1] if history else None
-        former = next((reign for reign in history if reign.student == name), None)
+        former = next((record for record in history if record.student == name), None)
         if former is not None:
             chosen = _again(store, former, reason, "promote")
         else:
-            chosen = _reign(graph, _chosen(graph, store, name or candidate.id), "person", reason)
+            chosen = _record_of(graph, _chosen(graph, store, name or candidate.id), "person", reason)
         if changed := now is None or now.student != chosen.student:
             _write(store, run, [*history, _against(chosen, now, candidate, store)])
     before = f"; before: {now}" if now and changed else ""
-    _say(f"{run}: {chosen} is champion{before}" if changed else f"{run}: {chosen} is champion already")
-    tell_mlflow(store, run)
+    _print(f"{run}: {chosen} is champion{before}" if changed else f"{run}: {chosen} is champion already")
+    update_aliases(store, run)
 
 
 def rollback(graph: StageGraph, store: Store) -> None:
-    """Bring the champion before the present one back, and say so; once more changes nothing.
+    """Restore the champion before the present one, and print it; a repetition changes nothing.
 
     Raises:
         UserError: there is no former champion, or its checkpoint is gone.
@@ -175,20 +177,20 @@ def rollback(graph: StageGraph, store: Store) -> None:
             back = _again(store, history[-2], f"rolled back from {now}", "rollback")
             _write(store, run, [*history, _against(back, now, candidate, store)])
     if changed:
-        _say(f"{run}: {back} is champion again; rolled back from {now}")
+        _print(f"{run}: {back} is champion again; rolled back from {now}")
     else:
-        _say(f"{run}: rolled back to {now} already; to go further back: mopd promote RUN.yaml KEY, with a KEY of")
-        for reign in history:
-            _say(f"  {reign.student}  {reign.node}, {reign.decision}")
-    tell_mlflow(store, run)
+        _print(f"{run}: rolled back to {now} already; to go further back: mopd promote RUN.yaml KEY, with a KEY of")
+        for record in history:
+            _print(f"  {record.student}  {record.node}, {record.decision}")
+    update_aliases(store, run)
 
 
-def tell_mlflow(store: Store, run: str, candidate: Node | None = None) -> None:
-    """Move the aliases of the registered model; what MLflow does not take now, the run's next start sends."""
-    tell(store, run, alias_operations(run, candidate))
+def update_aliases(store: Store, run: str, candidate: Node | None = None) -> None:
+    """Move the aliases of the registered model; the run's next start sends what MLflow does not accept now."""
+    send_operations(store, run, alias_operations(run, candidate))
 
 
-def tell(store: Store, run: str, said: Sequence[Mapping[str, Any]]) -> None:
+def send_operations(store: Store, run: str, operations: Sequence[Mapping[str, Any]]) -> None:
     """Send operations to MLflow outside of a run; what it does not take now, the run's next start sends."""
     from flows.servers.start import without_secrets
     from flows.tracking.outbox import Outbox, send_left_over
@@ -197,17 +199,17 @@ def tell(store: Store, run: str, said: Sequence[Mapping[str, Any]]) -> None:
     writer, folder = Writer(store), unsent_folder(store.home, run)
     unsent = send_left_over(folder, writer)
     outbox = Outbox(folder / f"{uuid.uuid4().hex}.jsonl", writer)
-    for operation in said:
+    for operation in operations:
         outbox.submit(operation)
     if unsent + outbox.close():
         sys.stderr.write(
-            f"warning: MLflow at {without_secrets(writer.uri)} was not reached; its aliases are as before. What to "
-            f"tell it is kept in {folder}: the next run of {run} sends it, or this command again\n"
+            f"warning: MLflow at {without_secrets(writer.uri)} was not reached; its aliases are unchanged. The "
+            f"operations are kept in {folder}: the next run of {run} sends them, or this command again\n"
         )
 
 
 def send_kept(store: Store, run: str) -> None:
-    """Send what MLflow has not taken from earlier runs of this name; where that is nothing, it is not even loaded."""
+    """Send operations of earlier runs of this name that MLflow has not accepted; else mlflow is not imported."""
     from flows.servers.start import without_secrets
     from flows.tracking.outbox import send_left_over
     from flows.tracking.writer import Writer, unsent_folder
@@ -229,7 +231,7 @@ def _candidate(graph: StageGraph, store: Store) -> Node:
 
 
 def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
-    """The merge a person means, if it is made and evaluated."""
+    """The merge with this name or id, if it is made and evaluated."""
     merges = [n for n in graph.checkpoints if n.name == STUDENT or n.name.startswith((BASELINES, VARIANTS))]
     node = next((node for node in merges if name in (node.name, node.id)), None)
     if node is None:
@@ -241,32 +243,32 @@ def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
     return node
 
 
-def _reign(graph: StageGraph, node: Node, by: By, reason: str) -> Reign:
+def _record_of(graph: StageGraph, node: Node, by: By, reason: str) -> ChampionRecord:
     sheets = [sheet for sheet in graph.evaluations(node.id) if sheet.config["split"] == HELD_OUT]
     scores = {str(sheet.config["domain"]): sheet.key for sheet in sheets}
-    return Reign(node.key, node.id, scores, to_seconds(datetime.now(UTC)), by, reason)
+    return ChampionRecord(node.key, node.id, scores, to_seconds(datetime.now(UTC)), by, reason)
 
 
-def _again(store: Store, former: Reign, reason: str, action: Literal["promote", "rollback"]) -> Reign:
-    """A former champion's new reign, by a person."""
+def _again(store: Store, former: ChampionRecord, reason: str, action: Literal["promote", "rollback"]) -> ChampionRecord:
+    """The new record of a former champion, by a person."""
     if store.find(former.student) is None:
         raise UserError(f"{former}: this former champion is no longer in {store.root}")
     when = to_seconds(datetime.now(UTC))
-    return Reign(former.student, former.node, former.scores, when, "person", reason, action)
+    return ChampionRecord(former.student, former.node, former.scores, when, "person", reason, action)
 
 
-def _against(chosen: Reign, now: Reign | None, candidate: Node, store: Store) -> Reign:
-    """A person's choice with what it was made against."""
+def _against(chosen: ChampionRecord, now: ChampionRecord | None, candidate: Node, store: Store) -> ChampionRecord:
+    """A person's choice, with the checkpoints it was made against."""
     others = [now.student] if now else []
     others += [candidate.key] if store.find(candidate.key) else []
     return dataclasses.replace(chosen, against=tuple(key for key in dict.fromkeys(others) if key != chosen.student))
 
 
-def _write(store: Store, run: str, history: Sequence[Reign]) -> None:
+def _write(store: Store, run: str, history: Sequence[ChampionRecord]) -> None:
     path = champion_path(store, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"history": [dataclasses.asdict(reign) for reign in history]}, indent=1))
+    write_whole(path, json.dumps({"history": [dataclasses.asdict(record) for record in history]}, indent=1))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")

@@ -1,4 +1,4 @@
-"""What the evaluations of a run's checkpoints took, read from the store. Free of torch, prefect and mlflow."""
+"""Costs of the evaluations of a run's checkpoints, read from the store. Free of torch, prefect and mlflow."""
 
 from collections.abc import Iterable
 from statistics import fmean
@@ -10,7 +10,7 @@ from stages.config.kinds import EVALUATIONS
 
 
 def scoring_costs(graph: StageGraph, store: Store, results: Results) -> dict[str, Cost]:
-    """What all measurements of a checkpoint took together, a mean over seeds, by node name.
+    """Node name -> cost of all measurements of a checkpoint together, a mean over seeds.
 
     Tokens are those of all completions in the score sheets.
 
@@ -40,8 +40,8 @@ def scoring_costs(graph: StageGraph, store: Store, results: Results) -> dict[str
 def busy_seconds(artifacts: Iterable[Artifact]) -> float:
     """Seconds in which at least one of the artifacts was being made.
 
-    Several evaluations of a checkpoint share a process, and the `seconds` of each count from the start of that, so
-    their sum would count the first one again and again.
+    Several evaluations of a checkpoint share a process, and the `seconds` of each count from the start of that process,
+    so their sum would count the first ones repeatedly.
     """
     total, reached = 0.0, 0.0
     spans = [(a.manifest["created"] - float(a.manifest.get("seconds", 0)), a.manifest["created"]) for a in artifacts]

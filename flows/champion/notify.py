@@ -1,7 +1,7 @@
-"""A word to the outside when a run fails or its champion changes: JSON to a webhook. Free of prefect and mlflow.
+"""Posts JSON to a webhook when a run fails or its champion changes. Free of prefect and mlflow.
 
-The address is a secret more often than not, so the run file names the environment variable that holds it. A champion is
-told of once, though a run may be killed before it comes to that: what is owed stands in a file.
+The address is usually a secret, so the run file names the environment variable that holds it. Each promotion is sent
+once. Pending notifications are kept in a file, because a run may be killed before it sends them.
 """
 
 import json
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
     from flows.run_file.schema import RunConfig
 
 TRIES, TIMEOUT_SECONDS, WAIT_SECONDS = 3, 10.0, 2.0
-OWED_FILE = "untold.json"
+PENDING_FILE = "untold.json"
 logger = logging.getLogger(__name__)
 
 
 def notify(config: NotifyConfig | None, event: Event, run: str, text: str, facts: Mapping[str, Any]) -> bool:
     """Post an event as JSON: `event`, `run`, `text` (which chat services show), and the facts.
 
-    A webhook that does not answer costs a warning, never the run; the warning names its host alone.
+    If the webhook does not respond, a warning is logged and the run goes on; the warning names only its host.
 
     Args:
-        config: Of the run file; None for silence.
-        event: What happened.
+        config: The run file's `notify`; None to send nothing.
+        event: The kind of event.
         run: Name of the run.
         text: For people.
         facts: For programs; JSON values.
 
     Returns:
-        Whether it was taken.
+        Whether the webhook accepted it.
     """
     if config is None or event not in config.events:
         return False
     address = os.environ.get(config.webhook_env, "")
     if not address:
-        logger.warning("notify.webhook_env: %s is not set; nobody is told: %s", config.webhook_env, text)
+        logger.warning("notify.webhook_env: %s is not set; not sent: %s", config.webhook_env, text)
         return False
     import httpx
 
@@ -64,47 +64,55 @@ def notify(config: NotifyConfig | None, event: Event, run: str, text: str, facts
                 break
         if attempt + 1 < TRIES:
             time.sleep(WAIT_SECONDS * 2**attempt)
-    logger.warning("the webhook at %s did not take '%s' of %s: %s", host, event, run, fault)
+    logger.warning("the webhook at %s did not accept '%s' of %s: %s", host, event, run, fault)
     return False
 
 
-def owe_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any]) -> None:
-    """Note, before the gate speaks, how many champions there were: who comes after them is to be told of.
+def queue_notifications(store: Store, config: "RunConfig", facts: Mapping[str, Any]) -> None:
+    """Record the number of champions before the gate's verdict: later ones are to be notified.
 
     Args:
-        facts: For programs; told where the run does not live to tell more.
+        store: Where the run's history is.
+        config: The run.
+        facts: For programs; sent if the run is killed before it can send more.
     """
     from flows.plan.champion_history import read_history
 
-    path = _owed_path(store, config.name)
+    path = _pending_path(store, config.name)
     if config.notify and "promotion" in config.notify.events and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"champions": len(read_history(store, config.name)), "facts": facts}))
 
 
-def tell_promotions(store: Store, config: "RunConfig", facts: Mapping[str, Any] | None = None) -> None:
-    """Tell the webhook of the champions by the gate that are owed to it; those it does not take stay owed.
+def send_notifications(store: Store, config: "RunConfig", facts: Mapping[str, Any] | None = None) -> None:
+    """Send the pending notifications of champions by the gate; those that the webhook does not accept stay pending.
 
     Args:
-        facts: For programs; those of the run that owes it where None.
+        store: Where the run's history is.
+        config: The run.
+        facts: For programs; those recorded by `queue_notifications` if None.
     """
     from flows.plan.champion_history import read_history
 
-    path = _owed_path(store, config.name)
-    owed = read_json(path)
-    if not owed:
+    path = _pending_path(store, config.name)
+    pending = read_json(path)
+    if not pending:
         return
-    for champion in read_history(store, config.name)[owed["champions"] :]:
-        told = {**(owed["facts"] if facts is None else facts), "champion": champion.student, "when": champion.when}
+    for champion in read_history(store, config.name)[pending["champions"] :]:
+        content = {
+            **(pending["facts"] if facts is None else facts),
+            "champion": champion.student,
+            "when": champion.when,
+        }
         text = f"{config.name}: {champion} is champion"
-        if champion.by == "gate" and not notify(config.notify, "promotion", config.name, text, told):
+        if champion.by == "gate" and not notify(config.notify, "promotion", config.name, text, content):
             return
-        owed["champions"] += 1
-        write_whole(path, json.dumps(owed))
+        pending["champions"] += 1
+        write_whole(path, json.dumps(pending))
     path.unlink()
 
 
-def _owed_path(store: Store, run: str) -> Path:
+def _pending_path(store: Store, run: str) -> Path:
     from flows.plan.champion_history import champion_path
 
-    return champion_path(store, run).with_name(OWED_FILE)
+    return champion_path(store, run).with_name(PENDING_FILE)

@@ -1,4 +1,4 @@
-"""Let the mutable names of a run stand for what they are today."""
+"""Pins the mutable names of a run to their present targets."""
 
 import json
 import sys
@@ -14,10 +14,10 @@ from flows.run_file.schema import RunConfig
 
 
 def repin(config: RunConfig, home: Path) -> None:
-    """Let the mutable names of a run (`champion`, a Hub branch) stand for what they are today, and say what moved.
+    """Pin the mutable names of a run (`champion`, a Hub branch) to their present targets, and print what changed.
 
     Raises:
-        UserError: one of them stands for nothing today; then nothing is moved.
+        UserError: a name has no target at present; then nothing is changed.
     """
     path = lock_path(home, config.name)
     lock = read_json(path)
@@ -36,10 +36,10 @@ def repin(config: RunConfig, home: Path) -> None:
         raise
     for name, value in sorted(now.items()):
         old = before.get(name)
-        said = f"{value} as before" if old == value else f"{old} → {value}" if old else value
-        sys.stdout.write(f"{name}: {said}\n")
+        change = f"{value} as before" if old == value else f"{old} → {value}" if old else value
+        sys.stdout.write(f"{name}: {change}\n")
     if not now:
-        sys.stdout.write(f"{config.name}: the run file holds no mutable name\n")
+        sys.stdout.write(f"{config.name}: the run file has no mutable name\n")
 
 
 def _write_pins(path: Path, lock: Mapping[str, Any], pins: Mapping[str, str]) -> None:

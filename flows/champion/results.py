@@ -13,9 +13,9 @@ from flows.run_file.schema import BASE, CHAMPION, COLD_START, RunConfig
 
 
 def collect(graph: StageGraph, store: Store) -> Results:
-    """Read every finished evaluation of the graph; one that is not finished is absent.
+    """Read every finished evaluation of the graph; unfinished ones are absent.
 
-    A checkpoint shared by all seeds (an imported base) counts for each of them with its one sheet.
+    A checkpoint shared by all seeds (an imported base) has one sheet, which counts for each seed.
 
     Raises:
         UserError: a score sheet is malformed, or checkpoints were scored on different examples.
@@ -60,7 +60,7 @@ def collect(graph: StageGraph, store: Store) -> Results:
 
 
 def _spent(graph: StageGraph, store: Store) -> dict[str, dict[int, Cost]]:
-    """What the checkpoints in the store took to make, by name and seed."""
+    """Name -> seed -> cost of making the checkpoint, for those in the store."""
     made: dict[str, dict[int, Cost]] = {}
     for node in graph.checkpoints:
         if artifact := store.find(node.key):

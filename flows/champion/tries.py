@@ -1,4 +1,4 @@
-"""Counts the students of a run that the gate has judged on the same held-out examples: each try is a chance to err."""
+"""Counts the students of a run that the gate has judged on the same held-out examples: each try may pass falsely."""
 
 import json
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def try_number(store: Store, results: "Results", student: str) -> int:
-    """Which try on these examples a student is, from 1 on; one that was judged before keeps its number.
+    """The number of a student's try on these examples, from 1; a student judged before keeps its number.
 
     Args:
         store: Where the home is.
         results: The run's scores.
-        student: Content key of the first seed's student: another seed in the first place is another try.
+        student: Content key of the first seed's student: another first seed is another try.
 
     Raises:
         UserError: the file of tries is damaged.
@@ -31,7 +31,7 @@ def try_number(store: Store, results: "Results", student: str) -> int:
 
 
 def note_try(store: Store, results: "Results", student: str) -> None:
-    """Keep that the gate judged a student for promotion."""
+    """Record that the gate judged a student for promotion."""
     with store.lock(f"tries-{results.run}"):
         kept = read_tries(store, results.run)
         if student not in [each["student"] for each in kept]:
@@ -41,7 +41,7 @@ def note_try(store: Store, results: "Results", student: str) -> None:
 
 
 def read_tries(store: Store, run: str) -> list[dict[str, Any]]:
-    """The students that were judged, the first one first.
+    """The students that were judged, in order.
 
     Raises:
         UserError: the file is damaged.
@@ -50,7 +50,7 @@ def read_tries(store: Store, run: str) -> list[dict[str, Any]]:
 
 
 def _first_examples(results: "Results") -> dict[str, str]:
-    """domain -> the first held-out example; a longer or shorter draw begins with the same."""
+    """domain -> the first held-out example, which longer and shorter draws share."""
     sheets = {d: results.cells.get((STUDENT, d, HELD_OUT), {}).get(results.seeds[0]) for d in results.expert_domains}
     return {domain: sheet.ids[0] for domain, sheet in sheets.items() if sheet}
 

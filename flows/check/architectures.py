@@ -1,4 +1,4 @@
-"""Whether checkpoints from elsewhere are of an architecture that stages can train, read from their configs alone."""
+"""Checks from their configs whether imported checkpoints have an architecture that stages can train."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from stages.model.remote_code import OWN_CODE, options
 
 
 def architecture_problems(graph: StageGraph, store: Store, missing: Sequence[Node]) -> Iterator[str]:
-    """A message for each imported checkpoint that missing nodes rest on and that no stage can use.
+    """Yield a message for each imported checkpoint that missing nodes depend on and that no stage can use.
 
-    A GGUF file is looked at when it is imported.
+    A GGUF file is checked when it is imported.
     """
     loads = {node.id: node for node in missing if node.stage == "load"}
     for parent in (parent for node in missing for parent in node.parents.values()):
@@ -31,7 +31,7 @@ def architecture_problems(graph: StageGraph, store: Store, missing: Sequence[Nod
 
 
 def _check(node: Node, store: Store) -> None:
-    """Read the config of an imported checkpoint, if it is there to be read.
+    """Check the config of an imported checkpoint, if it can be read already.
 
     Raises:
         UserError: no stage can use it.
@@ -45,7 +45,7 @@ def _check(node: Node, store: Store) -> None:
 
     place = f"{checkpoint_key(node)}: {node.config['location']}"
     if artifact is None and node.config["kind"] == "hub":
-        # A directory was looked at when it was found.
+        # A directory was checked when it was found.
         _check_hub(place, node.config["location"], node.config["revision"])
     config = _config(place, artifact.uri if artifact else node.config["location"], node, artifact is None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -55,7 +55,7 @@ def _check(node: Node, store: Store) -> None:
             raise UserError(f"{place}: {OWN_CODE}")
     try:
         fault = unsupported(config)
-    except Exception as error:  # it reads what any class of config may lack
+    except Exception as error:  # it reads attributes that any config class may lack
         raise UserError(f"{place}: its config.json cannot be used: {first_line(error)}") from error
     if fault:
         raise UserError(f"{place}: {config.model_type} {fault}")
@@ -66,10 +66,10 @@ def _config(place: str, location: str, node: Node, revised: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(location, revision=node.config["revision"] if revised else None, **options())
-    except Exception as error:  # each config class has checks, and errors, of its own
+    except Exception as error:  # each config class has its own checks and errors
         code = "trust_remote_code" in str(error)
-        said = OWN_CODE if code else f"its config.json cannot be used: {first_line(error)}"
-        raise UserError(f"{place}: {said}") from error
+        fault = OWN_CODE if code else f"its config.json cannot be used: {first_line(error)}"
+        raise UserError(f"{place}: {fault}") from error
 
 
 def _check_hub(place: str, location: str, revision: str | None) -> None:
@@ -83,6 +83,6 @@ def _check_hub(place: str, location: str, revision: str | None) -> None:
 
 
 def checkpoint_key(node: Node) -> str:
-    """Where in the run file an imported checkpoint stands."""
+    """The run file's key of an imported checkpoint."""
     kind, _, name = without_round(node.name).partition("/")
     return "base.checkpoint" if kind == BASE else f"experts.{name}.checkpoint"

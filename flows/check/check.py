@@ -1,6 +1,6 @@
-"""What a run checks before any training: data that suffices, tokenizers that match, disk space.
+"""The checks of a run before any training: sufficient data, matching tokenizers, disk space.
 
-Only what has to run is looked at, so that a run in which little is missing starts at once.
+Only nodes that have to run are checked, so that a run with few missing nodes starts at once.
 """
 
 import shutil
@@ -29,10 +29,10 @@ from stages.on_policy.shares import without_prompts
 from stages.rows.rendering import rendering
 from stages.vllm.settings import is_local
 
-# Free space without which even a tiny run is likely to fail.
+# With less free space even a tiny run is likely to fail.
 SMALLEST_FREE_BYTES = 200 * 2**20
 BYTES_A_PARAMETER = 4
-# A saved state keeps weights, two moments of the optimizer, and the next one is written before the last is dropped.
+# A saved state has the weights and two moments of the optimizer, and the next is written before the last is deleted.
 STATE_COPIES = 6
 GGUF_GROWTH = 8
 NARROWEST_HEAD_ON_CPU = 32
@@ -40,21 +40,20 @@ HEALTH_SECONDS = 5.0
 
 
 def deep_check(graph: StageGraph, store: Store) -> list[str]:
-    """Check what planning alone cannot see.
+    """Check what planning alone cannot detect.
 
     Returns:
         Warnings.
 
     Raises:
-        UserError: all mistakes in one message: a domain too small for what is asked of it, a teacher whose tokenizer
-            differs from the student's, an imported checkpoint that no stage can use, completions no prompt leaves room
-            for, too few devices, or devices that torch
-            cannot use, a disk too full.
+        UserError: with all mistakes in one message: a domain with too few examples, a teacher whose tokenizer differs
+            from the student's, an imported checkpoint that no stage can use, completions that leave no room for a
+            prompt, too few devices or devices that torch cannot use, a disk that is too full.
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     warnings: list[str] = []
     with remote_code(graph.config.remote_code), rendering(graph.rendering):
-        # What reads a model's config or tokenizer below relies on them.
+        # The checks below read these models' configs and tokenizers.
         if unusable := list(architecture_problems(graph, store, missing)):
             raise UserError("\n".join(unusable))
         draws, problems = draw_examples(graph, missing, warnings)
@@ -86,13 +85,13 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         elif free < 2 * needed:
             warnings.append(text)
     if problems:
-        # Nodes that share a domain or a checkpoint share its faults.
+        # Nodes that share a domain or a checkpoint repeat its faults.
         raise UserError("\n".join(dict.fromkeys(problems)))
     return warnings
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Scorers that need something outside this machine's files, such as a judge's endpoint, and do not find it."""
+    """Scorers that need something beyond this machine's files, such as a judge's endpoint, and do not find it."""
     for name in sorted({domain for node in missing if node.stage != SHIFT for domain in node.domains}):
         entry = graph.config.domains[name]
         try:
@@ -118,8 +117,7 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """vLLM that is not installed or cannot run the model, engines in each of several processes, servers that are not
-    there."""
+    """vLLM that is not installed or cannot run the model, engines in each of several processes, missing servers."""
     resources = graph.config.resources
     inside = [node for node in missing if _backend(node) == "vllm"]
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
@@ -155,7 +153,7 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _devices_of(graph: StageGraph, node: Node) -> int:
-    """Devices of a stage and of the servers it starts; of its teachers' one at least."""
+    """Devices of a stage and of the servers it starts; at least one for its teachers' servers."""
     resources = graph.config.resources
     total = resources.gpus
     if _backend(node) == "vllm_server" and not resources.rollout_servers.urls:
@@ -185,27 +183,27 @@ def _narrow_heads(graph: StageGraph, node: Node, key: str) -> Iterator[str]:
 
 
 def _silent_servers(kind: str, urls: Sequence[str]) -> Iterator[str]:
-    """Servers the run file names that do not answer."""
+    """Servers in the run file that do not respond."""
     import httpx
 
     for url in urls:
         try:
             answer = httpx.get(f"{url}/health", timeout=HEALTH_SECONDS, trust_env=not is_local(url))
         except httpx.TransportError as error:
-            said = f"{type(error).__name__}: {error}"
+            fault = f"{type(error).__name__}: {error}"
         else:
             if answer.is_success:
                 continue
-            said = f"HTTP {answer.status_code}"
+            fault = f"HTTP {answer.status_code}"
         command = "rollout" if kind == "rollout" else "teachers"
         yield (
-            f"resources.{kind}_servers.urls: {url} does not answer ({said}); `mopd serve {command}` starts such "
+            f"resources.{kind}_servers.urls: {url} does not answer ({fault}); `mopd serve {command}` starts such "
             f"servers, and without urls the run starts its own"
         )
 
 
 def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Weights to be sharded over one device."""
+    """Weights sharded over a single device."""
     gpus = graph.config.resources.gpus
     if gpus >= 2:
         return
@@ -214,7 +212,7 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) -> Iterator[str]:
-    """Compare the tokenizers of students and teachers that were imported; those trained here inherit theirs."""
+    """Compare the tokenizers of imported students and teachers; checkpoints trained here inherit theirs."""
     for student in missing:
         if student.stage != "distill":
             continue
@@ -238,10 +236,10 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
 
 
 def _tokenizer(node: Node, store: Store) -> Any:
-    """An origin's tokenizer; None where a GGUF file has yet to be read for it.
+    """An origin's tokenizer; None if it is in a GGUF file that is not read yet.
 
     Raises:
-        UserError: an imported checkpoint's cannot be read.
+        UserError: an imported checkpoint's tokenizer cannot be read.
     """
     artifact = store.find(node.key)
     if artifact is None and (node.stage != "load" or node.config["kind"] == "gguf"):
@@ -256,15 +254,13 @@ def _tokenizer(node: Node, store: Store) -> Any:
     revision = None if artifact is not None else node.config["revision"]
     try:
         return AutoTokenizer.from_pretrained(place, revision=revision, **options())
-    except (
-        Exception
-    ) as error:  # each kind of tokenizer has errors of its own; those of `tokenizers` are bare Exceptions
-        said = OWN_CODE if "trust_remote_code" in str(error) else f"its tokenizer cannot be read: {first_line(error)}"
-        raise UserError(f"{checkpoint_key(node)}: {place}: {said}") from error
+    except Exception as error:  # each kind of tokenizer has its own errors; those of `tokenizers` are bare Exceptions
+        fault = OWN_CODE if "trust_remote_code" in str(error) else f"its tokenizer cannot be read: {first_line(error)}"
+        raise UserError(f"{checkpoint_key(node)}: {place}: {fault}") from error
 
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
-    """Bytes the missing nodes are likely to write: a checkpoint each, and saved states of those side by side."""
+    """Bytes that the missing nodes will probably write: a checkpoint each, and saved states of concurrent ones."""
     training = [node for node in missing if STAGES[node.stage].trains]
     loads = [node for node in missing if node.stage in ("load", "merge_weights")]
     sizes = {node.key: _checkpoint_bytes(origin(graph, node), store) for node in [*training, *loads]}
@@ -274,7 +270,7 @@ def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
 
 
 def _checkpoint_bytes(first: Node, store: Store) -> int:
-    """Size of the weights an origin has; 0 when only the Hub knows."""
+    """Size of an origin's weights; 0 if only the Hub has it."""
     if artifact := store.find(first.key):
         return _folder_bytes(artifact.path)
     config = first.config

@@ -1,4 +1,4 @@
-"""Copies between the examples that a run trains on and those it is measured on, found before anything is trained."""
+"""Finds, before any training, copies of the examples to measure on among the examples to train on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,11 +10,11 @@ from stages.rows.trained_on import TrainedOn
 
 
 def copy_warnings(graph: StageGraph, draws: Mapping[tuple[str, str], Sequence[Example]]) -> Iterator[str]:
-    """A line for each domain and split with examples that have a copy among those to train on, of any domain.
+    """Yield a line for each domain and split with examples that have a copy among the training examples of any domain.
 
     Args:
         graph: The run.
-        draws: What the missing nodes draw, by domain and split.
+        draws: The examples that the missing nodes draw, by domain and split.
     """
     entries = graph.config.domains
     domains = {name: load_domain(name, entries[name].kind, entries[name].options) for name in {key[0] for key in draws}}

@@ -1,4 +1,4 @@
-"""Draws the examples that the missing nodes of a run will draw, before any of them starts."""
+"""Draws the examples of a run's missing nodes before any of them starts."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +17,19 @@ from flows.run_file.schema import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 from stages.config.kinds import EVALUATIONS
 
 REASONING_KIND = "reasoning"
-# Processor time of a generator or scorer that is somebody else's code; the import of reasoning-gym counts.
+# Processor time allowed for a third-party generator or scorer, including the import of reasoning-gym.
 ONE_EXAMPLE_SECONDS = 60.0
 
 
 def draw_examples(
     graph: StageGraph, missing: list[Node], warnings: list[str]
 ) -> tuple[dict[tuple[str, str], list[Example]], list[str]]:
-    """Draw what the missing nodes will draw; the largest count of a domain and split stands for all seeds.
+    """Draw the examples of the missing nodes; the largest count of a domain and split covers all seeds.
 
     Args:
         graph: The run.
         missing: Nodes that have to run.
-        warnings: Gets a line for each domain with fewer examples than are asked for.
+        warnings: Receives a line for each domain with fewer examples than requested.
 
     Returns:
         Examples by domain and split, and problems.
@@ -57,7 +57,7 @@ def draw_examples(
                     source.draw_up_to(1, split, seed)
             drawn = source.draw_up_to(count, split, seed)
             if own and drawn and drawn[0].answer:
-                # A score that is none would be found by the first step of RL.
+                # An invalid score would otherwise be found by the first step of RL.
                 with processor_limit(ONE_EXAMPLE_SECONDS, f"domains.{name}: to score one completion"):
                     source.score(drawn[0], drawn[0].answer)
         except (UserError, ConnectionError) as error:
@@ -74,11 +74,11 @@ def draw_examples(
 
 
 def unit_warnings(graph: StageGraph, draws: Mapping[tuple[str, str], Sequence[Example]]) -> Iterator[str]:
-    """A line for each domain with a teacher whose held-out examples are of too few units to show anything of it.
+    """Yield a line for each domain with a teacher whose held-out examples have too few units to judge it.
 
     Args:
         graph: The run.
-        draws: What the missing nodes draw, by domain and split.
+        draws: The examples that the missing nodes draw, by domain and split.
     """
     gate = graph.config.gate
     fewest = fewest_examples(gate.non_inferiority_margin, gate.confidence)
@@ -89,19 +89,19 @@ def unit_warnings(graph: StageGraph, draws: Mapping[tuple[str, str], Sequence[Ex
             yield (
                 f"domains.{domain}: the {len(drawn)} held_out examples are of {len(set(units))} units ({units[0]}, …), "
                 f"worth {worth} examples; gate.non_inferiority_margin {gate.non_inferiority_margin:g} needs "
-                f"{fewest}, even of equal answers: more data, or a larger held_out_share"
+                f"{fewest}, even with equal answers: more data, or a larger held_out_share"
             )
 
 
 def _examples_key(node: Node) -> str:
-    """Where in the run file the number of a node's examples stands."""
+    """The run file's key of the number of a node's examples."""
     if node.stage == SHIFT:
         return "evaluate.shift.examples"
     return "evaluate.examples" if node.stage in EVALUATIONS else f"{config_key(node)}.examples"
 
 
 def config_key(node: Node) -> str:
-    """Where in the run file a training node's config stands."""
+    """The run file's key of a training node's config."""
     if node.stage in EVALUATIONS:
         return "evaluate"
     kind, _, name = without_round(node.name).partition("/")

@@ -1,6 +1,6 @@
-"""What data becomes as tokens, checked before any training: prompts that fit, answers a tokenizer can write.
+"""Checks the data as tokens before any training: whether prompts fit, and whether the tokenizer can write the answers.
 
-Models made here have their characters, which needs no tokenizer; an import's own tokenizer is read.
+Models made here are character-level and need no tokenizer; an import's tokenizer is read.
 """
 
 import json
@@ -17,38 +17,38 @@ from flows.plan.graph import Node, StageGraph
 from stages.model import characters
 from stages.rows.lengths import Limit, fit
 
-# Gold answers of a domain that are written and read back.
+# Number of a domain's gold answers that are encoded and decoded.
 LOOKED_AT = 200
 SHOWN = 80
-# Kinds whose scores cost money or time.
+# Kinds of domains whose scores cost money or time.
 UNSCORED_KINDS = ("judge",)
 
 Draws = Mapping[tuple[str, str], Sequence[Example]]
 
 
 class Reader(Protocol):
-    """What a model reads and writes.
+    """A model's reading and writing of tokens.
 
     Attributes:
-        context: Tokens of a prompt and its completion together; None where that is not known.
-        fault: What keeps the tokenizer from the model; None for nothing.
+        context: Tokens of a prompt and its completion together; None if unknown.
+        fault: Why the tokenizer cannot be used with the model; None if it can.
     """
 
     context: int | None
     fault: str | None
 
     def prompt(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
+        """The number of tokens of a prompt."""
 
     def demonstration(self, prompt: Prompt, answer: str) -> tuple[int, int]:
-        """Tokens of a prompt and of its answer, its end included."""
+        """Numbers of tokens of a prompt and of its answer, its end included."""
 
     def written(self, answer: str) -> tuple[int, str]:
-        """Tokens of an answer, its end included, and the text that they are read as."""
+        """The number of tokens of an answer, its end included, and the text that they decode to."""
 
 
 class Characters:
-    """The models that are pretrained here."""
+    """The reader of models that are pretrained here."""
 
     fault: str | None = None
 
@@ -56,24 +56,24 @@ class Characters:
         self.context: int | None = config["model"]["max_length"]
 
     def prompt(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
+        """The number of tokens of a prompt."""
         return characters.prompt_tokens(prompt)
 
     def demonstration(self, prompt: Prompt, answer: str) -> tuple[int, int]:
-        """Tokens of a prompt and of its answer, its end included."""
+        """Numbers of tokens of a prompt and of its answer, its end included."""
         return characters.prompt_tokens(prompt), characters.text_tokens(answer) + 1
 
     def written(self, answer: str) -> tuple[int, str]:
-        """Tokens of an answer, its end included, and the text that they are read as."""
+        """The number of tokens of an answer, its end included, and the text that they decode to."""
         return characters.text_tokens(answer) + 1, characters.written(answer)
 
 
 class Imported:
-    """A checkpoint made elsewhere.
+    """The reader of an imported checkpoint.
 
     Args:
         tokenizer: Its tokenizer.
-        files: Reads a JSON file of the checkpoint; empty where there is none.
+        files: Reads a JSON file of the checkpoint; empty if there is none.
     """
 
     def __init__(self, tokenizer: Any, files: Callable[[str], Mapping[str, Any]]) -> None:
@@ -90,20 +90,20 @@ class Imported:
             self.fault = "its tokenizer has no EOS token, so a completion could never end"
 
     def prompt(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
+        """The number of tokens of a prompt."""
         from stages.rows.chat import encode_prompt
 
         return len(encode_prompt(self.tokenizer, prompt))
 
     def demonstration(self, prompt: Prompt, answer: str) -> tuple[int, int]:
-        """Tokens of a prompt and of its answer, its end included."""
+        """Numbers of tokens of a prompt and of its answer, its end included."""
         from stages.rows.chat import encode_demonstration
 
         asked, target = encode_demonstration(self.tokenizer, prompt, answer)
         return len(asked), len(target)
 
     def written(self, answer: str) -> tuple[int, str]:
-        """Tokens of an answer, its end included, and the text that they are read as, up to a token that ends it."""
+        """The number of tokens of an answer, its end included, and the text that they decode to, up to an end token."""
         from stages.rows.chat import decode_completions, encode_text, stop_ids
 
         stops = stop_ids(self.tokenizer, self.eos)
@@ -113,13 +113,13 @@ class Imported:
 
 
 class TokenCheck:
-    """Looks at the domains of the nodes that will run, each of them once for a tokenizer and a limit.
+    """Checks the domains of the nodes that will run, each once per tokenizer and limit.
 
     Args:
         graph: The run.
-        store: Where imports may be already.
+        store: The store, which may have the imports already.
         draws: Examples by domain and split.
-        tokenizer_of: An origin's tokenizer; None where a file has yet to be read for it.
+        tokenizer_of: An origin's tokenizer; None if it is in a file that is not read yet.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class TokenCheck:
         self._done: set[tuple[Any, ...]] = set()
 
     def look(self, node: Node, key: str) -> None:
-        """Check a node; `key` is where its config stands in the run file."""
+        """Check a node; `key` is the run file's key of its config."""
         reader = self._reader(origin(self.graph, node)) if node.domains and "examples" in node.config else None
         if reader is None:
             return
@@ -158,10 +158,10 @@ class TokenCheck:
                 self.warnings += _long_answers(reader, f"{key}: domains.{domain}", examples, config["max_new_tokens"])
 
     def _lengths(self, node: Node, reader: Reader, domain: str, examples: Sequence[Example]) -> None:
-        """See that prompts, and where they are learned answers, fit.
+        """Check that prompts fit, with their answers if these are learned.
 
         Raises:
-            UserError: they do not, or the template refuses them.
+            UserError: they do not fit, or the template refuses them.
         """
         fit(
             domain, examples, Limit.of(node.config, reader.context, node.config.get("max_new_tokens", 1)), reader.prompt
@@ -178,7 +178,7 @@ class TokenCheck:
             )
 
     def _answers(self, reader: Reader, domain: str, examples: Sequence[Example]) -> None:
-        """Gold answers that the model cannot write as they are: training on them earns nothing."""
+        """Check for gold answers that the model cannot write exactly: training on them earns no reward."""
         looked = [example for example in examples[:LOOKED_AT] if reader.written(example.answer)[1] != example.answer]
         entry = self.graph.config.domains[domain]
         if looked and entry.kind not in UNSCORED_KINDS:
@@ -224,7 +224,7 @@ class TokenCheck:
 
 
 def _long_answers(reader: Reader, place: str, examples: Sequence[Example], limit: int) -> Iterator[str]:
-    """Gold answers that no completion is long enough for."""
+    """Yield a message if gold answers are longer than any completion may be."""
     sizes = [reader.written(example.answer)[0] for example in examples[:LOOKED_AT]]
     if long := [size for size in sizes if size > limit]:
         yield (

@@ -1,6 +1,6 @@
 """`mopd`: from a run file to one merged student.
 
-Free of prefect, mlflow and torch until a command needs them, so that `mopd plan` and `--help` answer at once.
+Imports prefect, mlflow and torch only when a command needs them, so that `mopd plan` and `--help` respond at once.
 """
 
 import os
@@ -38,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 done, 1 a stage failed or something is not ready, 2 a mistake in what was asked for, "
+    epilog="Exit codes: 0 done, 1 a stage failed or something is not ready, 2 a mistake in the command or run file, "
     "3 finished but not promoted (`run --require-promotion` only), 130 stopped from outside. "
     "Everything finished is kept in any case; the same command resumes.",
 )
@@ -144,7 +144,7 @@ def status(
     as_written: AsWritten = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far each node of the file's last run is: done, at which step it stands, or what ended it."""
+    """Show the state of each node of the file's last run: done, its current step, or the reason of its end."""
     with errors_as_messages():
         asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home, as_written)
         commands.status(asked, as_json=as_json)
@@ -199,7 +199,7 @@ def promote(
     home: Home = DEFAULT_HOME,
     max_steps: MaxSteps = None,
 ) -> None:
-    """Make a merge of a run its champion, whatever the gate says; a new candidate may still replace it."""
+    """Make a merge of a run its champion, regardless of the gate; a new candidate may still replace it."""
     from flows.champion import champion
 
     with errors_as_messages():
@@ -213,7 +213,7 @@ def promote(
 
 @app.command()
 def rollback(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME, max_steps: MaxSteps = None) -> None:
-    """Bring the champion before the present one back; the gate does not promote again what was rolled back."""
+    """Restore the previous champion; the gate does not promote again a checkpoint that was rolled back."""
     from flows.champion import champion
 
     with errors_as_messages():
@@ -246,7 +246,7 @@ def serve_rollout(
     count: Annotated[int | None, typer.Option("--count", min=1, help="How many servers.")] = None,
     seed: Seed = None,
 ) -> None:
-    """Serve the merge's rollouts; a stage hands the servers its student's weights."""
+    """Serve the merge's rollouts; a stage sends the servers its student's weights."""
     from flows.cli.serve import Place, rollout
 
     with errors_as_messages():
@@ -264,7 +264,7 @@ def serve_teachers(
     port: Port = None,
     seed: Seed = None,
 ) -> None:
-    """Serve the merge's teachers, which must be made already; adapters of one base share a server."""
+    """Serve the merge's teachers, which must exist already; adapters of one base share a server."""
     from flows.cli.serve import Place, teachers
 
     with errors_as_messages():

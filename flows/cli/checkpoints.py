@@ -1,4 +1,4 @@
-"""The commands that read what is in the store: from what a checkpoint was made, what differs, and a way out."""
+"""The commands that read the store: a checkpoint's lineage, differences between two, export, and garbage collection."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def lineage(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Draw it into this file instead.")] = None,
 ) -> None:
-    """Print from what a checkpoint was made: its teachers, their data, the base."""
+    """Print how a checkpoint was made: its teachers, their data, the base."""
     with errors_as_messages():
         if format_ not in FORMATS:
             raise UserError(f"--format: '{format_}' is none of {', '.join(FORMATS)}{nearest(format_, FORMATS)}")
@@ -51,7 +51,7 @@ def diff(
     home: Home = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what differs between two checkpoints: settings, data, code, parents, scores."""
+    """Show the differences between two checkpoints: settings, data, code, parents, scores."""
     with errors_as_messages():
         store_commands.diff(a, b, home, as_json=as_json)
 
@@ -62,8 +62,8 @@ def export(
     home: Home = DEFAULT_HOME,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     push: Annotated[str | None, typer.Option("--push", help="Also to this Hub repository, OWNER/NAME.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="A repository that is made is public.")] = False,
-    code: Annotated[bool, typer.Option("--remote-code", help="Let it run the Python code it brings.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    code: Annotated[bool, typer.Option("--remote-code", help="Allow the Python code that comes with it.")] = False,
 ) -> None:
     """Write a checkpoint for other programs: adapters merged, safetensors, tokenizer, a model card with its lineage."""
     with errors_as_messages():
@@ -76,11 +76,11 @@ def export(
 
 def gc(
     home: Home = DEFAULT_HOME,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
-    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; what is younger stays.")] = 0.0,
-    corrupted: Annotated[bool, typer.Option("--corrupted", help="Also what was set aside as corrupted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; otherwise it is only shown.")] = False,
+    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; anything younger is kept.")] = 0.0,
+    corrupted: Annotated[bool, typer.Option("--corrupted", help="Also artifacts set aside as corrupted.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what no run plans and no registered student descends from; with --yes, remove it."""
+    """Show artifacts that no run plans and no registered student descends from; with --yes, remove them."""
     with errors_as_messages():
         store_commands.gc(home, yes=yes, days=days, corrupted=corrupted, as_json=as_json)

@@ -1,4 +1,4 @@
-"""`mopd report claims`: the hypotheses of several run files, tested from the store and told on one page."""
+"""`mopd report claims`: tests the hypotheses of several run files from the store and writes one page."""
 
 import json
 import sys
@@ -25,19 +25,19 @@ PAGE = Path("docs/claims.md")
 def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path, measured: Path | None = None) -> Path:
     """Test the hypotheses of every run file of a folder and write the page, its figures and its data.
 
-    The data is a JSON file: for each run file its seeds, the level of its intervals, its tests with all a reader needs
+    The data are a JSON file: for each run file its seeds, the level of its intervals, its tests with everything needed
     to compute them again, and its checkpoints' content keys, digests and code fingerprints.
 
     Args:
-        folder: Holds the run files; those without hypotheses are passed over. The text of its NOTES.md, if it has one,
-            follows the page's introduction.
+        folder: The folder with the run files; those without hypotheses are skipped. The text of its NOTES.md, if there
+            is one, follows the page's introduction.
         overrides: Dotted assignments for each of them, such as `seeds=[0,1,2]`.
         home: Where the runs' scores are.
         page: The Markdown file; figures go into a folder of its name beside it, findings into a JSON file.
-        measured: The JSON file of an earlier page, whose measurements are judged in place of the home's scores.
+        measured: The JSON file of an earlier page, whose measurements are judged instead of the home's scores.
 
     Raises:
-        UserError: there is no run file with hypotheses, no scores of any are in the store, or the measurements are of
+        UserError: there is no run file with hypotheses, the store has no scores of any, or the measurements are of
             other tests.
     """
     from evals.claims.figures import claim_figure
@@ -70,7 +70,7 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path,
         raise UserError(f"{folder}: no run file with hypotheses")
     if earlier is None and not any(run.results.cells for run in tested):
         file = tested[0].file
-        raise UserError(f"{file}: nothing of it is in {home}; make it first: mopd run {file} --home {home}")
+        raise UserError(f"{file}: {home} has no artifact of it; make it first: mopd run {file} --home {home}")
     page.parent.mkdir(parents=True, exist_ok=True)
     intro = [_intro(tested[0].results.confidence)]
     if (notes := folder / NOTES).exists():
@@ -82,7 +82,7 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path,
 
 
 def _found(results: "Results", measured: Mapping[str, Any] | None, file: Path) -> "list[Finding]":
-    """Measure and judge a run file's hypotheses, or judge what was measured of them."""
+    """Measure and judge a run file's hypotheses, or judge earlier measurements of them."""
     from evals.claims.data import findings_again
     from evals.claims.findings import findings
 
@@ -106,7 +106,7 @@ def _measurements(path: Path) -> dict[str, Any]:
 
 
 def _data(run: "Judged", checkpoints: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """A run file's part of the JSON file."""
+    """A run file's entry in the JSON file."""
     from evals.claims.data import findings_data
 
     return {
@@ -130,13 +130,13 @@ def _checkpoints(graph: StageGraph, store: Store) -> dict[str, dict[str, str]]:
 def _intro(confidence: float) -> str:
     return (
         "What the literature claims of on-policy distillation, tested at lab scale. Made by `mopd report claims` from "
-        "the runs of `flows/runs/claims/`: margins, tests and numbers of examples stand in these run files, and their "
-        "git history tells when they were fixed. The same numbers, by seed, are in the JSON file beside this page, and "
+        "the runs of `flows/runs/claims/`: margins, tests and numbers of examples are in these run files, and their "
+        "git history shows when they were fixed. The same numbers, by seed, are in the JSON file beside this page, and "
         "the content keys of the checkpoints with them.\n\n"
         f"Intervals are at {100 * confidence:g} %. Scores are paired by example and seed; with three seeds and more "
-        "they speak of new seeds and new examples, as crossed random effects, with fewer of new examples alone (*of "
-        "these seeds*). Measures with one value a seed have the t interval over seeds. Every test has a p-value of "
-        "what is expected and one of the opposite, both on the two-sided scale and after Holm's correction over all "
+        "they are for new seeds and new examples, as crossed random effects, with fewer for new examples only (*of "
+        "these seeds*). Measures with one value per seed have the t interval over seeds. Every test has a p-value of "
+        "the expectation and one of its opposite, both on the two-sided scale and after Holm's correction over all "
         f"tests of its run file. *Shown* and *contradicted* need one below {1 - confidence:.2g}; *not shown* is a "
         "result too, and no evidence of the opposite. A margin that the start itself would keep is *not informative*. "
         "A fit of fewer than seven independent points *cannot be judged*: checkpoints of one method are one point. One "

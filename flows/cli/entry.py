@@ -1,4 +1,4 @@
-"""The command `mopd`: signals are answered before anything else is imported, which takes a while."""
+"""The command `mopd`: installs the signal handlers before the slow imports."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The commands that add an expert, take one out, and move what a run is pinned to."""
+"""The commands that add or remove an expert, and update a run's pins."""
 
 import sys
 from pathlib import Path
@@ -26,40 +26,43 @@ def add_expert(
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="Task of a reasoning or strings domain.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the new domain.")] = None,
-    train: Annotated[str | None, typer.Option("--train", help="rl, sft or rft; as the model is, by default.")] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="rl, sft or rft; by default as the expert whose settings are copied.")
+    ] = None,
     like: Annotated[str | None, typer.Option("--like", help="Expert whose settings are copied.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, training settings that differ.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="An expert trained elsewhere: a directory or a Hub id.")
     ] = None,
     module: Annotated[
-        Path | None, typer.Option("--module", help="A domain of your own in this file; written to start from, if new.")
+        Path | None,
+        typer.Option("--module", help="A domain of your own in this file; a template is written if it is new."),
     ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write an expert, and its domain where it is new, into a run file; `mopd run` then trains it and merges again."""
+    """Write an expert, and its domain if it is new, into a run file; `mopd run` then trains it and merges again."""
     from flows.scaffold import add_expert as work
 
     with errors_as_messages():
         asked = work.NewExpert(name, domain, task or (), option or (), train, like, set_ or (), checkpoint, module)
-        _say(work.add_expert(file, asked, home))
+        _print(work.add_expert(file, asked, home))
 
 
 def remove_expert(
     file: RunFile,
     name: ExpertName,
-    with_domain: Annotated[bool, typer.Option("--with-domain", help="Take its domain out too.")] = False,
+    with_domain: Annotated[bool, typer.Option("--with-domain", help="Remove its domain too.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Take an expert out of a run file; its checkpoint stays in the store and its lineage readable."""
+    """Remove an expert from a run file; its checkpoint stays in the store and its lineage readable."""
     from flows.scaffold import add_expert as work
 
     with errors_as_messages():
-        _say(work.remove_expert(file, name, home, with_domain=with_domain))
+        _print(work.remove_expert(file, name, home, with_domain=with_domain))
 
 
 def repin(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME) -> None:
-    """Let the run's mutable names (`champion`, a Hub branch) stand for what they are today."""
+    """Pin the run's mutable names (`champion`, a Hub branch) to their present targets."""
     from flows.champion.repin import repin as move
     from flows.run_file.load import load_run_file
 
@@ -67,5 +70,5 @@ def repin(file: RunFile, overrides: Overrides = None, home: Home = DEFAULT_HOME)
         move(load_run_file(file, list(overrides or ())), home)
 
 
-def _say(lines: list[str]) -> None:
+def _print(lines: list[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -36,10 +36,10 @@ def init(
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=0, help="Devices of each stage; one where there is one, by default.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write a small, commented run file from a base and a few domains, and check it; asks for what is not named."""
+    """Write a small, commented run file from a base and a few domains, and check it; asks for missing arguments."""
     from base.errors import UserError
     from flows.cli import runs as commands
     from flows.run.run_request import RunRequest
@@ -47,12 +47,12 @@ def init(
 
     with errors_as_messages():
         if (base is None or not domain) and not _is_terminal():
-            raise UserError("name --base and at least one --domain; without a terminal there is nobody to ask")
+            raise UserError("name --base and at least one --domain; without a terminal they cannot be asked for")
         base = base or str(typer.prompt(BASE, default="tiny"))
         domains = list(domain or _ask_domains())
         for line in write(file, base, domains, option or (), gpus=_gpus() if gpus is None else gpus, force=force):
             sys.stdout.write(f"{line}\n")
-        sys.stdout.write(f"{file} is written. What it would do:\n")
+        sys.stdout.write(f"{file} is written. Its plan:\n")
         commands.plan(RunRequest(file, (), None, home), check=True, as_json=False)
         sys.stdout.write(f"Now: mopd run {file}\n")
 

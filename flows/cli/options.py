@@ -1,4 +1,4 @@
-"""Arguments that the commands share, and how their mistakes are said."""
+"""Arguments that the commands share, and the error messages of their mistakes."""
 
 import contextlib
 import errno
@@ -18,18 +18,18 @@ Overrides = Annotated[
 Home = Annotated[Path, typer.Option("--home", envvar="MOPD_HOME", help="Where everything is kept.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on the steps of every stage.")]
 AsWritten = Annotated[
-    bool, typer.Option("--as-written", help="The file as it is, without the overrides of its last run.")
+    bool, typer.Option("--as-written", help="Use the file alone, without the overrides of its last run.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="All tables, statements and criteria, too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_HOME = Path(".mopd")
-# A file where a folder belongs, or the other way round; links in a circle; a name that no file system takes.
+# A file in place of a folder, or the reverse; circular links; a name that no file system accepts.
 NO_SUCH_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """A mistake, or a place that may not be written: one message and exit code 2. A full disk: one message and 1."""
+    """Turn errors into one message and an exit code: 2 for a mistake or an unwritable place, 1 for a full disk."""
     try:
         yield
     except KeyboardInterrupt:
@@ -42,11 +42,13 @@ def errors_as_messages() -> Iterator[None]:
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"the disk is full{place}; free some space and run again: what is finished is kept", 1)
+            _fail(f"the disk is full{place}; free some space and run again: finished work is kept", 1)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
             _fail(f"{error.filename}: {error.strerror}; make it writable or choose another --home", 2)
         if error.errno in NO_SUCH_PLACE and error.filename:
-            _fail(f"{error.filename}: {error.strerror}; move what is there away, or choose another place", 2)
+            _fail(
+                f"{error.filename}: {error.strerror}; move the existing file or folder away, or choose another place", 2
+            )
         raise
 
 

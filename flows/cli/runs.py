@@ -1,4 +1,4 @@
-"""What the commands of `mopd` do; `flows.cli.app` declares them. Heavy imports wait until they are needed."""
+"""The commands of `mopd` on runs, which `flows.cli.app` declares. Heavy imports are deferred until they are needed."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def run(
     """Make a run; returns the exit code.
 
     Raises:
-        UserError: a mistake in the run file; or a promotion is required of a run without a merge.
+        UserError: the run file has a mistake, or a promotion is required of a run without a merge.
     """
     with interruptible():
         try:
@@ -67,7 +67,7 @@ def run(
 
 
 def _finished(asked: RunRequest, graph: StageGraph, *, plain: bool, verbose: bool, quiet: bool) -> "Outcome | int":
-    """What a run came to; or the exit code of one that did not finish."""
+    """The outcome of a run, or the exit code if it did not finish."""
     store = Store(asked.home)
     if not all(entry.cached for entry in node_status(graph, store)):
         return run_pipeline(asked, graph, plain=plain, verbose=verbose)
@@ -80,39 +80,39 @@ def _finished(asked: RunRequest, graph: StageGraph, *, plain: bool, verbose: boo
 
 
 def _conclude_cached(graph: StageGraph, store: Store) -> "Outcome":
-    """What a run comes to that makes nothing; it sends what earlier ones could not, or did not live to send."""
+    """The outcome of a fully cached run; also sends what earlier runs could not send, or were killed before sending."""
     from filelock import Timeout
 
-    from flows.champion.champion import send_kept, tell_mlflow
-    from flows.champion.notify import owe_promotions, tell_promotions
+    from flows.champion.champion import send_kept, update_aliases
+    from flows.champion.notify import queue_notifications, send_notifications
     from flows.run.finish import finish_run
 
     config = graph.config
-    owe_promotions(store, config, {})
+    queue_notifications(store, config, {})
     outcome = finish_run(graph, store, promote=True, rewrite=False)
     if outcome.changed:
-        # The gate of today lets pass what that of the last run did not.
-        tell_mlflow(store, config.name, outcome.candidate)
+        # Today's gate passes a candidate that the gate of the last run did not.
+        update_aliases(store, config.name, outcome.candidate)
     else:
         send_kept(store, config.name)
     lock = store.lock(f"run-{config.name}")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        # A run of this name is under way, and tells what is owed at its end.
+        # A run of this name is active, and sends the pending notifications at its end.
         return outcome
     try:
-        tell_promotions(store, config)
+        send_notifications(store, config)
     finally:
         lock.release()
     return outcome
 
 
 def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
-    """Verify every cached artifact of a run.
+    """Verify every cached artifact of a run; with `discard_corrupted` set corrupted ones aside.
 
     Raises:
-        CorruptedArtifactError: names the file; or it is set aside, if that was asked for.
+        CorruptedArtifactError: an artifact is corrupted and not set aside; the message names the file.
     """
     for node in graph.nodes:
         try:
@@ -164,7 +164,7 @@ def plan(asked: RunRequest, *, check: bool, as_json: bool) -> None:
 
 
 def _plan_entry(entry: NodeStatus, costs: Mapping[str, Estimate]) -> dict[str, Any]:
-    """A node for programs; `about_seconds` and `about_tokens` are null where nothing like it was made before."""
+    """A node for programs; `about_seconds` and `about_tokens` are null if no similar node was made before."""
     node, cost = entry.node, costs.get(entry.node.id)
     return {
         "node": node.id,
@@ -199,7 +199,7 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
 
 
 def status(asked: RunRequest, *, as_json: bool = False) -> None:
-    """Print how far each training node is, and its last word: what ended the last attempt, or its last note."""
+    """Print each training node's progress, and the error that ended its last attempt or its last note."""
     faults: list[str] = []
     graph, store = asked.graph(faults), Store(asked.home, faults)
     found: list[dict[str, Any]] = []
@@ -225,14 +225,14 @@ def status(asked: RunRequest, *, as_json: bool = False) -> None:
 
 
 def _position(journal: Path) -> tuple[int, int, str]:
-    """The steps done, of how many, and the last note."""
+    """The number of steps done, the total, and the last note."""
     last = last_records(journal, ("progress", "note"))
     progress, note = last.get("progress", {}), last.get("note", {})
     return progress.get("step", 0), progress.get("total", 0), note.get("text", "")
 
 
 def _ended_by(path: Path, faults: list[str]) -> str:
-    """What ended a node's last attempt; empty where nothing did."""
+    """The error that ended a node's last attempt; empty if there is none."""
     try:
         return str(read_json(path).get("message", ""))
     except UserError as error:
@@ -257,7 +257,7 @@ def _is_locked(store: Store, key: str) -> bool:
 
 
 def report(asked: RunRequest, shown: Shown = TEXT) -> None:
-    """Compare what is finished, print it and write the report."""
+    """Compare the finished checkpoints, print the comparison and write the report."""
     from flows.run.finish import finish_run
     from flows.run.run_settings import command_line
 
@@ -270,6 +270,6 @@ def report(asked: RunRequest, shown: Shown = TEXT) -> None:
 
 
 def show_schema(console: Console) -> None:
-    """Print every key of a run file with its default and what it means."""
+    """Print every key of a run file with its default and its meaning."""
     for key, default, description in schema_keys(RunConfig):
         console.print(f"[bold]{key}[/bold]  [dim]{default}[/dim]\n    {description}", soft_wrap=True, highlight=False)

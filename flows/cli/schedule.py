@@ -1,4 +1,4 @@
-"""The commands that put a run on a schedule and work it off."""
+"""The commands that schedule a run and execute scheduled runs."""
 
 import sys
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from flows.cli.options import DEFAULT_HOME, Home, MaxSteps, Overrides, RunFile, errors_as_messages
 from flows.run.run_request import RunRequest
 
-Pool = Annotated[str, typer.Option("--pool", help="Prefect work pool; made, of type process, where it is missing.")]
+Pool = Annotated[str, typer.Option("--pool", help="Prefect work pool; created with type process if it is missing.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,12 +23,10 @@ def deploy(
     cron: Annotated[
         str | None, typer.Option("--cron", help="'0 2 * * 1' is Mondays at two; none: started by hand.")
     ] = None,
-    timezone: Annotated[
-        str, typer.Option("--timezone", help="In which the schedule is read: Europe/Berlin, …")
-    ] = "UTC",
-    paused: Annotated[bool, typer.Option("--paused", help="The schedule waits until it is started.")] = False,
+    timezone: Annotated[str, typer.Option("--timezone", help="Time zone of the schedule: Europe/Berlin, …")] = "UTC",
+    paused: Annotated[bool, typer.Option("--paused", help="The schedule is inactive until it is started.")] = False,
     pool: Pool = "mopd",
-    remove: Annotated[bool, typer.Option("--remove", help="Take the deployment away instead.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the deployment instead.")] = False,
     home: Home = DEFAULT_HOME,
     max_steps: MaxSteps = None,
 ) -> None:
@@ -38,10 +36,10 @@ def deploy(
 
         asked = RunRequest(file, tuple(overrides or ()), max_steps, home)
         if remove:
-            said = work.retire(asked.graph().config, home)
+            lines = work.retire(asked.graph().config, home)
         else:
-            said = work.deploy(asked, work.Plan(cron, timezone, paused, pool))
-        sys.stdout.write("".join(f"{line}\n" for line in said))
+            lines = work.deploy(asked, work.Plan(cron, timezone, paused, pool))
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def worker(
@@ -49,7 +47,7 @@ def worker(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Runs at one time; no limit by default.")] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Work off the scheduled runs of a pool until Ctrl-C."""
+    """Execute the scheduled runs of a pool until Ctrl-C."""
     with errors_as_messages():
         from flows.run.deploy import work
 

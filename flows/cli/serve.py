@@ -35,28 +35,28 @@ _SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Place:
-    """Where servers listen.
+    """The address at which servers listen.
 
     Attributes:
-        host: Address.
-        port: The first server's, the others' follow; where it is absent, free ones are chosen.
+        host: Host name or IP address.
+        port: The first server's port, the others' follow; if absent, free ports are chosen.
     """
 
     host: str = HOST
     port: int | None = None
 
     def ports(self, count: int) -> list[int]:
-        """So many ports.
+        """The ports of `count` servers.
 
         Raises:
-            UserError: one that was named is taken.
+            UserError: a chosen port is in use.
         """
         return free_ports(self.host, count, self.port or FIRST_PORT, exact=self.port is not None)
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """The merge that is served."""
+    """The merge whose rollouts or teachers are served."""
 
     asked: RunRequest
     graph: StageGraph
@@ -65,12 +65,12 @@ class _Merge:
 
     @classmethod
     def of(cls, asked: RunRequest, seed: int | None, backend: str) -> Self:
-        """Read the run as it will be once it uses the servers, for not every merge can.
+        """Read the run as it will be when it uses the servers, because not every merge can use them.
 
         Args:
-            asked: The run as it stands.
-            seed: Of which seed; the run's first when absent.
-            backend: The assignment that has it use the servers.
+            asked: The run as requested.
+            seed: The merge's seed; the run's first when absent.
+            backend: The assignment by which the run uses the servers.
         """
         if asked.graph().config.merge is None:
             raise UserError(f"{asked.file}: the run has no merge, so there is nothing to serve")
@@ -86,10 +86,10 @@ class _Merge:
         return DistillConfig.model_validate(self.node.config)
 
     def need(self, prefix: str) -> Node:
-        """The merge with only the parents whose role begins so, all of them in the store.
+        """The merge, reduced to the parents whose role begins with a prefix.
 
         Raises:
-            UserError: names those that are not.
+            UserError: a parent is not in the store; the message names those that are missing.
         """
         roles = {role: parent for role, parent in self.node.parents.items() if role.startswith(prefix)}
         missing = [parent for parent in roles.values() if self.store.find(self.graph.node(parent).key) is None]
@@ -105,11 +105,12 @@ def rollout(asked: RunRequest, place: Place, *, count: int | None = None, seed: 
     Args:
         asked: The run.
         place: Where the servers listen.
-        count: How many; as many as `resources.rollout_servers` says when absent.
-        seed: Which seed's merge; the run's first when absent. The start's shape is all that matters.
+        count: Number of servers; that of `resources.rollout_servers` when absent.
+        seed: The merge's seed; the run's first when absent. Only the start's shape is used.
 
     Raises:
-        UserError: no merge, a checkpoint that is not made yet, no vLLM, a port that is taken, a server that fails.
+        UserError: there is no merge, a checkpoint is not made yet, vLLM is not installed, a port is in use, or a server
+            fails.
     """
     merge = _Merge.of(asked, seed, "merge.sampler.backend=vllm_server")
     resources = merge.graph.config.resources
@@ -140,23 +141,25 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
             fork_server = ForkServer(log, child_environment(config.resources.threads), preload=())
             held.callback(fork_server.close)
             servers = held.enter_context(
-                VllmServers(commands, home, lease=lease, host=place.host, ports=ports, report=_say)
+                VllmServers(commands, home, lease=lease, host=place.host, ports=ports, report=_print)
             )
             servers.start(fork_server)
             _wait_until_ready(servers, merge.config.sampler.timeout_seconds)
             urls = [server.url for server in servers.servers]
-            _say(f"ready; in {merge.asked.file} they are used by\n")
-            _say(yaml.safe_dump({"merge": backend, "resources": {key: {"urls": urls}}}, default_flow_style=None))
-            _say("Ctrl-C ends them.")
+            _print(f"ready; in {merge.asked.file} they are used by\n")
+            _print(yaml.safe_dump({"merge": backend, "resources": {key: {"urls": urls}}}, default_flow_style=None))
+            _print("Ctrl-C ends them.")
             while True:
                 servers.tend()
                 time.sleep(_SECONDS)
         except KeyboardInterrupt:
-            _say("ending the servers")
+            _print("ending the servers")
         except VllmServerError as error:
             raise UserError(str(error)) from error
         except ServerDiedError as error:
-            raise UserError(f"the process that holds the servers was killed, and they with it (log: {log})") from error
+            raise UserError(
+                f"the process that supervises the servers was killed, and they with it (log: {log})"
+            ) from error
 
 
 def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
@@ -171,6 +174,6 @@ def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
         servers.tend()
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

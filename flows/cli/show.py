@@ -1,4 +1,4 @@
-"""The end of a run on the terminal: what it came to, as text or as JSON, and where to read on."""
+"""Prints the outcome of a run, as text or as JSON, and where to find more."""
 
 import os
 import sys
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """How the end of a run is shown.
+    """How the outcome of a run is shown.
 
     Attributes:
-        full: All tables, statements and criteria, too.
-        as_json: JSON in place of text.
+        full: Also all tables, statements and criteria.
+        as_json: JSON instead of text.
     """
 
     full: bool = False
@@ -33,14 +33,14 @@ TEXT = Shown()
 
 
 def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Console, shown: Shown = TEXT) -> None:
-    """Print how good the candidate is, what became of it, what to do next and where to read on.
+    """Print the candidate's score, the gate's decision, suggestions, and where to find more.
 
     Args:
         graph: The run.
-        outcome: What it came to.
+        outcome: Its outcome.
         home: `$MOPD_HOME`.
-        console: Where to.
-        shown: How.
+        console: The console to print on.
+        shown: The form.
     """
     from evals.report.summary import WIDTH, render
 
@@ -65,13 +65,13 @@ def show_outcome(graph: StageGraph, outcome: "Outcome", home: Path, console: Con
 
 
 def pages(home: Path, run: str) -> list[str]:
-    """Where MLflow's and Prefect's pages are, and the command that serves those which no standing server does."""
+    """The addresses of MLflow's and Prefect's pages, and the command that serves those without a standing server."""
     from flows.servers.pages import home_page, page_lines
     from flows.servers.standing import standing
     from flows.servers.start import without_secrets
 
     tracking, api = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
-    # A database is no page: only a server's address is one.
+    # Only a server's address is a page, a database is not.
     places = {
         "MLflow": tracking if tracking.startswith("http") else standing(home, "mlflow"),
         "Prefect": api.rstrip("/").removesuffix("/api") or standing(home, "prefect"),

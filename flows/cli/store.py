@@ -1,4 +1,4 @@
-"""What the commands that read the store print; `flows.cli.checkpoints` declares them."""
+"""The commands that read the store, which `flows.cli.checkpoints` declares."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from base.store.checkpoint import Store, write_whole
 
 
 def lineage(name: str, home: Path, *, form: str, html: Path | None) -> None:
-    """Print from what a checkpoint was made (`text`, `mermaid`, `json`, `html`), or draw it into a file."""
+    """Print a checkpoint's lineage (`text`, `mermaid`, `json`, `html`), or draw it into a file."""
     from flows.lineage.drawing import draw_html
     from flows.lineage.mermaid import mermaid
     from flows.lineage.rows import resolve, rows, tree
@@ -50,7 +50,7 @@ def diff(a: str, b: str, home: Path, *, as_json: bool) -> None:
 
 
 def gc(home: Path, *, yes: bool, days: float, corrupted: bool, as_json: bool) -> None:
-    """Print what can be removed, and remove it where that is asked for."""
+    """Print what can be removed, and with `yes` remove it."""
     from flows.tracking.gc import check_home, find_garbage, plan_lock, registered_keys, remove
 
     check_home(home)
@@ -70,6 +70,6 @@ def gc(home: Path, *, yes: bool, days: float, corrupted: bool, as_json: bool) ->
     if not garbage:
         sys.stdout.write("nothing to remove\n")
     elif not yes:
-        sys.stdout.write(f"{decimal(total)} in {len(garbage)} things can go; --yes removes them\n")
+        sys.stdout.write(f"{decimal(total)} in {len(garbage)} artifacts can be removed; --yes removes them\n")
     else:
         sys.stdout.write("".join(f"stayed: {line}\n" for line in stayed) + f"{decimal(freed)} freed\n")

@@ -1,4 +1,4 @@
-"""What a model card says beside the lineage: the base, an example prompt, intervals, and what the gate decided."""
+"""The facts of a model card besides the lineage: base, example prompt, intervals, and the gate's verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +23,13 @@ MARKS = {True: "met", False: "failed", None: "not compared"}
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the store and its runs know of a checkpoint.
+    """Facts about a checkpoint from the store and its runs.
 
     Attributes:
         intervals: (content key, `domain/split`) -> greedy score with its interval over examples.
-        verdict: What became of it in its runs, a Markdown line each.
-        contamination: (content key, `domain/split`) -> how many of the examples have a copy in the training data.
+        verdict: The verdicts on it in its runs, one Markdown line each.
+        contamination: (content key, `domain/split`) -> the share of examples with a copy in the training data, in
+            words.
     """
 
     intervals: Mapping[tuple[str, str], Interval] = field(default_factory=dict)
@@ -40,7 +41,7 @@ NO_FACTS = CardFacts()
 
 
 def facts_of(store: Store, artifact: Artifact, lineage: Sequence[Row]) -> CardFacts:
-    """Read the score sheets of a checkpoint and its ancestors, and what the runs of the home decided about it."""
+    """Read the score sheets of a checkpoint and its ancestors, and the verdicts on it in the home's runs."""
     sheets = _sheets(store, {row.key for row in lineage})
     return CardFacts(
         {place: mean_interval(sheet.greedy_G, CONFIDENCE) for place, sheet in sheets.items()},
@@ -59,7 +60,7 @@ def _sheets(store: Store, keys: set[str]) -> dict[tuple[str, str], Scores]:
         try:
             found[parent, f"{domain}/{split}"] = read_scores(artifact.path, domain, split)
         except UserError:
-            # A sheet of another release has a score in its manifest all the same.
+            # The manifest has the score also of a sheet that another release wrote.
             continue
     return found
 
@@ -69,10 +70,10 @@ def _verdicts(store: Store, artifact: Artifact) -> list[str]:
     runs = sorted({path.parent.name for path in (store.home / "runs").glob(f"*/{CHAMPION_FILE}")} | _reported(store))
     for run in runs:
         history = read_history(store, run)
-        reigns = [reign for reign in history if reign.student == artifact.key]
-        if reigns:
+        records = [record for record in history if record.student == artifact.key]
+        if records:
             now = "Champion" if history[-1].student == artifact.key else "Was champion"
-            lines.append(f"- {now} of run {code(run)} since {plain(reigns[-1].since)}.")
+            lines.append(f"- {now} of run {code(run)} since {plain(records[-1].since)}.")
         report = read_json(lock_path(store.home, run).with_name(DATA_FILE))
         verdict = report.get("verdict") or {}
         nodes = read_json(lock_path(store.home, run)).get("nodes", {})
@@ -90,7 +91,7 @@ def _reported(store: Store) -> set[str]:
 
 
 def base_of(lineage: Sequence[Row]) -> str:
-    """What all of a lineage began with, in words; empty where it is not known."""
+    """The first checkpoint of a lineage, in words; empty if it is unknown."""
     for row in lineage:
         if row.stage == "pretrain":
             return f"pretrained from scratch by this pipeline ({row.tokens:,} tokens)"
@@ -99,13 +100,13 @@ def base_of(lineage: Sequence[Row]) -> str:
             place, revision = str(source.get("location", "")), source.get("revision")
             if source.get("kind") == "hub":
                 return code(place) + (f" at revision {code(str(revision))}" if revision else "")
-            # A folder's place on one machine says nothing on another.
+            # A folder's path is meaningless on another machine.
             return f"{code(Path(place).name)}, imported ({source.get('kind', 'checkpoint')})"
     return ""
 
 
 def example_prompt(artifact: Artifact) -> tuple[str, str] | None:
-    """A prompt the checkpoint was trained on with its gold answer; None where its manifest shows none."""
+    """A prompt that the checkpoint was trained on, with its gold answer; None if its manifest has none."""
     for shown in artifact.manifest.get("examples", {}).values():
         for each in shown:
             return str(each["prompt"]), str(each["answer"])

@@ -1,6 +1,6 @@
-"""What differs between two checkpoints: settings, data, code, parents, scores. Read from the store; torch-free.
+"""Differences between two checkpoints: settings, data, code, parents, scores. Read from the store; torch-free.
 
-Parents that differ are compared in their turn, down to where the difference began or stages of two kinds meet.
+Differing parents are compared too, down to the origin of the difference or to stages of different kinds.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Difference:
     Attributes:
         where: The roles that lead to the ancestor, such as `teacher/sort > start`; empty for the checkpoints.
         what: `stage`, `seed`, `config.KEY`, `data.DOMAIN`, `code`, `packages.NAME`, `parents.ROLE` or `digest`.
-        a: Of the first; None where it has none.
-        b: Of the second.
+        a: The first checkpoint's value; None if it has none.
+        b: The second checkpoint's value.
     """
 
     where: str
@@ -44,11 +44,11 @@ class ScoreDifference:
     """Two checkpoints on the same examples.
 
     Attributes:
-        domain: What they were scored on, and which split.
+        domain: The domain of the examples.
         split: `held_out` or `out_of_distribution`.
         a: Greedy accuracy of the first.
-        b: Of the second.
-        difference: b - a with its paired interval; None where the examples are not the same.
+        b: Greedy accuracy of the second.
+        difference: b - a with its paired interval; None if the examples differ.
     """
 
     domain: str
@@ -95,7 +95,7 @@ def differences(store: Store, a: Artifact, b: Artifact) -> list[Difference]:
 
 
 def score_differences(store: Store, a: Artifact, b: Artifact) -> list[ScoreDifference]:
-    """The scores of two checkpoints on every domain and split both were evaluated on.
+    """The scores of two checkpoints on every domain and split that both were evaluated on.
 
     Raises:
         UserError: a score sheet is malformed.
@@ -131,18 +131,18 @@ def as_mapping(a: Artifact, b: Artifact, store: Store) -> dict[str, Any]:
 
 
 def as_lines(a: Artifact, b: Artifact, store: Store) -> list[str]:
-    """What differs, for people: a line for each fact, under the ancestor it belongs to."""
-    lines, told = [f"a: {_name(a.manifest)}", f"b: {_name(b.manifest)}"], None
+    """The differences as text: a line for each fact, under the ancestor it belongs to."""
+    lines, shown = [f"a: {_name(a.manifest)}", f"b: {_name(b.manifest)}"], None
     for each in differences(store, a, b):
-        if each.where != told:
-            told = each.where
-            lines.append(f"{told or 'the checkpoints themselves'}:")
+        if each.where != shown:
+            shown = each.where
+            lines.append(f"{shown or 'the checkpoints themselves'}:")
         lines.append(f"  {each.what}: {_shown(each.a)} → {_shown(each.b)}")
     return lines
 
 
 def score_table(a: Artifact, b: Artifact, store: Store) -> "Table | None":
-    """The scores side by side, b - a with its interval; None where nothing was scored twice."""
+    """The scores side by side, b - a with its interval; None if they share no scores."""
     from rich.table import Table
 
     table = Table("domain", "split", "a", "b", "b - a", title="greedy scores", title_justify="left")
@@ -155,13 +155,13 @@ def score_table(a: Artifact, b: Artifact, store: Store) -> "Table | None":
 
 
 def _own(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    # Settings of two kinds of stage have nothing to do with each other.
+    # Settings of two kinds of stage cannot be compared.
     compared = COMPARED if a.get("stage") == b.get("stage") else ("stage", "seed", "data", "digest")
     return [each for name in compared for each in _leaves(a.get(name), b.get(name), name)]
 
 
 def _leaves(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where two values differ, down to the innermost keys."""
+    """The differences of two values, down to the innermost keys."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in dict.fromkeys([*a, *b]):
             yield from _leaves(a.get(key), b.get(key), f"{path}.{key}")

@@ -1,8 +1,8 @@
 """Draws a lineage as one self-contained page: inline SVG in layers from base to student, and a table of facts.
 
 Layout in the manner of Sugiyama: a checkpoint's layer is its longest distance from a root; an edge that skips layers
-gets a place of its own in each, so that it never runs behind a box; within a layer the order follows the mean
-height of the parents.
+gets its own place in each, so that it never runs behind a box; within a layer the order follows the mean height of the
+parents.
 """
 
 from collections import Counter
@@ -20,10 +20,10 @@ LANE_HEIGHT = 26
 GAP_X, GAP_Y = 150, 22
 MARGIN = 24
 LINE_CHARACTERS, SHORT_EDGE_CHARACTERS = 30, 22
-# A longer name is squeezed into its box.
+# A longer name is compressed to fit its box.
 NAME_CHARACTERS = 20
 MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge"}
-# The drawing's own rules hold inside `.lineage` only, so that it can stand in another page.
+# The rules apply only inside `.lineage`, so that the drawing can be embedded in another page.
 DRAWING_STYLE = """
 .lineage { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --faint: #667085; --line: #98a2b3;
   --box: #f8fafc; --rim: #d0d5dd; --grey: #667085; --blue: #2563eb; --amber: #d97706; --green: #059669; }
@@ -56,7 +56,7 @@ code { font: 12px ui-monospace, SFMono-Regular, Menlo, monospace; } td div { ove
 
 @dataclass
 class _Place:
-    """A box, or where an edge passes through a layer."""
+    """A box, or the place where an edge passes through a layer."""
 
     layer: int
     height: int
@@ -79,7 +79,7 @@ def page(rows: Sequence[Row], title: str) -> str:
         title: Heads the page.
 
     Returns:
-        HTML that asks for nothing from outside and follows the reader's light or dark theme.
+        HTML without network access that follows the reader's light or dark theme.
     """
     heading = escape(title)
     return (
@@ -90,11 +90,11 @@ def page(rows: Sequence[Row], title: str) -> str:
 
 
 def drawing(rows: Sequence[Row], domains: Sequence[str] | None = None) -> str:
-    """The drawn graph alone, with its legend and its style, to stand inside an element of the class `lineage`.
+    """The drawn graph with its legend and style, to be embedded in an element of the class `lineage`.
 
     Args:
         rows: The checkpoints, parents first (`flows.lineage.rows`).
-        domains: Those of the run's experts, over which a checkpoint's mean is; by default those of the experts drawn.
+        domains: The domains of the run's experts, for a checkpoint's mean; by default those of the experts drawn.
     """
     colours = dict.fromkeys(colour_of(row.stage) for row in rows)
     legend = "".join(f'<span><i style="background:var(--{c})"></i>{MEANINGS[c]}</span>' for c in colours)
@@ -138,7 +138,7 @@ def _layers(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _edges(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
-    """(parent, child) -> the roles the parent has for the child."""
+    """(parent, child) -> the parent's roles for the child."""
     known = {row.key for row in rows}
     edges: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -151,9 +151,9 @@ def _edges(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
 def _labelled(
     roles: Mapping[tuple[str, str], Sequence[str]], long: Container[tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, str], Sequence[str], bool]]:
-    """The edges that are labelled, their roles, and whether the label stands at the child.
+    """The edges to label, their roles, and whether the label is at the child.
 
-    A label stands at the end where fewer edges meet. Where many meet at both ends, a parent with one role for all its
+    A label is at the end where fewer edges meet. If many meet at both ends, a parent with one role for all its
     neighbours is labelled once.
     """
     leaving, reaching = Counter(p for p, _ in roles), Counter(c for _, c in roles)
@@ -161,18 +161,18 @@ def _labelled(
     for (parent, child), names in roles.items():
         if (parent, child) not in long:
             shared.setdefault(parent, set()).add(", ".join(names))
-    told = set()
+    labelled = set()
     for (parent, child), names in roles.items():
         crowded = (parent, child) not in long and leaving[parent] > 1 < reaching[child]
         if not crowded or len(shared[parent]) > 1:
             yield (parent, child), names, leaving[parent] > reaching[child]
-        elif parent not in told:
-            told.add(parent)
+        elif parent not in labelled:
+            labelled.add(parent)
             yield (parent, child), names, False
 
 
 def _stack(boxes: Mapping[str, _Place], lanes: Mapping[tuple[str, str], Sequence[_Place]]) -> float:
-    """Give every place its height on the page; returns the page's height."""
+    """Set the vertical position of every place; returns the page's height."""
     before: dict[int, list[_Place]] = {id(place): [] for place in boxes.values()}
     for (parent, child), passing in lanes.items():
         chain = [boxes[parent], *passing, boxes[child]]
@@ -187,7 +187,7 @@ def _stack(boxes: Mapping[str, _Place], lanes: Mapping[tuple[str, str], Sequence
         column = columns[layer]
         if layer:
             column.sort(key=lambda p: sum(b.middle for b in before[id(p)]) / max(1, len(before[id(p)])))
-            # A lane on the rim of its layer keeps long edges out of the bundle between the boxes.
+            # A lane at the edge of its layer keeps long edges away from those between the boxes.
             column.sort(key=lambda p: p.height == LANE_HEIGHT)
         y = MARGIN + (tall - sum(p.height + GAP_Y for p in column) + GAP_Y) / 2
         for place in column:
@@ -210,7 +210,7 @@ def _edge(chain: Sequence[_Place]) -> str:
 
 
 def _role(chain: Sequence[_Place], roles: Sequence[str], at_child: bool) -> str:
-    """The roles, written over a long edge's lane, or beside that box of a short one where fewer edges meet."""
+    """The roles as text: over the lane of a long edge; for a short one beside the box where fewer edges meet."""
     whole = ", ".join(roles)
     text = escape(_cut(whole, LINE_CHARACTERS if len(chain) > 2 else SHORT_EDGE_CHARACTERS))
     if len(chain) > 2:
@@ -271,5 +271,5 @@ def _cut(text: str, length: int) -> str:
 
 
 def draw_html(store: Store, keys: Sequence[str], title: str) -> str:
-    """The lineage of these checkpoints as a page of its own: a drawn graph and a table."""
+    """The lineage of these checkpoints as a complete page: a drawn graph and a table."""
     return page(rows(store, keys), title)

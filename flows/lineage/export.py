@@ -1,4 +1,4 @@
-"""A checkpoint leaves the house: a Hugging Face directory with a model card that says where it came from."""
+"""Exports a checkpoint as a Hugging Face directory with a model card that shows its lineage."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from evals.report.table import percent
 from evals.tables.grid import ABSENT
 from evals.tables.markdown import code, plain
 from experts.domain import HELD_OUT
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.lineage.card_facts import NO_FACTS, CardFacts, base_of, example_prompt, facts_of
 from flows.lineage.mermaid import mermaid
 from flows.lineage.rows import SHORT, Row, resolve_one, rows
@@ -32,21 +32,22 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def export(
     store: Store, reference: str, folder: Path, *, dtype: str = "auto", push: str | None = None, public: bool = False
 ) -> list[str]:
-    """Write a checkpoint as a directory that transformers and vLLM load as it is.
+    """Write a checkpoint as a directory that transformers and vLLM load directly.
 
     Args:
         store: The artifact store.
         reference: As for `flows.lineage.rows.resolve_one`.
-        folder: Where to; must not exist, or be empty. It appears whole or not at all.
+        folder: The target; must not exist, or be empty. It appears complete or not at all.
         dtype: Type of the weights; see `stages.export`.
-        push: A Hub repository, `OWNER/NAME`, the directory is uploaded to; made where it is missing.
-        public: Whether a repository that is made is public.
+        push: A Hub repository, `OWNER/NAME`, to upload the directory to; created if it is missing.
+        public: Whether a newly created repository is public.
 
     Returns:
-        What was done, a line each.
+        The actions done, one line each.
 
     Raises:
-        UserError: nothing is called so, the folder is in use, or the Hub does not take it; what was written stays.
+        UserError: there is no such checkpoint, the folder is in use, or the Hub refuses the upload; the written
+            directory is kept.
     """
     artifact = resolve_one(store, reference)
     store.verify(artifact)
@@ -55,7 +56,7 @@ def export(
     if push is not None and not REPOSITORY.fullmatch(push):
         raise UserError(f"--push: '{push}': name a repository of the Hub as OWNER/NAME")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: there is something there already; name a new directory")
+        raise UserError(f"{folder}: it exists and is not empty; name a new directory")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     temporary.mkdir(parents=True)
     try:
@@ -69,27 +70,27 @@ def export(
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    said = [f"{folder}: {artifact.name} (key {artifact.key}), {parameters:,} parameters, read back with equal logits"]
+    lines = [f"{folder}: {artifact.name} (key {artifact.key}), {parameters:,} parameters, read back with equal logits"]
     if push is not None:
-        said.append(f"pushed to {_push(folder, push, public)}")
-    return said
+        lines.append(f"pushed to {_push(folder, push, public)}")
+    return lines
 
 
 def _title(artifact: Artifact, reference: str) -> str:
-    """A name for the model: what it was asked for by, or its own and its digest where that was a content key."""
+    """A name for the model: the reference, or the checkpoint's name and digest if that is a content key."""
     if ":" in reference or not artifact.key.startswith(reference):
         return reference.replace(":", "-").replace("/", "-").replace("@", "-")
     return f"{artifact.name.replace('/', '-')}-{artifact.digest[:SHORT]}"
 
 
 def model_card(artifact: Artifact, lineage: Sequence[Row], name: str, facts: CardFacts = NO_FACTS) -> str:
-    """The model card: how to load it, scores beside those it came from, the gate's verdict, lineage and cost.
+    """The model card: how to load it, its scores and its ancestors', the gate's verdict, lineage and cost.
 
     Args:
         artifact: The checkpoint.
-        lineage: It and its ancestors, parents first.
+        lineage: The checkpoint and its ancestors, parents first.
         name: Title.
-        facts: What the store and its runs know of it beside the lineage.
+        facts: Facts from the store and its runs, besides the lineage.
     """
     from huggingface_hub import ModelCardData
 
@@ -110,7 +111,7 @@ def model_card(artifact: Artifact, lineage: Sequence[Row], name: str, facts: Car
         f"## Lineage\n\n```mermaid\n{mermaid(lineage)}\n```\n\n{_checkpoints(lineage)}",
     ]
     if own.teachers:
-        taught = "\n".join(f"- {plain(entry['domain'])}: {plain(cards.lesson(entry))}" for entry in own.teachers)
+        taught = "\n".join(f"- {plain(entry['domain'])}: {plain(descriptions.lesson(entry))}" for entry in own.teachers)
         parts.insert(3, f"## Taught by\n\n{taught}")
     if facts.verdict:
         parts.insert(3, "## Verdict\n\n" + "\n".join(facts.verdict))
@@ -135,7 +136,7 @@ def _use(artifact: Artifact) -> str:
         "chat messages, rendered by the tokenizer's chat template" if chat else "plain text; there is no chat template"
     )
     shown, answer = example_prompt(artifact) or ("…", "")
-    # A backtick would end the block.
+    # A backtick would end the code block.
     literal = json.dumps(shown, ensure_ascii=False).replace("`", "\\u0060")
     encoded = (
         'tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, '
@@ -169,13 +170,13 @@ def _scores(own: Row, lineage: Sequence[Row], facts: CardFacts) -> str:
         domain, _, split = place.rpartition("/")
         cells = (_score(row, place, facts) for row in columns)
         lines.append(_line([plain(domain), plain(split.replace("_", " ")), *cells]))
-    told = [
+    shares = [
         f"- {plain(place.rpartition('/')[0])}, {plain(place.rpartition('/')[2].replace('_', ' '))}: {text}"
         for place in sorted(own.scores)
         if (text := facts.contamination.get((own.key, place)))
     ]
     about = "Examples with a copy in what the checkpoint or an ancestor was trained on:"
-    copies = [f"\n\n{about}\n\n", "\n".join(told)] if told else []
+    copies = [f"\n\n{about}\n\n", "\n".join(shares)] if shares else []
     title = "Greedy score in %, on the same examples in each row [95 % interval over examples].\n\n"
     return "".join([title, "\n".join(lines), *copies])
 
@@ -224,7 +225,7 @@ def _origin(row: Row) -> str | None:
 
 
 def _called(row: Row, others: Sequence[Row]) -> str:
-    """Its name, with its key where another is called so too."""
+    """Its name, with its key if another checkpoint has the same name."""
     name = plain(row.name)
     return name if sum(row.name == other.name for other in others) == 1 else f"{name} `{row.key[:SHORT]}`"
 

@@ -49,5 +49,5 @@ def _box(row: Row) -> str:
 def _text(text: str) -> str:
     """Plain text inside a quoted label."""
     escaped = " ".join(text.split()).replace("&", "&amp;").replace('"', "#quot;")
-    # A line of backticks would end the block of the page that the chart stands in.
+    # A line of backticks would end the chart's block in a Markdown page.
     return escaped.replace("<", "&lt;").replace(">", "&gt;").replace("`", "#96;")

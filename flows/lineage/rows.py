@@ -1,6 +1,6 @@
-"""Who was made from whom, read from the store's manifests: a tree for the terminal and a drawn page.
+"""The lineage of checkpoints, read from the store's manifests, and its tree for the terminal.
 
-Free of torch and mlflow, so `mopd lineage` answers at once and without any server.
+Free of torch and mlflow, so that `mopd lineage` responds at once and needs no server.
 """
 
 import logging
@@ -14,7 +14,7 @@ from base.errors import UserError, nearest
 from base.store.checkpoint import Artifact, Store
 from base.store.mirror import MANIFEST
 from experts.domain import HELD_OUT
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.plan.lock import lock_path
 from flows.plan.state_files import read_json
 from flows.run_file.schema import CHAMPION, STUDENT
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 logger = logging.getLogger(__name__)
-METRICS = {f"{kind.name}/{kind.metric}" for kind in STAGES.values() if kind.metric}
+# The metrics of a stage that summarise its outcome.
+OUTCOME_METRICS = {f"{kind.name}/{kind.metric}" for kind in STAGES.values() if kind.metric}
 SHORT = 12
 SHORTEST_KEY = 4
-# The settings of a stage that a person looks for first; the rest is in the manifest.
+# The most important settings of a stage; the rest is in the manifest.
 HIGHLIGHTS = ("max_steps", "batch_size", "prompts_per_step", "group_size", "optimizer.learning_rate", "objective.name")
 
 
@@ -38,24 +39,24 @@ class Row:
     Attributes:
         key: Content key.
         name: The node's name: `base`, `cold_start`, `experts/NAME`, `student`.
-        stage: What made it.
+        stage: The stage that made it.
         seed: Its seed.
         parents: role -> key.
-        made: Whether the artifact stands in the store; if not, all below is empty.
-        digest: Of the files.
-        highlights: The settings that matter most.
+        made: Whether the artifact is in the store; if not, the attributes below are empty.
+        digest: Digest of the files.
+        highlights: The most important settings.
         tokens: Tokens trained on; 0 when not recorded.
         seconds: Time it took.
         device_seconds: Time of all its devices together; 0 where it is not recorded.
-        joules: Energy its devices used; 0 where nothing told.
+        joules: Energy its devices used; 0 where it is not recorded.
         code: Fingerprint of the code that made it.
-        sample: Where some of its data can be read: a file of the store, or of its mirror, and the key in it.
+        sample: Where a sample of its data can be read: a file of the store, or of its mirror, and the key in it.
         data: domain -> fingerprint.
         metrics: Final metrics of the stage.
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
         weights: role -> weight, of the teachers that share a domain.
-        config: All settings, as the manifest has them.
-        teachers: Which teacher taught a student which domain, as its manifest says; empty in older ones.
+        config: All settings in the manifest.
+        teachers: The manifest's entries of a student's teachers by domain; empty in older manifests.
     """
 
     key: str
@@ -80,12 +81,12 @@ class Row:
     teachers: Sequence[Mapping[str, Any]] = ()
 
     def label(self, role: str) -> str:
-        """A parent's role for people: one of several teachers of a domain has its weight in place of its name."""
+        """A parent's role for display: for one of a domain's several teachers, the weight replaces the name."""
         return f"{role.rpartition('/')[0]} × {self.weights[role]:.2g}" if role in self.weights else role
 
 
 def resolve(store: Store, reference: str) -> list[str]:
-    """Find what a person means.
+    """The content keys that a reference stands for.
 
     Args:
         store: The artifact store.
@@ -96,7 +97,7 @@ def resolve(store: Store, reference: str) -> list[str]:
         Content keys.
 
     Raises:
-        UserError: nothing is called so, or several keys begin so.
+        UserError: nothing has this name, or several keys begin with it.
     """
     runs = sorted(path.parent.name for path in (store.home / "runs").glob("*/lock.json"))
     run, _, node_id = reference.partition(":")
@@ -114,17 +115,17 @@ def resolve(store: Store, reference: str) -> list[str]:
         return [checkpoints[node_id]]
     keys = [a.key for a in store.artifacts() if len(run) >= SHORTEST_KEY and a.key.startswith(run)]
     if len(keys) > 1:
-        raise UserError(f"{reference}: {len(keys)} keys begin so: {', '.join(keys)}")
+        raise UserError(f"{reference}: {len(keys)} keys begin with it: {', '.join(keys)}")
     if not keys:
         raise UserError(f"{reference}: neither a run of {store.home} nor a content key{nearest(run, runs)}")
     return keys
 
 
 def resolve_one(store: Store, reference: str) -> Artifact:
-    """Find the one checkpoint a person means.
+    """The one checkpoint that a reference stands for.
 
     Raises:
-        UserError: as `resolve`; or several checkpoints are meant, or the one is not made yet.
+        UserError: as `resolve`; or there are several checkpoints, or it is not made yet.
     """
     keys = resolve(store, reference)
     if len(keys) > 1:
@@ -166,10 +167,10 @@ def rows(store: Store, keys: Sequence[str]) -> list[Row]:
 
 
 def expert_domains(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Domains that an expert among these checkpoints was trained on, or teaches where it was trained elsewhere."""
+    """Domains that an expert among these checkpoints was trained on, or teaches if it was trained elsewhere."""
     experts = {row.key for row in rows if "experts/" in row.name}
     own = [domain for row in rows if row.key in experts for domain in row.data]
-    # A merge of weights names its parents by expert, a merge by distillation by domain.
+    # In a merge of weights the parents' roles have the expert's name, in a distillation the domain's.
     taught = [
         role.split("/")[1]
         for row in rows
@@ -181,10 +182,10 @@ def expert_domains(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def mean_score(row: Row, domains: Sequence[str]) -> float | None:
-    """Greedy score of a checkpoint on the mean of the experts' domains, held out, as in every table of its run.
+    """A checkpoint's mean held-out greedy score over the experts' domains, as in every table of its run.
 
     Returns:
-        None unless it was scored on each of them.
+        The mean; None unless it was scored on each of them.
     """
     found = [row.scores.get(f"{domain}/{HELD_OUT}") for domain in domains]
     scored = [score for score in found if score is not None]
@@ -194,10 +195,10 @@ def mean_score(row: Row, domains: Sequence[str]) -> float | None:
 def tree(store: Store, reference: str) -> "Tree":
     """The lineage as a tree: from the student to each teacher, the cold start and the base.
 
-    A shared ancestor is printed in full once and named after that.
+    A shared ancestor is printed in full once, then only by name.
 
     Raises:
-        UserError: see `resolve`.
+        UserError: as `resolve`.
     """
     from rich.tree import Tree
 
@@ -206,7 +207,7 @@ def tree(store: Store, reference: str) -> "Tree":
     printed: set[str] = set()
 
     def grow(branch: "Tree", key: str, role: str) -> None:
-        """Add a checkpoint and all it was made from."""
+        """Add a checkpoint and its ancestors."""
         row = known.get(key)
         if row is None:
             branch.add(f"{role}[dim]{key}: no longer in the store[/dim]")
@@ -228,7 +229,7 @@ def tree(store: Store, reference: str) -> "Tree":
 
 
 def details(row: Row) -> list[str]:
-    """What is known of a checkpoint, a line for each kind of fact."""
+    """The facts about a checkpoint, a line for each kind."""
     if not row.made:
         return ["not made yet"]
     facts = [f"{name.rpartition('.')[2]} {value}" for name, value in row.highlights.items()]
@@ -238,9 +239,9 @@ def details(row: Row) -> list[str]:
     facts += [f"{row.joules:,.0f} J"] if row.joules else []
     facts += [f"code {row.code[:SHORT]}"] if row.code else []
     lines = [", ".join(facts)] if facts else []
-    lines += [f"taught {entry['domain']}: {cards.lesson(entry)}" for entry in row.teachers]
-    metrics = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in METRICS}
-    for title, values in (("data", row.data), ("last step", metrics), ("greedy", dict(sorted(row.scores.items())))):
+    lines += [f"taught {entry['domain']}: {descriptions.lesson(entry)}" for entry in row.teachers]
+    outcome = {name.partition("/")[2]: v for name, v in row.metrics.items() if name in OUTCOME_METRICS}
+    for title, values in (("data", row.data), ("last step", outcome), ("greedy", dict(sorted(row.scores.items())))):
         if values:
             shown = (v[:SHORT] if isinstance(v, str) else f"{v:.4g}" for v in values.values())
             lines.append(f"{title}: " + ", ".join(f"{name} {text}" for name, text in zip(values, shown, strict=True)))
@@ -341,7 +342,7 @@ def _lock_nodes(home: Path, run: str) -> dict[str, dict[str, Any]]:
 
 
 def _ends(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The students of a run; without a merge, the checkpoints nothing was made from."""
+    """The students of a run; without a merge, the checkpoints without descendants."""
     checkpoints = {node_id: facts for node_id, facts in nodes.items() if facts["stage"] not in EVALUATIONS}
     students = [facts["key"] for node_id, facts in checkpoints.items() if node_id.partition("@")[0] == STUDENT]
     used = {parent for facts in checkpoints.values() for parent in facts["parents"].values()}

@@ -1,4 +1,4 @@
-"""The champions of a run, as their file has them. Free of prefect and mlflow."""
+"""The champions of a run, read from their file. Free of prefect and mlflow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,18 +20,19 @@ By = Literal["gate", "person"]
 
 
 @dataclass(frozen=True)
-class Reign:
+class ChampionRecord:
     """One entry of the history: from `when` on, this checkpoint is champion.
 
     Attributes:
         student: Its content key.
         node: Its node id in the run that made it, such as `student@0` or `baselines/ties@0`.
-        scores: domain -> content key of its held-out sheet, which the next candidate is compared with.
+        scores: domain -> content key of its held-out sheet, with which the next candidate is compared.
         when: UTC, ISO 8601, to the second.
-        by: Who decided.
-        reason: Why.
+        by: `gate` or `person`.
+        reason: The reason of the decision.
         action: `promote`, or `rollback` for a former champion that came back.
-        against: Content keys a person decided against: the champion left, and the run's candidate of that time.
+        against: Content keys that a person decided against: the previous champion, and the run's candidate at that
+            time.
     """
 
     student: str
@@ -48,7 +49,7 @@ class Reign:
 
     @property
     def decision(self) -> str:
-        """Who decided when, and why."""
+        """By whom and when it was decided, and the reason."""
         who = "by the gate" if self.by == "gate" else "by a person"
         return f"{who}, {self.when}: {self.reason}"
 
@@ -59,19 +60,19 @@ class Reign:
         return f"{datetime.fromisoformat(self.when):%Y-%m-%d %H:%M} UTC, {who}"
 
 
-def read_history(store: Store, run: str) -> list[Reign]:
-    """The champions of a run, the present one last; empty where there was none."""
+def read_history(store: Store, run: str) -> list[ChampionRecord]:
+    """The champions of a run, the present one last; empty if there was none."""
     path = champion_path(store, run)
     if not path.exists():
         return []
     record = read_json(path)
     if "history" in record:
-        return [Reign(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
+        return [ChampionRecord(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
     # Written before there was a history: one champion, a student by MOPD, promoted when the file was written.
     artifact = store.find(record["student"])
     seed = f"@{artifact.manifest.get('seed', 0)}" if artifact else ""
     when = to_seconds(datetime.fromtimestamp(path.stat().st_mtime, UTC))
-    return [Reign(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
+    return [ChampionRecord(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
 
 
 def champion_path(store: Store, run: str) -> Path:

@@ -1,8 +1,8 @@
 """`champion` as a start or a teacher: the run's champion, resolved once and pinned, as a node of the graph. Torch-free.
 
-A merge that starts from the champion, with the champion or the old experts as teachers of their domains, costs the new
-expert and a short merge. The name is mutable, so the lock file pins the checkpoint it stood for when the run was first
-planned with it; `mopd repin` moves it.
+A merge that starts from the champion, with the champion or the old experts as teachers of their domains, costs only the
+new expert and a short merge. The name is mutable, so the lock file pins the checkpoint that was champion when the run
+was first planned with it; `mopd repin` updates the pin.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def names_champion(config: RunConfig) -> str | None:
-    """The first key of a run file that says `champion`; None where none does."""
+    """The first key of a run file with the value `champion`; None if there is none."""
     for name, expert in config.experts.items():
         if expert.start_from == CHAMPION:
             return f"experts.{name}.start_from"
@@ -39,8 +39,8 @@ def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, 
     Args:
         config: The run.
         home: `$MOPD_HOME`.
-        key: The key of the run file that asks for it; errors name it.
-        pins: What the run's lock pins.
+        key: The key of the run file that needs it; errors name it.
+        pins: The pins in the run's lock.
 
     Raises:
         UserError: the run has no champion yet, or its checkpoint is no longer in the store.
@@ -64,11 +64,11 @@ def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, 
 
 
 def champion_facts(artifact: Artifact, store: Store, start: tuple[str, str]) -> dict[str, Any]:
-    """The node of a champion: its own key, and the run's start as its parent where it was made from that.
+    """The node of a champion: its own key, and the run's start as its parent if it was made from that.
 
     Args:
         artifact: The champion.
-        store: For its ancestors.
+        store: Where its ancestors are.
         start: Node id and content key of the run's start.
 
     Returns:
@@ -99,7 +99,7 @@ def _descends(artifact: Artifact | None, store: Store, start: str) -> bool:
 
 
 def pin_note(graph: "StageGraph", store: Store) -> list[str]:
-    """A line where the run is pinned to a former champion; else empty."""
+    """A line if the run is pinned to a former champion; else empty."""
     from flows.plan.champion_history import read_history
 
     pinned, history = graph.pins.get(CHAMPION), read_history(store, graph.config.name)
@@ -109,7 +109,7 @@ def pin_note(graph: "StageGraph", store: Store) -> list[str]:
 
 
 def savings(graph: "StageGraph", store: Store) -> list[str]:
-    """What an incremental merge cost beside the newest full one from the same start; empty for other runs."""
+    """The cost of an incremental merge beside that of the newest full one from the same start; empty for other runs."""
     merge = graph.config.merge
     if merge is None or merge.start_from != CHAMPION:
         return []
@@ -117,17 +117,17 @@ def savings(graph: "StageGraph", store: Store) -> list[str]:
     full = _full_merge(store.find(graph.node(CHAMPION).key), store)
     if student is None or full is None:
         return []
-    told = [f"{found.manifest['seconds']:,.0f} s and {found.manifest['tokens']:,} tokens" for found in (student, full)]
+    costs = [f"{found.manifest['seconds']:,.0f} s and {found.manifest['tokens']:,} tokens" for found in (student, full)]
     reused = [node for node in graph.checkpoints if node.name.startswith("experts/") and not _new(node, student, store)]
     kept = sum(float(artifact.manifest["seconds"]) for node in reused if (artifact := store.find(node.key)))
     return [
-        f"merged from the champion: {told[0]}; the last full merge, of {_teachers(full)} teachers, took {told[1]}; "
+        f"merged from the champion: {costs[0]}; the last full merge, of {_teachers(full)} teachers, took {costs[1]}; "
         f"{len(reused)} experts made before that champion were reused ({kept:,.0f} s)"
     ]
 
 
 def _full_merge(artifact: Artifact | None, store: Store) -> Artifact | None:
-    """The newest student made from the start that a champion's chain of merges began with."""
+    """The newest student made from the start with which a champion's chain of merges began."""
     head = None
     while artifact is not None and artifact.manifest.get("stage") == "distill":
         head = artifact
@@ -139,19 +139,19 @@ def _full_merge(artifact: Artifact | None, store: Store) -> Artifact | None:
 
 
 def _start_key(artifact: Artifact) -> str | None:
-    """Content key of what a checkpoint started from; None where it started from nothing."""
+    """Content key of a checkpoint's start; None if it has none."""
     key: str | None = artifact.manifest.get("parents", {}).get("start", {}).get("key")
     return key
 
 
 def _started_from(artifact: Artifact, store: Store) -> Artifact | None:
-    """What a checkpoint started from; None where it started from nothing, or that is no longer in the store."""
+    """A checkpoint's start; None if it has none, or it is no longer in the store."""
     key = _start_key(artifact)
     return store.find(key) if key else None
 
 
 def _teachers(artifact: Artifact) -> int:
-    """How many checkpoints taught it."""
+    """The number of its teachers."""
     parents = artifact.manifest.get("parents", {})
     return len({parent["key"] for role, parent in parents.items() if role.startswith("teacher/")})
 

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness tasks in the graph: what each contributes to its nodes' keys, and what is checked of them.
+"""lm-evaluation-harness tasks in the graph: their contributions to content keys, and their checks.
 
-Planning looks only at the tasks' own files; the harness's thousands are indexed by the deep check.
+Planning reads only the user's own task files; the deep check indexes the harness's thousands of tasks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any
     """The tasks of a run file.
 
     Returns:
-        Of each task its config and, beside it, what goes into its nodes' content keys: that config, the harness's
-        version, and the hash of the task's files where it is the user's own.
+        For each task its config, and the ingredients of its nodes' content keys: that config, the harness's version,
+        and the hash of the task's files if it is the user's own.
 
     Raises:
-        UserError: the harness is not installed, include_path is no directory, a file of a task is not there, or a
-            domain of the run has a task's name.
+        UserError: the harness is not installed, include_path is not a directory, a task's file is missing, or a domain
+            of the run has a task's name.
     """
     config = run.evaluate.harness
     if config is None:
@@ -49,7 +49,7 @@ def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any
 
 
 def harness_problems(run: RunConfig, missing: Sequence["Node"]) -> Iterator[str]:
-    """Tasks that are neither the user's own nor the harness's."""
+    """Yield a message for each task that is neither the user's own nor the harness's."""
     asked = dict.fromkeys(
         str(node.config["task"]) for node in missing if node.stage == "harness" and node.config["file"] is None
     )
@@ -74,6 +74,6 @@ def _local_tasks(include_path: str | None) -> TaskIndex:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """The nearest of all tasks; they are too many to list where none is near."""
+    """The nearest of all tasks; if none is near, a hint, because they are too many to list."""
     found = nearest(name, known)
     return found if "did you mean" in found else "; `lm_eval ls tasks` lists the harness's own"

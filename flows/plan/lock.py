@@ -1,4 +1,4 @@
-"""What a run of this name planned last (its lock file), and what that says of each node of the plan of today.
+"""Reads and writes a run's lock file, its last plan, and compares today's plan with it.
 
 The lock holds every node's ingredients and the revisions that mutable names were pinned to.
 """
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What the plan says of a node.
+    """The state of a node in the plan.
 
     Attributes:
         artifact: Its artifact, when it is cached.
         why: Reason in words: `cached`, `never made`, or what changed since the last run of this name.
-        code_changed: Cached, but made by other code than today's.
+        code_changed: It is cached, but was made by other code than today's.
     """
 
     node: "Node"
@@ -41,12 +41,12 @@ class NodeStatus:
 
     @property
     def cached(self) -> bool:
-        """Whether nothing has to run for it."""
+        """Whether its artifact exists, so that nothing has to run."""
         return self.artifact is not None
 
 
 def status(graph: "StageGraph", store: Store, faults: list[str] | None = None) -> list[NodeStatus]:
-    """Say of every node whether it is cached or will run, and why.
+    """The state of every node: whether it is cached or will run, and why.
 
     Args:
         graph: The run.
@@ -68,7 +68,7 @@ def status(graph: "StageGraph", store: Store, faults: list[str] | None = None) -
 
 
 def write_lock(graph: "StageGraph", home: Path) -> None:
-    """Record what this run resolved to: every node's ingredients and the pinned revisions."""
+    """Record this run's plan: every node's ingredients and the pinned revisions."""
     path = lock_path(home, graph.config.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     nodes = {node.id: {**node.ingredients, "key": node.key} for node in graph.nodes}
@@ -76,20 +76,20 @@ def write_lock(graph: "StageGraph", home: Path) -> None:
 
 
 def lock_path(home: Path, run: str) -> Path:
-    """Where a run's lock file is."""
+    """The path of a run's lock file."""
     return home / "runs" / run / LOCK_FILE
 
 
 def read_lock(home: Path, run: str, faults: list[str] | None = None) -> dict[str, Any]:
-    """What a run's lock holds; empty where there is none.
+    """The content of a run's lock; empty if there is none.
 
     Args:
         home: `$MOPD_HOME`.
         run: The run's name.
-        faults: Gets the message of a lock that is damaged, and nothing is read of it; None raises.
+        faults: Receives the message of a damaged lock, which is then treated as empty; None to raise instead.
 
     Raises:
-        UserError: it is damaged; names it and what mends it. Or the home is no folder.
+        UserError: the lock is damaged, and the message names it and the remedy; or the home is not a folder.
     """
     require_folder(home)
     try:
@@ -139,12 +139,12 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs; a key that is absent from a config, for its default is neutral, counts with that default."""
+    """The differences of two configs; a key left out because its default is neutral counts with that default."""
     schema = STAGES[now["stage"]].config
     if not (isinstance(schema, type) and issubclass(schema, StrictModel)):
         return _differences(before, now)
     try:
         whole = [schema.model_validate(ingredients["config"]).model_dump(mode="json") for ingredients in (before, now)]
-    except (ValidationError, KeyError):  # written by another release, with keys this one has not
+    except (ValidationError, KeyError):  # written by another release, with keys that this one lacks
         return _differences(before, now)
     return _differences({**before, "config": whole[0]}, {**now, "config": whole[1]})

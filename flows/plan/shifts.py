@@ -1,7 +1,7 @@
-"""How far checkpoints moved from the run's start, as nodes of the graph, and what the store knows of it.
+"""The nodes that measure checkpoints' shifts from the run's start, and their results in the store. Free of torch.
 
-Every checkpoint trained here, but the start and what the start was made from, has a node `shift`; experts trained from
-the start share one node `cosines` a seed. Free of torch.
+Every checkpoint trained here has a node `shift`, except the start and its ancestors. The experts trained from the start
+share one node `cosines` per seed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from flows.plan.graph import Node, StageGraph
 
 SHIFT, COSINES = "shift", "cosines"
-# The samples are the same whatever the seed of the training.
+# The samples do not depend on the seed of the training.
 SEED = 0
 
 
 def shift_request(evaluate: EvaluateConfig) -> ShiftRequest | None:
-    """The nodes' config; None where the run file turns them off."""
+    """The nodes' config; None if the run file disables them."""
     asked = evaluate.shift
     if asked is None:
         return None
@@ -47,13 +47,12 @@ def shift_nodes(
     """The nodes of one seed, as arguments of the plan's own addition of a node.
 
     Args:
-        request: How it is measured.
+        request: The settings of the measurement.
         nodes: The graph so far, by id.
-        made: Ids of the seed's checkpoints, with the domains each is measured on.
+        made: Ids of the seed's checkpoints -> the domains on which each is measured.
         start: Id of the run's start.
-        expert_start: Id of what the experts start from, for their task vectors: the start, or the student of the round
-            before.
-        seed: Of the run.
+        expert_start: Id of the experts' start, for their task vectors: the run's, or the previous round's student.
+        seed: A seed of the run.
     """
     trained = [nodes[i] for i in made if _descends(nodes, i, start) and i != start and nodes[i].name != BASE]
     full = request.model_dump(mode="json")
@@ -86,7 +85,7 @@ def shift_nodes(
 
 
 def _descends(nodes: Mapping[str, "Node"], node_id: str, start: str) -> bool:
-    """Whether a checkpoint was trained here on what the start is made from, so that the two can be compared."""
+    """Whether a checkpoint descends from the start's origin by training here, so that the two can be compared."""
     return nodes[node_id].stage != "load" and _origin(nodes, node_id) == _origin(nodes, start)
 
 
@@ -98,7 +97,7 @@ def _origin(nodes: Mapping[str, "Node"], node_id: str) -> str:
 
 @dataclass
 class Shifts:
-    """What is finished, in the terms of `evals.comparison.results.Results`.
+    """The finished measurements, in the form of `evals.comparison.results.Results`.
 
     Attributes:
         values: (checkpoint, measure, domain or "") -> seed -> value.
@@ -114,7 +113,7 @@ class Shifts:
 
 
 def collect_shifts(graph: "StageGraph", store: Store) -> Shifts:
-    """Read every finished node; one that is not finished is absent.
+    """Read every finished node; unfinished ones are absent.
 
     Raises:
         UserError: a sheet is malformed.

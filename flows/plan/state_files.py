@@ -1,6 +1,6 @@
-"""Reads the small files of a home, which a full disk, a crash or a hand may have damaged.
+"""Reads the small files of a home, which a full disk, a crash or manual edits may have damaged. Free of torch.
 
-A damaged file is named with what mends it. Free of torch.
+The message of a damaged file names the file and the remedy.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ from base.documents import DocumentError, read_object, user_error
 LOCK_FILE = "lock.json"
 CHAMPION_FILE = "champion.json"
 TRIES_FILE = "tries.json"
-MEND = "move it away; what writes it makes it anew"
+MEND = "move it away; it is written anew when it is needed"
 MENDS = {
-    LOCK_FILE: "move it away, and the next `mopd run` writes it anew and pins anew what it had pinned: the champion a "
-    "run starts from, Hub revisions, the date",
+    LOCK_FILE: "move it away, and the next `mopd run` writes it anew with new pins: the champion a run starts "
+    "from, Hub revisions, the date",
     CHAMPION_FILE: "move it away, and `mopd promote FILE --reason WHY` names a champion again; the checkpoints are in "
     "the store",
     TRIES_FILE: "move it away, and the gate counts its tries on the held-out examples from one again",
@@ -56,7 +56,7 @@ class _History(_Loose):
 
 
 class _OneChampion(_Loose):
-    """As written before there was a history."""
+    """The format before there was a history."""
 
     student: str
     scores: dict[str, str]
@@ -74,10 +74,10 @@ class _Tries(_Loose):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file.
+    """The JSON object in a file; empty if there is no file.
 
     Raises:
-        UserError: it is damaged; names it and what mends it.
+        UserError: the file is damaged; the message names it and the remedy.
     """
     mend = MENDS.get(path.name, MEND)
     try:

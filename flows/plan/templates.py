@@ -1,7 +1,7 @@
-"""What of a run decides how chat templates render: `chat_template_kwargs`, and the date where a template reads it.
+"""The inputs of chat templates in a run: `chat_template_kwargs`, and the date if a template reads it.
 
-Both are ingredients of the nodes that render an imported checkpoint's template. The date is that of the day when a run
-of a name is planned first. Its lock pins the date, so that prompts and content keys stay the same on later days.
+Both are ingredients of the nodes that render an imported checkpoint's template. The date is that of the first plan of a
+run of this name. Its lock pins the date, so that prompts and content keys stay the same on later days.
 """
 
 import datetime
@@ -18,59 +18,59 @@ from stages.rows.rendering import reads_date
 
 DATE = "date"
 HARNESS = "harness"
-# Raised when an imported model's prompts, targets or stops become others; the models made here have one rendering.
+# Increased when an imported model's prompts, targets or stops change; the models made here have one rendering.
 TOKENS_VERSION = 2
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
-# The metadata of a GGUF file come first, its template among them.
+# The metadata of a GGUF file, with its template, are at its beginning.
 GGUF_HEAD_BYTES = 64 * 2**20
 
 
 def today() -> str:
-    """The machine's date, as the lock writes it."""
+    """The machine's date, in the lock's format."""
     return datetime.date.today().isoformat()
 
 
 class Templates:
-    """The templates of a graph's checkpoints, known node by node in the graph's order.
+    """The templates of a graph's checkpoints, added node by node in the graph's order.
 
     Args:
         config: The run.
-        pins: What the run's lock pins.
+        pins: The pins in the run's lock.
     """
 
     def __init__(self, config: RunConfig, pins: Mapping[str, str]) -> None:
         self.arguments = config.chat_template_kwargs
         self.date = pins.get(DATE) or today()
         self.pins: dict[str, str] = {}
-        # Whether a node's template reads the date; a model made here has a template of its own that takes nothing.
+        # Whether a node's template reads the date; a model made here has its own template without inputs.
         self._imported: dict[str, bool] = {}
 
     def load(self, node_id: str, source: Source, made: Artifact | None) -> None:
-        """Look at the template of an imported checkpoint.
+        """Examine the template of an imported checkpoint.
 
         Args:
             node_id: The import.
-            source: Where it is from.
-            made: The import, where it is in the store.
+            source: Where it comes from.
+            made: The import, if it is in the store.
 
         Raises:
-            UserError: the Hub cannot be reached, and neither store nor cache have the checkpoint's files.
+            UserError: the Hub cannot be reached, and neither store nor cache has the checkpoint's files.
         """
         dated = _folder_reads_date(made.path) if made is not None else _source_reads_date(source)
         self._imported[node_id] = dated
 
     def inherit(self, node_id: str, parent: str | None) -> None:
-        """A checkpoint has the template of the one that it starts from."""
+        """Record that a checkpoint has the template of its start."""
         if parent in self._imported:
             self._imported[node_id] = self._imported[parent]
 
     def facts(self, stage: str, config: Mapping[str, Any], parent: str | None) -> dict[str, Any]:
-        """Ingredients of a node that decide how its prompts are rendered.
+        """Ingredients of a node that determine how its prompts are rendered.
 
         Args:
-            stage: The node's.
-            config: The node's.
-            parent: Whose template it renders.
+            stage: The node's stage.
+            config: The node's config.
+            parent: The node whose template it renders.
         """
         if not STAGES[stage].renders or parent not in self._imported:
             return {}
@@ -100,7 +100,7 @@ def _source_reads_date(source: Source) -> bool:
 
 
 def of_hub(repository: str, revision: str | None, name: str) -> Path | None:
-    """A small file of a Hub repository at a commit; None where it has none.
+    """A small file of a Hub repository at a commit; None if it does not have the file.
 
     Raises:
         UserError: the Hub cannot be reached, and its cache does not have the file.

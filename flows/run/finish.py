@@ -15,7 +15,7 @@ from flows.champion.champion import first_of, judge_run, promote_by_gate
 from flows.champion.costs import scoring_costs
 from flows.champion.tries import note_try, read_tries
 from flows.lineage import rows as lineage
-from flows.plan.champion_history import Reign, read_history
+from flows.plan.champion_history import ChampionRecord, read_history
 from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import lock_path
 from flows.plan.state_files import read_json
@@ -23,7 +23,7 @@ from flows.run_file.schema import STUDENT
 
 if TYPE_CHECKING:
     from evals.comparison.results import Results
-    from evals.promotion.gate import Verdict
+    from evals.promotion.gate import GateVerdict
     from evals.report.page import Background
     from evals.report.summary import Summary
 
@@ -50,9 +50,9 @@ class Outcome:
 
     results: "Results"
     summary: "Summary"
-    verdict: "Verdict | None"
+    verdict: "GateVerdict | None"
     candidate: Node | None
-    champion: Reign | None
+    champion: ChampionRecord | None
     changed: bool
     report: Path
     missing: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from rich.console import Console
 from base.errors import UserError
 from base.signals import interruptible
 from base.store.checkpoint import Store
-from flows.champion.notify import notify, owe_promotions, tell_promotions
+from flows.champion.notify import notify, queue_notifications, send_notifications
 from flows.check.check import deep_check
 from flows.engines.launch import Launcher
 from flows.plan.graph import StageGraph, build_graph
@@ -156,7 +156,7 @@ def _run(
         title = name_flow_run(
             run_title(_start.number, config, planned_experts(root, config.name), overrides), config.name
         )
-        tell_promotions(Store(root), config)
+        send_notifications(Store(root), config)
         # Planned after the wait for another run of this name, which may have changed the champion to start from.
         graph = build_graph(config, root)
         store = Store(root)
@@ -208,7 +208,7 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     if failures:
         tracker.finish("FAILED", None, None)
         raise PipelineFailedError(failures, not_started)
-    owe_promotions(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
+    queue_notifications(supervisor.store, graph.config, {"flow_run": flow_run_page(), "mlflow": tracker.url})
     outcome = finish_run(graph, supervisor.store, promote=True)
     tracker.finish("FINISHED", outcome.results, outcome.report, outcome.candidate, outcome.verdict)
     _publish(supervisor, outcome)
@@ -313,7 +313,7 @@ def _notify_end(supervisor: Supervisor, outcome: Outcome) -> None:
         "scores": outcome.rows(),
     }
     notify(config.notify, "success", config.name, f"{config.name} is finished\n{text}", facts)
-    tell_promotions(supervisor.store, config, facts)
+    send_notifications(supervisor.store, config, facts)
 
 
 @contextlib.contextmanager

@@ -120,8 +120,8 @@ def close_killed(home: Path, run: str) -> None:
         from flows.run.crashed_runs import mark_crashed_runs
 
         mark_crashed_runs(run)
-    from flows.champion.champion import tell
+    from flows.champion.champion import send_operations
 
-    tell(Store(home), run, [{"op": "close_killed"}])
+    send_operations(Store(home), run, [{"op": "close_killed"}])
     for start in killed:
         start.close()

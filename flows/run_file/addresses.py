@@ -1,4 +1,4 @@
-"""Addresses of a run file that hold a password. A run file is copied into manifests, MLflow and Prefect."""
+"""Finds passwords in a run file's addresses, because a run file is copied into manifests, MLflow and Prefect."""
 
 import re
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ VARIABLE = re.compile(r"[A-Za-z_]\w*")
 INSTEAD = {
     "domains": "name an environment variable that holds the key in this domain's `api_key_env`",
     "notify": "name an environment variable that holds the whole address in `notify.webhook_env`",
-    "resources": "vLLM's servers take no password; let them listen on the loopback or behind a network of your own",
+    "resources": "vLLM's servers take no password; let them listen on the loopback or in a private network",
 }
-OTHERWISE = "leave it out; what opens the files belongs into the environment (AWS_…, HF_TOKEN)"
+OTHERWISE = "leave it out; credentials belong into the environment (AWS_…, HF_TOKEN)"
 
 
 def password_problems(raw: Any) -> list[str]:
-    """What of a run file would be kept though it is a secret, a line for each key.
+    """The secrets that would be stored with a run file, a line for each key.
 
     Args:
-        raw: The run file as it was read, with its overrides.
+        raw: The raw run file, with its overrides.
     """
     problems = []
     for keys, value in _texts(raw):
@@ -34,26 +34,26 @@ def password_problems(raw: Any) -> list[str]:
             problems.append(f"{name}: this is the name of an environment variable, such as JUDGE_API_KEY, not a key")
         elif ADDRESS.fullmatch(value) and holds_password(value):
             shown = without_secrets(value).partition("#")[0]
-            problems.append(f"{name}: {shown} holds a password, which would be kept; {INSTEAD.get(top, OTHERWISE)}")
+            problems.append(f"{name}: {shown} holds a password, which would be stored; {INSTEAD.get(top, OTHERWISE)}")
     return problems
 
 
 def holds_password(address: str) -> bool:
-    """Whether an address has a user, or a key among its query."""
+    """Whether an address has a user, or a key in its query."""
     try:
         parts = urlsplit(address)
     except ValueError:
-        # Such as a bracket that is not closed; a password may stand anywhere in it.
+        # Unparsable, such as by an unclosed bracket; a password may be anywhere in it.
         return "@" in address
     place, colon, port = parts.netloc.rpartition(":")
-    # A password with a slash in it ends what counts as the place.
+    # A slash in a password ends the part that is parsed as the host.
     has_user = "@" in parts.netloc or ("@" in address and bool(colon and place) and not port.isdigit())
     queries = parse_qsl(parts.query, keep_blank_values=True) + parse_qsl(parts.fragment, keep_blank_values=True)
     return has_user or any(SECRET.search(name.lower()) for name, _ in queries)
 
 
 def _texts(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text below a value, with the keys that lead to it."""
+    """Every text below a value, with its path of keys."""
     if isinstance(value, str):
         yield keys, value
     elif isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Other ways to make one student of the same experts, from the same prompts and as many completions: torch-free.
+"""Other ways to make one student of the same experts, with the same prompts and number of completions. Torch-free.
 
-Each baseline takes from the merge what both need (steps, prompts, completions, lengths, precision, optimizer, adapter)
-and its own settings from `merge.baselines.NAME`.
+Each baseline takes the shared settings from the merge (steps, prompts, completions, lengths, precision, optimizer,
+adapter) and its own settings from `merge.baselines.NAME`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from stages.config.training import SFTConfig, StrictModel, TrainConfig
 
 WEIGHT_MERGES = ("weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
-# Of the merge's own settings, what would not mean the same to a learner of what others wrote.
+# Settings of the merge that mean something else for a stage that learns from others' completions.
 _NOT_SHARED = {"objective", "sampler", "health", "monitor", "teacher_backend", "updates_per_batch"}
 GROUP_SIZE = 8
 # What makes a baseline what its name says.
@@ -26,7 +26,7 @@ FIXED = {SEQKD: ("objective", "on_policy_fraction", "off_policy", "teacher_weigh
 
 
 def baseline_config(config: RunConfig, name: str) -> StrictModel:
-    """The stage config of a baseline that the run names.
+    """The stage config of a baseline in the run file.
 
     Raises:
         UserError: its settings are wrong.
@@ -55,7 +55,7 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
 
 
 def _check_weights(config: RunConfig, name: str, own: WeightMergeConfig) -> None:
-    """See that every weight is that of an expert the merge takes: a teacher, or the start of the merge."""
+    """Check that every weight belongs to an expert in the merge: a teacher, or the start of the merge."""
     merge = config.merge
     assert merge is not None
     taken = {teacher for weights in config.teachers().values() for teacher in weights} | {merge.start_from}
@@ -75,7 +75,7 @@ def _seqkd(merge: MergeConfig) -> dict[str, Any]:
 
 
 def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
-    """RL on all domains, as the run's first RL expert was trained, with as many completions a step as the merge has."""
+    """RL on all domains, with the settings of the run's first RL expert and the merge's completions per step."""
     chosen = (expert.train.chosen[1] for expert in config.experts.values() if expert.train)
     experts = (method for method in chosen if isinstance(method, RLConfig))
     template = next(experts, None)
@@ -92,6 +92,6 @@ def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
 
 
 def _shared(merge: MergeConfig, schema: type[TrainConfig]) -> dict[str, Any]:
-    """What the merge and another stage both have."""
+    """The settings that the merge and another stage share."""
     names = (schema.model_fields.keys() & MergeConfig.model_fields.keys()) - _NOT_SHARED
     return {name: getattr(merge, name) for name in names if name not in ("group_size", "prompts_per_step")}

@@ -1,4 +1,4 @@
-"""Names in the run file's hypotheses: every one must be a checkpoint or a domain of the run. Free of torch."""
+"""Checks the names in the run file's hypotheses: each must be a checkpoint or a domain of the run. Free of torch."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from flows.run_file.schema import BASE, BASELINES, COLD_START, STUDENT, VARIANTS
 
 
 def hypothesis_problems(config: RunConfig) -> Iterator[str]:
-    """A line for each checkpoint or domain that a hypothesis names and the run does not have."""
+    """Yield a line for each checkpoint or domain in a hypothesis that the run does not have."""
     checkpoints = checkpoint_names(config)
     measured = [*config.domain_names(config.evaluate.domains), *config.evaluate.harness_domains]
     for key, hypothesis in config.hypotheses.items():
@@ -19,11 +19,11 @@ def hypothesis_problems(config: RunConfig) -> Iterator[str]:
                     yield f"{place}: unknown checkpoint '{checkpoint}'{nearest(checkpoint, checkpoints)}"
             for domain in [*(test.domains or []), *(test.fit.x_domains if test.fit else [])]:
                 if domain not in measured:
-                    yield f"{place}: '{domain}' is no domain that is scored{nearest(domain, measured)}"
+                    yield f"{place}: '{domain}' is not a scored domain{nearest(domain, measured)}"
 
 
 def checkpoint_names(config: RunConfig) -> list[str]:
-    """What a hypothesis may compare; `teacher` stands for a domain's own."""
+    """The checkpoints that a hypothesis may compare; `teacher` is a domain's own teacher."""
     names = [BASE, *([COLD_START] if config.cold_start else []), *(f"experts/{name}" for name in config.experts)]
     if config.merge is None:
         return names

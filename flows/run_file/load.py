@@ -1,4 +1,4 @@
-"""Reads a run file: YAML, dotted overrides, validation; every mistake is said in one message."""
+"""Reads a run file: YAML, dotted overrides, validation. One message reports all mistakes."""
 
 import os
 import unicodedata
@@ -21,7 +21,7 @@ from flows.run_file.variants import overlaid, variant_run
 from stages.config.on_policy import OnPolicyConfig
 
 MOST_EXTENDS = 20
-# Merges of one run, over its seeds and rounds.
+# Largest number of merges of a run, over its seeds and rounds.
 MOST_MERGES = 500
 LONGEST_NAME = 80
 NAME_MARKS = "-_.+ "
@@ -33,10 +33,10 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     Args:
         path: A YAML file.
         overrides: Dotted assignments such as `experts.sort.train.rl.max_steps=50`; values are YAML.
-        max_steps: Cap on the steps of every stage, to try a large run in small.
+        max_steps: Cap on the steps of every stage, for a small trial of a large run.
 
     Raises:
-        UserError: names the file, the key and the nearest valid choice; all mistakes in one message.
+        UserError: with all mistakes in one message, each with file, key and the nearest valid choice.
     """
     raw = _read(path)
     for override in overrides or []:
@@ -55,7 +55,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's mapping, laid over the file it extends."""
+    """The file's mapping, merged over the file it extends."""
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
@@ -86,10 +86,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file beside a run file that takes its place at the end; after an error the run file is as it was.
+    """A file beside a run file that replaces it at the end; after an error the run file is unchanged.
 
     Raises:
-        UserError: as the body does; it names the run file, not the one beside it.
+        UserError: raised by the body; the message names the run file, not the file beside it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -102,9 +102,10 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def _unusable(value: Any, place: str = "") -> str | None:
-    """The first fault of a document that no value of a run file may have, with its key; None where there is none.
+    """The first value of a document that no run file may have, with its key; None if there is none.
 
-    YAML reads the keys `on` and `1` as no text, and `"\\0"` and `"\\ud800"` as characters that no file can hold.
+    YAML does not read the keys `on` and `1` as text, and reads `"\\0"` and `"\\ud800"` as characters that no file can
+    hold.
     """
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -121,7 +122,7 @@ def _unusable(value: Any, place: str = "") -> str | None:
 
 
 def _place_files(raw: dict[str, Any], path: Path) -> None:
-    """Files of domains and of their rows are named from the run file's folder, wherever the run is started."""
+    """Resolve the files of domains and of their rows from the run file's folder, independent of the working folder."""
     domains = raw.get("domains")
     for entry in domains.values() if isinstance(domains, dict) else ():
         if not isinstance(entry, dict):
@@ -136,7 +137,7 @@ def _place_files(raw: dict[str, Any], path: Path) -> None:
 def schema_keys(
     model: type[BaseModel], prefix: str = "", default_of_model: BaseModel | None = None
 ) -> Iterator[tuple[str, str, str]]:
-    """Every key below a model, with its default (the enclosing model's own, where that has one) and its meaning."""
+    """Every key below a model, with its default (the enclosing model's, if that has one) and its meaning."""
     for name, field in model.model_fields.items():
         inner = inner_model(field.annotation)
         named = getattr(field.annotation, "__origin__", None) is dict
@@ -161,7 +162,7 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _capped(value: Any, max_steps: int) -> Any:
-    """The dumped config with no `max_steps` above the cap."""
+    """The dumped config with every `max_steps` limited to the cap."""
     if isinstance(value, dict):
         return {k: min(v, max_steps) if k == "max_steps" else _capped(v, max_steps) for k, v in value.items()}
     return value
@@ -178,7 +179,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for part in parents:
         node = node.setdefault(part, {}) if isinstance(node, dict) else None
         if node is None:
-            raise UserError(f"override '{override}': '{part}' holds no keys")
+            raise UserError(f"override '{override}': '{part}' has no keys")
     if not isinstance(node, dict):
         raise UserError(f"override '{override}': '{parents[-1]}' is not a mapping")
     node[last] = parse_value(f"override '{override:.200}'", text)
@@ -202,7 +203,7 @@ def _describe(error: ValidationError) -> list[str]:
 
 
 def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The keys allowed at a location, found by walking the models' fields."""
+    """The keys allowed at a location, found in the models' fields."""
     for depth, part in enumerate(location):
         field = model.model_fields.get(part)
         if field is None:
@@ -221,9 +222,9 @@ def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
 
 
 def name_fault(name: str) -> str | None:
-    """Why a domain, an expert or a variant may not be called so; None where it may.
+    """Why a name is not allowed for a domain, an expert or a variant; None if it is allowed.
 
-    A name is part of a node's name, which `/` and `@` divide, of files, metrics, tables and pages.
+    A name is part of a node's name, which `/` and `@` separate, and of files, metrics, tables and pages.
     """
     if len(name) > LONGEST_NAME:
         return f"a name has at most {LONGEST_NAME} characters, this one {len(name)}"
@@ -234,7 +235,7 @@ def name_fault(name: str) -> str | None:
 
 
 class _Names:
-    """Collects every reference in a run file to a domain, expert or checkpoint that is not there."""
+    """Collects every reference in a run file to a missing domain, expert or checkpoint."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -243,13 +244,13 @@ class _Names:
         self.starts = [BASE, *([COLD_START] if config.cold_start else []), CHAMPION]
 
     def check(self, key: str, names: Iterable[str], choices: Iterable[str], what: str) -> None:
-        """Note each of the names at a key that is none of the choices."""
+        """Note each name at a key that is not among the choices."""
         known = list(choices)
         unknown = [name for name in names if name not in known]
         self.problems += [f"{key}: unknown {what} '{name}'{nearest(name, known)}" for name in unknown]
 
     def domain_lists(self) -> None:
-        """Names and kinds of domains, and the lists of them."""
+        """Check names and kinds of domains, and the lists of them."""
         config = self.config
         for key, names in (("domains", self.domains), ("experts", self.experts), ("hypotheses", config.hypotheses)):
             self.problems += [f"{key}.{name!r}: {fault}" for name in names if (fault := name_fault(name))]
@@ -268,7 +269,7 @@ class _Names:
         )
 
     def expert_entries(self) -> None:
-        """Each expert's domain and start."""
+        """Check each expert's domain and start."""
         for name, expert in self.config.experts.items():
             self.check(f"experts.{name}.domain", [expert.domain], self.domains, "domain")
             if name in (BASE, COLD_START, STUDENT, CHAMPION):
@@ -282,15 +283,15 @@ class _Names:
                 self.budget(f"{key}.max_domain_share", practice.max_domain_share, 1)
 
     def budget(self, key: str, share: float, domains: int) -> None:
-        """A share no domain may pass, against the number of domains that have to share the whole."""
+        """Check a domain's largest share against the number of domains that share the whole."""
         if domains and share * domains < 1:
             self.problems.append(
-                f"{key}: {share:g} for each of {domains} domains leaves a part of the loss to none; at least "
+                f"{key}: {share:g} for each of {domains} domains does not add up to the whole loss; at least "
                 f"{1 / domains:.3g}"
             )
 
     def merge_entry(self, merge: MergeConfig) -> None:
-        """The merge's domains, teachers and weights."""
+        """Check the merge's domains, teachers and weights."""
         teachers = [*self.experts, *self.starts]
         self.check("merge.domains", merge.domains or [], self.domains, "domain")
         self.check("merge.anchor.domains", merge.anchor.domains if merge.anchor else [], self.domains, "domain")
@@ -324,7 +325,7 @@ def _dangling_names(config: RunConfig) -> list[str]:
 
 
 def _variant_problems(config: RunConfig, name: str) -> list[str]:
-    """What is wrong with a variant of the merge, by its own keys."""
+    """The problems of a variant of the merge, named by its own keys."""
     if fault := name_fault(name):
         return [f"merge.variants.{name!r}: {fault}"]
     try:

@@ -1,4 +1,4 @@
-"""Whom a run notifies, and of what."""
+"""The run file's settings of notifications."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ Event = Literal["failure", "promotion", "cancellation", "success"]
 
 
 class NotifyConfig(StrictModel):
-    """The webhook and the events that are posted to it."""
+    """A webhook and the events to send to it."""
 
     webhook_env: str = Field(
         "MOPD_WEBHOOK", pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the webhook's address."

@@ -1,15 +1,15 @@
-"""On which domains an expert is scored: its own, those it teaches, and a panel that all experts share. Free of torch.
+"""The domains on which an expert is scored: its own, those it teaches, and a shared panel. Free of torch.
 
-Scoring each of E experts in its own and all others' domains takes E x E evaluations, more than all training together.
+Scoring each of E experts on its own and all others' domains takes E x E evaluations, more than all training together.
 """
 
 from collections.abc import Iterable
 
 from flows.run_file.schema import RunConfig
 
-# With up to so many experts each is scored on every domain.
+# With up to this number of experts each is scored on every domain.
 FEW_EXPERTS = 8
-# Of a panel that the run file does not name.
+# Size of the default panel with more experts.
 PANEL_DOMAINS = 4
 
 
@@ -18,7 +18,7 @@ def panel(config: RunConfig) -> list[str]:
 
     Args:
         config: The run; `evaluate.expert_panel` names them. By default all with up to `FEW_EXPERTS` experts, else the
-            first `PANEL_DOMAINS` that no expert trains, where forgetting shows.
+            first `PANEL_DOMAINS` that no expert trains, which show forgetting.
     """
     scored = config.domain_names(config.evaluate.domains)
     asked = config.evaluate.expert_panel
@@ -35,10 +35,10 @@ def scored_domains(config: RunConfig, runs: Iterable[RunConfig]) -> dict[str, li
 
     Args:
         config: The run.
-        runs: The run and its variants, for in each an expert may teach other domains.
+        runs: The run and its variants, because an expert may teach other domains in each.
 
     Returns:
-        Domains by expert: its own, those it teaches, and the panel, as far as `evaluate.domains` has them.
+        Domains by expert: its own, those it teaches, and the panel, restricted to `evaluate.domains`.
     """
     shared = panel(config)
     wanted = {name: {expert.domain, *shared} for name, expert in config.experts.items()}

@@ -1,5 +1,7 @@
-"""What a person may change of a deployed run in Prefect's *Custom run*: a short form, and overrides as on the command
-line. Nothing of it has a default, so what is left alone stays as the run file says. Torch-free.
+"""The form of Prefect's *Custom run* for a deployed run: a few fields, and overrides as on the command line.
+
+No field has a default, so that empty fields keep the run file's values. Torch-free.
+
 """
 
 import re
@@ -14,12 +16,12 @@ SEEDS, MERGE, EXPERTS, CAP, OVERRIDES = "seeds", "merge_max_steps", "expert_max_
 
 
 def form_schema(config: RunConfig) -> dict[str, Any]:
-    """The form's JSON schema, with the values in force in its texts.
+    """The form's JSON schema, with the current values in its texts.
 
-    Only text and whole numbers: what they mean is checked by the flow, with the messages of the command line.
+    It has only text and whole numbers: the flow checks their meaning, with the messages of the command line.
 
     Args:
-        config: The run as it is deployed.
+        config: The deployed run.
     """
     fields: dict[str, dict[str, Any]] = {
         SEEDS: _text(f"Such as 0, 1, 2. Empty: as in the run file ({_listed(config.seeds)} when deployed)."),
@@ -32,7 +34,7 @@ def form_schema(config: RunConfig) -> dict[str, Any]:
             "description": "Steps of each expert.",
             "properties": {name: _number(_empty(steps)) | {"title": name} for name, steps in trained.items()},
         }
-    fields[CAP] = _number("No stage takes more steps than this, to try the run in small. Empty: no cap.")
+    fields[CAP] = _number("No stage takes more steps than this, for a small trial of the run. Empty: no cap.")
     fields[OVERRIDES] = {
         "type": "array",
         "items": {"type": "string"},
@@ -48,7 +50,7 @@ def form_overrides(config: RunConfig, seeds: Any, merge_max_steps: Any, expert_m
 
     Args:
         config: The run without them.
-        seeds: Text such as `0, 1, 2`, or a list; empty or None leaves them alone, as it does the next.
+        seeds: Text such as `0, 1, 2`, or a list; empty or None keeps the run's values, also for the next two.
         merge_max_steps: A number.
         expert_max_steps: Expert -> number.
 
@@ -78,17 +80,17 @@ def form_overrides(config: RunConfig, seeds: Any, merge_max_steps: Any, expert_m
 
 
 def as_lines(overrides: Any) -> list[str]:
-    """Overrides of a list as dotted assignments; an entry of the form may hold several, one a line."""
+    """A list of overrides as dotted assignments; an entry of the form may have several, one per line."""
     found: list[str] = []
     for entry in [overrides] if isinstance(overrides, str) else overrides or []:
         lines = [line.strip() for line in str(entry).splitlines() if line.strip()]
-        # A value may have lines of its own.
+        # A value may itself have several lines.
         found += lines if all(ASSIGNMENT.match(line) for line in lines) else [str(entry)]
     return found
 
 
 def _steps(config: RunConfig) -> dict[str, int]:
-    """Expert -> steps, of those that are trained."""
+    """Expert -> steps, for the trained experts."""
     return {name: expert.train.chosen[1].max_steps for name, expert in config.experts.items() if expert.train}
 
 

@@ -36,12 +36,12 @@ BASELINES = "baselines/"
 VARIANTS = "variants/"
 MOST_ROUNDS = 100
 MOST_DEVICES = 4096
-# numpy takes no larger ones.
+# numpy accepts no larger seeds.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BaseConfig(StrictModel):
-    """Where the run starts: exactly one of a fresh pretraining, a checkpoint, or a GGUF file."""
+    """The run's base: exactly one of a fresh pretraining, a checkpoint, or a GGUF file."""
 
     pretrain: PretrainConfig | None = Field(None, description="Pretrain a tiny model from scratch.")
     checkpoint: str | None = Field(None, description="A Hugging Face id or a local directory.")
@@ -60,7 +60,7 @@ class BaseConfig(StrictModel):
 class DomainConfig(StrictModel):
     """One skill: a kind of domain and its options."""
 
-    kind: str = Field(description=f"One of {', '.join(KINDS)}; or a Python file of one's own.")
+    kind: str = Field(description=f"One of {', '.join(KINDS)}; or your own Python file.")
     options: dict[str, Any] = Field(default_factory=dict, description="The kind's own options.")
 
 
@@ -103,7 +103,7 @@ class TrainMethod(_Methods):
 
 
 class ExpertConfig(StrictModel):
-    """An expert: its domain, and how it is trained or where it comes from."""
+    """An expert: its domain, and its training or checkpoint."""
 
     domain: str = Field(description="The domain it is trained in.")
     train: TrainMethod | None = Field(None, description="How it is trained: sft, rl or rft.")
@@ -162,7 +162,7 @@ class BaselinesConfig(StrictModel):
 
     @property
     def named(self) -> list[str]:
-        """Those the run file names, in the order of the fields."""
+        """The baselines in the run file, in the order of the fields."""
         return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
 
@@ -175,14 +175,14 @@ class MergeConfig(DistillConfig):
         description="cold_start, base, an expert, or champion (the run's, pinned in its lock file: an incremental "
         "merge); the cold start when there is one.",
     )
-    domains: Names | None = Field(None, description="Domains practised; those with an expert when absent.")
+    domains: Names | None = Field(None, description="Training domains; those with an expert when absent.")
     teachers: dict[str, Teachers] | None = Field(
         None,
         description="domain -> expert, or a mapping of several experts to their weights, of which only the ratio "
-        "counts; by default the domain's own expert.",
+        "matters; by default the domain's own expert.",
     )
     teacher_weights: dict[str, dict[str, float]] = Field(
-        default_factory=dict, description="Not for the run file: it follows from merge.teachers."
+        default_factory=dict, description="Not for the run file: it is derived from merge.teachers."
     )
     fallback_teacher: str | None = Field(
         None, description="Expert, cold_start, base or champion for domains without a teacher."
@@ -192,16 +192,15 @@ class MergeConfig(DistillConfig):
         1,
         gt=0,
         le=MOST_ROUNDS,
-        description="Co-evolution: so often are experts trained and merged, each round's experts (and merge, unless "
-        "start_from says where) starting from the student before.",
+        description="Co-evolution: the number of times that experts are trained and merged. Each round's experts "
+        "(and its merge, unless start_from is set) start from the previous student.",
     )
     baselines: BaselinesConfig = Field(
-        default_factory=BaselinesConfig, description="Other merges of the same experts, beside it."
+        default_factory=BaselinesConfig, description="Other merges of the same experts, for comparison."
     )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="The same merge with other settings, as students of their own beside it: NAME -> the keys that "
-        "differ.",
+        description="The same merge with other settings, as additional students: NAME -> the keys that differ.",
     )
 
     @field_validator("teacher_weights")
@@ -213,27 +212,27 @@ class MergeConfig(DistillConfig):
 
 
 class EvaluateConfig(EvaluationConfig):
-    """What is measured on every checkpoint."""
+    """The measurements of every checkpoint."""
 
     domains: AllOrNames = Field("all", description="Domains scored.")
     expert_panel: Literal["all"] | list[str] | None = Field(
         None,
-        description="Domains on which every expert is scored beside its own and those it teaches: all, or a list; "
+        description="Domains on which every expert is scored besides its own and those it teaches: all, or a list; "
         "when absent all with up to 8 experts, and with more at most 4 that no expert trains.",
     )
     shift: ShiftConfig | None = Field(
         default_factory=ShiftConfig, description="How far trained checkpoints moved from the start; null measures none."
     )
-    harness: HarnessConfig | None = Field(None, description="Tasks of lm-evaluation-harness, scored beside them.")
+    harness: HarnessConfig | None = Field(None, description="Additional tasks, of lm-evaluation-harness.")
 
     @property
     def harness_domains(self) -> list[str]:
-        """Names under which the harness's tasks stand among the domains."""
+        """Names of the harness's tasks among the domains."""
         return [f"{PREFIX}{task}" for task in self.harness.tasks] if self.harness else []
 
 
 class GateConfig(StrictModel):
-    """What a student must show to become champion."""
+    """The requirements for a student to become champion."""
 
     non_inferiority_margin: float = Field(
         0.08,
@@ -252,18 +251,18 @@ class GateConfig(StrictModel):
 
 
 class ServersConfig(StrictModel):
-    """vLLM servers: given, or started by the pipeline for the time a stage needs them."""
+    """vLLM servers: given, or started by the pipeline while a stage needs them."""
 
     urls: list[str] = Field(
-        default_factory=list, description="Servers that run already (`mopd serve`); started when there are none."
+        default_factory=list, description="Servers that run already (`mopd serve`); if empty, servers are started."
     )
     gpus: int | None = Field(
         None,
         ge=0,
         le=MOST_DEVICES,
-        description="Devices of each server that is started, 0 for the CPU; one where the stages train on devices.",
+        description="Devices of each started server, 0 for the CPU; by default one if the stages train on devices.",
     )
-    memory_share: float = Field(0.9, gt=0, lt=1, description="Of its devices' memory, what a started server takes.")
+    memory_share: float = Field(0.9, gt=0, lt=1, description="Share of its devices' memory that a server takes.")
 
     @field_validator("urls")
     @classmethod
@@ -276,7 +275,7 @@ class ServersConfig(StrictModel):
             except ValueError:
                 fine = False
             if not fine:
-                raise ValueError(f"{url!r} is no address; write http://HOST:PORT")
+                raise ValueError(f"{url!r} is not an address; write http://HOST:PORT")
         if twice := next((url for url in found if found.count(url) > 1), None):
             raise ValueError(f"{twice!r} is named twice")
         return found
@@ -285,16 +284,16 @@ class ServersConfig(StrictModel):
 class RolloutServersConfig(ServersConfig):
     """Servers that draw a student's completions."""
 
-    count: int = Field(1, gt=0, le=MOST_DEVICES, description="How many are started for a stage.")
+    count: int = Field(1, gt=0, le=MOST_DEVICES, description="Number of servers started for a stage.")
 
 
 class ResourcesConfig(StrictModel):
-    """What the run may use. Of a content key only the number of devices of a stage and its sampler are part."""
+    """The resources of the run. Only the number of devices of a stage and its sampler enter content keys."""
 
     gpus: int = Field(0, ge=0, le=MOST_DEVICES, description="Devices of each training stage; 0 trains on the CPU.")
     parallel_experts: int = Field(2, ge=1, le=MOST_DEVICES, description="Nodes that run side by side.")
     sampler: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers", description="What draws completions in RL and merge, unless a stage's own `sampler` says so."
+        "transformers", description="The sampler of RL and merge, unless a stage sets its own `sampler`."
     )
     rollout_servers: RolloutServersConfig = Field(
         default_factory=RolloutServersConfig, description="vLLM servers of the sampler `vllm_server`."
@@ -311,33 +310,31 @@ class RunConfig(StrictModel):
     """A whole run: where it starts, what it trains, and how it measures the result."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="Names the run, its lock and its student."
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="Name of the run, its lock and student."
     )
     seeds: list[Seed] = Field(
-        default_factory=lambda: [0], min_length=1, max_length=100, description="The graph is run once per seed."
+        default_factory=lambda: [0], min_length=1, max_length=100, description="The graph runs once per seed."
     )
-    base: BaseConfig = Field(description="Where everything starts.")
-    domains: dict[str, DomainConfig] = Field(min_length=1, description="What there is to learn and to measure.")
+    base: BaseConfig = Field(description="The checkpoint that everything starts from.")
+    domains: dict[str, DomainConfig] = Field(min_length=1, description="The domains to learn and to measure.")
     cold_start: ColdStartConfig | None = Field(None, description="The common start of the experts.")
-    experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="The experts.")
-    merge: MergeConfig | None = Field(None, description="How the student is made.")
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What is measured.")
-    gate: GateConfig = Field(default_factory=GateConfig, description="When a student is promoted.")
+    experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="The experts, by name.")
+    merge: MergeConfig | None = Field(None, description="The merge that makes the student.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="The measurements.")
+    gate: GateConfig = Field(default_factory=GateConfig, description="The requirements for a promotion.")
     hypotheses: dict[str, HypothesisConfig] = Field(
-        default_factory=dict, description="What the run is to show, fixed before it is measured."
+        default_factory=dict, description="Hypotheses that the run tests, fixed before the measurement."
     )
-    resources: ResourcesConfig = Field(
-        default_factory=ResourcesConfig, description="Devices, servers, processes and time limits."
-    )
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="Devices, servers and limits.")
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Given to imported checkpoints' chat templates wherever prompts are rendered, such as "
+        description="Arguments for imported checkpoints' chat templates wherever prompts are rendered, such as "
         "{enable_thinking: false}.",
     )
     remote_code: bool = Field(
-        False, description="Run the Python code that imported checkpoints bring. Read it first: it may do anything."
+        False, description="Run the Python code of imported checkpoints. Read it first: it may do anything."
     )
-    notify: NotifyConfig | None = Field(None, description="A webhook that hears of failures and promotions.")
+    notify: NotifyConfig | None = Field(None, description="A webhook to notify of failures and promotions.")
 
     @field_validator("seeds")
     @classmethod
@@ -350,7 +347,7 @@ class RunConfig(StrictModel):
     @classmethod
     def _leaves_messages_alone(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if taken := sorted(value.keys() & OWN_ARGUMENTS):
-            raise ValueError(f"{taken[0]} is set by the stages; here are only variables of the template itself")
+            raise ValueError(f"{taken[0]} is set by the stages; only variables of the template itself are allowed here")
         return value
 
     def domain_names(self, choice: Literal["all"] | list[str]) -> list[str]:
@@ -358,18 +355,18 @@ class RunConfig(StrictModel):
         return list(self.domains) if choice == "all" else list(choice)
 
     def default_start(self) -> str:
-        """The checkpoint that experts and merge start from unless told otherwise."""
+        """The default start of experts and merge."""
         return COLD_START if self.cold_start else BASE
 
     def practised(self) -> list[str]:
-        """The domains the student practises: those it is taught, and the anchors."""
+        """The domains the student trains on: those with teachers, and the anchors."""
         merge = self.merge
         if merge is None:
             return []
         return list(dict.fromkeys([*self._taught_domains(merge), *(merge.anchor.domains if merge.anchor else [])]))
 
     def teachers(self) -> dict[str, dict[str, float]]:
-        """Route every domain the student practises to its teachers: experts' names, `cold_start` or `base`.
+        """Route every domain the student trains on to its teachers: experts' names, `cold_start` or `base`.
 
         Returns:
             domain -> teacher -> weight; the weights of a domain sum to 1.
@@ -393,14 +390,14 @@ class RunConfig(StrictModel):
         }
 
     def _taught_domains(self, merge: MergeConfig) -> list[str]:
-        """`merge.domains`; by default those with a teacher, and without any word on teachers those of the experts."""
+        """`merge.domains`; by default those with a teacher, and without settings of teachers those of the experts."""
         if merge.domains:
             return merge.domains
         own = [expert.domain for expert in self.experts.values()]
         return list(dict.fromkeys(own if merge.teachers is None else merge.teachers))
 
     def _routed(self, merge: MergeConfig, domain: str) -> dict[str, float]:
-        """The teachers of a domain with their weights; none where the anchor teaches it."""
+        """The teachers of a domain with their weights; none if the anchor teaches it."""
         if merge.teachers and domain in merge.teachers:
             return merge.teachers[domain]
         own = [name for name, expert in self.experts.items() if expert.domain == domain]

@@ -1,4 +1,4 @@
-"""The same merge with other settings, as students of their own beside it: `merge.variants`. Free of torch."""
+"""The same merge with other settings, as additional students: `merge.variants`. Free of torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from base.errors import UserError
 from flows.run_file.schema import MergeConfig, RunConfig
 
-# What stands beside the merge has no place within it.
+# Keys of the merge that a variant may not have.
 BESIDE = {"baselines", "variants", "rounds"}
 
 
@@ -21,7 +21,7 @@ def variant_run(config: RunConfig, name: str) -> RunConfig:
             `teachers` replaces the merge's as a whole: another route is another teacher, not one more.
 
     Raises:
-        UserError: a key or value is wrong; names it.
+        UserError: a key or value is wrong; the message names it.
     """
     merge = config.merge
     assert merge is not None
@@ -41,12 +41,12 @@ def variant_run(config: RunConfig, name: str) -> RunConfig:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as the run file says it, without the defaults around it."""
+    """A setting in the form of the run file, without defaults."""
     return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
 
 
 def overlaid(below: Any, above: Any) -> Any:
-    """One config over another: mappings key by key, anything else whole."""
+    """One config merged over another: mappings key by key, other values as a whole."""
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     return {**below, **{key: overlaid(below[key], value) if key in below else value for key, value in above.items()}}

@@ -1,7 +1,7 @@
-"""An expert goes into a run file or out of it; the file's comments and layout stay. Torch-free.
+"""Adds an expert to a run file or removes it; the file's comments and layout are kept. Torch-free.
 
-What would be trained again because of a longer list of domains is pinned first: a pretrained base and a cold start keep
-the domains they were made from.
+Lists of domains are pinned first, so that nothing is retrained because of a longer list: a pretrained base and a cold
+start keep the domains they were made from.
 """
 
 import copy
@@ -46,18 +46,18 @@ def test_the_gold_answer_scores_and_nothing_else():
 
 @dataclass(frozen=True)
 class NewExpert:
-    """What a person asks for.
+    """A request for a new expert.
 
     Attributes:
-        name: The expert's name; also the new domain's, where `domain` is a kind.
+        name: The expert's name; also the new domain's, if `domain` is a kind.
         domain: A domain of the run file, or the kind of a new one.
         tasks: Tasks of a `strings` or `reasoning` domain.
         options: Options of the new domain, `KEY=VALUE` with YAML values.
-        method: How it is trained; as `like` is, or as the first expert, where None.
+        method: How it is trained; None to train it as `like`, or as the first expert.
         like: Expert of the run file whose settings are copied.
         settings: Training settings that differ, `KEY=VALUE`.
-        checkpoint: An expert trained elsewhere, in place of training.
-        module: File of a domain of one's own, written from the scaffold where it is not there; in place of a kind.
+        checkpoint: An expert trained elsewhere, instead of training.
+        module: File of a user's own domain, instead of a kind; written from the scaffold if it does not exist.
     """
 
     name: str
@@ -72,68 +72,68 @@ class NewExpert:
 
 
 def add_expert(path: Path, asked: NewExpert, home: Path) -> list[str]:
-    """Write an expert, and its domain where it is new, into a run file.
+    """Write an expert, and its domain if it is new, into a run file.
 
     Args:
-        path: The run file; replaced whole, and only by one that loads and plans.
+        path: The run file; replaced as a whole, and only by one that loads and plans.
         asked: The expert.
         home: `$MOPD_HOME`, to plan with.
 
     Returns:
-        What was done, and what is to run now.
+        The changes made, and the nodes to run.
 
     Raises:
-        UserError: the expert is there already, or what it names is not; the file is as it was.
+        UserError: the expert exists already, or something it names does not; the file is unchanged.
     """
     config = load_run_file(path)
     if asked.name in config.experts:
-        raise UserError(f"{path}: experts.{asked.name} is there already; `mopd remove-expert` takes it out")
+        raise UserError(f"{path}: experts.{asked.name} exists already; `mopd remove-expert` removes it")
     document = _read(path)
-    said: list[str] = []
+    changes: list[str] = []
     if asked.module is not None:
-        said += _scaffold(path, asked)
+        changes += _scaffold(path, asked)
     domain, entry = _domain(path, config, asked)
     if entry is not None:
-        said += _pin_lists(document, config)
+        changes += _pin_lists(document, config)
         _section(document, "domains")[domain] = entry
-        said.append(f"domains.{domain}: {_flow(entry)}")
+        changes.append(f"domains.{domain}: {_flow(entry)}")
     expert = {"domain": domain} | ({"checkpoint": asked.checkpoint} if asked.checkpoint else _training(config, asked))
     _section(document, "experts")[asked.name] = expert
-    said.append(f"experts.{asked.name}: {_flow(expert)}")
-    said += _route(document, config, asked.name, domain, entry is not None)
-    return [*said, *_replace(path, document, home, drawn=domain)]
+    changes.append(f"experts.{asked.name}: {_flow(expert)}")
+    changes += _route(document, config, asked.name, domain, entry is not None)
+    return [*changes, *_replace(path, document, home, drawn=domain)]
 
 
 def remove_expert(path: Path, name: str, home: Path, *, with_domain: bool) -> list[str]:
-    """Take an expert out of a run file; its checkpoint and lineage stay in the store.
+    """Remove an expert from a run file; its checkpoint and lineage stay in the store.
 
     Args:
-        path: The run file; replaced whole, and only by one that loads and plans.
+        path: The run file; replaced as a whole, and only by one that loads and plans.
         name: The expert.
         home: `$MOPD_HOME`, to plan with.
-        with_domain: Also take out its domain, where nothing else names it. Else it goes on being measured.
+        with_domain: Also remove its domain, if nothing else names it; otherwise it is still measured.
 
     Raises:
-        UserError: there is no such expert, or something else still needs it; the file is as it was.
+        UserError: there is no such expert, or something else still needs it; the file is unchanged.
     """
     config = load_run_file(path)
     if name not in config.experts:
         raise UserError(f"{path}: there is no experts.{name}{nearest(name, config.experts)}")
     document = _read(path)
     if name not in (document.get("experts") or {}):
-        raise UserError(f"{path}: experts.{name} stands in {document.get('extends')}, which this file extends")
+        raise UserError(f"{path}: experts.{name} is in {document.get('extends')}, which this file extends")
     domain = config.experts[name].domain
     del document["experts"][name]
-    said = [f"experts.{name}: removed; its checkpoint stays in the store, {_where(config, name, home)}"]
-    said += _unroute(document, name, domain, any(e.domain == domain for n, e in config.experts.items() if n != name))
+    changes = [f"experts.{name}: removed; its checkpoint stays in the store, {_where(config, name, home)}"]
+    changes += _unroute(document, name, domain, any(e.domain == domain for n, e in config.experts.items() if n != name))
     if with_domain:
         if domain not in (document.get("domains") or {}):
-            raise UserError(f"{path}: domains.{domain} stands in {document.get('extends')}, which this file extends")
+            raise UserError(f"{path}: domains.{domain} is in {document.get('extends')}, which this file extends")
         del document["domains"][domain]
-        said.append(f"domains.{domain}: removed")
+        changes.append(f"domains.{domain}: removed")
     elif domain in (document.get("domains") or {}):
-        said.append(f"domains.{domain}: stays, and is measured; --with-domain takes it out too")
-    return [*said, *_replace(path, document, home)]
+        changes.append(f"domains.{domain}: kept and still measured; --with-domain removes it too")
+    return [*changes, *_replace(path, document, home)]
 
 
 def _where(config: RunConfig, name: str, home: Path) -> str:
@@ -146,7 +146,7 @@ def _where(config: RunConfig, name: str, home: Path) -> str:
 
 
 def _domain(path: Path, config: RunConfig, asked: NewExpert) -> tuple[str, dict[str, Any] | None]:
-    """The domain's name, and its entry where it is new."""
+    """The domain's name, and its entry if it is new."""
     kind = asked.domain
     if asked.module is not None:
         kind = os.path.relpath(asked.module.resolve(), path.parent.resolve())
@@ -160,7 +160,7 @@ def _domain(path: Path, config: RunConfig, asked: NewExpert) -> tuple[str, dict[
         hint = nearest(kind, [*config.domains, *KINDS])
         raise UserError(f"--domain: '{kind}' is neither a domain of {path} nor a kind of domain{hint}")
     if asked.name in config.domains:
-        raise UserError(f"{path}: domains.{asked.name} is there already; --domain {asked.name} trains an expert in it")
+        raise UserError(f"{path}: domains.{asked.name} exists already; --domain {asked.name} trains an expert in it")
     options: dict[str, Any] = {}
     if asked.tasks:
         options = _tasks(kind, asked.tasks)
@@ -181,7 +181,7 @@ def _tasks(kind: str, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _training(config: RunConfig, asked: NewExpert) -> dict[str, Any]:
-    """The new expert's `train`, as another is trained."""
+    """The new expert's `train`, copied from another expert."""
     trained = {name: expert.train for name, expert in config.experts.items() if expert.train}
     if asked.like is not None and asked.like not in trained:
         raise UserError(f"--like: no expert '{asked.like}' is trained in this run{nearest(asked.like, trained)}")
@@ -203,37 +203,37 @@ def _training(config: RunConfig, asked: NewExpert) -> dict[str, Any]:
 
 
 def _pin_lists(document: Any, config: RunConfig) -> list[str]:
-    """Say by name what `all` meant for the base and the cold start, so that neither is made again."""
-    said = []
+    """Replace `all` by the names it stood for in base and cold start, so that neither is made again."""
+    changes = []
     if config.base.pretrain and config.base.pretrain.domains == "all":
         _section(document, "base", "pretrain")["domains"] = _inline(list(config.domains))
-        said.append("base.pretrain.domains: those it was made from, by name, so that it is not made again")
+        changes.append("base.pretrain.domains: pinned to the domains it was made from, so that it is not made again")
     if config.cold_start and config.cold_start.sft.domains == "all":
         _section(document, "cold_start", "sft")["domains"] = _inline(list(config.domains))
-        said.append("cold_start.sft.domains: those it was made from, by name, so that it is not made again")
-    return said
+        changes.append("cold_start.sft.domains: pinned to the domains it was made from, so that it is not made again")
+    return changes
 
 
 def _route(document: Any, config: RunConfig, name: str, domain: str, new: bool) -> list[str]:
-    """Let the merge and the evaluation take the domain, where they list theirs."""
-    said, merge = [], config.merge
+    """Add the domain to the merge and the evaluation, if they list their domains."""
+    changes, merge = [], config.merge
     if merge is not None and (merge.teachers is not None or merge.domains is not None):
         teachers = config.teachers()
         if merge.domains is not None and domain not in merge.domains:
             _section(document, "merge")["domains"] = _inline([*merge.domains, domain])
-            said.append(f"merge.domains: and {domain}")
+            changes.append(f"merge.domains: added {domain}")
         if merge.teachers is not None and domain not in teachers:
             _section(document, "merge", "teachers")[domain] = name
-            said.append(f"merge.teachers.{domain}: {name}")
+            changes.append(f"merge.teachers.{domain}: {name}")
     if new and config.evaluate.domains != "all":
         _section(document, "evaluate")["domains"] = _inline([*config.evaluate.domains, domain])
-        said.append(f"evaluate.domains: and {domain}")
-    return said
+        changes.append(f"evaluate.domains: added {domain}")
+    return changes
 
 
 def _unroute(document: Any, name: str, domain: str, taught: bool) -> list[str]:
-    """Take the expert out of the merge's routes, its baselines' weights and its lists."""
-    said = []
+    """Remove the expert from the merge's routes, its baselines' weights and its lists."""
+    changes = []
     merge = document.get("merge") or {}
     teachers = merge.get("teachers") or {}
     for routed, given in list(teachers.items()):
@@ -243,21 +243,21 @@ def _unroute(document: Any, name: str, domain: str, taught: bool) -> list[str]:
                 del teachers[routed]
             else:
                 del given[name]
-            said.append(f"merge.teachers.{routed}: no longer {name}")
+            changes.append(f"merge.teachers.{routed}: no longer {name}")
     baselines = merge.get("baselines") or {}
     for baseline in baselines if isinstance(baselines, Mapping) else ():
         weights = (baselines[baseline] or {}).get("weights") or {}
         if name in weights:
             del weights[name]
-            said.append(f"merge.baselines.{baseline}.weights: no longer {name}")
+            changes.append(f"merge.baselines.{baseline}.weights: no longer {name}")
     if not taught and domain in (merge.get("domains") or ()) and domain not in teachers:
         merge["domains"].remove(domain)
-        said.append(f"merge.domains: no longer {domain}")
-    return said
+        changes.append(f"merge.domains: no longer {domain}")
+    return changes
 
 
 def _replace(path: Path, document: Any, home: Path, drawn: str | None = None) -> list[str]:
-    """Put the new file in the old one's place if it loads, plans and draws an example; say what is to run."""
+    """Replace the file if the new one loads, plans and draws an example; returns what is to run."""
     from base.store.checkpoint import Store
     from flows.plan.graph import build_graph
     from flows.plan.lock import status
@@ -271,17 +271,17 @@ def _replace(path: Path, document: Any, home: Path, drawn: str | None = None) ->
             graph = build_graph(config, home)
             shown = _first_example(config, drawn) if drawn else []
         except UserError as error:
-            raise UserError(f"{path} is as it was: {error}") from None
+            raise UserError(f"{path} is unchanged: {error}") from None
         shutil.copymode(path, temporary)
     entries = status(graph, Store(home))
     waiting = [entry.node for entry in entries if not entry.cached]
     stages = [node.id for node in waiting if node.stage not in EVALUATIONS]
-    said = f"to run: {', '.join(stages) or 'no stage'}, and {len(waiting) - len(stages)} evaluations and measurements"
-    return [*shown, said, f"cached: {len(entries) - len(waiting)} of {len(entries)} nodes"]
+    waits = f"to run: {', '.join(stages) or 'no stage'}, and {len(waiting) - len(stages)} evaluations and measurements"
+    return [*shown, waits, f"cached: {len(entries) - len(waiting)} of {len(entries)} nodes"]
 
 
 def _first_example(config: RunConfig, name: str) -> list[str]:
-    """Draw an example, for a task or a data set that is not there shows nowhere else before the run."""
+    """Draw an example, because a missing task or data set is not detected anywhere else before the run."""
     entry = config.domains[name]
     domain = load_domain(name, entry.kind, entry.options)
     example = next(iter(domain.draw(TRAIN, 1, 0)))
@@ -291,7 +291,7 @@ def _first_example(config: RunConfig, name: str) -> list[str]:
 
 
 def _scaffold(path: Path, asked: NewExpert) -> list[str]:
-    """Write a domain of one's own with its test, to be changed; a file that is there is taken as it is."""
+    """Write a template of a user's own domain, with its test; an existing file is used unchanged."""
     file = asked.module
     assert file is not None
     if file.suffix != OWN_SUFFIX:
@@ -314,13 +314,13 @@ def _assign(values: dict[str, Any], assignment: str, option: str) -> None:
     for part in parents:
         inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{option} '{assignment}': '{part}' holds no keys")
+            raise UserError(f"{option} '{assignment}': '{part}' has no keys")
         values = inner
     values[last] = parse_value(f"{option} '{assignment:.200}'", text)
 
 
 def _yaml() -> Any:
-    """A reader and writer that keeps comments, quotes and layout."""
+    """A YAML reader and writer that keeps comments, quotes and layout."""
     from ruamel.yaml import YAML
 
     parser = YAML()
@@ -336,7 +336,7 @@ def _read(path: Path) -> Any:
 
 
 def _section(document: Any, *keys: str) -> Any:
-    """The mapping at these keys, made where it is missing."""
+    """The mapping at these keys, created if it is missing."""
     for key in keys:
         if document.get(key) is None:
             document[key] = {}

@@ -1,4 +1,4 @@
-"""A first run file from a base and a few domains: small, commented, and one that `plan --check` passes. Torch-free."""
+"""Writes a first run file from a base and a few domains: small, commented, and valid for `plan --check`. Torch-free."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,22 @@ def init(path: Path, base: str, domains: Sequence[str], options: Sequence[str], 
     """Write a run file.
 
     Args:
-        path: Where; its stem is the run's name.
+        path: The file; its stem is the run's name.
         base: `tiny`, a GGUF file, a folder, or a Hugging Face id.
         domains: `NAME=DATA`: a data file, folder or Hub id, `KIND:TASK`, `code_edit`, or a Python file.
         options: `NAME.KEY=VALUE` for a domain's options, with YAML values.
         gpus: Devices of each training stage.
-        force: Replace a file that is there.
+        force: Replace an existing file.
 
     Returns:
-        What was taken for what, for a person to check.
+        A line for each domain with what was detected, for the user to check.
 
     Raises:
-        UserError: the file is there already, or what is named cannot be used; nothing is written then.
+        UserError: the file exists already, or an argument cannot be used; nothing is written then.
         ConnectionError: the Hub cannot be reached.
     """
     if path.exists() and not force:
-        raise UserError(f"{path} is there already; choose another name, or --force replaces it")
+        raise UserError(f"{path} exists already; choose another name, or --force replaces it")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder")
     given = _options(options, [name for name, _ in map(_split, domains)])
@@ -51,7 +51,7 @@ def init(path: Path, base: str, domains: Sequence[str], options: Sequence[str], 
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
         load_run_file(temporary)
-    return [_told(skill) for skill in skills]
+    return [_summary(skill) for skill in skills]
 
 
 def _split(asked: str) -> tuple[str, str]:
@@ -77,7 +77,7 @@ def _options(asked: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, 
 
 
 def _skill(name: str, data: str, options: Mapping[str, Any], folder: Path) -> Skill:
-    """Find out what the data are and draw some examples."""
+    """Detect the kind of the data and draw some examples."""
     kind, colon, task = data.partition(":")
     if kind in TASK_KINDS and colon:
         own: dict[str, Any] = {"task": task} if kind == "strings" else {"tasks": {task: {}}}
@@ -89,8 +89,8 @@ def _skill(name: str, data: str, options: Mapping[str, Any], folder: Path) -> Sk
         return _drawn(name, path, options, folder)
     if "/" not in data and not os.path.exists(data) and file_format(Path(data)) is None:
         raise UserError(
-            f"--domain {name}: '{data}' is no file, no Hub id (owner/name) and no kind{nearest(data, KINDS)}; tasks "
-            f"are named as strings:sort or reasoning:spell_backward"
+            f"--domain {name}: '{data}' is neither a file nor a Hub id (owner/name) nor a kind{nearest(data, KINDS)}; "
+            f"tasks are named as strings:sort or reasoning:spell_backward"
         )
     return _drawn(name, "hub", guess_options(path, folder, typed_options(options, folder)), folder)
 
@@ -105,7 +105,7 @@ def _drawn(name: str, kind: str, options: Mapping[str, Any], folder: Path) -> Sk
 
 
 def _sizes(base: str, skills: Sequence[Skill], gpus: int) -> Sizes:
-    """Lengths from the examples. A tiny model's tokens are characters; others' are taken as half of them."""
+    """Lengths from the examples: a tiny model's tokens are characters; for other models half as many are assumed."""
     tiny = base == TINY
     answers = {skill.name: skill.longest_answer for skill in skills}
     if tiny:
@@ -113,7 +113,7 @@ def _sizes(base: str, skills: Sequence[Skill], gpus: int) -> Sizes:
         context = next((size for size in _TINY_CONTEXTS if size >= longest), None)
         if context is None:
             raise UserError(
-                f"--base {TINY}: the longest example has {longest} characters and the largest tiny model reads "
+                f"--base {TINY}: the longest example has {longest} characters but the largest tiny model reads "
                 f"{_TINY_CONTEXTS[-1]}; take a real base"
             )
         return Sizes(tiny, gpus, context, {name: length + 4 for name, length in answers.items()})
@@ -136,7 +136,7 @@ def _base(base: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
     return {"checkpoint": place}
 
 
-def _told(skill: Skill) -> str:
+def _summary(skill: Skill) -> str:
     example = skill.examples[0]
     prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
     options = ", ".join(f"{key} {value}" for key, value in skill.options.items() if key != "path")

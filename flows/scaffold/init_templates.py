@@ -17,9 +17,9 @@ class Skill:
 
     Attributes:
         name: The domain's and its expert's.
-        kind: Of the domain.
+        kind: The domain's kind.
         options: Its options.
-        examples: Some of them.
+        examples: Some of its examples.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Skill:
 
     @property
     def method(self) -> str:
-        """`rl` where a score can tell right from wrong; `sft` for free text."""
+        """`rl` if a score can separate right from wrong; `sft` for free text."""
         return "sft" if free_text(self.options, [e.answer for e in self.examples]) and self.kind == "hub" else "rl"
 
     @property
@@ -50,7 +50,7 @@ class Sizes:
     Attributes:
         tiny: Whether the run pretrains its base.
         gpus: Devices of each training stage.
-        context: Of the tiny model; None for others, which have their own.
+        context: Context of the tiny model; None for others, which have their own.
         new_tokens: Longest completion of each domain.
     """
 
@@ -64,7 +64,7 @@ def run_file(name: str, base: Mapping[str, Any], skills: Sequence[Skill], sizes:
     """The whole file.
 
     Args:
-        name: The run's.
+        name: The run's name.
         base: `checkpoint` or `gguf`; not used for a tiny model.
         skills: One expert each.
         sizes: Lengths and devices.
@@ -72,7 +72,7 @@ def run_file(name: str, base: Mapping[str, Any], skills: Sequence[Skill], sizes:
     general = GENERAL if all(skill.name != GENERAL for skill in skills) else f"{GENERAL}_skill"
     parts = [
         f"# Check it with `mopd plan --check`, make it with `mopd run`; `mopd run --help-config` lists every key.\n"
-        f"name: {name}\nseeds: [0]            # [0, 1, 2] says how far another seed would fall",
+        f"name: {name}\nseeds: [0]            # [0, 1, 2] shows how far seeds differ",
         _base(base, sizes),
         _domains(skills, general, sizes),
         _cold_start(skills, sizes),
@@ -108,14 +108,14 @@ def _domains(skills: Sequence[Skill], general: str, sizes: Sizes) -> str:
     lines = []
     for skill in skills:
         if skill.method == "sft":
-            lines.append("  # Whole texts are compared, which says little of free text: see the kind `judge`.")
+            lines.append("  # Whole texts are compared, which is a poor score of free text: see the kind `judge`.")
         lines.append(_entry(skill.name, skill.kind, skill.options))
     return "\n".join(
         [
-            "# What there is to learn and to measure: where examples come from and how a completion is scored.",
+            "# The domains to learn and to measure: the source of examples and the scorer of completions.",
             "domains:",
             *lines,
-            "  # No expert trains it: it shows what is forgotten. Put here what your model must keep.",
+            "  # No expert trains it: it measures forgetting. Use data here that your model must not forget.",
             f"  {general}: {one_line(kept)}",
         ]
     )

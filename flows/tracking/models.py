@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.servers.pages import chart_page, model_page
 from flows.servers.start import mlflow_uri, without_secrets
 from flows.tracking.curves import CURVE, ROLES, tracked
@@ -137,13 +137,13 @@ class LoggedCheckpoints:
             self.client.log_inputs(run_id, models=inputs)
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
         metrics = [
-            Metric(cards.metric_name(name), value, time_ms, step, model_id=model.model_id, run_id=run_id)
+            Metric(descriptions.metric_name(name), value, time_ms, step, model_id=model.model_id, run_id=run_id)
             for name, value in tracked(manifest.get("metrics", {})).items()
         ]
         if metrics:
             self.client.log_batch(run_id, metrics=metrics)
-        if (table := cards.data_table(artifact))["data"]:
-            self.log_table(run_id, cards.DATA_FILE, table)
+        if (table := descriptions.data_table(artifact))["data"]:
+            self.log_table(run_id, descriptions.DATA_FILE, table)
         self.client.set_tag(run_id, NOTE, str(model.tags.get(NOTE, "")))
         self._models[artifact.key] = model.model_id
         return model
@@ -162,14 +162,14 @@ class LoggedCheckpoints:
             return
         model = self.client.get_logged_model(model_id)
         parents = {role: self.model(parent["key"]) for role, parent in artifact.manifest.get("parents", {}).items()}
-        about = cards.About(
+        about = descriptions.About(
             pages=self._pages(parents),
             scores=_scores(model),
             children=self._children(model),
             curves=self.curves(model, artifact),
             **json.loads(model.tags.get(COMPARED, "{}")),
         )
-        note = note_within(cards.model_note(artifact, about))
+        note = note_within(descriptions.model_note(artifact, about))
         if note == model.tags.get(NOTE):
             return
         self.client.set_logged_model_tags(model_id, {NOTE: note})
@@ -197,7 +197,7 @@ class LoggedCheckpoints:
             return {}
         wanted = {domain: [f"{CURVE}/{domain}/{role}" for role in ROLES] for domain in manifest.get("data", {})}
         return {
-            domain: chart_page("", self.experiment, run_id, [cards.metric_name(name) for name in names])
+            domain: chart_page("", self.experiment, run_id, [descriptions.metric_name(name) for name in names])
             for domain, names in wanted.items()
         }
 
@@ -206,7 +206,7 @@ class LoggedCheckpoints:
 
         Args:
             key: The checkpoint's content key.
-            about: `rows`, `verdict`, `run`, `report` and `title`, as `flows.lineage.cards.About` has them.
+            about: `rows`, `verdict`, `run`, `report` and `title`, as `flows.lineage.descriptions.About` has them.
         """
         if (model_id := self.model(key)) is not None:
             self.client.set_logged_model_tags(model_id, {COMPARED: json.dumps(about)})
@@ -217,13 +217,13 @@ class LoggedCheckpoints:
         manifest = artifact.manifest
         tags = {"key": artifact.key, "digest": artifact.digest, "stage": str(manifest.get("stage"))}
         tags |= {f"parent.{role}": parent for role, parent in parents.items() if parent}
-        note = cards.model_note(artifact, cards.About(pages=self._pages(parents)))
+        note = descriptions.model_note(artifact, descriptions.About(pages=self._pages(parents)))
         tags |= {STEP: str(step), "seed": str(manifest.get("seed", 0)), NOTE: note}
         model = mlflow.create_external_model(
-            name=cards.model_name(artifact),
+            name=descriptions.model_name(artifact),
             source_run_id=run_id,
             tags=tags,
-            params=cards.model_params(artifact),
+            params=descriptions.model_params(artifact),
             model_type=str(manifest.get("stage", "checkpoint")),
             experiment_id=self.experiment,
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from base.hashing import stable_hash
 from base.store.checkpoint import Artifact
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.lineage.drawing import draw_html
 from flows.plan.graph import Node
 from flows.run_file.schema import STUDENT
@@ -58,7 +58,7 @@ class StageRun:
         if status == "FINISHED" and step < total:
             tracker.submit("tag", ref=ref, name=STOPPED_EARLY, value=f"step {step} of {total}")
         if self._samples:
-            tracker.submit("table", ref=ref, file="samples.json", table=cards.sample_table(self._samples))
+            tracker.submit("table", ref=ref, file="samples.json", table=descriptions.sample_table(self._samples))
         if self._notes:
             tracker.submit("text", ref=ref, file="notes.txt", text="\n".join(self._notes) + "\n")
         if artifact is not None:
@@ -93,7 +93,7 @@ def describe_data(node: Node, domain: str, split: str) -> dict[str, str]:
         fingerprint = node.ingredients["domains"][domain]
     return {
         "name": f"{domain}/{split}",
-        "digest": cards.dataset_digest(fingerprint),
+        "digest": descriptions.dataset_digest(fingerprint),
         "kind": str(entry["kind"]),
         "source": json.dumps(entry["options"]),
         "profile": json.dumps({"fingerprint": fingerprint, "split": split}),

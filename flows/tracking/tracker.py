@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from base.store.checkpoint import Artifact, Store
 from experts.domain import TRAIN
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.lineage.drawing import draw_html
 from flows.plan.champion_history import registered_name
 from flows.plan.graph import Node, StageGraph
@@ -38,7 +38,7 @@ from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
     from evals.comparison.results import Results
-    from evals.promotion.gate import Verdict
+    from evals.promotion.gate import GateVerdict
 
 BATCH_METRICS, BATCH_PARAMS, PARAM_LENGTH = 1000, 100, 6000
 PARENT = "run"
@@ -141,7 +141,7 @@ class Tracker:
         results: "Results | None",
         report: Path | None,
         candidate: Node | None = None,
-        verdict: "Verdict | None" = None,
+        verdict: "GateVerdict | None" = None,
     ) -> None:
         """Log the run's results and close it. Records the server did not accept are sent at the next start.
 
@@ -179,7 +179,7 @@ class Tracker:
         self.submit("end", ref=PARENT, status=status, time=now())
         self.outbox.close()
 
-    def _headline(self, results: "Results", verdict: "Verdict | None") -> None:
+    def _headline(self, results: "Results", verdict: "GateVerdict | None") -> None:
         """Log the parent run's metrics, and the tags that distinguish runs in MLflow's list of runs."""
         from evals.comparison.headline import MEAN, headline
 
@@ -190,7 +190,9 @@ class Tracker:
         if verdict is not None:
             self.submit("tag", ref=PARENT, name=VERDICT, value=verdict.conclusion)
 
-    def _compare(self, results: "Results", candidate: Node | None, verdict: "Verdict | None", reported: bool) -> None:
+    def _compare(
+        self, results: "Results", candidate: Node | None, verdict: "GateVerdict | None", reported: bool
+    ) -> None:
         """Log teacher, start and recovery beside each merge's own scores, and the verdict on the candidate."""
         from evals.comparison.headline import compared
 
@@ -215,14 +217,14 @@ class Tracker:
         everywhere = {"home": str(self.store.home.resolve()), "token": self.token, "name": self.name}
         everywhere |= {"host": os.uname().nodename, "mlflow.user": _user()}
         self.submit("run", ref=ref, name=name, parent=parent, tags={**everywhere, **tags}, time=now())
-        flat = list(cards.flatten(params).items())
+        flat = list(descriptions.flatten(params).items())
         for first in range(0, len(flat), BATCH_PARAMS):
             chunk = {name: value[:PARAM_LENGTH] for name, value in flat[first : first + BATCH_PARAMS]}
             self.submit("params", ref=ref, params=chunk)
 
     def log_metrics(self, ref: str, values: list[tuple[str, float, int, int]]) -> None:
         """Log (name, value, milliseconds, step) on a run, in batches of the size that one request allows."""
-        named = [(cards.metric_name(name), *rest) for name, *rest in values]
+        named = [(descriptions.metric_name(name), *rest) for name, *rest in values]
         for first in range(0, len(named), BATCH_METRICS):
             self.submit("metrics", ref=ref, metrics=named[first : first + BATCH_METRICS])
 
@@ -236,14 +238,14 @@ class Tracker:
         self.references.score(node, artifact)
         if node.stage == SHIFT:
             key, metrics = self.graph.node(node.parents["checkpoint"]).key, artifact.manifest["metrics"]
-            named = {cards.metric_name(name): value for name, value in metrics.items()}
+            named = {descriptions.metric_name(name): value for name, value in metrics.items()}
             fields = {"key": key, "scores": artifact.key, "name": node.stage, "metrics": named}
             self.submit("scores", ref=PARENT, **fields, time=now())
             return
         domain, split = node.config["domain"], node.config["split"]
         checkpoint = self.graph.node(node.parents["checkpoint"])
         metrics = {
-            cards.metric_name(f"eval/{domain}/{split}/{name}"): value
+            descriptions.metric_name(f"eval/{domain}/{split}/{name}"): value
             for name, value in artifact.manifest["metrics"].items()
         }
         data = describe_data(node, domain, split)

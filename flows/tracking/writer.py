@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from base.store.checkpoint import Artifact, Store
-from flows.lineage import cards
+from flows.lineage import descriptions
 from flows.plan.champion_history import CHAMPION_ALIAS, read_history, registered_name
 from flows.servers.pages import model_page, run_page, save_pages, version_page
 from flows.servers.start import mlflow_artifacts, mlflow_environment, mlflow_uri, without_secrets
@@ -263,7 +263,7 @@ class Writer:
                     f"{artifact.name}@{artifact.manifest.get('seed', 0)}: {domain}": page
                     for domain, page in self.checkpoints.curves(self.client.get_logged_model(model), artifact).items()
                 }
-        note = cards.run_note(rows, operation.get("page", ""), charts)
+        note = descriptions.run_note(rows, operation.get("page", ""), charts)
         self.client.set_tag(_run_id(operation["ref"], ids), NOTE, note_within(note))
 
     def _compared(self, operation: Operation, ids: dict[str, str]) -> None:

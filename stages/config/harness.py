@@ -1,4 +1,4 @@
-"""What a run file may say about lm-evaluation-harness tasks. Free of torch and of the harness itself."""
+"""The run file's settings for lm-evaluation-harness tasks. Imports neither torch nor the harness."""
 
 from typing import Self
 
@@ -8,7 +8,7 @@ from base.errors import nearest
 from experts.domain import HELD_OUT
 from stages.config.training import NOT_IN_KEY, Positive, StrictModel
 
-# Tasks stand beside the run's own domains in every table; the prefix tells them apart.
+# Tasks appear beside the run's own domains in every table; the prefix distinguishes them.
 PREFIX = "harness."
 
 

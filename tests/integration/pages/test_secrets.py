@@ -16,8 +16,7 @@ from rich.console import Console
 
 from base.store.checkpoint import Store
 from flows.champion import champion
-from flows.cli import show
-from flows.cli import doctor
+from flows.cli import doctor, show
 from flows.run import pipeline
 from flows.run_file.load import load_run_file
 from flows.run_file.notify import NotifyConfig
@@ -91,7 +90,7 @@ def test_what_a_person_reads_of_servers_that_answer_and_do_not(clean, tmp_path, 
     for line in (f"{place} answers", "http://127.0.0.1:9 does not answer", f"MLflow:  http://{place}", "9 does not"):
         assert line in screen.getvalue()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    champion.tell_mlflow(Store(tmp_path), "lab", lab_graph().node("student@0"))
+    champion.update_aliases(Store(tmp_path), "lab", lab_graph().node("student@0"))
     said = capsys.readouterr()
     assert "MLflow at http://127.0.0.1:9 was not reached" in said.err
     assert SECRET not in screen.getvalue() + said.out + said.err

@@ -12,7 +12,7 @@ import pytest
 
 from base.store.checkpoint import Artifact, Store
 from evals.promotion.criterion import Criterion
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from flows.champion.champion import promote_by_gate
 from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import write_lock
@@ -45,7 +45,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     report.write_text("<p>tables</p>")
     (home / "scores.csv").write_text("checkpoint,domain\n")
     (home / "report.json").write_text("{}")
-    promote_by_gate(graph, store, Verdict("student", "the only merge", (Criterion("all", True, ""),)))
+    promote_by_gate(graph, store, GateVerdict("student", "the only merge", (Criterion("all", True, ""),)))
     tracker.finish("FINISHED", None, report, graph.node("student@0"))
     return {"home": home, "graph": graph, "store": store, "tracker": tracker, "client": tracker.writer.client}
 

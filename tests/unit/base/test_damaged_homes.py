@@ -145,4 +145,6 @@ def test_a_report_whose_place_is_taken_by_a_folder_is_named(desk: Desk) -> None:
     desk.write(RUN)
     done = desk.call("report")
     assert done.exit_code == MISTAKE
-    assert done.stderr.startswith(f"error: {place}: a folder where a file belongs; move what is there away")
+    assert done.stderr.startswith(
+        f"error: {place}: a folder where a file belongs; move the existing file or folder away"
+    )

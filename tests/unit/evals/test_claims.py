@@ -16,7 +16,7 @@ from evals.claims.page import Judged, claims_page, hypotheses_grid
 from evals.comparison.results import Cost, Expert, Results
 from evals.comparison.scores import Scores
 from evals.config.claims import ComparisonConfig, HypothesisConfig
-from evals.statistics.crossed import over_both, over_examples
+from evals.statistics.crossed_effects import over_both, over_examples
 from tests.support.scored import row, sheet
 from tests.unit.flows.run_file.test_config import load, message
 
@@ -311,11 +311,11 @@ def test_what_has_one_value_a_seed_is_drawn_by_seed():
     results = run(away=asked, cost=costs, score={**asked, "measure": "score", "domains": ["new"]})
     own = findings(results, results.hypotheses)
     alone = claim_figure(own[:1])
-    assert alone.count("weights changed at float32 less those at bfloat16") == 2 and "a dot a seed" in alone
+    assert alone.count("weights changed at float32 less those at bfloat16") == 2 and "one dot per seed" in alone
     # The dots and the marker's own definition.
     assert alone.count("stroke-opacity: 0.6") >= 8
     figure = claim_figure(own)
-    assert figure.count(">seconds<") == 2 and figure.count("a dot a seed") == 2 and "difference, points" in figure
+    assert figure.count(">seconds<") == 2 and figure.count("one dot per seed") == 2 and "difference, points" in figure
 
 
 @pytest.mark.parametrize(
@@ -351,4 +351,4 @@ def test_names_are_checked_when_the_run_file_is_read(tmp_path):
     test |= {"compare": ["experts/sorts", "student"], "domains": ["sorted"]}
     said = message(tmp_path, hypotheses=hypotheses)
     assert "hypotheses.H.tests.t: unknown checkpoint 'experts/sorts' — did you mean 'experts/sort'?" in said
-    assert "'sorted' is no domain that is scored — did you mean 'sort'?" in said
+    assert "'sorted' is not a scored domain — did you mean 'sort'?" in said

@@ -136,7 +136,7 @@ def test_what_cannot_be_told_is_an_error_or_a_warning(tmp_path: Path) -> None:
     folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
     nothing = report(folder, home, page)
     assert nothing.exit_code == 2
-    assert "tests.yaml: nothing of it is in" in nothing.output and "mopd run" in nothing.output
+    assert "has no artifact of it; make it first" in nothing.output and "mopd run" in nothing.output
     assert not page.exists()
     score(folder, home)
     late = {

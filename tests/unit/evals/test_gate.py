@@ -8,9 +8,9 @@ import pytest
 from evals.comparison.results import Results
 from evals.comparison.scores import Scores
 from evals.promotion.candidates import rivals
-from evals.promotion.gate import Verdict, judge
-from evals.statistics.hypotheses import mean_superiority, non_inferiority
+from evals.promotion.gate import GateVerdict, judge
 from evals.statistics.intervals import paired_difference
+from evals.statistics.tests_of_scores import mean_superiority, non_inferiority
 from tests.support.scored import results, sheet
 
 GOOD = {("student", "a"): 0.9, ("student", "b"): 0.9}
@@ -101,7 +101,7 @@ def with_rivals(shares: Mapping[str, float], forgotten: tuple[str, ...] = ()) ->
     return dataclasses.replace(whole, checkpoints=(*whole.checkpoints, *shares), cells=cells)
 
 
-def verdict_of(shares: Mapping[str, float], **options) -> Verdict:
+def verdict_of(shares: Mapping[str, float], **options) -> GateVerdict:
     return judge(with_rivals(shares, **options), 0.08, 0.05)
 
 
@@ -168,12 +168,12 @@ def test_a_sentence_a_domain_says_why():
     fine, bad = (judge(results(GOOD | {("student", "a"): share}), 0.08, 0.05).criteria[0].text for share in (0.9, 0.8))
     assert fine.startswith(
         "a: 90.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference +0.0 [-4.0, +4.0] points, "
-        "p = 6.1e-05, all of it above the allowed -8.0, so non-inferior"
+        "p = 6.1e-05, the interval lies above -8.0: non-inferior"
     )
     assert bad.startswith(
         "a: 80.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference -10.0 [-17.1, "
     )
-    assert "not all of it above the allowed -8.0, so not shown non-inferior" in bad
+    assert "the interval does not lie above -8.0: not shown non-inferior" in bad
 
 
 def test_the_decision_is_the_interval_and_its_p_stands_beside_it():
@@ -182,10 +182,10 @@ def test_the_decision_is_the_interval_and_its_p_stands_beside_it():
     expected, found = non_inferiority(*pair, 0.08), paired_difference(*pair)
     first, other = judge(whole, 0.08, 0.05).criteria[:2]
     assert first.passed and expected < 0.025 and found.low > -0.08
-    told = f"difference -1.0 [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points, p = {expected:.2g}, all of it"
-    assert told in first.text
+    bounds = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    assert f"difference -1.0 {bounds} points, p = {expected:.2g}, the interval lies above -8.0" in first.text
     # Of all teachers together the largest p, on every line.
-    assert f"all of them: p = {expected:.2g})" in other.text and "p = 6.1e-05, all of it" in other.text
+    assert f"largest p = {expected:.2g})" in other.text and "p = 6.1e-05, the interval lies" in other.text
     assert found.low < -0.05 and not judge(whole, 0.05, 0.05).criteria[0].passed
 
 
@@ -218,7 +218,7 @@ def test_the_estimate_of_forgetting_decides_and_its_interval_is_told():
     lines = {
         share: judge(of_seeds({("student", "g"): (share, share)}), 0.08, 0.05).criteria[2] for share in (0.5, 0.46)
     }
-    assert lines[0.46].passed and "at most 5.0, past which the interval reaches." in lines[0.46].text
+    assert lines[0.46].passed and "at most 5.0, beyond which the interval extends." in lines[0.46].text
     assert lines[0.5].passed and "reaches" not in lines[0.5].text
 
 
@@ -294,4 +294,4 @@ def test_former_champions_that_share_no_examples_are_no_line():
 
 def test_the_text_says_that_every_teacher_must_pass():
     lines = judge(results(GOOD), 0.08, 0.05).criteria[:2]
-    assert all("every teacher must pass, so no correction" in line.text for line in lines)
+    assert all("all teachers must pass, so p is not corrected" in line.text for line in lines)

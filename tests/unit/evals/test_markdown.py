@@ -9,7 +9,7 @@ import pytest
 from base.store.checkpoint import Artifact, Store
 from evals.report.table import render_markdown
 from evals.tables.markdown import code, plain
-from flows.lineage import cards, export
+from flows.lineage import descriptions, export
 from flows.lineage import rows as lineage
 from flows.run.finish import Outcome
 from tests.support.lineage_home import commit, lessons, shared_graph
@@ -44,10 +44,14 @@ def student(tmp_path: Path) -> Artifact:
 
 
 def test_names_in_mlflows_notes_are_text(student):
-    note = cards.model_note(student, cards.About(scores={(NASTY, "held_out"): 0.5, ("sort", "held_out"): 1.0}))
+    note = descriptions.model_note(
+        student, descriptions.About(scores={(NASTY, "held_out"): 0.5, ("sort", "held_out"): 1.0})
+    )
     harmless(note)
-    harmless(cards.model_note(student, cards.About(pages=dict.fromkeys(student.manifest["parents"], "/page"))))
-    harmless(cards.run_note([(student, "/page")]))
+    harmless(
+        descriptions.model_note(student, descriptions.About(pages=dict.fromkeys(student.manifest["parents"], "/page")))
+    )
+    harmless(descriptions.run_note([(student, "/page")]))
     assert "a\\|b &lt;img src=x" in note
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from evals.config.claims import HypothesisConfig
-from evals.statistics.hypotheses import non_inferiority
 from evals.statistics.power import (
     BINARY_SD,
     equivalence_needed,
@@ -15,6 +14,7 @@ from evals.statistics.power import (
     precision_notes,
     resolved,
 )
+from evals.statistics.tests_of_scores import non_inferiority
 
 
 def test_hand_worked_sizes():
@@ -90,7 +90,7 @@ def test_a_margin_that_equal_scores_seldom_meet_is_warned_of():
 def test_examples_that_can_show_nothing_are_warned_of():
     assert precision_notes(20, 0.08, 0.95)[-1] == (
         "warning: evaluate.examples 20 can show nothing within gate.non_inferiority_margin 0.08: that needs 51 "
-        "examples, even of equal answers"
+        "examples, even with equal answers"
     )
 
 

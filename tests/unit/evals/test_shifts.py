@@ -23,7 +23,7 @@ from evals.comparison.shift_sheet import (
 )
 from evals.comparison.shifts import cosines_grid, shift_grid
 from evals.report.table import render_markdown
-from evals.statistics.crossed import over_both
+from evals.statistics.crossed_effects import over_both
 from flows.champion.results import collect
 from flows.plan.graph import StageGraph, build_graph
 from tests.support.checkpoints import pretend_checkpoint
@@ -174,7 +174,7 @@ def test_finished_sheets_reach_the_results(tmp_path: Path) -> None:
 
 
 def test_what_is_malformed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"shift\.json: there is no such sheet"):
+    with pytest.raises(UserError, match=r"shift\.json: the sheet does not exist"):
         read_shift(tmp_path)
     whole = json.loads(sheet(0.1).model_dump_json())
     (tmp_path / SHIFT_FILE).write_text(json.dumps(whole))

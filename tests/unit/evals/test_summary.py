@@ -8,7 +8,7 @@ from rich.console import Console
 
 from evals.comparison.results import Expert, Results
 from evals.promotion.advice import Settings, advice
-from evals.promotion.gate import Verdict, judge
+from evals.promotion.gate import GateVerdict, judge
 from evals.report.summary import NAME_CHARACTERS, Summary, render, summarise, table
 from tests.support.scored import results, sheet
 
@@ -21,7 +21,7 @@ STEPS = {
 SETTINGS = Settings(command="mopd run lab.yaml", margin=0.08, examples=100, max_new_tokens=20, steps=STEPS)
 
 
-def judged(whole: Results, **verdict: str) -> Verdict:
+def judged(whole: Results, **verdict: str) -> GateVerdict:
     return dataclasses.replace(judge(whole, 0.08, 0.05), **verdict)
 
 
@@ -200,7 +200,7 @@ def test_answers_that_are_cut_off_ask_for_room():
 def test_forgetting_over_the_limit_asks_for_an_anchor():
     whole = dataclasses.replace(cut_nowhere(results(GOOD | {("student", "g"): 0.3})), anchored=())
     assert advice(whole, judged(whole), SETTINGS)[0] == (
-        "g fell by 20.0 points and is not practised: merge.anchor.domains=[g]"
+        "g fell by 20.0 points and is not trained on: merge.anchor.domains=[g]"
     )
     anchored = dataclasses.replace(whole, anchored=("g",))
     assert advice(anchored, judged(anchored), SETTINGS)[0].endswith("although it is anchored: merge.anchor.weight=2")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from evals.report.table import fitted, render, render_markdown, roles_grid, seeds_grid, statements
-from evals.statistics.crossed import over_both
+from evals.statistics.crossed_effects import over_both
 from evals.tables.grid import Grid
 from tests.support.scored import results, sheet
 

@@ -119,7 +119,7 @@ def test_a_merge_that_lists_its_teachers_and_domains_gets_the_new_one(file: Path
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (NewExpert("sort", "sort"), r"experts\.sort is there already"),
+        (NewExpert("sort", "sort"), r"experts\.sort exists already"),
         (NewExpert("a"), "--domain: name a domain"),
         (NewExpert("a", "reasonin"), r"--domain: 'reasonin' .* did you mean 'reasoning'"),
         (NewExpert("a", "reasoning", tasks=["countdwn"]), r"did you mean 'countdown'"),

@@ -72,7 +72,7 @@ def test_servers_and_stores_that_do_not_answer_are_named_with_what_mends_them(
     healthy, text = said(tmp_path)
     assert not healthy and "secret" not in text
     assert "PREFECT_API_URL: http://127.0.0.1:9 does not answer; start that server or unset the variable" in text
-    assert "runs keep what they say until it does" in text
+    assert "runs keep their records until it does" in text
     assert text.rstrip().endswith("not ready: store, Prefect")
 
 
@@ -127,7 +127,7 @@ def test_a_driver_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver", fails=fault))
     healthy, text = said(tmp_path / "home")
     assert healthy
-    assert f"no GPU in sight (nvidia-smi: {fault})" in text
+    assert f"no GPU found (nvidia-smi: {fault})" in text
 
 
 def test_torch_is_asked_in_a_process_of_its_own() -> None:

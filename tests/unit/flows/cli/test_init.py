@@ -102,7 +102,7 @@ def test_it_asks_for_what_is_missing(data, monkeypatch):
         (["--domain=codes"], "--domain 'codes': write NAME=DATA"),
         (["--domain=c=nothing.jsonl"], "no such file 'nothing.jsonl'"),
         (["--domain=c=codes.json"], "did you mean"),
-        (["--domain=c=sort"], "'sort' is no file, no Hub id (owner/name) and no kind"),
+        (["--domain=c=sort"], "'sort' is neither a file nor a Hub id (owner/name) nor a kind"),
         (["--domain=c=strings:srt"], "did you mean 'sort'"),
         (["--domain=c=reasoning:spell_backwards"], "did you mean 'spell_backward'"),
         (["--domain=c=codes.jsonl", "--domain=c=quiz.jsonl"], "'c' is named twice"),
@@ -139,5 +139,5 @@ def test_a_file_that_is_there_stays(data):
     (data / "mine.yaml").write_text("mine: 1\n")
     done = init(data, "--domain=order=strings:sort")
     assert (done.exit_code, (data / "mine.yaml").read_text()) == (2, "mine: 1\n")
-    assert "is there already; choose another name, or --force replaces it" in done.stderr
+    assert "exists already; choose another name, or --force replaces it" in done.stderr
     assert init(data, "--domain=order=strings:sort", "--force").exit_code == 0

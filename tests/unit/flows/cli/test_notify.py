@@ -14,10 +14,10 @@ import pytest
 from base.exit_codes import DONE
 from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from flows.champion import notify
 from flows.champion.champion import promote_by_gate
-from flows.champion.notify import owe_promotions, tell_promotions
+from flows.champion.notify import queue_notifications, send_notifications
 from flows.cli import runs as commands
 from flows.plan.champion_history import champion_path, read_history
 from flows.plan.graph import StageGraph
@@ -27,7 +27,7 @@ from flows.run_file.notify import NotifyConfig
 from flows.tracking.writer import unsent_folder
 from tests.support.scored_home import finish, graph_of, run_file
 
-PASSED = Verdict("student", "because", (Criterion("all", True, ""),))
+PASSED = GateVerdict("student", "because", (Criterion("all", True, ""),))
 
 
 class Hook(BaseHTTPRequestHandler):
@@ -79,13 +79,13 @@ def graph(asked: RunRequest) -> StageGraph:
 
 def test_a_run_that_was_killed_after_its_promotion_is_told_of_at_the_next_start_and_once(graph, asked, hook):
     store = Store(asked.home)
-    owe_promotions(store, graph.config, {"flow_run": "http://prefect/1"})
+    queue_notifications(store, graph.config, {"flow_run": "http://prefect/1"})
     assert promote_by_gate(graph, store, PASSED)
     # Killed here; another start is killed before its gate.
-    owe_promotions(store, graph.config, {"flow_run": "http://prefect/2"})
+    queue_notifications(store, graph.config, {"flow_run": "http://prefect/2"})
     assert hook.heard == []
     for _ in range(2):
-        tell_promotions(store, graph.config)
+        send_notifications(store, graph.config)
     (told,) = hook.heard
     assert told["flow_run"] == "http://prefect/1" and "student@0" in told["text"] and told["event"] == "promotion"
     assert told["champion"] == read_history(store, "tiny")[-1].student
@@ -93,20 +93,20 @@ def test_a_run_that_was_killed_after_its_promotion_is_told_of_at_the_next_start_
 
 def test_what_the_webhook_does_not_take_stays_owed(graph, asked, hook):
     store = Store(asked.home)
-    owe_promotions(store, graph.config, {})
+    queue_notifications(store, graph.config, {})
     promote_by_gate(graph, store, PASSED)
     hook.status = 503
-    tell_promotions(store, graph.config, {"report": "here"})
+    send_notifications(store, graph.config, {"report": "here"})
     hook.status = 200
-    tell_promotions(store, graph.config)
+    send_notifications(store, graph.config)
     assert [told["champion"] for told in hook.heard] == [read_history(store, "tiny")[-1].student]
 
 
 @pytest.mark.parametrize("config", [None, NotifyConfig(events=["failure"])])
 def test_nothing_is_owed_to_who_did_not_ask(graph, asked, config):
     store = Store(asked.home)
-    owe_promotions(store, graph.config.model_copy(update={"notify": config}), {})
-    assert not champion_path(store, "tiny").with_name(notify.OWED_FILE).exists()
+    queue_notifications(store, graph.config.model_copy(update={"notify": config}), {})
+    assert not champion_path(store, "tiny").with_name(notify.PENDING_FILE).exists()
 
 
 def test_a_champion_of_before_or_by_a_person_is_not_news(graph, asked, hook):
@@ -114,10 +114,10 @@ def test_a_champion_of_before_or_by_a_person_is_not_news(graph, asked, hook):
 
     store = Store(asked.home)
     promote_by_gate(graph, store, PASSED)
-    owe_promotions(store, graph.config, {})
+    queue_notifications(store, graph.config, {})
     promote(graph, store, "baselines/mix_sft", "shorter answers")
-    tell_promotions(store, graph.config)
-    assert hook.heard == [] and not champion_path(store, "tiny").with_name(notify.OWED_FILE).exists()
+    send_notifications(store, graph.config)
+    assert hook.heard == [] and not champion_path(store, "tiny").with_name(notify.PENDING_FILE).exists()
 
 
 def test_a_run_in_which_everything_is_cached_tells_of_its_champion_once(asked, hook):

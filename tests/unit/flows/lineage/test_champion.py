@@ -10,11 +10,11 @@ import pytest
 from base.errors import UserError
 from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from flows.champion import champion
 from flows.champion.champion import former_scores, judge_run, promote, promote_by_gate, rejected, rollback
 from flows.champion.results import collect
-from flows.plan.champion_history import Reign, champion_path, read_history
+from flows.plan.champion_history import ChampionRecord, champion_path, read_history
 from flows.plan.graph import Node, StageGraph
 from flows.run.finish import finish_run
 from tests.support.scored_home import finish, graph_of, run_file
@@ -43,15 +43,15 @@ def store(made: tuple[StageGraph, Path], tmp_path: Path) -> Store:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs whose champion was told to MLflow."""
     heard: list[str] = []
-    monkeypatch.setattr(champion, "tell_mlflow", lambda store, run, candidate=None: heard.append(run))
+    monkeypatch.setattr(champion, "update_aliases", lambda store, run, candidate=None: heard.append(run))
     return heard
 
 
-def passed(candidate: str) -> Verdict:
-    return Verdict(candidate, "because", (Criterion("all", True, ""),))
+def passed(candidate: str) -> GateVerdict:
+    return GateVerdict(candidate, "because", (Criterion("all", True, ""),))
 
 
-def now(graph: StageGraph, store: Store) -> Reign:
+def now(graph: StageGraph, store: Store) -> ChampionRecord:
     return read_history(store, graph.config.name)[-1]
 
 
@@ -141,7 +141,7 @@ def test_what_is_not_finished_or_has_no_reason_is_refused(graph, store):
     shutil.rmtree(store.root / sheet.key)
     with pytest.raises(UserError, match=f"{sheet.id}: not finished; `mopd run` makes what is missing"):
         promote(graph, store, "baselines/ties", "better")
-    with pytest.raises(UserError, match="--reason: say why"):
+    with pytest.raises(UserError, match="--reason: give a reason"):
         promote(graph, store, "student", " ")
     assert read_history(store, "tiny") == []
 

@@ -185,7 +185,7 @@ def test_a_run_that_writes_its_plan_waits_for_the_collector(home: Path, former: 
 def test_the_command_shows_first_and_removes_when_told(home: Path, former: StageGraph) -> None:
     ask = ["gc", "--home", str(home)]
     shown = CliRunner().invoke(app, ask)
-    assert shown.exit_code == 0 and "can go; --yes removes them" in shown.output and "student" in shown.output
+    assert shown.exit_code == 0 and "can be removed; --yes removes them" in shown.output and "student" in shown.output
     assert Store(home).find(former.node("student@0").key) is not None
     told = json.loads(CliRunner().invoke(app, [*ask, "--json"]).output)
     assert told["freed"] == 0 and told["bytes"] == sum(each["size"] for each in told["found"])

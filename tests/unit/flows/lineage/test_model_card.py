@@ -25,7 +25,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> StageGraph:
 
 @pytest.fixture
 def store(graph: StageGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr("flows.champion.champion.tell_mlflow", lambda store, run, candidate=None: None)
+    monkeypatch.setattr("flows.champion.champion.update_aliases", lambda store, run, candidate=None: None)
     return finish(graph, tmp_path)
 
 

@@ -23,7 +23,7 @@ from tests.support.scored_home import finish, graph_of, run_file
 
 @pytest.fixture(autouse=True)
 def _nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.champion.champion.tell_mlflow", lambda store, run, candidate=None: None)
+    monkeypatch.setattr("flows.champion.champion.update_aliases", lambda store, run, candidate=None: None)
 
 
 def made(tmp_path: Path, *overrides: str) -> tuple[StageGraph, Store]:

@@ -7,7 +7,7 @@ import pytest
 from base.errors import UserError
 from base.store.checkpoint import Store
 from evals.promotion.criterion import Criterion
-from evals.promotion.gate import Verdict
+from evals.promotion.gate import GateVerdict
 from flows.champion.champion import promote_by_gate
 from flows.champion.repin import repin
 from flows.lineage.rows import resolve, rows
@@ -22,7 +22,7 @@ FROM_CHAMPION = "merge.start_from=champion"
 
 def crown(graph: StageGraph, store: Store, name: str) -> str:
     """Make a merge the champion, as the gate does; its key."""
-    assert promote_by_gate(graph, store, Verdict(name, "best", (Criterion("all", True, ""),)))
+    assert promote_by_gate(graph, store, GateVerdict(name, "best", (Criterion("all", True, ""),)))
     return graph.node(f"{name}@0").key
 
 

@@ -237,4 +237,4 @@ def test_a_hypothesis_may_be_about_a_task(tmp_path: Path, folder: Path) -> None:
     evaluate = {"harness": {"tasks": TASKS, "include_path": str(folder)}}
     assert load(tmp_path, evaluate=evaluate, hypotheses={"H1": hypothesis("text")}).hypotheses
     said = message(tmp_path, evaluate=evaluate, hypotheses={"H1": hypothesis("txt")})
-    assert "'harness.txt' is no domain that is scored — did you mean 'harness.text'?" in said
+    assert "'harness.txt' is not a scored domain — did you mean 'harness.text'?" in said

@@ -83,5 +83,5 @@ def test_a_model_made_here_takes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "strftime_now"])
 def test_what_stages_give_themselves_is_refused(tmp_path: Path, name: str) -> None:
     said = message(tmp_path, [f"chat_template_kwargs={{{name}: 1}}"])
-    assert said.endswith(f"{name} is set by the stages; here are only variables of the template itself")
+    assert said.endswith(f"{name} is set by the stages; only variables of the template itself are allowed here")
     assert "chat_template_kwargs" in said

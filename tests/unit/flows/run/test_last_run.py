@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(champion, "tell_mlflow", lambda store, run, candidate=None: None)
+    monkeypatch.setattr(champion, "update_aliases", lambda store, run, candidate=None: None)
     return Path(shutil.copytree(made, tmp_path / "made"))
 
 

@@ -38,7 +38,7 @@ def test_a_start_whose_process_is_gone_was_killed(tmp_path, kept, monkeypatch):
 
 def test_closing_asks_no_server_where_nothing_was_killed(tmp_path, monkeypatch):
     begin(tmp_path, "lab")
-    monkeypatch.setattr(champion, "tell", lambda *_: pytest.fail("MLflow was asked"))
+    monkeypatch.setattr(champion, "send_operations", lambda *_: pytest.fail("MLflow was asked"))
     close_killed(tmp_path, "lab")
 
 

@@ -118,7 +118,7 @@ VALUES = [
     at("resources.gpus", "true", "a number is expected"),
     at("resources.timeout_minutes", 0),
     at("resources.threads", 10**9),
-    at("resources.rollout_servers.urls", ["ftp://x"], "is no address"),
+    at("resources.rollout_servers.urls", ["ftp://x"], "is not an address"),
     at("chat_template_kwargs", {"messages": []}, "is set by the stages"),
     at("notify", {"webhook_env": "https://a.b/c"}, "notify.webhook_env"),
     at("domains", {"": {"kind": "strings", "options": {"task": "sort"}}}, "''", "a name is made of letters"),

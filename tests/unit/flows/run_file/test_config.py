@@ -251,7 +251,7 @@ def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None
         ),
         (
             {"teachers": {"sort": "one", "reverse": "reverse"}, "max_domain_share": 0.4},
-            "merge.max_domain_share: 0.4 for each of 2 domains leaves a part of the loss to none; at least 0.5",
+            "merge.max_domain_share: 0.4 for each of 2 domains does not add up to the whole loss; at least 0.5",
         ),
         (
             {"teachers": {"sort": "one"}, "objective": {"importance": "mask"}},

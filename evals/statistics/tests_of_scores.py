@@ -1,8 +1,8 @@
 """Tests of paired scores: superiority over domains, non-inferiority, and several of them at once. All are t-based.
 
-The margin and the number of examples must be fixed before the scores are seen. Examples are the unit: seeds are
-averaged first, so that copies of a seed add no evidence. Differences of scores in [0, 1] keep a spread where they are
-all equal (`evals.statistics.crossed.over_examples`).
+The margin and the number of examples must be fixed before the scores are seen. Examples are the unit of analysis: seeds
+are averaged first, so that copies of a seed add no evidence. Differences of scores in [0, 1] have a variance above 0
+even if all are equal (`evals.statistics.crossed_effects.over_examples`).
 
 Shape suffixes: `S` seeds, `N` examples.
 """
@@ -11,16 +11,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from evals.statistics.crossed import over_examples
+from evals.statistics.crossed_effects import over_examples
 from evals.statistics.intervals import differences
 
 
 def mean_superiority(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> float:
-    """One-sided p-value that the mean of `a` exceeds that of `b`, each the unweighted mean over domains of its means.
+    """One-sided p-value for the claim that the mean of `a` exceeds that of `b`, both unweighted means over domains.
 
-    Welch's t on the strata. One test of all examples would weigh a domain by its number of examples; a test for each
-    domain would ask for more than a better mean. The bootstrap was left out because Holm needs p-values, and a
-    percentile interval gives only whether one lies below a level.
+    This is Welch's t on the strata. One test of all examples would weight a domain by its number of examples; a test
+    for each domain would require more than a better mean. The bootstrap was left out because Holm needs p-values, and a
+    percentile interval shows only whether a p-value lies below a level.
 
     Args:
         pairs: domain -> `[S, N]` scores of `a` and of `b`.
@@ -36,7 +36,7 @@ def non_inferiority(a_SN: np.ndarray, b_SN: np.ndarray, margin: float) -> float:
 
     Args:
         a_SN: Scores of the candidate.
-        b_SN: Scores of what it is compared with, on the same examples.
+        b_SN: Scores of the checkpoint it is compared with, on the same examples.
         margin: Allowed deficit of the mean, above 0.
 
     Raises:
@@ -48,7 +48,8 @@ def non_inferiority(a_SN: np.ndarray, b_SN: np.ndarray, margin: float) -> float:
 
 
 def intersection_union(p_values: Mapping[str, float]) -> float:
-    """P-value that all of several claims hold: the largest, no correction (Berger 1982, Technometrics 24:295).
+    """P-value for the claim that all of several claims hold: the largest, without correction (Berger 1982,
+    Technometrics 24:295).
 
     Raises:
         ValueError: there are no claims.

@@ -4,13 +4,13 @@ Seeds and examples are crossed random effects: with `x_sn = mean + seed_s + exam
 `[S, N]` has the variance `(MS_seed + MS_example - MS_rest) / (S N)`, unbiased in the mean squares of the two-way
 analysis of variance (Searle, Casella & McCulloch, Variance Components, 1992).
 
-A few seeds tell little of their own variance `V_s`. Its fiducial distribution is `V_s f / χ²_f` with f = S - 1, and a
+A few seeds determine their variance `V_s` poorly. Its fiducial distribution is `V_s f / χ²_f` with f = S - 1, and a
 tail is the mean over it of the t tails with the variance `V_s f / χ²_f + V_n` (Fisher 1935, Ann. Eugenics 6:391;
 generalized p-values, Tsui & Weerahandi 1989, JASA 84:602). With seeds alone this is the t-test of their means, with
-examples alone that of the examples. Satterthwaite's degrees of freedom were left out: where seeds happen to agree
-they take the variance for known. Of thirty tests at their limit, corrected by Holm at 2.5 %, they showed one in 8 % of
-pages.
-A bootstrap of seeds was left out too: of `S` seeds it sees (S - 1)/S of their variance and none of the doubt about it.
+examples alone that of the examples. Satterthwaite's degrees of freedom were left out: where seeds happen to agree, they
+treat the variance as known. On pages of thirty tests at their limit, corrected by Holm at 2.5 %, a test was falsely
+shown in 8 % of pages. A bootstrap of seeds was left out too: with `S` seeds it has (S - 1)/S of their variance and
+ignores its uncertainty.
 
 Shape suffixes: `S` seeds, `N` examples.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from evals.statistics.interval import Interval
 from evals.statistics.power import MADE_UP
 
-# Means and standard errors below this are rounding: a t of two of them means nothing.
+# Means and standard errors below this are rounding errors, and their quotient is not a meaningful t.
 ROUNDING = 1e-12
 # Nodes of the quadrature over a chi distribution, and how many of its standard deviations it spans.
 NODES, SPAN = 160, 10.0
@@ -47,8 +47,8 @@ class Estimate:
 
     Attributes:
         mean: The estimate.
-        examples: What the choice of examples adds to its variance.
-        seeds: What the choice of seeds adds.
+        examples: The part of its variance that the choice of examples adds.
+        seeds: The part that the choice of seeds adds.
     """
 
     mean: float
@@ -57,11 +57,11 @@ class Estimate:
 
     @property
     def variance(self) -> float:
-        """Of the mean."""
+        """The variance of the mean."""
         return self.examples.variance + self.seeds.variance
 
     def interval(self, confidence: float) -> Interval:
-        """The two-sided interval of the values that `above` does not refute; the mean alone where nothing varies."""
+        """The two-sided interval of the values that the tests do not reject; the mean alone where nothing varies."""
         half = 0.0
         if self.variance > 0:
             from scipy.optimize import brentq
@@ -74,13 +74,13 @@ class Estimate:
         return Interval(self.mean, self.mean - half, self.mean + half)
 
     def above(self, bound: float) -> float:
-        """One-sided p-value that the mean exceeds a bound; where nothing varies 0 or 1."""
+        """One-sided p-value for the claim that the mean exceeds a bound; 0 or 1 where nothing varies."""
         if self.variance == 0:
             return 0.0 if self.mean > bound else 1.0
         return self._tail(self.mean - bound)
 
     def below(self, bound: float) -> float:
-        """The same that the mean is less than a bound."""
+        """One-sided p-value for the claim that the mean is below a bound; 0 or 1 where nothing varies."""
         return Estimate(-self.mean, self.examples, self.seeds).above(-bound)
 
     @property
@@ -89,7 +89,7 @@ class Estimate:
         return min(1.0, 2 * Estimate(abs(self.mean), self.examples, self.seeds).above(0.0))
 
     def _tail(self, gap: float) -> float:
-        """How often a mean lies that far above the truth, or farther."""
+        """The probability that a mean lies at least this far above the true value."""
         from scipy.special import stdtr
 
         for whole, other in ((self.examples, self.seeds), (self.seeds, self.examples)):
@@ -98,7 +98,7 @@ class Estimate:
         squares_K, weights_K = _chi_squares(self.seeds.freedom)
         seeds_K = self.seeds.variance * self.seeds.freedom / squares_K
         sums_K = seeds_K + self.examples.variance
-        # Given the seeds' variance only the examples' is estimated: Satterthwaite's freedom of such a sum.
+        # Given the seeds' variance only the examples' is estimated; this is Satterthwaite's freedom of such a sum.
         freedom_K = self.examples.freedom * (sums_K / self.examples.variance) ** 2
         return float(weights_K @ stdtr(freedom_K, -gap / sums_K**0.5))
 
@@ -116,28 +116,28 @@ def _chi_squares(freedom: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def over_seeds(values_S: Sequence[float] | np.ndarray) -> Estimate:
-    """The mean of one value a seed: the t-test's.
+    """The mean of one value per seed, with the t-test's variance.
 
     Raises:
         ValueError: there are fewer than two seeds.
     """
     row_S = np.asarray(values_S, dtype=float)
     if len(row_S) < 2:
-        raise ValueError("one seed says nothing of others")
+        raise ValueError("a single seed has no variance between seeds")
     return _estimate(float(row_S.mean()), [], Part(float(row_S.var(ddof=1)) / len(row_S), len(row_S) - 1))
 
 
 def over_examples(strata: Mapping[str, np.ndarray], largest: float = 1.0) -> Estimate:
     """Unweighted mean over strata (domains) of the mean difference of each, for new examples: seeds are averaged.
 
-    Of one stratum the paired t-test's, of several Welch's, with `MADE_UP` examples added to the variance, half of them
-    won and half lost, as Agresti & Coull (1998, Am. Statistician 52:119) make up right and wrong answers for a
-    proportion; the mean stays as it is. Differences that are all equal have no variance of their own, and those of a
-    few examples too little. docs/evidence.md has the levels with and without.
+    With one stratum it is the paired t-test's estimate, with several Welch's. `MADE_UP` examples are added to the
+    variance, half of them won and half lost, as Agresti & Coull (1998, Am. Statistician 52:119) add right and wrong
+    answers for a proportion; the mean is unchanged. Without them, differences that are all equal would have no
+    variance, and those of a few examples too little. docs/evidence.md lists the levels with and without them.
 
     Args:
         strata: stratum -> `[S, N]` or `[N]` differences of scores in [0, 1], or other contrasts of them.
-        largest: The contrast of an example that is won: 1 for a difference.
+        largest: The largest contrast that an example can have: 1 for a difference.
 
     Raises:
         ValueError: there are no strata, or fewer than two examples in one.
@@ -149,16 +149,16 @@ def over_examples(strata: Mapping[str, np.ndarray], largest: float = 1.0) -> Est
 
 
 def over_both(strata: Mapping[str, np.ndarray], largest: float = 0.0) -> Estimate:
-    """The same for new seeds as well.
+    """Unweighted mean over strata of the mean difference of each, for new seeds and new examples.
 
     One seed trains one model for all domains, and domains share no examples. So the variance of the seeds' means over
-    strata, divided by S, holds all that seeds do, and each stratum adds `(MS_example - MS_rest) / (S N)` of its own,
-    where that is above 0. With no variance of examples it is the t-test of the seeds' means, with equal seeds that of
-    the examples.
+    strata, divided by S, includes all effects of seeds, and each stratum adds `(MS_example - MS_rest) / (S N)` of its
+    own, if that is above 0. Without variance of examples this is the t-test of the seeds' means, with equal seeds that
+    of the examples.
 
     Args:
         strata: stratum -> `[S, N]` values, of the same seeds in the same order.
-        largest: As for `over_examples`, with its made-up examples; 0 for values without bounds, which get none.
+        largest: As for `over_examples`, with its added examples; 0 for unbounded values, to which none are added.
 
     Raises:
         ValueError: there are no strata, fewer than two examples in one, or fewer than two or unequal seeds.
@@ -173,13 +173,13 @@ def over_both(strata: Mapping[str, np.ndarray], largest: float = 0.0) -> Estimat
 
 
 def _made_up(tables: Sequence[np.ndarray], largest: float) -> Part:
-    """What the made-up examples add to the variance of the mean over tables, `[N]` or `[S, N]`."""
+    """The part that the added examples contribute to the variance of the mean over tables, `[N]` or `[S, N]`."""
     heaviest = largest / (len(tables) * min(table.shape[-1] for table in tables))
     return Part(MADE_UP * heaviest**2, sum(table.shape[-1] - 1 for table in tables))
 
 
 def _examples(table_SN: np.ndarray, weight: float) -> list[Part]:
-    """What the examples of one stratum add to the variance; nothing where they vary less than the rest."""
+    """The part that the examples of one stratum contribute to the variance; none where they vary less than the rest."""
     seeds, examples = table_SN.shape
     own_N = table_SN.mean(axis=0) - table_SN.mean()
     rest_SN = table_SN - table_SN.mean(axis=1, keepdims=True) - own_N
@@ -192,7 +192,7 @@ def _examples(table_SN: np.ndarray, weight: float) -> list[Part]:
 
 
 def _estimate(mean: float, examples: Sequence[Part], seeds: Part = NOTHING) -> Estimate:
-    """The parts of the examples' variance as one, with Satterthwaite's degrees of freedom (1946, Biometrics 2:110)."""
+    """The estimate with the examples' parts combined by Satterthwaite's degrees of freedom (1946, Biometrics 2:110)."""
     mean = 0.0 if abs(mean) < ROUNDING else mean
     variance = sum(part.variance for part in examples)
     whole = NOTHING

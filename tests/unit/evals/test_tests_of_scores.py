@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.statistics.hypotheses import holm, intersection_union, mean_superiority, non_inferiority
 from evals.statistics.intervals import paired_difference
+from evals.statistics.tests_of_scores import holm, intersection_union, mean_superiority, non_inferiority
 
 RNG = np.random.default_rng(0)
 A_SN = (RNG.random((3, 120)) < 0.62).astype(float)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.statistics.crossed import over_both, over_examples, over_seeds
+from evals.statistics.crossed_effects import over_both, over_examples, over_seeds
 
 SEEDS_S1 = np.array([0.1, 0.25, 0.2, -0.05, 0.15])[:, None]
 EXAMPLES_1N = np.random.default_rng(0).normal(0.1, 0.4, (1, 80))
@@ -128,7 +128,7 @@ def test_two_domains_are_covered_as_well():
 
 
 def test_what_nothing_can_be_said_of_is_refused():
-    with pytest.raises(ValueError, match="one seed"):
+    with pytest.raises(ValueError, match="a single seed"):
         over_both({"a": np.zeros((1, 5))})
     with pytest.raises(ValueError, match="seeds not paired: 2, 3"):
         over_both({"a": np.zeros((2, 5)), "b": np.zeros((3, 5))})

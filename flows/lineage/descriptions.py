@@ -1,4 +1,4 @@
-"""How configs, checkpoints and data are worded in the tracking store: flat names, markdown notes. Free of mlflow."""
+"""Descriptions of configs, checkpoints and data for the tracking store: flat names, Markdown notes. Free of mlflow."""
 
 import json
 import re
@@ -16,7 +16,7 @@ DATA_FILE = "data.json"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested config values as dotted keys; what is absent (None, an empty mapping) is left out."""
+    """Nested config values as dotted keys; absent ones (None, an empty mapping) are left out."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -28,7 +28,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def metric_name(name: str) -> str:
-    """A name the tracking store takes: characters it refuses become underscores."""
+    """A name that the tracking store accepts: forbidden characters become underscores."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
@@ -44,7 +44,7 @@ def dataset_digest(fingerprint: str) -> str:
 
 
 def model_params(artifact: Artifact) -> dict[str, str]:
-    """What a checkpoint's page lists: where it is, what it is, how it was made."""
+    """The parameters on a checkpoint's page: its location, its kind, and how it was made."""
     manifest = artifact.manifest
     facts = {
         name: manifest[name]
@@ -61,7 +61,7 @@ def model_params(artifact: Artifact) -> dict[str, str]:
 
 
 def unrecorded(manifest: Mapping[str, Any]) -> str:
-    """Why copies of held-out prompts in a checkpoint's training data are unknown; empty where all of it is recorded."""
+    """Why copies of held-out prompts in a checkpoint's training data are unknown; empty if all of it is recorded."""
     facts = manifest.get(FACT)
     if facts is None:
         return "unknown: its training data are not recorded"
@@ -69,10 +69,10 @@ def unrecorded(manifest: Mapping[str, Any]) -> str:
 
 
 def lesson(entry: Mapping[str, Any]) -> str:
-    """Who taught a domain, in words: the teacher and its digest, the objective, its weight and share.
+    """A domain's teacher in words: its name and digest, the objective, its weight and share.
 
     Args:
-        entry: One of a student manifest's `teachers`.
+        entry: An entry of a student manifest's `teachers`.
     """
     facts = [entry["teacher"], f"digest {entry['digest'][:TEACHER_DIGEST_LENGTH]}"]
     if objective := entry.get("objective"):
@@ -86,19 +86,18 @@ def lesson(entry: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class About:
-    """What the tracking store knows of a checkpoint beside its manifest.
+    """Facts about a checkpoint in the tracking store, besides its manifest.
 
     Attributes:
-        pages: role -> address of the parent's page; a parent unknown to the tracking store has none.
+        pages: role -> address of the parent's page; absent for a parent that the tracking store does not have.
         scores: (domain, split) -> greedy score; empty until it is evaluated.
         children: Name and address of each checkpoint that was made from it.
         curves: domain -> address of the chart of its scores while it was trained.
-        rows: Scores beside those of teacher and start, as `evals.comparison.headline.Compared` has them; of merges
-        alone.
-        verdict: What the gate said of it; empty where it was not the candidate.
+        rows: Scores beside those of teacher and start, as in `evals.comparison.headline.Compared`; for merges only.
+        verdict: The gate's verdict on it; empty if it was not the candidate.
         title: The run that compared it.
         run: The address of that run's page.
-        report: The address of that run's report; empty where there is none.
+        report: The address of that run's report; empty if there is none.
     """
 
     pages: Mapping[str, str] = field(default_factory=dict)
@@ -113,7 +112,7 @@ class About:
 
 
 def model_note(artifact: Artifact, about: About) -> str:
-    """A checkpoint's description: what it is, what it scores, what it was made from and into, each with its link."""
+    """A checkpoint's description: kind, scores, parents and children, each with its link."""
     manifest = artifact.manifest
     lines = [f"**{plain(artifact.name)}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
     if about.verdict:
@@ -159,7 +158,7 @@ def model_note(artifact: Artifact, about: About) -> str:
 
 
 def _score_table(about: About) -> list[str]:
-    """Greedy scores in percent, with those of teacher and start where they are known."""
+    """Greedy scores in percent, with those of teacher and start if they are known."""
     if about.rows:
         head = ["| domain | split | greedy score, % | teacher | start | recovery, % |", "|---|---|---:|---:|---:|---:|"]
         columns = ("own", "teacher", "start", "recovery")
@@ -177,7 +176,7 @@ def _percent(share: float | None) -> str:
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:
-    """Time, tokens and energy, as far as they are recorded."""
+    """Time, tokens and energy, if they are recorded."""
     units = {"seconds": "s", "device_seconds": "device-seconds", "tokens": "tokens", "joules": "J"}
     return ", ".join(f"{manifest[name]:,.0f} {unit}" for name, unit in units.items() if manifest.get(name) is not None)
 
@@ -188,7 +187,7 @@ def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "", charts: M
     Args:
         rows: A checkpoint and the address of its page, parents first.
         flow_run: Address of the flow run in Prefect's pages.
-        charts: What a chart shows -> its address: scores over time beside those of teacher and start.
+        charts: Subject of a chart -> its address: scores over time beside those of teacher and start.
     """
     lines = [f"[The flow run in Prefect]({flow_run})", ""] if flow_run else []
     if charts:
@@ -203,13 +202,13 @@ def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "", charts: M
 
 
 def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """A journal's sample records as MLflow's table: `columns` and rows of `data`, every row as long as the others."""
+    """A journal's sample records as MLflow's table: `columns` and rows of `data`, all rows of equal length."""
     columns = list(dict.fromkeys(name for sample in samples for name in sample if name not in ("kind", "time")))
     return {"columns": columns, "data": [[_cell(sample.get(name)) for name in columns] for sample in samples]}
 
 
 def data_table(artifact: Artifact) -> dict[str, list[Any]]:
-    """Some of the data a checkpoint was trained on as MLflow's table; no rows where its manifest shows none."""
+    """A sample of a checkpoint's training data as MLflow's table; no rows if its manifest has none."""
     drawn = artifact.manifest.get("examples", {})
     rows = [[domain, each["prompt"], each["answer"]] for domain, shown in drawn.items() for each in shown]
     return {"columns": ["domain", "prompt", "answer"], "data": rows}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from base.store.checkpoint import Artifact, Store
-from flows.lineage import cards
+from flows.lineage import descriptions
 from tests.support.lineage_home import commit, lab_graph, lessons, shared_graph
 
 
@@ -21,7 +21,7 @@ def student(home: Path, *, taught: bool) -> Artifact:
 def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
     made = student(tmp_path, taught=True)
     digest = Store(tmp_path).get(lab_graph().node("experts/caesar@0").key).digest[:12]
-    params, note = cards.model_params(made), cards.model_note(made, cards.About())
+    params, note = descriptions.model_params(made), descriptions.model_note(made, descriptions.About())
     lesson = f"experts/caesar, digest {digest}, objective reverse_kl, weight 0.25, 50.0% of the prompts"
     assert params["teachers.sort.caesar"] == lesson
     assert {name for name in params if name.startswith("teachers.")} == {
@@ -44,15 +44,15 @@ def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
 def test_unknown_contamination_is_among_parameters_and_in_the_note(tmp_path: Path, record, told) -> None:
     graph, store = shared_graph(), Store(tmp_path)
     made = commit(store, graph, graph.checkpoints[0], **record)
-    note = cards.model_note(made, cards.About())
-    assert cards.model_params(made).get("contamination") == told
+    note = descriptions.model_note(made, descriptions.About())
+    assert descriptions.model_params(made).get("contamination") == told
     assert (f"Contamination is {told}." in note) if told else ("Contamination" not in note)
 
 
 def test_an_older_student_has_no_lessons(tmp_path: Path) -> None:
     made = student(tmp_path, taught=False)
-    assert not [name for name in cards.model_params(made) if name.startswith("teachers.")]
-    assert "Taught" not in cards.model_note(made, cards.About())
+    assert not [name for name in descriptions.model_params(made) if name.startswith("teachers.")]
+    assert "Taught" not in descriptions.model_note(made, descriptions.About())
 
 
 def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Path) -> None:
@@ -61,13 +61,13 @@ def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Pa
     spent = {"seconds": 61.4, "device_seconds": 122.8, "tokens": 12345, "code": "c0de" * 16}
     shown = {"sort": [{"prompt": "sort cab:", "answer": "abc"}]}
     made = commit(store, graph, node, **spent, examples=shown, data={"sort": "f" * 64})
-    lines = cards.model_note(
-        made, cards.About(scores={("sort", "held_out"): 0.875, ("caesar", "held_out"): 0.0})
+    lines = descriptions.model_note(
+        made, descriptions.About(scores={("sort", "held_out"): 0.875, ("caesar", "held_out"): 0.0})
     ).splitlines()
     assert "| sort | held_out | 87.5 |" in lines and "| caesar | held_out | 0.0 |" in lines
     assert "Cost: 61 s, 123 device-seconds, 12,345 tokens; code `c0dec0dec0dec0de`" in lines
     assert "Some of it: `data.json` among the artifacts of its run." in lines
-    assert cards.data_table(made) == {
+    assert descriptions.data_table(made) == {
         "columns": ["domain", "prompt", "answer"],
         "data": [["sort", "sort cab:", "abc"]],
     }
@@ -82,4 +82,4 @@ def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Pa
     ],
 )
 def test_a_lesson_says_what_is_recorded(more: dict[str, object], said: str) -> None:
-    assert cards.lesson({"teacher": "experts/sort", "digest": "0123456789abcdef", **more}) == said
+    assert descriptions.lesson({"teacher": "experts/sort", "digest": "0123456789abcdef", **more}) == said
