@@ -30,7 +30,8 @@ from objectives_table import Outcome, figures, ratios, read_outcome, sheets, tab
 from base.errors import UserError
 from base.store.checkpoint import Store, write_whole
 from flows.engines.launch import Launcher, NodeFailedError
-from flows.plan.graph import Node, StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import Node, StageGraph
 from flows.run.progress import duration
 from flows.run_file.load import load_run_file
 from flows.run_file.schema import STUDENT

@@ -16,7 +16,7 @@ from evals.statistics.interval import Interval
 from experts.domain import HELD_OUT
 from experts.loading import load_domain
 from flows.champion.results import collect
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run_file.schema import STUDENT
 
 RECOVERED = (0.5, 0.8)

@@ -40,7 +40,8 @@ from stages.config.distill import DistillConfig
 from stages.config.on_policy import SamplerConfig
 from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
-from stages.sampling.sampler import Sample, Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 from stages.vllm.engine import VllmEngine
 
 # Float32 on both sides; another model, position or tokenizer is off by far more.

@@ -24,7 +24,8 @@ from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
 from stages.rows.chat import encode_prompt
 from stages.rows.trained_on import TrainedOn
-from stages.sampling.sampler import Sample, Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from experts.domain import HELD_OUT, Domain, Example
 from stages.config.on_policy import MonitorConfig
 from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
-from stages.sampling.sampler import Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sampling
 
 
 class Monitor:

@@ -30,7 +30,8 @@ from stages.model.weights import StoredWeights
 from stages.on_policy.health import compression
 from stages.rows.chat import encode_prompt
 from stages.rows.packing import micro_batches, pack
-from stages.sampling.sampler import Sample, Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 
 MICRO_BATCH_TOKENS = 16384
 

@@ -23,7 +23,7 @@ from flows.plan.champion_history import (
     read_history,
     to_seconds,
 )
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
 from flows.tracking.aliases import alias_operations
 

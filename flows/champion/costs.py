@@ -5,7 +5,7 @@ from statistics import fmean
 
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.results import Cost, Results
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from stages.config.kinds import EVALUATIONS
 
 

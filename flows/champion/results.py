@@ -7,7 +7,7 @@ from statistics import fmean
 from base.store.checkpoint import Store
 from evals.comparison.results import Cost, Expert, Results
 from evals.comparison.scores import Scores, read_scores
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import collect_shifts
 from flows.run_file.schema import BASE, CHAMPION, COLD_START, RunConfig
 

@@ -7,7 +7,7 @@ from base.documents import DocumentError, read_object
 from base.errors import UserError, first_line
 from base.store.checkpoint import Store
 from base.store.foreign import CONFIG, MOST_BYTES, config_fault
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.templates import of_hub
 from flows.run_file.rounds import without_round
 from flows.run_file.schema import BASE

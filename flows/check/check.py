@@ -20,8 +20,8 @@ from flows.engines.devices import host_devices
 from flows.engines.gpus import gpu_problems, gpu_warnings
 from flows.engines.memory import fit, origin
 from flows.engines.vllm_commands import devices_of_each
-from flows.plan.graph import Node, StageGraph
 from flows.plan.harness import harness_problems
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import SHIFT
 from stages.config.kinds import STAGES
 from stages.model.remote_code import OWN_CODE, options, remote_code

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from evals.comparison.copies import NEAR, NONE, Copies
 from experts.domain import TRAIN, Example
 from experts.loading import load_domain
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from stages.rows.trained_on import TrainedOn
 
 

@@ -10,7 +10,7 @@ from evals.statistics.units import independent
 from experts.domain import HELD_OUT, OWN_SUFFIX, TRAIN, Example
 from experts.isolation.time_limit import processor_limit
 from experts.loading import load_domain
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import SHIFT
 from flows.run_file.rounds import without_round
 from flows.run_file.schema import BASE, BASELINES, COLD_START, STUDENT, VARIANTS

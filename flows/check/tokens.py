@@ -13,7 +13,7 @@ from base.store.checkpoint import Store
 from experts.domain import TRAIN, Domain, Example, Prompt
 from experts.loading import load_domain
 from flows.engines.memory import origin
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from stages.model import characters
 from stages.rows.lengths import Limit, fit
 

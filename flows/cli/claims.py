@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from base.documents import DocumentError, read_object, user_error
 from base.errors import UserError
 from base.store.checkpoint import Store, write_whole
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
 
 if TYPE_CHECKING:

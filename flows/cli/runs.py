@@ -17,9 +17,9 @@ from base.store.journal import JOURNAL_FILE, last_records
 from evals.statistics.power import margin_notes, precision_notes
 from flows.cli.show import TEXT, Shown, show_outcome
 from flows.plan.champion_start import pin_note
-from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import NodeStatus
 from flows.plan.lock import status as node_status
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import COSINES, SHIFT
 from flows.plan.state_files import read_json
 from flows.run.attended import run_pipeline, stopped

@@ -23,7 +23,7 @@ from flows.engines.vllm_commands import (
     teachers_of,
 )
 from flows.engines.vllm_servers import HOST, VllmServerError, VllmServers, free_ports, tail
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run.run_request import RunRequest
 from flows.run_file.schema import STUDENT
 from stages.config.distill import DistillConfig

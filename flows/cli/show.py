@@ -10,7 +10,7 @@ from rich.console import Console
 
 from base.store.checkpoint import Store
 from flows.plan.champion_start import savings
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 
 if TYPE_CHECKING:
     from flows.run.finish import Outcome

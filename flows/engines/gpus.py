@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from base.nvidia import driver
 from flows.engines.devices import VISIBLE, host_devices, why_no_more
-from flows.run_file.schema import ResourcesConfig
+from flows.run_file.resources import ResourcesConfig
 
 SECONDS = 300
 

@@ -28,8 +28,8 @@ from flows.engines.process_spec import ProcessSpec
 from flows.engines.vllm_commands import Needs, node_needs
 from flows.engines.vllm_servers import VllmServerError, VllmServers
 from flows.engines.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
-from flows.plan.graph import Node, StageGraph
-from flows.run_file.schema import ResourcesConfig
+from flows.plan.nodes import Node, StageGraph
+from flows.run_file.resources import ResourcesConfig
 
 POLL_SECONDS = 0.3
 LOG_FILE = "log.txt"

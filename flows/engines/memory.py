@@ -22,7 +22,7 @@ from base.errors import UserError, first_line
 from base.store.checkpoint import Store
 from base.store.foreign import shapes
 from flows.engines.devices import host_devices
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from stages.config.kinds import STAGES
 
 BYTES = 4

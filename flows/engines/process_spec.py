@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from base.hashing import stable_hash
 from base.store.checkpoint import write_whole
-from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import code_fingerprint
+from flows.plan.nodes import Node, StageGraph
 from stages.config.kinds import EVALUATIONS, STAGES
 from stages.rows.rendering import Rendering
 

@@ -18,8 +18,8 @@ from base.errors import UserError
 from base.extras import require_vllm
 from base.store.checkpoint import Artifact, Store
 from flows.engines.memory import text_config
-from flows.plan.graph import Node, StageGraph
-from flows.run_file.schema import ResourcesConfig, ServersConfig
+from flows.plan.nodes import Node, StageGraph
+from flows.run_file.resources import ResourcesConfig, ServersConfig
 from stages.config.distill import DistillConfig
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig

@@ -14,7 +14,7 @@ from base.store.checkpoint import Artifact, Store
 from flows.run_file.schema import CHAMPION, STUDENT, RunConfig
 
 if TYPE_CHECKING:
-    from flows.plan.graph import Node, StageGraph
+    from flows.plan.nodes import Node, StageGraph
 
 
 def names_champion(config: RunConfig) -> str | None:
@@ -72,7 +72,7 @@ def champion_facts(artifact: Artifact, store: Store, start: tuple[str, str]) -> 
         start: Node id and content key of the run's start.
 
     Returns:
-        Arguments of `flows.plan.graph.Node`.
+        Arguments of `flows.plan.nodes.Node`.
     """
     manifest = artifact.manifest
     parents = {role: parent["key"] for role, parent in manifest.get("parents", {}).items()}

@@ -6,7 +6,6 @@ its parents' keys, its domains' fingerprints, its seed and the number of devices
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,77 +19,21 @@ from experts.loading import load_domain
 from flows.plan.champion_start import champion_facts, names_champion, pinned_champion
 from flows.plan.harness import harness_tasks
 from flows.plan.lock import read_lock
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import shift_nodes, shift_request
-from flows.plan.templates import DATE, Templates
+from flows.plan.templates import Templates
 from flows.run_file.baselines import baseline_config
 from flows.run_file.panel import scored_domains
 from flows.run_file.rounds import round_prefix, without_round
 from flows.run_file.schema import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.run_file.variants import variant_run
 from stages.config.distill import DistillConfig
-from stages.config.kinds import EVALUATIONS, SCORINGS, STAGES
+from stages.config.kinds import STAGES
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
 from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
-from stages.rows.rendering import Rendering
 
 KEY_LENGTH = 24
-
-
-@dataclass(frozen=True)
-class Node:
-    """One stage or evaluation of the graph.
-
-    Attributes:
-        id: Unique in the graph: `name@seed`, or the bare name of a node shared by all seeds.
-        name: `base`, `cold_start`, `experts/NAME`, `student`, `eval/CHECKPOINT/DOMAIN/SPLIT`, `shift/CHECKPOINT`, or
-            `cosines`.
-        stage: Which stage makes it: a key of `STAGES`.
-        seed: Seed of everything random in it.
-        config: The stage's own config, as JSON-serialisable values.
-        parents: role -> node id: `start`, `teacher/DOMAIN` (`teacher/DOMAIN/TEACHER` where several teach it),
-            `expert/NAME`, or `checkpoint`.
-        domains: name -> `{"kind", "options"}` of the domains it draws from.
-        ingredients: What the key is the hash of; compared with the last run's to say why a node must run.
-        key: The content key.
-    """
-
-    id: str
-    name: str
-    stage: str
-    seed: int
-    config: Mapping[str, Any]
-    parents: Mapping[str, str]
-    domains: Mapping[str, Mapping[str, Any]]
-    ingredients: Mapping[str, Any]
-    key: str
-
-
-@dataclass(frozen=True)
-class StageGraph:
-    """The nodes in an order in which parents come first, and what the run pins."""
-
-    config: RunConfig
-    nodes: tuple[Node, ...]
-    pins: Mapping[str, str]
-
-    @property
-    def rendering(self) -> Rendering:
-        """How its nodes render chat templates."""
-        return Rendering(self.config.chat_template_kwargs, self.pins.get(DATE))
-
-    def node(self, node_id: str) -> Node:
-        """The node with this id."""
-        return next(node for node in self.nodes if node.id == node_id)
-
-    def evaluations(self, checkpoint_id: str) -> list[Node]:
-        """The evaluations that score one checkpoint."""
-        return [n for n in self.nodes if n.stage in SCORINGS and n.parents["checkpoint"] == checkpoint_id]
-
-    @property
-    def checkpoints(self) -> list[Node]:
-        """The nodes that make checkpoints."""
-        return [node for node in self.nodes if node.stage not in EVALUATIONS]
 
 
 def build_graph(config: RunConfig, home: Path, faults: list[str] | None = None) -> StageGraph:

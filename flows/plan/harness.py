@@ -14,7 +14,7 @@ from flows.run_file.schema import RunConfig
 from stages.config.harness import HarnessTaskConfig
 
 if TYPE_CHECKING:
-    from flows.plan.graph import Node
+    from flows.plan.nodes import Node
 
 KEY = "evaluate.harness"
 

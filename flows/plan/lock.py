@@ -21,7 +21,7 @@ from stages.config.kinds import STAGES
 from stages.config.training import StrictModel
 
 if TYPE_CHECKING:
-    from flows.plan.graph import Node, StageGraph
+    from flows.plan.nodes import Node, StageGraph
 
 
 @dataclass(frozen=True)

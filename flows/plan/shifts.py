@@ -12,11 +12,12 @@ import numpy as np
 
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.shift_sheet import read_cosines, read_shift
-from flows.run_file.schema import BASE, EvaluateConfig
+from flows.run_file.evaluation import EvaluateConfig
+from flows.run_file.schema import BASE
 from stages.config.shift import ShiftRequest
 
 if TYPE_CHECKING:
-    from flows.plan.graph import Node, StageGraph
+    from flows.plan.nodes import Node, StageGraph
 
 SHIFT, COSINES = "shift", "cosines"
 # The samples do not depend on the seed of the training.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from base.errors import UserError
 from base.exit_codes import FAILED, INTERRUPTED, MISTAKE
 from base.store.checkpoint import Store
-from flows.plan.graph import StageGraph
 from flows.plan.lock import status as node_status
+from flows.plan.nodes import StageGraph
 from flows.run.run_request import RunRequest
 from stages.config.kinds import EVALUATIONS
 

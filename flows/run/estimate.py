@@ -7,7 +7,7 @@ from typing import Any
 from base.store.checkpoint import Artifact, Store
 from flows.champion.costs import busy_seconds
 from flows.engines.memory import origin
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run.progress import duration
 
 

@@ -16,8 +16,8 @@ from flows.champion.costs import scoring_costs
 from flows.champion.tries import note_try, read_tries
 from flows.lineage import rows as lineage
 from flows.plan.champion_history import ChampionRecord, read_history
-from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import lock_path
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.state_files import read_json
 from flows.run_file.schema import STUDENT
 

@@ -5,9 +5,8 @@ Import this module only inside `flows.run.session.prefect_session`, because Pref
 
 import contextlib
 import os
-import queue
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import TagsContext
 from prefect.exceptions import PrefectException
-from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Cancelled, Failed, State
@@ -29,13 +27,13 @@ from base.store.checkpoint import Store
 from flows.champion.notify import notify, queue_notifications, send_notifications
 from flows.check.check import deep_check
 from flows.engines.launch import Launcher
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
 from flows.plan.lock import write_lock
-from flows.plan.shifts import COSINES, SHIFT
 from flows.run.crashed_runs import FLOW, RUN_VARIABLE, claim_flow_run, mark_crashed_runs, name_flow_run, outlive_worker
 from flows.run.finish import Outcome, finish_run
 from flows.run.last_run import remember
 from flows.run.progress import ProgressDisplay
+from flows.run.schedule import Future, jobs_of, schedule_jobs
 from flows.run.starts import Start, begin, killed_starts, planned_experts, run_title
 from flows.run.tasks import Supervisor, TaskGroup, artifact_key, task_of
 from flows.run_file.load import load_run_file
@@ -47,7 +45,6 @@ from flows.tracking.gc import plan_lock
 from flows.tracking.tracker import Tracker
 
 OUTPUT_FILE = "output.log"
-Future = PrefectFuture[Any]
 _ending: Outcome | State[Any] | Exception | None = None
 _start: Start | None = None
 
@@ -214,80 +211,6 @@ def _supervised(supervisor: Supervisor) -> Outcome:
     _publish(supervisor, outcome)
     _notify_end(supervisor, outcome)
     return outcome
-
-
-def jobs_of(graph: StageGraph) -> list[TaskGroup]:
-    """The jobs of a graph: one for each training node, and one for each kind of evaluation of each checkpoint."""
-    jobs = []
-    for node in graph.checkpoints:
-        jobs.append(TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))))
-        for stage, prefix in (("evaluate", "eval"), ("harness", "harness")):
-            if evaluations := tuple(own for own in graph.evaluations(node.id) if own.stage == stage):
-                jobs.append(TaskGroup(f"{prefix}/{node.id}", evaluations, (node.id,)))
-    others = [node for node in graph.nodes if node.stage in (SHIFT, COSINES)]
-    return jobs + [TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
-
-
-def schedule_jobs(
-    jobs: Sequence[TaskGroup], slots: int, submit: Callable[[TaskGroup], Future]
-) -> tuple[dict[str, Exception], list[str]]:
-    """Submit every job when its parents are done, in the order of the longest remaining chain of training steps.
-
-    Evaluations fill idle slots. A failed job prevents only the jobs that depend on it.
-
-    Args:
-        jobs: All jobs, parents before children.
-        slots: Maximum number of concurrent jobs.
-        submit: Starts a job.
-
-    Returns:
-        The error of each failed job by id, and the ids of the jobs that were not started because they depend on one.
-    """
-    remaining = _remaining_steps(jobs)
-    order = sorted(jobs, key=lambda job: (not job.training, -remaining[job.id]))
-    waiting = {job.id: job for job in order}
-    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
-    active: dict[str, Future] = {}
-    done: set[str] = set()
-    failed: dict[str, Exception] = {}
-    while True:
-        ready = [job for job in waiting.values() if done.issuperset(job.parents)]
-        for job in ready[: slots - len(active)]:
-            del waiting[job.id]
-            active[job.id] = submit(job)
-            active[job.id].add_done_callback(_reporter(ended, job.id))
-        if not active:
-            return failed, list(waiting)
-        job_id = ended.get()
-        future = active.pop(job_id)
-        # Until `wait` returns, a finished future may still have its previous state.
-        future.wait()
-        if future.state.is_completed():
-            done.add(job_id)
-        else:
-            failed[job_id] = _failure(future.state)
-
-
-def _reporter(ended: "queue.SimpleQueue[str]", job_id: str) -> Callable[[Future], None]:
-    def report(future: Future) -> None:
-        del future
-        ended.put(job_id)
-
-    return report
-
-
-def _failure(state: State[Any]) -> Exception:
-    error = state.result(raise_on_failure=False)
-    return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
-
-
-def _remaining_steps(jobs: Sequence[TaskGroup]) -> dict[str, int]:
-    """Job id -> steps of the longest chain of training jobs that starts with this job, itself included."""
-    remaining: dict[str, int] = {}
-    for job in reversed(jobs):
-        own = int(job.nodes[0].config.get("max_steps", 1)) if job.training else 0
-        remaining[job.id] = own + max((remaining[other.id] for other in jobs if job.id in other.parents), default=0)
-    return remaining
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from flows.plan.graph import Node
+from flows.plan.nodes import Node
 from stages.config.kinds import STAGES
 
 PLAIN_SECONDS = 10.0

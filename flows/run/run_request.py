@@ -5,7 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from flows.run.last_run import last_run, words
 from flows.run_file.load import load_run_file
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, read
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run.last_run import newest_of, words
 from flows.run_file.schema import STUDENT
 

@@ -21,7 +21,7 @@ from prefect.tasks import exponential_backoff
 
 from base.store.checkpoint import Store
 from flows.engines.launch import LOG_FILE, Launcher, NodeFailedError
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run.progress import Meter, ProgressDisplay, duration, notes
 from stages.config.kinds import EVALUATIONS
 

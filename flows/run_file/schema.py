@@ -4,22 +4,20 @@
 """
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, JsonValue, create_model, field_validator, model_validator
 
 from base.errors import UserError
 from evals.config.claims import HypothesisConfig
 from experts.loading import KINDS
+from flows.run_file.evaluation import EvaluateConfig, GateConfig
 from flows.run_file.notify import NotifyConfig
+from flows.run_file.resources import ResourcesConfig
 from stages.config.distill import DistillConfig, TeacherWeight
-from stages.config.harness import PREFIX, HarnessConfig
 from stages.config.kinds import STAGES
-from stages.config.on_policy import MOST_SECONDS, Ratio
-from stages.config.shift import ShiftConfig
+from stages.config.on_policy import Ratio
 from stages.config.training import (
     AllOrNames,
-    EvaluationConfig,
     Names,
     PretrainConfig,
     SFTConfig,
@@ -35,7 +33,6 @@ CHAMPION = "champion"
 BASELINES = "baselines/"
 VARIANTS = "variants/"
 MOST_ROUNDS = 100
-MOST_DEVICES = 4096
 # numpy accepts no larger seeds.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -209,101 +206,6 @@ class MergeConfig(DistillConfig):
         if value:
             raise ValueError("write the mapping in merge.teachers instead: {DOMAIN: {ONE: 0.7, OTHER: 0.3}}")
         return value
-
-
-class EvaluateConfig(EvaluationConfig):
-    """The measurements of every checkpoint."""
-
-    domains: AllOrNames = Field("all", description="Domains scored.")
-    expert_panel: Literal["all"] | list[str] | None = Field(
-        None,
-        description="Domains on which every expert is scored besides its own and those it teaches: all, or a list; "
-        "when absent all with up to 8 experts, and with more at most 4 that no expert trains.",
-    )
-    shift: ShiftConfig | None = Field(
-        default_factory=ShiftConfig, description="How far trained checkpoints moved from the start; null measures none."
-    )
-    harness: HarnessConfig | None = Field(None, description="Additional tasks, of lm-evaluation-harness.")
-
-    @property
-    def harness_domains(self) -> list[str]:
-        """Names of the harness's tasks among the domains."""
-        return [f"{PREFIX}{task}" for task in self.harness.tasks] if self.harness else []
-
-
-class GateConfig(StrictModel):
-    """The requirements for a student to become champion."""
-
-    non_inferiority_margin: float = Field(
-        0.08,
-        gt=0,
-        lt=1,
-        description="Allowed deficit to the teacher of each domain, in score (1 is all right); the interval's lower "
-        "bound decides.",
-    )
-    max_forgetting: float = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="Allowed mean drop on domains no expert trains, in score (1 is all right); the estimate decides.",
-    )
-    confidence: float = Field(0.95, ge=0.5, lt=1, description="Level of all intervals.")
-
-
-class ServersConfig(StrictModel):
-    """vLLM servers: given, or started by the pipeline while a stage needs them."""
-
-    urls: list[str] = Field(
-        default_factory=list, description="Servers that run already (`mopd serve`); if empty, servers are started."
-    )
-    gpus: int | None = Field(
-        None,
-        ge=0,
-        le=MOST_DEVICES,
-        description="Devices of each started server, 0 for the CPU; by default one if the stages train on devices.",
-    )
-    memory_share: float = Field(0.9, gt=0, lt=1, description="Share of its devices' memory that a server takes.")
-
-    @field_validator("urls")
-    @classmethod
-    def _are_addresses(cls, value: list[str]) -> list[str]:
-        found = [url.rstrip("/").removesuffix("/v1") for url in value]
-        for url in found:
-            try:
-                parts = urlsplit(url)
-                fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            except ValueError:
-                fine = False
-            if not fine:
-                raise ValueError(f"{url!r} is not an address; write http://HOST:PORT")
-        if twice := next((url for url in found if found.count(url) > 1), None):
-            raise ValueError(f"{twice!r} is named twice")
-        return found
-
-
-class RolloutServersConfig(ServersConfig):
-    """Servers that draw a student's completions."""
-
-    count: int = Field(1, gt=0, le=MOST_DEVICES, description="Number of servers started for a stage.")
-
-
-class ResourcesConfig(StrictModel):
-    """The resources of the run. Only the number of devices of a stage and its sampler enter content keys."""
-
-    gpus: int = Field(0, ge=0, le=MOST_DEVICES, description="Devices of each training stage; 0 trains on the CPU.")
-    parallel_experts: int = Field(2, ge=1, le=MOST_DEVICES, description="Nodes that run side by side.")
-    sampler: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers", description="The sampler of RL and merge, unless a stage sets its own `sampler`."
-    )
-    rollout_servers: RolloutServersConfig = Field(
-        default_factory=RolloutServersConfig, description="vLLM servers of the sampler `vllm_server`."
-    )
-    teacher_servers: ServersConfig = Field(
-        default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
-    )
-    threads: int = Field(1, ge=1, le=MOST_DEVICES, description="CPU threads of each node's process.")
-    timeout_minutes: float = Field(120, gt=0, le=MOST_SECONDS / 60, description="A node that takes longer is ended.")
-    retries: int = Field(2, ge=0, le=1000, description="New attempts after an infrastructure fault.")
 
 
 class RunConfig(StrictModel):

@@ -4,7 +4,6 @@ Lists of domains are pinned first, so that nothing is retrained because of a lon
 start keep the domains they were made from.
 """
 
-import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.documents import one_line, parse_value
+from base.documents import parse_value
 from base.errors import UserError, nearest
 from experts.data.sources import typed_options
 from experts.domain import OWN_SUFFIX, TRAIN
 from experts.loading import KINDS, load_domain
 from flows.run_file.load import load_run_file, replaced
 from flows.run_file.schema import RunConfig
+from flows.scaffold.yaml_edits import _flow, _inline, _read, _section, _yaml
 from stages.config.kinds import EXPERT_METHODS
 
 TEST_OF_SCAFFOLD = '''"""Distinct prompts, splits apart, and a score of 1 for the gold answer alone."""
@@ -317,41 +317,3 @@ def _assign(values: dict[str, Any], assignment: str, option: str) -> None:
             raise UserError(f"{option} '{assignment}': '{part}' has no keys")
         values = inner
     values[last] = parse_value(f"{option} '{assignment:.200}'", text)
-
-
-def _yaml() -> Any:
-    """A YAML reader and writer that keeps comments, quotes and layout."""
-    from ruamel.yaml import YAML
-
-    parser = YAML()
-    parser.preserve_quotes = True
-    parser.width = 120
-    parser.indent(mapping=2, sequence=4, offset=2)
-    parser.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return parser
-
-
-def _read(path: Path) -> Any:
-    return _yaml().load(path.read_text())
-
-
-def _section(document: Any, *keys: str) -> Any:
-    """The mapping at these keys, created if it is missing."""
-    for key in keys:
-        if document.get(key) is None:
-            document[key] = {}
-        document = document[key]
-    return document
-
-
-def _inline(names: Sequence[str]) -> Any:
-    from ruamel.yaml.comments import CommentedSeq
-
-    listed = CommentedSeq(names)
-    listed.fa.set_flow_style()
-    return listed
-
-
-def _flow(entry: Mapping[str, Any]) -> str:
-    """An entry in one line."""
-    return one_line(copy.deepcopy(dict(entry)))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from flows.plan.champion_history import CANDIDATE_ALIAS, registered_name
-from flows.plan.graph import Node
+from flows.plan.nodes import Node
 
 
 def alias_operations(run: str, candidate: Node | None) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from statistics import fmean
 from base.store.checkpoint import Artifact
 from evals.comparison.scores import read_scores
 from experts.domain import HELD_OUT
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from stages.config.on_policy import HISTOGRAM
 
 CURVE = "curve"

@@ -8,7 +8,7 @@ from base.hashing import stable_hash
 from base.store.checkpoint import Artifact
 from flows.lineage import descriptions
 from flows.lineage.drawing import draw_html
-from flows.plan.graph import Node
+from flows.plan.nodes import Node
 from flows.run_file.schema import STUDENT
 from flows.tracking.curves import tracked
 from flows.tracking.writer import TAG_LENGTH

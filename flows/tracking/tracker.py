@@ -21,8 +21,8 @@ from experts.domain import TRAIN
 from flows.lineage import descriptions
 from flows.lineage.drawing import draw_html
 from flows.plan.champion_history import registered_name
-from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import code_fingerprint, lock_path
+from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import SHIFT
 from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
 from flows.servers.pages import run_page

@@ -16,7 +16,8 @@ from stages.learner.update import Row
 from stages.model.policy import Policy
 from stages.on_policy.rollout import Rollout, gather
 from stages.rows.chat import encode_demonstration, encode_prompt
-from stages.sampling.sampler import Sample, Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 from stages.teachers.scoring import TeacherPool
 
 

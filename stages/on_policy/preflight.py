@@ -26,7 +26,8 @@ from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
 from stages.sampling.agreement import agreement_tolerance, plain_logits
-from stages.sampling.sampler import Sample, Sampler, Sampling
+from stages.sampling.sampler import Sampler
+from stages.sampling.samples import Sample, Sampling
 from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
 PROMPTS_A_DOMAIN = 2

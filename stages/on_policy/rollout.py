@@ -15,7 +15,8 @@ from stages.learner.training import Item, Learner, epochs, step_seed
 from stages.model.policy import Policy
 from stages.on_policy.shares import apportion, without_prompts
 from stages.rows.chat import encode_prompt
-from stages.sampling.sampler import Request, Sample, Sampler, Sampling
+from stages.sampling.sampler import Request, Sampler
+from stages.sampling.samples import Sample, Sampling
 
 
 @dataclass(frozen=True)

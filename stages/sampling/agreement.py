@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stages.config.on_policy import OnPolicyConfig
 from stages.model.policy import HiddenStates, head_weight
-from stages.sampling.sampler import Sample
+from stages.sampling.samples import Sample
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from stages.model.policy import Policy
-from stages.sampling.sampler import Gap, Request, Sample, Sampler, Sampling
+from stages.sampling.sampler import Request, Sampler
+from stages.sampling.samples import Gap, Sample, Sampling
 
 Groups = list[list[Sample]]
 Measure = Callable[[Policy, Sequence[Sample]], Gap]

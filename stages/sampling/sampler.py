@@ -17,80 +17,16 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from stages.config.on_policy import OnPolicyConfig
 from stages.model.architecture import Masks, context
 from stages.model.linear import matmul_t
 from stages.model.policy import Policy, causal_lm, scaled
 from stages.model.stop_strings import StopStrings
 from stages.sampling.cache import prefill
+from stages.sampling.draw import draw
+from stages.sampling.samples import Gap, Sample, Sampling
 
 # Finished rows are dropped several at a time, because dropping copies the cache.
 DROP_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The settings of sampling.
-
-    Attributes:
-        max_new_tokens: Longest completion.
-        temperature: Divides the logits; 0 is greedy.
-        top_p: Only the likeliest tokens whose probabilities reach this sum can be drawn.
-        max_rows: Completions sampled together; more prompts are split into several batches.
-        stop: Texts that end a completion, besides the stop tokens; the token that completes such a text is the last.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_rows: int = 512
-    stop: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, config: OnPolicyConfig) -> "Sampling":
-        """The sampling settings of an on-policy stage."""
-        return cls(config.max_new_tokens, config.temperature, config.top_p, stop=config.stop)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion of a prompt.
-
-    Attributes:
-        prompt_ids: The prompt.
-        completion_ids: The completion; if it is finished, its last token is a stop token or completes a stop string.
-        logprobs_N: Log-probability of each completion token under the sampling policy at its temperature, before top-p
-            and before barred ids are excluded. If they were included, the importance ratio would fall below 1 although
-            sampler and trainer are one policy.
-        finished: Whether it ended within `max_new_tokens`, by a stop token or a stop string.
-        version: The version of the weights that drew it: the batches they had been updated on.
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    logprobs_N: Tensor
-    finished: bool
-    version: int = 0
-
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and completion."""
-        return [*self.prompt_ids, *self.completion_ids]
-
-
-@dataclass(frozen=True)
-class Gap:
-    """The gap between a sampler and the trainer on some tokens, both with the same weights.
-
-    Attributes:
-        total: Sum over the tokens of |log-probability by the trainer − by the sampler|, in nats.
-        tokens: Number of tokens; 0 if none could be measured.
-        most: The largest gap of a token; −1 without tokens.
-    """
-
-    total: float
-    tokens: int
-    most: float
 
 
 @dataclass(frozen=True)
@@ -326,37 +262,3 @@ class _Batch:
             )
             for row, length in enumerate(lengths)
         ]
-
-
-def draw(
-    logits_BV: Tensor, sampling: Sampling, generator: torch.Generator, barred: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw one token per row; none of the ids in `barred`.
-
-    Returns:
-        Tokens [B] and their log-probabilities [B] at the sampling temperature, before top-p and `barred` apply.
-    """
-    scaled_BV = logits_BV if sampling.temperature in (0.0, 1.0) else logits_BV / sampling.temperature
-    logprobs_BV = scaled_BV.log_softmax(-1)
-    drawable_BV = scaled_BV if barred is None else scaled_BV.index_fill(1, barred, -torch.inf)
-    if sampling.temperature == 0:
-        tokens_B = drawable_BV.argmax(-1)
-    else:
-        whole = sampling.top_p >= 1.0 and barred is None
-        allowed_BV = logprobs_BV if whole else truncate(drawable_BV, sampling.top_p).log_softmax(-1)
-        # Of independent exponential clocks with these rates, the index of the first to ring has the softmax's
-        # distribution.
-        clocks_BV = torch.empty_like(allowed_BV).exponential_(generator=generator)
-        tokens_B = (allowed_BV.exp() / clocks_BV).argmax(-1)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
-
-
-def truncate(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Nucleus truncation (Holtzman et al. 2020): keep the smallest set of likeliest tokens that reaches `top_p`."""
-    if top_p >= 1.0:
-        return logits_BV
-    sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
-    probabilities_BV = sorted_BV.softmax(-1)
-    before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-    outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
-    return logits_BV.masked_fill(outside_BV, -torch.inf)

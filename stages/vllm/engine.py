@@ -22,7 +22,8 @@ from base.hashing import stable_hash
 from stages.config.on_policy import OnPolicyConfig
 from stages.model.policy import Policy, causal_lm
 from stages.model.stop_strings import StopStrings
-from stages.sampling.sampler import Gap, Sample, Sampling, parse_logprobs
+from stages.sampling.sampler import parse_logprobs
+from stages.sampling.samples import Gap, Sample, Sampling
 from stages.vllm.handover import Probe, check_shapes, full_weights, weight_shapes
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,

@@ -23,7 +23,7 @@ from stages.model.policy import Policy, causal_lm, head_weight
 from stages.model.remote_code import options
 from stages.rows.chat import encode_prompt
 from stages.sampling.agreement import agreement_tolerance, plain_logits
-from stages.sampling.sampler import Sample
+from stages.sampling.samples import Sample
 
 HEAD = "lm_head.weight"
 PROBE_PROMPT, PROBE_TOKENS, PROBE_SEED = "1 + 1 =", 8, 0

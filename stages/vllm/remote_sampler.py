@@ -25,7 +25,8 @@ from stages.learner.workspace import Workspace
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
 from stages.sampling.agreement import plain_logits
-from stages.sampling.sampler import Gap, Sample, Sampling, parse_logprobs
+from stages.sampling.sampler import parse_logprobs
+from stages.sampling.samples import Gap, Sample, Sampling
 from stages.vllm.dispatch import dispatch
 from stages.vllm.engine import check_context, prompt_seed
 from stages.vllm.handover import Probe

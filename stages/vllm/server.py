@@ -14,7 +14,7 @@ import httpx
 
 from base.errors import UserError
 from experts.endpoint import NEUTRAL
-from stages.sampling.sampler import Sampling
+from stages.sampling.samples import Sampling
 from stages.vllm.settings import PROBE_HEADER, barring, is_local
 
 # Time-out of requests that need no forward pass of the model.

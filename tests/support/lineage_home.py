@@ -7,7 +7,7 @@ from typing import Any
 from base.hashing import stable_hash
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.scores import FILE
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run_file.schema import RunConfig
 from tests.support.scored import row
 

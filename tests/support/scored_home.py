@@ -8,8 +8,9 @@ import yaml
 
 from base.store.checkpoint import Store
 from evals.comparison.scores import FILE
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
 from flows.plan.lock import write_lock
+from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
 from tests.support.scored import row
 from tests.unit.flows.run_file.test_config import MINIMAL

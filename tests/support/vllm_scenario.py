@@ -22,7 +22,8 @@ from stages.config.training import LoraConfig, OptimizerConfig, TinyModelConfig
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy, peft_config
 from stages.model.tiny import character_tokenizer, tiny_model
-from stages.sampling.sampler import Sample, Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 from stages.vllm.engine import VllmEngine
 
 # vLLM's attention on a CPU takes heads of 32 and more.

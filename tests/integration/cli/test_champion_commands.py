@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from base.store.checkpoint import Store
 from flows.cli.app import app
 from flows.plan.champion_history import read_history
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from flows.tracking.tracker import Tracker
 from tests.support.homes import with_databases
 from tests.support.scored_home import finish, graph_of, run_file

@@ -16,8 +16,8 @@ import yaml
 
 from base.store.checkpoint import Artifact, Store
 from flows.engines.launch import Launcher
-from flows.plan.graph import StageGraph
-from flows.run_file.schema import ResourcesConfig
+from flows.plan.nodes import StageGraph
+from flows.run_file.resources import ResourcesConfig
 from stages.rows.trained_on import TrainedOn
 from tests.integration.engines.test_launch import silent
 from tests.integration.run.test_pipeline import RUN

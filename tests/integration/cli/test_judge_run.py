@@ -10,7 +10,8 @@ from base.store.checkpoint import Store
 from experts.domain import HELD_OUT
 from flows.engines.launch import Launcher
 from flows.plan.graph import build_graph
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.integration.engines.test_launch import RUN, silent
 from tests.support.judge_server import Judge
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from base.store.checkpoint import Store
 from base.store.journal import read
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
 
 RUNS = Path(__file__).parents[3] / "flows" / "runs"

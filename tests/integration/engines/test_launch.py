@@ -17,8 +17,10 @@ import pytest
 from base.store.checkpoint import Store
 from flows.engines.devices import FOLDER_VARIABLE
 from flows.engines.launch import Launcher, NodeFailedError
-from flows.plan.graph import Node, StageGraph, build_graph
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.plan.graph import build_graph
+from flows.plan.nodes import Node, StageGraph
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.support.devices import claimed_devices
 from tests.support.processes import ended, eventually, jobs_of
 
@@ -197,7 +199,8 @@ def test_stop_all_and_timeout(graph, home):
 SUPERVISOR = """
 import sys
 from pathlib import Path
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from flows.engines.launch import Launcher
 from flows.plan.graph import build_graph
 from tests.integration.engines.test_launch import RUN, silent, unmade

@@ -17,8 +17,10 @@ from base.store.checkpoint import Store
 from flows.engines.launch import Launcher
 from flows.engines.vllm_commands import Needs, ServerCommand
 from flows.engines.vllm_servers import MOST_RESTARTS
-from flows.plan.graph import StageGraph, build_graph
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.integration.engines.test_launch import RUN, Run, unmade
 from tests.support import health_server
 from tests.support.processes import below, ended, eventually
@@ -134,7 +136,8 @@ SUPERVISOR = """
 import sys
 from pathlib import Path
 import flows.engines.launch
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from flows.plan.graph import build_graph
 from tests.integration.engines.test_launch import RUN, silent, unmade
 from tests.integration.engines.test_launch_servers import NEEDS

@@ -14,8 +14,10 @@ from flows.engines.devices import FOLDER_VARIABLE
 from flows.engines.launch import Launcher, NodeFailedError
 from flows.engines.process_spec import ProcessSpec
 from flows.engines.worker import ERROR_FILE, USER_ERROR
-from flows.plan.graph import StageGraph, build_graph
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.integration.engines.test_launch import RUN, silent, unmade
 from tests.integration.run.test_pipeline import PATIENCE_SECONDS
 from tests.support.devices import DRIVER, stand_in_driver

@@ -130,7 +130,8 @@ from stages.model.policy import load_policy
 from stages.learner.supervised import cross_entropy
 from stages.learner.training import Learner
 from stages.learner.update import Row, accumulate, token_weights
-from stages.sampling.sampler import Sampling, sample
+from stages.sampling.samples import Sampling
+from stages.sampling.sampler import sample
 
 home = Path(sys.argv[1])
 store, found = Store(home), {}

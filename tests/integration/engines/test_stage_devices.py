@@ -7,8 +7,10 @@ import pytest
 
 from base.store.checkpoint import Store
 from flows.engines.launch import Launcher
-from flows.plan.graph import StageGraph, build_graph
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.integration.engines.test_launch import RUN, Run, unmade
 from tests.support.devices import claimed_devices
 from tests.support.processes import eventually, jobs_of

@@ -14,8 +14,8 @@ from base.store.checkpoint import Artifact, Store
 from evals.promotion.criterion import Criterion
 from evals.promotion.gate import GateVerdict
 from flows.champion.champion import promote_by_gate
-from flows.plan.graph import Node, StageGraph
 from flows.plan.lock import write_lock
+from flows.plan.nodes import Node, StageGraph
 from flows.tracking.models import NOTE
 from flows.tracking.outbox import Doubtful, Rejected, Unreachable
 from flows.tracking.tracker import Tracker

@@ -10,11 +10,13 @@ import pytest
 from flows.engines import launch
 from flows.engines.launch import Launcher, NodeFailedError
 from flows.engines.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR
-from flows.plan.graph import Node, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import Node
 from flows.run import tasks
-from flows.run.pipeline import jobs_of
+from flows.run.schedule import jobs_of
 from flows.run.tasks import TaskGroup, task_of
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.integration.engines.test_launch import RUN
 from tests.support.processes import prefect_of
 

@@ -15,7 +15,7 @@ from base.store.checkpoint import Store
 from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import rollout_servers
 from flows.engines.vllm_servers import Health, RunningServer, VllmServers, ask_health
-from flows.run_file.schema import ResourcesConfig
+from flows.run_file.resources import ResourcesConfig
 from stages.config.on_policy import RLConfig, SamplerConfig
 from stages.config.training import LoraConfig
 from stages.learner.training import Learner
@@ -23,7 +23,7 @@ from stages.learner.workspace import Workspace
 from stages.model.policy import Policy
 from stages.model.tiny import character_tokenizer, tiny_model
 from stages.rows.trained_on import TrainedOn
-from stages.sampling.sampler import Sampling
+from stages.sampling.samples import Sampling
 from stages.vllm.handover import Probe
 from stages.vllm.remote_handover import save_weights
 from stages.vllm.remote_sampler import RemoteSampler

@@ -19,7 +19,7 @@ from experts.loading import load_domain
 from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import rollout_servers, teacher_servers
 from flows.engines.vllm_servers import VllmServers
-from flows.run_file.schema import ResourcesConfig
+from flows.run_file.resources import ResourcesConfig
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import SamplerConfig
 from stages.config.training import LoraConfig, OptimizerConfig
@@ -28,7 +28,8 @@ from stages.learner.update import Row
 from stages.learner.workspace import Workspace
 from stages.model.policy import peft_config
 from stages.model.tiny import character_tokenizer, tiny_model
-from stages.sampling.sampler import Sample, Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 from stages.teachers.remote_teachers import RemoteTeachers
 from stages.teachers.scoring import Routed, TeacherPool
 from stages.vllm.remote_sampler import RemoteSampler

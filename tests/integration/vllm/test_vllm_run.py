@@ -23,7 +23,7 @@ from experts.loading import load_domain
 from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import teacher_servers
 from flows.engines.vllm_servers import VllmServers
-from flows.run_file.schema import ResourcesConfig
+from flows.run_file.resources import ResourcesConfig
 from stages.config.distill import DistillConfig
 from stages.config.training import TinyModelConfig
 from stages.learner.workspace import Workspace

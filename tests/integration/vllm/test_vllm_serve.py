@@ -19,7 +19,7 @@ from base.store.checkpoint import Store
 from flows.engines.launch import Launcher
 from flows.plan.graph import build_graph
 from flows.run_file.load import load_run_file
-from flows.run_file.schema import ResourcesConfig
+from flows.run_file.resources import ResourcesConfig
 from stages.model.policy import load_policy
 from stages.vllm.server import VllmServer
 from tests.support.processes import ended, eventually

@@ -24,7 +24,8 @@ from stages.model.policy import Policy, load_policy, peft_config
 from stages.model.weights import StoredWeights
 from stages.rows.chat import encode_prompt
 from stages.rows.trained_on import TrainedOn
-from stages.sampling.sampler import Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sampling
 from tests.numerics.conftest import tiny_policy
 
 REQUEST = ShiftRequest(examples=5, max_new_tokens=8, batch_size=64)

@@ -18,7 +18,7 @@ from stages.learner.training import Learner
 from stages.learner.update import Row, accumulate, token_weights
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import TrainerSignal
-from stages.sampling.sampler import Sample
+from stages.sampling.samples import Sample
 from tests.numerics.conftest import tiny_policy
 
 LENGTHS = [5, 9, 3, 12, 7]

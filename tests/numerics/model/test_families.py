@@ -19,7 +19,8 @@ from stages.model.architecture import unsupported
 from stages.model.policy import HiddenStates, Policy, head_weight, load_policy
 from stages.model.tiny import character_tokenizer
 from stages.rows.packing import pack
-from stages.sampling.sampler import Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sampling
 from stages.sft import train as sft
 from tests.support.families import REFUSED, SUPPORTED, WINDOW, config_of, random_model, write_model
 

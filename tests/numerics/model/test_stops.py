@@ -17,7 +17,8 @@ from stages.model.stop_strings import StopStrings
 from stages.on_policy.rollout import gather, verifiable_rewards
 from stages.rows.chat import encode_prompt, encode_text
 from stages.rows.trained_on import TrainedOn
-from stages.sampling.sampler import Sampling, sample
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sampling
 from stages.vllm.server import Ends, VllmServer
 from tests.numerics.conftest import tiny_policy
 from tests.support.chats import CHATS, FAMILIES, make_policy

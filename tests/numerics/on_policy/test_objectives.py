@@ -22,7 +22,7 @@ from stages.losses.log_probabilities import (
 from stages.on_policy.objectives import DIAGNOSE_EVERY, distillation_objective, needs_trainer_logprobs
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import Signals
-from stages.sampling.sampler import Sample
+from stages.sampling.samples import Sample
 
 VOCABULARY, LENGTHS = 11, (3, 1, 4)
 CPU = SimpleNamespace(device=torch.device("cpu"))

@@ -16,7 +16,8 @@ from flows.engines.worker import USER_ERROR, exit_code_of
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import RFTConfig, RLConfig, SamplerConfig
 from stages.on_policy.preflight import SamplerCheck, preflight
-from stages.sampling.sampler import Sample, TransformersSampler
+from stages.sampling.sampler import TransformersSampler
+from stages.sampling.samples import Sample
 from stages.teachers.scoring import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 

@@ -12,7 +12,7 @@ from stages.config.on_policy import RewardNoiseConfig, RFTConfig, RLConfig
 from stages.on_policy.noise import RewardNoise, reward_noise
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import RewardSignal, SuccessSignal
-from stages.sampling.sampler import Sample
+from stages.sampling.samples import Sample
 from tests.numerics.learner.test_resume import CutOffError, Scattered, cut_after, metrics_of
 
 

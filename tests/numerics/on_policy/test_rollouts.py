@@ -16,7 +16,8 @@ from stages.on_policy.mismatch import largest, with_mismatch
 from stages.on_policy.rollout import PromptMixture, request
 from stages.on_policy.signals import RewardSignal
 from stages.sampling.prefetch import PrefetchSampler
-from stages.sampling.sampler import Gap, Sampler, TransformersSampler, parse_logprobs
+from stages.sampling.sampler import Sampler, TransformersSampler, parse_logprobs
+from stages.sampling.samples import Gap
 from tests.numerics.on_policy.test_objectives import make_rollout, random_logits
 from tests.support.vllm_scenario import make_policy
 

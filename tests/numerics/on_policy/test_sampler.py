@@ -7,7 +7,9 @@ from base.errors import UserError
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
-from stages.sampling.sampler import Sample, Sampling, draw, sample, truncate
+from stages.sampling.draw import draw, truncate
+from stages.sampling.sampler import sample
+from stages.sampling.samples import Sample, Sampling
 from tests.numerics.conftest import tiny_policy
 
 PROMPTS = ("sort up 3 1 2:", "reverse abcdefgh ijk:", "x", "upper kotap:")

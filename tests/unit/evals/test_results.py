@@ -13,7 +13,7 @@ from evals.measure.evaluate import summary
 from evals.promotion.gate import judge
 from evals.report.table import sampled_grid
 from flows.champion.results import collect
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run_file.schema import RunConfig
 from tests.support.scored import results, row, sheet
 

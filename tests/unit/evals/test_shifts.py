@@ -25,7 +25,8 @@ from evals.comparison.shifts import cosines_grid, shift_grid
 from evals.report.table import render_markdown
 from evals.statistics.crossed_effects import over_both
 from flows.champion.results import collect
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from tests.support.checkpoints import pretend_checkpoint
 from tests.support.scored import results
 from tests.unit.flows.cli.test_cli import mopd

@@ -20,7 +20,7 @@ from flows.champion.champion import promote_by_gate
 from flows.champion.notify import queue_notifications, send_notifications
 from flows.cli import runs as commands
 from flows.plan.champion_history import champion_path, read_history
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from flows.run.finish import finish_run
 from flows.run.run_request import RunRequest
 from flows.run_file.notify import NotifyConfig

@@ -15,7 +15,7 @@ from flows.champion import champion
 from flows.champion.champion import former_scores, judge_run, promote, promote_by_gate, rejected, rollback
 from flows.champion.results import collect
 from flows.plan.champion_history import ChampionRecord, champion_path, read_history
-from flows.plan.graph import Node, StageGraph
+from flows.plan.nodes import Node, StageGraph
 from flows.run.finish import finish_run
 from tests.support.scored_home import finish, graph_of, run_file
 

@@ -13,8 +13,8 @@ from base.errors import UserError
 from base.store import mirror
 from base.store.checkpoint import Store
 from flows.cli.app import app
-from flows.plan.graph import StageGraph
 from flows.plan.lock import status
+from flows.plan.nodes import StageGraph
 from flows.tracking.gc import find_garbage, plan_lock, registered_keys, remove
 from tests.support.scored_home import SHARES, finish, graph_of, run_file
 from tests.unit.flows.plan.test_champion_start import crown

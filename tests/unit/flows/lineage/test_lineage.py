@@ -15,8 +15,8 @@ from base.store.checkpoint import Store
 from flows.cli.app import app
 from flows.lineage import rows as lineage
 from flows.lineage.drawing import draw_html
-from flows.plan.graph import StageGraph
 from flows.plan.lock import write_lock
+from flows.plan.nodes import StageGraph
 from tests.support.lineage_home import commit, lab_graph, lessons, shared_graph
 
 

@@ -12,7 +12,7 @@ from flows.lineage import rows as lineage
 from flows.lineage.card_facts import base_of, facts_of
 from flows.lineage.export import model_card
 from flows.lineage.rows import Row
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from flows.run.finish import finish_run
 from tests.support.scored_home import finish, graph_of, run_file
 

@@ -12,8 +12,8 @@ from evals.promotion.gate import judge, spent
 from flows.champion.champion import first_of, judge_run
 from flows.champion.results import collect
 from flows.champion.tries import read_tries, try_number
-from flows.plan.graph import StageGraph
 from flows.plan.lock import lock_path
+from flows.plan.nodes import StageGraph
 from flows.plan.state_files import TRIES_FILE
 from flows.run.finish import finish_run
 from flows.run_file.schema import STUDENT

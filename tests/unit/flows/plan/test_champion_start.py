@@ -12,8 +12,8 @@ from flows.champion.champion import promote_by_gate
 from flows.champion.repin import repin
 from flows.lineage.rows import resolve, rows
 from flows.plan.champion_start import pin_note, savings
-from flows.plan.graph import StageGraph
 from flows.plan.lock import status
+from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
 from tests.support.scored_home import SHARES, finish, graph_of, run_file
 

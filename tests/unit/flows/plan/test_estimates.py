@@ -12,7 +12,7 @@ from base.store.checkpoint import Store
 from flows.cli.app import app
 from flows.engines import memory
 from flows.engines.memory import fit, needs, shape_of
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from flows.run.estimate import estimate, summary, work
 from tests.support.scored_home import finish, graph_of, run_file
 

@@ -16,7 +16,8 @@ from flows.champion.results import collect
 from flows.check.check import deep_check
 from flows.engines.process_spec import ProcessSpec
 from flows.plan import graph as plan
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from tests.support.harness_home import write_tasks
 from tests.unit.flows.plan.test_check import FEW, SORT_ALONE
 from tests.unit.flows.run_file.test_config import MINIMAL, load, message
@@ -66,7 +67,7 @@ def test_every_checkpoint_is_scored_on_every_task_and_nothing_else_changes(tmp_p
 
 @pytest.mark.harness
 def test_the_harness_has_a_process_of_its_own(tmp_path: Path, folder: Path) -> None:
-    from flows.run.pipeline import jobs_of
+    from flows.run.schedule import jobs_of
 
     graph = graph_of(tmp_path, folder)
     of_student = {job.id: {node.stage for node in job.nodes} for job in jobs_of(graph) if "student@0" in job.parents}

@@ -7,8 +7,9 @@ import pytest
 
 from base.errors import UserError
 from base.store.checkpoint import Store
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
 from flows.plan.lock import code_fingerprint, status, write_lock
+from flows.plan.nodes import StageGraph
 from stages.config.distill import DistillConfig
 from stages.config.kinds import STAGES
 from tests.support.checkpoints import pretend_checkpoint

@@ -7,8 +7,8 @@ import pytest
 
 from base.store.checkpoint import Store
 from flows.engines.process_spec import ProcessSpec
-from flows.plan.graph import StageGraph
 from flows.plan.lock import lock_path, status, write_lock
+from flows.plan.nodes import StageGraph
 from tests.support.checkpoints import pretend_checkpoint
 from tests.unit.flows.plan.test_plan import changed, graph_of
 from tests.unit.flows.run_file.test_config import message

@@ -12,7 +12,7 @@ from base.store.checkpoint import Store
 from flows.champion import champion
 from flows.cli.app import app
 from flows.plan.champion_history import read_history
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from flows.run.last_run import last_run, newest_of, remember
 from tests.support.scored_home import finish, graph_of, run_file
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.plan.graph import Node
+from flows.plan.nodes import Node
 from flows.run.progress import Meter, ProgressDisplay, duration, notes
 
 

@@ -14,8 +14,10 @@ from flows.engines.devices import Lease
 from flows.engines.process_spec import ProcessSpec
 from flows.engines.vllm_commands import Needs, ServerCommand, node_needs
 from flows.engines.vllm_servers import PORTS, VllmServers, free_ports, tail
-from flows.plan.graph import StageGraph, build_graph
-from flows.run_file.schema import ResourcesConfig, RunConfig
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
+from flows.run_file.resources import ResourcesConfig
+from flows.run_file.schema import RunConfig
 from tests.support.installed import install_vllm
 
 HOST = "127.0.0.1"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
-from flows.plan.graph import Node, StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import Node, StageGraph
 from tests.unit.flows.run_file.test_config import load
 
 ALL = "merge.baselines=[weight_average, task_arithmetic, ties, dare_linear, dare_ties, seqkd, mix_sft, mix_rl]"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.plan.graph import StageGraph
+from flows.plan.nodes import StageGraph
 from flows.run_file.panel import FEW_EXPERTS
 from tests.unit.flows.plan.test_plan import graph_of
 from tests.unit.flows.run_file.test_config import message

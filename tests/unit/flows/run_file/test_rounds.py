@@ -6,7 +6,8 @@ import pytest
 
 from base.errors import UserError
 from flows.check.draws import config_key
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from flows.run_file.rounds import round_prefix, without_round
 from tests.unit.flows.run_file.test_config import MINIMAL, load
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from base.errors import UserError
-from flows.plan.graph import StageGraph, build_graph
+from flows.plan.graph import build_graph
+from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
 from tests.unit.flows.run_file.test_config import TWINS, load, message
 

@@ -1,0 +1,69 @@
+"""Devices, servers and limits of a run."""
+
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from stages.config.on_policy import MOST_SECONDS
+from stages.config.training import (
+    StrictModel,
+)
+
+MOST_DEVICES = 4096
+
+
+class ServersConfig(StrictModel):
+    """vLLM servers: given, or started by the pipeline while a stage needs them."""
+
+    urls: list[str] = Field(
+        default_factory=list, description="Servers that run already (`mopd serve`); if empty, servers are started."
+    )
+    gpus: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_DEVICES,
+        description="Devices of each started server, 0 for the CPU; by default one if the stages train on devices.",
+    )
+    memory_share: float = Field(0.9, gt=0, lt=1, description="Share of its devices' memory that a server takes.")
+
+    @field_validator("urls")
+    @classmethod
+    def _are_addresses(cls, value: list[str]) -> list[str]:
+        found = [url.rstrip("/").removesuffix("/v1") for url in value]
+        for url in found:
+            try:
+                parts = urlsplit(url)
+                fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                fine = False
+            if not fine:
+                raise ValueError(f"{url!r} is not an address; write http://HOST:PORT")
+        if twice := next((url for url in found if found.count(url) > 1), None):
+            raise ValueError(f"{twice!r} is named twice")
+        return found
+
+
+class RolloutServersConfig(ServersConfig):
+    """Servers that draw a student's completions."""
+
+    count: int = Field(1, gt=0, le=MOST_DEVICES, description="Number of servers started for a stage.")
+
+
+class ResourcesConfig(StrictModel):
+    """The resources of the run. Only the number of devices of a stage and its sampler enter content keys."""
+
+    gpus: int = Field(0, ge=0, le=MOST_DEVICES, description="Devices of each training stage; 0 trains on the CPU.")
+    parallel_experts: int = Field(2, ge=1, le=MOST_DEVICES, description="Nodes that run side by side.")
+    sampler: Literal["transformers", "vllm", "vllm_server"] = Field(
+        "transformers", description="The sampler of RL and merge, unless a stage sets its own `sampler`."
+    )
+    rollout_servers: RolloutServersConfig = Field(
+        default_factory=RolloutServersConfig, description="vLLM servers of the sampler `vllm_server`."
+    )
+    teacher_servers: ServersConfig = Field(
+        default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
+    )
+    threads: int = Field(1, ge=1, le=MOST_DEVICES, description="CPU threads of each node's process.")
+    timeout_minutes: float = Field(120, gt=0, le=MOST_SECONDS / 60, description="A node that takes longer is ended.")
+    retries: int = Field(2, ge=0, le=1000, description="New attempts after an infrastructure fault.")
