@@ -67,7 +67,7 @@ def test_the_page_tells_every_claim_with_figure_and_data(tmp_path: Path) -> None
     for figure in ("C1", "C2"):
         assert f"(claims/{figure}.svg)" in text
         assert (page.parent / "claims" / f"{figure}.svg").read_text().count("<svg") == 1
-    assert "was fixed before" not in text and "their git history tells when they were fixed" in text
+    assert "was fixed before" not in text and "their git history shows when they were fixed" in text
     assert "(%; drop from the start); the start scores 50.0 %" in text
 
 

@@ -190,7 +190,7 @@ def test_marks_are_remembered_across_processes(judge, make, tmp_path):
     assert domain.score(example(), "one") == 0.7
     judge.reply = lambda request, number: "2"
     code = (
-        "import json, sys; from experts.domain import Example, load_domain;"
+        "import json, sys; from experts.domain import Example; from experts.loading import load_domain;"
         "d = load_domain('manners', 'judge', json.loads(sys.argv[1]));"
         "e = Example('Say hello', '', 'manners', 'Say hello');"
         "print(d.score_all([(e, 'one'), (e, sys.argv[2])]))"

@@ -174,7 +174,7 @@ def test_too_many_examples_name_the_task_and_what_exists():
 
 def test_options_and_fingerprint_do_not_import_reasoning_gym():
     program = (
-        "import sys; from experts.domain import load_domain;"
+        "import sys; from experts.loading import load_domain;"
         f"a = load_domain('x', 'reasoning', {{'tasks': {ARITHMETIC!r}}}).fingerprint();"
         "b = load_domain('x', 'reasoning', {'tasks': {'countdown': {}}}).fingerprint();"
         "print(a != b, 'reasoning_gym' in sys.modules)"

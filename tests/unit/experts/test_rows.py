@@ -457,7 +457,7 @@ def test_local_rows_need_no_heavy_import(tmp_path):
 
     path = write(tmp_path / "r.jsonl", [{"question": "q", "answer": "a"}])
     code = (
-        "import sys; from experts.domain import load_domain;"
+        "import sys; from experts.loading import load_domain;"
         f"d = load_domain('web', 'hub', {{'path': {path!r}, **{FIELDS!r}}}); d.fingerprint(); d._examples;"
         "print(not {'datasets', 'math_verify', 'pyarrow', 'sympy'} & set(sys.modules))"
     )

@@ -144,7 +144,7 @@ def test_what_cannot_be_removed_is_said(file: Path, home: Path) -> None:
     with pytest.raises(UserError, match=r"there is no experts\.srt .*did you mean 'sort'"):
         remove_expert(file, "srt", home, with_domain=False)
     (child := file.with_name("child.yaml")).write_text("extends: run.yaml\nname: child\n")
-    with pytest.raises(UserError, match=r"experts\.sort stands in run\.yaml, which this file extends"):
+    with pytest.raises(UserError, match=r"experts\.sort is in run\.yaml, which this file extends"):
         remove_expert(child, "sort", home, with_domain=False)
     assert file.read_text() == TEXT
 
