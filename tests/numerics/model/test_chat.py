@@ -86,7 +86,7 @@ def test_a_template_that_ends_turns_by_no_token_or_contradicts_itself():
     target = encode_demonstration(tokenizer, "2 + 2 =", "4")[1]
     assert tokenizer.decode(target) == "4\n<|endoftext|>"
     tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
-    with pytest.raises(UserError, match=r"renders an answered prompt differently from the prompt: '12 \+ 2 =' and '24'"):
+    with pytest.raises(UserError, match=r"an answered prompt differently from the prompt: '12 \+ 2 =' and '24'"):
         encode_demonstration(tokenizer, "2 + 2 =", "4")
 
 
