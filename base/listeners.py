@@ -1,4 +1,4 @@
-"""Which process listens on a port. Another server may take the port of one that has ended, or has not begun yet."""
+"""Finds the process that listens on a port: another server may take the port of one that has ended or not yet begun."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import psutil
 
 
 def start_of(pid: int) -> int:
-    """When a process started, in clock ticks since the machine did: no setting of the clock moves it.
+    """The start time of a process in clock ticks since boot, which does not change when the clock is set.
 
     Returns:
-        0 for one that is gone, or dead and only waiting to be reaped.
+        0 for a process that has ended, or is a zombie.
     """
     try:
-        # The name, in parentheses, may hold anything; the state is the field behind it.
+        # The name, in parentheses, may contain any character; the state is the field after it.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
@@ -20,7 +20,7 @@ def start_of(pid: int) -> int:
 
 
 def listens(pid: int, port: int) -> bool:
-    """Whether a process or one below it listens on a port; a process of another user cannot be looked at, so False."""
+    """Whether a process or a descendant listens on a port; False for another user's, which cannot be inspected."""
     try:
         leader = psutil.Process(pid)
         family = [leader, *leader.children(recursive=True)]

@@ -1,4 +1,4 @@
-"""Answers of `nvidia-smi`. Free of torch."""
+"""Queries `nvidia-smi`. Free of torch."""
 
 import subprocess
 
@@ -9,8 +9,8 @@ def ask(*arguments: str) -> tuple[str, str]:
     """Run `nvidia-smi`.
 
     Returns:
-        What it printed, and an empty string; or an empty string, and why there is no answer: where it fails, its own
-        message.
+        Its output and an empty string; or an empty string and the reason of the failure, with its own message if it
+        printed one.
     """
     try:
         done = subprocess.run(
@@ -29,7 +29,7 @@ def ask(*arguments: str) -> tuple[str, str]:
 
 
 def driver() -> str:
-    """The driver's version, or why it is not known."""
+    """The driver's version, or why it is unknown."""
     answer, fault = ask("--query-gpu=driver_version", "--format=csv,noheader")
     versions = answer.split()
     if versions:

@@ -1,4 +1,4 @@
-"""Ctrl-C, TERM and a terminal that closes end a command in the same way, and once. Free of everything but Python."""
+"""Ctrl-C, TERM and a closed terminal interrupt a command in the same way, and once. Needs only the standard library."""
 
 import contextlib
 import signal
@@ -6,12 +6,12 @@ import threading
 from collections.abc import Iterator
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Whether an end is under way: a second signal would break off what puts things in order.
+# Whether an interrupt is being handled: a second signal would abort the clean-up.
 _ending = [False]
 
 
 def interrupt(number: int, frame: object) -> None:
-    """A signal handler: the first signal is a KeyboardInterrupt, later ones are nothing."""
+    """A signal handler: the first signal raises KeyboardInterrupt, later ones are ignored."""
     if not _ending[0]:
         _ending[0] = True
         raise KeyboardInterrupt
@@ -21,8 +21,8 @@ def interrupt_once(*, background: bool = False) -> None:
     """Let the signals of `ENDING` interrupt this process, once, from now on.
 
     Args:
-        background: Also where they are ignored, as SIGINT is in a command that a script starts in the background.
-            SIGHUP stays ignored in any case: `nohup` asked for that.
+        background: Also handle signals that are ignored, as SIGINT is in a command that a script starts in the
+            background. An ignored SIGHUP stays ignored in any case, because `nohup` requested that.
     """
     for number in ENDING:
         ignored = signal.getsignal(number) is signal.SIG_IGN
@@ -32,7 +32,7 @@ def interrupt_once(*, background: bool = False) -> None:
 
 @contextlib.contextmanager
 def interruptible(*, background: bool = False) -> Iterator[None]:
-    """`interrupt_once` for as long as it lasts; nothing outside the main thread, which alone hears signals."""
+    """A context with `interrupt_once`; without effect outside the main thread, the only one that receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

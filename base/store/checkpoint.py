@@ -1,8 +1,8 @@
-"""Artifacts and the store that keeps them: whole or not at all, found by content key, verified before use.
+"""Artifacts and their store: written atomically, found by content key, verified before use.
 
 An artifact is a directory named by its content key: a Hugging Face checkpoint or the scores of one, plus
-`manifest.json`. It is written to a temporary folder, synced and renamed. The store is the one truth about what is
-done. This module is free of torch so that planning starts fast.
+`manifest.json`. It is written to a temporary folder, synced and renamed. The store alone decides which nodes are done.
+This module is free of torch so that planning starts fast.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from base.private import keep_private, require_folder
 from base.store.mirror import MANIFEST, mirror_of_environment, stray_message, stray_name
 
 FORMAT_VERSION = 1
-# Stages whose artifacts are small, and whose files the plan's readers read.
+# Stages with small artifacts, whose files are read during planning.
 MEASUREMENTS = ("evaluate", "harness", "shift", "cosines")
 UNSENT = "unsent_to_store"
-# Of the store: what is being written.
+# The store's folder of artifacts that are being written.
 STAGING = ".staging"
 logger = logging.getLogger(__name__)
 
 
 class CorruptedArtifactError(UserError):
-    """An artifact whose files are not what its manifest says."""
+    """An artifact's files do not match its manifest."""
 
     def __init__(self, message: str, key: str) -> None:
         super().__init__(message)
@@ -48,10 +48,10 @@ class Artifact:
     """A reference to a stored checkpoint or score sheet; weights stay on disk.
 
     Attributes:
-        key: Content key: hash of all that decides the result, known at plan time.
+        key: Content key: hash of everything that determines the result, available at plan time.
         uri: Directory of the files.
         digest: Hash of the files themselves (weights, model config, tokenizer; or scores).
-        manifest: Everything known about how it was made.
+        manifest: The full record of how it was made.
     """
 
     key: str
@@ -66,23 +66,23 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """The node's name in the run that made it, for people."""
+        """The node's name in the run that made it, for readers."""
         return str(self.manifest["name"])
 
 
 class Store:
-    """Content-addressed directories under `home/store`, work in progress under `home/work`, locks beside them.
+    """Content-addressed directories under `home/store`, work in progress under `home/work`, locks under `home/locks`.
 
-    With a mirror (`MOPD_STORE`), what another machine made is found there and brought when it is needed, and what is
-    made here is sent.
+    With a mirror (`MOPD_STORE`), artifacts of other machines are found there and downloaded on demand, and artifacts
+    made here are uploaded.
 
     Args:
         home: `$MOPD_HOME`.
-        faults: Gets the messages of artifacts with a damaged manifest, which `find` then counts as absent; None
-            raises.
+        faults: A list for the messages on damaged manifests; `find` then treats their artifacts as absent. With None,
+            `find` raises.
 
     Raises:
-        UserError: the home, or the store in it, is something else than a folder.
+        UserError: the home, or the store in it, is not a folder.
     """
 
     def __init__(self, home: Path, faults: list[str] | None = None) -> None:
@@ -96,10 +96,10 @@ class Store:
         self.mirror = mirror_of_environment()
 
     def find(self, key: str) -> Artifact | None:
-        """Return the artifact of a key if it stands whole, without reading its weights.
+        """Return the artifact of a key if it is complete, without reading its weights; else None.
 
-        One that stands in the mirror alone is brought if it is a measurement; of a checkpoint only the manifest is
-        here until `get`.
+        A measurement that is only in the mirror is downloaded. For a checkpoint that is only in the mirror, the
+        manifest is read, and the files are downloaded by `get`.
 
         Raises:
             CorruptedArtifactError: its manifest cannot be read.
@@ -121,14 +121,14 @@ class Store:
     def _manifest(self, key: str) -> dict[str, Any]:
         path = self.root / key
         if path.is_file():
-            raise CorruptedArtifactError(f"{path}: a file where the folder of an artifact belongs; {_mend(key)}", key)
+            raise CorruptedArtifactError(f"{path}: a file in place of the folder of an artifact; {_remedy(key)}", key)
         try:
             manifest = read_object(path / MANIFEST)
         except DocumentError as error:
-            raise CorruptedArtifactError(f"{path / MANIFEST}: {error}; {_mend(key)}", key) from None
+            raise CorruptedArtifactError(f"{path / MANIFEST}: {error}; {_remedy(key)}", key) from None
         wanted: dict[str, type] = {"digest": str, "name": str, "files": dict}
         if odd := next((name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)), None):
-            raise CorruptedArtifactError(f"{path / MANIFEST}: its '{odd}' is missing or damaged; {_mend(key)}", key)
+            raise CorruptedArtifactError(f"{path / MANIFEST}: its '{odd}' is missing or damaged; {_remedy(key)}", key)
         return manifest
 
     def get(self, key: str) -> Artifact:
@@ -142,12 +142,12 @@ class Store:
         if artifact is None:
             raise UserError(f"no artifact {key} in {self.root}")
         if not self.is_here(artifact):
-            self._bring(key)
+            self._download(key)
         self.verify(artifact)
         return artifact
 
     def is_here(self, artifact: Artifact) -> bool:
-        """Whether an artifact's files are on this machine, and not in the mirror alone."""
+        """Whether an artifact's files are on this machine, and not only in the mirror."""
         return (artifact.path / MANIFEST).exists()
 
     def _find_in_mirror(self, key: str) -> Artifact | None:
@@ -155,11 +155,11 @@ class Store:
             return None
         manifest = self.mirror.manifest(key)
         if manifest.get("stage") in MEASUREMENTS:
-            self._bring(key)
+            self._download(key)
         return Artifact(key=key, uri=str(self.root / key), digest=manifest["digest"], manifest=manifest)
 
-    def _bring(self, key: str) -> None:
-        """Download an artifact; another process that brings it at the same time does no harm."""
+    def _download(self, key: str) -> None:
+        """Download an artifact; several processes may do so at the same time."""
         assert self.mirror is not None
         folder = self.root / STAGING / f"{key}.{os.getpid()}.mirror"
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,10 +173,10 @@ class Store:
                 raise
 
     def send_left_over(self) -> list[str]:
-        """Send what the mirror did not take when it was made.
+        """Upload the artifacts that the mirror did not receive when they were made.
 
         Returns:
-            What it still does not take, a line each.
+            A message for each artifact whose upload failed again.
         """
         if self.mirror is None:
             return []
@@ -193,18 +193,19 @@ class Store:
         return faults
 
     def verify(self, artifact: Artifact) -> None:
-        """Hash every file of the artifact against its manifest; a file unchanged since the last time is trusted.
+        """Compare the hash of every file with the manifest; if no file has changed since the last time, skip hashing.
 
-        What stands in the mirror alone is verified when it is brought.
+        An artifact that is only in the mirror is verified when it is downloaded.
 
         Raises:
-            CorruptedArtifactError: names the file, what was expected and how to mend it; or a name leads elsewhere.
+            CorruptedArtifactError: a file is missing or damaged, or the manifest names a file outside of the folder.
+                The message names the file, the expected hash and the remedy.
         """
         if not self.is_here(artifact) and self.mirror is not None and self.mirror.holds(artifact.key):
             return
         if stray := stray_name(artifact.manifest["files"]):
-            said = f"{stray_message(str(artifact.path / MANIFEST), stray)}; {_mend(artifact.key)}"
-            raise CorruptedArtifactError(said, artifact.key)
+            message = f"{stray_message(str(artifact.path / MANIFEST), stray)}; {_remedy(artifact.key)}"
+            raise CorruptedArtifactError(message, artifact.key)
         seal = self.root / ".verified" / artifact.key
         state = {name: _stamp(artifact.path / name) for name in artifact.manifest["files"]}
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
@@ -214,13 +215,13 @@ class Store:
             path = artifact.path / name
             if not path.exists():
                 raise CorruptedArtifactError(
-                    f"{path}: missing from {artifact.name}; {_mend(artifact.key)}", artifact.key
+                    f"{path}: missing from {artifact.name}; {_remedy(artifact.key)}", artifact.key
                 )
             found = hash_file(path)
             if found != expected:
                 raise CorruptedArtifactError(
                     f"{path}: corrupted ({artifact.name}): digest {found[:12]}, expected {expected[:12]}; "
-                    f"{_mend(artifact.key)}",
+                    f"{_remedy(artifact.key)}",
                     artifact.key,
                 )
         seal.parent.mkdir(exist_ok=True)
@@ -231,7 +232,11 @@ class Store:
 
         Args:
             folder: A folder made by `staging`, with all files written.
-            manifest: What to record; `format_version`, `key`, `files`, `digest` and `created` are added.
+            key: The content key.
+            manifest: The entries to record; `format_version`, `key`, `files`, `digest` and `created` are added.
+
+        Returns:
+            The artifact in the store.
         """
         files = {str(p.relative_to(folder)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         digest = stable_hash(files)
@@ -248,19 +253,19 @@ class Store:
         sync_to_disk(folder)
         target = self.root / key
         if self.mirror is not None:
-            # Noted before it stands here, so that a kill between the two leaves nothing unsent.
+            # Marked before the rename, so that a kill between the two cannot leave an artifact that is never uploaded.
             (self.home / UNSENT).mkdir(exist_ok=True)
             (self.home / UNSENT / key).touch()
         os.rename(folder, target)
         sync_to_disk(self.root)
         for fault in self.send_left_over():
-            logger.warning("%s; it is sent with the next artifact or run", fault)
+            logger.warning("%s; the upload is repeated with the next artifact or run", fault)
         return Artifact(key=key, uri=str(target), digest=digest, manifest=whole)
 
     def staging(self, key: str) -> Path:
-        """Make an empty temporary folder on the store's file system; what a failed attempt left there goes first.
+        """Make an empty temporary folder on the store's file system; files of a failed attempt are removed first.
 
-        Whoever makes a node holds its lock, so no one else is writing under this key.
+        The caller must hold the node's lock, so that no other process writes under this key.
         """
         folder = self.root / STAGING / key
         shutil.rmtree(folder, ignore_errors=True)
@@ -268,13 +273,13 @@ class Store:
         return folder
 
     def work(self, key: str) -> Path:
-        """The folder of a node's work in progress: journal, log and saved steps."""
+        """The folder of a node's work in progress: journal, log and saved states."""
         path = self.home / "work" / key
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def lock(self, key: str) -> FileLock:
-        """The lock that makes two runs which need the same node train it once; free when its holder is gone."""
+        """The lock of a key, so that two runs that need the same node train it once; freed when its holder ends."""
         path = self.home / "locks" / f"{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
@@ -289,7 +294,7 @@ class Store:
         return target
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Every whole artifact in the store and its mirror."""
+        """All complete artifacts in the store and its mirror."""
         here = {path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")}
         for key in sorted(here | (self.mirror.keys() if self.mirror else frozenset())):
             if (artifact := self.find(key)) is not None:
@@ -310,12 +315,12 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _mend(key: str) -> str:
-    return f"run again with --discard-corrupted to set it aside and make it anew (key {key})"
+def _remedy(key: str) -> str:
+    return f"run again with --discard-corrupted to set it aside and make it again (key {key})"
 
 
 def sync_to_disk(path: Path) -> None:
-    """Have the kernel write a file or a folder's entries out, so that a power cut does not lose them."""
+    """Flush a file, or a folder's entries, to disk, so that a power failure does not lose them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -324,14 +329,14 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file: a reader, or whoever comes after a kill, finds the old text or the new one, whole.
+    """Replace a text file atomically: readers, also after a kill, find either the old or the new text, complete.
 
     Raises:
         IsADirectoryError: there is a folder of that name.
     """
     if path.is_dir():
-        # `os.replace` would name the temporary file.
-        raise IsADirectoryError(errno.EISDIR, "a folder where a file belongs", str(path))
+        # The error of `os.replace` would name the temporary file.
+        raise IsADirectoryError(errno.EISDIR, "a folder in place of a file", str(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

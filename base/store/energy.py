@@ -1,4 +1,4 @@
-"""What a stage has used: seconds, its devices' seconds, and joules where NVIDIA's management library tells.
+"""Metering of a stage: seconds, device seconds, and joules if NVIDIA's management library reports them.
 
 Free of torch.
 """
@@ -16,18 +16,18 @@ JOULES = 1e-3
 
 
 def device_names() -> list[str]:
-    """The devices this process was given, as `CUDA_VISIBLE_DEVICES` names them; empty on a CPU."""
+    """The devices of this process, as named in `CUDA_VISIBLE_DEVICES`; empty on a CPU."""
     return [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip() not in ("", "-1")]
 
 
 def joules_so_far() -> float | None:
-    """Energy that this process's devices have used since their driver was loaded.
+    """The energy in joules that this process's devices have used since their driver was loaded.
 
-    A stage holds its devices alone, so the difference of two readings is its own. The counter is that of
-    `nvmlDeviceGetTotalEnergyConsumption`, in millijoules, of Volta and later.
+    A stage has its devices exclusively, so the difference of two readings is its own consumption. The counter is
+    `nvmlDeviceGetTotalEnergyConsumption`, in millijoules, available on Volta and later.
 
     Returns:
-        None where there is no device, no library, or no such counter.
+        None if there is no device, no library, or no such counter.
     """
     names = device_names()
     if not names:
@@ -48,25 +48,25 @@ def joules_so_far() -> float | None:
 
 
 class Meter:
-    """What a node has used by now, in this attempt and in all before it that were killed, failed or were stopped.
+    """The consumption of a node, in this attempt and in all earlier attempts that were killed, failed or stopped.
 
-    The attempts before are read from a file that `keep` writes, so work that is done again after a kill counts as often
-    as it was done; what an attempt used after its last `keep` is not known.
+    Earlier attempts are read from a file that `keep` writes. So work that is repeated after a kill counts each time.
+    The consumption of an attempt after its last `keep` is lost.
     """
 
     def __init__(self, file: Path) -> None:
-        """Start to count.
+        """Start metering.
 
         Args:
-            file: Where the attempts before have left what they used; need not exist.
+            file: The consumption of earlier attempts; need not exist.
         """
         self._file = file
         self._before: Mapping[str, float] = json.loads(file.read_text()) if file.exists() else {}
         self._started, self._joules = time.monotonic(), joules_so_far()
 
     def used(self) -> dict[str, float]:
-        """`seconds`; `device_seconds`, of all devices together (of the process, on a CPU); and `joules`, where all
-        attempts could tell."""
+        """The consumption so far: `seconds`; `device_seconds`, summed over all devices (on a CPU the process's); and
+        `joules`, if all attempts could measure them."""
         seconds = time.monotonic() - self._started
         used = {"seconds": seconds, "device_seconds": seconds * max(1, len(device_names()))}
         now = joules_so_far()
@@ -75,9 +75,9 @@ class Meter:
         return {name: round(value + self._before.get(name, 0.0), 3) for name, value in used.items()}
 
     def keep(self) -> None:
-        """Leave what was used for the attempt that comes after this one, should it be killed."""
+        """Save the consumption so far for the next attempt, in case this one is killed."""
         write_whole(self._file, json.dumps(self.used()))
 
     def close(self) -> None:
-        """The node is made: forget the attempts."""
+        """Remove the file once the node is made."""
         self._file.unlink(missing_ok=True)

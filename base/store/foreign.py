@@ -1,7 +1,7 @@
-"""Looks at a checkpoint made elsewhere before a library reads it. Free of torch and transformers.
+"""Checks an external checkpoint before a library reads it. Free of torch and transformers.
 
-Its files may come from anybody: they are regular and of bounded size, a config describes a model of a size that exists
-and that its weights can fill, and the header of a weights file describes that file and nothing else.
+Its files are untrusted. They must be regular and of bounded size; the config must describe a model of plausible size
+that the weights can fill; and the header of a weights file must describe exactly that file.
 """
 
 import json
@@ -16,7 +16,7 @@ from base.errors import UserError
 
 CONFIG = "config.json"
 MEGABYTE = 2**20
-# Those that are read whole; the largest published ones have a tenth of it.
+# Limits of files that are read completely; the largest published ones have a tenth of these sizes.
 MOST_BYTES = {
     CONFIG: 4 * MEGABYTE,
     "generation_config.json": MEGABYTE,
@@ -30,7 +30,7 @@ READ_AS_OBJECTS = (CONFIG, "generation_config.json", "tokenizer_config.json")
 MOST_TEMPLATE_BYTES = MEGABYTE
 MOST_HEADER_BYTES = 64 * MEGABYTE
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# A config's sizes, by all the names that architectures have for them, and the largest that is believed.
+# A config's sizes, by all names that architectures use for them, and the largest plausible value of each.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 VOCABULARY = "vocab_size"
@@ -47,19 +47,19 @@ MOST_OF = {
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys(("I32", "U32", "F32"), 32)
 BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64)
-# Weights of four bits are packed, eight to a number.
+# Four-bit weights are packed, eight per number.
 MOST_PACKED = 8
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """See that a folder may be read as a checkpoint.
+    """Check that a folder may be read as a checkpoint.
 
     Args:
-        key: The run file's key, or the node, that errors name.
-        folder: Holds `config.json` and weights in safetensors files.
+        key: The run file's key, or the node, for messages.
+        folder: The folder of `config.json` and the safetensors files.
 
     Raises:
-        UserError: a file is missing, damaged, no regular file, too large or describes what cannot be.
+        UserError: a file is missing, damaged, not regular, too large, or has implausible content.
     """
     try:
         _check_files(folder)
@@ -70,7 +70,7 @@ def check_folder(key: str, folder: Path) -> None:
         if not any((folder / name).exists() for name in TOKENIZERS):
             raise DocumentError(f"no tokenizer: none of {', '.join(TOKENIZERS)}")
         if not any(folder.glob("*.safetensors")):
-            raise DocumentError("no safetensors file, of which alone weights are read")
+            raise DocumentError("no safetensors file; weights are read only from those")
         values = sum(math.prod(shape) for path in sorted(folder.glob("*.safetensors")) for shape in shapes(path))
         if fault := _fills(config, values):
             raise DocumentError(f"{CONFIG}: {fault}")
@@ -79,11 +79,11 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def config_fault(config: Mapping[str, Any], place: str = "") -> str | None:
-    """What of a model's config cannot be, with its key; None for nothing.
+    """The first implausible value of a model's config, with its key; None if there is none.
 
     Args:
-        config: As `config.json` has it; configs within it are looked at too.
-        place: Keys that lead to it.
+        config: The content of `config.json`; nested configs are checked too.
+        place: Prefix of the keys, for a nested config.
     """
     if not place and not isinstance(config.get("model_type"), str):
         return "it names no model_type"
@@ -97,7 +97,7 @@ def config_fault(config: Mapping[str, Any], place: str = "") -> str | None:
             continue
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, bool) or not isinstance(each, int) or not 0 < each <= MOST_OF[name]:
-                return f"{where} is {each!r:.40}; a whole number from 1 to {MOST_OF[name]:,} is believed"
+                return f"{where} is {each!r:.40}; it must be a whole number from 1 to {MOST_OF[name]:,}"
     return None
 
 
@@ -111,11 +111,11 @@ def shapes(path: Path) -> Iterator[tuple[int, ...]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-            raise DocumentError(f"{path.name}: its header has {length:,} bytes by its own word, the file {size:,}")
+            raise DocumentError(f"{path.name}: its header claims {length:,} bytes, the file has {size:,}")
         text = file.read(length).decode("utf-8", "replace")
     header = _named(path.name, lambda: parse_json(text))
     if not isinstance(header, dict):
-        raise DocumentError(f"{path.name}: its header is no JSON object")
+        raise DocumentError(f"{path.name}: its header is not a JSON object")
     room = size - 8 - length
     for name, facts in header.items():
         if name == "__metadata__":
@@ -127,7 +127,7 @@ def shapes(path: Path) -> Iterator[tuple[int, ...]]:
 
 
 def _shape(facts: Any, room: int) -> tuple[int, ...] | None:
-    """A tensor's shape, if its type, shape and place in the file agree."""
+    """A tensor's shape, if its type, shape and position in the file agree; else None."""
     if not isinstance(facts, dict):
         return None
     bits, shape, place = BITS.get(str(facts.get("dtype"))), facts.get("shape"), facts.get("data_offsets")
@@ -152,14 +152,14 @@ def _check_files(folder: Path) -> None:
         try:
             found = path.stat()
         except (OSError, RuntimeError):
-            raise DocumentError(f"{path.name} is a link that leads to nothing") from None
+            raise DocumentError(f"{path.name} is a broken link") from None
         if stat.S_ISDIR(found.st_mode) and path.name not in MOST_BYTES and path.suffix != ".safetensors":
             continue
         if not stat.S_ISREG(found.st_mode):
-            raise DocumentError(f"{path.name} is no regular file")
+            raise DocumentError(f"{path.name} is not a regular file")
         most = MOST_TEMPLATE_BYTES if path.suffix == ".jinja" else MOST_BYTES.get(path.name)
         if most is not None and found.st_size > most:
-            raise DocumentError(f"{path.name} has {found.st_size:,} bytes, the most are {most:,}")
+            raise DocumentError(f"{path.name} has {found.st_size:,} bytes, the limit is {most:,}")
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _named(name: str, read: Any) -> Any:
 
 
 def _fills(config: Mapping[str, Any], values: int) -> str | None:
-    """Why weights with so many values are too few for a config; None where they may do."""
+    """Why this number of weight values is too small for a config; None if it is plausible."""
     text = config.get("text_config")
     sizes = {**config, **(text if isinstance(text, Mapping) else {})}
     layers = next((sizes[name] for name in LAYERS if isinstance(sizes.get(name), int)), 1)

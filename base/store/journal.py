@@ -1,8 +1,8 @@
-"""What a node says while it works: metrics, progress and samples, appended as JSON lines.
+"""The journal of a node: metrics, progress and samples, appended as JSON lines.
 
-The journal is the only way out for a stage's numbers. Whoever supervises the node reads it and forwards it to
-MLflow and Prefect, so an unreachable server loses nothing. Lines that a crash or a full disk left damaged are passed
-over and counted in the log.
+A stage reports its numbers only through the journal. The node's supervisor reads it and forwards it to MLflow and
+Prefect, so that nothing is lost if a server is unreachable. Lines that a crash or a full disk left damaged are skipped
+and counted in the log.
 """
 
 import json
@@ -18,14 +18,14 @@ from typing import Any, BinaryIO
 from base.store.checkpoint import write_whole
 
 JOURNAL_FILE = "journal.jsonl"
-# Stretches of a metric's steps of which a curve has the lowest and the highest value.
+# Stretches of steps; a thinned curve has the lowest and the highest value of each.
 STRETCHES = 160
 MOST_NOTES = 500
-# Lines of metrics that are parsed for curves; of a longer journal each n-th.
+# The most lines of metrics that are parsed for curves; of a longer journal every n-th line is.
 MOST_PARSED = 20_000
-# A line is a record; a longer one is no line of ours.
+# A longer line is not a record of a journal.
 LONGEST_LINE = 16 * 2**20
-# Bytes of a line within which its kind stands.
+# The kind stands within so many bytes of a line's beginning.
 KIND_BY = 100
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "metrics": {"values": dict},
@@ -41,7 +41,7 @@ class Journal:
     """Appends records `{"time", "step", "kind", ...}` to a JSON-lines file.
 
     Kinds: `metrics` (`values`: name -> float), `progress` (`total`), `sample` (`prompt`, `completion`, `score`, …),
-    `note` (`text`). A resumed stage drops the records of the steps it will take again, and damaged lines.
+    `note` (`text`). A resumed stage drops damaged lines, and the records of steps that it will repeat.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -61,7 +61,7 @@ class Journal:
         self._write("progress", step, total=total)
 
     def sample(self, step: int, **fields: Any) -> None:
-        """Record one prompt with its completion, to be read by a person."""
+        """Record one prompt with its completion, for readers."""
         self._write("sample", step, **fields)
 
     def note(self, step: int, text: str) -> None:
@@ -73,14 +73,14 @@ class Journal:
 
 
 def read(path: Path, kinds: Collection[str] = tuple(_FIELDS), every: int = 1) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of a journal, line by line.
+    """Yield the complete records of a journal, line by line.
 
-    A last line that is still being written is left out; damaged lines are too, and the log counts them.
+    A last line that is still being written is left out. Damaged lines are left out too, and counted in the log.
 
     Args:
         path: The journal.
-        kinds: Lines of other kinds are not parsed.
-        every: Of metrics only each n-th line is parsed.
+        kinds: Kinds of records to yield; lines of other kinds are not parsed.
+        every: Parse only every n-th line of metrics.
     """
     damaged = passed = 0
     with path.open("rb") as file:
@@ -97,14 +97,14 @@ def read(path: Path, kinds: Collection[str] = tuple(_FIELDS), every: int = 1) ->
                 damaged += 1
             elif record["kind"] in kinds:
                 yield record
-    _tell_damaged(path, damaged)
+    _warn_damaged(path, damaged)
 
 
 def last_records(path: Path, kinds: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The last record of each kind that a journal has; empty where there is no journal."""
+    """The last record of each kind in a journal; empty if there is no journal."""
     if not path.is_file():
         return {}
-    # Some of each, for the very last may be damaged.
+    # Several of each kind, since the very last may be damaged.
     ends: dict[str, deque[bytes]] = {kind: deque(maxlen=8) for kind in kinds}
     damaged = 0
     with path.open("rb") as file:
@@ -113,7 +113,7 @@ def last_records(path: Path, kinds: Collection[str]) -> dict[str, dict[str, Any]
             damaged += kind not in _FIELDS
             if kind in ends:
                 ends[kind].append(line)
-    _tell_damaged(path, damaged)
+    _warn_damaged(path, damaged)
     found = {}
     for kind, last in ends.items():
         whole = [record for line in last if (record := _record(line)) is not None and record["kind"] == kind]
@@ -123,11 +123,11 @@ def last_records(path: Path, kinds: Collection[str]) -> dict[str, dict[str, Any]
 
 
 def thinned_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a journal's metrics for curves, and its notes, whatever its length.
+    """A bounded number of records of a journal of any length: metrics for curves, and notes.
 
     Returns:
-        `{"step", "values"}`, of each metric at most `4 * STRETCHES` finite values: the lowest and the highest of each
-        stretch of steps, so that spikes stay (of the lines that are parsed); and the last `MOST_NOTES` notes.
+        `{"step", "values"}`, with at most `4 * STRETCHES` finite values of each metric: the lowest and the highest of
+        each stretch of steps (of the parsed lines), so that spikes are kept; and the last `MOST_NOTES` notes.
     """
     with path.open("rb") as file:
         count = sum(_kind(line) == "metrics" for line in _lines(file))
@@ -148,7 +148,7 @@ def thinned_records(path: Path) -> list[dict[str, Any]]:
 
 
 class _Curve:
-    """The lowest and the highest point of each stretch; when there are too many stretches, two become one."""
+    """The lowest and the highest point of each stretch; if there are too many stretches, pairs of them are merged."""
 
     def __init__(self) -> None:
         self._stretches: list[tuple[_Point, _Point]] = []
@@ -186,8 +186,8 @@ def _value(point: _Point) -> float:
 
 
 class JournalReader:
-    """Reads what was appended since the last call. A journal rewritten by a resumed stage is read from its start;
-    records already returned (by step) are then passed over."""
+    """Reads the records appended since the last call. A journal rewritten by a resumed stage is read from its start;
+    records that were already returned (by step) are skipped then."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -211,7 +211,7 @@ class JournalReader:
         self._offset += end
         read_lines = [_record(line) for line in data[:end].splitlines()]
         records = [record for record in read_lines if record is not None]
-        _tell_damaged(self.path, len(read_lines) - len(records))
+        _warn_damaged(self.path, len(read_lines) - len(records))
         if rewritten:
             records = [record for record in records if record["step"] > self._seen.get(record["kind"], -1)]
         for record in records:
@@ -220,7 +220,7 @@ class JournalReader:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Whole lines; of a line that is too long the beginning, which is no record."""
+    """Complete lines; of a line that is too long only the beginning, which is not a valid record."""
     whole = True
     while line := file.readline(LONGEST_LINE):
         ends = line.endswith(b"\n")
@@ -230,13 +230,13 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _kind(line: bytes) -> str:
-    """The kind that a line begins with; empty for a line that is damaged there."""
+    """The kind at the beginning of a line; empty if the line is damaged there."""
     found = _KIND.search(line, 0, KIND_BY)
     return found[1].decode() if found else ""
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where it is damaged."""
+    """The record in a line; None if it is damaged."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -248,10 +248,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if fine else None
 
 
-def _tell_damaged(path: Path, count: int) -> None:
+def _warn_damaged(path: Path, count: int) -> None:
     if count:
         logger.warning(
-            "%s: %d lines are damaged and passed over; the next `mopd run` that resumes this stage drops them",
+            "%s: %d lines are damaged and skipped; the next `mopd run` that resumes this stage drops them",
             path,
             count,
         )

@@ -1,7 +1,7 @@
-"""The store's other half: a place that all machines see, at any fsspec URL (`s3://…`, `gs://…`, a shared folder).
+"""The mirror of the store: a location shared by all machines, at any fsspec URL (`s3://…`, `gs://…`, a shared folder).
 
-An artifact's files lie under `KEY/DIGEST/`, its manifest at `KEY/manifest.json`, written last: it is there whole or not
-at all, and two machines that made the same key at once never mix their files. Free of torch.
+An artifact's files are under `KEY/DIGEST/`, its manifest is at `KEY/manifest.json` and written last. So an artifact is
+complete or absent, and two machines that make the same key at once never mix their files. Free of torch.
 """
 
 import json
@@ -20,7 +20,7 @@ from base.errors import UserError
 VARIABLE = "MOPD_STORE"
 MANIFEST = "manifest.json"
 ASIDE = "corrupted"
-# How long a listing of the keys is believed: another machine may add one at any time.
+# How long a listing of the keys is used: another machine may add a key at any time.
 FRESH_SECONDS = 5.0
 NEVER = float("-inf")
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=4)
 def mirror_of(url: str) -> "Mirror":
-    """The mirror at a URL, one a process, for connections and listings are shared.
+    """The mirror at a URL; one object per process, which shares connections and listings.
 
     Raises:
         UserError: the URL's scheme needs a package that is not installed, or is unknown.
@@ -37,7 +37,7 @@ def mirror_of(url: str) -> "Mirror":
 
 
 def mirror_of_environment() -> "Mirror | None":
-    """The mirror that `MOPD_STORE` names; None where it names none."""
+    """The mirror that `MOPD_STORE` names; None if it is not set."""
     url = os.environ.get(VARIABLE, "")
     return mirror_of(url) if url else None
 
@@ -46,7 +46,7 @@ class Mirror:
     """Artifacts at an fsspec URL.
 
     Attributes:
-        name: The URL without what may be a secret in it.
+        name: The URL without credentials.
     """
 
     def __init__(self, url: str) -> None:
@@ -62,26 +62,27 @@ class Mirror:
         self._listed = NEVER
 
     def holds(self, key: str) -> bool:
-        """Whether it has a whole artifact of a key.
+        """Whether the mirror has a complete artifact of a key.
 
         Raises:
-            UserError: it never could be read; what it has is unknown then, and nothing is to be made a second time.
+            UserError: the mirror could never be read; its content is unknown then, and assuming that the artifact is
+                absent would make it a second time.
         """
         return key in self.keys()
 
     def keys(self) -> frozenset[str]:
-        """The keys of all artifacts there, as of a few seconds ago, or of the last time it could be read.
+        """The keys of all artifacts in the mirror, at most a few seconds old, or from the last time it could be read.
 
         Raises:
-            UserError: it never could be read.
+            UserError: the mirror could never be read.
         """
         if time.monotonic() - self._listed > FRESH_SECONDS:
             try:
                 found = self._fs.glob(f"{self._root}/*/{MANIFEST}", refresh=True) if self._exists() else []
-            except Exception as error:  # every file system has errors of its own
+            except Exception as error:  # every file system has its own errors
                 if self._listed == NEVER:
                     raise self._fault("cannot be read", error) from error
-                logger.warning("%s; its last listing is believed", self._fault("cannot be read", error))
+                logger.warning("%s; its last listing is used", self._fault("cannot be read", error))
             else:
                 self._keys = {path.rstrip("/").split("/")[-2] for path in found}
             self._listed = time.monotonic()
@@ -103,7 +104,7 @@ class Mirror:
         """Upload a committed artifact, the manifest last.
 
         Raises:
-            UserError: it was not taken; nothing of it is to be seen there.
+            UserError: the upload failed; the artifact is not visible in the mirror then.
         """
         key, digest = manifest["key"], manifest["digest"]
         if stray := stray_name(manifest["files"]):
@@ -116,15 +117,15 @@ class Mirror:
             text = (folder / MANIFEST).read_bytes()
             self._write(f"{self._root}/{key}/{MANIFEST}", text)
         except Exception as error:
-            raise self._fault(f"did not take {key}", error) from error
+            raise self._fault(f"{key} cannot be uploaded", error) from error
         self._keys.add(key)
 
     def bring(self, key: str, folder: Path) -> None:
         """Download an artifact into an empty folder, its manifest last.
 
         Raises:
-            UserError: it cannot be read, or its manifest names a file that would lie outside of the folder; the folder
-                is gone then.
+            UserError: it cannot be read, or its manifest names a file outside of the folder; the folder is removed
+                then.
         """
         try:
             manifest = self.manifest(key)
@@ -139,7 +140,7 @@ class Mirror:
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
     def set_aside(self, key: str) -> None:
-        """Take a corrupted artifact out of sight; nothing is deleted."""
+        """Hide a corrupted artifact by moving its manifest away; nothing is deleted."""
         target = f"{self._root}/{ASIDE}/{key}-{int(time.time())}.json"
         try:
             self._fs.makedirs(f"{self._root}/{ASIDE}", exist_ok=True)
@@ -149,7 +150,7 @@ class Mirror:
         self._keys.discard(key)
 
     def remove(self, key: str) -> None:
-        """Delete an artifact, its manifest first, so that it is never seen in part."""
+        """Delete an artifact, its manifest first, so that it is never visible in part."""
         try:
             self._fs.rm_file(f"{self._root}/{key}/{MANIFEST}")
             self._fs.rm(f"{self._root}/{key}", recursive=True)
@@ -158,7 +159,8 @@ class Mirror:
         self._keys.discard(key)
 
     def _write(self, path: str, content: bytes) -> None:
-        """Write a small file whole: object stores do so; where files can be moved, it is moved into place."""
+        """Write a small file atomically: object stores do so by themselves; in a file system it is renamed into
+        place."""
         if "file" in self._fs.protocol or "local" in self._fs.protocol:
             temporary = f"{path}.{os.getpid()}.tmp"
             self._fs.pipe_file(temporary, content)
@@ -171,14 +173,14 @@ class Mirror:
         return bool(self._fs.exists(self._root))
 
     def _fault(self, what: str, error: Exception) -> UserError:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return UserError(f"{VARIABLE}: {self.name}: {what} ({told})")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return UserError(f"{VARIABLE}: {self.name}: {what} ({reason})")
 
 
 def stray_name(names: Iterable[str]) -> str | None:
-    """The first of a manifest's file names that does not stay in the artifact's own folder; None where all do.
+    """The first of a manifest's file names that is outside of the artifact's folder; None if there is none.
 
-    Whoever can write to a shared store writes its manifests: a name such as `../x` would reach any file.
+    Manifests of a shared store are untrusted: a name such as `../x` would reach any file.
     """
     for name in names:
         path = PurePosixPath(name)
@@ -188,5 +190,5 @@ def stray_name(names: Iterable[str]) -> str | None:
 
 
 def stray_message(manifest: str, name: str) -> str:
-    """What is said of a manifest that names such a file."""
-    return f"{manifest}: names the file {name!r}, which lies outside of its artifact's folder; it is refused"
+    """The message for a manifest that names such a file."""
+    return f"{manifest}: names the file {name!r}, which is outside of its artifact's folder; it is refused"

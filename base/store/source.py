@@ -1,4 +1,4 @@
-"""Where a base checkpoint comes from: a local directory, a GGUF file or a Hugging Face id. Free of torch."""
+"""Resolves the source of a base checkpoint: a local directory, a GGUF file or a Hugging Face id. Free of torch."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Source:
     """A resolved base.
 
     Attributes:
-        kind: What `location` is.
+        kind: The kind of `location`.
         location: Directory, file, or Hub id.
         revision: Commit of a Hub id.
     """
@@ -32,7 +32,7 @@ class Source:
     revision: str | None = None
 
     def fingerprint(self) -> str:
-        """Hash of the content: the files' bytes, or the Hub id at its commit."""
+        """Hash of the content: of the files' bytes, or of the Hub id and its commit."""
         if self.kind == "hub":
             return stable_hash([self.location, self.revision])
         path = Path(self.location)
@@ -44,7 +44,7 @@ class Source:
 
 
 def _is_for_people(name: str) -> bool:
-    """Whether a file of a checkpoint's folder decides nothing of the model: a model card, a licence, a picture."""
+    """Whether a file of a checkpoint's folder has no effect on the model: a model card, a licence, a picture."""
     path = Path(name)
     stem = path.stem.upper()
     return (
@@ -59,12 +59,12 @@ def resolve_gguf(reference: str) -> Source:
     """Resolve a GGUF reference: a path, or `package://PACKAGE/FILE` inside an installed package.
 
     Raises:
-        UserError: the package is not installed, or the file is not there or no GGUF file.
+        UserError: the package is not installed, or the file does not exist or is not a GGUF file.
     """
     path = Path(reference)
     if reference.startswith(PACKAGE_SCHEME):
         package, _, name = reference.removeprefix(PACKAGE_SCHEME).partition("/")
-        # A dotted name would import its parent; the top-level name alone says whether it is installed.
+        # A dotted name would import its parent; the top-level name suffices to check the installation.
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
@@ -78,7 +78,7 @@ def resolve_gguf(reference: str) -> Source:
     refuse_paths("base.gguf", path.parent)
     with path.open("rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-            raise UserError(f"base.gguf: {path}: not a GGUF file, or a broken one (it does not begin with GGUF)")
+            raise UserError(f"base.gguf: {path}: not a GGUF file, or a damaged one (it does not begin with GGUF)")
     return Source("gguf", str(path.resolve()))
 
 
@@ -86,10 +86,10 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
     """Resolve a checkpoint reference: a local directory, else a Hugging Face id at one commit.
 
     Args:
-        key: The run file's key that holds the reference; errors name it.
+        key: The run file's key of the reference, for messages.
         reference: Path or Hub id.
-        revision: Branch, tag or commit asked for; the default branch when None.
-        pinned: The commit an earlier plan resolved it to; a mutable name is resolved only once.
+        revision: Requested branch, tag or commit; the default branch if None.
+        pinned: The commit from an earlier plan; a mutable name is resolved only once.
 
     Raises:
         UserError: neither exists, or the Hub cannot be reached and the id is not in its cache.
@@ -101,8 +101,8 @@ def resolve_checkpoint(key: str, reference: str, revision: str | None, pinned: s
             raise UserError(f"{key}: {path}: not a Hugging Face checkpoint (no config.json)")
         if not any(path.glob("*.safetensors")):
             pickled = next(path.glob("*.bin"), None)
-            told = f"only {pickled.name}, and a pickle can run any code when it is read" if pickled else "none"
-            raise UserError(f"{key}: {path}: weights are read from safetensors files; here there is {told}")
+            found = f"only {pickled.name}, and a pickle can run any code when it is read" if pickled else "none"
+            raise UserError(f"{key}: {path}: weights are read from safetensors files; here there is {found}")
         check_folder(key, path)
         return Source("directory", str(path.resolve()))
     looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
@@ -116,7 +116,7 @@ def _expanded(key: str, reference: str) -> Path:
     """A reference as a path.
 
     Raises:
-        UserError: it can be none.
+        UserError: it is empty, or not a valid path.
     """
     if not reference.strip():
         raise UserError(f"{key}: it is empty; name a local directory or a Hugging Face id")
@@ -127,14 +127,14 @@ def _expanded(key: str, reference: str) -> Path:
 
 
 def refuse_paths(key: str, folder: Path) -> None:
-    """Refuse a folder whose files name weights outside of it, which transformers would read and no fingerprint covers.
+    """Refuse a folder that refers to weights outside of it, which transformers would read and no fingerprint covers.
 
     Args:
-        key: The run file's key, or the node, that errors name.
+        key: The run file's key, or the node, for messages.
         folder: A local checkpoint.
 
     Raises:
-        UserError: it holds an adapter, which names its base; or an index names shards that are not beside it.
+        UserError: it is an adapter, which refers to its base; or an index names shards that are not in the folder.
     """
     if (folder / ADAPTER).exists():
         raise UserError(refused_adapter(key, str(folder)))
@@ -145,7 +145,7 @@ def refuse_paths(key: str, folder: Path) -> None:
         except (DocumentError, OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{key}: {index}: not readable as an index of weights") from None
         if strange is not None:
-            raise UserError(f"{key}: {folder}: {index.name} names {strange}, which is no file in this folder")
+            raise UserError(f"{key}: {folder}: {index.name} names {strange}, which is not a file in this folder")
 
 
 def refused_adapter(key: str, place: str) -> str:
@@ -172,7 +172,7 @@ def _hub_commit(key: str, repository: str, revision: str | None) -> str:
     except RepositoryNotFoundError:
         raise UserError(f"{key}: '{repository}' is neither a local directory nor a Hugging Face id") from None
     except Exception as error:
-        # Offline: a copy in the local Hub cache serves as well, and is named by its commit.
+        # Offline: a copy in the local Hub cache is used instead, and is identified by its commit.
         if not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError)) and not is_unreachable(error):
             raise
     cached = try_to_load_from_cache(repository, "config.json", revision=revision)

@@ -91,8 +91,8 @@ class Made(NamedTuple):
 
 CHECKPOINTS = {
     "config: no JSON": Made(_write("config.json", "{"), ("config.json: not readable as JSON",)),
-    "config: a list": Made(_write("config.json", "[]"), ("config.json: holds no JSON object",)),
-    "config: no text": Made(_write("config.json", b"\xff"), ("config.json: is no UTF-8 text",)),
+    "config: a list": Made(_write("config.json", "[]"), ("config.json: contains [], not a JSON object",)),
+    "config: no text": Made(_write("config.json", b"\xff"), ("config.json: is not UTF-8 text",)),
     "config: deep": Made(_write("config.json", '{"a":' * 100_000), ("config.json: not readable as JSON",)),
     "config: large": Made(_sparse("config.json", 2**33), ("config.json has 8,589,934,592 bytes",)),
     "config: a link to nothing": Made(_link("config.json", "nowhere"), ("no config.json",)),
@@ -120,8 +120,8 @@ CHECKPOINTS = {
     "tokenizer: no JSON": Made(_write("tokenizer.json", "{"), ("its tokenizer cannot be read",), True),
     "tokenizer: empty": Made(_write("tokenizer.json", "{}"), ("its tokenizer cannot be read",), True),
     "tokenizer: large": Made(_sparse("tokenizer.json", 2**33), ("tokenizer.json has 8,589,934,592 bytes",)),
-    "tokenizer: a pipe": Made(_pipe("tokenizer.json"), ("tokenizer.json is no regular file",)),
-    "tokenizer: no settings": Made(_write("tokenizer_config.json", "7"), ("tokenizer_config.json: holds no",)),
+    "tokenizer: a pipe": Made(_pipe("tokenizer.json"), ("tokenizer.json is not a regular file",)),
+    "tokenizer: no settings": Made(_write("tokenizer_config.json", "7"), ("tokenizer_config.json: contains 7, not a JSON",)),
     "template: large": Made(_sparse("chat_template.jinja", 2**24), ("chat_template.jinja has 16,777,216 bytes",)),
     "template: none": Made(_write("chat_template.jinja", "{% if %}"), ("is not valid: line 1: Expected",), True),
     "template: endless": Made(
@@ -136,7 +136,7 @@ CHECKPOINTS = {
     ),
     "weights: none": Made(_remove("model.safetensors"), ("weights are read from safetensors files",)),
     "weights: empty": Made(_write("model.safetensors", ""), ("model.safetensors: its header",)),
-    "weights: a long header": Made(_header({}, 2**62), ("model.safetensors: its header has 4,611,686,018,427",)),
+    "weights: a long header": Made(_header({}, 2**62), ("model.safetensors: its header claims 4,611,686,018,427",)),
     "weights: a header that is none": Made(_header(b"{"), ("model.safetensors: not readable as JSON",)),
     "weights: deep": Made(_header(b"[" * 100_000), ("model.safetensors: not readable as JSON",)),
     "weights: a huge shape": Made(_header(_tensor(shape=[10**9, 10**9])), ("tensor 'x' does not fit the file",)),
@@ -144,7 +144,7 @@ CHECKPOINTS = {
     "weights: of no type": Made(_header(_tensor(dtype="PICKLE")), ("tensor 'x' does not fit the file",)),
     "weights: of another length": Made(_header(_tensor(shape=[5])), ("tensor 'x' does not fit the file",)),
     "weights: a link to a device": Made(_link("model.safetensors", "/dev/zero"), ("model.safetensors",)),
-    "weights: a pipe beside": Made(_pipe("other.safetensors"), ("other.safetensors is no regular file",)),
+    "weights: a pipe beside": Made(_pipe("other.safetensors"), ("other.safetensors is not a regular file",)),
     "index: no JSON": Made(_write("model.safetensors.index.json", "{"), ("not readable as an index of weights",)),
     "index: elsewhere": Made(
         _write("model.safetensors.index.json", '{"weight_map": {"x": "../x.safetensors"}}'), ("names ../x.safetensors",)

@@ -23,19 +23,19 @@ LOCK, CHAMPION = "runs/tiny/lock.json", "runs/tiny/champion.json"
 
 # What is damaged, how, and what the message names beside the place.
 HOMES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
-    "a file": ("", _damaged("x"), ("is no folder", "choose another --home")),
-    "a link to nothing": ("", lambda path: path.symlink_to("nowhere"), ("leads to nothing", "choose another --home")),
-    "a link to itself": ("", lambda path: path.symlink_to(path), ("leads to nothing",)),
-    "a store that is a file": ("store", _damaged("x"), ("is no folder",)),
+    "a file": ("", _damaged("x"), ("is not a folder", "choose another --home")),
+    "a link to nothing": ("", lambda path: path.symlink_to("nowhere"), ("is a broken link", "choose another --home")),
+    "a link to itself": ("", lambda path: path.symlink_to(path), ("is a broken link",)),
+    "a store that is a file": ("store", _damaged("x"), ("is not a folder",)),
     "a lock of half a line": (LOCK, _damaged('{"pins": {'), ("not readable as JSON", "move it away", "`mopd run`")),
     "a lock that is empty": (LOCK, _damaged(""), ("not readable as JSON", "move it away")),
-    "a lock of another type": (LOCK, _damaged("[]"), ("holds no JSON object", "move it away")),
-    "a lock of bytes": (LOCK, lambda path: path.write_bytes(b"\xff\xfe"), ("is no UTF-8 text", "move it away")),
+    "a lock of another type": (LOCK, _damaged("[]"), ("not a JSON object", "move it away")),
+    "a lock of bytes": (LOCK, lambda path: path.write_bytes(b"\xff\xfe"), ("is not UTF-8 text", "move it away")),
     "a lock without keys": (LOCK, _damaged('{"nodes": {"base@0": {}}}'), ("nodes.base@0.key", "move it away")),
     "a lock with odd pins": (LOCK, _damaged('{"pins": {"champion": 3}}'), ("pins.champion", "move it away")),
     "a deep lock": (LOCK, _damaged("[" * 100_000), ("nested too deeply",)),
     "a lock that is a folder": (LOCK, _folder, ("is a folder, not a file",)),
-    "a lock that is a pipe": (LOCK, os.mkfifo, ("is no regular file",)),
+    "a lock that is a pipe": (LOCK, os.mkfifo, ("is not a regular file",)),
     "a champion of half a line": (CHAMPION, _damaged("{"), ("not readable as JSON", "`mopd promote")),
     "a champion of another type": (CHAMPION, _damaged('{"history": [{"student": 3}]}'), ("history.0", "`mopd promote")),
     "a champion without anything": (CHAMPION, _damaged("{}"), ("student", "`mopd promote")),
@@ -145,6 +145,4 @@ def test_a_report_whose_place_is_taken_by_a_folder_is_named(desk: Desk) -> None:
     desk.write(RUN)
     done = desk.call("report")
     assert done.exit_code == MISTAKE
-    assert done.stderr.startswith(
-        f"error: {place}: a folder where a file belongs; move the existing file or folder away"
-    )
+    assert done.stderr.startswith(f"error: {place}: a folder in place of a file; move the existing file or folder away")

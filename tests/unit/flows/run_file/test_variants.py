@@ -54,7 +54,7 @@ def test_settings_are_laid_over_and_teachers_replaced(tmp_path: Path) -> None:
         ),
         ("{a: {baselines: [ties]}}", "merge.variants.a.baselines: belongs to the merge itself"),
         ("{a/b: {}}", "merge.variants.'a/b': a name is made of letters"),
-        ("{a: {objective: {outcome_weight: 1.0}}}", "outcome_weight needs a group_size of 2"),
+        ("{a: {objective: {outcome_weight: 1.0}}}", "it needs a group_size of 2 or more"),
     ],
 )
 def test_mistakes_name_the_variants_own_key(tmp_path: Path, variants: str, said: str) -> None:
