@@ -121,7 +121,7 @@ CHECKPOINTS = {
     "tokenizer: empty": Made(_write("tokenizer.json", "{}"), ("its tokenizer cannot be read",), True),
     "tokenizer: large": Made(_sparse("tokenizer.json", 2**33), ("tokenizer.json has 8,589,934,592 bytes",)),
     "tokenizer: a pipe": Made(_pipe("tokenizer.json"), ("tokenizer.json is not a regular file",)),
-    "tokenizer: no settings": Made(_write("tokenizer_config.json", "7"), ("tokenizer_config.json: contains 7, not a JSON",)),
+    "tokenizer: no settings": Made(_write("tokenizer_config.json", "7"), ("contains 7, not a JSON object",)),
     "template: large": Made(_sparse("chat_template.jinja", 2**24), ("chat_template.jinja has 16,777,216 bytes",)),
     "template: none": Made(_write("chat_template.jinja", "{% if %}"), ("is not valid: line 1: Expected",), True),
     "template: endless": Made(
