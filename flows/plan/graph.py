@@ -1,4 +1,4 @@
-"""RunConfig -> StageGraph: the nodes, their edges and content keys; `flows.plan.lock` says what is cached and why not.
+"""RunConfig -> StageGraph: the nodes, their edges and content keys; `flows.plan.lock` compares them with the last run's.
 
 A node's content key hashes all that changes its result: the stage and its algorithm's version, its own config,
 its parents' keys, its domains' fingerprints, its seed and the number of devices. Same key, same artifact.
@@ -51,7 +51,11 @@ def build_graph(config: RunConfig, home: Path, faults: list[str] | None = None) 
 
 
 def _load_domains(config: RunConfig) -> dict[str, Domain]:
-    """Every domain of the run; what is wrong with any of them is said in one message."""
+    """All domains of the run.
+
+    Raises:
+        UserError: some cannot be made; one message names the faults of all.
+    """
     domains, problems = {}, []
     for name, entry in config.domains.items():
         try:
@@ -184,7 +188,7 @@ class _Builder:
         if base.pretrain:
             own, names = base.pretrain, self.config.domain_names(base.pretrain.domains)
             if names == [domain for domain in self.config.domains if domain in names]:
-                # The fingerprints say which; so a domain that comes later leaves a base with a list as it was.
+                # The fingerprints of the listed domains are in the key, so a later domain does not change such a base.
                 own = own.model_copy(update={"domains": "all"})
             return self._train(BASE, "pretrain", PretrainConfig, own, seed, {}, names)
         if base.gguf:

@@ -21,7 +21,7 @@ SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
 # Settings of the merge that mean something else for a stage that learns from others' completions.
 _NOT_SHARED = {"objective", "sampler", "health", "monitor", "teacher_backend", "updates_per_batch"}
 GROUP_SIZE = 8
-# What makes a baseline what its name says.
+# Settings that define a baseline of this name.
 FIXED = {SEQKD: ("objective", "on_policy_fraction", "off_policy", "teacher_weights")}
 
 

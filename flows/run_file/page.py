@@ -84,7 +84,7 @@ class _Section:
 
 
 class _Page:
-    """The sections, and what each of them says."""
+    """The sections of the page."""
 
     def __init__(self) -> None:
         self.places: dict[Model, list[str]] = {}
@@ -198,12 +198,12 @@ class _Page:
         return f"`null` or keys of {self.by_model[schemas.get(name, WeightMergeConfig)].link}"
 
     def _type(self, schema: Mapping[str, Any], name: str) -> str:
-        """A type of JSON schema, as a person says it."""
+        """A type of JSON schema in words."""
         if reference := schema.get("$ref", "").rpartition("/")[2]:
             links = (section.link for section in self.sections if section.model.__name__ == reference)
             return next(links, "any value")
         if "anyOf" in schema:
-            # The short ones first: "list of 2, each text or `null`" would say something else.
+            # The short ones first: "list of 2, each text or `null`" would be ambiguous.
             choices = sorted(schema["anyOf"], key=lambda choice: (choice.get("type") != "null", "const" not in choice))
             return _listed([self._type(choice, name) for choice in choices], "or")
         if schema.get("type") == "array":
@@ -251,7 +251,7 @@ def _kinds() -> dict[str, Model]:
 
 
 def _origin(model: Model, name: str) -> type | None:
-    """The class that last says what a key is; None where a model has no such key."""
+    """The last class in the inheritance order that defines a key; None where a model has no such key."""
     if name not in model.model_fields:
         return None
     return next(one for one in model.__mro__ if name in inspect.get_annotations(one))
@@ -313,7 +313,7 @@ def _size(schema: Mapping[str, Any], what: str) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A default as a run file would say it, in one line; of a model, what differs from the model's own defaults."""
+    """A default in YAML, on one line; for a model, the keys that differ from the model's own defaults."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         given = {name: getattr(value, name) for name in fields}

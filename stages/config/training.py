@@ -54,7 +54,7 @@ def _all_or_names(value: Any) -> Any:
     return _named_once(value)
 
 
-# The validators say more than the types do; a JSON schema gets it from here.
+# The validators demand more than the types; a JSON schema gets it from here.
 _SomeNames = Annotated[list[str], Field(min_length=1)]
 Names = Annotated[list[str], BeforeValidator(_named_once, json_schema_input_type=_SomeNames)]
 AllOrNames = Annotated[
