@@ -1,4 +1,4 @@
-"""RunConfig -> StageGraph: the nodes, their edges and content keys; `flows.plan.lock` compares them with the last run's.
+"""RunConfig -> StageGraph: nodes, edges and content keys. `flows.plan.lock` compares them with the last run's.
 
 A node's content key hashes all that changes its result: the stage and its algorithm's version, its own config,
 its parents' keys, its domains' fingerprints, its seed and the number of devices. Same key, same artifact.
