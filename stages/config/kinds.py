@@ -7,7 +7,6 @@ from typing import Any
 
 from base.store.source import Source
 from stages.config.distill import DistillConfig
-from stages.config.dummy import DummyConfig
 from stages.config.harness import HarnessTaskConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import RFTConfig, RLConfig
@@ -69,10 +68,6 @@ _ROWS = (
     StageKind(
         "sft", 1, SFTConfig, "stages.sft:train",
         expert="Supervised fine-tuning on gold answers.", trains=True, renders=True, metric="loss", colour="blue",
-    ),
-    StageKind(
-        "dummy", 1, DummyConfig, "stages.dummy:train",
-        expert="Supervised fine-tuning, under another name.", trains=True, renders=True, metric="loss",
     ),
     StageKind(
         "rl", 1, RLConfig, "stages.rl:train",
