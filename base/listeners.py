@@ -1,4 +1,4 @@
-"""Finds the process that listens on a port: another server may take the port of one that has ended or not yet begun."""
+"""Checks whether a process listens on a port, as another server may use the port before it starts or after it ends."""
 
 from pathlib import Path
 

@@ -5,13 +5,13 @@ states and head. Ours: `chunked_token_loss` with `reverse_kl`, the teacher's log
 the logits of both, `log_softmax`, `F.kl_div`, backward. On a GPU with Liger installed its fused JSD (at beta 1, the
 reverse KL) is a third.
 
-Every turn of every case is a process of its own, the cases in alternation. Its peak is the most memory the
-computation held above what was there when the inputs had been made (the weights among them), less the head's
-gradient, which all need: of the resident set on a CPU, of the CUDA allocator on a GPU. A small warm-up goes before.
+Each case runs in a new process in each turn; cases alternate. The peak is the most memory held in the computation
+beyond the inputs (which include the weights) and beyond the head's gradient, which every case needs. On a CPU it is
+the resident set's, on a GPU the CUDA allocator's. A small warm-up runs first.
 
     python benchmarks/exact_kl.py [--vocabulary 49152 151936] [--tokens 4096] [--turns 3] [--json FILE]
 
-The naive form needs some 14 GiB at the larger vocabulary.
+The naive form needs ~14 GiB at the larger vocabulary.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def chunked(inputs: Inputs, chunk_tokens: int) -> Tensor:
-    """Ours."""
+    """Chunked."""
     hidden_NH, head_VH, teacher_NH, teacher_VH = inputs
     weights_N = torch.full((len(hidden_NH),), 1 / len(hidden_NH), device=hidden_NH.device)
 
@@ -55,7 +55,7 @@ def chunked(inputs: Inputs, chunk_tokens: int) -> Tensor:
 
 
 def naive(inputs: Inputs, _: int) -> Tensor:
-    """What a textbook does."""
+    """With all logits."""
     hidden_NH, head_VH, teacher_NH, teacher_VH = inputs
     teacher_NV = (teacher_NH @ teacher_VH.T).log_softmax(-1)
     student_NV = (hidden_NH @ head_VH.T).log_softmax(-1)
@@ -127,7 +127,7 @@ def in_a_process(arguments: argparse.Namespace, vocabulary: int, case: str) -> d
 
 
 def compare(arguments: argparse.Namespace, vocabulary: int, cases: list[str]) -> dict[str, Any]:
-    """All turns of all cases at one vocabulary; prints a line a case.
+    """All turns of all cases at one vocabulary; one line per case.
 
     Raises:
         SystemExit: the cases disagree on the loss or a gradient.

@@ -1,9 +1,9 @@
 """Every objective of the merge on the same run: what each reaches, how soon, at what cost.
 
-Each variant is the run file with a few keys of its merge changed. Its students (one a seed) start from the same
-checkpoints and learn from the same teachers; those are taken over from `--from` where they stand there, else made.
-Held-out scores are greedy and paired by example. What is finished stands in `--home`, and the same command goes on
-where an earlier one was left. The last line is each variant's seconds a step against the first's.
+Each variant is the run file with a few keys of its merge changed. All variants have the same starts and teachers,
+which are taken from the home `--from` if it has them, and otherwise made. Each has one student per seed.
+Held-out scores are greedy and paired by example. Finished checkpoints stay in `--home`; after an interruption, repeat
+the command to resume. The last line is each variant's seconds per step relative to the first's.
 
     python benchmarks/objectives.py [KEY=VALUE ...] [--variants reverse_kl sampled] [--seeds 0 1 2]
         [--run-file flows/runs/lab.yaml] [--from .mopd] [--home .mopd/objectives] [--parallel 2]
@@ -202,7 +202,7 @@ def main() -> int:
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
             bench.failed = True
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            print("stopped; the same command resumes from here", file=sys.stderr)
         outcomes = report(bench, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What `objectives.py` measured, read from the store and the journals: figures, table, ratios."""
+"""Reads the results of `objectives.py` from the store and journals: figures, table, ratios."""
 
 import statistics
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def read_outcome(name: str, graph: StageGraph, store: Store) -> Outcome | None:
-    """What there is of a variant; None before its first student has been scored.
+    """A variant's results so far; None before its first student is scored.
 
     Raises:
         UserError: a student was trained without a monitor, or on examples the evaluation does not hold.

@@ -1,5 +1,5 @@
-"""The two sides of `opd_step.py`: the project's own distillation step, and TRL's trainer with that step between its
-own.
+"""The two sides of `opd_step.py`: the project's own distillation step, and TRL's trainer, which runs it after
+each of its own.
 
 Both get the same checkpoints, prompts, completion length, number type, optimizer and rate, without gradient
 checkpointing. Ours is the step of `stages.on_policy.loop`, metrics included; TRL's is timed from its callback before a
@@ -170,11 +170,11 @@ class Turns(TrainerCallback):
         self._started = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """TRL begins."""
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """TRL is done; our turn."""
+        """Stop it, run ours."""
         theirs = time.perf_counter() - self._started
         started = time.perf_counter()
         metrics = self.ours(state.global_step)
@@ -184,7 +184,7 @@ class Turns(TrainerCallback):
         self.rounds.append({"ours": seconds, "trl": theirs, **parts, **means})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **rest: Any) -> None:
-        """What TRL says of its step."""
+        """Add TRL's length and KL."""
         if "completions/mean_length" in logs:
             self.rounds[-1] |= {"trl_length": logs["completions/mean_length"], "trl_kl": logs["loss"]}
 

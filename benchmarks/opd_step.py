@@ -2,11 +2,11 @@
 teachers.
 
 One teacher, exact reverse KL (`beta=1`), float32, one thread; the two take turns in one process and the figure is the
-median of the ratios of the turns, the first of which warms up. *Fixed*: no completion ends before its longest
-length, for both sides' EOS is a token that no model can draw. *Natural*: completions end at their own EOS, prompts of
-all domains of the run file are mixed. Then our step with 1, 2, 4 and 8 teachers of the same 64 prompts, full
-checkpoints and adapters: all in turn in one process, and each once more in a process of its own for the peak of its
-resident memory above what it held before anything was loaded (weights are in it; read from Linux's /proc).
+median of the turns' ratios after a warm-up turn. *Fixed*: every completion has the longest length, because both
+sides' EOS is a token that no model can draw. *Natural*: completions end at their own EOS, prompts of all domains of
+the run file are mixed. Then the project's step with 1, 2, 4 and 8 teachers of the same 64 prompts, as full
+checkpoints and as adapters: in turn in one process for the time, and each in a new process for the memory. That is
+the peak resident memory beyond what was held before loading, so it includes weights (from Linux's /proc).
 
     python benchmarks/opd_step.py [--mkl] [--home .mopd] [--cases lab smollm2 teachers] [--rounds 7] [--json FILE]
 

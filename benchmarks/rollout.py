@@ -50,7 +50,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Work:
-    """What one side did in a turn.
+    """One side's work in a turn.
 
     Attributes:
         tokens: Completion tokens, EOS included.
@@ -80,7 +80,7 @@ def ours(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: i
 
 
 def drawn(groups: list[list[Sample]], seconds: float) -> Work:
-    """What a sampler's answer amounts to."""
+    """The work in a sampler's result."""
     rows = [row for group in groups for row in group]
     return Work(sum(len(row.completion_ids) for row in rows), len(rows), seconds)
 
@@ -141,7 +141,7 @@ def disagreement(policy: Policy, engine: VllmEngine, prompts: Prompts, length: i
 
 
 def measure(sides: dict[str, Side], prompts: Prompts, group_size: int, length: int, rounds: int) -> dict[str, Any]:
-    """Rounds of turns with one set of prompts; prints their line.
+    """Compare all sides on one set of prompts; prints a line.
 
     Returns:
         The ratio to each other side, and all turns but the first.

@@ -131,7 +131,7 @@ class Domain(ABC):
         """Score a completion in [0, 1]; malformed or hostile text scores 0 and never raises."""
 
     def score_all(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-        """Score completions, each as `score` does; a domain that waits for its scores requests many at a time."""
+        """Score completions, each as `score` does; a domain with a remote scorer sends parallel requests."""
         return [self.score(example, completion) for example, completion in pairs]
 
     def facts(self) -> dict[str, float]:

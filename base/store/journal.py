@@ -21,11 +21,11 @@ JOURNAL_FILE = "journal.jsonl"
 # Stretches of steps; a thinned curve has the lowest and the highest value of each.
 STRETCHES = 160
 MOST_NOTES = 500
-# The most lines of metrics that are parsed for curves; of a longer journal every n-th line is.
+# The most lines of metrics parsed for curves; in a longer journal, only every n-th is.
 MOST_PARSED = 20_000
 # A longer line is not a record of a journal.
 LONGEST_LINE = 16 * 2**20
-# The kind stands within so many bytes of a line's beginning.
+# The kind is within this many bytes of a line's start.
 KIND_BY = 100
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "metrics": {"values": dict},

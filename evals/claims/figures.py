@@ -71,7 +71,7 @@ def _fits(fits: Sequence[Finding], axes: Any) -> None:
 
 
 def _slopes(slopes: Sequence[Finding], axes: Any) -> None:
-    """Plot each checkpoint's mean over its setting, one line for each test."""
+    """Plot each checkpoint's mean against its setting, one line per test."""
     for one, colour in zip(slopes, cycle(LINES), strict=False):
         assert one.config.slope is not None
         points = sorted((setting, 100 * one.values[name]) for name, setting in one.config.slope.items())

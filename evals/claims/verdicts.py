@@ -75,7 +75,7 @@ class Finding:
 
     @property
     def of_these_seeds(self) -> bool:
-        """Whether the verdict holds for the seeds that were run only: no more than examples were repeated."""
+        """Whether the verdict holds only for the seeds that were run, as they are fewer than `MIN_SEEDS`."""
         few = 0 < self.seeds < MIN_SEEDS
         return few and self.config.measure in EXAMPLE_MEASURES and self.config.fit is None
 

@@ -73,7 +73,7 @@ class WeightChange(StrictModel):
 
     @property
     def rounded_away(self) -> float:
-        """Share that differs in float32 less the share that does at bfloat16."""
+        """Share changed in float32 minus the share changed in bfloat16."""
         return self.changed_float32 - self.changed_bfloat16
 
 

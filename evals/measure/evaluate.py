@@ -49,8 +49,8 @@ def run(nodes: Sequence[Mapping[str, Any]], workspaces: Sequence[Workspace]) -> 
     """Score one checkpoint on several domains and splits.
 
     Args:
-        nodes: Of each a `domain`, a `split`, and the settings of `EvaluationConfig`.
-        workspaces: One a node, with the same parent `checkpoint`.
+        nodes: For each its `domain`, `split` and the settings of `EvaluationConfig`.
+        workspaces: One per node, with the same parent `checkpoint`.
     """
     requests = []
     for node, workspace in zip(nodes, workspaces, strict=True):

@@ -59,8 +59,8 @@ def run(nodes: Sequence[Mapping[str, Any]], workspaces: Sequence[Workspace]) -> 
     """Score one checkpoint on several tasks.
 
     Args:
-        nodes: Of each the settings of `HarnessTaskConfig`.
-        workspaces: One a node, with the same parent `checkpoint`.
+        nodes: The `HarnessTaskConfig` settings of each.
+        workspaces: One per node, with the same parent `checkpoint`.
     """
     pairs = zip(nodes, workspaces, strict=True)
     requests = [HarnessRequest(workspace, HarnessTaskConfig(**node)) for node, workspace in pairs]

@@ -92,7 +92,7 @@ def costs_section(results: Results, scoring: Mapping[str, Cost]) -> str:
 
 
 def checkpoint_title(name: str) -> str:
-    """A checkpoint's name in a table: of a merge as in the table of merges, of any other without its folder."""
+    """A checkpoint's name in a table: a merge's as in the table of merges, any other's without its folder."""
     if name == STUDENT or name.startswith((BASELINES, VARIANTS)):
         return merge_title(name)
     return name.removeprefix("experts/")

@@ -63,7 +63,7 @@ def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _changing(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, Points]]:
     """The metrics that change, those of most interest first.
 
-    Of metrics with equal values, as of one domain and of the whole, only the first is kept.
+    If metrics have equal values, such as a sole domain's and the mean's, the first is kept.
     """
     known = {name: index for index, name in enumerate(FIRST)}
     found: dict[str, dict[str, Points]] = {}

@@ -108,7 +108,7 @@ def find_source(options: str, key: str, path: str) -> Source:
         if not place.is_file():
             raise UserError(f"{options}.{key}: '{path}' is neither a file nor a folder")
         if file_format(place) is None:
-            raise UserError(f"{options}.{key}: '{path}' is no file of rows; the name ends in {endings()}")
+            raise UserError(f"{options}.{key}: '{path}' is not a file of rows; its name must end in {endings()}")
         return Source(key, path, place)
     if _is_local(path):
         siblings = [str(other) for other in place.parent.iterdir()] if place.parent.is_dir() else []

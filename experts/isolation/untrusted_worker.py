@@ -8,8 +8,8 @@ on which it answers each line of JSON with one line. Its restrictions, outermost
 - RLIMIT_NPROC prevents forking, except for root, which Linux exempts; the audit hook prevents it in either case.
 - Once its library is imported, an audit hook refuses every event that verifying does not need: a file opened for
   writing or outside Python's own folders, a process, a socket, a signal, a foreign function. The hook cannot be
-  removed. It raises before the action, so a verifier that catches the error goes on without it. CPython itself asks
-  for such actions: a SyntaxError in evaluated text looks for a file called `<unknown>` to show its line.
+  removed. It raises before the action, so a verifier that catches the error continues without it. CPython attempts
+  such actions itself: a SyntaxError in evaluated text looks for a file called `<unknown>` to show its line.
 
 A text that is evaluated here can reach Python's attributes, and through them could still forge this process's answer.
 `experts.kinds.reasoning.is_safe_to_verify` refuses such texts beforehand.

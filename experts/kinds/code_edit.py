@@ -1,8 +1,8 @@
 """Repair a corrupted Python function and change nothing else.
 
-A working function is corrupted by one or more splices of known families (`code_mutations`); the completion is run
-against the function's tests in a sandbox and compared with the corrupted text. With Levenshtein distance d over Python
-tokens (comments and the width of white space are ignored),
+A working function is corrupted by one or more splices of known families (`experts.code.mutations`). The completion is
+run against the function's tests in a sandbox and compared with the corrupted text. With Levenshtein distance d over
+Python tokens (comments and the width of white space are ignored),
 
     excess = max(0, d(completion, corrupted) - d(original, corrupted))
     score  = passes * (1 - 0.7 * min(1, excess / 3))

@@ -55,8 +55,8 @@ UNREPEATABLE = frozenset(
     }
 )
 
-# Their items are texts of a short list in ever new forms: with a split by prompts most held-out answers occur in
-# training (85 to 95 % of 1,280 prompts). They are split by the answer instead.
+# Their prompts are a short list of texts in many forms. Split by prompt, most held-out answers would occur in
+# training (85 to 95 % of 1,280 prompts), so they are split by answer.
 SPLIT_BY_ANSWER = frozenset({"caesar_cipher", "emoji_mystery", "modulo_grid", "sentence_reordering"})
 # Without this limit, the search for a split without any answer would never end.
 FRUITLESS_FACTOR = 30

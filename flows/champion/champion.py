@@ -204,7 +204,7 @@ def send_operations(store: Store, run: str, operations: Sequence[Mapping[str, An
     if unsent + outbox.close():
         sys.stderr.write(
             f"warning: MLflow at {without_secrets(writer.uri)} was not reached; its aliases are unchanged. The "
-            f"operations are kept in {folder}: the next run of {run} sends them, or this command again\n"
+            f"operations are kept in {folder}: repeat this command, or make a run of {run}, to send them\n"
         )
 
 

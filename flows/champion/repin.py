@@ -39,7 +39,7 @@ def repin(config: RunConfig, home: Path) -> None:
         change = f"{value} as before" if old == value else f"{old} → {value}" if old else value
         sys.stdout.write(f"{name}: {change}\n")
     if not now:
-        sys.stdout.write(f"{config.name}: the run file has no mutable name\n")
+        sys.stdout.write(f"{config.name}: the run file has nothing to pin\n")
 
 
 def _write_pins(path: Path, lock: Mapping[str, Any], pins: Mapping[str, str]) -> None:

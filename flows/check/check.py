@@ -91,7 +91,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
 
 
 def _scorer_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """Scorers that need something beyond this machine's files, such as a judge's endpoint, and do not find it."""
+    """Yield an error for each scorer that lacks something external, such as a judge's endpoint."""
     for name in sorted({domain for node in missing if node.stage != SHIFT for domain in node.domains}):
         entry = graph.config.domains[name]
         try:

@@ -117,7 +117,7 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     elif not problems and found[0].total > ROOM * have:
         warnings.append(f"{found[0]}: nearly all of {place}'s {have / 2**30:.1f} GiB")
     elif not problems and found[0].total > free:
-        warnings.append(f"{found[0]}: more than the {free / 2**30:.1f} GiB that others leave of {place}'s just now")
+        warnings.append(f"{found[0]}: more than the {free / 2**30:.1f} GiB free now on {place}")
     return problems, warnings
 
 

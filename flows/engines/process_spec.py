@@ -49,7 +49,7 @@ class ProcessSpec:
 
     @property
     def training(self) -> bool:
-        """Whether it may use several devices."""
+        """Whether the process trains a model."""
         return STAGES[self.nodes[0].stage].trains
 
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:

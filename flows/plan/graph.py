@@ -68,7 +68,7 @@ def _load_domains(config: RunConfig) -> dict[str, Domain]:
 
 
 class _Builder:
-    """Adds node after node, parents first."""
+    """Adds each node after its parents."""
 
     def __init__(self, config: RunConfig, home: Path, pinned: Mapping[str, str]) -> None:
         self.config = config
@@ -150,7 +150,7 @@ class _Builder:
         return parents
 
     def _distill(self, name: str, config: RunConfig, seed: int, parents: Mapping[str, str]) -> str:
-        """Add a merge by distillation: the run's own, or a variant as its own run's merge."""
+        """Add a merge by distillation: the run's own, or that of a variant's config."""
         assert config.merge is not None
         teachers = config.teachers()
         anchor = config.merge.anchor
@@ -162,8 +162,8 @@ class _Builder:
         )
 
     def _baseline(self, name: str, seed: int, merged: Mapping[str, str], origin: str) -> str:
-        """Add another merge of the same parents. Where that starts from a champion, which has the experts in it
-        already, task vectors are the experts' less `origin`."""
+        """Add another merge of the same parents. If it starts from a champion, which already contains the
+        experts, task vectors are the experts' weights minus those of `origin`."""
         own = baseline_config(self.config, name)
         node_name, domains = f"{BASELINES}{name}", list(self.teachers)
         if isinstance(own, WeightMergeConfig):
@@ -196,7 +196,7 @@ class _Builder:
         return self._load(BASE, self._resolve("base.checkpoint", base.checkpoint, base.revision))
 
     def _champion(self, asking: str, start: str) -> str:
-        """Add the run's champion, which stands in the store already; all seeds share it."""
+        """Add the run's champion, which is already in the store; all seeds share it."""
         if CHAMPION not in self.nodes:
             artifact = pinned_champion(self.config, self.home, asking, self.pinned)
             facts = champion_facts(artifact, Store(self.home), (start, self.nodes[start].key))
@@ -221,7 +221,7 @@ class _Builder:
         return source
 
     def _fingerprint(self, source: Source) -> str:
-        """The source's fingerprint, remembered by path, size and time, for it may be gigabytes."""
+        """The source's fingerprint, cached by path, size and time, as hashing it may be slow."""
         if source.kind == "hub":
             return source.fingerprint()
         path = Path(source.location)
@@ -319,12 +319,12 @@ class _Builder:
             self._add(f"{node_name}{suffix}", node_name, "harness", 0, task.model_dump(mode="json"), facts, parents, [])
 
     def _scored(self, checkpoint: str) -> list[str]:
-        """The domains a checkpoint is scored on: all, but of experts where there are many."""
+        """The domains a checkpoint is scored on: all, or for an expert its `scored` ones."""
         role, _, expert = without_round(self.nodes[checkpoint].name).partition("/")
         return self.scored[expert] if role == "experts" else self.config.domain_names(self.config.evaluate.domains)
 
     def _check_adapter(self, name: str, config: TrainConfig, parents: Mapping[str, str]) -> None:
-        """An adapter goes on training from its start, so both must have one shape."""
+        """Check that an adapter has the shape of the adapter it starts from."""
         if config.lora is None or "start" not in parents:
             return
         start = self.nodes[parents["start"]]
@@ -333,5 +333,5 @@ class _Builder:
         if theirs is not None and theirs != mine:
             raise UserError(
                 f"{name}: its lora {mine} differs from that of the checkpoint it starts from, {start.name}: {theirs}; "
-                f"an adapter goes on training with the shape it has"
+                f"an adapter keeps its shape in further training"
             )

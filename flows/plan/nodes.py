@@ -24,7 +24,7 @@ class Node:
         parents: role -> node id: `start`, `teacher/DOMAIN` (`teacher/DOMAIN/TEACHER` where several teach it),
             `expert/NAME`, or `checkpoint`.
         domains: name -> `{"kind", "options"}` of the domains it draws from.
-        ingredients: What the key is the hash of; compared with the last run's to find why a node must run.
+        ingredients: The hashed values; compared with the last run's to explain why a node must run.
         key: The content key.
     """
 

@@ -118,7 +118,7 @@ def pipeline(
     try:
         wanted = as_lines(overrides)
         if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
-            raise UserError(f"{CAP}: a whole number from 1 on (given: {max_steps!r:.60})")
+            raise UserError(f"{CAP}: a whole number of at least 1 (given: {max_steps!r:.60})")
         config = load_run_file(Path(run_file), wanted, max_steps)
         if entries := form_overrides(config, seeds, merge_max_steps, expert_max_steps):
             wanted = [*wanted, *entries]

@@ -42,7 +42,7 @@ class RunRequest:
     def last(
         cls, file: Path, overrides: tuple[str, ...], max_steps: int | None, home: Path, as_written: bool = False
     ) -> "RunRequest":
-        """The run with these overrides; without any, the last run of this file, with a line that shows its overrides.
+        """The run with these overrides; without any, the file's last run, whose overrides are printed.
 
         Args:
             file: The run file.

@@ -1,4 +1,4 @@
-"""The order in which a run's jobs start: those that most of the remaining work waits for come first."""
+"""The order in which a run's jobs start: those with the longest chain of training steps come first."""
 
 import queue
 from collections.abc import Callable, Sequence

@@ -18,7 +18,7 @@ INSTEAD = {
     "notify": "name an environment variable that holds the whole address in `notify.webhook_env`",
     "resources": "vLLM's servers take no password; let them listen on the loopback or in a private network",
 }
-OTHERWISE = "leave it out; credentials belong into the environment (AWS_…, HF_TOKEN)"
+OTHERWISE = "remove it; set credentials in environment variables (AWS_…, HF_TOKEN)"
 
 
 def password_problems(raw: Any) -> list[str]:

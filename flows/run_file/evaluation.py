@@ -1,4 +1,4 @@
-"""What a run measures, and what it asks of a student before promotion."""
+"""The run file's settings of measurements and of the gate."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
 """`docs/run-file.md`: every key of a run file, written from the schema. Free of torch, prefect and mlflow.
 
-`python -m flows.run_file.page` prints the page. A model of the schema is one section with one table. What several
-models inherit, and a model that stands at several places, is one section too, which the others link to.
+`python -m flows.run_file.page` prints the page. Each model of the schema has a section with a table. A base class of
+several models, or a model used at several places, has one section too, and the other sections link to it.
 """
 
 import importlib
@@ -32,7 +32,7 @@ from stages.config.training import SFTConfig, TrainConfig
 Model = type[BaseModel]
 
 OPTIONS, WEIGHT_MERGE = "domains.NAME.options", "merge.baselines.NAME (weight merges)"
-# Headings of what no single place has for itself; a model at several places is headed by its key.
+# Headings of the base classes; the heading of a model used at several places is its key.
 SHARED: dict[Model, str] = {
     TrainConfig: "All training stages",
     RowOptions: "Rows of a data set",
@@ -66,7 +66,7 @@ def page_rows() -> dict[str, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A model with the dotted places where it stands; none for one that others inherit only."""
+    """A model with the dotted keys at which it is used; no keys if it is only a base class."""
 
     model: Model
     heading: str
@@ -93,7 +93,7 @@ class _Page:
 
     @cached_property
     def sections(self) -> list[_Section]:
-        """First those of one place, then what several share: a base, its own models, and the rest."""
+        """Models used once, then shared ones: base classes with their fields' models, then the rest."""
         alone = [model for model, places in self.places.items() if len(places) == 1]
         order = [*alone]
         for base in SHARED:
@@ -121,9 +121,9 @@ class _Page:
         return [self.by_model[base] for base in model.__mro__[1:] if base in self.by_model]
 
     def keys(self, model: Model) -> list[str]:
-        """A section's own keys, in the order they are written: those that no section above has, or has differently.
+        """A section's own keys, in source order: those that the model adds or redefines.
 
-        A base that stands nowhere itself leaves out what all its heirs have differently.
+        If the model is only a base class, keys that every subclass redefines are left out.
         """
         above = self.above(model)
         inherited: Model = above[0].model if above else BaseModel
@@ -145,14 +145,14 @@ class _Page:
         return "\n\n".join(blocks) + "\n"
 
     def _block(self, section: _Section) -> str:
-        """A section: what it is, where it stands, its table, and where the rest of its keys is."""
+        """A section: description, places of use, links to inherited keys, and the table."""
         model = section.model
         parts = [f"## {section.heading}", _prose(inspect.getdoc(model) or "")]
         if model not in self.places:
             heirs = [heir for heir in self.sections if heir.places and issubclass(heir.model, model)]
             parts.append(f"These are keys of {_listed([heir.link for heir in heirs], 'and')}.")
         elif len(section.places) > 1:
-            parts.append(f"It stands at {_listed([self._place(place) for place in section.places], 'and')}.")
+            parts.append(f"It is used at {_listed([self._place(place) for place in section.places], 'and')}.")
         if above := self.above(model):
             others = f"The keys of {_listed([other.link for other in above], 'and')} belong here too."
             theirs = {key for other in above for key in self.keys(other.model)}
@@ -223,7 +223,7 @@ class _Page:
 
 
 def _walk(model: Model, place: str) -> Iterator[tuple[Model, str]]:
-    """Every model of the run file with each dotted place where it stands, in the order of the schema."""
+    """Every model of the run file with each dotted key at which it is used, in schema order."""
     yield model, place
     for name, field in model.model_fields.items():
         for inner, key in _inner(model, name, field):
@@ -332,7 +332,7 @@ def _listed(words: Sequence[str], last: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """The first paragraph of a text; what stands between backticks is code."""
+    """The first paragraph of a text; the text between backticks is code."""
     pieces = re.split(r"`([^`]*)`", " ".join(text.partition("\n\n")[0].split()))
     # `plain` would take the spaces beside code away.
     marked = (re.sub(r"\S+", lambda word: plain(word[0]), piece) for piece in pieces[::2])

@@ -46,7 +46,7 @@ def form_schema(config: RunConfig) -> dict[str, Any]:
 
 
 def form_overrides(config: RunConfig, seeds: Any, merge_max_steps: Any, expert_max_steps: Any) -> list[str]:
-    """The form's entries as dotted assignments, as `flows.run_file.load_run_file` takes them.
+    """The form's entries as dotted assignments, as `flows.run_file.load.load_run_file` takes them.
 
     Args:
         config: The run without them.

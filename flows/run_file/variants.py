@@ -27,7 +27,7 @@ def variant_run(config: RunConfig, name: str) -> RunConfig:
     assert merge is not None
     changes = merge.variants[name]
     if taken := BESIDE & changes.keys():
-        raise UserError(f"merge.variants.{name}.{min(taken)}: belongs to the merge itself")
+        raise UserError(f"merge.variants.{name}.{min(taken)}: set this in merge, not in a variant")
     own = {field: getattr(merge, field) for field in merge.model_fields_set - BESIDE}
     own = {field: _plain(value) for field, value in own.items()}
     try:

@@ -154,7 +154,7 @@ def _domain(path: Path, config: RunConfig, asked: NewExpert) -> tuple[str, dict[
         raise UserError("--domain: name a domain of the run file, or the kind of a new one")
     if kind in config.domains:
         if asked.tasks or asked.options:
-            raise UserError(f"--task and --option are for a new domain; '{kind}' is one of {path}")
+            raise UserError(f"--task and --option are for a new domain; '{kind}' is already in {path}")
         return kind, None
     if kind not in KINDS and not kind.endswith(OWN_SUFFIX):
         hint = nearest(kind, [*config.domains, *KINDS])

@@ -46,8 +46,8 @@ def home_secret(home: Path) -> str:
         return path.read_text().strip()
     except PermissionError:
         raise UserError(
-            f"{path}: it is not readable; set PREFECT_API_URL and PREFECT_API_AUTH_STRING for that server, or choose "
-            f"another --home"
+            f"{path}: belongs to another user; set PREFECT_API_URL and PREFECT_API_AUTH_STRING for that server, or "
+            f"choose another --home"
         ) from None
 
 

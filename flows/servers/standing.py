@@ -174,7 +174,7 @@ def prefect_client(home: Path) -> dict[str, str]:
     own, api = standing(home, "prefect"), os.environ.get("PREFECT_API_URL", "").rstrip("/")
     if not own and not api:
         raise UserError(
-            f"no Prefect server stands over {home}: start `mopd ui --home {home}` in another terminal and leave it "
+            f"no standing Prefect server for {home}: start `mopd ui --home {home}` in another terminal and leave it "
             f"running, or set PREFECT_API_URL"
         )
     url = api.removesuffix("/api") if api else own

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NOTE = "mlflow.note.content"
 # MLflow's limit for a tag. It would cut a longer one within a line and print a warning on the terminal.
 LONGEST_NOTE = 8000
-CUT_OFF = "\n\n… the rest stands in the report, among the artifacts."
+CUT_OFF = "\n\n… the rest is in the report, among the artifacts."
 VERSIONS = "mlflow.modelVersions"
 TABLES = "mlflow.loggedArtifacts"
 STEP, COMPARED, MADE_INTO = "step", "compared", "made_into."

@@ -1,4 +1,4 @@
-"""The stages: one row each, with all that others need of one. To add a stage, add its row, its file and its test."""
+"""The table of stages: one row each, with all that other modules use. To add one, add its row, its file, its test."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -23,21 +23,21 @@ class StageKind:
     """One kind of stage.
 
     Attributes:
-        name: As nodes, manifests and content keys have it.
+        name: Its name in nodes, manifests and keys.
         version: Part of the content key: raise it when the algorithm changes, so that old artifacts are not reused.
         config: Makes a config of settings.
         run: `module:function`, called with a config and a workspace; `samples` adds `monitor=`. With `together` it is
             called with a list of nodes' settings and a list of workspaces.
         trains: Has an optimizer, saved states, several devices.
         samples: Draws completions from the student while it trains.
-        expert: What training an expert so means; a key of `experts.NAME.train`. Empty where no expert is trained so.
+        expert: Description of this key of `experts.NAME.train`. Empty if the stage does not train experts.
         renders: Puts examples into the chat template, which is part of the content key.
         measures: Measures checkpoints instead of making one.
         scores: Measures one checkpoint example by example.
         together: Several nodes of one checkpoint run in one process.
         preload: Its module is imported once, by the server that node processes are forked from.
-        metric: The metric behind `NAME/` that shows a person how training goes.
-        colour: Of its box in lineage drawings.
+        metric: The metric after `NAME/` that shows the progress of training.
+        colour: Box colour in lineage drawings.
     """
 
     name: str
@@ -56,7 +56,7 @@ class StageKind:
     colour: str = "grey"
 
     def function(self) -> Callable[..., Any]:
-        """What runs it; imports its module, torch included."""
+        """The function in `run`; imports its module and torch."""
         module, name = self.run.split(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return function
@@ -103,5 +103,5 @@ EVALUATIONS = tuple(kind.name for kind in _ROWS if kind.measures)
 
 
 def colour_of(stage: str) -> str:
-    """The colour of a stage's box; grey where nothing is known of it, as of a checkpoint that is not made yet."""
+    """The colour of a stage's box; grey for an unknown stage, such as that of a checkpoint not made yet."""
     return STAGES[stage].colour if stage in STAGES else "grey"

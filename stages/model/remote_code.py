@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 OWN_CODE = "it contains code of its own; read it, and if you trust it set `remote_code: true` in the run file"
-# Of the process and all its threads: teachers are loaded in another thread.
+# Shared by all threads, because teachers are loaded in another thread.
 _allowed = [False]
 
 

@@ -21,7 +21,7 @@ from base.store.checkpoint import STAGING, Artifact, Store
 from stages.model.policy import load_policy
 from stages.model.remote_code import options
 
-# Names of a layer's factors in an adapter's file; in a model the adapter's name stands before the suffix.
+# Names of a layer's factors in an adapter's file; in a model the adapter's name precedes the suffix.
 _FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
 
 

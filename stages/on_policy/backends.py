@@ -47,7 +47,7 @@ def make_sampler(
     if learner.world_size > 1:
         raise UserError(
             f"{workspace.name}: sampler.backend vllm runs in the trainer's process, and this stage has "
-            f"{learner.world_size}; sample with backend: transformers"
+            f"{learner.world_size} processes; sample with backend: transformers"
         )
     # vLLM takes seconds to import.
     from stages.vllm.engine import VllmEngine

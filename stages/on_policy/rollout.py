@@ -47,7 +47,7 @@ class Rollout:
         return [example.domain for example in self.examples]
 
     def __add__(self, other: "Rollout") -> "Rollout":
-        """The rows of both rollouts, these first."""
+        """This rollout's rows, then those of `other`."""
         return Rollout(
             self.step,
             self.examples + other.examples,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# An update from 16 lab rows on one core takes 1.25 times as long at 1024 and 0.93 at 4096 as at this, one from 64 rows
+# Times of an update on one core relative to this value: from 16 lab rows 1.25 at 1024 and 0.93 at 4096, from 64 rows
 # 1.04 and 1.25.
 ENOUGH_ON_CPU = 2048
 ENOUGH_ON_GPU = 8192

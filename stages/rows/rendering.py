@@ -37,7 +37,7 @@ class Rendering:
     date: str | None = None
 
 
-# Of the process and all its threads.
+# Shared by all threads.
 _rendering = [Rendering()]
 
 

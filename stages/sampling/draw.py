@@ -22,7 +22,7 @@ def draw(
     else:
         whole = sampling.top_p >= 1.0 and barred is None
         allowed_BV = logprobs_BV if whole else truncate(drawable_BV, sampling.top_p).log_softmax(-1)
-        # Of independent exponential clocks with these rates, the index of the first to ring has the softmax's
+        # With independent exponential clocks of these rates, the index of the first to ring has the softmax's
         # distribution.
         clocks_BV = torch.empty_like(allowed_BV).exponential_(generator=generator)
         tokens_B = (allowed_BV.exp() / clocks_BV).argmax(-1)

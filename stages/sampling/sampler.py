@@ -54,7 +54,7 @@ class Sampler(Protocol):
         """Return the lines for the log since the last call."""
 
     def logprob_gap(self) -> Gap | None:
-        """The gap to the trainer when it last received weights; None if its samples show the gap themselves."""
+        """The gap to the trainer at the last hand-over; None if the loop measures it on the samples."""
 
     def close(self) -> None:
         """Free all resources and end all processes of the sampler."""

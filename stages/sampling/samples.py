@@ -1,4 +1,4 @@
-"""What is asked of a sampler and what it draws."""
+"""A sampler's settings and its completions."""
 
 from dataclasses import dataclass
 

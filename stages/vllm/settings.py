@@ -24,7 +24,7 @@ PROMPT_TOKENS = 512
 # On a CPU the cache is allocated in blocks of 128 tokens, and one of them is never used.
 SPARE_TOKENS = 2 * 128
 LEAST_BATCH_TOKENS = 2048
-# Of a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its fault in an answer, and
+# For a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its fault in an answer, and
 # the header of a request that may be answered without verified weights.
 NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"
 # The lowest logit bias that vLLM accepts.

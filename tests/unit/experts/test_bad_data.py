@@ -137,7 +137,7 @@ HUB = {
     "a share": Rows(GOOD, ("held_out_share",), FIELDS | {"held_out_share": 1.5}),
     "a folder without rows": Rows(GOOD, ("holds no file that ends in",), FIELDS | {"path": "empty"}),
     "a device": Rows(GOOD, ("is neither a file nor a folder",), FIELDS | {"path": "/dev/zero"}),
-    "another ending": Rows(GOOD, ("is no file of rows",), FIELDS | {"path": "run.yaml"}),
+    "another ending": Rows(GOOD, ("is not a file of rows",), FIELDS | {"path": "run.yaml"}),
     "nothing": Rows(GOOD, ("no such file",), FIELDS | {"path": "nowhere.jsonl"}),
 }
 

@@ -426,7 +426,7 @@ def test_a_system_prompt_makes_a_chat_with_examples_as_turns(tmp_path):
         ("gone.jsonl", "no such file"),
         ("data/sub/gone", "no such file"),
         ("./gone", "no such file"),
-        ("rows.txt", "is no file of rows; the name ends in .jsonl"),
+        ("rows.txt", "is not a file of rows; its name must end in .jsonl"),
     ],
 )
 def test_a_path_that_can_only_be_local_is_looked_for(tmp_path, monkeypatch, path, message):

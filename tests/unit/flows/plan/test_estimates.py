@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_named_with_what_would_help(
     # Enough in all, and others hold it just now: a warning, for they may be gone by then.
     monkeypatch.setattr(memory, "_memory", lambda gpus: (10_000 * GIB, GIB, "this machine"))
     problems, (warning,) = fit(graph_of(file, home, "resources.parallel_experts=1"), store, missing)
-    assert problems == [] and "more than the 1.0 GiB that others leave of this machine's just now" in warning
+    assert problems == [] and "more than the 1.0 GiB free now on this machine" in warning
     monkeypatch.setattr(memory, "_memory", lambda gpus: (largest + GIB, largest + GIB, "this machine"))
     problems, warnings = fit(graph_of(file, home, "resources.parallel_experts=3"), store, missing)
     assert problems == [] and "lower resources.parallel_experts" in warnings[0]

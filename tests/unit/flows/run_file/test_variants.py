@@ -52,7 +52,7 @@ def test_settings_are_laid_over_and_teachers_replaced(tmp_path: Path) -> None:
             "{a: {teachers: {sort: sorte}}}",
             "merge.variants.a.teachers.sort: unknown expert 'sorte' — did you mean 'sort'?",
         ),
-        ("{a: {baselines: [ties]}}", "merge.variants.a.baselines: belongs to the merge itself"),
+        ("{a: {baselines: [ties]}}", "merge.variants.a.baselines: set this in merge, not in a variant"),
         ("{a/b: {}}", "merge.variants.'a/b': a name is made of letters"),
         ("{a: {objective: {outcome_weight: 1.0}}}", "it needs a group_size of 2 or more"),
     ],
