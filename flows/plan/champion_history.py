@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from base.store.checkpoint import Store
 from flows.plan.lock import lock_path
 from flows.plan.state_files import CHAMPION_FILE, read_json
 from flows.run_file.schema import STUDENT
-
-if TYPE_CHECKING:
-    pass
 
 CANDIDATE_ALIAS, CHAMPION_ALIAS = "candidate", "champion"
 

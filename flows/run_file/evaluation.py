@@ -1,8 +1,8 @@
 """The run file's settings of measurements and of the gate."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.config.harness import PREFIX, HarnessConfig
 from stages.config.shift import ShiftConfig
@@ -31,6 +31,13 @@ class EvaluateConfig(EvaluationConfig):
     def harness_domains(self) -> list[str]:
         """Names of the harness's tasks among the domains."""
         return [f"{PREFIX}{task}" for task in self.harness.tasks] if self.harness else []
+
+    @field_validator("expert_panel")
+    @classmethod
+    def _named_once(cls, value: Any) -> Any:
+        if twice := next((name for name in value or () if list(value).count(name) > 1 and value != "all"), None):
+            raise ValueError(f"'{twice}' is named twice")
+        return value
 
 
 class GateConfig(StrictModel):

@@ -43,7 +43,9 @@ class BaseConfig(StrictModel):
     pretrain: PretrainConfig | None = Field(None, description="Pretrain a tiny model from scratch.")
     checkpoint: str | None = Field(None, description="A Hugging Face id or a local directory.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id.")
-    gguf: str | None = Field(None, description="A GGUF file: a path, or package://PACKAGE/FILE for an installed one.")
+    gguf: str | None = Field(
+        None, min_length=1, description="A GGUF file: a path, or package://PACKAGE/FILE for an installed one."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -104,7 +106,9 @@ class ExpertConfig(StrictModel):
 
     domain: str = Field(description="The domain it is trained in.")
     train: TrainMethod | None = Field(None, description="How it is trained: sft, rl or rft.")
-    checkpoint: str | None = Field(None, description="An expert trained elsewhere: a Hugging Face id or a directory.")
+    checkpoint: str | None = Field(
+        None, min_length=1, description="An expert trained elsewhere: a Hugging Face id or a directory."
+    )
     start_from: str | None = Field(None, description="cold_start, base or champion; the cold start when there is one.")
 
     @model_validator(mode="after")
@@ -175,6 +179,7 @@ class MergeConfig(DistillConfig):
     domains: Names | None = Field(None, description="Training domains; those with an expert when absent.")
     teachers: dict[str, Teachers] | None = Field(
         None,
+        min_length=1,
         description="domain -> expert, or a mapping of several experts to their weights, of which only the ratio "
         "matters; by default the domain's own expert.",
     )
