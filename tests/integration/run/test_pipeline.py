@@ -147,7 +147,7 @@ def test_a_run_makes_scores_and_records_everything(bench: Bench) -> None:
 def test_a_cached_run_starts_no_server_and_imports_nothing_heavy(bench: Bench) -> None:
     before = bench.query("prefect/prefect.db", "select count(*) from flow_run")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom flows import commands\n"
+        "import sys\nfrom pathlib import Path\nfrom flows.cli import runs as commands\n"
         f"asked = commands.RunRequest(Path({str(bench.file)!r}), (), None, Path({str(bench.home)!r}))\n"
         "code = commands.run(asked, discard_corrupted=False, plain=True, verbose=False)\n"
         "print(code, [name for name in ('prefect', 'mlflow', 'torch', 'transformers') if name in sys.modules])"
