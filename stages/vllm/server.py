@@ -7,6 +7,7 @@ adapters are folders that the server reads itself, so that trainer and server ne
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class VllmServer:
     def healthy(self) -> bool:
         """Whether the server answers and its engine is alive."""
         try:
-            return self._client.get("/health", timeout=QUICK_SECONDS).is_success
+            return self._request("GET", "/health", None, QUICK_SECONDS).is_success
         except httpx.TransportError:
             return False
 
@@ -226,6 +227,27 @@ class VllmServer:
     def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         return self._answer("POST", path, body, self.timeout)
 
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send a request, a second time if the connection closes before the answer.
+
+        The server ended, or closed an idle connection during the request; a second attempt on a new connection shows
+        which. A request that changes the server is not sent twice.
+        """
+        send = partial(self._client.request, method, path, json=body, timeout=timeout, headers=headers)
+        try:
+            return send()
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            if method != "GET" and path != COMPLETIONS:
+                raise
+            return send()
+
     def _answer(
         self,
         method: str,
@@ -234,18 +256,8 @@ class VllmServer:
         timeout: float,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        def request() -> httpx.Response:
-            return self._client.request(method, path, json=body, timeout=timeout, headers=headers)
-
         try:
-            try:
-                answer = request()
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                # The server ended, or closed an idle connection during the request; a second attempt on a new
-                # connection shows which. A request that changes the server is not sent twice.
-                if method != "GET" and path != COMPLETIONS:
-                    raise
-                answer = request()
+            answer = self._request(method, path, body, timeout, headers)
         except httpx.TransportError as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         gone = answer.status_code == httpx.codes.NOT_FOUND and path == COMPLETIONS

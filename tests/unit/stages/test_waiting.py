@@ -101,6 +101,7 @@ def test_a_question_is_put_again_where_the_server_closed_the_connection(monkeypa
     monkeypatch.setattr(Impatient, "asked", [])
     with listening(Impatient) as url, contextlib.closing(VllmServer(url, 60)) as server:
         assert [server.weight_version() for _ in range(3)] == ["1", "1", "1"]
+        assert [server.healthy() for _ in range(3)] == [True, True, True]
 
 
 def test_a_request_that_changes_the_server_is_made_once(monkeypatch):
