@@ -1,23 +1,19 @@
 """The run file's settings of measurements and of the gate."""
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from stages.config.harness import PREFIX, HarnessConfig
 from stages.config.shift import ShiftConfig
-from stages.config.training import (
-    AllOrNames,
-    EvaluationConfig,
-    StrictModel,
-)
+from stages.config.training import AllOrNames, EvaluationConfig, StrictModel, each_once
 
 
 class EvaluateConfig(EvaluationConfig):
     """The measurements of every checkpoint."""
 
     domains: AllOrNames = Field("all", description="Domains scored.")
-    expert_panel: Literal["all"] | list[str] | None = Field(
+    expert_panel: Annotated[Literal["all"] | list[str] | None, AfterValidator(each_once)] = Field(
         None,
         description="Domains on which every expert is scored besides its own and those it teaches: all, or a list; "
         "when absent all with up to 8 experts, and with more at most 4 that no expert trains.",
@@ -31,13 +27,6 @@ class EvaluateConfig(EvaluationConfig):
     def harness_domains(self) -> list[str]:
         """Names of the harness's tasks among the domains."""
         return [f"{PREFIX}{task}" for task in self.harness.tasks] if self.harness else []
-
-    @field_validator("expert_panel")
-    @classmethod
-    def _named_once(cls, value: Any) -> Any:
-        if twice := next((name for name in value or () if list(value).count(name) > 1 and value != "all"), None):
-            raise ValueError(f"'{twice}' is named twice")
-        return value
 
 
 class GateConfig(StrictModel):

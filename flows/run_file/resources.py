@@ -6,9 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from stages.config.on_policy import MOST_SECONDS
-from stages.config.training import (
-    StrictModel,
-)
+from stages.config.training import StrictModel, each_once
 
 MOST_DEVICES = 4096
 
@@ -39,8 +37,7 @@ class ServersConfig(StrictModel):
                 fine = False
             if not fine:
                 raise ValueError(f"{url!r} is not an address; write http://HOST:PORT")
-        if twice := next((url for url in found if found.count(url) > 1), None):
-            raise ValueError(f"{twice!r} is named twice")
+        each_once(found)
         return found
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from base.errors import nearest
 from experts.domain import HELD_OUT
-from stages.config.training import NOT_IN_KEY, Positive, StrictModel
+from stages.config.training import NOT_IN_KEY, Positive, StrictModel, each_once
 
 # Tasks appear beside the run's own domains in every table; the prefix distinguishes them.
 PREFIX = "harness."
@@ -33,8 +33,7 @@ class HarnessConfig(StrictModel):
     def _are_named_once(cls, value: list[str]) -> list[str]:
         if odd := next((name for name in value if not name or set(name) & set("/@*? ")), None):
             raise ValueError(f"{odd!r} is no task's name")
-        if twice := next((name for name in value if value.count(name) > 1), None):
-            raise ValueError(f"{twice!r} is named twice")
+        each_once(value)
         return value
 
     @model_validator(mode="after")

@@ -9,15 +9,7 @@ absence and is left out of the key, so that a new option makes no finished stage
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 # Bounds far above any real use: a larger value is a typing error, and would fill memory or never end.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
@@ -35,14 +27,20 @@ STOP = "Texts that end a completion, besides the model's end tokens: a few-shot 
 NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 
 
+def each_once(value: Any) -> Any:
+    """Check that no entry of a list is repeated; a value of another type is left to the field's type."""
+    if isinstance(value, list) and (twice := next((x for at, x in enumerate(value) if x in value[:at]), None)):
+        raise ValueError(f"'{twice}' is named twice")
+    return value
+
+
 def _named_once(value: Any) -> Any:
     """Check that a list has names, each of them once; a value of another type is left to the field's type."""
     if not isinstance(value, list):
         return value
     if not value:
         raise ValueError("the list is empty; name one or more, or leave the key out")
-    if twice := next((name for at, name in enumerate(value) if name in value[:at]), None):
-        raise ValueError(f"'{twice}' is named twice")
+    each_once(value)
     if odd := next((name for name in value if not isinstance(name, str)), None):
         raise ValueError(f"{odd!r:.60} is no name")
     return value
