@@ -261,10 +261,9 @@ def _tokenizer(node: Node, store: Store) -> Any:
 
 def disk_needed(graph: StageGraph, store: Store, missing: list[Node]) -> int:
     """Bytes that the missing nodes will probably write: a checkpoint each, and saved states of concurrent ones."""
-    training = [node for node in missing if STAGES[node.stage].trains]
-    loads = [node for node in missing if node.stage in ("load", "merge_weights")]
-    sizes = {node.key: _checkpoint_bytes(origin(graph, node), store) for node in [*training, *loads]}
-    side_by_side = sorted((sizes[node.key] for node in training), reverse=True)
+    made = [node for node in missing if not STAGES[node.stage].measures]
+    sizes = {node.key: _checkpoint_bytes(origin(graph, node), store) for node in made}
+    side_by_side = sorted((sizes[node.key] for node in made if STAGES[node.stage].trains), reverse=True)
     states = STATE_COPIES * sum(side_by_side[: graph.config.resources.parallel_experts])
     return SMALLEST_FREE_BYTES + sum(sizes.values()) + states
 

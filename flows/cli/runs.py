@@ -20,7 +20,6 @@ from flows.plan.champion_start import pin_note
 from flows.plan.lock import NodeStatus
 from flows.plan.lock import status as node_status
 from flows.plan.nodes import Node, StageGraph
-from flows.plan.shifts import COSINES, SHIFT
 from flows.plan.state_files import read_json
 from flows.run.attended import run_pipeline, stopped
 from flows.run.estimate import Estimate, estimate, summary
@@ -29,7 +28,7 @@ from flows.run.run_request import RunRequest
 from flows.run.starts import close_killed
 from flows.run_file.load import schema_keys
 from flows.run_file.schema import STUDENT, RunConfig
-from stages.config.kinds import EVALUATIONS
+from stages.config.kinds import DISTANCES, EVALUATIONS
 
 if TYPE_CHECKING:
     from flows.run.finish import Outcome
@@ -195,7 +194,7 @@ def _plan_rows(graph: StageGraph, entries: list[NodeStatus]) -> Iterator[tuple[s
             state = f"{len(waiting)} of {len(evaluations)} to run" if waiting else "cached"
             reasons = "; ".join(dict.fromkeys(evaluation.why for evaluation in waiting or evaluations))
             yield f"  eval of {node.id}", state, reasons, ""
-    yield from (row(node) for node in graph.nodes if node.stage in (SHIFT, COSINES))
+    yield from (row(node) for node in graph.nodes if node.stage in DISTANCES)
 
 
 def status(asked: RunRequest, *, as_json: bool = False) -> None:

@@ -10,7 +10,7 @@ from base.hashing import stable_hash
 from base.store.checkpoint import write_whole
 from flows.plan.lock import code_fingerprint
 from flows.plan.nodes import Node, StageGraph
-from stages.config.kinds import EVALUATIONS, STAGES
+from stages.config.kinds import STAGES
 from stages.rows.rendering import Rendering
 
 
@@ -34,7 +34,7 @@ class ProcessSpec:
             ValueError: the nodes cannot share a process.
         """
         kinds = {(node.stage, node.parents.get("checkpoint")) for node in nodes}
-        if len(kinds) != 1 or (len(nodes) > 1 and nodes[0].stage not in EVALUATIONS):
+        if len(kinds) != 1 or (len(nodes) > 1 and not STAGES[nodes[0].stage].together):
             raise ValueError("one process makes one training node or evaluations of one checkpoint")
         contents: dict[str, Any] = {
             "home": str(home),

@@ -20,6 +20,7 @@ from flows.lineage.card_facts import NO_FACTS, CardFacts, base_of, example_promp
 from flows.lineage.mermaid import mermaid
 from flows.lineage.rows import SHORT, Row, resolve_one, rows
 from flows.run_file.schema import BASE, COLD_START
+from stages.config.kinds import EVALUATIONS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -51,7 +52,7 @@ def export(
     """
     artifact = resolve_one(store, reference)
     store.verify(artifact)
-    if artifact.manifest.get("stage") in ("evaluate", "harness", "shift", "cosines"):
+    if artifact.manifest.get("stage") in EVALUATIONS:
         raise UserError(f"{reference}: {artifact.name} is a measurement, not a checkpoint")
     if push is not None and not REPOSITORY.fullmatch(push):
         raise UserError(f"--push: '{push}': name a repository of the Hub as OWNER/NAME")

@@ -14,6 +14,7 @@ from base.store.checkpoint import Artifact, Store
 from evals.comparison.shift_sheet import read_cosines, read_shift
 from flows.run_file.evaluation import EvaluateConfig
 from flows.run_file.schema import BASE
+from stages.config.kinds import DISTANCES
 from stages.config.shift import ShiftRequest
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def collect_shifts(graph: "StageGraph", store: Store) -> Shifts:
     """
     found = Shifts()
     for node in graph.nodes:
-        if node.stage in (SHIFT, COSINES) and (artifact := store.find(node.key)):
+        if node.stage in DISTANCES and (artifact := store.find(node.key)):
             seed = int(node.id.rpartition("@")[2])
             found.provenance[node.id] = (artifact.key, artifact.digest)
             if node.stage == SHIFT:

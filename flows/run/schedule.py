@@ -8,8 +8,8 @@ from prefect.futures import PrefectFuture
 from prefect.states import State
 
 from flows.plan.nodes import StageGraph
-from flows.plan.shifts import COSINES, SHIFT
 from flows.run.tasks import TaskGroup
+from stages.config.kinds import DISTANCES
 
 Future = PrefectFuture[Any]
 
@@ -22,7 +22,7 @@ def jobs_of(graph: StageGraph) -> list[TaskGroup]:
         for stage, prefix in (("evaluate", "eval"), ("harness", "harness")):
             if evaluations := tuple(own for own in graph.evaluations(node.id) if own.stage == stage):
                 jobs.append(TaskGroup(f"{prefix}/{node.id}", evaluations, (node.id,)))
-    others = [node for node in graph.nodes if node.stage in (SHIFT, COSINES)]
+    others = [node for node in graph.nodes if node.stage in DISTANCES]
     return jobs + [TaskGroup(node.id, (node,), tuple(dict.fromkeys(node.parents.values()))) for node in others]
 
 

@@ -96,10 +96,11 @@ _ROWS = (
     StageKind("cosines", 1, NoConfig, "evals.measure.task_vectors:run", measures=True, preload=False),
 )  # fmt: skip
 STAGES: Mapping[str, StageKind] = {kind.name: kind for kind in _ROWS}
-TRAINING = tuple(kind.name for kind in _ROWS if kind.trains)
 EXPERT_METHODS = tuple(kind.name for kind in _ROWS if kind.expert)
 SCORINGS = tuple(kind.name for kind in _ROWS if kind.scores)
 EVALUATIONS = tuple(kind.name for kind in _ROWS if kind.measures)
+# The measurements that compare a checkpoint with others instead of scoring it.
+DISTANCES = tuple(kind.name for kind in _ROWS if kind.measures and not kind.scores)
 
 
 def colour_of(stage: str) -> str:
