@@ -1,7 +1,7 @@
 """Figures of the report as inline SVG, drawn by matplotlib; text takes the page's colour, so dark pages work too."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evals.comparison.forgetting import drop
@@ -30,16 +30,27 @@ def forgetting_figure(results: Results) -> str:
     return _dots(groups, [checkpoint_title(name) for name in names], f"drop from {results.start}, points")
 
 
+def _series(
+    groups: Mapping[str, Sequence[Interval | None]], distance: float
+) -> Iterator[tuple[str, str, list[float], list[float], list[list[float]]]]:
+    """For each group its name, its spare colour, and the places, means and errors of the values it has.
+
+    Args:
+        groups: The values of each, one per label.
+        distance: Between the groups' places at one label.
+    """
+    for index, (group, values) in enumerate(groups.items()):
+        found = [(place, value) for place, value in enumerate(values) if value is not None]
+        places = [place + (index - (len(groups) - 1) / 2) * distance for place, _ in found]
+        yield group, SPARE[index % len(SPARE)], places, *_means(found)
+
+
 def _bars(groups: Mapping[str, Sequence[Interval | None]], labels: Sequence[str], unit: str) -> str:
     figure = _figure(9, 3.4)
     axes = figure.add_subplot()
     width = 0.8 / len(groups)
-    for index, (group, values) in enumerate(groups.items()):
-        found = [(place, value) for place, value in enumerate(values) if value is not None]
-        places = [place + (index - (len(groups) - 1) / 2) * width for place, _ in found]
-        means, errors = _means(found)
-        colour = COLOURS.get(group, SPARE[index % len(SPARE)])
-        axes.bar(places, means, width * 0.92, label=group.replace("_", " "), color=colour)
+    for group, spare, places, means, errors in _series(groups, width):
+        axes.bar(places, means, width * 0.92, label=group.replace("_", " "), color=COLOURS.get(group, spare))
         axes.errorbar(places, means, yerr=errors, fmt="none", ecolor=INK, capsize=2, linewidth=1)
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 6 else 0)
@@ -53,12 +64,7 @@ def _dots(groups: Mapping[str, Sequence[Interval | None]], labels: Sequence[str]
     """A row for every label, so that many labels stay legible; each row has a dot with its interval for every group."""
     figure = _figure(9, 0.9 + len(labels) * (0.12 + 0.14 * len(groups)))
     axes = figure.add_subplot()
-    apart = 0.7 / len(groups)
-    for index, (group, values) in enumerate(groups.items()):
-        found = [(place, value) for place, value in enumerate(values) if value is not None]
-        places = [place + (index - (len(groups) - 1) / 2) * apart for place, _ in found]
-        means, errors = _means(found)
-        colour = SPARE[index % len(SPARE)]
+    for group, colour, places, means, errors in _series(groups, 0.7 / len(groups)):
         axes.errorbar(means, places, xerr=errors, fmt="o", color=colour, label=group, capsize=2, markersize=4.5)
     axes.axvline(0, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(labels)), labels)
