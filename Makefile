@@ -107,7 +107,7 @@ check: setup
 	$(BIN)/lint-imports
 
 docs: setup
-	$(BIN)/python -m flows.run_file.page > docs/run-file.md
+	$(BIN)/python -m flows.run_file.page > docs/run-file.md.new && mv docs/run-file.md.new docs/run-file.md
 
 ui: setup
 	$(BIN)/mopd ui

@@ -16,13 +16,7 @@ from base.errors import UserError, nearest
 from base.store.checkpoint import Store, write_whole
 from experts.domain import HELD_OUT
 from flows.champion.tries import try_number
-from flows.plan.champion_history import (
-    By,
-    ChampionRecord,
-    champion_path,
-    read_history,
-    to_seconds,
-)
+from flows.plan.champion_history import By, ChampionRecord, champion_path, iso_seconds, read_history
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.schema import BASELINES, STUDENT, VARIANTS
 from flows.tracking.aliases import alias_operations
@@ -246,14 +240,14 @@ def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
 def _record_of(graph: StageGraph, node: Node, by: By, reason: str) -> ChampionRecord:
     sheets = [sheet for sheet in graph.evaluations(node.id) if sheet.config["split"] == HELD_OUT]
     scores = {str(sheet.config["domain"]): sheet.key for sheet in sheets}
-    return ChampionRecord(node.key, node.id, scores, to_seconds(datetime.now(UTC)), by, reason)
+    return ChampionRecord(node.key, node.id, scores, iso_seconds(datetime.now(UTC)), by, reason)
 
 
 def _again(store: Store, former: ChampionRecord, reason: str, action: Literal["promote", "rollback"]) -> ChampionRecord:
     """The new record of a former champion, by a person."""
     if store.find(former.student) is None:
         raise UserError(f"{former}: this former champion is no longer in {store.root}")
-    when = to_seconds(datetime.now(UTC))
+    when = iso_seconds(datetime.now(UTC))
     return ChampionRecord(former.student, former.node, former.scores, when, "person", reason, action)
 
 

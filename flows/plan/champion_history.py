@@ -68,7 +68,7 @@ def read_history(store: Store, run: str) -> list[ChampionRecord]:
     # Written before there was a history: one champion, a student by MOPD, promoted when the file was written.
     artifact = store.find(record["student"])
     seed = f"@{artifact.manifest.get('seed', 0)}" if artifact else ""
-    when = to_seconds(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    when = iso_seconds(datetime.fromtimestamp(path.stat().st_mtime, UTC))
     return [ChampionRecord(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
 
 
@@ -82,6 +82,6 @@ def registered_name(run: str) -> str:
     return f"{run}-{STUDENT}"
 
 
-def to_seconds(moment: datetime) -> str:
+def iso_seconds(moment: datetime) -> str:
     """A moment in ISO 8601, to the second."""
     return moment.isoformat(timespec="seconds")

@@ -16,14 +16,7 @@ from flows.run_file.resources import ResourcesConfig
 from stages.config.distill import DistillConfig, TeacherWeight
 from stages.config.kinds import STAGES
 from stages.config.on_policy import Ratio
-from stages.config.training import (
-    AllOrNames,
-    Names,
-    PretrainConfig,
-    SFTConfig,
-    StrictModel,
-    TrainConfig,
-)
+from stages.config.training import AllOrNames, Names, PretrainConfig, SFTConfig, StrictModel, TrainConfig
 from stages.rows.rendering import OWN_ARGUMENTS
 
 COLD_START = "cold_start"

@@ -14,11 +14,6 @@ from base.store.checkpoint import write_whole
 MODE = {"workflowType": "machine_learning"}
 
 
-def experiment_page(base: str, experiment_id: str) -> str:
-    """The page with the runs of an experiment."""
-    return _page(base, f"experiments/{experiment_id}/runs")
-
-
 def home_page(base: str) -> str:
     """The page with the experiments of a server."""
     return _page(base, "experiments")
