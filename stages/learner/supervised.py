@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from base.errors import UserError
 from base.store.checkpoint import Artifact
-from experts.domain import Example
+from experts.domain import Example, Prompt
 from stages.config.training import ConflictMaskConfig, TrainConfig
 from stages.learner.stage import end_step, finish, left_out
 from stages.learner.training import Learner, step_seed
@@ -21,10 +21,12 @@ from stages.learner.update import Row, accumulate
 from stages.learner.workspace import Workspace
 from stages.losses.chunked import TokenLoss
 from stages.model.policy import Policy
-from stages.rows.chat import encode_demonstration, encode_prompt
+from stages.rows.chat import encode_demonstration, encode_demonstrations, encode_prompt
 from stages.rows.lengths import Limit, shorten
 
 Demonstration = tuple[list[int], list[int]]
+# Demonstrations whose texts are tokenised as one batch.
+ENCODED_AT_ONCE = 1024
 
 
 def imitate(
@@ -154,11 +156,12 @@ def demonstrations(
     notes = left_out(workspace)
     for name, drawn in examples.items():
         fitting = Fitting(policy, config)
+        texts = []
         for example in drawn:
             rng = random.Random(step_seed(workspace.seed, 0, example.id))
             answered = rng.choice(drawn) if rng.random() < wrong_answers else example
-            text = workspace.domains[example.domain].demonstration(answered, rng, rough)
-            fitting.take(example, text)
+            texts.append(workspace.domains[example.domain].demonstration(answered, rng, rough))
+        fitting.take(drawn, texts)
         rows += fitting.rows
         notes += fitting.lines(name, len(drawn))
     return rows, notes
@@ -178,15 +181,21 @@ class Fitting:
         self.limit = Limit.of(self.config, self.context, 0)
         self._long: list[int] = []
 
-    def take(self, example: Example, text: str) -> None:
-        """Add an example with this completion, if it fits or may be cut."""
-        row = encode_demonstration(self.tokenizer, example.prompt, text)
+    def take(self, examples: Sequence[Example], texts: Sequence[str]) -> None:
+        """Add the examples with these completions that fit or may be cut."""
+        pairs = [(example.prompt, text) for example, text in zip(examples, texts, strict=True)]
+        for first in range(0, len(pairs), ENCODED_AT_ONCE):
+            batch = pairs[first : first + ENCODED_AT_ONCE]
+            for pair, row in zip(batch, encode_demonstrations(self.tokenizer, batch), strict=True):
+                self._take(*pair, row)
+
+    def _take(self, prompt: Prompt, text: str, row: Demonstration) -> None:
         limit = Limit.of(self.config, self.context, len(row[1]))
         if limit.tokens is not None and len(row[0]) > limit.tokens:
             self._long.append(sum(map(len, row)))
             if limit.longer != "truncate":
                 return
-            cut = shorten(example.prompt, limit.tokens, lambda prompt: len(encode_prompt(self.tokenizer, prompt)))
+            cut = shorten(prompt, limit.tokens, lambda text: len(encode_prompt(self.tokenizer, text)))
             row = encode_demonstration(self.tokenizer, cut, text)
         self.rows.append(row)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from base.errors import UserError
 from experts.domain import Message, Prompt
 from experts.isolation.time_limit import processor_limit
-from stages.rows.literal import MARK, encode, mark
+from stages.rows.literal import MARK, encode, encode_all, mark
 from stages.rows.rendering import template_arguments
 
 # Raised by Python for expressions in a template, which is untrusted.
@@ -94,36 +94,56 @@ def _plain_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def encode_demonstration(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of its completion, which ends with the token that ends an assistant's turn.
+    """Token ids of one prompt and of its completion; see `encode_demonstrations`."""
+    return encode_demonstrations(tokenizer, [(prompt, completion)])[0]
 
-    The completion is the part of the rendered chat that follows the rendered prompt. If the template ends a turn
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Prompt, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts and of their completions, each ending with the token that ends an assistant's turn.
+
+    A completion is the part of the rendered chat that follows the rendered prompt. If the template ends a turn
     without a token, and without a template, EOS ends it.
 
+    Args:
+        tokenizer: With an EOS.
+        pairs: Prompt and completion of each demonstration. Their texts are tokenised as one batch.
+
     Raises:
-        UserError: as for `encode_prompt`; or the rendered chat does not begin with the rendered prompt.
+        UserError: as for `encode_prompt`; or a rendered chat does not begin with its rendered prompt.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
     eos, control = int(tokenizer.eos_token_id), controls(tokenizer)
     if tokenizer.chat_template is None:
-        return prompt_ids, [*encode_text(tokenizer, completion), eos]
+        return [(encode_prompt(tokenizer, prompt), [*encode_text(tokenizer, text), eos]) for prompt, text in pairs]
+    rendered = [_rendered(tokenizer, prompt, completion) for prompt, completion in pairs]
+    prompts = encode_all(tokenizer, [question for question, _ in rendered], control.names)
+    chats = encode_all(tokenizer, [whole for _, whole in rendered], control.names)
+    ends = {eos, control.end_of_turn}
+    rows = []
+    for (question, whole), prompt_ids, ids in zip(rendered, prompts, chats, strict=True):
+        if ids[: len(prompt_ids)] == prompt_ids:
+            target = ids[len(prompt_ids) :]
+        else:
+            # With a merge across the border, the completion would begin inside a token.
+            target = encode(tokenizer, whole[len(question) :], control.names)
+        last = next((at for at, token in enumerate(target) if token in ends), None)
+        rows.append((prompt_ids, [*target, eos] if last is None else target[: last + 1]))
+    return rows
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> tuple[str, str]:
+    """The text of a prompt, and of the chat in which it is answered."""
     messages = _marked(tokenizer, prompt)
     question = render(tokenizer, messages, add_generation_prompt=True)
-    answer = {"role": "assistant", "content": mark(completion, control.names)}
+    answer = {"role": "assistant", "content": mark(completion, controls(tokenizer).names)}
     whole = render(tokenizer, [*messages, answer], add_generation_prompt=False)
     if not whole.startswith(question):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} renders an answered prompt differently from the prompt: "
             f"{_difference(question, whole)}; set chat_template_kwargs, or use a consistent template"
         )
-    ids = encode(tokenizer, whole, control.names)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        target = ids[len(prompt_ids) :]
-    else:
-        # With a merge across the border, the completion would begin inside a token.
-        target = encode(tokenizer, whole[len(question) :], control.names)
-    ends = {eos, control.end_of_turn}
-    last = next((at for at, token in enumerate(target) if token in ends), None)
-    return prompt_ids, [*target, eos] if last is None else target[: last + 1]
+    return question, whole
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -8,7 +8,7 @@ characters.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -61,6 +61,13 @@ def encode(
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     renamed = re.sub(pattern, lambda match: _renamed(match.group()), text).replace(MARK, "")
     return list(cached[1].encode(renamed, add_special_tokens=add_special_tokens).ids)
+
+
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Mapping[str, int]) -> list[list[int]]:
+    """Token ids of each text, as `encode` gives them without BOS and EOS; texts without marks are one batch."""
+    plain = [text for text in texts if MARK not in text]
+    batch = iter(tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"] if plain else [])
+    return [encode(tokenizer, text, names) if MARK in text else list(next(batch)) for text in texts]
 
 
 def _renamed(name: str) -> str:
