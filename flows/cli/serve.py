@@ -14,6 +14,7 @@ from base.signals import interruptible
 from base.store.checkpoint import Store
 from flows.engines.devices import DeviceLeases
 from flows.engines.fork_client import ForkServer, ServerDiedError, child_environment
+from flows.engines.threads import threads_beside
 from flows.engines.vllm_commands import (
     TEACHER_ROLE,
     ServerCommand,
@@ -138,7 +139,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
             lease = DeviceLeases().acquire(sum(command.gpus for command in commands))
             held.callback(lease.close)
             log = home / "servers" / LOG_FILE
-            fork_server = ForkServer(log, child_environment(config.resources.threads), preload=())
+            fork_server = ForkServer(log, child_environment(threads_beside(config.resources)), preload=())
             held.callback(fork_server.close)
             servers = held.enter_context(
                 VllmServers(commands, home, lease=lease, host=place.host, ports=ports, report=_print)

@@ -25,6 +25,7 @@ from flows.engines.devices import DeviceLeases, WaitCancelledError
 from flows.engines.fork_client import Child, ForkServer, ServerDiedError, child_environment
 from flows.engines.fork_server import GRACE_SECONDS
 from flows.engines.process_spec import ProcessSpec
+from flows.engines.threads import threads_beside, threads_of
 from flows.engines.vllm_commands import Needs, node_needs
 from flows.engines.vllm_servers import VllmServerError, VllmServers
 from flows.engines.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
@@ -118,7 +119,7 @@ class Launcher:
             UserError: the machine has fewer devices than requested; or vLLM is needed and is not installed or cannot
                 serve the model.
         """
-        spec = ProcessSpec.of(graph, nodes, self.home, self.resources.threads)
+        spec = ProcessSpec.of(graph, nodes, self.home, threads_of(graph, nodes[0]))
         needs = node_needs(graph, spec.nodes[0], self.store, self.resources)
         first = spec.nodes[0].id
         log = self.home / "work" / spec.nodes[0].key / LOG_FILE
@@ -199,7 +200,7 @@ class Launcher:
             if self._stopped:
                 raise WaitCancelledError
             if self._server is None or not self._server.alive:
-                environment = child_environment(self.resources.threads) | {"MOPD_HOME": str(self.home)}
+                environment = child_environment(threads_beside(self.resources)) | {"MOPD_HOME": str(self.home)}
                 self._server = ForkServer(self.home / SERVER_LOG, environment)
             return self._server
 

@@ -1,6 +1,6 @@
 """Devices, servers and limits of a run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -61,6 +61,10 @@ class ResourcesConfig(StrictModel):
     teacher_servers: ServersConfig = Field(
         default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
     )
-    threads: int = Field(1, ge=1, le=MOST_DEVICES, description="CPU threads of each node's process.")
+    threads: Annotated[int, Field(ge=1, le=MOST_DEVICES)] | Literal["auto"] = Field(
+        "auto",
+        description="CPU threads of each node's process; `auto` gives all cores to a training stage that no other can "
+        "run beside, and an equal share to each of the others.",
+    )
     timeout_minutes: float = Field(120, gt=0, le=MOST_SECONDS / 60, description="A node that takes longer is ended.")
     retries: int = Field(2, ge=0, le=1000, description="New attempts after an infrastructure fault.")
