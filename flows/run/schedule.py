@@ -1,7 +1,7 @@
-"""The order in which a run's jobs start: those with the longest chain of training steps come first."""
+"""The order in which a run's jobs start: those with the longest chain of training come first, in tokens."""
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefect.futures import PrefectFuture
@@ -12,6 +12,8 @@ from flows.run.tasks import TaskGroup
 from stages.config.kinds import DISTANCES
 
 Future = PrefectFuture[Any]
+# Tokens of a row of given data, whose length is not known before it is tokenised.
+ASSUMED_ROW = 64
 
 
 def jobs_of(graph: StageGraph) -> list[TaskGroup]:
@@ -29,7 +31,9 @@ def jobs_of(graph: StageGraph) -> list[TaskGroup]:
 def schedule_jobs(
     jobs: Sequence[TaskGroup], slots: int, submit: Callable[[TaskGroup], Future]
 ) -> tuple[dict[str, Exception], list[str]]:
-    """Submit every job when its parents are done, in the order of the longest remaining chain of training steps.
+    """Submit every job when its parents are done, in the order of the longest remaining chain of training.
+
+    A chain's length is the estimated number of tokens that its stages process.
 
     Evaluations fill idle slots. A failed job prevents only the jobs that depend on it.
 
@@ -41,7 +45,7 @@ def schedule_jobs(
     Returns:
         The error of each failed job by id, and the ids of the jobs that were not started because they depend on one.
     """
-    remaining = _remaining_steps(jobs)
+    remaining = _remaining_tokens(jobs)
     order = sorted(jobs, key=lambda job: (not job.training, -remaining[job.id]))
     waiting = {job.id: job for job in order}
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -79,10 +83,22 @@ def _failure(state: State[Any]) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"{state.name}: {state.message}")
 
 
-def _remaining_steps(jobs: Sequence[TaskGroup]) -> dict[str, int]:
-    """Job id -> steps of the longest chain of training jobs that starts with this job, itself included."""
-    remaining: dict[str, int] = {}
+def _remaining_tokens(jobs: Sequence[TaskGroup]) -> dict[str, float]:
+    """Job id -> tokens of the longest chain of training jobs that starts with this job, itself included."""
+    remaining: dict[str, float] = {}
     for job in reversed(jobs):
-        own = int(job.nodes[0].config.get("max_steps", 1)) if job.training else 0
-        remaining[job.id] = own + max((remaining[other.id] for other in jobs if job.id in other.parents), default=0)
+        own = _tokens(job.nodes[0].config) if job.training else 0.0
+        remaining[job.id] = own + max((remaining[other.id] for other in jobs if job.id in other.parents), default=0.0)
     return remaining
+
+
+def _tokens(config: Mapping[str, Any]) -> float:
+    """An estimate of the tokens that a training stage processes, from its settings alone."""
+    if "batch_tokens" in config:
+        per_step = config["batch_tokens"]
+    elif "batch_size" in config:
+        per_step = config["batch_size"] * ASSUMED_ROW
+    else:
+        rows = config.get("prompts_per_step", 1) * config.get("group_size", 1)
+        per_step = rows * config.get("max_new_tokens", ASSUMED_ROW)
+    return float(config.get("max_steps", 1) * per_step)
