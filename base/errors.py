@@ -20,6 +20,10 @@ class UserError(Exception):
     """
 
 
+class InfrastructureError(Exception):
+    """A fault of a machine or the network; the same work may succeed in a new attempt."""
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Whether an error of any of the HTTP libraries means that the network or the server cannot be reached."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}

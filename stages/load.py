@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from base.errors import UserError, first_line
@@ -45,25 +45,13 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         # transformers searches the same places for an adapter.
         if find_adapter_config_file(location, revision=source.revision) is not None:
             raise UserError(refused_adapter(workspace.name, location))
+    elif not Path(location).exists():
+        raise UserError(f"{workspace.name}: {source.location}: no longer exists")
+    elif source.kind == "directory":
+        _check_directory(workspace.name, Path(location))
     else:
-        if not Path(location).exists():
-            raise UserError(f"{workspace.name}: {source.location}: no longer exists")
         refuse_paths(workspace.name, Path(location))
-        if source.kind == "directory":
-            check_folder(workspace.name, Path(location))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", output_loading_info=True, **arguments
-        )
-    except LIBRARIES_FAULTS as error:
-        name = workspace.name
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{name}: {source.location}: {OWN_CODE}") from None
-        raise UserError(
-            f"{name}: {source.location}: not a causal language model with a tokenizer: {first_line(error)}"
-        ) from error
-    _require_whole(loaded, f"{workspace.name}: {source.location}")
+    model, tokenizer = _read(f"{workspace.name}: {source.location}", location, arguments)
     if source.kind == "gguf":
         model = _plain(model)
     make_writable(model)
@@ -73,6 +61,39 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     parameters = sum(p.numel() for p in model.parameters())
     unknown = TrainedOn(unknown=(workspace.name,))
     return workspace.commit(folder, trained_on=unknown, metrics={}, parameters=parameters, origin=source.location)
+
+
+def read_checkpoint(name: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer in a folder that another program has written.
+
+    Args:
+        name: The node, for messages.
+        folder: A Hugging Face folder; untrusted.
+
+    Raises:
+        UserError: as for `run`.
+    """
+    _check_directory(name, folder)
+    return _read(f"{name}: {folder}", str(folder), {"use_safetensors": True} | options())
+
+
+def _check_directory(name: str, folder: Path) -> None:
+    refuse_paths(name, folder)
+    check_folder(name, folder)
+
+
+def _read(where: str, location: str, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", output_loading_info=True, **arguments
+        )
+    except LIBRARIES_FAULTS as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{where}: {OWN_CODE}") from None
+        raise UserError(f"{where}: not a causal language model with a tokenizer: {first_line(error)}") from error
+    _require_whole(loaded, where)
+    return model, tokenizer
 
 
 def make_writable(model: PreTrainedModel) -> None:

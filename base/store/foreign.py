@@ -64,6 +64,8 @@ def check_folder(key: str, folder: Path) -> None:
     try:
         _check_files(folder)
         objects = {name: _object(folder / name) for name in READ_AS_OBJECTS if (folder / name).exists()}
+        if CONFIG not in objects:
+            raise DocumentError(f"no {CONFIG}; write a folder as save_pretrained does")
         config = objects[CONFIG]
         if fault := config_fault(config):
             raise DocumentError(f"{CONFIG}: {fault}")

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.engines.worker import DISK_FAULT, die_with_parent, run_spec
+from base.processes import die_with_parent
+from flows.engines.worker import DISK_FAULT, run_spec
 from stages.config.kinds import STAGES
 
 GRACE_SECONDS = 10.0

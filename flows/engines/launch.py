@@ -159,7 +159,7 @@ class Launcher:
         self, spec: ProcessSpec, needs: Needs, log: Path, report: Callable[[str], None], held: contextlib.ExitStack
     ) -> tuple[Child, VllmServers]:
         """Start the process and the vLLM servers of this node; `held` ends them all."""
-        own = self.resources.gpus if spec.training else min(1, self.resources.gpus)
+        own = self.resources.gpus if spec.training or spec.launches else min(1, self.resources.gpus)
         theirs = sum(command.gpus for command in needs.commands)
         # One lease for all devices, so that two stages cannot each hold what the other waits for.
         lease, rest = self._devices.acquire(own + theirs, lambda: self._stopped).split([own, theirs])
@@ -173,7 +173,10 @@ class Launcher:
             path = self._prepare(spec, needs, servers, log)
             servers.start(fork_server)
             child = fork_server.start(
-                log, **_program(path, own), environment=lease.environment, descriptors=lease.descriptors
+                log,
+                **_program(path, own if spec.training else 1),
+                environment=lease.environment,
+                descriptors=lease.descriptors,
             )
         finally:
             lease.close()

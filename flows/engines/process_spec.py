@@ -52,6 +52,11 @@ class ProcessSpec:
         """Whether the process trains a model."""
         return STAGES[self.nodes[0].stage].trains
 
+    @property
+    def launches(self) -> bool:
+        """Whether the process runs a program that uses all devices of a training stage."""
+        return STAGES[self.nodes[0].stage].launches
+
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
         """Write the spec file and return its path. Equal contents give the same name, so repeated runs leave one file.
 

@@ -16,7 +16,7 @@ def threads_of(graph: StageGraph, node: Node) -> int:
     missing, so that a resumed stage continues with the number it began with.
     """
     resources = graph.config.resources
-    if STAGES[node.stage].trains and _trains_alone(graph, node):
+    if _trains(node) and _trains_alone(graph, node):
         return _share(resources, 1)
     return threads_beside(resources)
 
@@ -32,6 +32,10 @@ def _share(resources: ResourcesConfig, nodes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // (nodes * max(1, resources.gpus)))
 
 
+def _trains(node: Node) -> bool:
+    return STAGES[node.stage].trains or STAGES[node.stage].launches
+
+
 def _trains_alone(graph: StageGraph, node: Node) -> bool:
     """Whether every other training stage is an ancestor or a descendant of `node`."""
     parents = {each.id: set(each.parents.values()) for each in graph.nodes}
@@ -40,7 +44,7 @@ def _trains_alone(graph: StageGraph, node: Node) -> bool:
         for parent in own:
             children.setdefault(parent, set()).add(child)
     related = {node.id} | _reached(node.id, parents) | _reached(node.id, children)
-    return all(each.id in related for each in graph.nodes if STAGES[each.stage].trains)
+    return all(each.id in related for each in graph.nodes if _trains(each))
 
 
 def _reached(start: str, edges: Mapping[str, set[str]]) -> set[str]:

@@ -6,11 +6,9 @@ takes the lock and broadcasts whether there is work.
 """
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -21,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
-from base.errors import UserError, is_unreachable
+from base.errors import InfrastructureError, UserError, is_unreachable
+from base.processes import die_with_parent
 from base.store.checkpoint import Artifact, Store, write_whole
 from base.store.journal import JOURNAL_FILE
 from experts.loading import load_domain
@@ -48,7 +47,6 @@ _INFRASTRUCTURE_TYPES = {
     "torch.distributed.DistNetworkError",
     "torch.distributed.DistStoreError",
 }
-_PR_SET_PDEATHSIG = 1
 _LONGEST_WAIT = timedelta(days=30)
 
 
@@ -114,18 +112,6 @@ def exit_code_of(error: BaseException) -> int:
     if any(_is_infrastructure_fault(cause) for cause in causes):
         return INFRASTRUCTURE_FAULT
     return FAILED
-
-
-def die_with_parent(parent: int) -> None:
-    """Make the kernel kill this process when its parent dies (Linux).
-
-    Args:
-        parent: Process id of the parent; if it is already gone, this process is killed at once.
-    """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(
@@ -214,6 +200,8 @@ def _is_disk_fault(error: BaseException) -> bool:
 
 
 def _is_infrastructure_fault(error: BaseException) -> bool:
+    if isinstance(error, InfrastructureError):
+        return True
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     return is_unreachable(error) or not kinds.isdisjoint(_INFRASTRUCTURE_TYPES) or "NCCL error" in str(error)
 

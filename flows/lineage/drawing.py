@@ -22,14 +22,15 @@ MARGIN = 24
 LINE_CHARACTERS, SHORT_EDGE_CHARACTERS = 30, 22
 # A longer name is compressed to fit its box.
 NAME_CHARACTERS = 20
-MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge"}
+MEANINGS = {"grey": "base", "blue": "SFT", "amber": "RL, RFT", "green": "merge", "purple": "own program"}
 # The rules apply only inside `.lineage`, so that the drawing can be embedded in another page.
 DRAWING_STYLE = """
 .lineage { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --faint: #667085; --line: #98a2b3;
-  --box: #f8fafc; --rim: #d0d5dd; --grey: #667085; --blue: #2563eb; --amber: #d97706; --green: #059669; }
+  --box: #f8fafc; --rim: #d0d5dd; --grey: #667085; --blue: #2563eb; --amber: #d97706; --green: #059669;
+  --purple: #7c3aed; }
 @media screen and (prefers-color-scheme: dark) { .lineage { --paper: #11151c; --ink: #e6e9ef; --faint: #98a2b3;
   --line: #667085; --box: #1a212c; --rim: #344054; --grey: #98a2b3; --blue: #60a5fa; --amber: #fbbf24;
-  --green: #34d399; } }
+  --green: #34d399; --purple: #a78bfa; } }
 .lineage .graph { overflow-x: auto; border: 1px solid var(--rim); border-radius: 10px; margin-bottom: 28px;
   background: var(--paper); }
 .lineage svg { display: block; width: 100%; min-width: 820px; height: auto; margin: auto; }
@@ -40,7 +41,7 @@ DRAWING_STYLE = """
 .lineage .edge { fill: none; stroke: var(--line); stroke-width: 1.4; } .lineage #tip { fill: var(--line); }
 .lineage .role { font-size: 11px; fill: var(--faint); paint-order: stroke; stroke: var(--paper); stroke-width: 5px; }
 .lineage .grey { fill: var(--grey); } .lineage .blue { fill: var(--blue); } .lineage .amber { fill: var(--amber); }
-.lineage .green { fill: var(--green); }
+.lineage .green { fill: var(--green); } .lineage .purple { fill: var(--purple); }
 .lineage .legend { color: var(--faint); margin: 0 0 20px; } .lineage .legend span { margin-right: 18px; }
 .lineage .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
 """

@@ -10,6 +10,7 @@ CLASSES = {
     "blue": "fill:#dbeafe,stroke:#2563eb,color:#1d2430",
     "amber": "fill:#fef3c7,stroke:#d97706,color:#1d2430",
     "green": "fill:#d1fae5,stroke:#059669,color:#1d2430",
+    "purple": "fill:#ede9fe,stroke:#7c3aed,color:#1d2430",
 }
 
 

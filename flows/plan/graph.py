@@ -4,22 +4,22 @@ A node's content key hashes all that changes its result: the stage and its algor
 its parents' keys, its domains' fingerprints, its seed and the number of devices. Same key, same artifact.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from base.documents import DocumentError, read_object
 from base.errors import UserError
 from base.hashing import stable_hash
-from base.store.checkpoint import Store, write_whole
+from base.store.checkpoint import Store
 from base.store.source import Source, resolve_checkpoint, resolve_gguf
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION, Domain
 from experts.loading import load_domain
 from flows.plan.champion_start import champion_facts, names_champion, pinned_champion
+from flows.plan.fingerprints import source_fingerprint
 from flows.plan.harness import harness_tasks
 from flows.plan.lock import read_lock
 from flows.plan.nodes import Node, StageGraph
+from flows.plan.programs import program_facts
 from flows.plan.shifts import shift_nodes, shift_request
 from flows.plan.templates import Templates
 from flows.run_file.baselines import baseline_config
@@ -27,6 +27,7 @@ from flows.run_file.panel import scored_domains
 from flows.run_file.rounds import round_prefix, without_round
 from flows.run_file.schema import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.run_file.variants import variant_run
+from stages.config.command import CommandConfig, MergeCommandConfig
 from stages.config.distill import DistillConfig
 from stages.config.kinds import STAGES
 from stages.config.merge import WeightMergeConfig
@@ -137,6 +138,10 @@ class _Builder:
             stage, method = expert.train.chosen
             own = f"experts/{name}" if expert.start_from else f"{prefix}experts/{name}"
             parents = {"start": made[expert.start_from] if expert.start_from else start}
+            if isinstance(method, CommandConfig):
+                key = f"experts.{name}.train.command"
+                experts[name] = self._command(own, stage, method, key, seed, parents, [expert.domain])
+                continue
             experts[name] = self._train(own, stage, type(method), method, seed, parents, [expert.domain])
         return experts
 
@@ -156,6 +161,9 @@ class _Builder:
         anchor = config.merge.anchor
         weights = dict.fromkeys(anchor.domains, anchor.weight) if anchor else {}
         several = {domain: by_name for domain, by_name in teachers.items() if len(by_name) > 1}
+        if config.merge.command is not None:
+            own = MergeCommandConfig(**config.merge.command.model_dump(), teacher_weights=several)
+            return self._command(name, "merge_command", own, "merge.command", seed, parents, list(teachers))
         routed = {"teacher_weights": several, "domain_weights": weights | config.merge.domain_weights}
         return self._train(
             name, "distill", DistillConfig, config.merge.model_copy(update=routed), seed, parents, list(teachers)
@@ -208,7 +216,7 @@ class _Builder:
     def _load(self, name: str, source: Source) -> str:
         """Add the import of a checkpoint made elsewhere; all seeds share it."""
         config = {"kind": source.kind, "location": source.location, "revision": source.revision}
-        made = self._add(name, name, "load", 0, config, {"content": self._fingerprint(source)}, {}, [])
+        made = self._add(name, name, "load", 0, config, {"content": source_fingerprint(source, self.home)}, {}, [])
         self.templates.load(made, source, Store(self.home).find(self.nodes[made].key))
         return made
 
@@ -219,24 +227,6 @@ class _Builder:
         if source.revision:
             self.pins[asked] = source.revision
         return source
-
-    def _fingerprint(self, source: Source) -> str:
-        """The source's fingerprint, cached by path, size and time, as hashing it may be slow."""
-        if source.kind == "hub":
-            return source.fingerprint()
-        path = Path(source.location)
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-        stamp = stable_hash([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
-        memory = self.home / "fingerprints.json"
-        try:
-            known = read_object(memory)
-        except (FileNotFoundError, DocumentError):
-            known = {}  # they are made anew
-        if not isinstance(known.get(stamp), str):
-            known[stamp] = source.fingerprint()
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps(known))
-        return str(known[stamp])
 
     def _train(
         self,
@@ -255,6 +245,20 @@ class _Builder:
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
         facts = {"config": own.key_fields()}
+        return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
+
+    def _command(
+        self,
+        name: str,
+        stage: str,
+        own: CommandConfig,
+        key: str,
+        seed: int,
+        parents: Mapping[str, str],
+        domains: list[str],
+    ) -> str:
+        """Add a stage that a program makes; the contents of its files and of its variables are part of the key."""
+        facts = program_facts(key, own)
         return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
 
     def _sampler(self, name: str, own: SamplerConfig, temperature: float) -> SamplerConfig:

@@ -16,6 +16,7 @@ from experts.domain import OWN_SUFFIX
 from experts.loading import KINDS
 from flows.run_file.addresses import password_problems
 from flows.run_file.hypotheses import hypothesis_problems
+from flows.run_file.programs import place_programs
 from flows.run_file.schema import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.run_file.variants import overlaid, variant_run
 from stages.config.on_policy import OnPolicyConfig
@@ -132,6 +133,7 @@ def _place_files(raw: dict[str, Any], path: Path) -> None:
             entry["kind"] = str((path.parent / kind).resolve())
         elif isinstance(options, dict):
             entry["options"] = located(options, path.parent)
+    place_programs(raw, path.parent)
 
 
 def schema_keys(

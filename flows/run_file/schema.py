@@ -13,6 +13,7 @@ from experts.loading import KINDS
 from flows.run_file.evaluation import EvaluateConfig, GateConfig
 from flows.run_file.notify import NotifyConfig
 from flows.run_file.resources import ResourcesConfig
+from stages.config.command import CommandConfig
 from stages.config.distill import DistillConfig, TeacherWeight
 from stages.config.kinds import STAGES
 from stages.config.on_policy import Ratio
@@ -88,7 +89,7 @@ class TrainMethod(_Methods):
         return self
 
     @property
-    def chosen(self) -> tuple[str, TrainConfig]:
+    def chosen(self) -> tuple[str, TrainConfig | CommandConfig]:
         """The method's name and its config."""
         named = {name: getattr(self, name) for name in type(self).model_fields}
         return next((name, method) for name, method in named.items() if method is not None)
@@ -98,7 +99,7 @@ class ExpertConfig(StrictModel):
     """An expert: its domain, and its training or checkpoint."""
 
     domain: str = Field(description="The domain it is trained in.")
-    train: TrainMethod | None = Field(None, description="How it is trained: sft, rl or rft.")
+    train: TrainMethod | None = Field(None, description="How it is trained: sft, rl, rft or command.")
     checkpoint: str | None = Field(
         None, min_length=1, description="An expert trained elsewhere: a Hugging Face id or a directory."
     )
@@ -163,7 +164,12 @@ class BaselinesConfig(StrictModel):
 class MergeConfig(DistillConfig):
     """The student: many teachers, one on-policy loop."""
 
-    method: Literal["mopd"] = Field("mopd", description="Multi-teacher on-policy distillation.")
+    method: Literal["mopd", "command"] = Field(
+        "mopd", description="Multi-teacher on-policy distillation; or `command`: a program of your own merges."
+    )
+    command: CommandConfig | None = Field(
+        None, description="method: command: the program. It finds the teachers of each domain in the file `{teachers}`."
+    )
     start_from: str | None = Field(
         None,
         description="cold_start, base, an expert, or champion (the run's, pinned in its lock file: an incremental "
@@ -197,6 +203,12 @@ class MergeConfig(DistillConfig):
         default_factory=dict,
         description="The same merge with other settings, as additional students: NAME -> the keys that differ.",
     )
+
+    @model_validator(mode="after")
+    def _has_its_program(self) -> Self:
+        if (self.method == "command") != (self.command is not None):
+            raise ValueError("a merge by a program has both method: command and the program in command")
+        return self
 
     @field_validator("teacher_weights")
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from base.store.source import Source
+from stages.config.command import CommandConfig, MergeCommandConfig
 from stages.config.distill import DistillConfig
 from stages.config.harness import HarnessTaskConfig
 from stages.config.merge import WeightMergeConfig
@@ -29,6 +30,7 @@ class StageKind:
         run: `module:function`, called with a config and a workspace; `samples` adds `monitor=`. With `together` it is
             called with a list of nodes' settings and a list of workspaces.
         trains: Has an optimizer, saved states, several devices.
+        launches: Runs a program in one process, with all devices of a training stage.
         samples: Draws completions from the student while it trains.
         expert: Description of this key of `experts.NAME.train`. Empty if the stage does not train experts.
         renders: Puts examples into the chat template, which is part of the content key.
@@ -45,6 +47,7 @@ class StageKind:
     config: Any
     run: str
     trains: bool = False
+    launches: bool = False
     samples: bool = False
     expert: str = ""
     renders: bool = False
@@ -82,6 +85,15 @@ _ROWS = (
     StageKind(
         "distill", 1, DistillConfig, "stages.distill:train",
         trains=True, samples=True, renders=True, metric="reverse_kl", colour="green",
+    ),
+    StageKind(
+        "command", 1, CommandConfig, "stages.command:run",
+        expert="A program of your own that reads the start's checkpoint and writes the expert's.",
+        launches=True, preload=False, metric="loss", colour="purple",
+    ),
+    StageKind(
+        "merge_command", 1, MergeCommandConfig, "stages.command:run",
+        launches=True, preload=False, metric="loss", colour="green",
     ),
     StageKind("merge_weights", 1, WeightMergeConfig, "stages.merge:run", colour="green"),
     StageKind(

@@ -7,6 +7,7 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact
 from base.store.journal import Journal
 from experts.domain import TRAIN, Example
+from stages.config.command import CommandConfig
 from stages.config.training import TrainConfig
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
@@ -19,7 +20,7 @@ from stages.rows.trained_on import TrainedOn
 SHOWN, SHOWN_CHARACTERS = 3, 500
 
 
-def draw_training(workspace: Workspace, config: TrainConfig) -> dict[str, list[Example]]:
+def draw_training(workspace: Workspace, config: TrainConfig | CommandConfig) -> dict[str, list[Example]]:
     """Training examples of each of the stage's domains, determined by its seed.
 
     Raises:
@@ -108,7 +109,7 @@ def finish(
             tokens=learner.tokens,
             adapter_base=learner.policy.adapter_base,
             parameters=learner.policy.size,
-            examples={domain: [_shown(example) for example in drawn[:SHOWN]] for domain, drawn in examples.items()},
+            examples={domain: [shown(example) for example in drawn[:SHOWN]] for domain, drawn in examples.items()},
             **(facts or {}),
         )
     learner.accelerator.wait_for_everyone()
@@ -118,7 +119,7 @@ def finish(
     return artifact
 
 
-def _shown(example: Example) -> dict[str, str]:
+def shown(example: Example) -> dict[str, str]:
     """A prompt and its gold answer, shortened for readers."""
     prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
     return {"prompt": str(prompt)[:SHOWN_CHARACTERS], "answer": example.answer[:SHOWN_CHARACTERS]}

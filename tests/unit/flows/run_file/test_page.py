@@ -123,7 +123,7 @@ def test_links_lead_to_headings(text):
         ("health", "min_entropy", "share 0 to 1", "`0.1`"),
         ("All on-policy stages", "stop", "list, each text of 1 to 100 characters", "`[]`"),
         ("All on-policy stages", "domain_shares", "map of name → number 0.000001 to 1,000,000", "`{}`"),
-        ("merge", "method", "`mopd`", "`mopd`"),
+        ("merge", "method", "one of `mopd`, `command`", "`mopd`"),
         ("evaluate", "expert_panel", "`null`, `all` or list of text", "`null`"),
         ("hypotheses.NAME", "note", "text", "`''`"),
         ("hypotheses.NAME.tests.NAME", "compare", "`null` or list of 2 texts", "`null`"),
@@ -141,7 +141,7 @@ def test_types_and_defaults_read_as_a_person_says_them(text, heading, key, type_
 
 def test_keys_of_other_schemas_name_what_they_leave_out(text):
     assert row(text, "merge", "variants")[1].endswith("[`merge`](#merge) without `baselines`, `rounds` and `variants`")
-    assert "`method`, `start_from`," in row(text, "merge.baselines", "seqkd")[1]
+    assert "`method`, `command`, `start_from`," in row(text, "merge.baselines", "seqkd")[1]
     assert row(text, "merge.baselines.NAME (weight merges)", "method")[2] == "the baseline's NAME; not a key"
     assert all(f"[`{kind}`]" in row(text, "domains.NAME", "options")[1] for kind in KINDS)
 
