@@ -15,6 +15,7 @@ from experts.loading import load_domain
 from flows.check.architectures import architecture_problems, checkpoint_key
 from flows.check.copies import copy_warnings
 from flows.check.draws import config_key, draw_examples, unit_warnings
+from flows.check.programs import program_problems
 from flows.check.tokens import TokenCheck
 from flows.engines.devices import host_devices
 from flows.engines.gpus import gpu_problems, gpu_warnings
@@ -69,6 +70,7 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         *_sampling_problems(graph, missing),
         *_device_problems(graph, missing),
         *_engine_problems(graph, missing),
+        *program_problems(missing),
         *harness_problems(graph.config, missing),
     ]
     warnings += tokens.warnings

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
+from flows.check.programs import program_problems
 from flows.plan.graph import build_graph
 from flows.plan.nodes import StageGraph
 from tests.unit.flows.run_file.test_config import MINIMAL, load, message
@@ -101,3 +102,14 @@ def test_a_missing_file_is_named_with_the_nearest(tmp_path: Path) -> None:
     config = load(tmp_path, experts=experts())
     with pytest.raises(UserError, match=r"experts\.sort\.train\.command\.files: .*train\.py: No such file.*trian\.py"):
         build_graph(config, tmp_path / "home")
+
+
+def test_a_program_that_this_machine_lacks_is_named_before_the_run(tmp_path: Path) -> None:
+    variants = {"variants": {"own": {"method": "command", "command": {**PROGRAM, "run": ["nosuch", "{out}"]}}}}
+    graph = graph_of(tmp_path, run=["absent", "{out}"], merge=variants)
+    problems = list(program_problems(list(graph.nodes)))
+    assert [problem.split(" is no program")[0] for problem in problems] == [
+        "experts.sort.train.command.run: 'absent'",
+        "merge.variants.own.command.run: 'nosuch'",
+    ]
+    assert list(program_problems(list(graph_of(tmp_path).nodes))) == []
