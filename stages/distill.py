@@ -147,7 +147,7 @@ def _writer(config: DistillConfig, workspace: Workspace, learner: Learner, pool:
 def _manifest(config: DistillConfig, routes: Routes, mixture: PromptMixture) -> list[dict[str, Any]]:
     """The manifest's entry for each teacher of each domain: its digest, weight, share of the prompts and objective."""
     prompts = sum(mixture.counts.values())
-    objective = config.objective.key_fields()
+    objective = config.objective.model_dump(mode="json")
     return [
         {
             "domain": domain,

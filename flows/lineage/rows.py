@@ -56,7 +56,7 @@ class Row:
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
         weights: role -> weight, of the teachers that share a domain.
         config: All settings in the manifest.
-        teachers: The manifest's entries of a student's teachers by domain; empty in older manifests.
+        teachers: The manifest's entries of a student's teachers by domain; empty for other checkpoints.
     """
 
     key: str

@@ -259,17 +259,16 @@ class _Builder:
 
     def _sampler(self, name: str, own: SamplerConfig, temperature: float) -> SamplerConfig:
         """A stage's sampler, with the run's backend where it names none."""
-        backend = self.config.resources.sampler
-        if own.backend is None and backend != "transformers":
-            own = own.model_copy(update={"backend": backend})
-            if fault := temperature_fault(temperature, backend):
-                raise UserError(f"{name}: {fault} (resources.sampler: {backend})")
-        if own.ahead and own.backend != "vllm_server":
+        backend = own.backend or self.config.resources.sampler
+        if fault := temperature_fault(temperature, backend):
+            raise UserError(f"{name}: {fault} (resources.sampler: {backend})")
+        if own.ahead and backend != "vllm_server":
             raise UserError(
                 f"{name}: sampler.ahead needs servers that sample while the trainer updates; the sampler is "
-                f"{own.backend or backend}, set resources.sampler to vllm_server"
+                f"{backend}, set resources.sampler to vllm_server"
             )
-        return own
+        # None is transformers, so the default has one key.
+        return own.model_copy(update={"backend": None if backend == "transformers" else backend})
 
     def _add(
         self,

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from stages.config.on_policy import OnPolicyConfig, Ratio
 from stages.config.training import (
-    NEUTRAL_DEFAULT,
     NOT_IN_KEY,
     OptimizerConfig,
     Positive,
@@ -51,19 +50,16 @@ class ObjectiveConfig(StrictModel):
     top_k: TopKConfig | None = Field(
         None,
         description="Restrict reverse_kl, forward_kl or jsd to K tokens.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     beta: float = Field(
         0.5,
         gt=0,
         lt=1,
         description="jsd: weight of KL(teacher || mixture), and the teacher's share of the mixture.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     entropy_threshold: Weight = Field(
         0.8,
         description="entropy_aware: the teacher's entropy in nats above which forward KL is added.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     advantage_clip: float = Field(
         5.0, gt=0, allow_inf_nan=True, description="A_max: the sampled log-ratio is clipped to ±A_max."
@@ -72,13 +68,11 @@ class ObjectiveConfig(StrictModel):
         "drop",
         description="Outside the band the policy/sampler ratio weighs 0 (MiMo), is cut to the upper end (TIS), or "
         "masks the token where trainer and sampler disagree before any update (IcePop).",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     importance_level: Literal["token", "sequence"] = Field(
         "token",
         description="Whether trainer and sampler are compared by the token or by the geometric mean over its sequence; "
         "the change by updates on the same batch always counts by the token.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     importance_band: tuple[float, float] = Field((0.5, 2.0), description="The band of the ratio: [low, high].")
     outcome_weight: Weight = Field(0.0, description="alpha: weight of the group-normalised outcome reward.")
@@ -86,17 +80,14 @@ class ObjectiveConfig(StrictModel):
         1.0,
         description="lambda: beyond 1 the target lies beyond the teacher, away from the start checkpoint (ExOPD); 1 is "
         "the teacher itself.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     reference_kl: Weight = Field(
         0.0,
         description="Weight of the reverse KL against the start checkpoint, against length inflation (about 0.01).",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     golden_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description="Share of the loss that is cross-entropy on the domains' gold answers (about 0.1).",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     chunk_tokens: Positive | None = Field(
         None,
@@ -147,23 +138,19 @@ class DistillConfig(OnPolicyConfig):
         default_factory=dict,
         description="domain -> teacher -> weight, for domains with several teachers; the target is their geometric "
         "mean.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     on_policy_fraction: Share = Field(
         1.0,
         description="Share of prompts that the student answers itself; the others get completions from `off_policy`.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     off_policy: Literal["teacher", "dataset"] = Field(
         "teacher",
         description="Completions of the other prompts: the routed teacher's own, or the domain's gold answers.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     teacher_backend: Literal["local", "vllm_server"] = Field(
         "local",
         description="Where teachers score: in the trainer's own process, or on vLLM servers "
         "(`resources.teacher_servers`), which report a teacher's likeliest tokens and the sampled one.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     max_resident: Positive = Field(
         8,

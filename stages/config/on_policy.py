@@ -5,7 +5,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.config.training import (
-    NEUTRAL_DEFAULT,
     NOT_IN_KEY,
     STOP,
     NewTokens,
@@ -107,7 +106,6 @@ class SamplerConfig(StrictModel):
         False,
         description="vllm_server: sample the next batch while the current one is trained on, with weights one batch "
         "old; losses with an importance weight correct for it.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     max_staleness: int = Field(
         1,
@@ -115,7 +113,6 @@ class SamplerConfig(StrictModel):
         le=10**6,
         description="Batches of updates by which the student may be newer than the weights that drew a completion; an "
         "older group is dropped and counted.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     timeout_seconds: float = Field(
         600,
@@ -160,14 +157,13 @@ class OnPolicyConfig(TrainConfig):
     max_new_tokens: NewTokens = Field(64, description="Longest completion; a longer one is cut and has no EOS.")
     temperature: Temperature = Field(1.0, description="Sampling temperature; the loss uses the same.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus sampling threshold.")
-    stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
+    stop: StopList = Field((), description=STOP)
     updates_per_batch: Annotated[int, Field(gt=0, le=10_000)] = Field(
         1, description="Optimizer updates made on each batch of rollouts."
     )
     sampler: SamplerConfig = Field(
         default_factory=SamplerConfig,
         description="How the completions are sampled.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     loss_normalisation: Literal["token", "sequence", "domain"] = Field(
         "token",
@@ -177,18 +173,15 @@ class OnPolicyConfig(TrainConfig):
     domain_shares: dict[str, Ratio] = Field(
         default_factory=dict,
         description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Budget: no domain has more than this share of the loss; the excess goes to the others.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     reward_noise: RewardNoiseConfig = Field(
         default_factory=RewardNoiseConfig,
         description="For studies of noisy judges: errors added to the reward used in training. Evaluation and the "
         "logged reward stay true.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     preflight_tolerance: float = Field(
         0.0,
@@ -200,11 +193,17 @@ class OnPolicyConfig(TrainConfig):
     health: HealthConfig = Field(
         default_factory=HealthConfig,
         description="Early stop and alarms.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     monitor: MonitorConfig | None = Field(
         None, description="Measure the student during training.", json_schema_extra=NOT_IN_KEY
     )
+
+    def key_fields(self) -> dict[str, Any]:
+        """The fields that decide the result; a domain's ratio of 1 is its default, and is left out."""
+        values = super().key_fields()
+        ratios = {name: values.pop(name, {}) for name in ("domain_weights", "domain_shares")}
+        unequal = {name: {d: ratio for d, ratio in own.items() if ratio != 1.0} for name, own in ratios.items()}
+        return values | {name: own for name, own in unequal.items() if own}
 
     @model_validator(mode="after")
     def _temperature_is_sampled(self) -> Self:
@@ -231,7 +230,6 @@ class RLConfig(OnPolicyConfig):
     reference_kl: Weight = Field(
         0.0,
         description="Weight of the reverse KL against the start checkpoint, exact over the vocabulary: the KL penalty.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-4), description="Optimizer and schedule."

@@ -111,7 +111,8 @@ def test_the_runs_sampler_reaches_the_stages_that_sample_and_do_not_say_their_ow
     ]
     assert changed(*capped) == with_evaluations(before, {"experts/sort@0", "student@0"})
     own = graph_of(tmp_path, ["resources.sampler=vllm", "merge.sampler.backend=transformers"])
-    assert own.node("student@0").config["sampler"]["backend"] == "transformers"
+    assert own.node("student@0").config["sampler"]["backend"] is None
+    assert changed(before, own) == with_evaluations(before, {"experts/sort@0", "student@0"})  # the student's start only
 
 
 def test_evaluation_settings_change_no_checkpoint(tmp_path: Path) -> None:
