@@ -75,7 +75,7 @@ def lesson(entry: Mapping[str, Any]) -> str:
         entry: An entry of a student manifest's `teachers`.
     """
     facts = [entry["teacher"], f"digest {entry['digest'][:TEACHER_DIGEST_LENGTH]}"]
-    facts += [f"objective {entry['objective']['name']}", f"weight {entry['weight']:.3g}"]
+    facts += [f"objective {entry['objective']['type']}", f"weight {entry['weight']:.3g}"]
     return ", ".join([*facts, f"{entry['prompt_share']:.1%} of the prompts"])
 
 

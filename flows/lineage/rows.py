@@ -29,7 +29,7 @@ OUTCOME_METRICS = {f"{kind.name}/{kind.metric}" for kind in STAGES.values() if k
 SHORT = 12
 SHORTEST_KEY = 4
 # The most important settings of a stage; the rest is in the manifest.
-HIGHLIGHTS = ("max_steps", "batch_size", "prompts_per_step", "group_size", "optimizer.learning_rate", "objective.name")
+HIGHLIGHTS = ("max_steps", "batch_size", "prompts_per_step", "group_size", "optimizer.learning_rate", "objective.type")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from flows.plan.champion_start import champion_facts, names_champion, pinned_cha
 from flows.plan.harness import harness_tasks
 from flows.plan.lock import read_lock
 from flows.plan.nodes import Node, StageGraph
+from flows.plan.objectives import objective_facts
 from flows.plan.shifts import shift_nodes, shift_request
 from flows.plan.templates import Templates
 from flows.run_file.baselines import baseline_config
@@ -254,7 +255,9 @@ class _Builder:
             fields["sampler"] = self._sampler(name, config.sampler, config.temperature)
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
-        facts = {"config": own.key_fields()}
+        facts: dict[str, Any] = {"config": own.key_fields()}
+        if isinstance(own, DistillConfig):
+            facts |= objective_facts(own.objective)
         return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
 
     def _sampler(self, name: str, own: SamplerConfig, temperature: float) -> SamplerConfig:

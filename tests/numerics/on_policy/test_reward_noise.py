@@ -98,5 +98,7 @@ def test_no_noise_is_no_part_of_the_key(config):
 def test_a_merge_without_a_reward_has_nothing_to_put_noise_in():
     with pytest.raises(pydantic.ValidationError, match="outcome_weight"):
         DistillConfig(reward_noise={"flip": 0.1})
-    config = DistillConfig(reward_noise={"flip": 0.1}, objective={"outcome_weight": 0.5}, group_size=4)
+    config = DistillConfig(
+        reward_noise={"flip": 0.1}, objective={"type": "reverse_kl", "outcome_weight": 0.5}, group_size=4
+    )
     assert config.key_fields()["reward_noise"] == {"flip": 0.1, "length_bias": 0.0}

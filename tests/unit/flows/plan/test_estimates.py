@@ -64,7 +64,7 @@ def test_vllm_needs_weights_of_its_own_and_servers_share_the_machine(file: Path,
     weights, cache = 32_000_000_000, parts("student@0")["sampler's cache"]
     assert parts("student@0", "resources.sampler=vllm")["vLLM's weights and cache"] == weights + cache
     servers = ("resources.sampler=vllm_server", "resources.rollout_servers.count=2")
-    asked = ("merge.teacher_backend=vllm_server", "merge.objective={top_k: {k: 5}}")
+    asked = ("merge.teacher_backend=vllm_server", "merge.objective={type: reverse_kl, top_k: {k: 5}}")
     served = parts("student@0", *servers, *asked)
     assert served["rollout servers"] == 2 * (memory.SERVER_BYTES + weights + cache)
     assert served["teacher servers"] == 3 * (memory.SERVER_BYTES + weights)

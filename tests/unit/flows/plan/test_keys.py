@@ -8,7 +8,7 @@ import pytest
 from base.store.checkpoint import Store
 from flows.plan.lock import lock_path, status, write_lock
 from flows.run_file.schema import ColdStartSFT
-from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig
 from stages.config.on_policy import RFTConfig, RLConfig
 from stages.config.shift import ShiftConfig
 from stages.config.training import (
@@ -46,9 +46,9 @@ def test_equal_effective_configs_of_two_stages_have_one_key() -> None:
 
 
 def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> None:
-    chosen = ObjectiveConfig(name="jsd", beta=0.1, reference_kl=0.01, chunk_tokens=7)
+    chosen = {"type": "jsd", "beta": 0.1, "reference_kl": 0.01, "chunk_tokens": 7}
     objective = DistillConfig(objective=chosen).key_fields()["objective"]
-    assert objective == {"name": "jsd", "beta": 0.1, "reference_kl": 0.01}
+    assert objective == {"type": "jsd", "beta": 0.1, "reference_kl": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> Non
         "merge.sampler.memory_share=0.2",
         "merge.health={max_length_growth: 3, window: 5}",
         "merge.health.min_improvement=0.1",
-        "merge.objective.importance=drop",
-        "merge.objective.reference_kl=0",
-        "merge.objective.top_k=null",
+        "merge.objective={type: reverse_kl, importance: drop}",
+        "merge.objective={type: reverse_kl, reference_kl: 0}",
+        "merge.objective=reverse_kl",
         "merge.health={}",
         "merge.health={window: 10, on_alarm: warn}",
         "experts.sort.train.rl.health={}",
@@ -84,11 +84,11 @@ def test_an_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, ove
     [
         (["merge.on_policy_fraction=0.5"], "on_policy_fraction 1.0 → 0.5"),
         (
-            ["merge.objective={name: sampled_reverse_kl, importance: mask}"],
-            "objective.importance drop → mask; objective.name reverse_kl → sampled_reverse_kl",
+            ["merge.objective={type: sampled_reverse_kl, importance: mask}"],
+            "objective.advantage_clip None → 5.0; objective.importance drop → mask; objective.type reverse_kl → sampled_reverse_kl",
         ),
         (
-            ["merge.objective.top_k={k: 8}"],
+            ["merge.objective={type: reverse_kl, top_k: {k: 8}}"],
             "objective.top_k None → {'k': 8, 'support': 'teacher', 'remainder': 'tail'}",
         ),
         (["merge.health={on_alarm: stop}"], "health.on_alarm warn → stop"),

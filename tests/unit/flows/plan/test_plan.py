@@ -59,7 +59,7 @@ def test_parents_come_first_and_every_checkpoint_is_scored_everywhere(tmp_path: 
     [
         ("experts.sort.train.rl.max_steps=6", SORT_TREE),
         ("experts.sort.train.rl.optimizer.learning_rate=0.1", SORT_TREE),
-        ("merge.objective.name=sampled_reverse_kl", {"student@0"}),
+        ("merge.objective.type=sampled_reverse_kl", {"student@0"}),
         (
             "cold_start.sft.max_steps=6",
             {"cold_start@0", "experts/sort@0", "experts/reverse@0", "student@0"},
@@ -80,7 +80,7 @@ def test_a_change_reaches_exactly_what_lies_downstream(tmp_path: Path, override:
     [
         "experts.sort.train.rl.save_every=3",
         "merge.max_resident=2",
-        "merge.objective.chunk_tokens=7",
+        "merge.objective={type: reverse_kl, chunk_tokens: 7}",
         "resources.parallel_experts=4",
         "resources.threads=2",
         "resources.retries=0",

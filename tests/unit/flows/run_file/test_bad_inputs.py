@@ -99,10 +99,37 @@ VALUES = [
     at("merge.rounds", 1_000_000, "less than or equal to 100"),
     at("merge.rounds", 0),
     at("merge", {"rounds": 100, "variants": {"a": {"rounds": 2}}}, "merge.variants.a.rounds: set this in merge"),
-    at("merge.objective", "reverse_lk"),
-    Value("merge.objective.importance_band=[2, 1]", ("merge.objective: importance_band must be [low, high]",)),
-    at("merge.objective.extrapolation", "1.0e30"),
-    at("merge.objective.top_k", {"k": 0}),
+    Value(
+        "merge.objective=reverse_lk", ("merge.objective.type: unknown type 'reverse_lk' — did you mean 'reverse_kl'",)
+    ),
+    Value("merge.objective={type: jds}", ("merge.objective.type: unknown type 'jds' — did you mean 'jsd'",)),
+    Value("merge.objective={beta: 0.5}", ("merge.objective.type: missing; one of reverse_kl, forward_kl, jsd",)),
+    Value("merge.objective.beta=0.5", ("merge.objective.type: missing; one of reverse_kl, forward_kl, jsd",)),
+    Value("merge.objective=5", ("merge.objective.type: missing; one of reverse_kl",)),
+    Value(
+        "merge.objective={type: reverse_kl, beta: 0.5}",
+        ("merge.objective.beta: belongs to jsd; the type is reverse_kl",),
+    ),
+    Value("merge.objective={type: jsd, betta: 0.5}", ("merge.objective.betta: unknown key — did you mean 'beta'",)),
+    Value(
+        "merge.objective={type: imitation, top_k: {}}", ("merge.objective.top_k: belongs to reverse_kl, forward_kl",)
+    ),
+    Value(
+        "merge.objective={type: jsd, importance_band: [2, 1]}",
+        ("merge.objective.importance_band: must be [low, high] with 0 <= low < 1 < high",),
+    ),
+    Value("merge.objective={type: jsd, extrapolation: 1.0e30}", ("merge.objective.extrapolation: ",)),
+    Value("merge.objective={type: jsd, top_k: {k: 0}}", ("merge.objective.top_k.k: Input should be greater than 0",)),
+    Value(
+        "merge.objective={type: jsd, top_k: {suport: student}}",
+        ("merge.objective.top_k.suport: unknown key — did you mean 'support'",),
+    ),
+    Value("merge.objective={type: python, path: mine.py}", ("merge.objective.path: '", "is not FILE.py:FUNCTION")),
+    Value("merge.variants={a: {objective: jds}}", ("merge.variants.a.objective.type: unknown type 'jds'",)),
+    Value(
+        "merge.variants={a: {objective: {type: jsd, entropy_threshold: 1}}}",
+        ("merge.variants.a.objective.entropy_threshold: belongs to entropy_aware; the type is jsd",),
+    ),
     at("merge.domain_weights", {"sort": 0}),
     at("merge.domain_weights", {"sort": "1.0e300"}),
     at("merge.domain_weights", {"nobody": 1}, "unknown domain of the merge 'nobody'"),
