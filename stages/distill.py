@@ -23,7 +23,6 @@ from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, Writer, train_on_policy
-from stages.on_policy.noise import reward_noise
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
 from stages.on_policy.own_objective import require_unchanged
@@ -127,13 +126,7 @@ def _signal(
     """The routed teacher, plus the outcome reward and the trainer's own log-probabilities if the config needs them."""
     signals: list[Signal] = [TeacherSignal(pool, reference)]
     if isinstance(config.objective, TargetObjective) and config.objective.rewarded:
-        signals.append(
-            RewardSignal(
-                workspace.domains,
-                weight=config.objective.outcome_weight,
-                noise=reward_noise(config, workspace.seed),
-            )
-        )
+        signals.append(RewardSignal(workspace.domains, weight=config.objective.outcome_weight))
     if needs_trainer_logprobs(config):
         signals.append(TrainerSignal(learner, config.temperature))
     return signals[0] if len(signals) == 1 else SumSignal(*signals)

@@ -126,16 +126,22 @@ def _place_files(raw: dict[str, Any], path: Path) -> None:
     """Resolve the files of domains, of their rows and of objectives from the run file's folder."""
     domains = raw.get("domains")
     for entry in domains.values() if isinstance(domains, dict) else ():
-        if not isinstance(entry, dict):
-            continue
-        kind, options = entry.get("kind"), entry.get("options")
-        if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
-            entry["kind"] = str((path.parent / kind).resolve())
-        elif isinstance(options, dict):
-            entry["options"] = located(options, path.parent)
+        _place_domain(entry, path.parent)
     for objective in _objectives(raw.get("merge")):
         if isinstance(file := objective.get("path"), str) and OWN_SUFFIX in file:
             objective["path"] = str((path.parent / file).resolve())
+
+
+def _place_domain(entry: Any, folder: Path) -> None:
+    """Resolve the files of a domain's entry, and of the domain that it wraps."""
+    if not isinstance(entry, dict):
+        return
+    kind, options = entry.get("kind"), entry.get("options")
+    if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
+        entry["kind"] = str((folder / kind).resolve())
+    elif isinstance(options, dict):
+        entry["options"] = located(options, folder)
+        _place_domain(entry["options"], folder)
 
 
 def _objectives(merge: Any) -> Iterator[dict[str, Any]]:

@@ -100,14 +100,6 @@ class DistillConfig(OnPolicyConfig):
         return self
 
     @model_validator(mode="after")
-    def _noise_has_a_reward(self) -> Self:
-        if self.reward_noise != type(self.reward_noise)() and not self.objective.rewarded:
-            raise ValueError(
-                "reward_noise has no effect without a reward; set objective.outcome_weight, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _reward_has_a_group(self) -> Self:
         if self.objective.rewarded and self.group_size < 2:
             raise ValueError("objective.outcome_weight compares rewards in a group; it needs a group_size of 2 or more")

@@ -138,15 +138,6 @@ class SamplerConfig(StrictModel):
         return self
 
 
-class RewardNoiseConfig(StrictModel):
-    """Errors of a judge. The logged `reward` stays the true one; training uses `reward_seen`."""
-
-    flip: Share = Field(0.0, description="Probability that a completion's reward r becomes 1 - r.")
-    length_bias: float = Field(
-        0.0, ge=-10, le=10, description="Added to a completion of max_new_tokens, and in proportion to a shorter one."
-    )
-
-
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, score the samples, update."""
 
@@ -177,11 +168,6 @@ class OnPolicyConfig(TrainConfig):
     max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Budget: no domain has more than this share of the loss; the excess goes to the others.",
-    )
-    reward_noise: RewardNoiseConfig = Field(
-        default_factory=RewardNoiseConfig,
-        description="For studies of noisy judges: errors added to the reward used in training. Evaluation and the "
-        "logged reward stay true.",
     )
     preflight_tolerance: float = Field(
         0.0,

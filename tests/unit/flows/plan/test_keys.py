@@ -85,7 +85,8 @@ def test_an_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, ove
         (["merge.on_policy_fraction=0.5"], "on_policy_fraction 1.0 → 0.5"),
         (
             ["merge.objective={type: sampled_reverse_kl, importance: mask}"],
-            "objective.advantage_clip None → 5.0; objective.importance drop → mask; objective.type reverse_kl → sampled_reverse_kl",
+            "objective.advantage_clip None → 5.0; objective.importance drop → mask; "
+            "objective.type reverse_kl → sampled_reverse_kl",
         ),
         (
             ["merge.objective={type: reverse_kl, top_k: {k: 8}}"],
