@@ -82,9 +82,7 @@ def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
     template = next(experts, None)
     own: dict[str, Any] = {}
     if template is not None:
-        own = {
-            name: getattr(template, name) for name in RLConfig.model_fields if name not in ("monitor", "domain_shares")
-        }
+        own = {name: getattr(template, name) for name in RLConfig.model_fields if name != "monitor"}
     group = template.group_size if template else GROUP_SIZE
     prompts = max(len(config.practised()), round(merge.prompts_per_step * merge.group_size / group))
     same = {"max_steps", "examples", "lora", "dtype", "sharding", "max_new_tokens", "temperature", "top_p"}

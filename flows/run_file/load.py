@@ -237,7 +237,6 @@ class _Names:
             method, practice = expert.train.chosen if expert.train else ("", None)
             if isinstance(practice, OnPolicyConfig):
                 key = f"experts.{name}.train.{method}"
-                self.check(f"{key}.domain_shares", practice.domain_shares, [expert.domain], "domain of this expert")
                 self.budget(f"{key}.max_domain_share", practice.max_domain_share, 1)
 
     def budget(self, key: str, share: float, domains: int) -> None:
@@ -264,8 +263,7 @@ class _Names:
             self.check("merge.fallback_teacher", [merge.fallback_teacher], teachers, "expert")
         practised = [domain for domain in self.config.practised() if domain in self.domains]
         self.budget("merge.max_domain_share", merge.max_domain_share, len(practised))
-        for key, names in (("domain_weights", merge.domain_weights), ("domain_shares", merge.domain_shares)):
-            self.check(f"merge.{key}", names, practised, "domain of the merge")
+        self.check("merge.domain_weights", merge.domain_weights, practised, "domain of the merge")
 
 
 def _dangling_names(config: RunConfig) -> list[str]:

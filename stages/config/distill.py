@@ -64,8 +64,10 @@ class DistillConfig(OnPolicyConfig):
     )
 
     def key_fields(self) -> dict[str, Any]:
-        """The fields that decide the result; `off_policy` is not one if the student answers all prompts."""
+        """The fields that decide the result: `off_policy` unless the student answers all prompts; no ratio of 1."""
         values = super().key_fields()
+        unequal = {domain: ratio for domain, ratio in values.pop("domain_weights", {}).items() if ratio != 1.0}
+        values |= {"domain_weights": unequal} if unequal else {}
         if self.on_policy_fraction == 1.0:
             values.pop("off_policy", None)
         return values

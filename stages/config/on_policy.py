@@ -11,7 +11,6 @@ from stages.config.training import (
     OptimizerConfig,
     Positive,
     Rows,
-    Share,
     StopList,
     StrictModel,
     Temperature,
@@ -50,18 +49,6 @@ class HealthConfig(StrictModel):
     )
     min_improvement: float = Field(0.01, gt=0, description="Relative change that counts as an improvement.")
     window: Positive = Field(10, description="Steps over which a signal is averaged.")
-    min_entropy: Share = Field(
-        0.1, description="Alarm when a domain's token entropy falls below this share of that of its first window."
-    )
-    max_length_growth: float = Field(
-        2.0, gt=1, description="Alarm when a domain's mean length grows to this multiple of that of its first window."
-    )
-    max_compression: float = Field(
-        5.0,
-        gt=1,
-        description="Alarm when a domain's completions shrink by more than this factor under zlib: they repeat "
-        "themselves.",
-    )
     max_mismatch: float = Field(
         0.1,
         gt=0,
@@ -73,9 +60,7 @@ class HealthConfig(StrictModel):
     def key_fields(self) -> dict[str, Any]:
         """The fields that decide the result: only those that can end the stage."""
         values = super().key_fields()
-        idle = (
-            [] if self.on_alarm == "stop" else ["min_entropy", "max_length_growth", "max_compression", "max_mismatch"]
-        )
+        idle = [] if self.on_alarm == "stop" else ["max_mismatch"]
         if self.patience is None:
             idle += ["min_improvement", *(["window"] if self.on_alarm == "warn" else [])]
         return {name: value for name, value in values.items() if name not in idle}
@@ -161,10 +146,6 @@ class OnPolicyConfig(TrainConfig):
         description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "
         "of each one's token mean, so that a domain of long answers does not dominate the gradient.",
     )
-    domain_shares: dict[str, Ratio] = Field(
-        default_factory=dict,
-        description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
-    )
     max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Budget: no domain has more than this share of the loss; the excess goes to the others.",
@@ -184,23 +165,10 @@ class OnPolicyConfig(TrainConfig):
         None, description="Measure the student during training.", json_schema_extra=NOT_IN_KEY
     )
 
-    def key_fields(self) -> dict[str, Any]:
-        """The fields that decide the result; a domain's ratio of 1 is its default, and is left out."""
-        values = super().key_fields()
-        ratios = {name: values.pop(name, {}) for name in ("domain_weights", "domain_shares")}
-        unequal = {name: {d: ratio for d, ratio in own.items() if ratio != 1.0} for name, own in ratios.items()}
-        return values | {name: own for name, own in unequal.items() if own}
-
     @model_validator(mode="after")
     def _temperature_is_sampled(self) -> Self:
         if fault := temperature_fault(self.temperature, self.sampler.backend):
             raise ValueError(fault)
-        return self
-
-    @model_validator(mode="after")
-    def _shares_are_of_domains(self) -> Self:
-        if self.domain_shares and self.loss_normalisation != "domain":
-            raise ValueError("domain_shares belongs to loss_normalisation: domain")
         return self
 
 

@@ -213,9 +213,7 @@ class PretrainConfig(TrainConfig):
     domains: AllOrNames = Field("all", description="Domains in the corpus.")
     max_steps: Steps = Field(450, description="Optimizer steps.")
     batch_tokens: StepTokens = Field(2048, description="Tokens of one step.")
-    prompt_weight: Share = Field(0.2, description="Loss weight of prompt tokens.")
     lora: None = Field(None, description="A model from scratch has no base for adapters.")
-    wrong_answers: Share = Field(0.05, description="Share of documents that end in another example's answer.")
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=6e-3, schedule="cosine", warmup_steps=20),
         description="Optimizer and schedule.",

@@ -270,7 +270,7 @@ def _distill_cases() -> dict[str, Callable[[Bench, str], Any]]:
         "-seqkd": {"objective": "imitation", "on_policy_fraction": 0.0},
         "-outcome": {"group_size": 2, "objective": {"type": "reverse_kl", "outcome_weight": 0.5}},
         "-golden": {"objective": {"type": "reverse_kl", "golden_share": 0.2}},
-        "-domain-shares": {"loss_normalisation": "domain", "domain_shares": {"sort": 2.0}},
+        "-domain-loss": {"loss_normalisation": "domain"},
         "-extrapolation-kl": {"objective": {"type": "reverse_kl", "extrapolation": 1.2, "reference_kl": 0.1}},
     }
     settings |= {f"-{name}": {"objective": name} for name in ("forward_kl", "jsd", "entropy_aware")}

@@ -33,7 +33,7 @@ OBJECTIVES = {
     "rewarded": DistillConfig(**SMALL, group_size=3, objective={"type": "reverse_kl", "outcome_weight": 0.5}),
     "teacher-written": DistillConfig(**SMALL, on_policy_fraction=0.5, group_size=2),
     "gold-written": DistillConfig(**SMALL, on_policy_fraction=0.0, off_policy="dataset"),
-    "balanced": DistillConfig(**SMALL, loss_normalisation="domain", domain_shares={"sort": 2.0}),
+    "balanced": DistillConfig(**SMALL, loss_normalisation="domain"),
 }
 
 

@@ -61,7 +61,7 @@ def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> Non
         "merge.max_domain_share=1.0",
         "merge.off_policy=dataset",
         "merge.sampler.memory_share=0.2",
-        "merge.health={max_length_growth: 3, window: 5}",
+        "merge.health={max_mismatch: 3, window: 5}",
         "merge.health.min_improvement=0.1",
         "merge.objective={type: reverse_kl, importance: drop}",
         "merge.objective={type: reverse_kl, reference_kl: 0}",
@@ -95,8 +95,8 @@ def test_an_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, ove
         (["merge.health={on_alarm: stop}"], "health.on_alarm warn → stop"),
         (["merge.health={patience: 20}"], "health.patience None → 20"),
         (
-            ["merge.loss_normalisation=domain", "merge.domain_shares={sort: 2}"],
-            "domain_shares.sort None → 2.0; loss_normalisation token → domain",
+            ["merge.loss_normalisation=domain", "merge.domain_weights={sort: 2}"],
+            "domain_weights.sort None → 2.0; loss_normalisation token → domain",
         ),
     ],
 )

@@ -245,14 +245,6 @@ def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None
             "merge.domain_weights: unknown domain of the merge 'srot' — did you mean 'sort'?",
         ),
         (
-            {
-                "teachers": {"sort": "one", "reverse": "reverse"},
-                "loss_normalisation": "domain",
-                "domain_shares": {"general": 2},
-            },
-            "merge.domain_shares: unknown domain of the merge 'general'",
-        ),
-        (
             {"teachers": {"sort": "one", "reverse": "reverse"}, "max_domain_share": 0.4},
             "merge.max_domain_share: 0.4 for each of 2 domains does not add up to the whole loss; at least 0.5",
         ),
@@ -270,12 +262,6 @@ def test_an_anchor_may_not_have_several_teachers_beside_it(tmp_path: Path) -> No
     merge = {"teachers": {"sort": {"one": 1, "two": 1}}, "anchor": {"domains": ["sort"]}}
     with pytest.raises(UserError, match="'sort' already has the teacher 'one, two'"):
         load(tmp_path, experts=TWINS, merge=merge).teachers()
-
-
-def test_an_expert_has_loss_shares_only_of_its_own_domain(tmp_path: Path) -> None:
-    shares = "experts.sort.train.rl={loss_normalisation: domain, domain_shares: {reverse: 2}}"
-    said = message(tmp_path, [shares])
-    assert "experts.sort.train.rl.domain_shares: unknown domain of this expert 'reverse'" in said
 
 
 def test_a_name_with_a_slash_is_refused(tmp_path: Path) -> None:
