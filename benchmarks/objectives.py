@@ -38,16 +38,16 @@ from flows.run_file.schema import STUDENT
 from stages.learner.workspace import PACKAGES
 
 VARIANTS: Mapping[str, Sequence[str]] = {
-    "reverse_kl": ["objective.name=reverse_kl"],
-    "forward_kl": ["objective.name=forward_kl"],
-    "jsd": ["objective.name=jsd"],
-    "entropy_aware": ["objective.name=entropy_aware"],
+    "reverse_kl": ["objective.type=reverse_kl"],
+    "forward_kl": ["objective.type=forward_kl"],
+    "jsd": ["objective.type=jsd"],
+    "entropy_aware": ["objective.type=entropy_aware"],
     "top_k": ["objective.top_k={k: 8, support: teacher, remainder: tail}"],
     "top_k_student": ["objective.top_k={k: 8, support: student, remainder: renormalise}"],
-    "sampled": ["objective.name=sampled_reverse_kl"],
+    "sampled": ["objective.type=sampled_reverse_kl"],
     # With one update a batch every ratio is 1 and all corrections are the same; with two they may differ.
-    "sampled_twice": ["objective.name=sampled_reverse_kl", "updates_per_batch=2"],
-    "sampled_twice_tis": ["objective.name=sampled_reverse_kl", "updates_per_batch=2", "objective.importance=truncate"],
+    "sampled_twice": ["objective.type=sampled_reverse_kl", "updates_per_batch=2"],
+    "sampled_twice_tis": ["objective.type=sampled_reverse_kl", "updates_per_batch=2", "objective.importance=truncate"],
     # A quarter of the prompts with four completions each: as many rows a step as the others in the lab run.
     "reward": ["objective.outcome_weight=0.5", "group_size=4", "prompts_per_step=20"],
     "extrapolation": ["objective.extrapolation=1.25"],

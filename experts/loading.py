@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from base.errors import UserError, nearest
 from experts.domain import OWN_SUFFIX, Domain, Options
+from experts.kinds.noisy import NoisyDomain
+from experts.kinds.noisy import Options as NoisyOptions
 from experts.own import load_own, own_module
 
 KINDS = {
@@ -22,6 +24,7 @@ KINDS = {
     "code_edit": "experts.kinds.code_edit",
     "hub": "experts.kinds.hub",
     "judge": "experts.kinds.judge",
+    "noisy": "experts.kinds.noisy",
 }
 
 
@@ -33,7 +36,10 @@ def load_domain(name: str, kind: str, options: Mapping[str, Any]) -> Domain:
     """
     if kind.endswith(OWN_SUFFIX):
         return load_own(name, Path(kind), options, lambda given: check_options(name, kind, given))
-    domain: Domain = _kind_module(name, kind).load(name, check_options(name, kind, options))
+    checked = check_options(name, kind, options)
+    if isinstance(checked, NoisyOptions):
+        return NoisyDomain(load_domain(name, checked.kind, checked.options), checked)
+    domain: Domain = _kind_module(name, kind).load(name, checked)
     return domain
 
 

@@ -4,12 +4,9 @@ All stages reach such a domain through `OwnDomain`, so no score, example or fing
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import random
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from base.errors import UserError, nearest
+from base.errors import UserError
 from base.hashing import stable_hash
+from base.user_code import calling, import_file
 from experts.data.prompts import chat, check_text
-from experts.domain import OWN_SUFFIX, Domain, Example
+from experts.domain import Domain, Example
 
 # A sum of shares in float32 may be this far above 1.
 ROUNDING = 1e-6
@@ -187,19 +185,6 @@ class OwnDomain(Domain):
             yield
 
 
-@contextmanager
-def calling(key: str, file: Path, what: str) -> Iterator[None]:
-    """Turn any error or exit of a user's code into a UserError that names file, line and call."""
-    try:
-        yield
-    except (UserError, ConnectionError):
-        raise
-    except (Exception, SystemExit) as error:
-        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        place = f"{file}: line {own[-1]}" if own else str(file)
-        raise UserError(f"{key}: {place}: {what}: {type(error).__name__}: {error}") from error
-
-
 def load_own(name: str, file: Path, options: Mapping[str, Any], validate: Any) -> OwnDomain:
     """Make a domain from a user's file.
 
@@ -228,24 +213,7 @@ def own_module(name: str, file: Path) -> Any:
         UserError: the file does not exist, raises or ends the process, or lacks `Options` or `load`.
     """
     key = f"domains.{name}.kind"
-    if not file.is_file():
-        siblings = [str(path) for path in file.parent.glob(f"*{OWN_SUFFIX}")] if file.parent.is_dir() else []
-        raise UserError(f"{key}: {file}: no such file{nearest(str(file), siblings)}")
-    known = f"own_domain_{stable_hash(str(file.resolve()))[:16]}"
-    if known in sys.modules:
-        return sys.modules[known]
-    spec = importlib.util.spec_from_file_location(known, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[known] = module
-    try:
-        with calling(key, file, "import"):
-            spec.loader.exec_module(module)
-        _check_module(key, file, module)
-    except UserError:
-        del sys.modules[known]
-        raise
-    return module
+    return import_file(key, file, lambda module: _check_module(key, file, module))
 
 
 def _check_module(key: str, file: Path, module: Any) -> None:

@@ -16,15 +16,16 @@ from typing import Any
 from base.store.checkpoint import Artifact
 from experts.domain import Example
 from stages.config.distill import DistillConfig
+from stages.config.objective import PythonObjective, TargetObjective
 from stages.learner.stage import draw_prompts
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, Writer, train_on_policy
-from stages.on_policy.noise import reward_noise
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
+from stages.on_policy.own_objective import require_unchanged
 from stages.on_policy.preflight import SamplerCheck, preflight
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import RewardSignal, Signal, SumSignal, TeacherSignal, TrainerSignal
@@ -51,6 +52,8 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
         UserError: a domain has no teacher or too few examples, or a teacher has another tokenizer or scores that
             disagree with its own forward pass.
     """
+    if isinstance(config.objective, PythonObjective):
+        require_unchanged(config.objective, workspace.provenance.get("ingredients", {}))
     start = workspace.parents["start"]
     policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
     examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
@@ -122,14 +125,8 @@ def _signal(
 ) -> Signal:
     """The routed teacher, plus the outcome reward and the trainer's own log-probabilities if the config needs them."""
     signals: list[Signal] = [TeacherSignal(pool, reference)]
-    if config.objective.outcome_weight > 0:
-        signals.append(
-            RewardSignal(
-                workspace.domains,
-                weight=config.objective.outcome_weight,
-                noise=reward_noise(config, workspace.seed),
-            )
-        )
+    if isinstance(config.objective, TargetObjective) and config.objective.rewarded:
+        signals.append(RewardSignal(workspace.domains, weight=config.objective.outcome_weight))
     if needs_trainer_logprobs(config):
         signals.append(TrainerSignal(learner, config.temperature))
     return signals[0] if len(signals) == 1 else SumSignal(*signals)
@@ -147,7 +144,7 @@ def _writer(config: DistillConfig, workspace: Workspace, learner: Learner, pool:
 def _manifest(config: DistillConfig, routes: Routes, mixture: PromptMixture) -> list[dict[str, Any]]:
     """The manifest's entry for each teacher of each domain: its digest, weight, share of the prompts and objective."""
     prompts = sum(mixture.counts.values())
-    objective = config.objective.key_fields()
+    objective = config.objective.model_dump(mode="json")
     return [
         {
             "domain": domain,

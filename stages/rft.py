@@ -22,7 +22,6 @@ from stages.losses.log_probabilities import entropy, token_logprobs
 from stages.model.policy import load_policy
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, train_on_policy
-from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Signals, SuccessSignal
@@ -49,7 +48,6 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
     mixture = PromptMixture(examples, config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
-    noise = reward_noise(config, workspace.seed)
 
     def objective(rollout: Rollout, signals: Signals, rows: Sequence[int]) -> TokenLoss:
         """The cross-entropy of some rows that passed."""
@@ -72,9 +70,9 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         task = OnPolicyTask(
             stage="rft",
             mixture=mixture,
-            signal=SuccessSignal(workspace.domains, config.pass_score, noise),
+            signal=SuccessSignal(workspace.domains, config.pass_score),
             objective=objective,
-            progress=(progress_metric(noise), "higher"),
+            progress=("reward", "higher"),
             sampler=sampler,
             recheck=check.again,
             monitor=monitor,

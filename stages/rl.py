@@ -24,7 +24,6 @@ from stages.losses.log_probabilities import clipped_surrogate, entropy, token_lo
 from stages.model.policy import load_policy
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, train_on_policy
-from stages.on_policy.noise import progress_metric, reward_noise
 from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import ReferenceSignal, RewardSignal, Signal, Signals, SumSignal
@@ -53,8 +52,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
     mixture = PromptMixture(examples, config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch
     learner = Learner(policy, config, updates, workspace.progress, workspace.seed)
-    noise = reward_noise(config, workspace.seed)
-    signal: Signal = RewardSignal(workspace.domains, config.normalise_by_std, noise=noise)
+    signal: Signal = RewardSignal(workspace.domains, config.normalise_by_std)
     if config.reference_kl > 0:
         signal = SumSignal(signal, _reference(config, workspace, learner))
 
@@ -93,7 +91,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
             mixture=mixture,
             signal=signal,
             objective=objective,
-            progress=(progress_metric(noise), "higher"),
+            progress=("reward", "higher"),
             sampler=sampler,
             recheck=check.again,
             monitor=monitor,

@@ -181,7 +181,7 @@ class TokenCheck:
         """Check for gold answers that the model cannot write exactly: training on them earns no reward."""
         looked = [example for example in examples[:LOOKED_AT] if reader.written(example.answer)[1] != example.answer]
         entry = self.graph.config.domains[domain]
-        if looked and entry.kind not in UNSCORED_KINDS:
+        if looked and entry.options.get("kind", entry.kind) not in UNSCORED_KINDS:
             scorer = self._domains.setdefault(domain, load_domain(domain, entry.kind, entry.options))
             read = scorer.score_all([(example, reader.written(example.answer)[1]) for example in looked])
             gold = scorer.score_all([(example, example.answer) for example in looked])

@@ -26,7 +26,7 @@ from flows.run.estimate import Estimate, estimate, summary
 from flows.run.last_run import remember
 from flows.run.run_request import RunRequest
 from flows.run.starts import close_killed
-from flows.run_file.load import schema_keys
+from flows.run_file.keys import schema_keys
 from flows.run_file.schema import STUDENT, RunConfig
 from stages.config.kinds import DISTANCES, EVALUATIONS
 

@@ -181,7 +181,7 @@ def teacher_servers(
     groups: dict[str, list[Artifact]] = {}
     for teacher in teachers:
         groups.setdefault(_full_checkpoint(teacher, store).key, []).append(teacher)
-    top_k = config.objective.top_k
+    top_k = config.objective.likeliest
     logprobs = max(LEAST_LOGPROBS, top_k.k if top_k else 0)
     commands = []
     for key, served in groups.items():

@@ -75,13 +75,8 @@ def lesson(entry: Mapping[str, Any]) -> str:
         entry: An entry of a student manifest's `teachers`.
     """
     facts = [entry["teacher"], f"digest {entry['digest'][:TEACHER_DIGEST_LENGTH]}"]
-    if objective := entry.get("objective"):
-        facts.append(f"objective {objective['name'] if isinstance(objective, Mapping) else objective}")
-    if "weight" in entry:
-        facts.append(f"weight {entry['weight']:.3g}")
-    shares = {"prompt_share": "of the prompts", "loss_share": "of the loss"}
-    facts += [f"{entry[name]:.1%} {of}" for name, of in shares.items() if name in entry]
-    return ", ".join(facts)
+    facts += [f"objective {entry['objective']['type']}", f"weight {entry['weight']:.3g}"]
+    return ", ".join([*facts, f"{entry['prompt_share']:.1%} of the prompts"])
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ OUTCOME_METRICS = {f"{kind.name}/{kind.metric}" for kind in STAGES.values() if k
 SHORT = 12
 SHORTEST_KEY = 4
 # The most important settings of a stage; the rest is in the manifest.
-HIGHLIGHTS = ("max_steps", "batch_size", "prompts_per_step", "group_size", "optimizer.learning_rate", "objective.name")
+HIGHLIGHTS = ("max_steps", "batch_size", "prompts_per_step", "group_size", "optimizer.learning_rate", "objective.type")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Row:
         scores: `domain/split` -> greedy accuracy, of the evaluations in the store.
         weights: role -> weight, of the teachers that share a domain.
         config: All settings in the manifest.
-        teachers: The manifest's entries of a student's teachers by domain; empty in older manifests.
+        teachers: The manifest's entries of a student's teachers by domain; empty for other checkpoints.
     """
 
     key: str

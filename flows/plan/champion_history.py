@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -62,14 +62,8 @@ def read_history(store: Store, run: str) -> list[ChampionRecord]:
     path = champion_path(store, run)
     if not path.exists():
         return []
-    record = read_json(path)
-    if "history" in record:
-        return [ChampionRecord(**entry | {"against": tuple(entry["against"])}) for entry in record["history"]]
-    # Written before there was a history: one champion, a student by MOPD, promoted when the file was written.
-    artifact = store.find(record["student"])
-    seed = f"@{artifact.manifest.get('seed', 0)}" if artifact else ""
-    when = iso_seconds(datetime.fromtimestamp(path.stat().st_mtime, UTC))
-    return [ChampionRecord(record["student"], f"{STUDENT}{seed}", record["scores"], when, "gate", "passed the gate")]
+    entries = read_json(path)["history"]
+    return [ChampionRecord(**entry | {"against": tuple(entry["against"])}) for entry in entries]
 
 
 def champion_path(store: Store, run: str) -> Path:

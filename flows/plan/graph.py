@@ -19,6 +19,7 @@ from flows.plan.fingerprints import source_fingerprint
 from flows.plan.harness import harness_tasks
 from flows.plan.lock import read_lock
 from flows.plan.nodes import Node, StageGraph
+from flows.plan.objectives import objective_facts
 from flows.plan.programs import program_facts
 from flows.plan.shifts import shift_nodes, shift_request
 from flows.plan.templates import Templates
@@ -244,7 +245,9 @@ class _Builder:
             fields["sampler"] = self._sampler(name, config.sampler, config.temperature)
         own = schema.model_validate(fields)
         self._check_adapter(name, own, parents)
-        facts = {"config": own.key_fields()}
+        facts: dict[str, Any] = {"config": own.key_fields()}
+        if isinstance(own, DistillConfig):
+            facts |= objective_facts(own.objective)
         return self._add(f"{name}@{seed}", name, stage, seed, own.model_dump(mode="json"), facts, parents, domains)
 
     def _command(
@@ -263,17 +266,16 @@ class _Builder:
 
     def _sampler(self, name: str, own: SamplerConfig, temperature: float) -> SamplerConfig:
         """A stage's sampler, with the run's backend where it names none."""
-        backend = self.config.resources.sampler
-        if own.backend is None and backend != "transformers":
-            own = own.model_copy(update={"backend": backend})
-            if fault := temperature_fault(temperature, backend):
-                raise UserError(f"{name}: {fault} (resources.sampler: {backend})")
-        if own.ahead and own.backend != "vllm_server":
+        backend = own.backend or self.config.resources.sampler
+        if fault := temperature_fault(temperature, backend):
+            raise UserError(f"{name}: {fault} (resources.sampler: {backend})")
+        if own.ahead and backend != "vllm_server":
             raise UserError(
                 f"{name}: sampler.ahead needs servers that sample while the trainer updates; the sampler is "
-                f"{own.backend or backend}, set resources.sampler to vllm_server"
+                f"{backend}, set resources.sampler to vllm_server"
             )
-        return own
+        # None is transformers, so the default has one key.
+        return own.model_copy(update={"backend": None if backend == "transformers" else backend})
 
     def _add(
         self,

@@ -139,7 +139,7 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences of two configs; a key left out because its default is neutral counts with that default."""
+    """The differences of two configs; a key left out at its default counts with that default."""
     schema = STAGES[now["stage"]].config
     if not (isinstance(schema, type) and issubclass(schema, StrictModel)):
         return _differences(before, now)

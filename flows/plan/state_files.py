@@ -55,13 +55,6 @@ class _History(_Loose):
     history: list[_Entry]
 
 
-class _OneChampion(_Loose):
-    """The format before there was a history."""
-
-    student: str
-    scores: dict[str, str]
-
-
 class _Try(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -90,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.name == LOCK_FILE:
             _Lock.model_validate(found)
         elif path.name == CHAMPION_FILE:
-            (_History if "history" in found else _OneChampion).model_validate(found)
+            _History.model_validate(found)
         elif path.name == TRIES_FILE:
             _Tries.model_validate(found)
     except ValidationError as error:

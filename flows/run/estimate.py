@@ -94,8 +94,7 @@ def _scaled(node: str, like: Artifact, scale: float, share: float) -> Estimate:
         seconds=factor * seconds,
         tokens=int(scale * int(manifest.get("tokens", 0))),
         like=like.key,
-        # Older manifests have seconds alone.
-        device_seconds=factor * float(manifest.get("device_seconds", seconds)),
+        device_seconds=factor * float(manifest["device_seconds"]),
         joules=None if joules is None else factor * float(joules),
     )
 

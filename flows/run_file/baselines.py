@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from base.errors import UserError, nearest
+from flows.run_file.keys import mistakes
 from flows.run_file.schema import MergeConfig, RunConfig
 from stages.config.distill import DistillConfig
 from stages.config.merge import WeightMergeConfig
@@ -21,6 +22,7 @@ SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
 # Settings of the merge that mean something else for a stage that learns from others' completions.
 _NOT_SHARED = {"objective", "sampler", "health", "monitor", "teacher_backend", "updates_per_batch"}
 GROUP_SIZE = 8
+_SCHEMAS: dict[str, type[StrictModel]] = {SEQKD: DistillConfig, MIX_SFT: SFTConfig, MIX_RL: RLConfig}
 # Settings that define a baseline of this name.
 FIXED = {SEQKD: ("objective", "on_policy_fraction", "off_policy", "teacher_weights")}
 
@@ -37,6 +39,7 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
     fixed = ("method",) if name in WEIGHT_MERGES else FIXED.get(name, ())
     if key := next((key for key in fixed if key in settings), None):
         raise UserError(f"merge.baselines.{name}.{key}: fixed by the baseline's name; leave it out")
+    schema = _SCHEMAS.get(name, WeightMergeConfig)
     try:
         if name in WEIGHT_MERGES:
             weighed = WeightMergeConfig.model_validate({"method": name, **settings})
@@ -49,9 +52,7 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
             return SFTConfig.model_validate({**_shared(merge, SFTConfig), **batch, **settings})
         return RLConfig.model_validate({**_mix_rl(config, merge), **settings})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["merge.baselines", name, *map(str, first["loc"])])
-        raise UserError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(mistakes(schema, error, f"merge.baselines.{name}.")[0]) from None
 
 
 def _check_weights(config: RunConfig, name: str, own: WeightMergeConfig) -> None:
@@ -71,7 +72,7 @@ def _seqkd(merge: MergeConfig) -> dict[str, Any]:
     own.pop("teacher_weights")
     if merge.anchor:
         own["domain_weights"] = dict.fromkeys(merge.anchor.domains, merge.anchor.weight) | merge.domain_weights
-    return {**own, "objective": {"name": "imitation"}, "on_policy_fraction": 0.0, "off_policy": "teacher"}
+    return {**own, "objective": {"type": "imitation"}, "on_policy_fraction": 0.0, "off_policy": "teacher"}
 
 
 def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
@@ -81,9 +82,7 @@ def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
     template = next(experts, None)
     own: dict[str, Any] = {}
     if template is not None:
-        own = {
-            name: getattr(template, name) for name in RLConfig.model_fields if name not in ("monitor", "domain_shares")
-        }
+        own = {name: getattr(template, name) for name in RLConfig.model_fields if name != "monitor"}
     group = template.group_size if template else GROUP_SIZE
     prompts = max(len(config.practised()), round(merge.prompts_per_step * merge.group_size / group))
     same = {"max_steps", "examples", "lora", "dtype", "sharding", "max_new_tokens", "temperature", "top_p"}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from base.documents import MOST_DEPTH, DocumentError, parse_value, read_yaml, user_error
 from base.errors import UserError, nearest
@@ -16,6 +16,7 @@ from experts.domain import OWN_SUFFIX
 from experts.loading import KINDS
 from flows.run_file.addresses import password_problems
 from flows.run_file.hypotheses import hypothesis_problems
+from flows.run_file.keys import mistakes
 from flows.run_file.programs import place_programs
 from flows.run_file.schema import BASE, CHAMPION, COLD_START, STUDENT, MergeConfig, RunConfig
 from flows.run_file.variants import overlaid, variant_run
@@ -48,7 +49,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None, max_steps: int
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
+        raise UserError("\n".join(f"{path}: {line}" for line in mistakes(RunConfig, error))) from None
     problems = _dangling_names(config)
     if problems:
         raise UserError("\n".join(f"{path}: {line}" for line in problems))
@@ -123,44 +124,35 @@ def _unusable(value: Any, place: str = "") -> str | None:
 
 
 def _place_files(raw: dict[str, Any], path: Path) -> None:
-    """Resolve the files of domains and of their rows from the run file's folder, independent of the working folder."""
+    """Resolve the files of domains, of their rows and of objectives from the run file's folder."""
     domains = raw.get("domains")
     for entry in domains.values() if isinstance(domains, dict) else ():
-        if not isinstance(entry, dict):
-            continue
-        kind, options = entry.get("kind"), entry.get("options")
-        if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
-            entry["kind"] = str((path.parent / kind).resolve())
-        elif isinstance(options, dict):
-            entry["options"] = located(options, path.parent)
+        _place_domain(entry, path.parent)
     place_programs(raw, path.parent)
+    for objective in _objectives(raw.get("merge")):
+        if isinstance(file := objective.get("path"), str) and OWN_SUFFIX in file:
+            objective["path"] = str((path.parent / file).resolve())
 
 
-def schema_keys(
-    model: type[BaseModel], prefix: str = "", default_of_model: BaseModel | None = None
-) -> Iterator[tuple[str, str, str]]:
-    """Every key below a model, with its default (the enclosing model's, if that has one) and its meaning."""
-    for name, field in model.model_fields.items():
-        inner = inner_model(field.annotation)
-        named = getattr(field.annotation, "__origin__", None) is dict
-        key = f"{prefix}{name}" + (".NAME" if named and inner else "")
-        given = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-        if default_of_model is not None:
-            given = getattr(default_of_model, name)
-        required = field.is_required() and default_of_model is None
-        yield key, "required" if required else "" if given is None or inner else f"= {given}", field.description or ""
-        if inner is not None:
-            yield from schema_keys(inner, f"{key}.", given if isinstance(given, inner) else None)
+def _place_domain(entry: Any, folder: Path) -> None:
+    """Resolve the files of a domain's entry, and of the domain that it wraps."""
+    if not isinstance(entry, dict):
+        return
+    kind, options = entry.get("kind"), entry.get("options")
+    if isinstance(kind, str) and kind.endswith(OWN_SUFFIX):
+        entry["kind"] = str((folder / kind).resolve())
+    elif isinstance(options, dict):
+        entry["options"] = located(options, folder)
+        _place_domain(entry["options"], folder)
 
 
-def inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The config model behind `Model`, `Model | None` or `dict[str, Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := inner_model(argument)) is not None:
-            return found
-    return None
+def _objectives(merge: Any) -> Iterator[dict[str, Any]]:
+    """The objectives of a merge and its variants, where they are mappings."""
+    if isinstance(merge, dict):
+        variants = merge.get("variants")
+        for each in (merge, *(variants.values() if isinstance(variants, dict) else ())):
+            if isinstance(each, dict) and isinstance(each.get("objective"), dict):
+                yield each["objective"]
 
 
 def _capped(value: Any, max_steps: int) -> Any:
@@ -187,40 +179,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     node[last] = parse_value(f"override '{override:.200}'", text)
     if (fault := _unusable(node[last], key)) is not None:
         raise UserError(f"override '{override:.200}': {fault}")
-
-
-def _describe(error: ValidationError) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        key = ".".join(location) or "(top level)"
-        if problem["type"] == "extra_forbidden":
-            valid = _valid_keys(RunConfig, location[:-1])
-            lines.append(f"{key}: unknown key{nearest(location[-1], valid)}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r:.60})"
-            lines.append(f"{key}: {message}{given}")
-    return lines
-
-
-def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The keys allowed at a location, found in the models' fields."""
-    for depth, part in enumerate(location):
-        field = model.model_fields.get(part)
-        if field is None:
-            return list(model.model_fields)
-        annotation: Any = field.annotation
-        inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-        elif inner and getattr(annotation, "__origin__", None) is dict:
-            return _valid_keys(inner[0], location[depth + 2 :])
-        elif inner:
-            model = inner[0]
-        else:
-            return []
-    return list(model.model_fields)
 
 
 def name_fault(name: str) -> str | None:
@@ -281,7 +239,6 @@ class _Names:
             method, practice = expert.train.chosen if expert.train else ("", None)
             if isinstance(practice, OnPolicyConfig):
                 key = f"experts.{name}.train.{method}"
-                self.check(f"{key}.domain_shares", practice.domain_shares, [expert.domain], "domain of this expert")
                 self.budget(f"{key}.max_domain_share", practice.max_domain_share, 1)
 
     def budget(self, key: str, share: float, domains: int) -> None:
@@ -308,8 +265,7 @@ class _Names:
             self.check("merge.fallback_teacher", [merge.fallback_teacher], teachers, "expert")
         practised = [domain for domain in self.config.practised() if domain in self.domains]
         self.budget("merge.max_domain_share", merge.max_domain_share, len(practised))
-        for key, names in (("domain_weights", merge.domain_weights), ("domain_shares", merge.domain_shares)):
-            self.check(f"merge.{key}", names, practised, "domain of the merge")
+        self.check("merge.domain_weights", merge.domain_weights, practised, "domain of the merge")
 
 
 def _dangling_names(config: RunConfig) -> list[str]:

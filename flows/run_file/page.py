@@ -8,24 +8,25 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from evals.tables.markdown import code, plain
+from evals.tables.markdown import code
 from experts.data.rows import RowOptions
 from experts.loading import KINDS
 from flows.run_file.baselines import FIXED, MIX_RL, MIX_SFT, SEQKD, WEIGHT_MERGES
-from flows.run_file.load import inner_model
+from flows.run_file.keys import inner_models, type_of
+from flows.run_file.page_words import in_yaml, listed, plain_type, prose, size_of
 from flows.run_file.schema import BaselinesConfig, DomainConfig, MergeConfig, RunConfig
 from flows.run_file.variants import BESIDE
 from stages.config.distill import DistillConfig
 from stages.config.merge import WeightMergeConfig
+from stages.config.objective import Objective, Restrictable, TargetObjective
 from stages.config.on_policy import OnPolicyConfig, RLConfig
 from stages.config.training import SFTConfig, TrainConfig
 
@@ -37,6 +38,9 @@ SHARED: dict[Model, str] = {
     TrainConfig: "All training stages",
     RowOptions: "Rows of a data set",
     OnPolicyConfig: "All on-policy stages",
+    Objective: "All objectives",
+    TargetObjective: "Objectives with a target",
+    Restrictable: "Objectives with a top-k form",
 }
 INTRO = """# The run file
 
@@ -89,7 +93,8 @@ class _Page:
     def __init__(self) -> None:
         self.places: dict[Model, list[str]] = {}
         for model, place in _walk(RunConfig, ""):
-            self.places.setdefault(model, []).append(place)
+            places = self.places.setdefault(model, [])
+            places += [] if place in places else [place]
 
     @cached_property
     def sections(self) -> list[_Section]:
@@ -97,8 +102,8 @@ class _Page:
         alone = [model for model, places in self.places.items() if len(places) == 1]
         order = [*alone]
         for base in SHARED:
-            inner = (inner_model(field.annotation) for field in base.model_fields.values())
-            order += [base, *(model for model in inner if model is not None and model not in order)]
+            inner = [model for field in base.model_fields.values() for model in inner_models(field.annotation)]
+            order += [base, *(model for model in inner if model not in order)]
         order += [model for model in self.places if model not in order]
         return [_Section(model, self._heading(model), tuple(self.places.get(model, ()))) for model in order]
 
@@ -106,9 +111,9 @@ class _Page:
         if model in SHARED:
             return SHARED[model]
         places = self.places[model]
-        place, _, kind = places[0].partition(" ")
         if len(places) > 1:
-            return f"`{place.rpartition('.')[2]}`"
+            return f"`{places[0].rpartition('.')[2]}`"
+        place, _, kind = places[0].partition(" ")
         return " ".join(filter(None, (f"`{place}`" if place else "Top level", kind)))
 
     @cached_property
@@ -147,17 +152,17 @@ class _Page:
     def _block(self, section: _Section) -> str:
         """A section: description, places of use, links to inherited keys, and the table."""
         model = section.model
-        parts = [f"## {section.heading}", _prose(inspect.getdoc(model) or "")]
+        parts = [f"## {section.heading}", prose(inspect.getdoc(model) or "")]
         if model not in self.places:
             heirs = [heir for heir in self.sections if heir.places and issubclass(heir.model, model)]
-            parts.append(f"These are keys of {_listed([heir.link for heir in heirs], 'and')}.")
+            parts.append(f"These are keys of {listed([heir.link for heir in heirs], 'and')}.")
         elif len(section.places) > 1:
-            parts.append(f"It is used at {_listed([self._place(place) for place in section.places], 'and')}.")
+            parts.append(f"It is used at {listed([self._place(place) for place in section.places], 'and')}.")
         if above := self.above(model):
-            others = f"The keys of {_listed([other.link for other in above], 'and')} belong here too."
+            others = f"The keys of {listed([other.link for other in above], 'and')} belong here too."
             theirs = {key for other in above for key in self.keys(other.model)}
             replaced = [code(key) for key in self.keys(model) if key in theirs]
-            parts.append(others + (f" This table replaces their {_listed(replaced, 'and')}." if replaced else ""))
+            parts.append(others + (f" This table replaces their {listed(replaced, 'and')}." if replaced else ""))
         properties = model.model_json_schema()["properties"]
         rows = (self._row(model, name, properties[name]) for name in self.keys(model))
         parts.append("\n".join([TABLE_HEAD, *rows]))
@@ -176,24 +181,29 @@ class _Page:
         elif field.is_required():
             default = "required"
         else:
-            default = code(_yaml(field.get_default(call_default_factory=True, validated_data={})))
+            default = code(in_yaml(field.get_default(call_default_factory=True, validated_data={})))
         type_text = self._untyped(model, name) or self._type(schema, name)
-        return f"| {code(name)} | {type_text} | {default} | {_prose(field.description or '')} |"
+        return f"| {code(name)} | {type_text} | {default} | {prose(field.description or '')} |"
 
     def _untyped(self, model: Model, name: str) -> str:
         """The type of a key whose content the schema leaves to others; empty for all other keys."""
         merge = self.by_model[MergeConfig].link
         if (model, name) == (DomainConfig, "options"):
             kinds = [self.by_model[options].linked(code(kind)) for kind, options in _kinds().items()]
-            return f"map: keys of the kind {_listed(kinds, 'or')}"
+            return f"map: keys of the kind {listed(kinds, 'or')}"
         if (model, name) == (MergeConfig, "variants"):
-            return f"map of name → keys of {merge} without {_listed([code(key) for key in sorted(BESIDE)], 'and')}"
+            return f"map of name → keys of {merge} without {listed([code(key) for key in sorted(BESIDE)], 'and')}"
+        if name == "objective":
+            types = inner_models(model.model_fields[name].annotation)
+            return (
+                f"text, or keys of the type {listed([self.by_model[t].linked(code(type_of(t))) for t in types], 'or')}"
+            )
         if model is not BaselinesConfig:
             return ""
         if name == SEQKD:
             taken = DistillConfig.model_fields.keys() - set(FIXED[SEQKD])
             others = [code(key) for key in MergeConfig.model_fields if key not in taken]
-            return f"`null` or keys of {merge} without {_listed(others, 'and')}"
+            return f"`null` or keys of {merge} without {listed(others, 'and')}"
         schemas: dict[str, Model] = {MIX_SFT: SFTConfig, MIX_RL: RLConfig}
         return f"`null` or keys of {self.by_model[schemas.get(name, WeightMergeConfig)].link}"
 
@@ -205,18 +215,18 @@ class _Page:
         if "anyOf" in schema:
             # The short ones first: "list of 2, each text or `null`" would be ambiguous.
             choices = sorted(schema["anyOf"], key=lambda choice: (choice.get("type") != "null", "const" not in choice))
-            return _listed([self._type(choice, name) for choice in choices], "or")
+            return listed([self._type(choice, name) for choice in choices], "or")
         if schema.get("type") == "array":
             return self._list(schema, name)
         if schema.get("type") == "object":
             size = " of at least one" if schema.get("minProperties") else " of"
             inner = schema.get("additionalProperties")
             return f"map{size} name → {self._type(inner, name) if isinstance(inner, Mapping) else 'any value'}"
-        return _plain_type(schema, name)
+        return plain_type(schema, name)
 
     def _list(self, schema: Mapping[str, Any], name: str) -> str:
         items = schema["prefixItems"][0] if "prefixItems" in schema else schema["items"]
-        size, each = _size(schema, "Items"), self._type(items, name)
+        size, each = size_of(schema, "Items"), self._type(items, name)
         if each != "text":
             return f"list{size}, each {each}"
         return f"list{size} text{'' if size.endswith(' 1') else 's'}" if size else "list of text"
@@ -227,7 +237,8 @@ def _walk(model: Model, place: str) -> Iterator[tuple[Model, str]]:
     yield model, place
     for name, field in model.model_fields.items():
         for inner, key in _inner(model, name, field):
-            yield from _walk(inner, f"{place}.{key}" if place and inner not in _placed() else key)
+            # The type or kind after a space is no part of the key.
+            yield from _walk(inner, f"{place.partition(' ')[0]}.{key}" if place and inner not in _placed() else key)
 
 
 def _inner(model: Model, name: str, field: FieldInfo) -> Iterator[tuple[Model, str]]:
@@ -236,8 +247,10 @@ def _inner(model: Model, name: str, field: FieldInfo) -> Iterator[tuple[Model, s
         yield from ((options, f"{OPTIONS} (kind: {kind})") for kind, options in _kinds().items())
     elif (model, name) == (BaselinesConfig, WEIGHT_MERGES[0]):
         yield WeightMergeConfig, WEIGHT_MERGE
-    elif (inner := inner_model(field.annotation)) is not None:
-        yield inner, f"{name}.NAME" if getattr(field.annotation, "__origin__", None) is dict else name
+    elif len(inner := inner_models(field.annotation)) > 1:
+        yield from ((each, f"{name} (type: {type_of(each)})") for each in inner)
+    elif inner:
+        yield inner[0], f"{name}.NAME" if getattr(field.annotation, "__origin__", None) is dict else name
 
 
 def _placed() -> set[Model]:
@@ -255,89 +268,6 @@ def _origin(model: Model, name: str) -> type | None:
     if name not in model.model_fields:
         return None
     return next(one for one in model.__mro__ if name in inspect.get_annotations(one))
-
-
-def _plain_type(schema: Mapping[str, Any], name: str) -> str:
-    """A type that holds no other one."""
-    if "const" in schema:
-        return code(_yaml(schema["const"]))
-    if "enum" in schema:
-        return f"one of {', '.join(code(choice) for choice in schema['enum'])}"
-    match schema.get("type"):
-        case "string":
-            return _text(schema)
-        case "integer" | "number":
-            return _number(schema, name)
-        case other:
-            return {"boolean": "`true` or `false`", "null": "`null`"}.get(str(other), "any value")
-
-
-def _number(schema: Mapping[str, Any], name: str) -> str:
-    """A number with its bounds; those of an integer include their ends."""
-    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    noun = "share" if (low, high) == (0, 1) or name.endswith("share") else "number"
-    if schema["type"] == "integer":
-        noun = "integer"
-        low, above = low if above is None else above + 1, None
-        high, below = high if below is None else below - 1, None
-    if low is not None and high is not None:
-        return f"{noun} {_figure(low)} to {_figure(high)}"
-    ends = {"≥": low, ">": above, "≤": high, "<": below}
-    bounds = " and ".join(f"{sign} {_figure(end)}" for sign, end in ends.items() if end is not None)
-    return f"{noun} {bounds}" if bounds else noun
-
-
-def _figure(value: float) -> str:
-    """A bound without an exponent; commas group the digits of a large one."""
-    return f"{value:,.6f}".rstrip("0").rstrip(".")
-
-
-def _text(schema: Mapping[str, Any]) -> str:
-    size, pattern = _size(schema, "Length"), schema.get("pattern")
-    unit = "" if not size else " character" if size.endswith(" 1") else " characters"
-    return f"text{size}{unit}" + (f" that matches {code(pattern)}" if pattern else "")
-
-
-def _size(schema: Mapping[str, Any], what: str) -> str:
-    """How many items or characters there are, such as ` of 1 to 100`; empty where any number will do."""
-    match schema.get(f"min{what}"), schema.get(f"max{what}"):
-        case None, None:
-            return ""
-        case low, None:
-            return f" of at least {low}"
-        case None, high:
-            return f" of at most {high}"
-        case low, high:
-            return f" of {low}" if low == high else f" of {low} to {high}"
-
-
-def _yaml(value: Any) -> str:
-    """A default in YAML, on one line; for a model, the keys that differ from the model's own defaults."""
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        given = {name: getattr(value, name) for name in fields}
-        value = {
-            name: each
-            for name, each in given.items()
-            if each != fields[name].get_default(call_default_factory=True, validated_data={})
-        }
-    dumped = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10**6)
-    return dumped.removesuffix("...\n").strip()
-
-
-def _listed(words: Sequence[str], last: str) -> str:
-    """Words as a sentence lists them."""
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
-def _prose(text: str) -> str:
-    """The first paragraph of a text; the text between backticks is code."""
-    pieces = re.split(r"`([^`]*)`", " ".join(text.partition("\n\n")[0].split()))
-    # `plain` would take the spaces beside code away.
-    marked = (re.sub(r"\S+", lambda word: plain(word[0]), piece) for piece in pieces[::2])
-    quoted = [*map(code, pieces[1::2]), ""]
-    return "".join(before + inside for before, inside in zip(marked, quoted, strict=True))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from base.errors import UserError
+from flows.run_file.keys import mistakes
 from flows.run_file.schema import MergeConfig, RunConfig
 
 # Keys of the merge that a variant may not have.
@@ -34,9 +35,7 @@ def variant_run(config: RunConfig, name: str) -> RunConfig:
         routes = {"teachers": changes["teachers"]} if "teachers" in changes else {}
         variant = MergeConfig.model_validate({**overlaid(own, changes), **routes})
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(["merge.variants", name, *map(str, problem["loc"])])
-        raise UserError(f"{key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(mistakes(MergeConfig, error, f"merge.variants.{name}.")[0]) from None
     return config.model_copy(update={"merge": variant})
 
 
@@ -46,7 +45,13 @@ def _plain(value: Any) -> Any:
 
 
 def overlaid(below: Any, above: Any) -> Any:
-    """One config merged over another: mappings key by key, other values as a whole."""
+    """One config merged over another: mappings key by key, other values as a whole.
+
+    A mapping of another `type` replaces the one below, since each type of objective has its own options.
+    """
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    types = [each["type"] for each in (below, above) if isinstance(each.get("type"), str)]
+    if len(set(types)) > 1:
         return above
     return {**below, **{key: overlaid(below[key], value) if key in below else value for key, value in above.items()}}

@@ -195,7 +195,7 @@ merge:
   max_steps: {steps}
   prompts_per_step: {prompts}
   max_new_tokens: {longest}
-{lora}  objective: {{name: reverse_kl}}
+{lora}  objective: {{type: reverse_kl}}
   anchor: {{domains: [{general}]}}    # taught by the start itself, so that it is kept
   optimizer: {{learning_rate: {rate}, warmup_steps: 5}}"""
 

@@ -5,14 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.config.training import (
-    NEUTRAL_DEFAULT,
     NOT_IN_KEY,
     STOP,
     NewTokens,
     OptimizerConfig,
     Positive,
     Rows,
-    Share,
     StopList,
     StrictModel,
     Temperature,
@@ -51,18 +49,6 @@ class HealthConfig(StrictModel):
     )
     min_improvement: float = Field(0.01, gt=0, description="Relative change that counts as an improvement.")
     window: Positive = Field(10, description="Steps over which a signal is averaged.")
-    min_entropy: Share = Field(
-        0.1, description="Alarm when a domain's token entropy falls below this share of that of its first window."
-    )
-    max_length_growth: float = Field(
-        2.0, gt=1, description="Alarm when a domain's mean length grows to this multiple of that of its first window."
-    )
-    max_compression: float = Field(
-        5.0,
-        gt=1,
-        description="Alarm when a domain's completions shrink by more than this factor under zlib: they repeat "
-        "themselves.",
-    )
     max_mismatch: float = Field(
         0.1,
         gt=0,
@@ -74,9 +60,7 @@ class HealthConfig(StrictModel):
     def key_fields(self) -> dict[str, Any]:
         """The fields that decide the result: only those that can end the stage."""
         values = super().key_fields()
-        idle = (
-            [] if self.on_alarm == "stop" else ["min_entropy", "max_length_growth", "max_compression", "max_mismatch"]
-        )
+        idle = [] if self.on_alarm == "stop" else ["max_mismatch"]
         if self.patience is None:
             idle += ["min_improvement", *(["window"] if self.on_alarm == "warn" else [])]
         return {name: value for name, value in values.items() if name not in idle}
@@ -107,7 +91,6 @@ class SamplerConfig(StrictModel):
         False,
         description="vllm_server: sample the next batch while the current one is trained on, with weights one batch "
         "old; losses with an importance weight correct for it.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     max_staleness: int = Field(
         1,
@@ -115,7 +98,6 @@ class SamplerConfig(StrictModel):
         le=10**6,
         description="Batches of updates by which the student may be newer than the weights that drew a completion; an "
         "older group is dropped and counted.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     timeout_seconds: float = Field(
         600,
@@ -141,15 +123,6 @@ class SamplerConfig(StrictModel):
         return self
 
 
-class RewardNoiseConfig(StrictModel):
-    """Errors of a judge. The logged `reward` stays the true one; training uses `reward_seen`."""
-
-    flip: Share = Field(0.0, description="Probability that a completion's reward r becomes 1 - r.")
-    length_bias: float = Field(
-        0.0, ge=-10, le=10, description="Added to a completion of max_new_tokens, and in proportion to a shorter one."
-    )
-
-
 class OnPolicyConfig(TrainConfig):
     """The one on-policy loop: sample with the student, score the samples, update."""
 
@@ -160,35 +133,22 @@ class OnPolicyConfig(TrainConfig):
     max_new_tokens: NewTokens = Field(64, description="Longest completion; a longer one is cut and has no EOS.")
     temperature: Temperature = Field(1.0, description="Sampling temperature; the loss uses the same.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus sampling threshold.")
-    stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
+    stop: StopList = Field((), description=STOP)
     updates_per_batch: Annotated[int, Field(gt=0, le=10_000)] = Field(
         1, description="Optimizer updates made on each batch of rollouts."
     )
     sampler: SamplerConfig = Field(
         default_factory=SamplerConfig,
         description="How the completions are sampled.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     loss_normalisation: Literal["token", "sequence", "domain"] = Field(
         "token",
         description="Mean over all tokens; the mean over sequences of each one's own mean; or the mean over domains "
         "of each one's token mean, so that a domain of long answers does not dominate the gradient.",
     )
-    domain_shares: dict[str, Ratio] = Field(
-        default_factory=dict,
-        description="loss_normalisation domain: a domain's share of the loss, relative to 1.",
-        json_schema_extra=NEUTRAL_DEFAULT,
-    )
     max_domain_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Budget: no domain has more than this share of the loss; the excess goes to the others.",
-        json_schema_extra=NEUTRAL_DEFAULT,
-    )
-    reward_noise: RewardNoiseConfig = Field(
-        default_factory=RewardNoiseConfig,
-        description="For studies of noisy judges: errors added to the reward used in training. Evaluation and the "
-        "logged reward stay true.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     preflight_tolerance: float = Field(
         0.0,
@@ -200,7 +160,6 @@ class OnPolicyConfig(TrainConfig):
     health: HealthConfig = Field(
         default_factory=HealthConfig,
         description="Early stop and alarms.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     monitor: MonitorConfig | None = Field(
         None, description="Measure the student during training.", json_schema_extra=NOT_IN_KEY
@@ -210,12 +169,6 @@ class OnPolicyConfig(TrainConfig):
     def _temperature_is_sampled(self) -> Self:
         if fault := temperature_fault(self.temperature, self.sampler.backend):
             raise ValueError(fault)
-        return self
-
-    @model_validator(mode="after")
-    def _shares_are_of_domains(self) -> Self:
-        if self.domain_shares and self.loss_normalisation != "domain":
-            raise ValueError("domain_shares belongs to loss_normalisation: domain")
         return self
 
 
@@ -231,7 +184,6 @@ class RLConfig(OnPolicyConfig):
     reference_kl: Weight = Field(
         0.0,
         description="Weight of the reverse KL against the start checkpoint, exact over the vocabulary: the KL penalty.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-4), description="Optimizer and schedule."

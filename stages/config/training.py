@@ -1,9 +1,9 @@
 """The stages' configs, as a run file contains them, with defaults. Free of torch. The configs of the on-policy stages
 are in `stages.config.on_policy` and `stages.config.distill`.
 
-A field marked `not_in_key` changes how a stage runs, never its result, and is left out of the content key. A field
-marked `neutral_default` was added after checkpoints had been made without it: its default has the same effect as its
-absence and is left out of the key, so that a new option makes no finished stage run again.
+A field marked `not_in_key` changes how a stage runs, never its result, and is left out of the content key. A field at
+its default is left out too, so a new option makes no finished stage run again. A changed default raises the stage's
+version in `stages.config.kinds`.
 """
 
 import re
@@ -24,7 +24,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
 StopList = tuple[Annotated[str, Field(min_length=1, max_length=100)], ...]
 STOP = "Texts that end a completion, besides the model's end tokens: a few-shot prompt's next question; not scored."
-NEUTRAL_DEFAULT: dict[str, Any] = {"neutral_default": True}
 
 
 def each_once(value: Any) -> Any:
@@ -77,16 +76,14 @@ class StrictModel(BaseModel):
         return value
 
     def key_fields(self) -> dict[str, Any]:
-        """The fields that decide the result, as JSON-serialisable values."""
-        values = self.model_dump(mode="json")
+        """The fields that decide the result and differ from their defaults, as JSON-serialisable values."""
+        dumped, values = self.model_dump(mode="json"), {}
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            value = _key_value(getattr(self, name))
             default = field.get_default(call_default_factory=True, validated_data={})
-            at_default = _key_value(getattr(self, name)) == _key_value(default)
-            if extra.get("not_in_key") or (extra.get("neutral_default") and at_default):
-                del values[name]
-            elif isinstance(nested := getattr(self, name), StrictModel):
-                values[name] = nested.key_fields()
+            if not extra.get("not_in_key") and (field.is_required() or value != _key_value(default)):
+                values[name] = value if isinstance(value, dict) else dumped[name]
         return values
 
 
@@ -170,13 +167,11 @@ class TrainConfig(StrictModel):
         None,
         description="Longest prompt, in tokens; the model's context less max_new_tokens (SFT: less the answer) when "
         "absent.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     longer_prompts: Literal["refuse", "drop", "truncate"] = Field(
         "refuse",
         description="Treatment of longer prompts: an error that counts them; left out; or their longest message cut at "
         "its beginning. The journal counts them.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     save_every: Positive = Field(25, description="Steps between saved states.", json_schema_extra=NOT_IN_KEY)
     sharding: Literal["none", "fsdp"] = Field(
@@ -218,9 +213,7 @@ class PretrainConfig(TrainConfig):
     domains: AllOrNames = Field("all", description="Domains in the corpus.")
     max_steps: Steps = Field(450, description="Optimizer steps.")
     batch_tokens: StepTokens = Field(2048, description="Tokens of one step.")
-    prompt_weight: Share = Field(0.2, description="Loss weight of prompt tokens.")
     lora: None = Field(None, description="A model from scratch has no base for adapters.")
-    wrong_answers: Share = Field(0.05, description="Share of documents that end in another example's answer.")
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=6e-3, schedule="cosine", warmup_steps=20),
         description="Optimizer and schedule.",
@@ -246,7 +239,6 @@ class SFTConfig(TrainConfig):
         description="Leave tokens out of the loss that are improbable under the model in training while it is "
         "confident of others; they drive forgetting. The loss is the mean over the remaining tokens. No token is left "
         "out when absent.",
-        json_schema_extra=NEUTRAL_DEFAULT,
     )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
@@ -261,6 +253,6 @@ class EvaluationConfig(StrictModel):
     samples: int = Field(4, ge=0, le=10_000, description="Sampled completions per example, besides the greedy one.")
     temperature: Temperature = Field(1.0, description="Temperature of the sampled completions.")
     top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
-    stop: StopList = Field((), description=STOP, json_schema_extra=NEUTRAL_DEFAULT)
+    stop: StopList = Field((), description=STOP)
     max_new_tokens: NewTokens = Field(64, description="Longest completion.")
     batch_size: Rows = Field(256, description="Sequences sampled together; decides which random numbers each gets.")

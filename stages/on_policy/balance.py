@@ -25,7 +25,7 @@ def loss_weights(
     Args:
         domains: Domain of each row of this process.
         lengths: Completion tokens of each row.
-        config: Normalisation, shares and budget.
+        config: Normalisation and budget.
         learner: Sums over processes.
         names: All domains of the stage, in one order on every process.
 
@@ -37,10 +37,7 @@ def loss_weights(
     for domain, length in zip(domains, lengths, strict=True):
         own[domain] += 1.0 if by_sequence else float(length)
     mass = {name: total for name in names if (total := learner.global_sum(own[name])) > 0}
-    if config.loss_normalisation == "domain":
-        wanted = {name: config.domain_shares.get(name, 1.0) for name in mass}
-    else:
-        wanted = mass
+    wanted = dict.fromkeys(mass, 1.0) if config.loss_normalisation == "domain" else mass
     shares = capped_shares(wanted, config.max_domain_share)
     factors = {name: shares[name] / mass[name] for name in mass}
     weights = [

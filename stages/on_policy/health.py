@@ -17,6 +17,11 @@ from stages.config.on_policy import HealthConfig
 
 # Below this the zlib header and the cold dictionary decide the ratio, not the text.
 COMPRESSIBLE_BYTES = 200
+# Shares and factors that stand clear of the swings of a healthy run: entropy below this share of its first window's,
+# length above this multiple of its first window's, text that zlib shrinks by more than this factor.
+MIN_ENTROPY = 0.1
+MAX_LENGTH_GROWTH = 2.0
+MAX_COMPRESSION = 5.0
 # A domain whose entropy (nats per token) is this low from the start has no diversity to lose.
 DETERMINISTIC_ENTROPY = 0.02
 # Improvements are relative to the best value, and to this constant when the best is near 0: noise around 0 is no
@@ -146,27 +151,24 @@ class Health:
         config = self.config
         for domain, mean in self._smoothed("entropy", vitals.entropy):
             first = self._baseline("entropy", domain, mean)
-            limit = config.min_entropy * first
+            limit = MIN_ENTROPY * first
             if self._begins(f"entropy/{domain}", first >= DETERMINISTIC_ENTROPY and mean < limit):
                 yield (
                     f"{domain}: entropy {mean:.3g} nats a token is below {limit:.3g} "
-                    f"({config.min_entropy:g} of the first {first:.3g})"
+                    f"({MIN_ENTROPY:g} of the first {first:.3g})"
                 )
         for domain, mean in self._smoothed("length", vitals.length):
             # Completions that consist of EOS alone have no length to multiply.
             first = max(self._baseline("length", domain, mean), 1.0)
-            limit = config.max_length_growth * first
+            limit = MAX_LENGTH_GROWTH * first
             if self._begins(f"length/{domain}", mean > limit):
                 yield (
                     f"{domain}: length {mean:.4g} tokens is above {limit:.4g} "
-                    f"({config.max_length_growth:g} times the first {first:.4g})"
+                    f"({MAX_LENGTH_GROWTH:g} times the first {first:.4g})"
                 )
         for domain, mean in self._smoothed("compression", vitals.compression):
-            if self._begins(f"compression/{domain}", mean > config.max_compression):
-                yield (
-                    f"{domain}: compression {mean:.3g} is above {config.max_compression:g}: "
-                    f"completions repeat themselves"
-                )
+            if self._begins(f"compression/{domain}", mean > MAX_COMPRESSION):
+                yield (f"{domain}: compression {mean:.3g} is above {MAX_COMPRESSION:g}: completions repeat themselves")
         for domain, gap in vitals.mismatch.items():
             # NaN must raise the alarm too: it is not below the limit.
             if self._begins(f"mismatch/{domain}", not gap <= config.max_mismatch):

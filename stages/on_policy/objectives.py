@@ -16,7 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig
+from stages.config.objective import (
+    JSD,
+    EntropyAware,
+    ForwardKL,
+    Imitation,
+    Objective,
+    ObjectiveConfig,
+    PythonObjective,
+    ReverseKL,
+    SampledReverseKL,
+    TargetObjective,
+)
 from stages.config.on_policy import HISTOGRAM
 from stages.learner.training import Learner
 from stages.losses.chunked import TokenLoss
@@ -30,10 +42,10 @@ from stages.losses.log_probabilities import (
     sampled_advantages,
     token_logprobs,
 )
+from stages.on_policy.own_objective import OwnObjective, load_objective
 from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import Signals
 
-SAMPLED, IMITATION = "sampled_reverse_kl", "imitation"
 # The overlap of the student's and the teacher's likeliest tokens is measured in the first step, then every so many.
 DIAGNOSE_EVERY = 25
 DIAGNOSE_TOP = 8
@@ -43,23 +55,27 @@ ADVANTAGE_EDGES = (-5.0, -1.0, -0.1, 0.1, 1.0, 5.0)
 def distillation_objective(config: DistillConfig, learner: Learner) -> Callable[..., TokenLoss]:
     """The config's objective, as the `Objective` of `stages.on_policy.loop`."""
 
+    own = load_objective(config.objective) if isinstance(config.objective, PythonObjective) else None
+
     def objective(rollout: Rollout, signals: Signals, rows: Sequence[int]) -> TokenLoss:
         """The loss of some rows' completion tokens."""
-        return _RowsLoss.of(config, rollout, signals, rows, learner.device)
+        return _RowsLoss.of(config, rollout, signals, rows, learner.device, own)
 
     return objective
 
 
-def needs_reference(objective: ObjectiveConfig) -> bool:
+def needs_reference(objective: Objective) -> bool:
     """Whether the reference policy has to score the rollouts."""
-    return objective.extrapolation != 1.0 or objective.reference_kl > 0
+    return objective.extrapolates or objective.reference_kl > 0
 
 
 def needs_trainer_logprobs(config: DistillConfig) -> bool:
     """Whether a correction compares the sampler with the trainer before any update; a plain ratio needs only the
     update's own forward pass."""
     objective = config.objective
-    corrects = objective.name == SAMPLED or objective.outcome_weight > 0
+    if not isinstance(objective, TargetObjective):
+        return False
+    corrects = isinstance(objective, SampledReverseKL) or objective.rewarded
     before_any_update = objective.importance == "mask" and config.updates_per_batch > 1
     return corrects and (before_any_update or objective.importance_level == "sequence")
 
@@ -78,6 +94,7 @@ class _RowsLoss:
         per_teacher: Each teacher's own logits by name, if a row has several teachers; for diagnostics.
         exact: Whether the teacher's whole distribution is available.
         diagnoses: Whether to measure the agreement of student and teachers.
+        own: The function of a user's file, for the type `python`.
     """
 
     config: DistillConfig
@@ -91,6 +108,7 @@ class _RowsLoss:
     per_teacher: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]]
     exact: bool
     diagnoses: bool
+    own: OwnObjective | None
 
     @classmethod
     def of(
@@ -100,6 +118,7 @@ class _RowsLoss:
         signals: Signals,
         rows: Sequence[int],
         device: torch.device,
+        own: OwnObjective | None,
     ) -> "_RowsLoss":
         """Concatenate the rows' tensors."""
         assert signals.teachers is not None
@@ -110,7 +129,7 @@ class _RowsLoss:
             parts = [signals.trainer_logprobs[i] for i in rows]
             trainer_N = torch.cat(parts).to(device)
             mismatch_N = trainer_N - torch.where(sampler_N.isnan(), trainer_N, sampler_N)
-            if config.objective.importance_level == "sequence":
+            if isinstance(config.objective, TargetObjective) and config.objective.importance_level == "sequence":
                 by_row = mismatch_N.split([len(part_N) for part_N in parts])
                 mismatch_N = torch.cat([part_N.mean().expand_as(part_N) for part_N in by_row])
         return cls(
@@ -125,6 +144,7 @@ class _RowsLoss:
             per_teacher=signals.teachers.per_teacher_logits(rows) if diagnoses else {},
             exact=signals.teachers.exact,
             diagnoses=diagnoses,
+            own=own,
         )
 
     def __call__(self, logits_CV: Tensor, part: slice) -> Losses:
@@ -133,7 +153,7 @@ class _RowsLoss:
         logits_CV = _tempered(logits_CV, temperature)
         teacher_CV = _tempered(self.teacher(part), temperature)
         reference_CV = _tempered(self.reference(part), temperature) if self.reference else None
-        loss = self._sampled if objective.name == SAMPLED else self._divergence
+        loss = self._sampled if isinstance(objective, SampledReverseKL) else self._divergence
         losses_C, metrics = loss(logits_CV, teacher_CV, reference_CV, part)
         if self.diagnoses:
             with torch.no_grad():
@@ -148,8 +168,10 @@ class _RowsLoss:
         objective = self.config.objective
         target_CV = _target(teacher_CV, reference_CV, objective)
         metrics: dict[str, Tensor] = {}
-        if objective.name == IMITATION:
+        if isinstance(objective, Imitation):
             losses_C = -token_logprobs(logits_CV, self.tokens_N[part])
+        elif self.own is not None:
+            losses_C = self.own(logits_CV, target_CV, self.tokens_N[part])
         else:
             losses_C, metrics = divergence(objective, logits_CV, target_CV)
         if "reverse_kl" not in metrics:
@@ -170,6 +192,7 @@ class _RowsLoss:
     def _sampled(self, logits_CV: Tensor, teacher_CV: Tensor, reference_CV: Tensor | None, part: slice) -> Losses:
         """The sampled token's log-ratio as an advantage, plus the outcome's, less the reference's."""
         objective, tokens_C = self.config.objective, self.tokens_N[part]
+        assert isinstance(objective, SampledReverseKL)
         logprobs_C, teacher_C = token_logprobs(logits_CV, tokens_C), token_logprobs(teacher_CV, tokens_C)
         reference_C = None if reference_CV is None else token_logprobs(reference_CV, tokens_C)
         target_C = _target(teacher_C, reference_C, objective)
@@ -201,6 +224,7 @@ class _RowsLoss:
 
     def _importance(self, logprobs_C: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         objective, policy_C = self.config.objective, logprobs_C.detach()
+        assert isinstance(objective, TargetObjective)
         if self.trainer_N is None or self.mismatch_N is None:
             sampler_C = self.sampler_N[part]
             staleness_C = torch.zeros_like(policy_C)
@@ -235,24 +259,26 @@ class _RowsLoss:
 
 def divergence(objective: ObjectiveConfig, logits_CV: Tensor, target_CV: Tensor) -> Losses:
     """The objective's divergence of the student from the target."""
-    if objective.top_k is not None:
+    if isinstance(objective, ReverseKL | ForwardKL | JSD) and objective.top_k is not None:
         indices_CK, valid_CK = support(logits_CV, target_CV, objective.top_k.k, objective.top_k.support)
         target_CK = target_CV.log_softmax(-1).gather(1, indices_CK)
+        # Only the JSD reads beta.
+        beta = objective.beta if isinstance(objective, JSD) else 0.5
         return top_k_divergence(
-            logits_CV, target_CK, indices_CK, valid_CK, objective.name, objective.top_k.remainder, objective.beta
+            logits_CV, target_CK, indices_CK, valid_CK, objective.type, objective.top_k.remainder, beta
         )
-    if objective.name == "forward_kl":
+    if isinstance(objective, ForwardKL):
         return forward_kl(logits_CV, target_CV)
-    if objective.name == "jsd":
+    if isinstance(objective, JSD):
         return jsd(logits_CV, target_CV, objective.beta)
-    if objective.name == "entropy_aware":
+    if isinstance(objective, EntropyAware):
         return entropy_aware(logits_CV, target_CV, objective.entropy_threshold)
     return reverse_kl(logits_CV, target_CV)
 
 
-def _target(teacher: Tensor, reference: Tensor | None, objective: ObjectiveConfig) -> Tensor:
+def _target(teacher: Tensor, reference: Tensor | None, objective: Objective) -> Tensor:
     """The target of the student: the teacher, or its extrapolation away from the reference."""
-    if objective.extrapolation == 1.0:
+    if not isinstance(objective, TargetObjective) or not objective.extrapolates:
         return teacher
     assert reference is not None
     return extrapolate(teacher, reference, objective.extrapolation)

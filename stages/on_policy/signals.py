@@ -19,7 +19,6 @@ from stages.losses.chunked import chunk_length
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.linear import matmul_t
 from stages.model.policy import HiddenStates
-from stages.on_policy.noise import RewardNoise
 from stages.on_policy.rollout import Rollout, verifiable_rewards
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.scoring import REFERENCE, Scores, TeacherPool
@@ -73,7 +72,6 @@ class RewardSignal:
         domains: Scorers by domain.
         normalise_by_std: Divide by the group's standard deviation.
         weight: Factor of the advantages (alpha when combined with a teacher).
-        noise: Errors of the reward from which the advantages are computed; none when absent.
     """
 
     def __init__(
@@ -81,21 +79,19 @@ class RewardSignal:
         domains: Mapping[str, Domain],
         normalise_by_std: bool = True,
         weight: float = 1.0,
-        noise: RewardNoise | None = None,
     ) -> None:
         self.domains = domains
         self.normalise_by_std = normalise_by_std
         self.weight = weight
-        self.noise = noise
 
     def score(self, rollout: Rollout, rows: Sequence[Row]) -> Signals:
         """Score every completion."""
         del rows
-        seen, values = _rewards(rollout, self.domains, self.noise)
-        rewards_PG = torch.tensor(seen).view(len(seen) // rollout.group_size, rollout.group_size)
+        rewards = verifiable_rewards(rollout, self.domains)
+        rewards_PG = torch.tensor(rewards).view(len(rewards) // rollout.group_size, rollout.group_size)
         advantages = (self.weight * group_advantages(rewards_PG, self.normalise_by_std)).flatten().tolist()
         facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
-        return Signals(advantages=advantages, values=values, facts=facts)
+        return Signals(advantages=advantages, values={"reward": rewards}, facts=facts)
 
 
 class SuccessSignal:
@@ -104,33 +100,19 @@ class SuccessSignal:
     Args:
         domains: Scorers by domain.
         pass_score: Least score that passes.
-        noise: Errors of the score that is compared with `pass_score`; none when absent.
     """
 
-    def __init__(self, domains: Mapping[str, Domain], pass_score: float, noise: RewardNoise | None = None) -> None:
+    def __init__(self, domains: Mapping[str, Domain], pass_score: float) -> None:
         self.domains = domains
         self.pass_score = pass_score
-        self.noise = noise
 
     def score(self, rollout: Rollout, rows: Sequence[Row]) -> Signals:
         """Score every completion; one that passes has the advantage 1, any other 0."""
         del rows
-        seen, values = _rewards(rollout, self.domains, self.noise)
-        passed = [float(reward >= self.pass_score) for reward in seen]
+        rewards = verifiable_rewards(rollout, self.domains)
+        passed = [float(reward >= self.pass_score) for reward in rewards]
         facts = {f"{fact}/{n}": value for n, domain in self.domains.items() for fact, value in domain.facts().items()}
-        return Signals(advantages=passed, values=values, facts=facts)
-
-
-def _rewards(
-    rollout: Rollout, domains: Mapping[str, Domain], noise: RewardNoise | None
-) -> tuple[list[float], dict[str, list[float]]]:
-    """The reward of each row used in training, and the values for the log: the true reward, and with noise the noisy
-    one."""
-    rewards = verifiable_rewards(rollout, domains)
-    if noise is None:
-        return rewards, {"reward": rewards}
-    seen = noise.seen(rollout, rewards)
-    return seen, {"reward": rewards, "reward_seen": seen}
+        return Signals(advantages=passed, values={"reward": rewards}, facts=facts)
 
 
 class TeacherSignal:

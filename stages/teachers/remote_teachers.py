@@ -138,7 +138,7 @@ class RemoteTeachers:
         self.teachers = teachers
         self.config = config
         self.vocabulary = vocabulary
-        self.top = config.objective.top_k.k if config.objective.top_k else 0
+        self.top = config.objective.likeliest.k if config.objective.likeliest else 0
         self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
         self.context = sys.maxsize
         self._lost: list[ServerLostError] = []

@@ -74,7 +74,7 @@ def lessons(store: Store, graph: StageGraph) -> list[dict[str, Any]]:
                 "digest": teacher.digest,
                 "weight": weight,
                 "prompt_share": 0.5,
-                "objective": {"name": "reverse_kl", "outcome_weight": 0.0},
+                "objective": {"type": "reverse_kl", "outcome_weight": 0.0},
             }
         )
     return found

@@ -68,6 +68,7 @@ def finish(graph: StageGraph, home: Path, shares: Mapping[str, float] = SHARES) 
             "data": dict(node.ingredients["domains"]),
             "tokens": 100,
             "seconds": 1.0,
+            "device_seconds": 1.0,
             "metrics": {"greedy": share} if node.stage == "evaluate" else {},
         }
         store.commit(folder, node.key, manifest)

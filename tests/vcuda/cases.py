@@ -38,9 +38,10 @@ import stages.sft
 from base.store.checkpoint import Artifact, Store
 from base.store.source import Source
 from experts.loading import load_domain
-from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig
 from stages.config.kinds import NoConfig
 from stages.config.merge import WeightMergeConfig
+from stages.config.objective import ReverseKL, TopKConfig
 from stages.config.on_policy import MonitorConfig, RFTConfig, RLConfig
 from stages.config.training import (
     EvaluationConfig,
@@ -177,7 +178,7 @@ def remote_scores() -> None:
     """What a teachers' server tells, read as logits where the student's are."""
     known = [TopLogprobs.of([{1: -0.1, 2: -2.5, 5: -4.0}], [5], 3, 113) for _ in range(2)]
     logits = torch.randn(2, 113).to("cuda").requires_grad_(True)
-    config = ObjectiveConfig(top_k={"k": 3, "support": "teacher"})
+    config = ReverseKL(type="reverse_kl", top_k=TopKConfig(k=3))
     losses, _ = divergence(config, logits, RemoteScores(known, 113, {}, CUDA).logits([0, 1])(slice(0, 2)))
     losses.sum().backward()
     assert marks.device(logits.grad) == CUDA
@@ -256,21 +257,21 @@ def _rl_cases() -> dict[str, Callable[[Bench, str], Any]]:
 
 
 def _distill_cases() -> dict[str, Callable[[Bench, str], Any]]:
-    ratio = {"name": "sampled_reverse_kl"}
+    ratio = {"type": "sampled_reverse_kl"}
     settings: dict[str, dict[str, Any]] = {
         "": {},
         "-bf16": {"dtype": "bfloat16"},
         "-cache-on-the-host": {"teacher_cache": "cpu", "max_resident": 1, "updates_per_batch": 2},
         "-lora": {"lora": LORA},
         "-monitor": {"monitor": True},
-        "-chunks": {"objective": {"chunk_tokens": 3}},
+        "-chunks": {"objective": {"type": "reverse_kl", "chunk_tokens": 3}},
         "-teachers-write": {"on_policy_fraction": 0.5},
         "-dataset-writes": {"on_policy_fraction": 0.5, "off_policy": "dataset"},
         "-seqkd": {"objective": "imitation", "on_policy_fraction": 0.0},
-        "-outcome": {"group_size": 2, "objective": {"outcome_weight": 0.5}},
-        "-golden": {"objective": {"golden_share": 0.2}},
-        "-domain-shares": {"loss_normalisation": "domain", "domain_shares": {"sort": 2.0}},
-        "-extrapolation-kl": {"objective": {"extrapolation": 1.2, "reference_kl": 0.1}},
+        "-outcome": {"group_size": 2, "objective": {"type": "reverse_kl", "outcome_weight": 0.5}},
+        "-golden": {"objective": {"type": "reverse_kl", "golden_share": 0.2}},
+        "-domain-loss": {"loss_normalisation": "domain"},
+        "-extrapolation-kl": {"objective": {"type": "reverse_kl", "extrapolation": 1.2, "reference_kl": 0.1}},
     }
     settings |= {f"-{name}": {"objective": name} for name in ("forward_kl", "jsd", "entropy_aware")}
     for importance in ("drop", "truncate", "mask"):
@@ -278,9 +279,11 @@ def _distill_cases() -> dict[str, Callable[[Bench, str], Any]]:
             objective = ratio | {"importance": importance, "importance_level": level, "outcome_weight": 0.5}
             settings[f"-{importance}-{level}"] = {"group_size": 2, "updates_per_batch": 2, "objective": objective}
     for support in ("student", "teacher", "union", "intersection"):
-        settings[f"-top_k-{support}"] = {"objective": {"top_k": {"k": 4, "support": support}}}
+        settings[f"-top_k-{support}"] = {"objective": {"type": "reverse_kl", "top_k": {"k": 4, "support": support}}}
     for remainder in ("renormalise", "correct"):
-        settings[f"-top_k-{remainder}"] = {"objective": {"top_k": {"k": 4, "remainder": remainder}}}
+        settings[f"-top_k-{remainder}"] = {
+            "objective": {"type": "reverse_kl", "top_k": {"k": 4, "remainder": remainder}}
+        }
     found = {f"distill{name}": lambda b, key, over=over: b.distill(key, **over) for name, over in settings.items()}
     weights = {"teacher_weights": {"sort": {"a": 0.7, "b": 0.3}}}
     several: dict[str, Callable[[Bench], dict[str, Artifact]]] = {

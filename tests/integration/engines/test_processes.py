@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from base.store.checkpoint import Artifact, Store
 from base.store.journal import read
-from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig
 from stages.config.on_policy import RLConfig
 from stages.config.training import OptimizerConfig, SFTConfig, StrictModel
 from stages.learner.workspace import Workspace
@@ -32,9 +32,13 @@ STAGES: dict[str, StrictModel] = {
         **ON_POLICY,
         updates_per_batch=2,
         gradient_checkpointing=True,
-        objective=ObjectiveConfig(
-            name="sampled_reverse_kl", importance="mask", outcome_weight=0.5, golden_share=0.1, reference_kl=0.01
-        ),
+        objective={
+            "type": "sampled_reverse_kl",
+            "importance": "mask",
+            "outcome_weight": 0.5,
+            "golden_share": 0.1,
+            "reference_kl": 0.01,
+        },
     ),
 }
 

@@ -64,7 +64,7 @@ def test_a_run_without_a_merge_has_nothing_to_serve(run_file):
 
 def test_a_merge_that_servers_cannot_teach_is_refused_before_they_start(run_file):
     assert "objective reverse_kl needs more of the teacher" in mistake(
-        serve("teachers", run_file, "merge.objective.name=reverse_kl")
+        serve("teachers", run_file, "merge.objective.type=reverse_kl")
     )
 
 

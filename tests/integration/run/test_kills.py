@@ -16,7 +16,7 @@ import pytest
 from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, read
 from flows.engines.fork_client import Child, ForkServer, child_environment
-from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig
 from stages.config.on_policy import RLConfig
 from stages.config.training import OptimizerConfig, StrictModel
 from stages.learner.workspace import Workspace
@@ -39,7 +39,7 @@ COMMON = {
 }
 STAGES: dict[str, StrictModel] = {
     "distill": DistillConfig(
-        **COMMON, on_policy_fraction=0.7, objective=ObjectiveConfig(golden_share=0.1, reference_kl=0.01)
+        **COMMON, on_policy_fraction=0.7, objective={"type": "reverse_kl", "golden_share": 0.1, "reference_kl": 0.01}
     ),
     "rl": RLConfig(**COMMON, group_size=8),
 }

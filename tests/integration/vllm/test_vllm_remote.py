@@ -103,7 +103,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     teachers = [start, adapter(store, start, "sorter", 1), adapter(store, start, "other", 2)]
     rollout = rollout_servers(DistillConfig(lora=LORA), start, store, resources)
     teaching = teacher_servers(
-        DistillConfig(objective={"top_k": {"k": TOP}}, teacher_backend="vllm_server"), teachers, store, resources
+        DistillConfig(objective={"type": "reverse_kl", "top_k": {"k": TOP}}, teacher_backend="vllm_server"),
+        teachers,
+        store,
+        resources,
     )
     fork_server = ForkServer(home / "fork.log", child_environment(1), preload=())
     over = threading.Event()
@@ -175,7 +178,9 @@ def test_servers_follow_the_weights(served, lora):
 
 def test_teachers_on_a_server_say_what_they_say_here(served):
     config = DistillConfig(
-        objective={"top_k": {"k": TOP}}, teacher_backend="vllm_server", sampler=SamplerConfig(timeout_seconds=600)
+        objective={"type": "reverse_kl", "top_k": {"k": TOP}},
+        teacher_backend="vllm_server",
+        sampler=SamplerConfig(timeout_seconds=600),
     )
     student = make_policy(None)
     names = {teacher.key: teacher.name for teacher in served.teachers}
@@ -226,7 +231,7 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
         prompts_per_step=8,
         max_new_tokens=8,
         optimizer=OptimizerConfig(learning_rate=3e-3),
-        objective={"top_k": {"k": TOP}},
+        objective={"type": "reverse_kl", "top_k": {"k": TOP}},
         teacher_backend="vllm_server",
         sampler=SamplerConfig(backend="vllm_server", timeout_seconds=600, ahead=ahead),
     )

@@ -44,7 +44,7 @@ def on_vllm() -> dict:
     run["experts"]["sort"]["train"]["rl"]["sampler"] = {"backend": "vllm", "memory_share": 0.1}
     del run["merge"]["anchor"]
     run["merge"] |= {
-        "objective": {"top_k": {"k": 5}},
+        "objective": {"type": "reverse_kl", "top_k": {"k": 5}},
         "teacher_backend": "vllm_server",
         "sampler": {"backend": "vllm_server", "timeout_seconds": 600},
     }

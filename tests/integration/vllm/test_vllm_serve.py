@@ -46,7 +46,7 @@ RUN = {
     "merge": {
         "max_steps": 2,
         "max_new_tokens": 8,
-        "objective": {"name": "sampled_reverse_kl"},
+        "objective": {"type": "sampled_reverse_kl"},
         "anchor": {"domains": ["reverse"]},
     },
     "evaluate": {"examples": 4, "samples": 0, "max_new_tokens": 4},

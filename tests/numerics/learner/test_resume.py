@@ -18,7 +18,7 @@ import stages.sft
 from base.store.checkpoint import Artifact
 from base.store.journal import read
 from experts.domain import Domain
-from stages.config.distill import DistillConfig, ObjectiveConfig
+from stages.config.distill import DistillConfig
 from stages.config.on_policy import RLConfig
 from stages.config.training import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
 from stages.learner.workspace import SPENT_FILE, Workspace
@@ -40,9 +40,7 @@ STAGES = {
     "distill-lora": (stages.distill.train, DistillConfig(**ON_POLICY, lora=LoraConfig(rank=4))),
     "distill-sampled-reward": (
         stages.distill.train,
-        DistillConfig(
-            **ON_POLICY, group_size=4, objective=ObjectiveConfig(name="sampled_reverse_kl", outcome_weight=0.5)
-        ),
+        DistillConfig(**ON_POLICY, group_size=4, objective={"type": "sampled_reverse_kl", "outcome_weight": 0.5}),
     ),
 }
 

@@ -29,13 +29,10 @@ def test_every_token_or_row_counts_the_same():
     assert shares["long"] == pytest.approx(2 / 3)
 
 
-def test_domains_count_the_same_or_by_their_shares():
+def test_domains_count_the_same():
     rows, shares = weights(loss_normalisation="domain")
     assert rows == [[pytest.approx(0.5 / 9)], [pytest.approx(0.5 / 9)], [pytest.approx(0.5)]]
     assert shares == {"long": 0.5, "short": 0.5}
-    rows, shares = weights(loss_normalisation="domain", domain_shares={"short": 3.0})
-    assert shares == {"long": 0.25, "short": 0.75}
-    assert rows[2] == [pytest.approx(0.75)]
 
 
 def test_a_budget_holds_a_long_domain_down():

@@ -8,7 +8,8 @@ import stages.rl
 from base.store.checkpoint import Artifact
 from base.store.journal import read
 from experts.domain import Domain
-from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.config.distill import DistillConfig
+from stages.config.objective import TopKConfig
 from stages.config.on_policy import HealthConfig, RLConfig
 from stages.config.training import OptimizerConfig
 from stages.learner.workspace import Workspace
@@ -16,21 +17,23 @@ from stages.model.policy import Policy
 
 SMALL = {"max_steps": 2, "examples": 40, "prompts_per_step": 6, "max_new_tokens": 8}
 OBJECTIVES = {
-    "forward_kl": DistillConfig(**SMALL, objective=ObjectiveConfig(name="forward_kl")),
-    "jsd": DistillConfig(**SMALL, objective=ObjectiveConfig(name="jsd")),
-    "entropy_aware": DistillConfig(**SMALL, objective=ObjectiveConfig(name="entropy_aware")),
-    "top_k": DistillConfig(**SMALL, objective=ObjectiveConfig(top_k=TopKConfig(k=8, support="union"))),
-    "extrapolated": DistillConfig(**SMALL, objective=ObjectiveConfig(extrapolation=1.25, reference_kl=0.01)),
+    "forward_kl": DistillConfig(**SMALL, objective={"type": "forward_kl"}),
+    "jsd": DistillConfig(**SMALL, objective={"type": "jsd"}),
+    "entropy_aware": DistillConfig(**SMALL, objective={"type": "entropy_aware"}),
+    "top_k": DistillConfig(**SMALL, objective={"type": "reverse_kl", "top_k": TopKConfig(k=8, support="union")}),
+    "extrapolated": DistillConfig(
+        **SMALL, objective={"type": "reverse_kl", "extrapolation": 1.25, "reference_kl": 0.01}
+    ),
     "sequence": DistillConfig(
         **SMALL,
         updates_per_batch=2,
-        objective=ObjectiveConfig(name="sampled_reverse_kl", importance="mask", importance_level="sequence"),
+        objective={"type": "sampled_reverse_kl", "importance": "mask", "importance_level": "sequence"},
     ),
-    "golden": DistillConfig(**SMALL, objective=ObjectiveConfig(golden_share=0.2)),
-    "rewarded": DistillConfig(**SMALL, group_size=3, objective=ObjectiveConfig(outcome_weight=0.5)),
+    "golden": DistillConfig(**SMALL, objective={"type": "reverse_kl", "golden_share": 0.2}),
+    "rewarded": DistillConfig(**SMALL, group_size=3, objective={"type": "reverse_kl", "outcome_weight": 0.5}),
     "teacher-written": DistillConfig(**SMALL, on_policy_fraction=0.5, group_size=2),
     "gold-written": DistillConfig(**SMALL, on_policy_fraction=0.0, off_policy="dataset"),
-    "balanced": DistillConfig(**SMALL, loss_normalisation="domain", domain_shares={"sort": 2.0}),
+    "balanced": DistillConfig(**SMALL, loss_normalisation="domain"),
 }
 
 
@@ -63,14 +66,14 @@ def test_every_objective_moves_the_student(name, taught, workspace):
 
 def test_the_student_names_who_taught_it_what(taught, workspace):
     parents, domains = taught
-    config = DistillConfig(**SMALL, objective=ObjectiveConfig(name="jsd", beta=0.3), domain_weights={"sort": 4.0})
+    config = DistillConfig(**SMALL, objective={"type": "jsd", "beta": 0.3}, domain_weights={"sort": 4.0})
     student = stages.distill.train(config, workspace("student", parents, domains))
     by_domain = {entry["domain"]: entry for entry in student.manifest["teachers"]}
     assert list(by_domain) == ["reverse", "sort", "uppercase"]
     assert by_domain["sort"]["digest"] == parents["teacher/sort"].digest
     assert by_domain["sort"]["prompt_share"] == pytest.approx(4 / 6)
     assert by_domain["uppercase"]["teacher"] == "start"
-    assert by_domain["reverse"]["objective"]["name"] == "jsd"
+    assert by_domain["reverse"]["objective"]["type"] == "jsd"
     assert by_domain["reverse"]["objective"]["beta"] == 0.3
 
 
@@ -158,7 +161,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(name, dtype, taught,
     parents, domains = taught
     same = {role: parents["start"] for role in parents}
     # The sampled estimator also meets tokens the teachers wrote, whose rows it must not blame.
-    config = DistillConfig(**SMALL, dtype=dtype, on_policy_fraction=0.5, objective=ObjectiveConfig(name=name))
+    config = DistillConfig(**SMALL, dtype=dtype, on_policy_fraction=0.5, objective={"type": name})
     place = workspace("student", same, domains)
     stages.distill.train(config, place)
     first = records(place, "metrics")[0]["values"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from experts.domain import Example
-from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.config.distill import DistillConfig
+from stages.config.objective import TopKConfig
 from stages.losses.chunked import chunked_token_loss
 from stages.losses.divergences import reverse_kl
 from stages.losses.log_probabilities import (
@@ -28,17 +29,17 @@ VOCABULARY, LENGTHS = 11, (3, 1, 4)
 CPU = SimpleNamespace(device=torch.device("cpu"))
 VARIANTS = {
     "reverse_kl": {},
-    "forward_kl": {"name": "forward_kl"},
-    "jsd": {"name": "jsd", "beta": 0.3},
-    "entropy_aware": {"name": "entropy_aware", "entropy_threshold": 1.5},
-    "sampled-drop": {"name": "sampled_reverse_kl"},
-    "sampled-truncate": {"name": "sampled_reverse_kl", "importance": "truncate"},
-    "sampled-mask": {"name": "sampled_reverse_kl", "importance": "mask"},
-    "sampled-sequence": {"name": "sampled_reverse_kl", "importance": "mask", "importance_level": "sequence"},
+    "forward_kl": {"type": "forward_kl"},
+    "jsd": {"type": "jsd", "beta": 0.3},
+    "entropy_aware": {"type": "entropy_aware", "entropy_threshold": 1.5},
+    "sampled-drop": {"type": "sampled_reverse_kl"},
+    "sampled-truncate": {"type": "sampled_reverse_kl", "importance": "truncate"},
+    "sampled-mask": {"type": "sampled_reverse_kl", "importance": "mask"},
+    "sampled-sequence": {"type": "sampled_reverse_kl", "importance": "mask", "importance_level": "sequence"},
     "extrapolated": {"extrapolation": 1.5},
-    "extrapolated-sampled": {"name": "sampled_reverse_kl", "extrapolation": 1.5},
+    "extrapolated-sampled": {"type": "sampled_reverse_kl", "extrapolation": 1.5},
     "reference": {"reference_kl": 0.1},
-    "reference-sampled": {"name": "sampled_reverse_kl", "reference_kl": 0.1},
+    "reference-sampled": {"type": "sampled_reverse_kl", "reference_kl": 0.1},
     **{
         f"top_k-{support}-{remainder}": {"top_k": TopKConfig(k=4, support=support, remainder=remainder)}
         for support, remainder in itertools.product(
@@ -95,7 +96,7 @@ def judged(rollout: Rollout, teacher_NV: Tensor, reference_NV: Tensor, trainer_N
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_teacher_equal_to_the_student_leaves_nothing_to_learn(variant):
-    config = DistillConfig(objective=ObjectiveConfig(**VARIANTS[variant]))
+    config = DistillConfig(objective={"type": "reverse_kl", **VARIANTS[variant]})
     same_NV = random_logits(0)
     rollout = make_rollout(same_NV)
     losses_N, gradient_NV = evaluate(config, judged(rollout, same_NV, same_NV, same_NV), rollout, same_NV)
@@ -108,7 +109,7 @@ def test_a_teacher_equal_to_the_student_leaves_nothing_to_learn(variant):
 
 @pytest.mark.parametrize("variant", [name for name, changed in VARIANTS.items() if "extrapolation" not in changed])
 def test_every_objective_logs_the_exact_reverse_kl(variant):
-    config = DistillConfig(objective=ObjectiveConfig(**VARIANTS[variant]), temperature=0.7)
+    config = DistillConfig(objective={"type": "reverse_kl", **VARIANTS[variant]}, temperature=0.7)
     student_NV, teacher_NV = random_logits(0), random_logits(1)
     # Tokens that nobody's model drew: on them a sampled ratio would mean nothing.
     rollout = make_rollout(random_logits(7))
@@ -123,7 +124,7 @@ def test_every_objective_logs_the_exact_reverse_kl(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_change_no_objective(variant):
-    config = DistillConfig(objective=ObjectiveConfig(**VARIANTS[variant]), temperature=0.7)
+    config = DistillConfig(objective={"type": "reverse_kl", **VARIANTS[variant]}, temperature=0.7)
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(sum(LENGTHS), 5, generator=generator)
     head_VH = torch.randn(VOCABULARY, 5, generator=generator)
@@ -151,7 +152,7 @@ def test_extrapolation_by_one_is_the_teacher_exactly():
     rollout, student_NV = make_rollout(random_logits(2)), random_logits(3)
     for name in ("reverse_kl", "sampled_reverse_kl"):
         plain, scaled = (
-            DistillConfig(objective=ObjectiveConfig(name=name, extrapolation=factor)) for factor in (1.0, 1.0 + 1e-12)
+            DistillConfig(objective={"type": name, "extrapolation": factor}) for factor in (1.0, 1.0 + 1e-12)
         )
         signals = judged(rollout, random_logits(0), random_logits(1), student_NV)
         for mine, theirs in zip(
@@ -174,7 +175,13 @@ def test_the_parts_of_an_exact_objective_add_up():
     teacher_NV, reference_NV, student_NV = (random_logits(seed) for seed in range(3))
     rollout = make_rollout(random_logits(4))
     signals = judged(rollout, teacher_NV, reference_NV, student_NV, advantages=[1.0, -2.0, 0.5])
-    objective = ObjectiveConfig(reference_kl=0.3, outcome_weight=1.0, importance="truncate", importance_band=(0.5, 3.0))
+    objective = {
+        "type": "reverse_kl",
+        "reference_kl": 0.3,
+        "outcome_weight": 1.0,
+        "importance": "truncate",
+        "importance_band": (0.5, 3.0),
+    }
     losses_N, gradient_NV = evaluate(DistillConfig(objective=objective, group_size=3), signals, rollout, student_NV)
     logits_NV, tokens_N = student_NV.clone().requires_grad_(), rollout.tokens([0, 1, 2], CPU.device)
     logprobs_N = token_logprobs(logits_NV, tokens_N)
@@ -193,9 +200,13 @@ def test_the_sampled_advantage_sums_teacher_outcome_and_reference():
     teacher_NV, reference_NV, student_NV = (random_logits(seed) for seed in range(3))
     rollout = make_rollout(student_NV)
     signals = judged(rollout, teacher_NV, reference_NV, student_NV, advantages=[1.0, -2.0, 0.5])
-    objective = ObjectiveConfig(
-        name="sampled_reverse_kl", extrapolation=1.25, reference_kl=0.3, outcome_weight=1.0, advantage_clip=2.0
-    )
+    objective = {
+        "type": "sampled_reverse_kl",
+        "extrapolation": 1.25,
+        "reference_kl": 0.3,
+        "outcome_weight": 1.0,
+        "advantage_clip": 2.0,
+    }
     losses_N, _ = evaluate(DistillConfig(objective=objective, group_size=3), signals, rollout, student_NV)
     student_N, teacher_N, reference_N = (
         token_logprobs(logits_NV, rollout.tokens([0, 1, 2], CPU.device))
@@ -254,7 +265,7 @@ def test_importance_weights_by_hand(correction):
 
 def test_a_sequence_is_kept_or_masked_as_one():
     config = DistillConfig(
-        objective=ObjectiveConfig(name="sampled_reverse_kl", importance="mask", importance_level="sequence"),
+        objective={"type": "sampled_reverse_kl", "importance": "mask", "importance_level": "sequence"},
         updates_per_batch=2,
     )
     assert needs_trainer_logprobs(config)
@@ -272,7 +283,7 @@ def test_a_sequence_is_kept_or_masked_as_one():
 
 
 def test_a_token_nobody_drew_weighs_one():
-    config = DistillConfig(objective=ObjectiveConfig(name="sampled_reverse_kl"))
+    config = DistillConfig(objective={"type": "sampled_reverse_kl"})
     student_NV, teacher_NV = random_logits(0), random_logits(1)
     rollout = make_rollout(torch.full_like(student_NV, torch.nan))
     losses_N, _ = evaluate(config, Signals(teachers=Logits(teacher_NV)), rollout, student_NV)
@@ -311,5 +322,5 @@ def test_imitation_is_the_cross_entropy_of_what_others_wrote():
     torch.testing.assert_close(gradient_NV, wanted_NV)
     with pytest.raises(ValueError, match="on_policy_fraction of 0"):
         DistillConfig(objective="imitation")
-    with pytest.raises(ValueError, match="no target to extrapolate"):
-        DistillConfig(objective={"name": "imitation", "extrapolation": 1.5}, on_policy_fraction=0.0)
+    with pytest.raises(ValueError, match=r"imitation\.extrapolation\s+Extra inputs are not permitted"):
+        DistillConfig(objective={"type": "imitation", "extrapolation": 1.5}, on_policy_fraction=0.0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.config.distill import DistillConfig, ObjectiveConfig, TopKConfig
+from stages.config.distill import DistillConfig
+from stages.config.objective import TopKConfig
 from stages.losses.log_probabilities import token_logprobs
 from stages.on_policy.objectives import distillation_objective
 from stages.on_policy.rollout import Rollout
@@ -23,7 +24,7 @@ from tests.numerics.on_policy.test_objectives import (
 )
 
 TOP_K = [
-    {"name": name, "top_k": TopKConfig(k=4, support="teacher", remainder=remainder)}
+    {"type": name, "top_k": TopKConfig(k=4, support="teacher", remainder=remainder)}
     for name, remainder in itertools.product(("reverse_kl", "forward_kl", "jsd"), ("renormalise", "correct", "tail"))
 ]
 
@@ -41,10 +42,10 @@ def told(logits_NV: Tensor, rollout: Rollout, top: int) -> RemoteScores:
     return RemoteScores(known, VOCABULARY, {}, CPU.device)
 
 
-@pytest.mark.parametrize("variant", [{"name": "sampled_reverse_kl"}, *TOP_K], ids=str)
+@pytest.mark.parametrize("variant", [{"type": "sampled_reverse_kl"}, *TOP_K], ids=str)
 @pytest.mark.parametrize("step", [1, 2])
 def test_an_objective_is_the_same_whoever_scores(variant, step):
-    config = DistillConfig(objective=ObjectiveConfig(**variant), teacher_backend="vllm_server")
+    config = DistillConfig(objective=variant, teacher_backend="vllm_server")
     teacher_NV, student_NV = random_logits(1), random_logits(0)
     rollout = make_rollout(random_logits(2), step)
     top = 4 if "top_k" in variant else 0
@@ -87,7 +88,7 @@ def test_rounding_lifts_nothing_above_what_was_told():
 
 
 def test_the_log_tells_the_estimate_on_the_students_own_tokens_only():
-    config = DistillConfig(objective={"name": "sampled_reverse_kl"}, teacher_backend="vllm_server")
+    config = DistillConfig(objective={"type": "sampled_reverse_kl"}, teacher_backend="vllm_server")
     teacher_NV, student_NV = random_logits(1), random_logits(0)
     rollout = make_rollout(student_NV)
     rollout.samples[1].logprobs_N.fill_(torch.nan)
@@ -104,10 +105,13 @@ def test_the_log_tells_the_estimate_on_the_students_own_tokens_only():
     ("changed", "problem"),
     [
         ({}, "objective reverse_kl needs more of the teacher"),
-        ({"objective": {"top_k": {"support": "student"}}}, "support: teacher"),
+        ({"objective": {"type": "reverse_kl", "top_k": {"support": "student"}}}, "support: teacher"),
         ({"objective": "jsd"}, "objective jsd needs more"),
         ({"objective": "sampled_reverse_kl", "temperature": 0.7}, "temperature 1 only"),
-        ({"objective": {"top_k": {}, "extrapolation": 1.5}}, "extrapolates with sampled_reverse_kl only"),
+        (
+            {"objective": {"type": "reverse_kl", "top_k": {}, "extrapolation": 1.5}},
+            "extrapolates with sampled_reverse_kl only",
+        ),
         ({"objective": "sampled_reverse_kl", "teacher_weights": {"a": {"b": 1.0, "c": 1.0}}}, "one teacher per domain"),
         ({"objective": "sampled_reverse_kl", "on_policy_fraction": 0.5}, "needs local teachers"),
     ],

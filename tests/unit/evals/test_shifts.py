@@ -102,7 +102,7 @@ def test_nodes_of_others_keep_their_keys(tmp_path: Path) -> None:
     [
         ("evaluate.shift.examples=9", ["experts/sort", "experts/reverse", "student"]),
         ("evaluate.shift.temperature=0.7", ["experts/sort", "experts/reverse", "student"]),
-        ("merge.objective.name=sampled_reverse_kl", ["student"]),
+        ("merge.objective.type=sampled_reverse_kl", ["student"]),
         ("experts.sort.train.rl.max_steps=6", ["experts/sort", "student", "cosines"]),
         ("evaluate.samples=2", []),
     ],

@@ -90,16 +90,10 @@ def test_who_fails_the_gate_does_not_become_champion(graph, store):
     assert read_history(store, "tiny") == []
 
 
-def test_a_file_from_before_the_history_is_read_and_kept(graph, store):
-    student = node(graph, "student")
-    scores = {"sort": graph.evaluations(student.id)[0].key}
-    champion_path(store, "tiny").write_text(json.dumps({"student": student.key, "scores": scores}))
-    old = now(graph, store)
-    assert (old.student, old.node, old.by, old.scores) == (student.key, "student@0", "gate", scores)
-    promote(graph, store, "baselines/ties", "better")
-    assert [reign.student for reign in read_history(store, "tiny")] == [student.key, node(graph, "baselines/ties").key]
-    rollback(graph, store)
-    assert now(graph, store).scores == scores
+def test_a_file_without_a_history_is_refused_by_name(graph, store):
+    champion_path(store, "tiny").write_text(json.dumps({"student": node(graph, "student").key, "scores": {}}))
+    with pytest.raises(UserError, match=r"champion\.json: history: Field required; move it away"):
+        read_history(store, "tiny")
 
 
 def test_a_person_overrules_the_gate_and_once_more_changes_nothing(graph, store, told, capsys):

@@ -9,17 +9,16 @@ from flows.lineage import descriptions
 from tests.support.lineage_home import commit, lab_graph, lessons, shared_graph
 
 
-def student(home: Path, *, taught: bool) -> Artifact:
-    """A student with two teachers of one domain; without what it was taught, as older ones are."""
+def student(home: Path) -> Artifact:
+    """A student with two teachers of one domain."""
     graph, store = shared_graph(), Store(home)
     for node in graph.checkpoints[:-1]:
         commit(store, graph, node)
-    facts = {"teachers": lessons(store, graph)} if taught else {}
-    return commit(store, graph, graph.node("student@0"), **facts)
+    return commit(store, graph, graph.node("student@0"), teachers=lessons(store, graph))
 
 
 def test_parameters_and_note_say_who_taught_what(tmp_path: Path) -> None:
-    made = student(tmp_path, taught=True)
+    made = student(tmp_path)
     digest = Store(tmp_path).get(lab_graph().node("experts/caesar@0").key).digest[:12]
     params, note = descriptions.model_params(made), descriptions.model_note(made, descriptions.About())
     lesson = f"experts/caesar, digest {digest}, objective reverse_kl, weight 0.25, 50.0% of the prompts"
@@ -49,8 +48,9 @@ def test_unknown_contamination_is_among_parameters_and_in_the_note(tmp_path: Pat
     assert (f"Contamination is {told}." in note) if told else ("Contamination" not in note)
 
 
-def test_an_older_student_has_no_lessons(tmp_path: Path) -> None:
-    made = student(tmp_path, taught=False)
+def test_a_checkpoint_without_teachers_has_no_lessons(tmp_path: Path) -> None:
+    graph = shared_graph()
+    made = commit(Store(tmp_path), graph, graph.checkpoints[0])
     assert not [name for name in descriptions.model_params(made) if name.startswith("teachers.")]
     assert "Taught" not in descriptions.model_note(made, descriptions.About())
 
@@ -71,15 +71,3 @@ def test_a_note_has_scores_cost_code_and_where_the_data_can_be_seen(tmp_path: Pa
         "columns": ["domain", "prompt", "answer"],
         "data": [["sort", "sort cab:", "abc"]],
     }
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({}, "experts/sort, digest 0123456789ab"),
-        ({"objective": "jsd", "weight": 1.0}, "experts/sort, digest 0123456789ab, objective jsd, weight 1"),
-        ({"loss_share": 0.25}, "experts/sort, digest 0123456789ab, 25.0% of the loss"),
-    ],
-)
-def test_a_lesson_says_what_is_recorded(more: dict[str, object], said: str) -> None:
-    assert descriptions.lesson({"teacher": "experts/sort", "digest": "0123456789abcdef", **more}) == said

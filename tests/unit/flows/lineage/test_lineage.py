@@ -108,7 +108,6 @@ def test_code_cost_and_a_sample_of_the_data_are_told_in_text_page_and_json(tmp_p
         f"some of the data: {key}/manifest.json: examples",
     ):
         assert said in printed and said in page
-    # The others' manifests are older: they say no device time and show no data.
     assert printed.count("device-seconds") == printed.count("some of the data") == 1
     told = json.loads(CliRunner().invoke(app, ["lineage", "lab", "--json", "--home", str(tmp_path)]).stdout)
     student, base = told[-1], told[0]

@@ -1,55 +1,71 @@
-"""New options and old keys: an option at its default leaves what was made without it valid."""
+"""Options and keys: an option at its default is not in the key, any other value is, and the plan names it."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from base.hashing import stable_hash
 from base.store.checkpoint import Store
 from flows.plan.lock import lock_path, status, write_lock
-from stages.config.distill import DistillConfig, ObjectiveConfig
-from stages.config.on_policy import RLConfig
-from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
+from flows.run_file.schema import ColdStartSFT
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import RFTConfig, RLConfig
+from stages.config.shift import ShiftConfig
+from stages.config.training import (
+    EvaluationConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SFTConfig,
+    StrictModel,
+)
 from tests.unit.flows.plan.test_plan import changed, graph_of, with_evaluations
 
 
 @pytest.mark.parametrize(
-    ("schema", "digest"),
-    [
-        (PretrainConfig, "eb054a3c0f98"),
-        (SFTConfig, "6b71290956a0"),
-        (RLConfig, "f594f8b5e0d3"),
-        (DistillConfig, "900f1cbb4f3e"),
-        (EvaluationConfig, "f67f0b5245c5"),
-    ],
+    "schema", [PretrainConfig, SFTConfig, RLConfig, RFTConfig, DistillConfig, EvaluationConfig, ShiftConfig]
 )
-def test_the_key_of_an_empty_config_is_that_of_the_first_release(schema: type[StrictModel], digest: str) -> None:
-    """A new option must be marked `neutral_default`, or every stage made before it would run again."""
-    assert stable_hash(schema().key_fields())[:12] == digest
+def test_no_default_is_in_a_key(schema: type[StrictModel]) -> None:
+    assert schema().key_fields() == {}
+
+
+def test_a_nested_option_is_in_the_key_where_it_differs_from_what_is_in_force_without_it() -> None:
+    """RL's learning rate is 5e-4 by default, that of a lone optimizer 1e-3."""
+    assert RLConfig(optimizer=OptimizerConfig(learning_rate=5e-4)).key_fields() == {}
+    given = [OptimizerConfig(learning_rate=rate) for rate in (1e-3, 2e-3)]
+    keys = [RLConfig(optimizer=optimizer).key_fields() for optimizer in given]
+    assert keys == [{"optimizer": {}}, {"optimizer": {"learning_rate": 0.002}}]
+    assert (RLConfig().key_fields(), RLConfig(lora=LoraConfig()).key_fields()) == ({}, {"lora": {}})
+
+
+def test_equal_effective_configs_of_two_stages_have_one_key() -> None:
+    """The cold start's own default is `rough`; the stage that it becomes has another one."""
+    cold = ColdStartSFT()
+    stage = SFTConfig.model_validate({name: getattr(cold, name) for name in SFTConfig.model_fields})
+    assert stage.key_fields() == SFTConfig(demonstrations="rough").key_fields() == {"demonstrations": "rough"}
 
 
 def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> None:
-    old = {"name", "advantage_clip", "importance_band", "outcome_weight"}
-    assert DistillConfig().key_fields()["objective"].keys() == old
-    chosen = ObjectiveConfig(name="jsd", beta=0.1, reference_kl=0.01, chunk_tokens=7)
+    chosen = {"type": "jsd", "beta": 0.1, "reference_kl": 0.01, "chunk_tokens": 7}
     objective = DistillConfig(objective=chosen).key_fields()["objective"]
-    assert objective.keys() == old | {"beta", "reference_kl"}
-    assert (objective["beta"], objective["reference_kl"]) == (0.1, 0.01)
+    assert objective == {"type": "jsd", "beta": 0.1, "reference_kl": 0.01}
 
 
 @pytest.mark.parametrize(
     "override",
     [
         "merge.on_policy_fraction=1.0",
+        "merge.optimizer.max_grad_norm=1.0",
+        "merge.sampler.backend=transformers",
+        "merge.domain_weights={sort: 1}",
         "merge.max_domain_share=1.0",
         "merge.off_policy=dataset",
         "merge.sampler.memory_share=0.2",
-        "merge.health={max_length_growth: 3, window: 5}",
+        "merge.health={max_mismatch: 3, window: 5}",
         "merge.health.min_improvement=0.1",
-        "merge.objective.importance=drop",
-        "merge.objective.reference_kl=0",
-        "merge.objective.top_k=null",
+        "merge.objective={type: reverse_kl, importance: drop}",
+        "merge.objective={type: reverse_kl, reference_kl: 0}",
+        "merge.objective=reverse_kl",
         "merge.health={}",
         "merge.health={window: 10, on_alarm: warn}",
         "experts.sort.train.rl.health={}",
@@ -59,7 +75,7 @@ def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> Non
         "merge.teacher_cache=cpu",
     ],
 )
-def test_a_new_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, override: str) -> None:
+def test_an_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, override: str) -> None:
     assert changed(graph_of(tmp_path), graph_of(tmp_path, [override])) == set()
 
 
@@ -68,22 +84,23 @@ def test_a_new_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, 
     [
         (["merge.on_policy_fraction=0.5"], "on_policy_fraction 1.0 → 0.5"),
         (
-            ["merge.objective={name: sampled_reverse_kl, importance: mask}"],
-            "objective.importance drop → mask; objective.name reverse_kl → sampled_reverse_kl",
+            ["merge.objective={type: sampled_reverse_kl, importance: mask}"],
+            "objective.advantage_clip None → 5.0; objective.importance drop → mask; "
+            "objective.type reverse_kl → sampled_reverse_kl",
         ),
         (
-            ["merge.objective.top_k={k: 8}"],
+            ["merge.objective={type: reverse_kl, top_k: {k: 8}}"],
             "objective.top_k None → {'k': 8, 'support': 'teacher', 'remainder': 'tail'}",
         ),
         (["merge.health={on_alarm: stop}"], "health.on_alarm warn → stop"),
         (["merge.health={patience: 20}"], "health.patience None → 20"),
         (
-            ["merge.loss_normalisation=domain", "merge.domain_shares={sort: 2}"],
-            "domain_shares.sort None → 2.0; loss_normalisation token → domain",
+            ["merge.loss_normalisation=domain", "merge.domain_weights={sort: 2}"],
+            "domain_weights.sort None → 2.0; loss_normalisation token → domain",
         ),
     ],
 )
-def test_a_new_option_set_changes_the_key_and_is_worded(tmp_path: Path, overrides: list[str], why: str) -> None:
+def test_an_option_set_changes_the_key_and_is_worded(tmp_path: Path, overrides: list[str], why: str) -> None:
     before, after = graph_of(tmp_path), graph_of(tmp_path, overrides)
     assert changed(before, after) == with_evaluations(before, {"student@0"})
     write_lock(before, tmp_path / "home")

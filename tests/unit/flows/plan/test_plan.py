@@ -59,7 +59,7 @@ def test_parents_come_first_and_every_checkpoint_is_scored_everywhere(tmp_path: 
     [
         ("experts.sort.train.rl.max_steps=6", SORT_TREE),
         ("experts.sort.train.rl.optimizer.learning_rate=0.1", SORT_TREE),
-        ("merge.objective.name=sampled_reverse_kl", {"student@0"}),
+        ("merge.objective.type=sampled_reverse_kl", {"student@0"}),
         (
             "cold_start.sft.max_steps=6",
             {"cold_start@0", "experts/sort@0", "experts/reverse@0", "student@0"},
@@ -80,7 +80,7 @@ def test_a_change_reaches_exactly_what_lies_downstream(tmp_path: Path, override:
     [
         "experts.sort.train.rl.save_every=3",
         "merge.max_resident=2",
-        "merge.objective.chunk_tokens=7",
+        "merge.objective={type: reverse_kl, chunk_tokens: 7}",
         "resources.parallel_experts=4",
         "resources.threads=2",
         "resources.retries=0",
@@ -111,7 +111,8 @@ def test_the_runs_sampler_reaches_the_stages_that_sample_and_do_not_say_their_ow
     ]
     assert changed(*capped) == with_evaluations(before, {"experts/sort@0", "student@0"})
     own = graph_of(tmp_path, ["resources.sampler=vllm", "merge.sampler.backend=transformers"])
-    assert own.node("student@0").config["sampler"]["backend"] == "transformers"
+    assert own.node("student@0").config["sampler"]["backend"] is None
+    assert changed(before, own) == with_evaluations(before, {"experts/sort@0", "student@0"})  # the student's start only
 
 
 def test_evaluation_settings_change_no_checkpoint(tmp_path: Path) -> None:

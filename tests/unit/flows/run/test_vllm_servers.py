@@ -31,7 +31,7 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 TINY = {"max_steps": 2, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 8}
-SAMPLED = {"name": "sampled_reverse_kl"}
+SAMPLED = {"type": "sampled_reverse_kl"}
 ADAPTER = {"sft": {"max_steps": 1, "lora": {"rank": 4}}}
 RUN: dict[str, Any] = {
     "name": "served",
@@ -168,7 +168,7 @@ def test_adapters_of_one_base_share_its_server_with_it(tmp_path, store):
     graph = planned(
         tmp_path,
         teacher_backend="vllm_server",
-        objective={"name": "reverse_kl", "top_k": {"k": 40, "support": "teacher"}},
+        objective={"type": "reverse_kl", "top_k": {"k": 40, "support": "teacher"}},
     )
     keys = made(graph, store)
     (command,) = needs(graph, store).commands

@@ -56,11 +56,11 @@ def test_weight_merges_take_every_expert_once_and_not_the_anchor(tmp_path: Path)
 
 def test_seqkd_is_the_merges_loop_on_what_the_teachers_write(tmp_path: Path) -> None:
     graph = graph_of(
-        tmp_path, ALL, ANCHOR, "merge.max_steps=7", "merge.objective={name: jsd}", "resources.sampler=vllm"
+        tmp_path, ALL, ANCHOR, "merge.max_steps=7", "merge.objective={type: jsd}", "resources.sampler=vllm"
     )
     node, student = baseline(graph, "seqkd"), graph.node("student@0")
     assert (node.stage, node.parents, node.domains) == ("distill", student.parents, student.domains)
-    assert node.config["objective"]["name"] == "imitation"
+    assert node.config["objective"]["type"] == "imitation"
     assert (node.config["on_policy_fraction"], node.config["off_policy"]) == (0.0, "teacher")
     for shared in ("max_steps", "prompts_per_step", "group_size", "examples", "max_new_tokens", "domain_weights"):
         assert node.config[shared] == student.config[shared]
@@ -105,7 +105,7 @@ def test_settings_of_its_own_reach_a_baseline_alone(tmp_path: Path) -> None:
             "merge.baselines.ties.method: fixed by the baseline",
         ),
         ("merge.baselines={seqkd: {on_policy_fraction: 0.0}}", "merge.baselines.seqkd.on_policy_fraction: fixed"),
-        ("merge.baselines={seqkd: {objective: {name: reverse_kl}}}", "merge.baselines.seqkd.objective: fixed"),
+        ("merge.baselines={seqkd: {objective: {type: reverse_kl}}}", "merge.baselines.seqkd.objective: fixed"),
         (
             "merge.baselines={ties: {weights: {sotr: 2}}}",
             "merge.baselines.ties.weights: 'sotr' is no expert of the run — did you mean 'sort'?",

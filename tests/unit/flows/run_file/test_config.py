@@ -119,9 +119,12 @@ def test_an_expert_may_not_take_a_stages_name(tmp_path: Path) -> None:
         ("experts.sort.train.sft={}", "exactly one of sft, rl"),
         ("experts.sort.checkpoint=some/model", "exactly one of train, checkpoint"),
         ("base.revision=main", "revision goes with checkpoint"),
-        ("merge.objective.outcome_weight=0.5", "needs a group_size of 2 or more"),
+        ("merge.objective={type: jsd, outcome_weight: 0.5}", "needs a group_size of 2 or more"),
         ("merge.optimizer.learning_rate=.inf", "learning_rate: Input should be a finite number"),
-        ("merge.objective.top_k={k: 1, remainder: renormalise}", "one token of probability 1 for every student"),
+        (
+            "merge.objective={type: jsd, top_k: {k: 1, remainder: renormalise}}",
+            "one token of probability 1 for every student",
+        ),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, override: str, said: str) -> None:
@@ -242,19 +245,11 @@ def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None
             "merge.domain_weights: unknown domain of the merge 'srot' — did you mean 'sort'?",
         ),
         (
-            {
-                "teachers": {"sort": "one", "reverse": "reverse"},
-                "loss_normalisation": "domain",
-                "domain_shares": {"general": 2},
-            },
-            "merge.domain_shares: unknown domain of the merge 'general'",
-        ),
-        (
             {"teachers": {"sort": "one", "reverse": "reverse"}, "max_domain_share": 0.4},
             "merge.max_domain_share: 0.4 for each of 2 domains does not add up to the whole loss; at least 0.5",
         ),
         (
-            {"teachers": {"sort": "one"}, "objective": {"importance": "mask"}},
+            {"teachers": {"sort": "one"}, "objective": {"type": "reverse_kl", "importance": "mask"}},
             "importance belongs to sampled_reverse_kl or an outcome_weight",
         ),
     ],
@@ -269,21 +264,14 @@ def test_an_anchor_may_not_have_several_teachers_beside_it(tmp_path: Path) -> No
         load(tmp_path, experts=TWINS, merge=merge).teachers()
 
 
-def test_an_expert_has_loss_shares_only_of_its_own_domain(tmp_path: Path) -> None:
-    shares = "experts.sort.train.rl={loss_normalisation: domain, domain_shares: {reverse: 2}}"
-    said = message(tmp_path, [shares])
-    assert "experts.sort.train.rl.domain_shares: unknown domain of this expert 'reverse'" in said
-
-
 def test_a_name_with_a_slash_is_refused(tmp_path: Path) -> None:
     domains = MINIMAL["domains"] | {"a/b": MINIMAL["domains"]["sort"]}
     assert "domains.'a/b': a name is made of letters" in message(tmp_path, domains=domains)
 
 
 def test_an_objectives_name_stands_for_its_defaults(tmp_path: Path) -> None:
-    named, spelled = load(tmp_path, ["merge.objective=jsd"]), load(tmp_path, ["merge.objective.name=jsd"])
+    named, spelled = load(tmp_path, ["merge.objective=jsd"]), load(tmp_path, ["merge.objective={type: jsd}"])
     assert named.merge.objective == spelled.merge.objective
-    assert "merge.objective.name: Input should be 'reverse_kl'" in message(tmp_path, ["merge.objective=jds"])
 
 
 @pytest.mark.parametrize("backend", ["vllm", "vllm_server"])

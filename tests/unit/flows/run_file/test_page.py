@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field
 
 from evals.config.claims import HypothesisConfig
 from experts.loading import KINDS
-from flows.run_file import page
-from flows.run_file.load import schema_keys
+from flows.run_file import page, page_words
+from flows.run_file.keys import inner_models, schema_keys, type_of
 from flows.run_file.notify import NotifyConfig
 from flows.run_file.page import page_rows, run_file_page
 from flows.run_file.schema import RunConfig
+from stages.config.distill import DistillConfig
 from stages.config.harness import HarnessConfig
 from stages.config.merge import WeightMergeConfig
 
@@ -50,7 +51,10 @@ def schema_places() -> Iterator[tuple[str, str]]:
     """Every key of the schema: the dotted place it stands at, and its name."""
     for key, _, _ in schema_keys(RunConfig):
         place, _, name = key.removesuffix(".NAME").rpartition(".")
-        yield place or "Top level", name
+        if place != "merge.objective":
+            yield place or "Top level", name
+    for one in inner_models(DistillConfig.model_fields["objective"].annotation):
+        yield from ((f"merge.objective (type: {type_of(one)})", name) for name in one.model_fields)
     for kind, module in KINDS.items():
         options = importlib.import_module(module).Options
         yield from ((f"domains.NAME.options (kind: {kind})", name) for name in options.model_fields)
@@ -120,9 +124,9 @@ def test_links_lead_to_headings(text):
         ("optimizer", "betas", "list of 2, each number ≥ 0 and < 1", "`[0.9, 0.98]`"),
         ("optimizer", "learning_rate", "number > 0 and ≤ 1", "`0.001`"),
         ("sampler", "memory_share", "share > 0 and < 1", "`0.4`"),
-        ("health", "min_entropy", "share 0 to 1", "`0.1`"),
+        ("health", "min_improvement", "number > 0", "`0.01`"),
         ("All on-policy stages", "stop", "list, each text of 1 to 100 characters", "`[]`"),
-        ("All on-policy stages", "domain_shares", "map of name → number 0.000001 to 1,000,000", "`{}`"),
+        ("merge", "domain_weights", "map of name → number 0.000001 to 1,000,000", "`{}`"),
         ("merge", "method", "one of `mopd`, `command`", "`mopd`"),
         ("evaluate", "expert_panel", "`null`, `all` or list of text", "`null`"),
         ("hypotheses.NAME", "note", "text", "`''`"),
@@ -156,9 +160,9 @@ class _Inner(BaseModel):
 
 
 def test_text_of_the_schema_is_no_markup_beyond_its_code():
-    assert page._prose("a | b `c | d`, <e> *f* `g`.\n\nh") == r"a \| b `c ¦ d`, &lt;e&gt; \*f\* `g`."
-    assert page._prose(_Inner.__doc__) == r"A \| B."
-    assert [page._yaml(each) for each in (_Inner(), _Inner(deep=4), (1, 2), None, 1e-3, "")] == [
+    assert page_words.prose("a | b `c | d`, <e> *f* `g`.\n\nh") == r"a \| b `c ¦ d`, &lt;e&gt; \*f\* `g`."
+    assert page_words.prose(_Inner.__doc__) == r"A \| B."
+    assert [page_words.in_yaml(each) for each in (_Inner(), _Inner(deep=4), (1, 2), None, 1e-3, "")] == [
         "{}",
         "{deep: 4}",
         "[1, 2]",
@@ -166,7 +170,7 @@ def test_text_of_the_schema_is_no_markup_beyond_its_code():
         "0.001",
         "''",
     ]
-    assert [page._figure(each) for each in (0, 1e-6, 0.5, 1e6, 31536000.0)] == [
+    assert [page_words.figure(each) for each in (0, 1e-6, 0.5, 1e6, 31536000.0)] == [
         "0",
         "0.000001",
         "0.5",

@@ -32,14 +32,14 @@ def test_settings_are_laid_over_and_teachers_replaced(tmp_path: Path) -> None:
     graph = graph_of(
         tmp_path,
         "merge.teachers={sort: one, reverse: reverse}",
-        "merge.objective={name: reverse_kl, reference_kl: 0.1}",
+        "merge.objective={type: reverse_kl, reference_kl: 0.1}",
         "merge.variants={other: {teachers: {sort: {one: 1, two: 3}}, objective: {reference_kl: 0.2}}}",
         experts=TWINS,
     )
     other = graph.node("variants/other@0")
     assert set(other.parents) == {"start", "teacher/sort/one", "teacher/sort/two", "teacher/general"}
     assert other.config["teacher_weights"] == {"sort": {"one": 0.25, "two": 0.75}}
-    assert (other.config["objective"]["name"], other.config["objective"]["reference_kl"]) == ("reverse_kl", 0.2)
+    assert (other.config["objective"]["type"], other.config["objective"]["reference_kl"]) == ("reverse_kl", 0.2)
     assert graph.node("student@0").config["teacher_weights"] == {}
 
 
@@ -54,7 +54,7 @@ def test_settings_are_laid_over_and_teachers_replaced(tmp_path: Path) -> None:
         ),
         ("{a: {baselines: [ties]}}", "merge.variants.a.baselines: set this in merge, not in a variant"),
         ("{a/b: {}}", "merge.variants.'a/b': a name is made of letters"),
-        ("{a: {objective: {outcome_weight: 1.0}}}", "it needs a group_size of 2 or more"),
+        ("{a: {objective: {type: reverse_kl, outcome_weight: 1.0}}}", "it needs a group_size of 2 or more"),
     ],
 )
 def test_mistakes_name_the_variants_own_key(tmp_path: Path, variants: str, said: str) -> None:
