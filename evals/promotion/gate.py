@@ -56,6 +56,11 @@ class GateVerdict:
         return self.passed and not (self.withheld or self.reigns or self.unfinished)
 
     @property
+    def is_champion(self) -> bool:
+        """Whether the candidate becomes the champion, or is the champion and passes the gate."""
+        return self.promoted or (bool(self.reigns) and self.passed)
+
+    @property
     def failed(self) -> list[str]:
         """Names of the criteria that failed."""
         return [criterion.name for criterion in self.criteria if criterion.passed is False]

@@ -197,7 +197,7 @@ def _background(
         summary=summary,
         missing=missing,
         curves=_curves(graph, store),
-        drawing=f'<div class="lineage">{drawing(first, results.expert_domains)}</div>' if first else "",
+        drawing=drawing(first, results.expert_domains) if first else "",
         lineage=_lineage_texts(rows),
         scoring=scoring_costs(graph, store, results),
     )

@@ -27,7 +27,7 @@ def test_report_holds_verdict_tables_figures_and_samples(tmp_path):
 def test_report_holds_what_a_stage_noted(tmp_path):
     curves = {"student@0": [{"step": 12, "text": "alarm: <sort> repeats itself"}]}
     text = write_report(tmp_path / "report.html", results(), None, Background(curves)).read_text()
-    assert "<summary>student</summary><ul><li>seed 0, step 12: alarm: &lt;sort&gt; repeats itself</li></ul>" in text
+    assert "<summary>student</summary><ul>\n<li>seed 0, step 12: alarm: &lt;sort&gt; repeats itself</li>\n</ul>" in text
 
 
 def test_report_asks_nothing_of_the_network(tmp_path):
