@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evals.claims.findings import findings
 from evals.claims.measures import domains_of
 from evals.claims.verdicts import Finding
 from evals.comparison.results import BASELINES, STUDENT, VARIANTS, Results
-from evals.config.claims import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
+from evals.config.claims import EXAMPLE_MEASURES, ComparisonConfig
 from evals.tables.grid import ABSENT, Grid
+from evals.tables.templates import text
 
 UNITS = {
     "kl_start": ("KL from the start", "nats a token", 1.0, 3),
@@ -132,51 +134,34 @@ def claims_page(tested: Sequence[Judged], intro: str) -> str:
     for run in tested:
         for key, hypothesis in run.results.hypotheses.items():
             claims.setdefault(_claim(key), hypothesis.claim)
-    ordered = sorted(claims, key=_number_of)
-    parts = ["# Claims put to the test", intro, "## Overview", _overview(tested, claims, ordered)]
-    for claim in ordered:
-        parts.append(f"## {claim}: {claims[claim]}")
-        for run in tested:
-            for key, hypothesis in run.results.hypotheses.items():
-                if _claim(key) == claim:
-                    parts += _tests(run, key, hypothesis)
-    return "\n\n".join(parts) + "\n"
+    verdicts = [(_claim(one.hypothesis), run.file, one) for run in tested for one in run.found]
+    return (
+        text(
+            "evals.claims",
+            "claims.md",
+            intro=intro,
+            claims={claim: claims[claim] for claim in sorted(claims, key=_number_of)},
+            verdicts={claim: [(file, one) for its, file, one in verdicts if its == claim] for claim in claims},
+            sections=[_section(run, key) for run in tested for key in run.results.hypotheses],
+            what=what,
+            expectation=expectation,
+            measured=measured,
+            p_of=p_of,
+            marked=_marked,
+        )
+        + "\n"
+    )
 
 
-def _overview(tested: Sequence[Judged], claims: Mapping[str, str], ordered: Sequence[str]) -> str:
-    rows = []
-    for claim in ordered:
-        verdicts = [
-            f"{_marked(one)} ({run.file.stem}: {one.test.replace('_', ' ')})"
-            for run in tested
-            for one in run.found
-            if _claim(one.hypothesis) == claim
-        ]
-        rows.append(f"| {claim} | {claims[claim]} | {'<br>'.join(verdicts)} |")
-    return "\n".join(["| claim | statement | verdicts |", "| --- | --- | --- |", *rows])
-
-
-def _tests(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
-    """A run's tests of one claim: comparison, measurement and verdict; then each checkpoint's own value."""
+def _section(run: Judged, key: str) -> dict[str, Any]:
+    """A run's tests of one claim, and each checkpoint's own value."""
     own = [one for one in run.found if one.hypothesis == key]
-    rows = [
-        f"| {one.test.replace('_', ' ')} | {what(run.results, one.config)} | {expectation(one)} | {measured(one)} | "
-        f"{p_of(one)} | {_marked(one)} |"
-        for one in own
-    ]
-    head = "| test | compared | expected | measured [interval] | p (Holm) | verdict |"
-    seeds = max((one.seeds for one in own), default=0)
     examples = max((one.examples for one in own), default=0)
-    size = f"{seeds} seeds" + (f", {examples} independent examples a domain and seed" if examples else "")
-    parts = [
-        f"`{run.file.name}`, {size}. {hypothesis.claim if _claim(key) != key else ''}".rstrip(),
-        "\n".join([head, "| --- | --- | --- | --- | ---: | --- |", *rows]),
-        _values(own),
-        hypothesis.note,
-    ]
-    if figure := run.figures.get(key):
-        parts.append(f"![{key}: {hypothesis.claim}]({figure.as_posix()})")
-    return [part for part in parts if part]
+    size = f"{max((one.seeds for one in own), default=0)} seeds"
+    size += f", {examples} independent examples a domain and seed" if examples else ""
+    shown = {"claim": _claim(key), "key": key, "hypothesis": run.results.hypotheses[key], "file": run.file}
+    shown |= {"results": run.results, "found": own, "size": size, "lines": _values(own)}
+    return {**shown, "figure": run.figures.get(key)}
 
 
 def _marked(finding: Finding) -> str:
@@ -184,7 +169,7 @@ def _marked(finding: Finding) -> str:
     return f"**{finding.label}**" if finding.verdict in ("shown", "contradicted") else finding.label
 
 
-def _values(own: Sequence[Finding]) -> str:
+def _values(own: Sequence[Finding]) -> list[str]:
     """Each checkpoint's own value, and the start's score: a start near 0 or 100 % leaves little to see."""
     lines = []
     for one in own:
@@ -194,12 +179,12 @@ def _values(own: Sequence[Finding]) -> str:
         if one.coefficients:
             squared, linear, constant = one.coefficients
             values = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
-            lines.append(f"- {one.test.replace('_', ' ')}: {values}{start}")
+            lines.append(f"{one.test.replace('_', ' ')}: {values}{start}")
             continue
         unit = UNITS[one.config.measure][1].replace("points", "%")
         values = ", ".join(f"{short(name)} {_number(value, one.config)}" for name, value in one.values.items())
-        lines.append(f"- {one.test.replace('_', ' ')}: {values} ({unit}; {UNITS[one.config.measure][0]}){start}")
-    return "\n".join(dict.fromkeys(lines))
+        lines.append(f"{one.test.replace('_', ' ')}: {values} ({unit}; {UNITS[one.config.measure][0]}){start}")
+    return list(dict.fromkeys(lines))
 
 
 def _number(value: float, test: ComparisonConfig, signed: bool = False) -> str:

@@ -13,7 +13,7 @@ WIDTH, MARGIN = 180, 6
 def first_screen(summary: Summary, verdict: GateVerdict | None) -> Markup:
     """The sentence, the table of domains with a figure for each, the failed criteria and the suggestions."""
     style = "na" if verdict is None or verdict.unfinished else "ok" if verdict.is_champion else "bad"
-    status, _, goodness = summary.sentence.partition(": ")
+    status, _, goodness = summary.sentence.rpartition(": ")
     return html(
         "evals.report",
         "first_screen.html",
