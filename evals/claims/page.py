@@ -39,13 +39,11 @@ class Judged:
         file: The run file.
         results: Its results.
         found: Its findings.
-        figures: hypothesis -> path of its image, relative to the page.
     """
 
     file: Path
     results: Results
     found: Sequence[Finding]
-    figures: Mapping[str, Path]
 
 
 def hypotheses_grid(results: Results) -> Grid | None:
@@ -123,12 +121,13 @@ def p_of(finding: Finding) -> str:
     return f"{'opposite: ' if other < p else ''}{'<0.001' if value < 0.001 else f'{value:.3f}'}"
 
 
-def claims_page(tested: Sequence[Judged], intro: str) -> str:
-    """The page of claims: an overview, then each claim with its tests, values and figures.
+def claims_page(tested: Sequence[Judged], intro: str, figures: Mapping[str, Path]) -> str:
+    """The page of claims: an overview with figures, then each claim with its tests and values.
 
     Args:
         tested: The runs, in the order of the page.
         intro: How the page was made, as Markdown.
+        figures: Title -> path of an image, relative to the page.
     """
     claims: dict[str, str] = {}
     for run in tested:
@@ -140,6 +139,7 @@ def claims_page(tested: Sequence[Judged], intro: str) -> str:
             "evals.claims",
             "claims.md",
             intro=intro,
+            figures=figures,
             claims={claim: claims[claim] for claim in sorted(claims, key=_number_of)},
             verdicts={claim: [(file, one) for its, file, one in verdicts if its == claim] for claim in claims},
             sections=[_section(run, key) for run in tested for key in run.results.hypotheses],
@@ -153,6 +153,13 @@ def claims_page(tested: Sequence[Judged], intro: str) -> str:
     )
 
 
+def by_hypothesis(tested: Sequence[Judged]) -> dict[str, list[Finding]]:
+    """Hypothesis with its run file, in the claims' order -> its findings."""
+    keys = [(_number_of(_claim(key)), key, run) for run in tested for key in run.results.hypotheses]
+    keys.sort(key=lambda each: each[0])
+    return {f"{key} ({run.file.stem})": [one for one in run.found if one.hypothesis == key] for _, key, run in keys}
+
+
 def _section(run: Judged, key: str) -> dict[str, Any]:
     """A run's tests of one claim, and each checkpoint's own value."""
     own = [one for one in run.found if one.hypothesis == key]
@@ -160,8 +167,7 @@ def _section(run: Judged, key: str) -> dict[str, Any]:
     size = f"{max((one.seeds for one in own), default=0)} seeds"
     size += f", {examples} independent examples a domain and seed" if examples else ""
     shown = {"claim": _claim(key), "key": key, "hypothesis": run.results.hypotheses[key], "file": run.file}
-    shown |= {"results": run.results, "found": own, "size": size, "lines": _values(own)}
-    return {**shown, "figure": run.figures.get(key)}
+    return {**shown, "results": run.results, "found": own, "size": size, "lines": _values(own)}
 
 
 def _marked(finding: Finding) -> str:
