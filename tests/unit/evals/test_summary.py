@@ -71,7 +71,7 @@ def wide(domains: int) -> Results:
             "Promoted to champion: student has 90.0 % on the mean of the experts' 2 domains, from 50.0 % at the ",
         ),
         ({}, {}, "Not promoted, 2 of 6 criteria failed: student has 80.0 % on the mean"),
-        (GOOD, {"reigns": "2026-11-29 07:01 UTC, by the gate"}, "This is the champion, since 2026-11-29 07:01 UTC, by"),
+        (GOOD, {"reigns": "2026-11-29 07:01 UTC, by the gate"}, "Already champion, since 2026-11-29 07:01 UTC, by"),
         (GOOD, {"unfinished": "3 of 40 parts are not made"}, "Not judged yet, 3 of 40 parts are not made: student has"),
         (GOOD, {"withheld": "a person chose another"}, "Not promoted, a person chose another: student has 90.0 %"),
     ],

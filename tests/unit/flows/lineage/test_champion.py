@@ -206,13 +206,13 @@ def test_a_decision_stands_only_until_there_is_a_new_candidate(graph, store, tmp
 
 def test_the_champion_is_no_candidate_for_its_own_place(graph, store):
     first = finish_run(graph, store, promote=True)
-    assert first.changed and first.verdict.conclusion == "Promoted to champion: baselines/ties passed"
+    assert first.changed and first.verdict.conclusion == "baselines/ties: promoted to champion"
     before = champion_path(store, "tiny").read_text()
     for promote_it in (True, False):
         again = finish_run(graph, store, promote=promote_it)
         assert not again.changed and again.crowned and not again.verdict.promoted
         since = again.champion.when[:16].replace("T", " ")
-        assert again.verdict.conclusion == f"baselines/ties is the champion, since {since} UTC, by the gate"
+        assert again.verdict.conclusion == f"baselines/ties: already champion, since {since} UTC, by the gate"
         assert again.verdict.criteria[-1].text == "baselines/ties is the champion itself: not compared"
         assert again.verdict.conclusion in again.report.read_text()
     assert champion_path(store, "tiny").read_text() == before
@@ -223,8 +223,8 @@ def test_a_champion_that_todays_gate_would_not_promote_is_said_to_be_one(graph, 
     results = collect(graph, store)
     whole = dataclasses.replace(results, cells={k: c for k, c in results.cells.items() if k[1] != "general"})
     said = judge_run(graph, store, whole).conclusion
-    assert said.startswith("baselines/ties is the champion, since ") and said.endswith(
-        "by a person: it reads better; today's gate would not promote it: baselines/ties failed 2 of 7 criteria"
+    assert said.startswith("baselines/ties: already champion, since ") and said.endswith(
+        "by a person: it reads better (by today's gate 2 of 7 criteria failed)"
     )
 
 
@@ -232,6 +232,6 @@ def test_a_report_promotes_nobody_and_says_so(graph, store):
     outcome = finish_run(graph, store, promote=False)
     assert read_history(store, "tiny") == [] and outcome.champion is None
     assert outcome.verdict_lines()[-2:] == [
-        "gate: Not promoted: baselines/ties passed, but `mopd run` has yet to make it champion",
+        "gate: baselines/ties: not promoted, `mopd run` has yet to make it champion",
         "champion: none",
     ]
