@@ -220,7 +220,7 @@ def advice(results: Results, verdict: GateVerdict | None, settings: Settings) ->
         settings: The run's settings.
     """
     if verdict is not None and verdict.unfinished:
-        return (f"`{settings.command}` makes what is missing",)
+        return (f"`{settings.command}` makes the missing parts",)
     candidate = verdict.candidate if verdict else ""
     cases = [case for domain in results.domains if (case := _case(results, domain, candidate, settings))]
     failed = {one.kind for one in verdict.criteria if one.passed is False} if verdict else set()
@@ -234,7 +234,7 @@ def advice(results: Results, verdict: GateVerdict | None, settings: Settings) ->
     if verdict is not None and verdict.passed:
         found += _better_teacher(cases)
     if len(results.seeds) == 1 and cases:
-        found.append(f"`{settings.command} seeds=[0,1,2]` shows how much of this is one seed's chance")
+        found.append(f"`{settings.command} seeds=[0,1,2]` shows how much the results differ by seed")
     return tuple(found[:MOST])
 
 

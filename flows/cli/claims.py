@@ -67,7 +67,7 @@ def write_claims(
         raise UserError(f"{folder}: no run file with hypotheses")
     if earlier is None and not any(run.results.cells for run in tested):
         file = tested[0].file
-        raise UserError(f"{file}: {home} has no artifact of it; make it first: mopd run {file} --home {home}")
+        raise UserError(f"{file}: {home} has no artifacts of this run; make them first: mopd run {file} --home {home}")
     data.parent.mkdir(parents=True, exist_ok=True)
     intro = [_intro(tested[0].results.confidence, os.path.relpath(data, page.parent))]
     if (notes := folder / NOTES).exists():
@@ -103,7 +103,7 @@ def _found(results: "Results", measured: Mapping[str, Any] | None, file: Path) -
     try:
         return findings_again(measured.get("findings", []), results.hypotheses, results.confidence)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: its measurements lack or distort {error}") from error
+        raise UserError(f"{file}: its measurements are incomplete or malformed: {error}") from error
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
 

@@ -58,7 +58,7 @@ def export(
     if push is not None and not REPOSITORY.fullmatch(push):
         raise UserError(f"--push: '{push}': name a repository of the Hub as OWNER/NAME")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: it exists and is not empty; name a new directory")
+        raise UserError(f"{folder}: this directory exists and is not empty; name a new one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     temporary.mkdir(parents=True)
     try:

@@ -59,7 +59,7 @@ def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, 
         pinned = history[-1].student
     artifact = store.find(pinned)
     if artifact is None:
-        raise UserError(f"{key}: the champion {pinned} is no longer in {store.root}; `mopd repin` takes today's")
+        raise UserError(f"{key}: the champion {pinned} is no longer in {store.root}; `mopd repin` pins the present one")
     return artifact
 
 

@@ -32,7 +32,7 @@ def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any
     if config is None:
         return []
     if taken := next((name for name in run.evaluate.harness_domains if name in run.domains), None):
-        raise UserError(f"domains.{taken}: this is the name of a task of {KEY}")
+        raise UserError(f"domains.{taken}: {KEY} has a task of this name; choose another name")
     version = harness_version(KEY)
     local = _local_tasks(config.include_path)
     tasks = []

@@ -142,7 +142,7 @@ def finish_run(
     except UserError as error:
         if faults is None:
             raise
-        faults.append(f"{error}; until then the gate is not run")
+        faults.append(f"{error}; the gate is not run until this is mended")
         history = None
     if graph.config.merge and history is not None:
         verdict = judge_run(graph, store, results)

@@ -171,7 +171,7 @@ def expect_answer(client: "SyncPrefectClient", api: str) -> None:
         if error.response.status_code not in REFUSED:
             raise
         raise UserError(
-            f"PREFECT_API_URL: {without_secrets(api)} asks for a password; set PREFECT_API_AUTH_STRING to it (for "
+            f"PREFECT_API_URL: {without_secrets(api)} requires a password; set PREFECT_API_AUTH_STRING to it (for "
             f"`mopd ui` of another home: to the line in its servers/{SECRET_FILE})"
         ) from None
 

@@ -195,12 +195,12 @@ def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
     try:
         held.enter_context(lock.acquire(timeout=LOCK_SECONDS))
     except Timeout:
-        logger.warning("another start of a server over this home is under way (%s); waiting for it", lock.lock_file)
+        logger.warning("another process is starting a server of this home (%s); waiting for it", lock.lock_file)
         try:
             held.enter_context(lock.acquire(timeout=START_SECONDS))
         except Timeout:
             raise UserError(
-                f"{lock.lock_file}: another program has held it for {START_SECONDS:.0f} s; `fuser` with this path "
+                f"{lock.lock_file}: another program has held this for {START_SECONDS:.0f} s; `fuser` with this path "
                 f"names it"
             ) from None
 

@@ -155,7 +155,7 @@ def test_a_partial_run_has_a_first_screen():
     whole = dataclasses.replace(results(), cells={("base", "a", "held_out"): {0: sheet("a", 0.2)}})
     found = screen(whole, unfinished="9 of 12 parts are not made")
     assert found.sentence.startswith("Not judged yet, 9 of 12 parts are not made: student is not scored")
-    assert found.next == ("`mopd run lab.yaml` makes what is missing",) and found.weakest == ""
+    assert found.next == ("`mopd run lab.yaml` makes the missing parts",) and found.weakest == ""
 
 
 def test_an_expert_barely_above_the_start_is_to_be_trained_longer():
@@ -218,7 +218,7 @@ def test_too_few_examples_for_the_margin_name_the_number_that_would_do():
     assert said[0] == (
         "30 examples are too few to show a within 8 points: evaluate.examples=195 would, four times in five (also b)"
     )
-    assert said[-1] == "`mopd run lab.yaml seeds=[0,1,2]` shows how much of this is one seed's chance"
+    assert said[-1] == "`mopd run lab.yaml seeds=[0,1,2]` shows how much the results differ by seed"
 
 
 def test_a_student_as_good_as_its_teachers_is_told_which_teacher_limits_it():

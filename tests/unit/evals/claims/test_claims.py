@@ -278,7 +278,7 @@ def test_measurements_are_judged_again_from_their_data():
     rows = json.loads(json.dumps(findings_data(own)))
     assert findings_again(rows, results.hypotheses, 0.95) == own
     other = run(a={"compare": ["student", "experts/rl"], "expect": "above", "domains": ["new"]}).hypotheses
-    with pytest.raises(ValueError, match=r"hypotheses\.C1\.tests\.a: compare not as measured"):
+    with pytest.raises(ValueError, match=r"hypotheses\.C1\.tests\.a: compare changed since the measurement"):
         findings_again(rows, other, 0.95)
 
 

@@ -116,12 +116,12 @@ def test_measurements_are_judged_again_without_the_home(tmp_path: Path) -> None:
     assert missing.exit_code == 2 and "no.json" in missing.output and "Traceback" not in missing.output
     broken = tmp_path / "broken.json"
     broken.write_text('{"tests.yaml": {"findings": [{"hypothesis": "C1", "test": "general"}]}}')
-    assert judged(broken).exit_code == 2 and "lack or distort 'config'" in judged(broken).output
+    assert judged(broken).exit_code == 2 and "incomplete or malformed: 'config'" in judged(broken).output
     data = json.loads(page.with_suffix(".json").read_text())
     data["tests.yaml"]["findings"][0]["config"]["compare"] = ["student", "base"]
     broken.write_text(json.dumps(data))
     other = judged(broken)
-    assert other.exit_code == 2 and "hypotheses.C1.tests.general: compare not as measured" in other.output
+    assert other.exit_code == 2 and "hypotheses.C1.tests.general: compare changed since the measurement" in other.output
 
 
 def test_a_folders_notes_follow_the_introduction(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_what_cannot_be_told_is_an_error_or_a_warning(tmp_path: Path) -> None:
     folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
     nothing = report(folder, home, page)
     assert nothing.exit_code == 2
-    assert "has no artifact of it; make it first" in nothing.output and "mopd run" in nothing.output
+    assert "has no artifacts of this run; make them first" in nothing.output and "mopd run" in nothing.output
     assert not page.exists()
     score(folder, home)
     late = {

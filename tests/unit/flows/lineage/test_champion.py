@@ -125,8 +125,11 @@ def test_by_default_the_runs_candidate_is_promoted(graph, store):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("baselines/tie", "tiny: 'baselines/tie' is no merge of this run — did you mean 'baselines/ties'?"),
-        ("experts/sort", "'experts/sort' is no merge of this run — valid: baselines/mix_sft, baselines/ties, student"),
+        ("baselines/tie", "tiny: 'baselines/tie' is not a merge of this run — did you mean 'baselines/ties'?"),
+        (
+            "experts/sort",
+            "'experts/sort' is not a merge of this run — valid: baselines/mix_sft, baselines/ties, student",
+        ),
         ("studnet@0", "did you mean 'student@0'?"),
     ],
 )
@@ -139,7 +142,7 @@ def test_only_a_merge_of_the_run_can_be_promoted(graph, store, name, said):
 def test_what_is_not_finished_or_has_no_reason_is_refused(graph, store):
     sheet = graph.evaluations("baselines/ties@0")[0]
     shutil.rmtree(store.root / sheet.key)
-    with pytest.raises(UserError, match=f"{sheet.id}: not finished; `mopd run` makes what is missing"):
+    with pytest.raises(UserError, match=f"{sheet.id}: not finished; `mopd run` makes the missing parts"):
         promote(graph, store, "baselines/ties", "better")
     with pytest.raises(UserError, match="--reason: give a reason"):
         promote(graph, store, "student", " ")
@@ -163,7 +166,7 @@ def test_rollback_brings_the_former_champion_back_once(graph, store, told, capsy
 
 
 def test_without_a_former_champion_or_its_checkpoint_there_is_no_rollback(graph, store):
-    with pytest.raises(UserError, match="tiny: it has no champion yet; there is none to roll back to"):
+    with pytest.raises(UserError, match="tiny: it has no champion yet; there is no earlier champion to roll back to"):
         rollback(graph, store)
     promote_by_gate(graph, store, passed("student"))
     with pytest.raises(UserError, match=r"student@0 \(key .*\) is its first champion"):

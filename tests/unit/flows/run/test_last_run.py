@@ -51,7 +51,8 @@ def test_what_follows_a_run_with_overrides_speaks_of_that_run(folder: Path) -> N
     told = mopd(folder, "report")
     assert told.exit_code == 0 and "Already champion, since" in told.stdout
     assert (
-        f"as in the last run of {folder / 'run.yaml'}: {' '.join(OVERRIDES)} (--as-written leaves this" in told.stderr
+        f"with the overrides of the last run of {folder / 'run.yaml'}: {' '.join(OVERRIDES)} (--as-written"
+        in told.stderr
     )
     assert report_json(folder)["missing"] == [] and "already champion" in report_json(folder)["verdict"]["conclusion"]
     assert before != "" and all(row["status"] == "done" for row in json.loads(mopd(folder, "status", "--json").stdout))
