@@ -141,7 +141,7 @@ def precision_notes(examples: int, margin: float, confidence: float, domains: in
     elif chances[0] < 0.5:
         lines.append(
             "warning: evaluate.examples is too small for gate.non_inferiority_margin: even if their answers agree on "
-            "nine of ten examples a student as good as its teachers fails at least half the time"
+            "nine of ten examples, a student equal to its teachers fails at least half the time"
         )
     return lines
 

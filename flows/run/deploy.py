@@ -159,7 +159,7 @@ def work(home: Path, pool: str, limit: int | None) -> None:
             if first and time.monotonic() - started < SHORT_LIFE_SECONDS:
                 raise UserError(f"Prefect's worker ended with code {process.returncode}; its output is above")
             first = False
-            sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is started again\n")
+            sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is restarted\n")
             time.sleep(RESTART_SECONDS)
         except KeyboardInterrupt:
             process.terminate()

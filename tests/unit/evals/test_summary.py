@@ -182,7 +182,8 @@ def test_a_gap_asks_for_a_longer_merge_and_with_a_collapse_of_entropy_for_a_lowe
 def test_what_the_start_never_gets_right_is_taught_by_the_teachers_own_completions():
     whole = cut_nowhere(results({("cold_start", "a"): 0.0, ("student", "a"): 0.02, ("student", "b"): 0.9}))
     assert advice(whole, judged(whole), SETTINGS)[0] == (
-        "the start has 0.0 % on a, so the student's own completions give experts/a little to teach by: "
+        "the start has 0.0 % on a, so nearly all of the student's own completions are wrong and teach it "
+        "little: "
         "merge.on_policy_fraction=0.5, merge.domain_weights.a=6 and three times the "
         "merge.optimizer.learning_rate; or demonstrations in the cold start"
     )
@@ -216,7 +217,8 @@ def test_too_few_examples_for_the_margin_name_the_number_that_would_do():
     said = advice(whole, judged(whole), dataclasses.replace(SETTINGS, examples=30))
     # sd 0.18, 0.08 - 0.033 of room: ((1.96 + 0.84) 0.1826 / 0.0467)^2.
     assert said[0] == (
-        "30 examples are too few to show a within 8 points: evaluate.examples=195 would, four times in five (also b)"
+        "30 examples are too few to show a within 8 points: evaluate.examples=195 would suffice with a "
+        "power of 80 % (also b)"
     )
     assert said[-1] == "`mopd run lab.yaml seeds=[0,1,2]` shows how much the results differ by seed"
 
