@@ -191,7 +191,8 @@ class TokenCheck:
         total, first = len(examples[:LOOKED_AT]), looked[0].answer
         text = (
             f"domains.{domain}: {len(looked)} of {total} gold answers are changed by the model's tokenizer, so "
-            f"they would not get the full score, for example {first[:SHOWN]!r}, read back as {reader.written(first)[1][:SHOWN]!r}"
+            f"they would not get the full score, for example {first[:SHOWN]!r}, "
+            f"read back as {reader.written(first)[1][:SHOWN]!r}"
         )
         (self.problems if len(looked) == total else self.warnings).append(text)
 
