@@ -174,7 +174,7 @@ def test_a_gap_asks_for_a_longer_merge_and_with_a_collapse_of_entropy_for_a_lowe
     )
     collapsed = dataclasses.replace(SETTINGS, entropy={("student", "a"): (1.2, 0.1), ("student", "b"): (1.2, 0.1)})
     assert advice(whole, judged(whole), collapsed)[0] == (
-        "the student's entropy on a fell from 1.20 to 0.10 nats while it is 30.0 points below experts/a: a lower "
+        "the student's entropy on a fell from 1.20 to 0.10 nats while it is 30.0 points below experts/a: lower "
         "merge.optimizer.learning_rate"
     )
 
