@@ -149,7 +149,9 @@ class Endpoint:
                 try:
                     return answer.json()
                 except ValueError:
-                    raise UserError(f"{self.key}.url: {self.base}{path} gives no JSON: {answer.text[:300]!r}") from None
+                    raise UserError(
+                        f"{self.key}.url: {self.base}{path} returned no JSON: {answer.text[:300]!r}"
+                    ) from None
             failure = f"HTTP {answer.status_code}: {answer.text[:300]}"
             if answer.status_code < 500 and answer.status_code not in _PASSING:
                 refused = ContentRefusedError if answer.status_code in _OF_THE_CONTENT else UserError

@@ -202,7 +202,7 @@ def load_own(name: str, file: Path, options: Mapping[str, Any], validate: Any) -
     with calling(key, file, "load"):
         inner = module.load(name, validate(options))
     if not isinstance(inner, Domain):
-        raise UserError(f"{key}: {file}: load gives {inner!r:.60}; it has to return a Domain")
+        raise UserError(f"{key}: {file}: load returned {inner!r:.60}; it must return a Domain")
     return OwnDomain(inner, file)
 
 
@@ -220,10 +220,10 @@ def _check_module(key: str, file: Path, module: Any) -> None:
     missing = [part for part in ("Options", "load") if not hasattr(module, part)]
     if missing:
         raise UserError(
-            f"{key}: {file}: a domain's file defines Options and load; here is no {' and no '.join(missing)}"
+            f"{key}: {file}: a domain's file must define Options and load; this one has no {' and no '.join(missing)}"
         )
     if not (isinstance(module.Options, type) and issubclass(module.Options, BaseModel)):
-        raise UserError(f"{key}: {file}: Options is no pydantic model; let it inherit experts.domain.Options")
+        raise UserError(f"{key}: {file}: Options is not a pydantic model; let it inherit experts.domain.Options")
 
 
 def _shown(example: Example) -> str:

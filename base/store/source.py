@@ -119,7 +119,7 @@ def _expanded(key: str, reference: str) -> Path:
         UserError: it is empty, or not a valid path.
     """
     if not reference.strip():
-        raise UserError(f"{key}: it is empty; name a local directory or a Hugging Face id")
+        raise UserError(f"{key}: the value is empty; name a local directory or a Hugging Face id")
     try:
         return Path(reference).expanduser()
     except RuntimeError as error:

@@ -46,10 +46,11 @@ def _again(blank: Finding, row: Mapping[str, Any]) -> Finding:
     if test.fit is not None:
         kept = row["config"]["fit"] or {}
         other += [f"fit.{key}" for key in ("x", "x_domains") if now["fit"][key] != kept.get(key)]
+    key = f"hypotheses.{blank.hypothesis}.tests.{blank.test}"
     if other:
-        raise ValueError(f"hypotheses.{blank.hypothesis}.tests.{blank.test}: {', '.join(other)} not as measured")
+        raise ValueError(f"{key}: {', '.join(other)} changed since the measurement")
     if row["points"] and set(row["points"]) != set(test.checkpoints):
-        raise ValueError(f"hypotheses.{blank.hypothesis}.tests.{blank.test}: fit.checkpoints not as measured")
+        raise ValueError(f"{key}: fit.checkpoints changed since the measurement")
     return Finding(
         blank.hypothesis,
         blank.test,

@@ -1,46 +1,66 @@
-"""Figures of the page of claims: fits as points with their curves, slopes as lines, contrasts of scores as intervals.
-Measures with one value per seed are drawn as these values.
+"""The two figures of the page of claims: every test's interval as small multiples, and the fits with their points.
 
 The background is white, because a Markdown page has no theme colours to adopt.
 """
 
 import io
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from evals.claims.page import UNITS, short
+from evals.claims.page import UNITS
 from evals.claims.verdicts import Finding
-from evals.config.claims import EXAMPLE_MEASURES
-from evals.statistics.interval import Interval
 
 COLOURS = {"shown": "#2aa876", "contradicted": "#d9605a"}
 UNDECIDED = "#8a939b"
-# Points a slope's axis spans at the least, so that a line of noise does not look steep.
-LEAST_SPAN = 10.0
+COLUMNS = 3
 LINES = ("#4c8bd6", "#d19a3d", "#2aa876", "#b565c9")
 
 
-def claim_figure(own: Sequence[Finding]) -> str | None:
-    """The figure of one hypothesis as SVG, one panel for each kind of test; None if nothing was measured."""
-    measured = [one for one in own if one.interval is not None]
-    fits = [one for one in measured if one.coefficients]
-    slopes = [one for one in measured if one.config.slope]
-    plain = [one for one in measured if not one.coefficients and not one.config.slope]
-    contrasts = [one for one in plain if one.config.measure in EXAMPLE_MEASURES]
-    panels: list[tuple[float, Callable[[Any], None]]] = []
-    if fits:
-        panels.append((4.0, partial(_fits, fits)))
-    if slopes:
-        panels.append((3.4, partial(_slopes, slopes)))
-    if contrasts:
-        panels.append((0.9 + 0.42 * len(contrasts), partial(_intervals, contrasts)))
-    for unit, rows in _seed_rows([one for one in plain if one.config.measure not in EXAMPLE_MEASURES]).items():
-        panels.append((0.9 + 0.42 * len(rows), partial(_seed_values, unit, rows)))
-    return _drawn(panels) if panels else None
+def intervals_figure(found: Mapping[str, Sequence[Finding]]) -> str | None:
+    """Estimates with intervals and margins as SVG, a panel for each hypothesis and unit; None if nothing was measured.
+
+    Args:
+        found: Title of a hypothesis -> its findings; fits are left out.
+    """
+    panels: dict[tuple[str, str], list[Finding]] = {}
+    for title, own in found.items():
+        for one in own:
+            if one.interval is not None and not one.config.fit:
+                unit = UNITS[one.config.measure][1] + (" a unit of the setting" if one.config.slope else "")
+                panels.setdefault((title, unit), []).append(one)
+    if not panels:
+        return None
+    sizes = [len(rows) for rows in panels.values()]
+    heights = [1 + 0.2 * max(sizes[first : first + COLUMNS]) for first in range(0, len(sizes), COLUMNS)]
+    figure = _figure(12, sum(heights))
+    figure.supxlabel("green: shown; red: contradicted; grey: neither; dotted: the margin", fontsize=8)
+    grid = figure.subplots(len(heights), COLUMNS, squeeze=False, height_ratios=heights)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for ((title, unit), rows), axes in zip(panels.items(), grid.flat, strict=False):
+        axes.set_title(title, fontsize=8, loc="left")
+        axes.set_xlabel(unit, fontsize=7)
+        _intervals(rows, axes)
+    return _svg(figure)
+
+
+def fits_figure(found: Mapping[str, Sequence[Finding]]) -> str | None:
+    """Fits as points with their curves, as SVG, a panel for each hypothesis; None if there are none.
+
+    Args:
+        found: As for `intervals_figure`.
+    """
+    panels = {title: fits for title, own in found.items() if (fits := [one for one in own if one.coefficients])}
+    if not panels:
+        return None
+    figure = _figure(6.4, 4 * len(panels))
+    for (title, fits), (axes,) in zip(panels.items(), figure.subplots(len(panels), squeeze=False), strict=True):
+        axes.set_title(title, fontsize=8, loc="right")
+        _fits(fits, axes)
+    return _svg(figure)
 
 
 def _fits(fits: Sequence[Finding], axes: Any) -> None:
@@ -70,72 +90,31 @@ def _fits(fits: Sequence[Finding], axes: Any) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _slopes(slopes: Sequence[Finding], axes: Any) -> None:
-    """Plot each checkpoint's mean against its setting, one line per test."""
-    for one, colour in zip(slopes, cycle(LINES), strict=False):
-        assert one.config.slope is not None
-        points = sorted((setting, 100 * one.values[name]) for name, setting in one.config.slope.items())
+def _intervals(rows: Sequence[Finding], axes: Any) -> None:
+    """Draw a forest plot: each test's estimate with its interval, and its margin as a dotted line."""
+    for place, one in enumerate(reversed(rows)):
+        scale = UNITS[one.config.measure][2]
         assert one.interval is not None
-        mean, low, high = (f"{100 * bound:+.1f}" for bound in (one.interval.mean, one.interval.low, one.interval.high))
-        label = f"{one.test.replace('_', ' ')}: {mean} [{low}, {high}] a unit ({one.label})"
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=label)
-    bottom, top = axes.get_ylim()
-    missing = max(0.0, LEAST_SPAN - (top - bottom)) / 2
-    axes.set_ylim(bottom - missing, top + missing)
-    axes.set_xlabel("setting")
-    axes.set_ylabel("%, or points")
-    # Above the axes, where no point can be.
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-
-
-def _intervals(found: Sequence[Finding], axes: Any) -> None:
-    """Draw a forest plot: each test's contrast with its interval and its margin."""
-    for place, one in enumerate(reversed(found)):
-        assert one.interval is not None
-        value = Interval(*(100 * bound for bound in (one.interval.mean, one.interval.low, one.interval.high)))
-        error = [[value.mean - value.low], [value.high - value.mean]]
-        axes.errorbar([value.mean], [place], xerr=error, fmt="o", capsize=3, color=COLOURS.get(one.verdict, UNDECIDED))
+        mean, low, high = (scale * bound for bound in (one.interval.mean, one.interval.low, one.interval.high))
+        colour = COLOURS.get(one.verdict, UNDECIDED)
+        axes.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt="o", markersize=3, color=colour)
         for bound in {-one.config.margin, one.config.margin} if one.config.margin else ():
-            axes.plot([100 * bound] * 2, [place - 0.35, place + 0.35], color="#b0b7bd", linewidth=1.2, linestyle=":")
-    axes.axvline(0, color="#1d2329", linewidth=0.7)
-    names = [f"{one.test.replace('_', ' ')}\n({one.label})" for one in reversed(found)]
-    axes.set_yticks(range(len(found)), names, fontsize=8)
-    axes.set_ylim(-0.6, len(found) - 0.4)
-    dotted = "; dotted: the margin" if any(one.config.margin for one in found) else ""
-    axes.set_xlabel(f"difference, points{dotted}")
-
-
-def _seed_rows(found: Sequence[Finding]) -> dict[str, dict[str, list[float]]]:
-    """Unit -> row label -> one value for each seed; tests that share a checkpoint's measure share its row."""
-    panels: dict[str, dict[str, list[float]]] = {}
-    for one in found:
-        title, unit, scale, _ = UNITS[one.config.measure]
-        for name, values in one.by_seed.items():
-            panels.setdefault(unit, {})[f"{short(name)}\n{title}"] = [scale * value for value in values.values()]
-    return panels
-
-
-def _seed_values(unit: str, rows: dict[str, list[float]], axes: Any) -> None:
-    """Draw a row for each checkpoint and measure: a dot for each seed, and the mean as a line."""
-    for place, values in enumerate(reversed(rows.values())):
-        axes.plot(values, [place] * len(values), "o", color=LINES[0], alpha=0.6, markersize=5)
-        axes.plot([float(np.mean(values))] * 2, [place - 0.3, place + 0.3], color=LINES[1], linewidth=1.6)
-    axes.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
+            axes.plot([scale * bound] * 2, [place - 0.35, place + 0.35], color="#b0b7bd", linestyle=":")
+    axes.axvline(0, color="#1d2329", linewidth=0.6)
+    axes.set_yticks(range(len(rows)), [one.test.replace("_", " ") for one in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel(f"{unit}; one dot per seed, the line is their mean")
+    # Few ticks and few lines keep the file small.
+    axes.locator_params(axis="x", nbins=4)
+    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
 
 
-def _drawn(panels: Sequence[tuple[float, Callable[[Any], None]]]) -> str:
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
-    heights = [height for height, _ in panels]
-    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained", facecolor="white")
-    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
-    for (_, draw), (axes,) in zip(panels, grid, strict=True):
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        draw(axes)
-    return _svg(figure)
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _svg(figure: Any) -> str:

@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evals.claims.findings import findings
 from evals.claims.measures import domains_of
 from evals.claims.verdicts import Finding
 from evals.comparison.results import BASELINES, STUDENT, VARIANTS, Results
-from evals.config.claims import EXAMPLE_MEASURES, ComparisonConfig, HypothesisConfig
+from evals.config.claims import EXAMPLE_MEASURES, ComparisonConfig
 from evals.tables.grid import ABSENT, Grid
+from evals.tables.templates import text
 
 UNITS = {
     "kl_start": ("KL from the start", "nats a token", 1.0, 3),
@@ -37,13 +39,11 @@ class Judged:
         file: The run file.
         results: Its results.
         found: Its findings.
-        figures: hypothesis -> path of its image, relative to the page.
     """
 
     file: Path
     results: Results
     found: Sequence[Finding]
-    figures: Mapping[str, Path]
 
 
 def hypotheses_grid(results: Results) -> Grid | None:
@@ -121,62 +121,53 @@ def p_of(finding: Finding) -> str:
     return f"{'opposite: ' if other < p else ''}{'<0.001' if value < 0.001 else f'{value:.3f}'}"
 
 
-def claims_page(tested: Sequence[Judged], intro: str) -> str:
-    """The page of claims: an overview, then each claim with its tests, values and figures.
+def claims_page(tested: Sequence[Judged], intro: str, figures: Mapping[str, Path]) -> str:
+    """The page of claims: an overview with figures, then each claim with its tests and values.
 
     Args:
         tested: The runs, in the order of the page.
         intro: How the page was made, as Markdown.
+        figures: Title -> path of an image, relative to the page.
     """
     claims: dict[str, str] = {}
     for run in tested:
         for key, hypothesis in run.results.hypotheses.items():
             claims.setdefault(_claim(key), hypothesis.claim)
-    ordered = sorted(claims, key=_number_of)
-    parts = ["# Claims put to the test", intro, "## Overview", _overview(tested, claims, ordered)]
-    for claim in ordered:
-        parts.append(f"## {claim}: {claims[claim]}")
-        for run in tested:
-            for key, hypothesis in run.results.hypotheses.items():
-                if _claim(key) == claim:
-                    parts += _tests(run, key, hypothesis)
-    return "\n\n".join(parts) + "\n"
+    verdicts = [(_claim(one.hypothesis), run.file, one) for run in tested for one in run.found]
+    return (
+        text(
+            "evals.claims",
+            "claims.md",
+            intro=intro,
+            figures=figures,
+            claims={claim: claims[claim] for claim in sorted(claims, key=_number_of)},
+            verdicts={claim: [(file, one) for its, file, one in verdicts if its == claim] for claim in claims},
+            sections=[_section(run, key) for run in tested for key in run.results.hypotheses],
+            what=what,
+            expectation=expectation,
+            measured=measured,
+            p_of=p_of,
+            marked=_marked,
+        )
+        + "\n"
+    )
 
 
-def _overview(tested: Sequence[Judged], claims: Mapping[str, str], ordered: Sequence[str]) -> str:
-    rows = []
-    for claim in ordered:
-        verdicts = [
-            f"{_marked(one)} ({run.file.stem}: {one.test.replace('_', ' ')})"
-            for run in tested
-            for one in run.found
-            if _claim(one.hypothesis) == claim
-        ]
-        rows.append(f"| {claim} | {claims[claim]} | {'<br>'.join(verdicts)} |")
-    return "\n".join(["| claim | statement | verdicts |", "| --- | --- | --- |", *rows])
+def by_hypothesis(tested: Sequence[Judged]) -> dict[str, list[Finding]]:
+    """Hypothesis with its run file, in the claims' order -> its findings."""
+    keys = [(_number_of(_claim(key)), key, run) for run in tested for key in run.results.hypotheses]
+    keys.sort(key=lambda each: each[0])
+    return {f"{key} ({run.file.stem})": [one for one in run.found if one.hypothesis == key] for _, key, run in keys}
 
 
-def _tests(run: Judged, key: str, hypothesis: HypothesisConfig) -> list[str]:
-    """A run's tests of one claim: comparison, measurement and verdict; then each checkpoint's own value."""
+def _section(run: Judged, key: str) -> dict[str, Any]:
+    """A run's tests of one claim, and each checkpoint's own value."""
     own = [one for one in run.found if one.hypothesis == key]
-    rows = [
-        f"| {one.test.replace('_', ' ')} | {what(run.results, one.config)} | {expectation(one)} | {measured(one)} | "
-        f"{p_of(one)} | {_marked(one)} |"
-        for one in own
-    ]
-    head = "| test | compared | expected | measured [interval] | p (Holm) | verdict |"
-    seeds = max((one.seeds for one in own), default=0)
     examples = max((one.examples for one in own), default=0)
-    size = f"{seeds} seeds" + (f", {examples} independent examples a domain and seed" if examples else "")
-    parts = [
-        f"`{run.file.name}`, {size}. {hypothesis.claim if _claim(key) != key else ''}".rstrip(),
-        "\n".join([head, "| --- | --- | --- | --- | ---: | --- |", *rows]),
-        _values(own),
-        hypothesis.note,
-    ]
-    if figure := run.figures.get(key):
-        parts.append(f"![{key}: {hypothesis.claim}]({figure.as_posix()})")
-    return [part for part in parts if part]
+    size = f"{max((one.seeds for one in own), default=0)} seeds"
+    size += f", {examples} independent examples a domain and seed" if examples else ""
+    shown = {"claim": _claim(key), "key": key, "hypothesis": run.results.hypotheses[key], "file": run.file}
+    return {**shown, "results": run.results, "found": own, "size": size, "lines": _values(own)}
 
 
 def _marked(finding: Finding) -> str:
@@ -184,7 +175,7 @@ def _marked(finding: Finding) -> str:
     return f"**{finding.label}**" if finding.verdict in ("shown", "contradicted") else finding.label
 
 
-def _values(own: Sequence[Finding]) -> str:
+def _values(own: Sequence[Finding]) -> list[str]:
     """Each checkpoint's own value, and the start's score: a start near 0 or 100 % leaves little to see."""
     lines = []
     for one in own:
@@ -194,12 +185,12 @@ def _values(own: Sequence[Finding]) -> str:
         if one.coefficients:
             squared, linear, constant = one.coefficients
             values = f"y = {squared:.4g} x² {linear:+.4g} x {constant:+.4g}, y as a share"
-            lines.append(f"- {one.test.replace('_', ' ')}: {values}{start}")
+            lines.append(f"{one.test.replace('_', ' ')}: {values}{start}")
             continue
         unit = UNITS[one.config.measure][1].replace("points", "%")
         values = ", ".join(f"{short(name)} {_number(value, one.config)}" for name, value in one.values.items())
-        lines.append(f"- {one.test.replace('_', ' ')}: {values} ({unit}; {UNITS[one.config.measure][0]}){start}")
-    return "\n".join(dict.fromkeys(lines))
+        lines.append(f"{one.test.replace('_', ' ')}: {values} ({unit}; {UNITS[one.config.measure][0]}){start}")
+    return list(dict.fromkeys(lines))
 
 
 def _number(value: float, test: ComparisonConfig, signed: bool = False) -> str:

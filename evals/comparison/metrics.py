@@ -6,7 +6,6 @@ from math import comb
 
 import numpy as np
 
-from evals.comparison.scores import Scores
 from evals.statistics.crossed_effects import Estimate, over_both, over_examples
 from evals.statistics.interval import Interval
 
@@ -92,13 +91,3 @@ def pass_at_k(samples_NK: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"pass@{k} needs at least {k} samples and k of at least 1; there are {drawn}")
     passed_N = (samples_NK >= 1).sum(axis=1)
     return np.array([1 - comb(drawn - int(passed), k) / comb(drawn, k) for passed in passed_N])
-
-
-def truncation_rate(scores: Scores) -> float:
-    """Share of greedy completions cut at the longest length."""
-    return float(np.mean([row["greedy"]["truncated"] for row in scores.rows]))
-
-
-def mean_length(scores: Scores) -> float:
-    """Mean tokens of the greedy completions."""
-    return float(np.mean([row["greedy"]["tokens"] for row in scores.rows]))

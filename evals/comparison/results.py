@@ -215,9 +215,9 @@ class Results:
         whole = {f"{domain}/{HELD_OUT}": scores[0] for domain, scores in found.items() if scores}
         return mean_over_domains(whole, self.confidence) if whole and len(whole) == len(found) else None
 
-    def difference(self, role: str, other: str, domain: str, split: str = HELD_OUT) -> Interval | None:
-        """Paired difference of two roles or checkpoints on a domain."""
-        found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain, split)
+    def difference(self, role: str, other: str, domain: str) -> Interval | None:
+        """Paired difference of two roles or checkpoints on a domain, held out."""
+        found = self.aligned([self.checkpoint(role, domain), self.checkpoint(other, domain)], domain)
         return paired_difference(found[0], found[1], self.confidence) if found else None
 
     def mean_difference(

@@ -108,7 +108,7 @@ def read_scores(folder: Path, domain: str, split: str) -> Scores:
     if not rows:
         raise UserError(f"{path}: the score sheet of {domain}/{split} is empty")
     if len({row["id"] for row in rows}) != len(rows):
-        raise UserError(f"{path}: an example id stands twice, so scores cannot be paired")
+        raise UserError(f"{path}: an example id occurs twice, so scores cannot be paired")
     if len({len(row["samples"]) for row in rows}) != 1:
         raise UserError(f"{path}: examples have unequal numbers of samples")
     return Scores(domain, split, rows)

@@ -32,14 +32,12 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.scores import FILE
 from evals.measure.evaluate import summary
-from evals.measure.harness_tasks import own_tasks
+from evals.measure.harness_tasks import KEY, own_tasks
 from stages.config.harness import HarnessTaskConfig
 from stages.learner.device import accelerator
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
 from stages.rows.rendering import template_arguments
-
-KEY = "evaluate.harness"
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _evaluate(request: HarnessRequest, policy: Policy) -> Artifact:
 def _load_task(config: HarnessTaskConfig) -> Task:
     """Read the task and its data, and set its number of shots as the harness's own command does."""
     if config.file is None:
-        file = own_tasks(KEY).tasks.get(config.task)
+        file = own_tasks().tasks.get(config.task)
         if file is None:
             raise UserError(f"{KEY}.tasks: the harness has no task '{config.task}'")
     else:

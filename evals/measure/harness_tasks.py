@@ -18,6 +18,8 @@ from base.extras import harness_version
 from base.hashing import stable_hash
 from base.store.checkpoint import hash_file
 
+# The run file's key of the harness.
+KEY = "evaluate.harness"
 # Loaders of `datasets` that read files named in dataset_kwargs.
 FILE_LOADERS = {"json", "csv", "parquet", "text", "arrow"}
 _NAMED = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{&*!]+)""", re.MULTILINE)
@@ -49,16 +51,13 @@ def index_tasks(folder: Path) -> TaskIndex:
     return TaskIndex(tasks, groups)
 
 
-def own_tasks(key: str) -> TaskIndex:
+def own_tasks() -> TaskIndex:
     """Index the tasks that come with the installed harness.
-
-    Args:
-        key: The run file's key that needs the harness.
 
     Raises:
         UserError: the harness is not installed.
     """
-    harness_version(key)
+    harness_version(KEY)
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
     assert spec.submodule_search_locations is not None

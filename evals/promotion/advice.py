@@ -140,7 +140,7 @@ RULES = (
         lambda case: case.method in ("rl", "rft") and case.start < NO_REWARD and case.taught < NO_REWARD,
         lambda case: (
             f"{case.teacher} found no reward on {case.domain} ({100 * case.start:.1f} → {100 * case.taught:.1f} %): "
-            "more demonstrations in the cold start, an easier task, or train.sft"
+            "add demonstrations to the cold start, choose an easier task, or train it by sft"
         ),
         "gain",
     ),
@@ -158,7 +158,7 @@ RULES = (
         lambda case: case.truncated > CUT_OFF and (case.own or 0.0) < CEILING,
         lambda case: (
             f"{100 * case.truncated:.0f} % of {case.candidate}'s answers on {case.domain} are cut off at "
-            f"{case.settings.max_new_tokens} tokens: a higher evaluate.max_new_tokens and merge.max_new_tokens"
+            f"{case.settings.max_new_tokens} tokens: raise evaluate.max_new_tokens and merge.max_new_tokens"
         ),
         "teacher",
     ),
@@ -166,8 +166,9 @@ RULES = (
         "never right at the start",
         lambda case: case.lags and case.start < NO_REWARD and not case.candidate.startswith(BASELINES),
         lambda case: (
-            f"the start has {100 * case.start:.1f} % on {case.domain}, so the student's own completions give "
-            f"{case.teacher} little to teach by: merge.on_policy_fraction=0.5, merge.domain_weights.{case.domain}=6 "
+            f"the start has {100 * case.start:.1f} % on {case.domain}, so nearly all of the student's "
+            f"own completions are wrong and teach it little: "
+            f"merge.on_policy_fraction=0.5, merge.domain_weights.{case.domain}=6 "
             "and three times the merge.optimizer.learning_rate; or demonstrations in the cold start"
         ),
         "teacher",
@@ -177,7 +178,7 @@ RULES = (
         lambda case: case.lags and case.entropies[1] < COLLAPSED * case.entropies[0],
         lambda case: (
             f"the student's entropy on {case.domain} fell from {case.entropies[0]:.2f} to {case.entropies[1]:.2f} nats "
-            f"while it is {-100 * _gap(case):.1f} points below {case.teacher}: a lower merge.optimizer.learning_rate"
+            f"while it is {-100 * _gap(case):.1f} points below {case.teacher}: lower merge.optimizer.learning_rate"
         ),
         "teacher",
     ),
@@ -194,8 +195,8 @@ RULES = (
         lambda case: case.imprecise and case.units < case.examples,
         lambda case: (
             f"the {case.examples} examples of {case.domain} are worth {case.units} alone, too few to show it "
-            f"within {100 * case.settings.margin:.0f} points; about {case.enough} would, four times in five: more "
-            "data, or a larger held_out_share"
+            f"within {100 * case.settings.margin:.0f} points; about {case.enough} would suffice with a power of "
+            "80 %: add data, or raise held_out_share"
         ),
         "teacher",
     ),
@@ -204,7 +205,8 @@ RULES = (
         lambda case: case.imprecise,
         lambda case: (
             f"{case.examples} examples are too few to show {case.domain} within "
-            f"{100 * case.settings.margin:.0f} points: evaluate.examples={case.enough} would, four times in five"
+            f"{100 * case.settings.margin:.0f} points: evaluate.examples={case.enough} would suffice with a power of "
+            "80 %"
         ),
         "teacher",
     ),
@@ -220,7 +222,7 @@ def advice(results: Results, verdict: GateVerdict | None, settings: Settings) ->
         settings: The run's settings.
     """
     if verdict is not None and verdict.unfinished:
-        return (f"`{settings.command}` makes what is missing",)
+        return (f"`{settings.command}` makes the missing parts",)
     candidate = verdict.candidate if verdict else ""
     cases = [case for domain in results.domains if (case := _case(results, domain, candidate, settings))]
     failed = {one.kind for one in verdict.criteria if one.passed is False} if verdict else set()
@@ -228,13 +230,13 @@ def advice(results: Results, verdict: GateVerdict | None, settings: Settings) ->
     if verdict is not None and "forgetting" in failed:
         helpful.append((_anchor(results, verdict.candidate), "forgetting"))
     if "champion" in failed:
-        helpful.append(("merge.start_from=champion begins with all that the champion has", "champion"))
+        helpful.append(("merge.start_from=champion starts from the champion's weights", "champion"))
     # A suggestion that helps to meet a failed criterion comes before any other.
     found = [text for text, kind in sorted(helpful, key=lambda each: each[1] not in failed)]
     if verdict is not None and verdict.passed:
         found += _better_teacher(cases)
     if len(results.seeds) == 1 and cases:
-        found.append(f"`{settings.command} seeds=[0,1,2]` shows how much of this is one seed's chance")
+        found.append(f"`{settings.command} seeds=[0,1,2]` shows how much the results differ by seed")
     return tuple(found[:MOST])
 
 

@@ -29,10 +29,10 @@ def previous(results: Results, candidate: str, champion: Mapping[str, Scores] | 
         return Criterion(PREVIOUS, None, "no scores of a previous champion: not compared", kind="champion")
     found = _against(results, candidate, champion)
     if found is None:
-        text = "the champion was scored on none of these examples: not compared, so `mopd promote` has to decide"
+        text = "the champion was scored on none of these examples: not compared, so a person decides by `mopd promote`"
         return Criterion(PREVIOUS, False, text, kind="missing")
     passed = found.difference.high >= 0
-    text = f"difference {points(found.difference)} over {found.where}; fails only when shown worse"
+    text = f"difference {points(found.difference)} over {found.where}; fails only if the candidate is shown worse"
     brief = f"{'not ' if passed else ''}shown worse than the champion: {points(found.difference)}"
     return Criterion(PREVIOUS, passed, text, brief, "champion")
 
@@ -49,7 +49,7 @@ def best_of_line(results: Results, candidate: str, former: Mapping[str, Mapping[
     passed = difference.high >= 0
     text = (
         f"{best}: difference {points(difference)} over {compared[best].where}, all that the line of champions lost or "
-        f"gained since; fails only when shown worse"
+        f"gained since; fails only if the candidate is shown worse"
     )
     brief = f"{'not ' if passed else ''}shown worse than a former champion, {best}: {points(difference)}"
     return [Criterion(BEST, passed, text, brief, "champion")]

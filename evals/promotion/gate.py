@@ -56,6 +56,11 @@ class GateVerdict:
         return self.passed and not (self.withheld or self.reigns or self.unfinished)
 
     @property
+    def is_champion(self) -> bool:
+        """Whether the candidate becomes the champion, or is the champion and passes the gate."""
+        return self.promoted or (bool(self.reigns) and self.passed)
+
+    @property
     def failed(self) -> list[str]:
         """Names of the criteria that failed."""
         return [criterion.name for criterion in self.criteria if criterion.passed is False]
@@ -66,20 +71,22 @@ class GateVerdict:
         return any(criterion.kind == "gain" and criterion.passed is False for criterion in self.criteria)
 
     @property
-    def conclusion(self) -> str:
-        """The conclusion from the criteria, in a few words."""
+    def status(self) -> str:
+        """Whether it is promoted, and why not, in a few words."""
         if self.unfinished:
-            return f"Not judged yet: {self.unfinished}"
-        nothing = f"{NOTHING}: " if self.nothing_learnt else ""
-        failed = f"{nothing}{self.candidate} failed {len(self.failed)} of {len(self.criteria)} criteria"
+            return f"Not judged yet, {self.unfinished}"
+        nothing = f"{NOTHING}, " if self.nothing_learnt else ""
+        failed = f"{nothing}{len(self.failed)} of {len(self.criteria)} criteria failed"
         if self.reigns:
-            today = "" if self.passed else f"; today's gate would not promote it: {failed}"
-            return f"{self.candidate} is the champion, since {self.reigns}{today}"
+            return f"Already champion, since {self.reigns}" + ("" if self.passed else f" (by today's gate {failed})")
         if not self.passed:
-            return f"Not promoted: {failed}"
-        if self.withheld:
-            return f"Not promoted: {self.candidate} passed, but {self.withheld}"
-        return f"Promoted to champion: {self.candidate} passed"
+            return f"Not promoted, {failed}"
+        return f"Not promoted, {self.withheld}" if self.withheld else "Promoted to champion"
+
+    @property
+    def conclusion(self) -> str:
+        """The candidate with its status."""
+        return f"{self.candidate}: {self.status[0].lower()}{self.status[1:]}"
 
 
 def judge(

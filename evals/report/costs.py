@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
 
 from evals.comparison.results import BASELINES, STUDENT, VARIANTS, Cost, Results
 from evals.report.table import merge_title
-from evals.tables.grid import ABSENT
+from evals.tables.templates import html
 
-GIB = 2**30
-HEAD = ("seconds", "tokens", "peak GiB")
 GROUPS: Mapping[str, Callable[[str], bool]] = {
     "base and cold start": lambda name: "/" not in name and name not in (STUDENT, "champion"),
     "the champion before": lambda name: name == "champion",
@@ -55,39 +54,19 @@ def totals(found: Sequence[Spending]) -> dict[str, Cost]:
     return {title: _sum(costs) for title, costs in groups.items() if costs}
 
 
-def costs_section(results: Results, scoring: Mapping[str, Cost]) -> str:
+def costs_section(results: Results, scoring: Mapping[str, Cost]) -> Markup:
     """The totals and a table of all checkpoints, each with its share of all seconds as a bar; empty without costs."""
     found = spendings(results, scoring)
     if not found:
-        return ""
+        return Markup()
     summed = totals(found)
-    whole = summed[ALL].seconds or 1.0
-    many = f"means over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed"
-    intro = (
-        f'<p class="soft">One seed\'s run ({many}), whether or not a stage was cached this time. Seconds are the time '
-        "of the machine that ran it. Tokens: of training those with a loss, of an evaluation those of its completions. "
-        f"Memory is the most held at one time by one process; {ABSENT} where it was not recorded.</p>"
-    )
-    heads = "".join(f"<th>{head}</th>" for head in HEAD)
-    groups = "".join(
-        f'<tr{" class=sum" if title == ALL else ""}><th scope="row">{title}</th>'
-        f"{_cells(cost)}{_share(whole, cost)}</tr>"
-        for title, cost in summed.items()
-    )
-    rows = "".join(
-        f'<tr><th scope="row">{escape(checkpoint_title(one.name))}</th>{_cells(one.made)}{_cells(one.scored)}'
-        f"{_share(whole, one.made, one.scored)}</tr>"
-        for one in found
-    )
-    return (
-        f'{intro}<div class="scroll"><table class="costs"><thead><tr><th>stages</th>{heads}'
-        f'<th class="share">share of all seconds</th></tr></thead><tbody>{groups}</tbody></table></div>'
-        '<h3>Every checkpoint <small><span class="key"><i class="made"></i>training</span>'
-        '<span class="key"><i class="scored"></i>evaluations</span></small></h3>'
-        '<div class="scroll"><table class="costs"><thead><tr><th rowspan="2">checkpoint</th>'
-        f'<th colspan="{len(HEAD)}">training</th><th colspan="{len(HEAD)}">its evaluations</th>'
-        f'<th class="share" rowspan="2">share of all seconds</th></tr><tr>{heads}{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+    return html(
+        "evals.report",
+        "costs.html",
+        seeds=len(results.seeds),
+        totals=summed,
+        whole=summed[ALL].seconds or 1.0,
+        spendings=[(checkpoint_title(one.name), one) for one in found],
     )
 
 
@@ -101,21 +80,3 @@ def checkpoint_title(name: str) -> str:
 def _sum(costs: Sequence[Cost]) -> Cost:
     tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
     return Cost(tokens, seconds, max(cost.memory for cost in costs))
-
-
-def _cells(cost: Cost | None) -> str:
-    if cost is None:
-        return f"<td>{ABSENT}</td>" * len(HEAD)
-    tokens = f"{cost.tokens:,.0f}" if cost.tokens else ABSENT
-    memory = f"{cost.memory / GIB:.2f}" if cost.memory else ABSENT
-    return f"<td>{cost.seconds:,.1f}</td><td>{tokens}</td><td>{memory}</td>"
-
-
-def _share(whole: float, made: Cost | None, scored: Cost | None = None) -> str:
-    shares = [100 * cost.seconds / whole if cost else 0.0 for cost in (made, scored)]
-    parts = "".join(
-        f'<i class="{kind}" style="width:{share:.1f}%"></i>'
-        for kind, share in zip(("made", "scored"), shares, strict=True)
-        if share
-    )
-    return f'<td class="share"><span>{sum(shares):.1f} %</span><span class="bar">{parts}</span></td>'

@@ -5,10 +5,12 @@ They are drawn here, because matplotlib takes 17 s and 3 MB for the some 400 pan
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from itertools import cycle
 from typing import Any
 
-from evals.tables.markup import card
+from markupsafe import Markup
+
+from evals.tables.templates import html
 
 Points = list[tuple[int, float]]
 
@@ -21,7 +23,7 @@ WIDTH, HEIGHT = 240, 120
 LEFT, RIGHT, TOP, BOTTOM = 42, 236, 20, 104
 
 
-def curves_cards(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def curves_cards(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
     """A folded card for every checkpoint with its curves and its training's notes.
 
     Args:
@@ -32,10 +34,17 @@ def curves_cards(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for node, records in curves.items():
         name, _, seed = node.partition("@")
         names.setdefault(name, {})[f"seed {seed}" if seed else ""] = records
-    return "".join(card(name, _panels(seeds) + _notes(seeds)) for name, seeds in names.items())
+    return html(
+        "evals.report",
+        "curves.html",
+        trainings={name: _training(seeds) for name, seeds in names.items()},
+        size=(WIDTH, HEIGHT),
+        axis=f"M{LEFT} {TOP}V{BOTTOM}H{RIGHT}",
+    )
 
 
-def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _training(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """One checkpoint's panels, the colours of its seeds, and its notes."""
     metrics: dict[str, dict[str, Points]] = {}
     for seed, records in seeds.items():
         for record in records:
@@ -43,21 +52,18 @@ def _panels(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 if math.isfinite(value):
                     metrics.setdefault(name, {}).setdefault(seed, []).append((record["step"], value))
     lines = _changing(metrics)
-    if not lines:
-        return ""
-    colours = {seed: COLOURS[index % len(COLOURS)] for index, seed in enumerate(seeds)}
-    keys = "".join(
-        f'<span class="key"><i style="background:{colour}"></i>{escape(seed)}</span>'
-        for seed, colour in colours.items()
-        if seed
-    )
-    panels = "".join(_panel(name, own, colours) for name, own in list(lines.items())[:PANELS])
-    more = (
-        f'<p class="soft">{len(lines) - PANELS} more changing metrics are in the journal.</p>'
-        if len(lines) > PANELS
-        else ""
-    )
-    return f'{keys}<div class="panels">{panels}</div>{more}'
+    colours = dict(zip(seeds, cycle(COLOURS), strict=False))
+    return {
+        "colours": colours,
+        "panels": [_panel(name, own, colours) for name, own in list(lines.items())[:PANELS]],
+        "more": max(0, len(lines) - PANELS),
+        "notes": [
+            f"{seed}, step {record['step']}: {record['text']}".removeprefix(", ")
+            for seed, records in seeds.items()
+            for record in records
+            if "text" in record
+        ],
+    }
 
 
 def _changing(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, Points]]:
@@ -74,7 +80,8 @@ def _changing(metrics: Mapping[str, dict[str, Points]]) -> dict[str, dict[str, P
     return found
 
 
-def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -> str:
+def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -> dict[str, Any]:
+    """The lines of one metric, a colour and points each, and its labels: anchor, x, y, text; the first is the title."""
     steps = [step for points in lines.values() for step, _ in points]
     values = [value for points in lines.values() for _, value in points]
     first, last, low, high = min(steps), max(steps), min(values), max(values)
@@ -83,21 +90,15 @@ def _panel(name: str, lines: Mapping[str, Points], colours: Mapping[str, str]) -
         across, up = (RIGHT - LEFT) / ((last - first) or 1), (BOTTOM - TOP) / ((high - low) or 1)
         return " ".join(f"{LEFT + (x - first) * across:.1f},{BOTTOM - (y - low) * up:.1f}" for x, y in points)
 
-    drawn = "".join(
-        f'<polyline stroke="{colours[seed]}" points="{place(thinned(points))}"/>' for seed, points in lines.items()
-    )
     labels = [
-        ("start", 2, 10, name, ' class="title"'),
-        ("end", LEFT - 4, TOP + 4, f"{high:.2g}", ""),
-        ("end", LEFT - 4, BOTTOM, f"{low:.2g}", ""),
-        ("start", LEFT, HEIGHT - 4, f"step {first}", ""),
-        ("end", RIGHT, HEIGHT - 4, str(last), ""),
+        ("start", 2, 10, name),
+        ("end", LEFT - 4, TOP + 4, f"{high:.2g}"),
+        ("end", LEFT - 4, BOTTOM, f"{low:.2g}"),
+        ("start", LEFT, HEIGHT - 4, f"step {first}"),
+        ("end", RIGHT, HEIGHT - 4, str(last)),
     ]
-    texts = "".join(
-        f'<text text-anchor="{side}" x="{x}" y="{y}"{style}>{escape(text)}</text>' for side, x, y, text, style in labels
-    )
-    axis = f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{axis}{drawn}{texts}</svg>'
+    drawn = [(colours[seed], place(thinned(points))) for seed, points in lines.items()]
+    return {"lines": drawn, "labels": labels}
 
 
 def thinned(points: Points) -> Points:
@@ -111,13 +112,3 @@ def thinned(points: Points) -> Points:
         ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
         kept.extend(sorted(ends))
     return kept
-
-
-def _notes(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    items = []
-    for seed, records in seeds.items():
-        where = f"{seed}, step" if seed else "step"
-        items += [
-            f"<li>{where} {record['step']}: {escape(record['text'])}</li>" for record in records if "text" in record
-        ]
-    return f"<ul>{''.join(items)}</ul>" if items else ""

@@ -6,14 +6,16 @@ shown.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from evals.comparison.copies import NEAR
 from evals.comparison.merges import merges
 from evals.comparison.results import STUDENT, Results
 from evals.comparison.scores import Scores
 from evals.report.costs import checkpoint_title
+from evals.tables.templates import html
 from experts.domain import HELD_OUT, Prompt
 
 EXAMPLES = 40
@@ -40,19 +42,27 @@ class Column:
     sheet: Scores
 
 
-def samples_section(results: Results) -> str:
+def samples_section(results: Results) -> Markup:
     """The filters and a table for each domain, of the run's first seed; empty where nothing was scored."""
     seed = results.seeds[0]
     other = best_other(results)
     columns = {domain: found for domain in results.domains if (found := columns_of(results, domain, seed, other))}
     if not columns:
-        return ""
-    total = sum(len(found[0].sheet.rows) for found in columns.values())
-    shown = sum(min(EXAMPLES, len(found[0].sheet.rows)) for found in columns.values())
+        return Markup()
     texts = sum((2 + len(found)) * min(EXAMPLES, len(found[0].sheet.rows)) for found in columns.values())
     longest = max(SHORTEST, min(LONGEST, BUDGET // texts))
-    tables = "".join(_domain(domain, found, longest) for domain, found in columns.items())
-    return f"{_explained(seed, shown, total)}{_filters(list(columns))}{tables}"
+    return html(
+        "evals.report",
+        "samples.html",
+        seed=seed,
+        most=EXAMPLES,
+        signs=SIGNS,
+        outcomes=OUTCOMES,
+        domains=[(domain, domain) for domain in columns],
+        tables=[_table(domain, found, longest) for domain, found in columns.items()],
+        open_characters=OPEN_CHARACTERS,
+        open_lines=OPEN_LINES,
+    )
 
 
 def columns_of(results: Results, domain: str, seed: int, other: str | None) -> list[Column]:
@@ -99,73 +109,35 @@ def standing(score: float) -> str:
     return RIGHT if score >= 1 else PARTLY if score > 0 else WRONG
 
 
-def _explained(seed: int, shown: int, total: int) -> str:
-    return (
-        f'<p class="soft">Greedy completions of seed {seed} on held-out examples, at most the first {EXAMPLES} of each '
-        f"domain: {shown:,} of {total:,}. The last column is the best other merge by mean score, where there is one. "
-        f"{SIGNS[RIGHT]}: the full score of 1; {SIGNS[PARTLY]}: a score between; filters count it as wrong.</p>"
-    )
-
-
-def _filters(domains: Sequence[str]) -> str:
-    def options(first: str, values: Mapping[str, str]) -> str:
-        others = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in values.items())
-        return f'<option value="">{first}</option>{others}'
-
-    named = {name: name for name in domains}
-    return (
-        '<form class="filters" hidden>'
-        f'<label>Domain <select name="domain">{options("all domains", named)}</select></label>'
-        f'<label>Outcome <select name="outcome">{options("all", OUTCOMES)}</select></label>'
-        '<label>Search <input type="search" name="text" placeholder="prompt, answer, completion"></label>'
-        '<output aria-live="polite"></output></form>'
-    )
-
-
-def _domain(domain: str, columns: Sequence[Column], longest: int) -> str:
+def _table(domain: str, columns: Sequence[Column], longest: int) -> dict[str, Any]:
     total = len(columns[0].sheet.rows)
-    rows = "".join(_row(columns, number, longest) for number in range(min(EXAMPLES, total)))
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("prompt", "answer", *(c.title for c in columns)))
-    return (
-        f'<div class="domain" data-domain="{escape(domain)}"><h3>{escape(domain)} '
-        f"<small>{min(EXAMPLES, total)} of {total:,} examples</small></h3>"
-        f'<div class="scroll"><table class="samples"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        "</div>"
-    )
+    rows = [_row(columns, number, longest) for number in range(min(EXAMPLES, total))]
+    return {"domain": domain, "titles": [column.title for column in columns], "total": total, "rows": rows}
 
 
-def _row(columns: Sequence[Column], number: int, longest: int) -> str:
+def _row(columns: Sequence[Column], number: int, longest: int) -> dict[str, Any]:
     own = [(column, column.sheet.rows[number]) for column in columns]
     asked = own[0][1]
-    tokens = outcomes({column.role: standing(row["greedy"]["score"]) for column, row in own})
-    cells = [
-        f'<td data-label="prompt">{_text(prompt_text(asked["prompt"]), longest)}</td>',
-        f'<td data-label="answer">{_text(str(asked["answer"]), longest)}</td>',
-        *(_completion(column.title, row, longest) for column, row in own),
-    ]
-    return f'<tr data-outcomes="{" ".join(tokens)}">{"".join(cells)}</tr>'
+    return {
+        "outcomes": outcomes({column.role: standing(row["greedy"]["score"]) for column, row in own}),
+        "prompt": _text(prompt_text(asked["prompt"]), longest),
+        "answer": _text(str(asked["answer"]), longest),
+        "cells": [_completion(column.title, row, longest) for column, row in own],
+    }
 
 
-def _completion(title: str, row: Mapping[str, Any], longest: int) -> str:
+def _completion(title: str, row: Mapping[str, Any], longest: int) -> dict[str, Any]:
     greedy = row["greedy"]
     kind = standing(greedy["score"])
     marks = [SIGNS[kind] + (f", {greedy['score']:.2f}" if kind == PARTLY else "")]
     marks += ["cut off"] if greedy["truncated"] else []
     marks += ["contaminated (near copy)" if row.get("copy") == NEAR else "contaminated"] if row["contaminated"] else []
-    return (
-        f'<td class="{kind}" data-label="{escape(title)}"><span class="mark">{" · ".join(marks)}</span>'
-        f"{_text(greedy['completion'], longest)}</td>"
-    )
+    return {"title": title, "standing": kind, "marks": marks, "text": _text(greedy["completion"], longest)}
 
 
 def _text(text: str, longest: int) -> str:
-    """A text as HTML; a long one is folded under its beginning, a very long one truncated."""
-    whole = text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
-    block = f"<pre>{escape(whole)}</pre>"
-    if len(whole) <= OPEN_CHARACTERS and whole.count("\n") < OPEN_LINES:
-        return block
-    start = " ".join(whole[:OPEN_CHARACTERS].split())[:80]
-    return f'<details class="fold"><summary>{escape(start)}…</summary>{block}</details>'
+    """A text, truncated if it is very long."""
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
 
 
 def prompt_text(prompt: Prompt) -> str:

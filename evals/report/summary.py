@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evals.comparison.results import Results
 from evals.promotion.advice import Settings, advice
-from evals.promotion.gate import NOTHING, GateVerdict
+from evals.promotion.gate import GateVerdict
 from evals.statistics.interval import Interval
 from evals.tables.grid import ABSENT
 
@@ -110,8 +110,9 @@ def summarise(results: Results, verdict: GateVerdict | None, settings: Settings)
     ranks = {line.domain: _rank(line) for line in lines}
     failed = [one for one in verdict.criteria if one.passed is False] if verdict else []
     failed.sort(key=lambda one: ranks.get(one.domain, (-2.0, -2.0)))
+    without = "The gate was not run" if results.teachers else "No merge in this run"
     return Summary(
-        sentence=f"{_status(results, verdict)}: {_goodness(results, candidate, mean)}.",
+        sentence=f"{verdict.status if verdict else without}: {_goodness(results, candidate, mean)}.",
         lines=lines,
         mean=mean,
         weakest=weakest.domain if weakest else "",
@@ -150,22 +151,6 @@ def _mean(results: Results, candidate: str) -> Line:
     gap = results.mean_difference(*pair, results.expert_domains)
     start, taught, own = (score.mean if score else None for score in scores)
     return Line(MEAN, start, taught, own, gap)
-
-
-def _status(results: Results, verdict: GateVerdict | None) -> str:
-    if verdict is None:
-        return "The gate was not asked" if results.teachers else "No merge in this run"
-    if verdict.unfinished:
-        return f"Not judged yet, {verdict.unfinished}"
-    failed = f"{len(verdict.failed)} of {len(verdict.criteria)} criteria failed"
-    if verdict.nothing_learnt:
-        failed = f"{NOTHING}, {failed}"
-    if verdict.reigns:
-        today = "" if verdict.passed else f" (by today's gate {failed})"
-        return f"This is the champion, since {verdict.reigns}{today}"
-    if not verdict.passed:
-        return f"Not promoted, {failed}"
-    return f"Not promoted, {verdict.withheld}" if verdict.withheld else "Promoted to champion"
 
 
 def _goodness(results: Results, candidate: str, mean: Line) -> str:

@@ -183,13 +183,14 @@ def statements(results: Results) -> list[str]:
     lines.append(_contamination(results))
     lines.append(
         f"Seeds {', '.join(map(str, results.seeds))}. The intervals of scores and differences keep these "
-        "seeds fixed: they are for new examples, not for new training runs. Those for new seeds, and of KL, "
-        "take seeds and examples as crossed random effects."
+        "seeds fixed: they hold for new examples, not for new training runs. Intervals for new seeds, and "
+        "those of KL, treat seeds and examples as crossed random effects."
     )
     if results.left_out:
-        lines.append(f"Not all scored yet, so in no table: seeds {', '.join(map(str, sorted(results.left_out)))}.")
+        seeds = ", ".join(map(str, sorted(results.left_out)))
+        lines.append(f"Left out of the tables, because some scores are missing: seeds {seeds}.")
     if results.mixes_seeds:
-        lines.append("No seed has all scores yet: columns of a table are of different seeds, so not to be compared.")
+        lines.append("No seed has all scores yet: columns of a table may be of different seeds and cannot be compared.")
     return lines
 
 

@@ -74,26 +74,22 @@ def power_of(examples: int, margin: float, confidence: float = 0.95, sd: float =
     return float(NormalDist().cdf(margin / error - _upper(confidence)) ** domains)
 
 
-def equivalence_needed(margin: float, alpha: float = 0.05, power: float = POWER, sd: float = BINARY_SD) -> int:
-    """The number of examples with which two equal checkpoints are shown equivalent (TOST) with probability `power`.
+def equivalence_needed(margin: float) -> int:
+    """The number of examples with which two equal checkpoints are shown equivalent (TOST) with probability `POWER`.
 
-    As `examples_needed`, with z_(1 - beta / 2) in place of z_p, beta = 1 - power (Julious 2004, as above, for a true
-    difference of 0: both one-sided tests must succeed, so beta is shared between them).
+    As `examples_needed`, with z_(1 - beta / 2) in place of z_p, beta = 1 - POWER (Julious 2004, as above, for a true
+    difference of 0: both one-sided tests must succeed, so beta is shared between them). Each is at level 0.05.
 
     Args:
         margin: The largest difference, either way, that still counts as none, as a share.
-        alpha: Level of each one-sided test.
-        power: Wanted probability of showing it.
-        sd: Standard deviation of the difference of an example.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: the margin is not above 0.
     """
-    _check(1 - 2 * alpha, sd)
-    if not (margin > 0 and 0.5 <= power < 1):
-        raise ValueError(f"margin must be above 0 and power in [0.5, 1): {margin}, {power}")
-    quantiles = NormalDist().inv_cdf(1 - alpha) + NormalDist().inv_cdf(1 - (1 - power) / 2)
-    return _size(quantiles / margin, sd)
+    if margin <= 0:
+        raise ValueError(f"margin must be above 0: {margin}")
+    quantiles = NormalDist().inv_cdf(0.95) + NormalDist().inv_cdf(1 - (1 - POWER) / 2)
+    return _size(quantiles / margin, BINARY_SD)
 
 
 def margin_notes(hypotheses: Mapping[str, HypothesisConfig], confidence: float) -> list[str]:
@@ -145,7 +141,7 @@ def precision_notes(examples: int, margin: float, confidence: float, domains: in
     elif chances[0] < 0.5:
         lines.append(
             "warning: evaluate.examples is too small for gate.non_inferiority_margin: even if their answers agree on "
-            "nine of ten examples a student as good as its teachers fails at least half the time"
+            "nine of ten examples, a student equal to its teachers fails at least half the time"
         )
     return lines
 

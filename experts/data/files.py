@@ -157,7 +157,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[Place, Row]]:
 
 def _object(place: Place, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{place} is no JSON object: {row!r:.60}")
+        raise UserError(f"{place} is not a JSON object: {row!r:.60}")
     return row
 
 
@@ -175,7 +175,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"field '{repeated}' stands twice in one object")
+        raise ValueError(f"field '{repeated}' occurs twice in one object")
     return found
 
 
@@ -203,7 +203,7 @@ def _cells(path: Path, reader: Any) -> Iterator[tuple[Place, Row]]:
         if header is None:
             header = cells
             if repeated := [name for name in header if header.count(name) > 1]:
-                raise UserError(f"'{path}': field '{repeated[0]}' stands twice in the header")
+                raise UserError(f"'{path}': field '{repeated[0]}' occurs twice in the header")
             continue
         if len(cells) != len(header):
             raise UserError(f"{place} has {len(cells)} cells, the header has {len(header)}: {', '.join(header)}")

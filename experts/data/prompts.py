@@ -31,7 +31,7 @@ def template_fields(template: str) -> list[str]:
         if name is None:
             continue
         if form or conversion or not all(part.isidentifier() for part in name.split(".")):
-            raise ValueError(f"'{template:.60}' may hold plain field names in braces only; '{{{{' stands for a brace")
+            raise ValueError(f"'{template:.60}' may have only plain field names in braces; write '{{{{' for a brace")
         fields.append(name)
     return fields
 
@@ -81,9 +81,9 @@ def check_text(text: str, where: str) -> None:
         UserError: the text is too long, or is not valid Unicode.
     """
     if len(text) > LONGEST_TEXT:
-        raise UserError(f"{where} has {len(text):,} characters, the most are {LONGEST_TEXT:,}")
+        raise UserError(f"{where} has {len(text):,} characters, the limit is {LONGEST_TEXT:,}")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where} holds half of a surrogate pair, which is no character")
+        raise UserError(f"{where} holds half of a surrogate pair, which is not a character")
 
 
 def chat(value: Any, where: str, unused: Counter[str]) -> list[Message]:

@@ -80,7 +80,7 @@ class RowOptions(DomainOptions):
         if value is not None and info.data.get("held_out_path") is not None:
             raise ValueError("give either held_out_split or held_out_path")
         if value is not None and file_format(Path(info.data.get("path", ""))) is not None:
-            raise ValueError("a local file has one split; leave this out and set held_out_share or held_out_path")
+            raise ValueError("a local file has one split; leave this key out and set held_out_share or held_out_path")
         if value is not None and value == info.data.get("train_split"):
             raise ValueError(f"'{value}' is the train split already")
         return value
@@ -106,7 +106,7 @@ class RowOptions(DomainOptions):
     @classmethod
     def _one_way_to_the_answer(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("messages_field") is not None:
-            raise ValueError("with messages_field the last assistant message is the answer; leave this out")
+            raise ValueError("with messages_field the last assistant message is the answer; leave this key out")
         return value
 
 
@@ -138,7 +138,7 @@ class RowDomain(Domain):
         pool = self._examples[split]
         if count > len(pool):
             raise UserError(
-                f"domains.{self.name}: {count} examples were asked of split '{split}', "
+                f"domains.{self.name}: {count} examples of split '{split}' are needed, but "
                 f"'{self.source.path}' has {len(pool)} with distinct prompts"
             )
         return random.Random(f"{split}/{seed}").sample(pool, count)
@@ -303,7 +303,8 @@ class RowDomain(Domain):
             names = template_fields(options.prompt_template)
             values = {n: written(look_up(row, n), f"{where}: '{n}'") for n in names if n != choices_field}
             if values and not any(value.strip() for value in values.values()):
-                raise UserError(f"{where}: {', '.join(repr(name) for name in values)}: all empty, so is the prompt")
+                empty = ", ".join(repr(name) for name in values)
+                raise UserError(f"{where}: {empty}: all of these fields are empty, so the prompt is empty")
             prompt = filled(options.prompt_template, values | {choices_field: choices})
             return (prompt if choices_field in names or not choices else f"{prompt}\n{choices}"), answer
         assert field is not None
@@ -338,7 +339,7 @@ def answers_of(gold: Any, where: str) -> list[str]:
     if isinstance(gold, dict) and isinstance(gold.get("text"), list):
         gold = gold["text"]
     if isinstance(gold, dict):
-        raise UserError(f"{where} is an object; name what is inside it, such as '{next(iter(gold), 'x')}', with a dot")
+        raise UserError(f"{where} is an object; name a field inside it, such as '{next(iter(gold), 'x')}', with a dot")
     several: Sequence[Any] = gold if isinstance(gold, list) else [gold]
     if not several:
         raise UserError(f"{where} is an empty list")

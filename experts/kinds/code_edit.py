@@ -126,7 +126,7 @@ class CodeEditDomain(Domain):
             misses += 1
             if misses > EXHAUSTION_FACTOR * (len(found) + 100):
                 raise UserError(
-                    f"domains.{self.name}: {count} examples were asked of split '{split}', "
+                    f"domains.{self.name}: {count} examples of split '{split}' are needed, but "
                     f"only {len(found)} distinct ones were found"
                 )
         return list(found.values())

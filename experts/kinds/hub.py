@@ -67,9 +67,9 @@ class Options(RowOptions):
         try:
             groups = re.compile(value).groups
         except re.error as error:
-            raise ValueError(f"'{value}' is no regular expression: {error}") from None
+            raise ValueError(f"'{value}' is not a regular expression: {error}") from None
         if groups != 1:
-            raise ValueError(f"'{value}' has {groups} groups in parentheses; one has to enclose the answer")
+            raise ValueError(f"'{value}' has {groups} groups in parentheses; exactly one must enclose the answer")
         return value
 
     @field_validator("scorer")
@@ -130,7 +130,7 @@ class HubDomain(RowDomain):
         texts = answers_of(gold, here)
         golds = [self._found(text, here) for text in texts]
         if any(map(answers.is_blank, golds)):
-            raise UserError(f"{here} is empty but for thoughts or characters without width")
+            raise UserError(f"{here} is empty apart from thoughts or zero-width characters")
         if self.options.scorer == "numeric":
             for text in golds:
                 self._check_value(text, here)

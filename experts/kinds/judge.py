@@ -86,7 +86,7 @@ class Options(RowOptions):
     def _is_an_address(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"'{value}' is no http address")
+            raise ValueError(f"'{value}' is not an http address")
         return value
 
 
@@ -111,7 +111,7 @@ class JudgeDomain(RowDomain):
         """Marks divided by the scale, `parallel` requests at a time; an empty completion gets 0 without a request.
 
         Raises:
-            UserError: the endpoint refuses requests, or more than `max_unmarked` of all completions got no mark.
+            UserError: the endpoint refuses requests, or more than `max_unmarked` of all completions received no mark.
             ConnectionError: the endpoint cannot be reached or fails.
         """
         keys = [self._key(example, completion) if completion.strip() else "" for example, completion in pairs]
@@ -139,7 +139,7 @@ class JudgeDomain(RowDomain):
         self._asked, self._unmarked = self._asked + asked, self._unmarked + unmarked
         if unmarked and self._unmarked > limit * self._asked and (limit == 0 or self._unmarked >= FEW_UNMARKED):
             raise UserError(
-                f"{self._fault} ({self._unmarked} of {self._asked} completions got no mark; "
+                f"{self._fault} ({self._unmarked} of {self._asked} completions received no mark; "
                 f"domains.{self.name}.options.max_unmarked allows {limit:g} of them)"
             )
 
@@ -150,7 +150,7 @@ class JudgeDomain(RowDomain):
             UserError: the domain has none.
         """
         if self.options.answer_field is None and self.options.messages_field is None:
-            raise UserError(f"domains.{self.name}.options.answer_field: there are no answers to imitate without it")
+            raise UserError(f"domains.{self.name}.options.answer_field: without this key no answers can be imitated")
         return super().demonstration(example, rng, rough)
 
     def fingerprint(self) -> str:

@@ -92,7 +92,7 @@ class Options(DomainOptions):
     def _can_be_used(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for task, parameters in tasks.items():
             if task in UNREPEATABLE:
-                raise ValueError(f"'{task}' makes other examples in every process, so results cannot be compared")
+                raise ValueError(f"'{task}' draws different examples in every process, so results cannot be compared")
             if task in PYCOSAT_TASKS and not has_pycosat():
                 raise ValueError(
                     f"'{task}' needs the package pycosat, which set-up leaves out because pip builds it with a C "
@@ -176,7 +176,7 @@ class ReasoningDomain(Domain):
                 repeats += 1
                 if repeats > EXHAUSTION_FACTOR * (len(seen) + 20):
                     raise UserError(
-                        f"domains.{self.name}: {count} examples were asked of split '{split}', but task '{task}' "
+                        f"domains.{self.name}: {count} examples of split '{split}' are needed, but task '{task}' "
                         f"has only {given} distinct ones in it with these parameters"
                     )
                 continue
@@ -184,7 +184,7 @@ class ReasoningDomain(Domain):
             repeats = 0
             if len(seen) * share > FRUITLESS_FACTOR * (given + 20):
                 raise UserError(
-                    f"domains.{self.name}: {count} examples were asked of split '{split}', but of {len(seen)} of task "
+                    f"domains.{self.name}: {count} examples of split '{split}' are needed, but of {len(seen)} of task "
                     f"'{task}' with these parameters only {given} are in it; it has too few answers to split them"
                 )
             source = normal_form(str(entry["answer"])) if task in SPLIT_BY_ANSWER else question

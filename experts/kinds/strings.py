@@ -101,7 +101,7 @@ class StringsDomain(Domain):
                 repeats += 1
                 if repeats > EXHAUSTION_FACTOR * (len(seen) + 100):
                     raise UserError(
-                        f"domains.{self.name}: {count} examples were asked of split '{split}', only {len(drawn)} "
+                        f"domains.{self.name}: {count} examples of split '{split}' are needed, but only {len(drawn)} "
                         f"distinct ones exist for task '{self.options.task}' with lengths "
                         f"{self._lengths[0]}–{self._lengths[1]}"
                     )

@@ -165,7 +165,7 @@ def rollback(graph: StageGraph, store: Store) -> None:
         history = read_history(store, run)
         if len(history) < 2:
             what = f"{history[-1]} is its first champion" if history else "it has no champion yet"
-            raise UserError(f"{run}: {what}; there is none to roll back to")
+            raise UserError(f"{run}: {what}; there is no earlier champion to roll back to")
         now = history[-1]
         if changed := now.action != "rollback":
             back = _again(store, history[-2], f"rolled back from {now}", "rollback")
@@ -173,7 +173,7 @@ def rollback(graph: StageGraph, store: Store) -> None:
     if changed:
         _print(f"{run}: {back} is champion again; rolled back from {now}")
     else:
-        _print(f"{run}: rolled back to {now} already; to go further back: mopd promote RUN.yaml KEY, with a KEY of")
+        _print(f"{run}: already rolled back to {now}; to go further back, run mopd promote RUN.yaml KEY with one of:")
         for record in history:
             _print(f"  {record.student}  {record.node}, {record.decision}")
     update_aliases(store, run)
@@ -197,8 +197,8 @@ def send_operations(store: Store, run: str, operations: Sequence[Mapping[str, An
         outbox.submit(operation)
     if unsent + outbox.close():
         sys.stderr.write(
-            f"warning: MLflow at {without_secrets(writer.uri)} was not reached; its aliases are unchanged. The "
-            f"operations are kept in {folder}: repeat this command, or make a run of {run}, to send them\n"
+            f"warning: MLflow at {without_secrets(writer.uri)} could not be reached, so its aliases are unchanged. The "
+            f"operations are kept in {folder}; this command, repeated, or the next run of {run} sends them\n"
         )
 
 
@@ -213,14 +213,17 @@ def send_kept(store: Store, run: str) -> None:
         return
     writer = Writer(store)
     if send_left_over(folder, writer):
-        sys.stderr.write(f"warning: MLflow at {without_secrets(writer.uri)} was not reached; {folder} keeps the rest\n")
+        sys.stderr.write(
+            f"warning: MLflow at {without_secrets(writer.uri)} could not be reached; "
+            f"the unsent changes are kept in {folder}\n"
+        )
 
 
 def _candidate(graph: StageGraph, store: Store) -> Node:
     from flows.champion.results import collect
 
     if graph.config.merge is None:
-        raise UserError(f"{graph.config.name}: it has no merge, so no champion")
+        raise UserError(f"{graph.config.name}: this run has no merge, so it has no champion")
     return first_of(graph, judge_run(graph, store, collect(graph, store)).candidate)
 
 
@@ -230,10 +233,10 @@ def _chosen(graph: StageGraph, store: Store, name: str) -> Node:
     node = next((node for node in merges if name in (node.name, node.id)), None)
     if node is None:
         names = {node.name for node in merges} | ({node.id for node in merges} if "@" in name else set())
-        raise UserError(f"{graph.config.name}: '{name}' is no merge of this run{nearest(name, names)}")
+        raise UserError(f"{graph.config.name}: '{name}' is not a merge of this run{nearest(name, names)}")
     missing = [other.id for other in (node, *graph.evaluations(node.id)) if store.find(other.key) is None]
     if missing:
-        raise UserError(f"{graph.config.name}: {', '.join(missing)}: not finished; `mopd run` makes what is missing")
+        raise UserError(f"{graph.config.name}: {', '.join(missing)}: not finished; `mopd run` makes the missing parts")
     return node
 
 

@@ -50,7 +50,7 @@ def _check(node: Node, store: Store) -> None:
     config = _config(place, artifact.uri if artifact else node.config["location"], node, artifact is None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if not getattr(config, "auto_map", None):
-            raise UserError(f"{place}: {config.model_type} is no causal language model")
+            raise UserError(f"{place}: {config.model_type} is not a causal language model")
         if not options()["trust_remote_code"]:
             raise UserError(f"{place}: {OWN_CODE}")
     try:

@@ -125,7 +125,7 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
     taught = [node for node in missing if node.config.get("teacher_backend") == "vllm_server"]
     if graph.config.remote_code and (asking := [*inside, *rollouts, *taught]):
-        yield f"remote_code: {config_key(asking[0])} asks for vLLM, which is not given the code of checkpoints here"
+        yield f"remote_code: {config_key(asking[0])} uses vLLM, to which the code of checkpoints is not given here"
     started = {f"{config_key(node)}.sampler.backend": (node, min(1, resources.gpus)) for node in inside}
     if not resources.rollout_servers.urls:
         gpus = devices_of_each(resources.rollout_servers, resources)
@@ -147,7 +147,7 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     asked = {config_key(node): _devices_of(graph, node) for node in [*rollouts, *taught]}
     for key, count in asked.items():
         if count > resources.gpus and count > (shown := len(host_devices())):
-            yield f"{key}: the stage and its vLLM servers take {count} devices or more, this machine shows {shown}"
+            yield f"{key}: the stage and its vLLM servers need at least {count} devices, but this machine has {shown}"
     if rollouts:
         yield from _silent_servers("rollout", resources.rollout_servers.urls)
     if taught:

@@ -53,12 +53,12 @@ def draw_examples(
             source = load_domain(name, entry.kind, entry.options)
             own = entry.kind.endswith(OWN_SUFFIX)
             if own or entry.kind == REASONING_KIND:
-                with processor_limit(ONE_EXAMPLE_SECONDS, f"domains.{name}: to draw one example with these options"):
+                with processor_limit(ONE_EXAMPLE_SECONDS, f"domains.{name}: drawing one example with these options"):
                     source.draw_up_to(1, split, seed)
             drawn = source.draw_up_to(count, split, seed)
             if own and drawn and drawn[0].answer:
                 # An invalid score would otherwise be found by the first step of RL.
-                with processor_limit(ONE_EXAMPLE_SECONDS, f"domains.{name}: to score one completion"):
+                with processor_limit(ONE_EXAMPLE_SECONDS, f"domains.{name}: scoring one completion"):
                     source.score(drawn[0], drawn[0].answer)
         except (UserError, ConnectionError) as error:
             problems.append(f"{key} {count}: {error}")
@@ -67,9 +67,11 @@ def draw_examples(
         warnings += [line for line in source.left_out if line not in warnings]
         if not drawn:
             other = TRAIN if split == HELD_OUT else HELD_OUT
-            problems.append(f"{key} {count}: domains.{name}: no {split} examples; {other} has {source.supply(other)}")
+            problems.append(
+                f"{key} {count}: domains.{name}: no {split} examples; split {other} has {source.supply(other)}"
+            )
         elif len(drawn) < count:
-            warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples, which are all used")
+            warnings.append(f"{key} {count}: domains.{name} has {len(drawn)} {split} examples; all of them are used")
     return found, problems
 
 

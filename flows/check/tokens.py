@@ -190,8 +190,9 @@ class TokenCheck:
             return
         total, first = len(examples[:LOOKED_AT]), looked[0].answer
         text = (
-            f"domains.{domain}: {len(looked)} of {total} gold answers cannot be written with the model's tokenizer and "
-            f"would never score, for example {first[:SHOWN]!r}, read back as {reader.written(first)[1][:SHOWN]!r}"
+            f"domains.{domain}: {len(looked)} of {total} gold answers are changed by the model's tokenizer, so "
+            f"they would not get the full score, for example {first[:SHOWN]!r}, "
+            f"read back as {reader.written(first)[1][:SHOWN]!r}"
         )
         (self.problems if len(looked) == total else self.warnings).append(text)
 

@@ -163,7 +163,8 @@ def report(
     measured: Annotated[
         Path | None,
         typer.Option(
-            "--measured", help="claims: judge the measurements of this page's JSON file, not the home's scores."
+            "--measured",
+            help="claims: judge the measurements in this JSON file, not the home's scores.",
         ),
     ] = None,
 ) -> None:
@@ -176,7 +177,7 @@ def report(
             from flows.cli import claims
 
             folder = claims.FOLDER if str(file) == "claims" else file
-            written = claims.write_claims(folder, overrides or [], home, page or claims.PAGE, measured)
+            written = claims.write_claims(folder, overrides or [], home, page, measured)
             sys.stdout.write(f"{written}\n")
             return
         asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home, as_written)

@@ -41,7 +41,7 @@ def lineage(
     """Print how a checkpoint was made: its teachers, their data, the base."""
     with errors_as_messages():
         if format_ not in FORMATS:
-            raise UserError(f"--format: '{format_}' is none of {', '.join(FORMATS)}{nearest(format_, FORMATS)}")
+            raise UserError(f"--format: '{format_}' is not one of {', '.join(FORMATS)}{nearest(format_, FORMATS)}")
         store_commands.lineage(name, home, form="json" if as_json else format_, html=html)
 
 

@@ -1,6 +1,7 @@
 """`mopd report claims`: tests the hypotheses of several run files from the store and writes one page."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parents[1] / "runs" / "claims"
 NOTES = "NOTES.md"
-PAGE = Path("docs/claims.md")
+PAGE, DATA = Path("docs/claims.md"), Path("studies/claims.json")
 
 
-def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path, measured: Path | None = None) -> Path:
+def write_claims(
+    folder: Path, overrides: Sequence[str], home: Path, page: Path | None = None, measured: Path | None = None
+) -> Path:
     """Test the hypotheses of every run file of a folder and write the page, its figures and its data.
 
     The data are a JSON file: for each run file its seeds, the level of its intervals, its tests with everything needed
@@ -34,20 +37,20 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path,
             is one, follows the page's introduction.
         overrides: Dotted assignments for each of them, such as `seeds=[0,1,2]`.
         home: Where the runs' scores are.
-        page: The Markdown file; figures go into a folder of its name beside it, findings into a JSON file.
+        page: The Markdown file, `PAGE` by default. Figures go into a folder of its name beside it, findings into a JSON
+            file beside it, those of `PAGE` into `DATA`.
         measured: The JSON file of an earlier page, whose measurements are judged instead of the home's scores.
 
     Raises:
         UserError: there is no run file with hypotheses, the store has no scores of any, or the measurements are of
             other tests.
     """
-    from evals.claims.figures import claim_figure
     from evals.claims.page import Judged, claims_page
     from flows.champion.results import collect
 
     store, tested, made = Store(home), [], {}
     earlier = _measurements(measured) if measured else None
-    figures_folder = page.with_suffix("")
+    page, data = (page, page.with_suffix(".json")) if page else (PAGE, DATA)
     for file in sorted(folder.glob("*.yaml")):
         config = load_run_file(file, list(overrides))
         if not config.hypotheses:
@@ -59,27 +62,35 @@ def write_claims(folder: Path, overrides: Sequence[str], home: Path, page: Path,
         for one in found:
             if one.verdict == "not measured":
                 sys.stderr.write(f"warning: {file}: hypotheses.{one.hypothesis}.tests.{one.test}: not measured\n")
-        figures = {}
-        for key in config.hypotheses:
-            drawn = claim_figure([one for one in found if one.hypothesis == key])
-            if drawn is not None:
-                figures_folder.mkdir(parents=True, exist_ok=True)
-                write_whole(figures_folder / f"{key}.svg", drawn)
-                figures[key] = Path(figures_folder.name) / f"{key}.svg"
-        tested.append(Judged(file, results, found, figures))
+        tested.append(Judged(file, results, found))
     if not tested:
         raise UserError(f"{folder}: no run file with hypotheses")
     if earlier is None and not any(run.results.cells for run in tested):
         file = tested[0].file
-        raise UserError(f"{file}: {home} has no artifact of it; make it first: mopd run {file} --home {home}")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    intro = [_intro(tested[0].results.confidence)]
+        raise UserError(f"{file}: {home} has no artifacts of this run; make them first: mopd run {file} --home {home}")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    intro = [_intro(tested[0].results.confidence, os.path.relpath(data, page.parent))]
     if (notes := folder / NOTES).exists():
         intro.append(notes.read_text(encoding="utf-8").strip())
-    write_whole(page, claims_page(tested, "\n\n".join(intro)))
-    data = {run.file.name: _data(run, made[run.file.name]) for run in tested}
-    write_whole(page.with_suffix(".json"), json.dumps(data, indent=1) + "\n")
+    write_whole(page, claims_page(tested, "\n\n".join(intro), _figures(tested, page.with_suffix(""))))
+    content = {run.file.name: _data(run, made[run.file.name]) for run in tested}
+    write_whole(data, json.dumps(content, indent=1) + "\n")
     return page
+
+
+def _figures(tested: "Sequence[Judged]", folder: Path) -> dict[str, Path]:
+    """Write the figures; returns title -> path relative to the page."""
+    from evals.claims.figures import fits_figure, intervals_figure
+    from evals.claims.page import by_hypothesis
+
+    found, figures = by_hypothesis(tested), {}
+    drawn = {"Estimate and interval of every test": intervals_figure(found), "Fits": fits_figure(found)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for (title, svg), name in zip(drawn.items(), ("intervals.svg", "fits.svg"), strict=True):
+        if svg is not None:
+            write_whole(folder / name, svg)
+            figures[title] = Path(folder.name) / name
+    return figures
 
 
 def _found(results: "Results", measured: Mapping[str, Any] | None, file: Path) -> "list[Finding]":
@@ -92,7 +103,7 @@ def _found(results: "Results", measured: Mapping[str, Any] | None, file: Path) -
     try:
         return findings_again(measured.get("findings", []), results.hypotheses, results.confidence)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: its measurements lack or distort {error}") from error
+        raise UserError(f"{file}: its measurements are incomplete or malformed: {error}") from error
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -128,12 +139,12 @@ def _checkpoints(graph: StageGraph, store: Store) -> dict[str, dict[str, str]]:
     }
 
 
-def _intro(confidence: float) -> str:
+def _intro(confidence: float, data: str) -> str:
     return (
         "What the literature claims of on-policy distillation, tested at lab scale. Made by `mopd report claims` from "
         "the runs of `flows/runs/claims/`: margins, tests and numbers of examples are in these run files, and their "
-        "git history shows when they were fixed. The same numbers, by seed, are in the JSON file beside this page, and "
-        "the content keys of the checkpoints with them.\n\n"
+        f"git history shows when they were fixed. The same numbers, by seed, are in [a JSON file]({data}), and the "
+        "content keys of the checkpoints with them.\n\n"
         f"Intervals are at {100 * confidence:g} %. Scores are paired by example and seed; with three seeds and more "
         "they are for new seeds and new examples, as crossed random effects, with fewer for new examples only (*of "
         "these seeds*). Measures with one value per seed have the t interval over seeds. Every test has a p-value of "

@@ -81,7 +81,7 @@ def examine(home: Path, console: Console, *, as_json: bool = False, threads: boo
     for each in found:
         mend = f"; {each.mend}" if each.mend else ""
         console.print(f"{each.name:13} {each.text}{mend}", markup=False, highlight=False, soft_wrap=True)
-    console.print("all well" if not bad else f"not ready: {', '.join(bad)}")
+    console.print("everything is ready" if not bad else f"not ready: {', '.join(bad)}")
     return not bad
 
 

@@ -47,7 +47,7 @@ def init(
 
     with errors_as_messages():
         if (base is None or not domain) and not _is_terminal():
-            raise UserError("name --base and at least one --domain; the prompts for them need a terminal")
+            raise UserError("--base and at least one --domain are required without a terminal")
         base = base or str(typer.prompt(BASE, default="tiny"))
         domains = list(domain or _ask_domains())
         for line in write(file, base, domains, option or (), gpus=_gpus() if gpus is None else gpus, force=force):

@@ -147,7 +147,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
             servers.start(fork_server)
             _wait_until_ready(servers, merge.config.sampler.timeout_seconds)
             urls = [server.url for server in servers.servers]
-            _print(f"ready; in {merge.asked.file} they are used by\n")
+            _print(f"ready; a run uses these servers with the following in {merge.asked.file}:\n")
             _print(yaml.safe_dump({"merge": backend, "resources": {key: {"urls": urls}}}, default_flow_style=None))
             _print("Ctrl-C ends them.")
             while True:
@@ -159,7 +159,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
             raise UserError(str(error)) from error
         except ServerDiedError as error:
             raise UserError(
-                f"the process that supervises the servers was killed, and they with it (log: {log})"
+                f"the process that supervises the servers was killed, and the servers with it (log: {log})"
             ) from error
 
 

@@ -82,8 +82,8 @@ class DeviceLeases:
         devices = _distinct(host_devices(), _listed().uuids)
         if len(devices) < count:
             raise UserError(
-                f"resources: {count} devices asked for, this machine shows {len(devices)}{why_no_more()}; a stage "
-                f"holds its own and those of the vLLM servers that are started for it"
+                f"resources: {count} devices are needed, but this machine has {len(devices)}{why_no_more()}; a stage "
+                f"needs its own devices and those of the vLLM servers that the run starts for it"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         while (lease := self._try(devices, count)) is None:

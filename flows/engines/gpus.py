@@ -53,11 +53,11 @@ def gpu_problems(resources: ResourcesConfig) -> Iterator[str]:
         return
     shown = len(host_devices())
     if shown < asked:
-        yield f"resources.gpus: {asked} devices asked for, this machine shows {shown}{why_no_more()}"
+        yield f"resources.gpus: {asked} devices are needed, but this machine has {shown}{why_no_more()}"
         return
     usable = ask_torch()
     if len(usable.devices) < asked:
-        yield f"resources.gpus: {asked} devices asked for, {disagreement(shown, usable)}"
+        yield f"resources.gpus: {asked} devices are needed, {disagreement(shown, usable)}"
 
 
 def shown_to_one(devices: Sequence[str]) -> int:
@@ -71,7 +71,7 @@ def gpu_warnings(resources: ResourcesConfig) -> Iterator[str]:
     if "parallel_experts" in resources.model_fields_set and side_by_side > (shown := len(host_devices())):
         yield (
             f"resources.parallel_experts: {resources.parallel_experts} nodes of {resources.gpus} devices take "
-            f"{side_by_side}, this machine shows {shown}; they take turns"
+            f"{side_by_side}, this machine has {shown}; they take turns"
         )
 
 

@@ -222,7 +222,7 @@ def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersCo
         return arguments + memory
     shape = text_config(shape)
     if missing := [name for name in SHAPE if name not in shape]:
-        raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}; vLLM's cache cannot be sized without")
+        raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}; the size of vLLM's cache depends on it")
     context = int(shape["max_position_embeddings"])
     cache = cpu_cache_bytes(SimpleNamespace(**shape), config.dtype, rows, config.max_new_tokens, settings.memory_share)
     whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(cpu_batch_tokens(context))]

@@ -236,11 +236,11 @@ class VllmServers:
             server.answered, server.seen = True, now
         elif health.fault is not None:
             assert server.child is not None
-            self._report(f"{server.label} is out of service ({health.fault}); it is ended")
+            self._report(f"{server.label} is out of service ({health.fault}); it is stopped")
             server.child.end(0)
         elif server.answered and now > server.seen + HUNG_SECONDS:
             assert server.child is not None
-            self._report(f"{server.label} has not answered for {now - server.seen:.0f} s; it is ended")
+            self._report(f"{server.label} has not answered for {now - server.seen:.0f} s; it is stopped")
             server.child.end(0)
             server.seen = now
 
@@ -260,7 +260,7 @@ class VllmServers:
         server.recent.append(now)
         server.restarts += 1
         server.answered = False
-        self._report(f"{server.label} {how}; it is started again ({len(server.recent)} of {MOST_RESTARTS} times)")
+        self._report(f"{server.label} {how}; it is restarted ({len(server.recent)} of {MOST_RESTARTS} times)")
         server.child.close()
         self._start(server)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base.store.checkpoint import Artifact
-from evals.tables.markdown import code, plain
+from evals.tables.templates import text
 from stages.rows.trained_on import FACT
 
 DIGEST_LENGTH = 16
@@ -108,66 +108,19 @@ class About:
 
 def model_note(artifact: Artifact, about: About) -> str:
     """A checkpoint's description: kind, scores, parents and children, each with its link."""
-    manifest = artifact.manifest
-    lines = [f"**{plain(artifact.name)}** — stage `{manifest.get('stage', '?')}`, seed {manifest.get('seed', 0)}", ""]
-    if about.verdict:
-        lines += [f"{plain(about.verdict)}.", ""]
-    if about.run:
-        report = f", its [report]({about.report})" if about.report else ""
-        lines += [f"Compared in the run [{plain(about.title)}]({about.run}){report}.", ""]
-    lines += _score_table(about)
-    if about.curves:
-        charts = " · ".join(f"[{plain(domain)}]({page})" for domain, page in about.curves.items())
-        lines += [f"Score over time, beside teacher and start: {charts}", ""]
-    if parents := manifest.get("parents", {}):
-        lines.append("Made from:")
-        for role, parent in parents.items():
-            name = plain(parent["name"])
-            name = f"[{name}]({about.pages[role]})" if role in about.pages else name
-            lines.append(f"- {plain(role)}: {name}, digest `{parent['digest'][:DIGEST_LENGTH]}`")
-        lines.append("")
-    if about.children:
-        made = " · ".join(f"[{plain(name)}]({page})" for name, page in about.children)
-        lines += [f"Made into: {made}", ""]
-    if taught := manifest.get("teachers", []):
-        lines.append("Taught by domain:")
-        lines += [f"- {plain(entry['domain'])}: {plain(lesson(entry))}" for entry in taught]
-        lines.append("")
-    if data := manifest.get("data", {}):
-        lines.append("Data by domain:")
-        lines += [
-            f"- {plain(domain)}: fingerprint {code(dataset_digest(fingerprint))}"
-            for domain, fingerprint in data.items()
-        ]
-        if manifest.get("examples"):
-            lines.append(f"\nSome of it: `{DATA_FILE}` among the artifacts of its run.")
-        lines.append("")
-    if unknown := unrecorded(manifest):
-        lines += [f"Contamination is {plain(unknown)}.", ""]
-    if cost := _cost(manifest):
-        lines += [f"Cost: {cost}; code `{str(manifest.get('code', '?'))[:DIGEST_LENGTH]}`", ""]
-    lines.append(
-        f"Weights: {code(artifact.uri)}, digest `{artifact.digest[:DIGEST_LENGTH]}`, content key `{artifact.key}`"
+    return text(
+        "flows.lineage",
+        "model_note.md",
+        artifact=artifact,
+        manifest=artifact.manifest,
+        about=about,
+        percent=lambda share: "" if share is None else f"{100 * share:.1f}",
+        lesson=lesson,
+        unrecorded=unrecorded(artifact.manifest),
+        cost=_cost(artifact.manifest),
+        length=DIGEST_LENGTH,
+        data_file=DATA_FILE,
     )
-    return "\n".join(lines)
-
-
-def _score_table(about: About) -> list[str]:
-    """Greedy scores in percent, with those of teacher and start if they are known."""
-    if about.rows:
-        head = ["| domain | split | greedy score, % | teacher | start | recovery, % |", "|---|---|---:|---:|---:|---:|"]
-        columns = ("own", "teacher", "start", "recovery")
-        rows = [
-            f"| {plain(row['domain'])} | {row['split']} | {' | '.join(_percent(row[name]) for name in columns)} |"
-            for row in about.rows
-        ]
-        return [*head, *rows, ""]
-    rows = [f"| {plain(domain)} | {split} | {_percent(score)} |" for (domain, split), score in about.scores.items()]
-    return ["| domain | split | greedy score, % |", "|---|---|---:|", *rows, ""] if rows else []
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:
@@ -184,16 +137,8 @@ def run_note(rows: Sequence[tuple[Artifact, str]], flow_run: str = "", charts: M
         flow_run: Address of the flow run in Prefect's pages.
         charts: Subject of a chart -> its address: scores over time beside those of teacher and start.
     """
-    lines = [f"[The flow run in Prefect]({flow_run})", ""] if flow_run else []
-    if charts:
-        links = " · ".join(f"[{plain(name)}]({page})" for name, page in charts.items())
-        lines += [f"Score over time, beside teacher and start: {links}", ""]
-    lines += ["Checkpoints, student first (`lineage.html` among the artifacts draws how they were made):"]
-    for artifact, page in reversed(rows):
-        manifest = artifact.manifest
-        made = f"{manifest.get('stage', '?')}, seed {manifest.get('seed', 0)}"
-        lines.append(f"- [{plain(artifact.name)}]({page}): {made}, digest `{artifact.digest[:DIGEST_LENGTH]}`")
-    return "\n".join(lines)
+    shown = {"rows": rows, "flow_run": flow_run, "charts": charts, "length": DIGEST_LENGTH}
+    return text("flows.lineage", "run_note.md", **shown)
 
 
 def sample_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -13,7 +13,8 @@ from base.errors import UserError, is_unreachable
 from base.store.checkpoint import Artifact, Store
 from evals.report.table import percent
 from evals.tables.grid import ABSENT
-from evals.tables.markdown import code, plain
+from evals.tables.markdown import plain
+from evals.tables.templates import text
 from experts.domain import HELD_OUT
 from flows.lineage import descriptions
 from flows.lineage.card_facts import NO_FACTS, CardFacts, base_of, example_prompt, facts_of
@@ -57,7 +58,7 @@ def export(
     if push is not None and not REPOSITORY.fullmatch(push):
         raise UserError(f"--push: '{push}': name a repository of the Hub as OWNER/NAME")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: it exists and is not empty; name a new directory")
+        raise UserError(f"{folder}: this directory exists and is not empty; name a new one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     temporary.mkdir(parents=True)
     try:
@@ -105,99 +106,45 @@ def model_card(artifact: Artifact, lineage: Sequence[Row], name: str, facts: Car
         model_name=name,
         eval_results=_results(own) or None,
     )
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {plain(name)}",
-        _intro(own, lineage),
-        f"## Scores\n\n{_scores(own, lineage, facts)}",
-        f"## Lineage\n\n```mermaid\n{mermaid(lineage)}\n```\n\n{_checkpoints(lineage)}",
-    ]
-    if own.teachers:
-        taught = "\n".join(f"- {plain(entry['domain'])}: {plain(descriptions.lesson(entry))}" for entry in own.teachers)
-        parts.insert(3, f"## Taught by\n\n{taught}")
-    if facts.verdict:
-        parts.insert(3, "## Verdict\n\n" + "\n".join(facts.verdict))
-    parts.insert(2, _use(artifact))
-    return "\n\n".join(parts) + "\n"
-
-
-def _intro(own: Row, lineage: Sequence[Row]) -> str:
-    seconds, tokens = sum(row.seconds for row in lineage), sum(row.tokens for row in lineage)
-    base = f"Base: {origin}.\n\n" if (origin := base_of(lineage)) else ""
-    return base + (
-        f"{code(own.name)} of stage `{own.stage}`, seed {own.seed}; digest `{own.digest[:SHORT]}`, key `{own.key}`. "
-        f"It and all it was made from took {tokens:,} tokens and {seconds:,.0f} s of training. `{LINEAGE}` has the "
-        f"settings and the data's fingerprints of each checkpoint."
-    )
-
-
-def _use(artifact: Artifact) -> str:
-    files = artifact.manifest.get("files", {})
-    chat = any("chat_template" in name for name in files)
-    prompt = (
-        "chat messages, rendered by the tokenizer's chat template" if chat else "plain text; there is no chat template"
-    )
-    shown, answer = example_prompt(artifact) or ("…", "")
-    # A backtick would end the code block.
-    literal = json.dumps(shown, ensure_ascii=False).replace("`", "\\u0060")
-    encoded = (
-        'tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, '
-        'return_tensors="pt", return_dict=True)'
-        if chat
-        else 'tokenizer(prompt, return_tensors="pt")'
-    )
-    expected = (
-        f"  # trained to answer {json.dumps(answer, ensure_ascii=False)}".replace("`", "\\u0060") if answer else ""
-    )
-    return (
-        f"## Use\n\nPrompts are {prompt}.\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
-        f"prompt = {literal}{expected}\ninputs = {encoded}\n"
-        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n\n'
-        "```sh\nvllm serve .\n```"
-    )
-
-
-def _scores(own: Row, lineage: Sequence[Row], facts: CardFacts) -> str:
-    """Greedy accuracy by domain and split of this checkpoint, its teachers, the cold start and the base."""
-    if not own.scores:
-        return "Not evaluated."
     teachers = {parent for role, parent in own.parents.items() if role.startswith("teacher/")}
-    columns = [row for row in lineage if row.name in (BASE, COLD_START) or row.key in teachers or row.key == own.key]
-    head = ["domain", "split", *(f"**{plain(row.name)}**" if row is own else _called(row, columns) for row in columns)]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for place in sorted(own.scores):
-        domain, _, split = place.rpartition("/")
-        cells = (_score(row, place, facts) for row in columns)
-        lines.append(_line([plain(domain), plain(split.replace("_", " ")), *cells]))
-    shares = [
-        f"- {plain(place.rpartition('/')[0])}, {plain(place.rpartition('/')[2].replace('_', ' '))}: {text}"
-        for place in sorted(own.scores)
-        if (text := facts.contamination.get((own.key, place)))
-    ]
-    about = "Examples with a copy in what the checkpoint or an ancestor was trained on:"
-    copies = [f"\n\n{about}\n\n", "\n".join(shares)] if shares else []
-    title = "Greedy score in %, on the same examples in each row [95 % interval over examples].\n\n"
-    return "".join([title, "\n".join(lines), *copies])
+    shown, answer = example_prompt(artifact) or ("…", "")
+    return (
+        text(
+            "flows.lineage",
+            "model_card.md",
+            metadata=data.to_yaml(),
+            title=name,
+            own=own,
+            base=base_of(lineage),
+            lineage=lineage,
+            lineage_file=LINEAGE,
+            short=SHORT,
+            chat=any("chat_template" in file for file in artifact.manifest.get("files", {})),
+            prompt=_literal(shown),
+            answer=_literal(answer) if answer else "",
+            facts=facts,
+            columns=[
+                row for row in lineage if row.name in (BASE, COLD_START) or row.key in teachers or row.key == own.key
+            ],
+            called=_called,
+            score=lambda row, place: _score(row, place, facts),
+            lesson=descriptions.lesson,
+            drawing=mermaid(lineage),
+            names={row.key: _called(row, lineage) for row in lineage},
+        )
+        + "\n"
+    )
+
+
+def _literal(value: str) -> str:
+    """A text as a Python literal; a backtick would end the code block."""
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def _score(row: Row, place: str, facts: CardFacts) -> str:
     if (found := facts.intervals.get((row.key, place))) is not None:
         return percent(found)
     return f"{100 * row.scores[place]:.1f}" if place in row.scores else ABSENT
-
-
-def _checkpoints(lineage: Sequence[Row]) -> str:
-    head = ["checkpoint", "stage", "seed", "digest", "content key", "made from"]
-    names = {row.key: _called(row, lineage) for row in lineage}
-    lines = [_line(head), _line(["---"] * len(head))]
-    for row in reversed(lineage):
-        made = ", ".join(f"{plain(row.label(role))}: {names.get(key, key)}" for role, key in row.parents.items())
-        lines.append(
-            _line([plain(row.name), row.stage, str(row.seed), f"`{row.digest[:SHORT]}`", f"`{row.key}`", made or "–"])
-        )
-    return "\n".join(lines)
 
 
 def _results(own: Row) -> "list[EvalResult]":
@@ -229,10 +176,6 @@ def _called(row: Row, others: Sequence[Row]) -> str:
     """Its name, with its key if another checkpoint has the same name."""
     name = plain(row.name)
     return name if sum(row.name == other.name for other in others) == 1 else f"{name} `{row.key[:SHORT]}`"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _push(folder: Path, repository: str, public: bool) -> str:

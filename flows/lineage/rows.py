@@ -115,9 +115,11 @@ def resolve(store: Store, reference: str) -> list[str]:
         return [checkpoints[node_id]]
     keys = [a.key for a in store.artifacts() if len(run) >= SHORTEST_KEY and a.key.startswith(run)]
     if len(keys) > 1:
-        raise UserError(f"{reference}: {len(keys)} keys begin with it: {', '.join(keys)}")
+        raise UserError(f"{reference}: {len(keys)} content keys begin with this: {', '.join(keys)}")
     if not keys:
-        raise UserError(f"{reference}: neither a run of {store.home} nor a content key{nearest(run, runs)}")
+        raise UserError(
+            f"{reference}: there is no run in {store.home} and no content key of this name{nearest(run, runs)}"
+        )
     return keys
 
 

@@ -53,13 +53,13 @@ def pinned_champion(config: RunConfig, home: Path, key: str, pins: Mapping[str, 
         history = read_history(store, config.name)
         if not history:
             raise UserError(
-                f"{key}: run '{config.name}' has no champion in {home} yet; run it once from cold_start or base, and "
-                f"the gate or `mopd promote` makes one"
+                f"{key}: run '{config.name}' has no champion in {home} yet; first run it from cold_start or base; "
+                f"then the gate or `mopd promote` sets one"
             )
         pinned = history[-1].student
     artifact = store.find(pinned)
     if artifact is None:
-        raise UserError(f"{key}: the champion {pinned} is no longer in {store.root}; `mopd repin` takes today's")
+        raise UserError(f"{key}: the champion {pinned} is no longer in {store.root}; `mopd repin` pins the present one")
     return artifact
 
 

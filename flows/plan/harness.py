@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from base.errors import UserError, nearest
 from base.extras import harness_version
-from evals.measure.harness_tasks import TaskIndex, index_tasks, own_tasks, task_fingerprint
+from evals.measure.harness_tasks import KEY, TaskIndex, index_tasks, own_tasks, task_fingerprint
 from flows.run_file.schema import RunConfig
 from stages.config.harness import HarnessTaskConfig
 
 if TYPE_CHECKING:
     from flows.plan.nodes import Node
-
-KEY = "evaluate.harness"
 
 
 def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any]]]:
@@ -34,7 +32,7 @@ def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any
     if config is None:
         return []
     if taken := next((name for name in run.evaluate.harness_domains if name in run.domains), None):
-        raise UserError(f"domains.{taken}: this is the name of a task of {KEY}")
+        raise UserError(f"domains.{taken}: {KEY} has a task of this name; choose another name")
     version = harness_version(KEY)
     local = _local_tasks(config.include_path)
     tasks = []
@@ -56,7 +54,7 @@ def harness_problems(run: RunConfig, missing: Sequence["Node"]) -> Iterator[str]
     if not asked:
         return
     assert run.evaluate.harness is not None
-    index, local = own_tasks(KEY), _local_tasks(run.evaluate.harness.include_path)
+    index, local = own_tasks(), _local_tasks(run.evaluate.harness.include_path)
     for name in asked:
         if name in index.groups:
             yield f"{KEY}.tasks: {name} is a group; name its tasks ({index.groups[name]})"

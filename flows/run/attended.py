@@ -87,7 +87,7 @@ def _unrecorded(error: Exception, request: RunRequest, ended: object) -> "Outcom
 
 def stopped(request: RunRequest) -> int:
     """Print how to resume a stopped run, and return the exit code."""
-    sys.stderr.write(f"stopped; `{request.command}` resumes where it was\n")
+    sys.stderr.write(f"stopped; `{request.command}` resumes the run\n")
     return INTERRUPTED
 
 
@@ -105,7 +105,7 @@ def _report_failures(error: "PipelineFailedError", request: RunRequest) -> int:
         mistakes.append(isinstance(failure, UserError) or getattr(failure, "user_error", False))
     if error.not_started:
         sys.stderr.write(f"not started, because they depend on a failed job: {', '.join(error.not_started)}\n")
-    sys.stderr.write(f"all else is finished and kept; `{request.command}` resumes where it was\n")
+    sys.stderr.write(f"everything else is finished and saved; `{request.command}` resumes the rest\n")
     return MISTAKE if all(mistakes) else FAILED
 
 
@@ -121,5 +121,5 @@ def _report_silence(error: Exception, request: RunRequest) -> int:
     else:
         fault = without_secrets(str(error).partition(" - Response")[0]) or type(error).__name__
         cause = f"Prefect's server no longer answers as it should ({fault}); its log is in {request.home}/servers"
-    sys.stderr.write(f"error: {cause}\nwhat is finished is kept; `{request.command}` resumes where it was\n")
+    sys.stderr.write(f"error: {cause}\nfinished parts are saved; `{request.command}` resumes the rest\n")
     return FAILED

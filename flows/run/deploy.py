@@ -109,8 +109,8 @@ def deploy(request: RunRequest, plan: Plan) -> list[str]:
         lines.append(f"schedule: {plan.cron} ({plan.timezone}){', paused' if paused else ''}")
         lines += [f"  next: {moment}" for moment in _next_runs(schedule)]
     command = f"{_client_variables(request.home, pages)} prefect deployment run 'mopd/{name}'"
-    lines.append(f"start it now: Run on its page, or {command}")
-    lines.append(f"a worker makes the runs: mopd worker --home {request.home}" + _pool_option(plan.pool))
+    lines.append(f"to start it now, press Run on its page, or run: {command}")
+    lines.append(f"the runs need a worker: mopd worker --home {request.home}" + _pool_option(plan.pool))
     return lines
 
 
@@ -159,7 +159,7 @@ def work(home: Path, pool: str, limit: int | None) -> None:
             if first and time.monotonic() - started < SHORT_LIFE_SECONDS:
                 raise UserError(f"Prefect's worker ended with code {process.returncode}; its output is above")
             first = False
-            sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is started again\n")
+            sys.stderr.write(f"Prefect's worker ended with code {process.returncode}; it is restarted\n")
             time.sleep(RESTART_SECONDS)
         except KeyboardInterrupt:
             process.terminate()
@@ -238,7 +238,7 @@ def _schedule(plan: Plan) -> Any:
     if plan.cron is None:
         return None
     if plan.timezone not in (zones := zoneinfo.available_timezones()):
-        raise UserError(f"--timezone: '{plan.timezone}' is no IANA time zone{nearest(plan.timezone, zones)}")
+        raise UserError(f"--timezone: '{plan.timezone}' is not an IANA time zone{nearest(plan.timezone, zones)}")
     try:
         return CronSchedule(cron=plan.cron, timezone=plan.timezone)
     except ValidationError as error:

@@ -71,7 +71,7 @@ def summary(estimates: Sequence[Estimate]) -> list[str]:
     known = [each for each in estimates if each.seconds is not None]
     unknown = [each.node for each in estimates if each.seconds is None]
     if not known:
-        return [f"cost: unknown, as nothing like these {len(unknown)} nodes was made before"]
+        return [f"cost: unknown, because no nodes like these {len(unknown)} were made before"]
     seconds, tokens = sum(each.device_seconds for each in known), sum(each.tokens for each in known)
     measured = [each.joules for each in known if each.joules is not None]
     energy = f", {sum(measured):,.0f} J" if measured else ""
@@ -81,7 +81,7 @@ def summary(estimates: Sequence[Estimate]) -> list[str]:
     line += "their kind"
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        line += f"; nothing like {', '.join(unknown[:3])}{more} was made before"
+        line += f"; no nodes like {', '.join(unknown[:3])}{more} were made before"
     return [line]
 
 

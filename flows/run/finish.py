@@ -142,7 +142,7 @@ def finish_run(
     except UserError as error:
         if faults is None:
             raise
-        faults.append(f"{error}; until then the gate is not run")
+        faults.append(f"{error}; the gate is not run until this is mended")
         history = None
     if graph.config.merge and history is not None:
         verdict = judge_run(graph, store, results)
@@ -197,7 +197,7 @@ def _background(
         summary=summary,
         missing=missing,
         curves=_curves(graph, store),
-        drawing=f'<div class="lineage">{drawing(first, results.expert_domains)}</div>' if first else "",
+        drawing=drawing(first, results.expert_domains) if first else "",
         lineage=_lineage_texts(rows),
         scoring=scoring_costs(graph, store, results),
     )

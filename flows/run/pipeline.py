@@ -158,7 +158,7 @@ def _run(
         graph = build_graph(config, root)
         store = Store(root)
         for fault in store.send_left_over():
-            get_run_logger().warning("%s; new artifacts stay on this machine until they are sent", fault)
+            get_run_logger().warning("%s; new artifacts stay on this machine until an upload succeeds", fault)
         deep_check(graph, store)
         # Written after the plan has been compared with the old lock: the new lock is the reference of the next run.
         with plan_lock(store):

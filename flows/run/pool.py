@@ -41,7 +41,7 @@ def make_pool(client: SyncPrefectClient, name: str) -> None:
             make_pool(client, name)
         return
     if pool.type != POOL_TYPE:
-        raise UserError(f"--pool: work pool '{name}' is of type {pool.type}, not {POOL_TYPE}; name another")
+        raise UserError(f"--pool: work pool '{name}' is of type {pool.type}, not {POOL_TYPE}; name another pool")
     if pool.base_job_template == TEMPLATE:
         return
     if name != POOL and pool.base_job_template not in ({}, ProcessWorker.get_default_base_job_template()):

@@ -55,7 +55,7 @@ class RunRequest:
         if found is None or not (found.overrides or found.max_steps):
             return cls(file, overrides, max_steps, home)
         had = shlex.join(words(found.overrides, found.max_steps))
-        sys.stderr.write(f"as in the last run of {file}: {had} (--as-written leaves this out)\n")
+        sys.stderr.write(f"with the overrides of the last run of {file}: {had} (--as-written ignores them)\n")
         return cls(file, found.overrides, found.max_steps, home)
 
     @property

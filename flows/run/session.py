@@ -163,7 +163,7 @@ def expect_answer(client: "SyncPrefectClient", api: str) -> None:
     if fault is not None:
         raise UserError(
             f"PREFECT_API_URL: {without_secrets(api)} does not answer ({without_secrets(str(fault))}); start that "
-            f"server, or unset the variable and a server is started for the run"
+            f"server, or unset the variable: then the run starts its own server"
         )
     try:
         client.api_version()
@@ -171,8 +171,8 @@ def expect_answer(client: "SyncPrefectClient", api: str) -> None:
         if error.response.status_code not in REFUSED:
             raise
         raise UserError(
-            f"PREFECT_API_URL: {without_secrets(api)} asks for a password; set PREFECT_API_AUTH_STRING to it (for "
-            f"`mopd ui` of another home: to the line in its servers/{SECRET_FILE})"
+            f"PREFECT_API_URL: {without_secrets(api)} requires a password; set PREFECT_API_AUTH_STRING to it (if "
+            f"`mopd ui` of another home started it, the password is in that home's servers/{SECRET_FILE})"
         ) from None
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from evals.tables.markdown import code
+from evals.tables.templates import text
 from experts.data.rows import RowOptions
 from experts.loading import KINDS
 from flows.run_file.baselines import FIXED, MIX_RL, MIX_SFT, SEQKD, WEIGHT_MERGES
@@ -42,19 +43,6 @@ SHARED: dict[Model, str] = {
     TargetObjective: "Objectives with a target",
     Restrictable: "Objectives with a top-k form",
 }
-INTRO = """# The run file
-
-This page has every key of a run file. `make docs` writes it from the schema in `flows/run_file/schema.py`.
-
-A run file is a YAML mapping. An unknown key is an error. `mopd run FILE KEY=VALUE` sets a key for one run; KEY is
-dotted, such as `experts.sort.train.rl.max_steps`, and VALUE is YAML. The key `extends` is the one key outside the
-schema. It names another run file, by its path from this one's folder. The keys of this file replace those of the other;
-maps are joined key by key.
-
-NAME stands for a name of your choice. A `required` key has no default. The default `{}` stands for an empty map or,
-where the type is a section, for the defaults of that section; keys inside the braces replace them. The default `null`
-stands for a key that is absent. Shared sections come last."""
-TABLE_HEAD = "| key | type and bounds | default | what it does |\n|---|---|---|---|"
 
 
 def run_file_page() -> str:
@@ -145,28 +133,32 @@ class _Page:
         for section in self.sections:
             top = section.places[0].partition(".")[0] if len(section.places) == 1 else "(shared)"
             groups.setdefault(top, []).append(section.link)
-        contents = "\n".join(f"- {' · '.join(links)}" for links in groups.values())
-        blocks = [INTRO, f"## Contents\n\n{contents}", *(self._block(section) for section in self.sections)]
-        return "\n\n".join(blocks) + "\n"
+        shown = {"groups": groups.values(), "sections": self.sections, "page": self}
+        return text("flows.run_file", "run-file.md", listed=listed, prose=prose, **shown) + "\n"
 
-    def _block(self, section: _Section) -> str:
-        """A section: description, places of use, links to inherited keys, and the table."""
-        model = section.model
-        parts = [f"## {section.heading}", prose(inspect.getdoc(model) or "")]
-        if model not in self.places:
-            heirs = [heir for heir in self.sections if heir.places and issubclass(heir.model, model)]
-            parts.append(f"These are keys of {listed([heir.link for heir in heirs], 'and')}.")
-        elif len(section.places) > 1:
-            parts.append(f"It is used at {listed([self._place(place) for place in section.places], 'and')}.")
-        if above := self.above(model):
-            others = f"The keys of {listed([other.link for other in above], 'and')} belong here too."
-            theirs = {key for other in above for key in self.keys(other.model)}
-            replaced = [code(key) for key in self.keys(model) if key in theirs]
-            parts.append(others + (f" This table replaces their {listed(replaced, 'and')}." if replaced else ""))
-        properties = model.model_json_schema()["properties"]
-        rows = (self._row(model, name, properties[name]) for name in self.keys(model))
-        parts.append("\n".join([TABLE_HEAD, *rows]))
-        return "\n\n".join(parts)
+    def description(self, section: _Section) -> str:
+        """The docstring of a section's model."""
+        return prose(inspect.getdoc(section.model) or "")
+
+    def heirs(self, section: _Section) -> list[str]:
+        """Links to the sections of the models that a base class has; empty for other sections."""
+        if section.model in self.places:
+            return []
+        return [heir.link for heir in self.sections if heir.places and issubclass(heir.model, section.model)]
+
+    def used_at(self, section: _Section) -> list[str]:
+        """The places of a model used at several."""
+        return [self._place(place) for place in section.places] if len(section.places) > 1 else []
+
+    def replaced(self, section: _Section) -> list[str]:
+        """The keys of a section that replace inherited ones."""
+        theirs = {key for other in self.above(section.model) for key in self.keys(other.model)}
+        return [code(key) for key in self.keys(section.model) if key in theirs]
+
+    def rows(self, section: _Section) -> list[tuple[str, ...]]:
+        """The cells of a section's table."""
+        properties = section.model.model_json_schema()["properties"]
+        return [self._row(section.model, name, properties[name]) for name in self.keys(section.model)]
 
     def _place(self, place: str) -> str:
         """A dotted place, with a link to the section it is a key of."""
@@ -174,7 +166,7 @@ class _Page:
         found = (section.linked(code(place)) for section in self.sections if section.places == (holder,))
         return next(found, code(place))
 
-    def _row(self, model: Model, name: str, schema: Mapping[str, Any]) -> str:
+    def _row(self, model: Model, name: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
         field = model.model_fields[name]
         if (model, name) == (WeightMergeConfig, "method"):
             default = "the baseline's NAME; not a key"
@@ -183,7 +175,7 @@ class _Page:
         else:
             default = code(in_yaml(field.get_default(call_default_factory=True, validated_data={})))
         type_text = self._untyped(model, name) or self._type(schema, name)
-        return f"| {code(name)} | {type_text} | {default} | {prose(field.description or '')} |"
+        return code(name), type_text, default, prose(field.description or "")
 
     def _untyped(self, model: Model, name: str) -> str:
         """The type of a key whose content the schema leaves to others; empty for all other keys."""

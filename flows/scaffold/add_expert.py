@@ -176,7 +176,7 @@ def _tasks(kind: str, tasks: Sequence[str]) -> dict[str, Any]:
     if kind != "strings":
         raise UserError(f"--task is for the kinds strings and reasoning; {kind} takes --option")
     if len(tasks) > 1:
-        raise UserError(f"--task: a strings domain has one, not {len(tasks)}")
+        raise UserError(f"--task: a strings domain has exactly one task, not {len(tasks)}")
     return {"task": tasks[0]}
 
 
@@ -187,7 +187,8 @@ def _training(config: RunConfig, asked: NewExpert) -> dict[str, Any]:
         raise UserError(f"--like: no expert '{asked.like}' is trained in this run{nearest(asked.like, trained)}")
     if asked.method is not None and asked.method not in EXPERT_METHODS:
         raise UserError(
-            f"--train: '{asked.method}' is none of {', '.join(EXPERT_METHODS)}{nearest(asked.method, EXPERT_METHODS)}"
+            f"--train: '{asked.method}' is not one of {', '.join(EXPERT_METHODS)}"
+            f"{nearest(asked.method, EXPERT_METHODS)}"
         )
     candidates = [asked.like] if asked.like else list(trained)
     model = next((n for n in candidates if asked.method in (None, trained[n].chosen[0])), None)

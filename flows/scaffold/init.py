@@ -114,7 +114,7 @@ def _sizes(base: str, skills: Sequence[Skill], gpus: int) -> Sizes:
         if context is None:
             raise UserError(
                 f"--base {TINY}: the longest example has {longest} characters but the largest tiny model reads "
-                f"{_TINY_CONTEXTS[-1]}; take a real base"
+                f"{_TINY_CONTEXTS[-1]}; name a real base"
             )
         return Sizes(tiny, gpus, context, {name: length + 4 for name, length in answers.items()})
     return Sizes(

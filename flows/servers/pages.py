@@ -24,9 +24,9 @@ def run_page(base: str, experiment_id: str, run_id: str, tab: str = "") -> str:
     return _page(base, f"experiments/{experiment_id}/runs/{run_id}{'/' if tab else ''}{tab}")
 
 
-def model_page(base: str, experiment_id: str, model_id: str) -> str:
-    """The page of a checkpoint (a LoggedModel)."""
-    return _page(base, f"experiments/{experiment_id}/models/{model_id}")
+def model_page(experiment_id: str, model_id: str) -> str:
+    """The page of a checkpoint (a LoggedModel), relative to the server."""
+    return _page("", f"experiments/{experiment_id}/models/{model_id}")
 
 
 def version_page(base: str, name: str, version: str) -> str:
@@ -34,8 +34,8 @@ def version_page(base: str, name: str, version: str) -> str:
     return _page(base, f"models/{quote(name, safe='')}/versions/{version}")
 
 
-def chart_page(base: str, experiment_id: str, run_id: str, metrics: Sequence[str]) -> str:
-    """The page with several metrics of a run by step, in one chart."""
+def chart_page(experiment_id: str, run_id: str, metrics: Sequence[str]) -> str:
+    """The page with several metrics of a run by step, in one chart, relative to the server."""
     query = {
         "runs": json.dumps([run_id]),
         "experiments": json.dumps([experiment_id]),
@@ -43,7 +43,7 @@ def chart_page(base: str, experiment_id: str, run_id: str, metrics: Sequence[str
         "plot_metric_keys": json.dumps(list(metrics)),
         "x_axis": "step",
     }
-    return f"{base}/#/metric?{urlencode(query | MODE)}"
+    return f"/#/metric?{urlencode(query | MODE)}"
 
 
 def _page(base: str, path: str) -> str:

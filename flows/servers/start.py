@@ -34,6 +34,8 @@ MLFLOW_PORT = 5000
 PREFECT_PORT = 4200
 START_SECONDS = 240.0
 STOP_SECONDS = 5.0
+# Of a log, in a message.
+LAST_LINES = 15
 LOCK_SECONDS = 5.0
 PORTS_TRIED = 50
 LAST_PORT = 65535
@@ -193,12 +195,12 @@ def _take(lock: FileLock, held: contextlib.ExitStack) -> None:
     try:
         held.enter_context(lock.acquire(timeout=LOCK_SECONDS))
     except Timeout:
-        logger.warning("another start of a server over this home is under way (%s); waiting for it", lock.lock_file)
+        logger.warning("another process is starting a server of this home (%s); waiting for it", lock.lock_file)
         try:
             held.enter_context(lock.acquire(timeout=START_SECONDS))
         except Timeout:
             raise UserError(
-                f"{lock.lock_file}: another program has held it for {START_SECONDS:.0f} s; `fuser` with this path "
+                f"{lock.lock_file}: another program has held this for {START_SECONDS:.0f} s; `fuser` with this path "
                 f"names it"
             ) from None
 
@@ -310,8 +312,8 @@ def _signal(server: Server, number: signal.Signals) -> None:
         logger.debug("%s is gone already", server.name)
 
 
-def tail(log: Path, lines: int = 15) -> str:
+def tail(log: Path) -> str:
     """The cause of a server's end from its log, without secrets: from the first error on, else the last lines."""
     logged = log.read_text(errors="replace").splitlines()
-    first = next((i for i, line in enumerate(logged) if line.startswith("ERROR:")), max(0, len(logged) - lines))
-    return without_secrets("\n".join(logged[first : first + lines]))
+    first = next((i for i, line in enumerate(logged) if line.startswith("ERROR:")), max(0, len(logged) - LAST_LINES))
+    return without_secrets("\n".join(logged[first : first + LAST_LINES]))

@@ -179,14 +179,14 @@ class LoggedCheckpoints:
             self.client.set_tag(maker, NOTE, note)
 
     def _pages(self, parents: Mapping[str, str | None]) -> dict[str, str]:
-        return {role: model_page("", self.experiment, parent) for role, parent in parents.items() if parent}
+        return {role: model_page(self.experiment, parent) for role, parent in parents.items() if parent}
 
     def _children(self, model: "LoggedModel") -> list[tuple[str, str]]:
         """Name and page of each checkpoint that was made from this one."""
         made = {tag.removeprefix(MADE_INTO): name for tag, name in model.tags.items() if tag.startswith(MADE_INTO)}
         often = Counter(made.values())
         return [
-            (f"{name} ({child[:SHORT_ID]})" if often[name] > 1 else name, model_page("", self.experiment, child))
+            (f"{name} ({child[:SHORT_ID]})" if often[name] > 1 else name, model_page(self.experiment, child))
             for child, name in sorted(made.items(), key=lambda item: item[1])
         ]
 
@@ -197,7 +197,7 @@ class LoggedCheckpoints:
             return {}
         wanted = {domain: [f"{CURVE}/{domain}/{role}" for role in ROLES] for domain in manifest.get("data", {})}
         return {
-            domain: chart_page("", self.experiment, run_id, [descriptions.metric_name(name) for name in names])
+            domain: chart_page(self.experiment, run_id, [descriptions.metric_name(name) for name in names])
             for domain, names in wanted.items()
         }
 

@@ -179,7 +179,9 @@ class Outbox:
             yield
         except OSError as error:
             if not self._unkept:
-                logger.warning("records the tracking server has not taken cannot be kept in %s: %s", self.path, error)
+                logger.warning(
+                    "records that the tracking server did not take cannot be saved in %s: %s", self.path, error
+                )
             self._unkept = True
             # The file may end in half a line, to which the next line would be appended.
             self._torn = True

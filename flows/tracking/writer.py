@@ -258,7 +258,7 @@ class Writer:
             artifact, model = self.store.find(key), self.checkpoints.model(key)
             if artifact and model:
                 self.checkpoints.describe(artifact)
-                rows.append((artifact, model_page("", self.experiment, model)))
+                rows.append((artifact, model_page(self.experiment, model)))
                 charts |= {
                     f"{artifact.name}@{artifact.manifest.get('seed', 0)}: {domain}": page
                     for domain, page in self.checkpoints.curves(self.client.get_logged_model(model), artifact).items()

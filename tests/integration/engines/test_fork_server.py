@@ -86,7 +86,7 @@ def given_up() -> bool:
 def test_devices_are_leased_whole_and_free_when_their_holder_is_gone(server, tmp_path, locks, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     leases = DeviceLeases()
-    with pytest.raises(UserError, match="4 devices asked for, this machine shows 3"):
+    with pytest.raises(UserError, match="4 devices are needed, but this machine has 3"):
         leases.acquire(4)
     first = leases.acquire(2)
     assert first.environment == {"CUDA_VISIBLE_DEVICES": "2,5"}
@@ -136,7 +136,7 @@ def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monk
             leases.acquire(1, cancelled=given_up)
     leases.acquire(1).close()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"1,{other}")
-    with pytest.raises(UserError, match="2 devices asked for, this machine shows 1"):
+    with pytest.raises(UserError, match="2 devices are needed, but this machine has 1"):
         leases.acquire(2, cancelled=given_up)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     # Of a divided device a process is given a slice.
@@ -145,14 +145,14 @@ def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monk
 
 def test_why_there_are_too_few_devices_is_in_the_message(tmp_path, locks, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(UserError, match=r"this machine shows 0 \(nvidia-smi is not installed\); a stage"):
+    with pytest.raises(UserError, match=r"this machine has 0 \(nvidia-smi is not installed\); a stage"):
         DeviceLeases().acquire(1)
     fault = "Failed to initialize NVML: Driver/library version mismatch"
     monkeypatch.setenv("PATH", f"{stand_in_driver(tmp_path / 'driver', fails=fault)}:/bin")
-    with pytest.raises(UserError, match=rf"1 devices asked for, this machine shows 0 \(nvidia-smi: {fault}\)"):
+    with pytest.raises(UserError, match=rf"1 devices are needed, but this machine has 0 \(nvidia-smi: {fault}\)"):
         DeviceLeases().acquire(1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(UserError, match=r"this machine shows 1 \(CUDA_VISIBLE_DEVICES=3\)"):
+    with pytest.raises(UserError, match=r"this machine has 1 \(CUDA_VISIBLE_DEVICES=3\)"):
         DeviceLeases().acquire(2)
 
 

@@ -92,7 +92,7 @@ def test_a_nodes_servers_are_restarted_while_it_runs_and_end_with_it(launcher, g
         assert spec(home, "served")["servers"] == {"teachers": ["http://given:1"], "rollout": [url]}
         assert url in said(run, "is started; log")[0]
         os.kill(members[0], signal.SIGKILL)
-        eventually(lambda: said(run, "was killed by signal 9; it is started again"))
+        eventually(lambda: said(run, "was killed by signal 9; it is restarted"))
         eventually(lambda: len(said(run, "answers")) == 2)
         again = both(os.getpid())
         assert not set(again) & set(members)

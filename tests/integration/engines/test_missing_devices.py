@@ -75,7 +75,7 @@ def test_a_run_is_refused_before_anything_is_trained(
     )
     assert done.returncode == USER_ERROR, done.stdout + done.stderr
     (message,) = (line for line in done.stderr.splitlines() if "resources.gpus" in line)
-    assert "1 devices asked for, nvidia-smi lists 2 and torch" in message
+    assert "1 devices are needed, nvidia-smi lists 2 and torch" in message
     assert f"can use 0: {gpu_fault()}; driver {DRIVER}" in message
     assert "Traceback" not in done.stderr + done.stdout
     assert left_in(home) == []

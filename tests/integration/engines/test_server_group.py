@@ -67,7 +67,7 @@ def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_serv
             os.kill(leader, signal.SIGKILL)
             eventually(lambda before=restart: (servers.tend(), sum("again" in line for line in said) == before)[1])
             eventually(lambda left=engine: ended(left), within=5)
-            assert f"was killed by signal 9; it is started again ({restart} of {MOST_RESTARTS} times)" in said[-1]
+            assert f"was killed by signal 9; it is restarted ({restart} of {MOST_RESTARTS} times)" in said[-1]
             eventually(lambda: up(servers))
         assert servers.urls == url
         os.kill(group(servers)[0], signal.SIGKILL)
@@ -85,7 +85,7 @@ def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch
         eventually(lambda: up(servers))
         before = group(servers)
         os.kill(before[0], signal.SIGSTOP)
-        eventually(lambda: (servers.tend(), any("it is started again" in line for line in said))[1])
+        eventually(lambda: (servers.tend(), any("it is restarted" in line for line in said))[1])
         assert any("has not answered for" in line for line in said)
         # The engine is killed with its leader, and ends when it is its turn.
         eventually(lambda: all(ended(pid) for pid in before), within=15)
@@ -108,7 +108,7 @@ def test_a_server_that_takes_itself_out_of_service_is_started_again_at_once(fork
         httpx.post(server.url, json={"fault": "weights of another shape"})
         assert ask_health(server.url) == Health(False, "weights of another shape")
         eventually(lambda: (servers.tend(), server.restarts == 1)[1])
-        assert any(line.endswith("is out of service (weights of another shape); it is ended") for line in said)
+        assert any(line.endswith("is out of service (weights of another shape); it is stopped") for line in said)
         eventually(lambda: up(servers))
         assert ask_health(server.url) == Health(well=True)
 

@@ -48,7 +48,7 @@ def test_a_terminal_that_closes_ends_a_run_as_ctrl_c_does(tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert "resumes where it was" in bench.log and "Traceback" not in bench.log
+    assert "resumes the r" in bench.log and "Traceback" not in bench.log
     assert bench.query("prefect/prefect.db", "select state_name from flow_run") == [("Cancelled",)]
     assert processes_of(bench.home) == []
 

@@ -134,7 +134,7 @@ def test_teachers_are_served_restarted_and_gone_after_ctrl_c(serving):
     before = serving.members()
     assert len(before) >= 3
     os.kill(serving.leader.pid, signal.SIGKILL)
-    eventually(lambda: serving.said("was killed by signal 9; it is started again (1 of 5 times)"), 30)
+    eventually(lambda: serving.said("was killed by signal 9; it is restarted (1 of 5 times)"), 30)
     serving.answered(2)
     assert all(ended(pid) for pid in before)
     check_teachers(url, serving.teachers, serving.home)

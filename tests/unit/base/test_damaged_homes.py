@@ -78,7 +78,7 @@ def test_status_and_report_go_on_with_what_can_be_read(desk: Desk, command: str,
         assert f"warning: {desk.home / damage}: not readable as JSON" in done.stderr
     if command == "report":
         assert (desk.home / "runs" / "tiny" / "report.html").is_file()
-        words = "The gate was not asked" if damage == CHAMPION else "Not judged yet"
+        words = "The gate was not run" if damage == CHAMPION else "Not judged yet"
         assert done.stdout.startswith(words), done.stdout
 
 

@@ -58,7 +58,7 @@ def test_a_held_lock_of_the_home_is_named_and_bounded(tmp_path, caplog):
     refused = pytest.raises(UserError, match=r"servers\.lock: another program has held it")
     with FileLock(lock), caplog.at_level(logging.WARNING), refused, servers.one_start_at_a_time(tmp_path / "home"):
         pass
-    assert "another start of a server over this home is under way" in caplog.text
+    assert "another process is starting a server of this home" in caplog.text
 
 
 class Stranger(BaseHTTPRequestHandler):

@@ -48,7 +48,7 @@ def test_teachers_and_a_student_that_learnt_nothing_promote_nobody():
     """The student is equal to its teachers, forgets nothing, and scores 0 % everywhere."""
     verdict = judge(of_shares(base=0.0, start=0.0, teachers=0.0, student=0.0), 0.08, 0.05)
     assert verdict.failed == ["teachers above cold_start", "student above cold_start"] and not verdict.promoted
-    assert verdict.conclusion == "Not promoted: nothing was learnt: student failed 2 of 6 criteria"
+    assert verdict.conclusion == "student: not promoted, nothing was learnt, 2 of 6 criteria failed"
     assert verdict.criteria[3].brief == (
         "the teachers at 0.0 %, cold_start at 0.0 %: +0.0 [-2.0, +2.0] points, not shown above cold_start: nothing was "
         "learnt"
@@ -114,7 +114,7 @@ def test_another_merge_is_the_candidate_where_it_is_shown_better():
     assert verdict.criteria[0].text.startswith(
         "a: 98.0 % against its teacher's 90.0 % (seed 0, the one to be promoted): difference +8.0 ["
     )
-    assert verdict.conclusion == "Promoted to champion: baselines/ties passed"
+    assert verdict.conclusion == "baselines/ties: promoted to champion"
 
 
 def test_of_several_shown_better_the_highest_mean_is_the_candidate():
@@ -145,7 +145,7 @@ def test_where_none_passes_the_best_is_the_candidate_and_not_promoted():
     cells = dict(whole.cells) | {("student", "g", "held_out"): {seed: sheet("g", 0.2) for seed in whole.seeds}}
     verdict = judge(dataclasses.replace(whole, cells=cells), 0.08, 0.05)
     assert (verdict.candidate, verdict.promoted, verdict.failed) == ("baselines/ties", False, ["forgetting"])
-    assert verdict.conclusion == "Not promoted: baselines/ties failed 1 of 6 criteria"
+    assert verdict.conclusion == "baselines/ties: not promoted, 1 of 6 criteria failed"
 
 
 def test_holm_asks_more_of_one_among_many():
@@ -269,7 +269,8 @@ def test_a_champion_on_none_of_the_examples_leaves_it_to_a_person():
     verdict = judge(results(GOOD), 0.08, 0.05, {"a": others})
     assert not verdict.promoted and verdict.failed == ["not worse than the previous champion"]
     assert (
-        "scored on none of these examples: not compared, so `mopd promote` has to decide" in verdict.criteria[-1].text
+        "scored on none of these examples: not compared, so a person decides by `mopd promote`"
+        in verdict.criteria[-1].text
     )
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.comparison.metrics import Triple, mean_length, pass_at_k, recovery, truncation_rate
-from tests.support.scored import sheet
+from evals.comparison.metrics import Triple, pass_at_k, recovery
 
 
 def _share(value: float) -> np.ndarray:
@@ -120,11 +119,6 @@ def test_pass_at_k_equals_trying_all_subsets(k):
 def test_pass_at_k_refuses_more_than_was_drawn():
     with pytest.raises(ValueError, match="at least 3 samples"):
         pass_at_k(np.zeros((2, 2)), 3)
-
-
-def test_shape_of_completions():
-    assert truncation_rate(sheet("a", 0.25)) == 0.75
-    assert mean_length(sheet("a", 0.25)) == 3
 
 
 def test_recovery_of_a_gain_that_is_not_shown_is_left_out():

@@ -4,8 +4,10 @@ import dataclasses
 import re
 
 from evals.comparison.results import Cost
-from evals.promotion.gate import judge
+from evals.promotion.criterion import Criterion
+from evals.promotion.gate import GateVerdict, judge
 from evals.report.page import Background, write_report
+from evals.tables.templates import code_spans
 from tests.support.scored import results, sheet
 
 CURVES = {"experts/a": [{"step": step, "values": {"rl/reward/a": step / 9}} for step in range(10)]}
@@ -27,7 +29,19 @@ def test_report_holds_verdict_tables_figures_and_samples(tmp_path):
 def test_report_holds_what_a_stage_noted(tmp_path):
     curves = {"student@0": [{"step": 12, "text": "alarm: <sort> repeats itself"}]}
     text = write_report(tmp_path / "report.html", results(), None, Background(curves)).read_text()
-    assert "<summary>student</summary><ul><li>seed 0, step 12: alarm: &lt;sort&gt; repeats itself</li></ul>" in text
+    assert "<summary>student</summary><ul>\n<li>seed 0, step 12: alarm: &lt;sort&gt; repeats itself</li>\n</ul>" in text
+
+
+def test_a_reason_with_a_colon_stays_in_the_status(tmp_path):
+    met, reason = Criterion("one", True, "It is met."), "a person chose another: it reads better"
+    verdict = GateVerdict("student", "the only one", (met,), withheld=reason)
+    text = write_report(tmp_path / "report.html", results(), verdict, Background()).read_text()
+    assert '<p class="status bad">Not promoted, a person chose another: it reads better</p>' in text
+    assert '<p class="goodness">Student has ' in text
+
+
+def test_code_in_a_suggestion_is_code_and_the_rest_is_text():
+    assert code_spans("`mopd run <x>` & so on") == "<code>mopd run &lt;x&gt;</code> &amp; so on"
 
 
 def test_report_asks_nothing_of_the_network(tmp_path):

@@ -71,7 +71,7 @@ def wide(domains: int) -> Results:
             "Promoted to champion: student has 90.0 % on the mean of the experts' 2 domains, from 50.0 % at the ",
         ),
         ({}, {}, "Not promoted, 2 of 6 criteria failed: student has 80.0 % on the mean"),
-        (GOOD, {"reigns": "2026-11-29 07:01 UTC, by the gate"}, "This is the champion, since 2026-11-29 07:01 UTC, by"),
+        (GOOD, {"reigns": "2026-11-29 07:01 UTC, by the gate"}, "Already champion, since 2026-11-29 07:01 UTC, by"),
         (GOOD, {"unfinished": "3 of 40 parts are not made"}, "Not judged yet, 3 of 40 parts are not made: student has"),
         (GOOD, {"withheld": "a person chose another"}, "Not promoted, a person chose another: student has 90.0 %"),
     ],
@@ -155,7 +155,7 @@ def test_a_partial_run_has_a_first_screen():
     whole = dataclasses.replace(results(), cells={("base", "a", "held_out"): {0: sheet("a", 0.2)}})
     found = screen(whole, unfinished="9 of 12 parts are not made")
     assert found.sentence.startswith("Not judged yet, 9 of 12 parts are not made: student is not scored")
-    assert found.next == ("`mopd run lab.yaml` makes what is missing",) and found.weakest == ""
+    assert found.next == ("`mopd run lab.yaml` makes the missing parts",) and found.weakest == ""
 
 
 def test_an_expert_barely_above_the_start_is_to_be_trained_longer():
@@ -174,7 +174,7 @@ def test_a_gap_asks_for_a_longer_merge_and_with_a_collapse_of_entropy_for_a_lowe
     )
     collapsed = dataclasses.replace(SETTINGS, entropy={("student", "a"): (1.2, 0.1), ("student", "b"): (1.2, 0.1)})
     assert advice(whole, judged(whole), collapsed)[0] == (
-        "the student's entropy on a fell from 1.20 to 0.10 nats while it is 30.0 points below experts/a: a lower "
+        "the student's entropy on a fell from 1.20 to 0.10 nats while it is 30.0 points below experts/a: lower "
         "merge.optimizer.learning_rate"
     )
 
@@ -182,7 +182,8 @@ def test_a_gap_asks_for_a_longer_merge_and_with_a_collapse_of_entropy_for_a_lowe
 def test_what_the_start_never_gets_right_is_taught_by_the_teachers_own_completions():
     whole = cut_nowhere(results({("cold_start", "a"): 0.0, ("student", "a"): 0.02, ("student", "b"): 0.9}))
     assert advice(whole, judged(whole), SETTINGS)[0] == (
-        "the start has 0.0 % on a, so the student's own completions give experts/a little to teach by: "
+        "the start has 0.0 % on a, so nearly all of the student's own completions are wrong and teach it "
+        "little: "
         "merge.on_policy_fraction=0.5, merge.domain_weights.a=6 and three times the "
         "merge.optimizer.learning_rate; or demonstrations in the cold start"
     )
@@ -216,9 +217,10 @@ def test_too_few_examples_for_the_margin_name_the_number_that_would_do():
     said = advice(whole, judged(whole), dataclasses.replace(SETTINGS, examples=30))
     # sd 0.18, 0.08 - 0.033 of room: ((1.96 + 0.84) 0.1826 / 0.0467)^2.
     assert said[0] == (
-        "30 examples are too few to show a within 8 points: evaluate.examples=195 would, four times in five (also b)"
+        "30 examples are too few to show a within 8 points: evaluate.examples=195 would suffice with a "
+        "power of 80 % (also b)"
     )
-    assert said[-1] == "`mopd run lab.yaml seeds=[0,1,2]` shows how much of this is one seed's chance"
+    assert said[-1] == "`mopd run lab.yaml seeds=[0,1,2]` shows how much the results differ by seed"
 
 
 def test_a_student_as_good_as_its_teachers_is_told_which_teacher_limits_it():

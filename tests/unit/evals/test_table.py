@@ -99,7 +99,7 @@ def test_an_unfinished_run_does_not_mix_seeds():
     shown = partial.of_shared_seeds()
     assert roles_grid(partial).rows[0][2].startswith("25.0 [") and partial.mixes_seeds
     assert roles_grid(shown).rows[0][2].startswith("50.0 [") and not shown.mixes_seeds
-    assert statements(shown)[-1] == "Not all scored yet, so in no table: seeds 1."
+    assert statements(shown)[-1] == "Left out of the tables, because some scores are missing: seeds 1."
     del cells["base", "a", "held_out"][0]
     torn = dataclasses.replace(whole, cells=cells)
     assert torn.of_shared_seeds() is torn and "No seed has all scores yet" in statements(torn)[-1]

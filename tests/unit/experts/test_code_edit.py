@@ -122,7 +122,7 @@ def test_mistakes_in_the_options_are_told(options, message):
 
 
 def test_asking_for_too_many_examples_is_told():
-    with pytest.raises(UserError, match="500 examples were asked of split 'held_out', only"):
+    with pytest.raises(UserError, match="500 examples of split 'held_out' are needed, but only"):
         make(families=["range_bound"], held_out_share=0.001).draw(HELD_OUT, 500, 0)
 
 

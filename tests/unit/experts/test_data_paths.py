@@ -120,7 +120,7 @@ def test_a_generated_domain_that_runs_out_names_the_key(tmp_path: Path):
     result = mopd("plan", path, "--home", tmp_path / "home", small, "--check")
     assert result.exit_code == 2
     shown = " ".join(result.stderr.split())
-    assert "evaluate.examples 400: domains.sort: 400 examples were asked of split 'held_out', only" in shown
+    assert "evaluate.examples 400: domains.sort: 400 examples of split 'held_out' are needed, but only" in shown
 
 
 def test_rows_with_the_prompt_of_an_earlier_one_are_counted_once(project, tmp_path):

@@ -123,7 +123,7 @@ def test_a_few_completions_without_a_mark_score_0_and_are_counted_more_are_an_er
     assert domain.score_all([*marked, (example(), "long"), (example(), "odd")]) == [0.7] * 20 + [0.0] * 2
     assert domain.facts() == {"judge_unmarked": 2.0}
     with pytest.raises(
-        UserError, match=r"HTTP 400.* \(3 of 23 completions got no mark; .*max_unmarked allows 0\.02 of"
+        UserError, match=r"HTTP 400.* \(3 of 23 completions received no mark; .*max_unmarked allows 0\.02 of"
     ):
         domain.score(example(), "a long one")
     odd["long"] = "9"
@@ -251,7 +251,7 @@ def test_the_fingerprint_is_of_what_decides_a_mark(judge, make):
 def test_mistakes_name_the_option(judge, make):
     with pytest.raises(UserError, match=r"domains\.manners\.options\.rubrik: unknown key — did you mean 'rubric'"):
         make(rubrik="x")
-    with pytest.raises(UserError, match=r"options\.url: .*'localhost:8000' is no http address"):
+    with pytest.raises(UserError, match=r"options\.url: .*'localhost:8000' is not an http address"):
         make(url="localhost:8000")
     with pytest.raises(UserError, match=r"options\.model: .* serves no 'tinny' — did you mean 'tiny'"):
         make(model="tinny").preflight()

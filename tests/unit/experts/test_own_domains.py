@@ -172,7 +172,7 @@ class _MonitorConfig:
 
 
 PLANS = {
-    "load gives nothing": (source(load="None"), "load gives None; it has to return a Domain"),
+    "load gives nothing": (source(load="None"), "load gives None; it must return a Domain"),
     "load raises": (source(load="1 / 0"), "load: ZeroDivisionError: division by zero"),
     "load ends": (source(load="exit(0)"), "load: SystemExit: 0"),
     "the file ends": ("exit(0)\n", "line 1: import: SystemExit: 0"),
@@ -184,7 +184,10 @@ PLANS = {
     ),
     "the fingerprint ends": (source("def fingerprint(self):\n    exit(0)"), "fingerprint: SystemExit: 0"),
     "the fingerprint is no text": (source("def fingerprint(self):\n    return 7"), "fingerprint gives no text but 7"),
-    "Options are no model": (source().replace("class Options(Base)", "class Options"), "Options is no pydantic model"),
+    "Options are no model": (
+        source().replace("class Options(Base)", "class Options"),
+        "Options is not a pydantic model",
+    ),
     "nothing is defined": ("x = 1\n", "here is no Options and no load"),
 }
 

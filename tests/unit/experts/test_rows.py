@@ -102,14 +102,14 @@ def test_bom_line_ends_and_empty_lines_are_no_text(tmp_path):
         ("r.jsonl", '{"question": "q", "answer": [["a"]]}', r"'answer' is neither text nor a number: \['a'\]"),
         ("r.jsonl", '{"question": "q", "answer": "a", "answer": "b"}', r"row 1 .*field 'answer' stands twice"),
         ("r.jsonl", '{"question": "q", "answer": "\\ud800"}', r"row 1 .*'answer' holds half of a surrogate pair"),
-        ("r.jsonl", '["q", "a"]', r"row 1 .*is no JSON object: \['q', 'a'\]"),
+        ("r.jsonl", '["q", "a"]', r"row 1 .*is not a JSON object: \['q', 'a'\]"),
         ("r.jsonl", "[" * 100_000, r"row 1 .*nested too deeply"),
         ("r.jsonl", b'{"question": "\xff"}', r"not UTF-8 text: line 1"),
         ("r.json", '{"rows": [', r"r\.json' is not valid JSON"),
         ("r.csv", "question,answer\nq\n", r"row 1 \(line 2\) .*has 1 cells, the header has 2: question, answer"),
         ("r.csv", "question,answer\nq,a,b\n", r"row 1 \(line 2\) .*has 3 cells"),
         ("r.csv", 'question,answer\nq,"a', r"row 1 \(line 2\) .*is not valid CSV"),
-        ("r.csv", "question,answer,answer\nq,a,b\n", r"field 'answer' stands twice in the header"),
+        ("r.csv", "question,answer,answer\nq,a,b\n", r"field 'answer' occurs twice in the header"),
         ("r.csv", "question,answer\nq,\n", r"row 1 \(line 2\) .*'answer' is empty"),
         ("r.csv", "question;answer\nq;a\n", r"has no field 'question'.*its fields: question;answer"),
         ("r.jsonl.gz", "no gzip", r"r\.jsonl\.gz' cannot be read"),
@@ -133,7 +133,7 @@ def test_every_row_with_a_mistake_is_counted(tmp_path):
 def test_a_text_of_a_megabyte_is_refused(tmp_path, field):
     row = {"question": "q", "answer": "a"} | {field: "x" * 2**20}
     for path in (write(tmp_path / "r.jsonl", [row]), csv_file(tmp_path / "r.csv", [list(row), list(row.values())])):
-        with pytest.raises(UserError, match=rf"row 1 .*'{field}' has 1,048,576 characters, the most are 500,000"):
+        with pytest.raises(UserError, match=rf"row 1 .*'{field}' has 1,048,576 characters, the limit is 500,000"):
             hub(path).draw(TRAIN, 1, seed=0)
 
 
@@ -189,7 +189,7 @@ def test_gsm8k_trains_on_the_reasoning_and_scores_the_answer(tmp_path, scorer):
     [
         ("#### .+", "has 0 groups in parentheses; one has to"),
         ("(#+) (.+)", "has 2 groups"),
-        ("(", "is no regular expression"),
+        ("(", "is not a regular expression"),
     ],
 )
 def test_a_pattern_has_one_group(tmp_path, pattern, message):

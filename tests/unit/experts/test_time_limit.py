@@ -67,7 +67,7 @@ def test_a_generator_that_its_parameters_make_endless_is_refused_by_name(tmp_pat
     monkeypatch.setattr(check_draws, "ONE_EXAMPLE_SECONDS", SHORT)
     tasks = "{basic_arithmetic: {min_terms: 900000000, max_terms: 1000000000}}"
     message = said(tmp_path, SORT_ALONE, f"domains.sort={{kind: reasoning, options: {{tasks: {tasks}}}}}")
-    assert "domains.sort: to draw one example with these options takes more than 0.3 s of processor time" in message
+    assert "domains.sort: drawing one example with these options takes more than 0.3 s of processor time" in message
 
 
 @pytest.mark.parametrize("method", ["draw(self, split, count, seed)", "score(self, example, completion)"])

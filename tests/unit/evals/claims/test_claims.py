@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from scipy import stats
 
 from evals.claims.data import findings_again, findings_data
-from evals.claims.figures import claim_figure
+from evals.claims.figures import fits_figure, intervals_figure
 from evals.claims.findings import findings
 from evals.claims.page import Judged, claims_page, hypotheses_grid
 from evals.comparison.results import Cost, Expert, Results
@@ -216,7 +216,8 @@ def test_a_fit_tells_its_points_and_its_curve():
     # R² is near 1, and five points show nothing.
     assert one.interval.mean > 0.99 and (one.interval.low, one.interval.high) == (0, 1)
     assert (one.verdict, one.p) == ("cannot be judged", None)
-    figure = claim_figure([one, dataclasses.replace(one, test="again")])
+    figure = fits_figure({"C4": [one, dataclasses.replace(one, test="again")]})
+    assert intervals_figure({"C4": [one]}) is None
     assert "a: R² " in figure and "again: R² " in figure and "half" in figure
 
 
@@ -277,7 +278,7 @@ def test_measurements_are_judged_again_from_their_data():
     rows = json.loads(json.dumps(findings_data(own)))
     assert findings_again(rows, results.hypotheses, 0.95) == own
     other = run(a={"compare": ["student", "experts/rl"], "expect": "above", "domains": ["new"]}).hypotheses
-    with pytest.raises(ValueError, match=r"hypotheses\.C1\.tests\.a: compare not as measured"):
+    with pytest.raises(ValueError, match=r"hypotheses\.C1\.tests\.a: compare changed since the measurement"):
         findings_again(rows, other, 0.95)
 
 
@@ -292,30 +293,23 @@ def test_grid_page_and_figures_tell_the_same():
     assert grid.rows[0][1] == "expert rl − expert sft: greedy score on new"
     assert grid.rows[0][3].startswith("+20.0 [")
     own = findings(results, results.hypotheses)
-    figure = claim_figure(own)
-    assert figure.count("<svg") == 1 and "trend: +15.0 [" in figure and "plain" in figure
-    assert "plain" in claim_figure(own[:1])
-    assert claim_figure(own[1:2]) is None
-    page = claims_page([Judged(Path("code.yaml"), results, own, {"C1": Path("claims/C1.svg")})], "Made so.")
+    figure = intervals_figure({"C1": own})
+    assert figure.count("<svg") == 1 and ">trend<" in figure and ">plain<" in figure and ">lost<" not in figure
+    assert intervals_figure({"C1": own[1:2]}) is None and fits_figure({"C1": own}) is None
+    page = claims_page([Judged(Path("code.yaml"), results, own)], "Made so.", {"Tests": Path("claims/all.svg")})
     assert "## C1: It holds." in page
     assert "**shown** (code: plain)<br>not measured (code: lost)" in page
-    assert "![C1: It holds.](claims/C1.svg)" in page
+    assert "![Tests](claims/all.svg)" in page
     assert "- plain: expert rl 80.0, expert sft 60.0 (%; greedy score); the start scores 50.0 %" in page
     assert hypotheses_grid(dataclasses.replace(results, hypotheses={})) is None
 
 
-def test_what_has_one_value_a_seed_is_drawn_by_seed():
-    """A dot for every seed: 4 of each of two checkpoints, with seconds and shares on axes of their own."""
+def test_each_unit_has_a_panel_with_its_own_axis():
     asked = {"compare": ["experts/rl", "experts/sft"], "measure": "rounded_away", "expect": "above"}
     costs = {"compare": ["student", "experts/rl"], "measure": "seconds", "expect": "below"}
     results = run(away=asked, cost=costs, score={**asked, "measure": "score", "domains": ["new"]})
-    own = findings(results, results.hypotheses)
-    alone = claim_figure(own[:1])
-    assert alone.count("weights changed at float32 less those at bfloat16") == 2 and "one dot per seed" in alone
-    # The dots and the marker's own definition.
-    assert alone.count("stroke-opacity: 0.6") >= 8
-    figure = claim_figure(own)
-    assert figure.count(">seconds<") == 2 and figure.count("one dot per seed") == 2 and "difference, points" in figure
+    figure = intervals_figure({"C1": findings(results, results.hypotheses)})
+    assert figure.count(">C1<") == 3 and all(f">{unit}<" in figure for unit in ("%", "s", "points"))
 
 
 @pytest.mark.parametrize(

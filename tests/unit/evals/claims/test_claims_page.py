@@ -64,9 +64,10 @@ def test_the_page_tells_every_claim_with_figure_and_data(tmp_path: Path) -> None
     assert "`tests.yaml`, 3 seeds, 100 independent examples a domain and seed." in text
     assert "student − expert reverse: drop from the start on general | below 0 | -15.0 [" in text
     assert text.count("On ten examples.") == 1
-    for figure in ("C1", "C2"):
-        assert f"(claims/{figure}.svg)" in text
-        assert (page.parent / "claims" / f"{figure}.svg").read_text().count("<svg") == 1
+    assert "(claims/intervals.svg)" in text and "fits.svg" not in text, "no test is a fit"
+    drawn = (page.parent / "claims" / "intervals.svg").read_text()
+    assert drawn.count("<svg") == 1 and all(f">{title}<" in drawn for title in ("C1 (tests)", "C2 (tests)", "general"))
+    assert "[a JSON file](claims.json)" in text
     assert "was fixed before" not in text and "their git history shows when they were fixed" in text
     assert "(%; drop from the start); the start scores 50.0 %" in text
 
@@ -110,17 +111,17 @@ def test_measurements_are_judged_again_without_the_home(tmp_path: Path) -> None:
 
     assert judged(page.with_suffix(".json")).exit_code == 0
     assert again.with_suffix(".json").read_text() == page.with_suffix(".json").read_text()
-    assert again.read_text() == page.read_text().replace("(claims/", "(again/")
+    assert again.read_text() == page.read_text().replace("(claims", "(again")
     missing = judged(tmp_path / "no.json")
     assert missing.exit_code == 2 and "no.json" in missing.output and "Traceback" not in missing.output
     broken = tmp_path / "broken.json"
     broken.write_text('{"tests.yaml": {"findings": [{"hypothesis": "C1", "test": "general"}]}}')
-    assert judged(broken).exit_code == 2 and "lack or distort 'config'" in judged(broken).output
+    assert judged(broken).exit_code == 2 and "incomplete or malformed: 'config'" in judged(broken).output
     data = json.loads(page.with_suffix(".json").read_text())
     data["tests.yaml"]["findings"][0]["config"]["compare"] = ["student", "base"]
     broken.write_text(json.dumps(data))
     other = judged(broken)
-    assert other.exit_code == 2 and "hypotheses.C1.tests.general: compare not as measured" in other.output
+    assert other.exit_code == 2 and "hypotheses.C1.tests.general: compare changed since the measurement" in other.output
 
 
 def test_a_folders_notes_follow_the_introduction(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_what_cannot_be_told_is_an_error_or_a_warning(tmp_path: Path) -> None:
     folder, home, page = folder_of(tmp_path), tmp_path / "home", tmp_path / "claims.md"
     nothing = report(folder, home, page)
     assert nothing.exit_code == 2
-    assert "has no artifact of it; make it first" in nothing.output and "mopd run" in nothing.output
+    assert "has no artifacts of this run; make them first" in nothing.output and "mopd run" in nothing.output
     assert not page.exists()
     score(folder, home)
     late = {

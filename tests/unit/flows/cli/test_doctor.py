@@ -31,7 +31,7 @@ def test_a_machine_with_everything_is_well(tmp_path: Path) -> None:
     healthy, text = said(tmp_path)
     assert healthy
     assert f"{tmp_path.resolve()}: writable" in text
-    assert text.rstrip().endswith("all well")
+    assert text.rstrip().endswith("everything is ready")
 
 
 def test_a_missing_package_is_named_and_extras_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,11 @@ def test_by_default_the_runs_candidate_is_promoted(graph, store):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("baselines/tie", "tiny: 'baselines/tie' is no merge of this run — did you mean 'baselines/ties'?"),
-        ("experts/sort", "'experts/sort' is no merge of this run — valid: baselines/mix_sft, baselines/ties, student"),
+        ("baselines/tie", "tiny: 'baselines/tie' is not a merge of this run — did you mean 'baselines/ties'?"),
+        (
+            "experts/sort",
+            "'experts/sort' is not a merge of this run — valid: baselines/mix_sft, baselines/ties, student",
+        ),
         ("studnet@0", "did you mean 'student@0'?"),
     ],
 )
@@ -133,7 +136,7 @@ def test_only_a_merge_of_the_run_can_be_promoted(graph, store, name, said):
 def test_what_is_not_finished_or_has_no_reason_is_refused(graph, store):
     sheet = graph.evaluations("baselines/ties@0")[0]
     shutil.rmtree(store.root / sheet.key)
-    with pytest.raises(UserError, match=f"{sheet.id}: not finished; `mopd run` makes what is missing"):
+    with pytest.raises(UserError, match=f"{sheet.id}: not finished; `mopd run` makes the missing parts"):
         promote(graph, store, "baselines/ties", "better")
     with pytest.raises(UserError, match="--reason: give a reason"):
         promote(graph, store, "student", " ")
@@ -157,7 +160,7 @@ def test_rollback_brings_the_former_champion_back_once(graph, store, told, capsy
 
 
 def test_without_a_former_champion_or_its_checkpoint_there_is_no_rollback(graph, store):
-    with pytest.raises(UserError, match="tiny: it has no champion yet; there is none to roll back to"):
+    with pytest.raises(UserError, match="tiny: it has no champion yet; there is no earlier champion to roll back to"):
         rollback(graph, store)
     promote_by_gate(graph, store, passed("student"))
     with pytest.raises(UserError, match=r"student@0 \(key .*\) is its first champion"):
@@ -200,13 +203,13 @@ def test_a_decision_stands_only_until_there_is_a_new_candidate(graph, store, tmp
 
 def test_the_champion_is_no_candidate_for_its_own_place(graph, store):
     first = finish_run(graph, store, promote=True)
-    assert first.changed and first.verdict.conclusion == "Promoted to champion: baselines/ties passed"
+    assert first.changed and first.verdict.conclusion == "baselines/ties: promoted to champion"
     before = champion_path(store, "tiny").read_text()
     for promote_it in (True, False):
         again = finish_run(graph, store, promote=promote_it)
         assert not again.changed and again.crowned and not again.verdict.promoted
         since = again.champion.when[:16].replace("T", " ")
-        assert again.verdict.conclusion == f"baselines/ties is the champion, since {since} UTC, by the gate"
+        assert again.verdict.conclusion == f"baselines/ties: already champion, since {since} UTC, by the gate"
         assert again.verdict.criteria[-1].text == "baselines/ties is the champion itself: not compared"
         assert again.verdict.conclusion in again.report.read_text()
     assert champion_path(store, "tiny").read_text() == before
@@ -217,8 +220,8 @@ def test_a_champion_that_todays_gate_would_not_promote_is_said_to_be_one(graph, 
     results = collect(graph, store)
     whole = dataclasses.replace(results, cells={k: c for k, c in results.cells.items() if k[1] != "general"})
     said = judge_run(graph, store, whole).conclusion
-    assert said.startswith("baselines/ties is the champion, since ") and said.endswith(
-        "by a person: it reads better; today's gate would not promote it: baselines/ties failed 2 of 7 criteria"
+    assert said.startswith("baselines/ties: already champion, since ") and said.endswith(
+        "by a person: it reads better (by today's gate 2 of 7 criteria failed)"
     )
 
 
@@ -226,6 +229,6 @@ def test_a_report_promotes_nobody_and_says_so(graph, store):
     outcome = finish_run(graph, store, promote=False)
     assert read_history(store, "tiny") == [] and outcome.champion is None
     assert outcome.verdict_lines()[-2:] == [
-        "gate: Not promoted: baselines/ties passed, but `mopd run` has yet to make it champion",
+        "gate: baselines/ties: not promoted, `mopd run` has yet to make it champion",
         "champion: none",
     ]

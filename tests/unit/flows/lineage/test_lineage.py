@@ -144,7 +144,7 @@ def test_what_was_planned_but_not_made_is_shown_as_such(tmp_path, graph):
     [
         ("lob", "did you mean 'lab'"),
         ("lab:experts/sart@0", "did you mean 'experts/sort@0'"),
-        ("0", "neither a run of"),
+        ("0", "there is no run in"),
     ],
 )
 def test_an_unknown_name_says_what_is_nearest(store, reference, message):

@@ -44,7 +44,7 @@ def test_it_has_base_intervals_and_the_verdict_of_the_gate_on_the_candidate(stor
     # Columns: base, cold start, two teachers, the candidate.
     assert row.count("[") == 5 and "95.0 [88.5, 98.1]" in row
     assert "## Verdict\n\n- Champion of run `tiny` since " in card and "UTC, by the gate." in card
-    assert "- Gate of run `tiny`: Promoted to champion: baselines/ties passed." in card
+    assert "- Gate of run `tiny`: baselines/ties: promoted to champion." in card
     assert "  - met: teachers above cold_start: mean of sort, reverse" in card
     assert "## Verdict" not in card_of(store, graph, "student"), "the gate judged another merge"
 

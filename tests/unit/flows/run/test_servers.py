@@ -107,7 +107,7 @@ def test_a_server_that_does_not_answer_in_time_is_reported(tmp_path, taken):
 def test_addresses():
     mode = "workflowType=machine_learning"
     assert mlflow_pages.run_page("http://h:1", "2", "r") == f"http://h:1/#/experiments/2/runs/r?{mode}"
-    assert mlflow_pages.model_page("", "2", "m-1") == f"/#/experiments/2/models/m-1?{mode}"
+    assert mlflow_pages.model_page("2", "m-1") == f"/#/experiments/2/models/m-1?{mode}"
     assert mlflow_pages.version_page("", "a b", "3") == f"/#/models/a%20b/versions/3?{mode}"
     shown = servers.without_secrets(f"see http://me:pw@h:1/#/experiments?{mode} and http://h:1/x?key=1")
     assert shown == f"see http://h:1/#/experiments?{mode} and http://h:1/x?…"
