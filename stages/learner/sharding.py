@@ -73,6 +73,18 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+@contextlib.contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """A context in which the policy's own forward pass gathers one layer at a time; embeddings, last norm and head stay
+    gathered. All processes must make the same forward passes inside."""
+    assert isinstance(module, FSDPModule)
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
 def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradient to a global norm over all shards; returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
@@ -91,10 +103,20 @@ def whole_parameters(module: HiddenStates, keep: bool) -> dict[str, Tensor]:
     """
     kept: dict[str, Tensor] = {}
     for name, parameter in module.model.named_parameters():
-        whole = _whole(parameter.detach())
+        tensor = whole(parameter.detach())
         if keep:
-            kept[name] = whole.cpu()
+            kept[name] = tensor.cpu()
     return kept
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are shards at present: not if they are gathered."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered in every process; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -118,7 +140,3 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str,
 
 def _parts(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

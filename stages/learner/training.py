@@ -132,6 +132,16 @@ class Learner:
         with sharding.gathered(self.module), self.accelerator.autocast():
             yield
 
+    @contextlib.contextmanager
+    def layers_gathered_in_turn(self) -> Iterator[None]:
+        """A context in which every process makes the same forward passes of the policy's model; of sharded weights, one
+        layer at a time is gathered."""
+        if not sharding.is_sharded(self.policy.model):
+            yield
+            return
+        with sharding.root_gathered(self.module), self.accelerator.autocast():
+            yield
+
     def num_micro_batches(self, batches: int) -> int:
         """The number of micro-batches of an update. With sharded weights it is the largest of all processes, because
         every process takes part in each forward pass."""
