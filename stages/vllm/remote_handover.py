@@ -86,8 +86,8 @@ class RemoteHandOver:
             policy: The student.
             version: Batches it has been updated on.
             probe: Drawn with the same weights.
-            direct: Whether every server takes full weights over NCCL, so that no file of them is written; not possible
-                if the policy is sharded.
+            direct: Whether every server takes full weights over NCCL, so that no file of them is written; never for a
+                student that is sharded at times, of which one process has only a part.
         """
         folder = self.folder / f"version-{version}"
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,6 @@ from base.errors import UserError
 from base.hashing import stable_hash
 from stages.config.on_policy import OnPolicyConfig
 from stages.learner.ranks import while_others_wait
-from stages.learner.sharding import is_sharded
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.losses.log_probabilities import token_logprobs
@@ -94,7 +93,7 @@ class RemoteSampler:
         with self.learner.layers_gathered_in_turn():
             probe = Probe.of(policy, self.config)
         if self.learner.accelerator.is_main_process:
-            self._student.publish(policy, version, probe, self._is_direct(policy))
+            self._student.publish(policy, version, probe, self._is_direct())
         else:
             self._student.take_part(policy)
         self.version = version
@@ -239,10 +238,10 @@ class RemoteSampler:
                 raise ServerLostError(f"no server takes the student's weights: {'; '.join(reasons)}")
             time.sleep(0.5)
 
-    def _is_direct(self, policy: Policy) -> bool:
+    def _is_direct(self) -> bool:
         """Whether full weights need no files: all servers take them over NCCL, and this process has them until the next
         hand-over, in case a restarted server needs them again."""
-        if self.config.sampler.ahead or is_sharded(policy.model):
+        if self.config.sampler.ahead or self.learner.sharded:
             return False
         try:
             return all(takes_transfers(server) for server in self.servers)
