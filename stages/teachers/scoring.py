@@ -57,6 +57,9 @@ class Scores(Protocol):
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
         """A function of a slice of the rows' concatenated tokens that returns their target logits [C, V]."""
 
+    def likeliest(self, rows: Sequence[int], k: int) -> Callable[[slice], tuple[Tensor, Tensor, Tensor]] | None:
+        """The teachers' k likeliest tokens, see `RemoteScores`; None where the whole distribution is available."""
+
     def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         """Each teacher's own logits, by name, if some row has several teachers; else empty."""
 
@@ -109,6 +112,10 @@ class TeacherScores:
             return logits_CV
 
         return read
+
+    def likeliest(self, rows: Sequence[int], k: int) -> None:
+        """None: the whole distribution is available."""
+        del rows, k
 
     def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         """Each teacher's own logits, by name, if some row has several teachers; else empty.
