@@ -21,7 +21,7 @@ from stages.learner.stage import draw_prompts
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
-from stages.on_policy.backends import make_sampler
+from stages.on_policy.backends import longest_prompt, make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, Writer, train_on_policy
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
@@ -29,7 +29,6 @@ from stages.on_policy.own_objective import require_unchanged
 from stages.on_policy.preflight import SamplerCheck, preflight
 from stages.on_policy.rollout import PromptMixture
 from stages.on_policy.signals import RewardSignal, Signal, SumSignal, TeacherSignal, TrainerSignal
-from stages.rows.chat import encode_prompt
 from stages.teachers.remote_teachers import RemoteTeachers
 from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
@@ -72,14 +71,13 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     with contextlib.ExitStack() as opened:
         if remote is not None:
             opened.callback(remote.close)
-            longest = max(len(encode_prompt(policy.tokenizer, e.prompt)) for drawn in examples.values() for e in drawn)
-            remote.check_room(longest + config.max_new_tokens)
-        sampler = opened.enter_context(contextlib.closing(make_sampler(config, learner, workspace, own_prompts)))
+            remote.check_room(longest_prompt(policy, examples) + config.max_new_tokens)
+        sampler = opened.enter_context(
+            contextlib.closing(make_sampler(config, learner, workspace, own_prompts, examples))
+        )
         check = SamplerCheck(workspace.name, policy, sampler, examples, config)
         with learner.gathered_weights():
             preflight(check, pool, config, notes.append)
-        if remote is not None:
-            pool.release()
         task = OnPolicyTask(
             stage="distill",
             mixture=mixture,

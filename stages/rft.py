@@ -63,7 +63,7 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
 
         return token_loss
 
-    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
         with learner.gathered_weights():
             notes.append(check.start())

@@ -82,7 +82,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
 
         return token_loss
 
-    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step)) as sampler:
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
         with learner.gathered_weights():
             notes.append(check.start())

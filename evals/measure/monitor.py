@@ -1,11 +1,13 @@
 """A learning curve: greedy held-out scores of the student while it trains.
 
 The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin; the
-weights do not depend on it. With several processes each computes the same scores.
+weights do not depend on it. With several processes each samples and scores its share of the examples.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
+
+from torch import distributed
 
 from base.errors import UserError
 from evals.comparison.scores import EXAMPLES_SEED
@@ -15,6 +17,9 @@ from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sampling
+
+# A score with the example's index.
+Score = tuple[int, float]
 
 
 class Monitor:
@@ -45,23 +50,57 @@ class Monitor:
             self._examples += drawn
         self._prompts: list[list[int]] = []
 
+    def due(self, step: int) -> bool:
+        """Whether a measurement is due: before the first step and after every `every` steps."""
+        return step % self.every == 0
+
     def __call__(self, policy: Policy, step: int) -> dict[str, float]:
-        """Measure the policy when a measurement is due: before the first step and after every `every` steps.
+        """Measure the policy when a measurement is due; all processes must call it.
 
         Args:
             policy: The student, in eval mode.
             step: Steps done.
 
         Returns:
-            `score/DOMAIN` -> mean greedy score in [0, 1]; empty if none is due.
+            `score/DOMAIN` -> mean greedy score in [0, 1], the same in every process; empty if none is due.
         """
-        if step % self.every:
+        if not self.due(step):
             return {}
         if not self._prompts:
             self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self._examples]
-        pairs: dict[str, list[tuple[Example, str]]] = {}
-        groups = sample(policy, self._prompts, 1, self.sampling, 0)
+        scores = dict(_gathered(self._scores(policy, list(range(*_share(len(self._examples)))))))
+        by_domain: dict[str, list[float]] = {}
+        for index, example in enumerate(self._examples):
+            by_domain.setdefault(example.domain, []).append(scores[index])
+        return {f"score/{name}": statistics.fmean(values) for name, values in by_domain.items()}
+
+    def _scores(self, policy: Policy, mine: Sequence[int]) -> list[Score]:
+        """The scores of some examples."""
+        if not mine:
+            return []
+        groups = sample(policy, [self._prompts[index] for index in mine], 1, self.sampling, 0)
         completions = policy.texts((drawn.completion_ids for (drawn,) in groups), self.sampling.stop)
-        for example, completion in zip(self._examples, completions, strict=True):
-            pairs.setdefault(example.domain, []).append((example, completion))
-        return {f"score/{name}": statistics.fmean(self.domains[name].score_all(rows)) for name, rows in pairs.items()}
+        pairs: dict[str, list[tuple[int, str]]] = {}
+        for index, completion in zip(mine, completions, strict=True):
+            pairs.setdefault(self._examples[index].domain, []).append((index, completion))
+        found: list[Score] = []
+        for name, rows in pairs.items():
+            values = self.domains[name].score_all([(self._examples[index], text) for index, text in rows])
+            found += zip((index for index, _ in rows), values, strict=True)
+        return found
+
+
+def _share(count: int) -> tuple[int, int, int]:
+    """This process's share of so many examples, as the arguments of `range`."""
+    if not distributed.is_initialized():
+        return 0, count, 1
+    return distributed.get_rank(), count, distributed.get_world_size()
+
+
+def _gathered(scores: list[Score]) -> list[Score]:
+    """The scores of all processes."""
+    if not distributed.is_initialized():
+        return scores
+    parts: list[list[Score]] = [[]] * distributed.get_world_size()
+    distributed.all_gather_object(parts, scores)
+    return [score for part in parts for score in part]

@@ -119,7 +119,8 @@ class Launcher:
             UserError: the machine has fewer devices than requested; or vLLM is needed and is not installed or cannot
                 serve the model.
         """
-        spec = ProcessSpec.of(graph, nodes, self.home, threads_of(graph, nodes[0]))
+        threads = threads_of(graph, nodes[0])
+        spec = ProcessSpec.of(graph, nodes, self.home, threads, self.resources.timeout_minutes)
         needs = node_needs(graph, spec.nodes[0], self.store, self.resources)
         first = spec.nodes[0].id
         log = self.home / "work" / spec.nodes[0].key / LOG_FILE

@@ -27,8 +27,18 @@ class ProcessSpec:
     contents: Mapping[str, Any]
 
     @classmethod
-    def of(cls, graph: StageGraph, nodes: Sequence[Node], home: Path, threads: int) -> Self:
+    def of(
+        cls, graph: StageGraph, nodes: Sequence[Node], home: Path, threads: int, timeout_minutes: float | None = None
+    ) -> Self:
         """Collect what a process needs to make `nodes`.
+
+        Args:
+            graph: The run.
+            nodes: One training node, or several evaluations of one checkpoint.
+            home: `$MOPD_HOME`.
+            threads: CPU threads of the process.
+            timeout_minutes: Longest time of the node, and so of a collective of its processes; torch's own time-outs
+                if absent.
 
         Raises:
             ValueError: the nodes cannot share a process.
@@ -41,6 +51,8 @@ class ProcessSpec:
             "threads": threads,
             "nodes": [_node_spec(graph, node) for node in nodes],
         }
+        if timeout_minutes is not None:
+            contents["timeout_minutes"] = timeout_minutes
         if graph.rendering != Rendering():
             contents["rendering"] = asdict(graph.rendering)
         if graph.config.remote_code:

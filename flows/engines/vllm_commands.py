@@ -32,6 +32,7 @@ from stages.vllm.settings import (
     logprobs_mode,
     lora_rank,
     model_overrides,
+    needed_context,
     rows_at_a_time,
 )
 from stages.vllm.worker import EXTENSION
@@ -217,14 +218,21 @@ def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersCo
     arguments += ["--hf-overrides", json.dumps(overrides)]
     arguments += ["--generation-config", "vllm", "--max-num-seqs", str(rows)]
     arguments += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    # The prompts are not known here, but a limit of theirs may be.
+    if config.max_prompt_tokens is not None:
+        limit = text_config(shape).get("max_position_embeddings")
+        context = needed_context(limit, config.max_prompt_tokens, config.max_new_tokens)
+        arguments += ["--max-model-len", str(context)]
     if gpus:
         memory = ["--gpu-memory-utilization", str(settings.memory_share), "--tensor-parallel-size", str(gpus)]
         return arguments + memory
     shape = text_config(shape)
     if missing := [name for name in SHAPE if name not in shape]:
         raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}; the size of vLLM's cache depends on it")
-    context = int(shape["max_position_embeddings"])
-    cache = cpu_cache_bytes(SimpleNamespace(**shape), config.dtype, rows, config.max_new_tokens, settings.memory_share)
+    context = needed_context(shape["max_position_embeddings"], config.max_prompt_tokens, config.max_new_tokens)
+    assert context is not None
+    sizes = (config.dtype, rows, config.max_new_tokens, settings.memory_share, context)
+    cache = cpu_cache_bytes(SimpleNamespace(**shape), *sizes)
     whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(cpu_batch_tokens(context))]
     return [*arguments, "--enforce-eager", "--kv-cache-memory-bytes", str(cache), *whole]
 

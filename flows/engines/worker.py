@@ -47,7 +47,6 @@ _INFRASTRUCTURE_TYPES = {
     "torch.distributed.DistNetworkError",
     "torch.distributed.DistStoreError",
 }
-_LONGEST_WAIT = timedelta(days=30)
 
 
 def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
@@ -90,7 +89,7 @@ def run_spec(path: Path, run: Runner = run_stage) -> int:
     nodes: list[NodeSpec] = spec["nodes"]
     try:
         with remote_code(bool(spec.get("remote_code"))), rendering(Rendering(**spec.get("rendering", {}))):
-            _run(nodes, store, int(spec["threads"]), run, spec.get("servers", {}))
+            _run(nodes, store, spec, run)
     except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
         code = exit_code_of(error)
         if code == USER_ERROR:
@@ -117,20 +116,22 @@ def exit_code_of(error: BaseException) -> int:
 def _run(
     nodes: Sequence[NodeSpec],
     store: Store,
-    threads: int,
+    spec: Mapping[str, Any],
     run: Runner,
-    servers: Mapping[str, Sequence[str]],
 ) -> None:
-    from stages.learner.ranks import agree, use_threads
+    from stages.learner.ranks import agree, collectives_limited, use_threads
 
-    use_threads(threads)
+    use_threads(int(spec["threads"]))
+    minutes = spec.get("timeout_minutes")
     with contextlib.ExitStack() as held:
-        waiting: list[str] = agree(lambda: _lock_unmade(nodes, store, held), _LONGEST_WAIT)
+        waiting: list[str] = agree(lambda: _lock_unmade(nodes, store, held))
         missing = [node for node in nodes if node["key"] in waiting]
         if not missing:
             return
         # Evaluations of one checkpoint share it, so it is verified once.
         parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
+        servers = spec.get("servers", {})
+        held.enter_context(collectives_limited(None if minutes is None else timedelta(minutes=minutes)))
         run(missing, [_workspace(node, store, parents, servers) for node in missing])
 
 

@@ -50,8 +50,9 @@ class DistillConfig(OnPolicyConfig):
     )
     max_resident: Positive = Field(
         8,
-        description="Full teacher checkpoints in memory at the same time; of the others only the output heads, while a "
-        "step needs them.",
+        description="Full teacher checkpoints on the device at the same time; of the others only the output heads, "
+        "while a step needs them. On a GPU the others wait in the host's memory if it has room, else they are "
+        "read again.",
         json_schema_extra=NOT_IN_KEY,
     )
     teacher_cache: Literal["device", "cpu"] = Field(

@@ -16,6 +16,7 @@ import torch
 from base.errors import UserError
 from base.nvidia import driver
 from base.store.energy import VISIBLE, device_names
+from stages.learner.ranks import collectives_limit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +54,9 @@ def look() -> Shown:
 def accelerator(dtype: Literal["float32", "bfloat16"] = "float32") -> "Accelerator":
     """Accelerate on the stage's device; no other code chooses a device.
 
+    Process groups get the time-out of `stages.learner.ranks.collectives_limited`. DDP's gradients are views of its
+    buckets, which saves a copy of all gradients.
+
     Args:
         dtype: The autocast type.
 
@@ -60,10 +64,14 @@ def accelerator(dtype: Literal["float32", "bfloat16"] = "float32") -> "Accelerat
         UserError: CUDA shows fewer devices than the stage leased.
     """
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
     _require_lease()
     mixed = "bf16" if dtype == "bfloat16" else "no"
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if (limit := collectives_limit()) is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=limit))
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed, kwargs_handlers=handlers)
 
 
 def _require_lease() -> None:

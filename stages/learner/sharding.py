@@ -4,17 +4,20 @@ With accelerate a run on a CPU would silently become DDP; here `fully_shard` is 
 (gloo) alike. Each decoder layer is its own group, gathered for its forward and backward pass. Embeddings, last norm and
 output head belong to the root's group. It stays gathered from its forward to the end of the backward pass, because the
 head is read outside of the module, chunk by chunk.
+
+Shards, optimizer state and the reduction of gradients are float32. Under bfloat16 the gathered weights are bfloat16, so
+half as much is sent and held.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from stages.model.policy import HiddenStates, causal_lm
@@ -24,7 +27,13 @@ _WHOLE = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_o
 _SPREAD = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, strict=False)
 
 
-def shard(module: HiddenStates, device: torch.device, processes: int, pad_id: int) -> None:
+def shard(
+    module: HiddenStates,
+    device: torch.device,
+    processes: int,
+    pad_id: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
     """Replace the module's parameters by shards (`DTensor`) in place.
 
     The parameters move to the device layer by layer, so that the device never holds the whole model.
@@ -34,11 +43,14 @@ def shard(module: HiddenStates, device: torch.device, processes: int, pad_id: in
         device: The device of this process's shards.
         processes: Number of processes.
         pad_id: A token for one forward pass: the module that runs first becomes FSDP's root.
+        dtype: Number type of gathered weights.
     """
     mesh = init_device_mesh(device.type, (processes,))
+    narrow = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False)
     for layer in causal_lm(module.model).get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     with torch.no_grad():
         module(torch.full((1, 2), pad_id, device=device))
     for part in _parts(module):
@@ -61,10 +73,16 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def set_exchange(module: nn.Module, exchange: bool) -> None:
-    """Set whether the next backward pass sums gradients over the processes, or leaves that to a later one."""
+@contextlib.contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """A context in which the policy's own forward pass gathers one layer at a time; embeddings, last norm and head stay
+    gathered. All processes must make the same forward passes inside."""
     assert isinstance(module, FSDPModule)
-    module.set_requires_gradient_sync(exchange)
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
@@ -85,10 +103,20 @@ def whole_parameters(module: HiddenStates, keep: bool) -> dict[str, Tensor]:
     """
     kept: dict[str, Tensor] = {}
     for name, parameter in module.model.named_parameters():
-        whole = _whole(parameter.detach())
+        tensor = whole(parameter.detach())
         if keep:
-            kept[name] = whole.cpu()
+            kept[name] = tensor.cpu()
     return kept
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are shards at present: not if they are gathered."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered in every process; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -112,7 +140,3 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str,
 
 def _parts(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

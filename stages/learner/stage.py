@@ -9,6 +9,7 @@ from base.store.journal import Journal
 from experts.domain import TRAIN, Example
 from stages.config.command import CommandConfig
 from stages.config.training import TrainConfig
+from stages.learner.ranks import while_others_wait
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy
@@ -86,7 +87,7 @@ def finish(
     metrics: Mapping[str, float],
     facts: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Commit the trained policy; the main process writes it, the others wait.
+    """Commit the trained policy; the main process writes it, the others wait outside of collectives.
 
     Args:
         workspace: The node's workspace.
@@ -99,7 +100,8 @@ def finish(
         The committed artifact, in every process.
     """
     weights = learner.whole_parameters()
-    if learner.accelerator.is_main_process:
+
+    def commit() -> None:
         folder = workspace.store.staging(workspace.key)
         learner.policy.save(folder, weights)
         workspace.commit(
@@ -112,7 +114,8 @@ def finish(
             examples={domain: [shown(example) for example in drawn[:SHOWN]] for domain, drawn in examples.items()},
             **(facts or {}),
         )
-    learner.accelerator.wait_for_everyone()
+
+    while_others_wait(commit)
     artifact = workspace.store.find(workspace.key)
     if artifact is None:
         raise RuntimeError(f"{workspace.name}: the main process did not commit {workspace.key}")

@@ -26,6 +26,7 @@ from base.store.checkpoint import sync_to_disk
 from stages.config.training import TrainConfig
 from stages.learner import sharding
 from stages.learner.device import accelerator
+from stages.learner.ranks import while_others_wait
 from stages.learner.state import is_state, read_state, write_state
 from stages.model.policy import HiddenStates, Policy, causal_lm
 from stages.rows.packing import Packed
@@ -68,7 +69,7 @@ class Learner:
             causal_lm(policy.model).gradient_checkpointing_enable({"use_reentrant": False})
         module = HiddenStates(policy.model)
         if self.sharded:
-            sharding.shard(module, self.device, self.world_size, policy.pad_id)
+            sharding.shard(module, self.device, self.world_size, policy.pad_id, config.dtype)
         trainable = [p for p in policy.model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(
             trainable,
@@ -113,18 +114,32 @@ class Learner:
 
     @contextlib.contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
-        """A context in which processes exchange gradients only with the last micro-batch of an update."""
-        if self.sharded:
-            sharding.set_exchange(self.module, last)
-            yield
-            return
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+        """A context in which whole copies exchange gradients only with the last micro-batch of an update.
+
+        Sharded ones reduce and scatter them with every micro-batch, so that no process keeps whole gradients between
+        micro-batches.
+        """
+        with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.module):
             yield
 
     @contextlib.contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """A context in which the policy's model may be used directly; sharded weights are gathered."""
-        with sharding.gathered(self.module) if self.sharded else contextlib.nullcontext():
+        """A context in which the policy's model may be used directly; sharded weights are gathered, in the autocast
+        type."""
+        if not self.sharded:
+            yield
+            return
+        with sharding.gathered(self.module), self.accelerator.autocast():
+            yield
+
+    @contextlib.contextmanager
+    def layers_gathered_in_turn(self) -> Iterator[None]:
+        """A context in which every process makes the same forward passes of the policy's model; of sharded weights, one
+        layer at a time is gathered."""
+        if not sharding.is_sharded(self.policy.model):
+            yield
+            return
+        with sharding.root_gathered(self.module), self.accelerator.autocast():
             yield
 
     def num_micro_batches(self, batches: int) -> int:
@@ -206,13 +221,12 @@ class Learner:
 
     def save(self, step: int) -> None:
         """Save the state after `step` steps, atomically; only the newest state is kept."""
-        temporary = self.progress / f".tmp-{step}"
-        if self.accelerator.is_main_process:
+        state = self._state()
+
+        def write() -> None:
+            temporary = self.progress / f".tmp-{step}"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        state = self._state()
-        if self.accelerator.is_main_process:
             write_state(state, temporary, STATE)
             (temporary / "stage.json").write_text(json.dumps({"tokens": self.tokens, "memory": self.memory}))
             for path in (temporary, *temporary.rglob("*")):
@@ -223,7 +237,8 @@ class Learner:
             sync_to_disk(self.progress)
             for _, old in self._saved()[:-1]:
                 shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+
+        while_others_wait(write)
 
     def resume(self) -> int:
         """Load the newest saved state, if any; returns the number of steps done."""

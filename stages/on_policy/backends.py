@@ -1,19 +1,25 @@
 """Builds the sampler that a stage's config names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from base.errors import UserError
 from experts.domain import Example
 from stages.config.on_policy import OnPolicyConfig
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
+from stages.model.policy import Policy
 from stages.on_policy.rollout import request
+from stages.rows.chat import encode_prompt
 from stages.sampling.prefetch import PrefetchSampler
 from stages.sampling.sampler import Request, Sampler, TransformersSampler
 
 
 def make_sampler(
-    config: OnPolicyConfig, learner: Learner, workspace: Workspace, prompts_of: Callable[[int], Sequence[Example]]
+    config: OnPolicyConfig,
+    learner: Learner,
+    workspace: Workspace,
+    prompts_of: Callable[[int], Sequence[Example]],
+    examples: Mapping[str, Sequence[Example]],
 ) -> Sampler:
     """Start the sampler; the caller closes it.
 
@@ -22,6 +28,7 @@ def make_sampler(
         learner: The student.
         workspace: Servers, and a folder for an engine's files.
         prompts_of: The prompts the student will answer in a step, for rollouts one batch ahead.
+        examples: All training examples by domain; the longest prompt decides the context of an engine.
 
     Returns:
         The sampler of `config.sampler.backend`, with prefetching if `config.sampler.ahead` is set.
@@ -52,4 +59,9 @@ def make_sampler(
     # vLLM takes seconds to import.
     from stages.vllm.engine import VllmEngine
 
-    return VllmEngine(learner.policy, config, workspace.folder / "engine")
+    return VllmEngine(learner.policy, config, workspace.folder / "engine", longest_prompt(learner.policy, examples))
+
+
+def longest_prompt(policy: Policy, examples: Mapping[str, Sequence[Example]]) -> int:
+    """Tokens of the longest prompt."""
+    return max(len(encode_prompt(policy.tokenizer, example.prompt)) for drawn in examples.values() for example in drawn)

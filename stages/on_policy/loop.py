@@ -3,8 +3,8 @@
 RL and distillation are this loop with different signals and objectives; nothing else differs.
 """
 
+import contextlib
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from stages.learner.workspace import Workspace
 from stages.losses.chunked import TokenLoss
 from stages.model.policy import Policy
 from stages.on_policy.balance import loss_weights
+from stages.on_policy.clock import Clock
 from stages.on_policy.health import Health, Vitals, compression
 from stages.on_policy.mismatch import hands_over, largest, may_differ, with_mismatch
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
@@ -36,10 +37,18 @@ HEALTH, METRICS = "health", "metrics"
 
 # The loss of the concatenated tokens of some rows of a scored rollout, in the order given.
 Objective = Callable[[Rollout, Signals, Sequence[int]], TokenLoss]
-# Scores by name of the student after the given number of steps; empty if none are due.
-Monitor = Callable[[Policy, int], Mapping[str, float]]
 # Sum and count of a quantity, by its name.
 Sums = dict[str, tuple[float, float]]
+
+
+class Monitor(Protocol):
+    """Scores the student during training."""
+
+    def due(self, step: int) -> bool:
+        """Whether it scores the student after this number of steps."""
+
+    def __call__(self, policy: Policy, step: int) -> Mapping[str, float]:
+        """Scores by name; empty if none are due. All processes must call it."""
 
 
 class Writer(Protocol):
@@ -167,8 +176,10 @@ def take_step(
     Returns:
         The rollout, its signals, and the metrics by name.
     """
-    stage, clock = task.stage, _Clock()
-    with learner.gathered_weights():
+    stage, clock = task.stage, Clock()
+    # Servers get sharded weights tensor by tensor; measuring the gap to them takes forward passes here.
+    here = config.sampler.backend != "vllm_server" or config.sampler.ahead or weights_sent is not None
+    with learner.gathered_weights() if here else contextlib.nullcontext():
         collected = _collect(task, learner, config, step, weights_sent)
     rollout = collected.drop_stale(config.sampler.max_staleness)
     clock.lap("rollout")
@@ -294,7 +305,7 @@ def _vitals(task: OnPolicyTask, metrics: Mapping[str, float]) -> Vitals:
 
 
 def _monitored(task: OnPolicyTask, learner: Learner, step: int) -> dict[str, float]:
-    if task.monitor is None:
+    if task.monitor is None or not task.monitor.due(step):
         return {}
     with learner.gathered_weights():
         scores = task.monitor(learner.policy, step)
@@ -333,17 +344,3 @@ def _show(journal: Journal, step: int, rollout: Rollout, signals: Signals, learn
                 weights=rollout.samples[row].version if rollout.on_policy[row] else None,
                 **facts,
             )
-
-
-class _Clock:
-    """Seconds of the parts of a step, in this process."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        """End a part."""
-        now = time.monotonic()
-        self.seconds[f"seconds/{name}"] = now - self._last
-        self._last = now

@@ -25,6 +25,7 @@ from stages.config.objective import (
     Objective,
     ObjectiveConfig,
     PythonObjective,
+    Restrictable,
     ReverseKL,
     SampledReverseKL,
     TargetObjective,
@@ -91,6 +92,8 @@ class _RowsLoss:
         mismatch_N: log(trainer / sampler), of the token or its sequence's mean; None as above.
         outcome_N: The outcome reward's advantage.
         teacher, reference: Logits [C, V] of a slice of the tokens.
+        likeliest: A server's likeliest tokens of a slice, for a top-k divergence; None if the logits are used.
+        reported_N: The teacher's log-probabilities of the sampled tokens; None if the logits are used.
         per_teacher: Each teacher's own logits by name, if a row has several teachers; for diagnostics.
         exact: Whether the teacher's whole distribution is available.
         diagnoses: Whether to measure the agreement of student and teachers.
@@ -105,6 +108,8 @@ class _RowsLoss:
     outcome_N: Tensor | None
     teacher: Callable[[slice], Tensor]
     reference: Callable[[slice], Tensor] | None
+    likeliest: Callable[[slice], tuple[Tensor, Tensor, Tensor]] | None
+    reported_N: Tensor | None
     per_teacher: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]]
     exact: bool
     diagnoses: bool
@@ -132,15 +137,20 @@ class _RowsLoss:
             if isinstance(config.objective, TargetObjective) and config.objective.importance_level == "sequence":
                 by_row = mismatch_N.split([len(part_N) for part_N in parts])
                 mismatch_N = torch.cat([part_N.mean().expand_as(part_N) for part_N in by_row])
+        tokens_N, top_k, likeliest = rollout.tokens(rows, device), config.objective.likeliest, None
+        if top_k is not None:
+            likeliest = signals.teachers.likeliest(rows, top_k.k)
         return cls(
             config=config,
-            tokens_N=rollout.tokens(rows, device),
+            tokens_N=tokens_N,
             sampler_N=sampler_N,
             trainer_N=trainer_N,
             mismatch_N=mismatch_N,
             outcome_N=signals.token_advantages(rollout, rows, device),
             teacher=signals.teachers.logits(rows),
             reference=signals.reference.logits(rows) if signals.reference else None,
+            likeliest=likeliest,
+            reported_N=None if likeliest is None else signals.teachers.logprobs(rows, tokens_N, 1.0),
             per_teacher=signals.teachers.per_teacher_logits(rows) if diagnoses else {},
             exact=signals.teachers.exact,
             diagnoses=diagnoses,
@@ -151,6 +161,8 @@ class _RowsLoss:
         """Losses [C] and metrics [C] of a slice of the tokens, given the student's logits."""
         objective, temperature = self.config.objective, self.config.temperature
         logits_CV = _tempered(logits_CV, temperature)
+        if self.likeliest is not None:
+            return self._over_likeliest(logits_CV, self.likeliest(part), part)
         teacher_CV = _tempered(self.teacher(part), temperature)
         reference_CV = _tempered(self.reference(part), temperature) if self.reference else None
         loss = self._sampled if isinstance(objective, SampledReverseKL) else self._divergence
@@ -159,7 +171,7 @@ class _RowsLoss:
             with torch.no_grad():
                 if self.exact:
                     metrics = metrics | diagnose(logits_CV, teacher_CV, DIAGNOSE_TOP)
-                metrics |= self._advantage_bins(logits_CV, teacher_CV, part)
+                metrics |= self._advantage_bins(logits_CV, token_logprobs(teacher_CV, self.tokens_N[part]), part)
                 metrics |= self._kl_per_teacher(logits_CV, part)
         return losses_C, metrics
 
@@ -177,6 +189,34 @@ class _RowsLoss:
         if "reverse_kl" not in metrics:
             # A divergence over a support alone cannot be compared with that of other objectives.
             metrics = metrics | self._reverse_kl(logits_CV.detach(), target_CV, part)
+        return self._with_other_parts(losses_C, metrics, logits_CV, reference_CV, part)
+
+    def _over_likeliest(self, logits_CV: Tensor, found: tuple[Tensor, Tensor, Tensor], part: slice) -> Losses:
+        """A top-k divergence over the tokens that a server reported; no distribution [C, V] of the teacher is made."""
+        objective, (ids_CK, target_CK, valid_CK) = self.config.objective, found
+        assert isinstance(objective, Restrictable) and objective.top_k is not None and self.reported_N is not None
+        losses_C, metrics = top_k_divergence(
+            logits_CV, target_CK, ids_CK, valid_CK, objective.type, objective.top_k.remainder, _beta(objective)
+        )
+        teacher_C = self.reported_N[part]
+        metrics = metrics | self._estimated_kl(logits_CV.detach(), teacher_C, part)
+        reference_CV = self.reference(part) if self.reference else None
+        losses_C, metrics = self._with_other_parts(losses_C, metrics, logits_CV, reference_CV, part)
+        if self.diagnoses:
+            with torch.no_grad():
+                metrics = metrics | self._advantage_bins(logits_CV, teacher_C, part)
+        return losses_C, metrics
+
+    def _with_other_parts(
+        self,
+        losses_C: Tensor,
+        metrics: Mapping[str, Tensor],
+        logits_CV: Tensor,
+        reference_CV: Tensor | None,
+        part: slice,
+    ) -> Losses:
+        """Add the reference's divergence and the outcome reward's policy gradient to a divergence from the teacher."""
+        objective, metrics = self.config.objective, dict(metrics)
         if objective.reference_kl > 0:
             assert reference_CV is not None
             reference_kl_C, more = reverse_kl(logits_CV, reference_CV)
@@ -215,8 +255,10 @@ class _RowsLoss:
         """
         if self.exact:
             return reverse_kl(logits_CV, target_CV)[1]
-        tokens_C = self.tokens_N[part]
-        ratio_C = token_logprobs(logits_CV, tokens_C) - token_logprobs(target_CV, tokens_C)
+        return self._estimated_kl(logits_CV, token_logprobs(target_CV, self.tokens_N[part]), part)
+
+    def _estimated_kl(self, logits_CV: Tensor, target_C: Tensor, part: slice) -> dict[str, Tensor]:
+        ratio_C = token_logprobs(logits_CV, self.tokens_N[part]) - target_C
         return {
             "reverse_kl": ratio_C.masked_fill(self.sampler_N[part].isnan(), torch.nan),
             "entropy": entropy(logits_CV),
@@ -233,10 +275,9 @@ class _RowsLoss:
             staleness_C, mismatch_C = policy_C - self.trainer_N[part], self.mismatch_N[part]
         return importance_weights(staleness_C, mismatch_C, objective.importance, objective.importance_band)
 
-    def _advantage_bins(self, logits_CV: Tensor, teacher_CV: Tensor, part: slice) -> dict[str, Tensor]:
+    def _advantage_bins(self, logits_CV: Tensor, teacher_C: Tensor, part: slice) -> dict[str, Tensor]:
         """The bin of each sampled token's log(teacher / student), one-hot; averaged over tokens a histogram."""
-        tokens_C = self.tokens_N[part]
-        advantages_C = token_logprobs(teacher_CV, tokens_C) - token_logprobs(logits_CV, tokens_C)
+        advantages_C = teacher_C - token_logprobs(logits_CV, self.tokens_N[part])
         edges = torch.tensor(ADVANTAGE_EDGES, device=advantages_C.device)
         bins_C = torch.bucketize(advantages_C, edges)
         bounds = ["-inf", *(f"{edge:g}" for edge in ADVANTAGE_EDGES), "inf"]
@@ -262,10 +303,8 @@ def divergence(objective: ObjectiveConfig, logits_CV: Tensor, target_CV: Tensor)
     if isinstance(objective, ReverseKL | ForwardKL | JSD) and objective.top_k is not None:
         indices_CK, valid_CK = support(logits_CV, target_CV, objective.top_k.k, objective.top_k.support)
         target_CK = target_CV.log_softmax(-1).gather(1, indices_CK)
-        # Only the JSD reads beta.
-        beta = objective.beta if isinstance(objective, JSD) else 0.5
         return top_k_divergence(
-            logits_CV, target_CK, indices_CK, valid_CK, objective.type, objective.top_k.remainder, beta
+            logits_CV, target_CK, indices_CK, valid_CK, objective.type, objective.top_k.remainder, _beta(objective)
         )
     if isinstance(objective, ForwardKL):
         return forward_kl(logits_CV, target_CV)
@@ -274,6 +313,11 @@ def divergence(objective: ObjectiveConfig, logits_CV: Tensor, target_CV: Tensor)
     if isinstance(objective, EntropyAware):
         return entropy_aware(logits_CV, target_CV, objective.entropy_threshold)
     return reverse_kl(logits_CV, target_CV)
+
+
+def _beta(objective: Restrictable) -> float:
+    """The JSD's beta; the other divergences do not read it."""
+    return objective.beta if isinstance(objective, JSD) else 0.5
 
 
 def _target(teacher: Tensor, reference: Tensor | None, objective: Objective) -> Tensor:

@@ -31,8 +31,10 @@ from stages.sampling.samples import Sample, Sampling
 from stages.teachers.scoring import REFERENCE, Routed, TeacherPool
 
 PROMPTS_A_DOMAIN = 2
+TEACHERS, SERVERS = "teachers", "teachers' servers, asked for rows together and alone,"
 LONGEST = 32
 TRANSFORMERS = "transformers"
+OWN_FORWARD, ALONE = "the model's own forward pass", "the teacher's server for this row alone"
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class SamplerCheck:
             gaps.append(self.compare(example.domain, drawn, ("the sampler", drawn.logprobs_N), own_N))
         return chosen, samples, max(gaps)
 
-    def compare(self, domain: str, drawn: Sample, scored: tuple[str, Tensor], plain_N: Tensor) -> float:
-        """Return the largest gap.
+    def compare(
+        self, domain: str, drawn: Sample, scored: tuple[str, Tensor], plain_N: Tensor, plain: str = OWN_FORWARD
+    ) -> float:
+        """Return the largest gap between what scored a completion and `plain`.
 
         Raises:
             UserError: a gap is above the tolerance, or not a number; the message shows the first such token.
@@ -102,8 +106,8 @@ class SamplerCheck:
         other = "" if backend == TRANSFORMERS else f"sample with sampler.backend: {TRANSFORMERS}; "
         raise UserError(
             f"{self.name}: preflight, domain '{domain}': {who} gives completion token {first} "
-            f"({self.policy.tokenizer.decode([token])!r}, id {token}) the log-probability {theirs:.4f}, the model's "
-            f"own forward pass {own:.4f}: a gap of {abs(theirs - own):.3g} nats, above the tolerance of "
+            f"({self.policy.tokenizer.decode([token])!r}, id {token}) the log-probability {theirs:.4f}, "
+            f"{plain} {own:.4f}: a gap of {abs(theirs - own):.3g} nats, above the tolerance of "
             f"{tolerance:g}. The two must be one model in one precision; the sampler is {backend}; {other}a gap of "
             f"rounding alone can be allowed by preflight_tolerance"
         )
@@ -117,6 +121,8 @@ class SamplerCheck:
 def preflight(check: SamplerCheck, pool: TeacherPool, config: DistillConfig, note: Callable[[str], None]) -> None:
     """Sample a few completions of each domain and score them both ways, as the student and as its teachers do.
 
+    A teacher that servers score is not loaded here; its servers score the rows together and each row alone.
+
     Args:
         check: The student, its sampler and examples.
         pool: The teachers, whose tokenizers and vocabularies have been compared.
@@ -129,7 +135,7 @@ def preflight(check: SamplerCheck, pool: TeacherPool, config: DistillConfig, not
     policy = check.policy
     check.sampler.update_weights(policy, 0)
     chosen, samples, gap = check.draw()
-    gaps = {"sampler and trainer": gap, "teachers": 0.0}
+    gaps = {"sampler and trainer": gap}
     rows = [Row(drawn.tokens, len(drawn.prompt_ids), torch.ones(len(drawn.completion_ids))) for drawn in samples]
     for domain in pool.routes:
         mine = [i for i, example in enumerate(chosen) if domain in (example.domain, REFERENCE)]
@@ -139,8 +145,13 @@ def preflight(check: SamplerCheck, pool: TeacherPool, config: DistillConfig, not
             tokens_N = torch.tensor(drawn.completion_ids, device=policy.device)
             scored_N = scores.logprobs([position], tokens_N, config.temperature).cpu()
             who = f"{_names(pool, domain)}, scored as a teacher,"
-            gap = check.compare(domain, drawn, (who, scored_N), _pooled(pool, domain, drawn, config))
-            gaps["teachers"] = max(gaps["teachers"], gap)
+            if pool.on_servers(domain):
+                alone_N = pool.score([rows[i]], [domain]).logprobs([0], tokens_N, config.temperature).cpu()
+                name, gap = SERVERS, check.compare(domain, drawn, (who, scored_N), alone_N, ALONE)
+            else:
+                plain_N = _pooled(pool, domain, drawn, config)
+                name, gap = TEACHERS, check.compare(domain, drawn, (who, scored_N), plain_N)
+            gaps[name] = max(gaps.get(name, 0.0), gap)
     agreement = ", ".join(f"{who} agree within {gap:.1e}" for who, gap in gaps.items())
     note(f"preflight: {agreement} nats (tolerance {agreement_tolerance(config):g})")
 

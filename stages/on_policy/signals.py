@@ -162,10 +162,16 @@ class TrainerSignal:
         """Run one more forward pass of every row."""
         learner, device = self.learner, self.learner.device
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        with torch.no_grad(), learner.gathered_weights():
+        batches = micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens)
+        with torch.no_grad(), learner.layers_gathered_in_turn():
             forward, head_VH = HiddenStates(learner.policy.model), learner.policy.head_VH
             size = chunk_length(len(head_VH))
-            for batch in micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens):
+            for number in range(learner.num_micro_batches(len(batches))):
+                if number >= len(batches):
+                    # Another process has more, and layers are gathered in all processes.
+                    forward(torch.full((1, 2), learner.policy.pad_id, device=device))
+                    continue
+                batch = batches[number]
                 tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
                 packed = pack(tokens, starts, learner.policy.pad_id, device)
                 with learner.accelerator.autocast():

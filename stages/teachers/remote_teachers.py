@@ -25,6 +25,8 @@ from stages.vllm.dispatch import dispatch
 from stages.vllm.server import ServerLostError, VllmServer
 
 ROWS_AT_ONCE = 64
+# The reported tokens in `TopLogprobs`.
+REPORTED = ("ids_NK", "logprobs_NK")
 # Probability of all tokens that a server did not report, if rounding leaves none.
 LEAST_REST = 1e-9
 
@@ -99,6 +101,25 @@ class RemoteScores:
         def read(part: slice) -> Tensor:
             whole_CV = rest_N[part].to(self.device)[:, None].repeat(1, self.vocabulary)
             return whole_CV.scatter_(1, ids_NK[part].to(self.device), logprobs_NK[part].to(self.device))
+
+        return read
+
+    def likeliest(self, rows: Sequence[int], k: int) -> Callable[[slice], tuple[Tensor, Tensor, Tensor]]:
+        """A function of a slice of the rows' concatenated tokens that returns the teacher's k likeliest tokens.
+
+        Returns:
+            Token ids [C, K], their log-probabilities [C, K], and a mask [C, K] of the valid ones; valid ids are
+            distinct.
+        """
+        ids_NK, logprobs_NK = (torch.cat([getattr(self.reported[i], name) for i in rows]) for name in REPORTED)
+
+        def read(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            ids_CK = ids_NK[part].to(self.device)
+            # The sampled token may fill up a row in which it is reported already.
+            again_CK = (ids_CK[:, :, None] == ids_CK[:, None, :]).tril(-1).any(2)
+            values_CK = logprobs_NK[part].to(self.device).masked_fill(again_CK, -torch.inf)
+            best_CK, order_CK = values_CK.topk(min(k, values_CK.shape[1]))
+            return ids_CK.gather(1, order_CK), best_CK, best_CK > -torch.inf
 
         return read
 

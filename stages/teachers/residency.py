@@ -1,8 +1,9 @@
 """Keeps teachers' weights in memory, and activates one teacher at a time.
 
 Teachers that are adapters of one base share that base. If the student is an adapter of the same base, they share the
-student's. Of other bases at most `max_resident` are in memory: the least recently used is dropped, and while one
-teacher scores, a thread reads the weights of the next. No teacher has gradients.
+student's. Of other bases at most `max_resident` are on the device: the least recently used makes room. On a GPU it then
+waits in the host's memory, in its number type and pinned; without room there, and on a CPU, it is dropped and read
+again, and while one teacher scores, a thread reads the weights of the next. No teacher has gradients.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import psutil
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -86,6 +88,7 @@ class Residents:
         is_adapter = bool(student.adapter_base) and isinstance(student.model, PeftModel)
         self.shared = SharedBase(student) if share_base and is_adapter else None
         self.bases: OrderedDict[str, _Base] = OrderedDict()
+        self.waiting: dict[str, _Base] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self._reading: dict[str, Future[Weights]] = {}
 
@@ -97,7 +100,7 @@ class Residents:
     def read_ahead(self, upcoming: Sequence[Artifact]) -> None:
         """Start to read the next teacher's base if it is not in memory; it counts towards `max_resident`."""
         key = base_key(upcoming[0]) if upcoming else None
-        if key is None or self.config.max_resident < 2 or key in self.bases or key in self._reading:
+        if key is None or self.config.max_resident < 2 or key in {*self.bases, *self.waiting, *self._reading}:
             return
         if not self._is_shared(key):
             self._drop_to(self.config.max_resident - 1)
@@ -114,18 +117,18 @@ class Residents:
         with self._base(key).activated(teacher) as model:
             yield model
 
-    def drop_all(self) -> None:
-        """Drop all bases from memory, except a base shared with the student."""
-        self._drop_to(0)
-
     def _base(self, key: str) -> "_Base":
-        """A base in memory; others are dropped before it is read, to make room."""
+        """A base on the device; others make room before it is copied or read."""
         if key not in self.bases:
-            reading = self._reading.pop(key, None)
+            reading, waiting = self._reading.pop(key, None), self.waiting.pop(key, None)
             self._drop_to(max(0, self.config.max_resident - 1 - len(self._reading)))
-            base = self.store.get(key)
-            weights = reading.result() if reading else _read(base)
-            self.bases[key] = _Base(base, weights, self.dtype, self.student.device, self.student.tokenizer)
+            if waiting is not None:
+                waiting.to_device()
+                self.bases[key] = waiting
+            else:
+                base = self.store.get(key)
+                weights = reading.result() if reading else _read(base)
+                self.bases[key] = _Base(base, weights, self.dtype, self.student.device, self.student.tokenizer)
         self.bases.move_to_end(key)
         return self.bases[key]
 
@@ -133,9 +136,20 @@ class Residents:
         return self.shared is not None and key == self.student.adapter_base
 
     def _drop_to(self, allowed: int) -> None:
-        """Drop the least recently used bases until at most `allowed` are left."""
+        """Remove the least recently used bases from the device until at most `allowed` are left."""
         while len(self.bases) > allowed:
-            self.bases.popitem(last=False)
+            key, base = self.bases.popitem(last=False)
+            if may_wait(base.size, self.student.device):
+                base.to_host()
+                self.waiting[key] = base
+
+
+def may_wait(size: int, device: torch.device) -> bool:
+    """Whether a base of `size` bytes that leaves a device may wait in the host's memory.
+
+    On a CPU it would stay in the memory that `max_resident` limits. At most half of what is available is taken.
+    """
+    return device.type != "cpu" and size <= psutil.virtual_memory().available // 2
 
 
 def _read(base: Artifact) -> Weights:
@@ -179,6 +193,30 @@ class _Base:
         head.data = head.data.clone()
         self.model: PreTrainedModel | PeftModel = model.to(device).eval()
         self.model.requires_grad_(False)
+        self._device = device
+        self._on_host: dict[Tensor, Tensor] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights, those of adapters included."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def to_host(self) -> None:
+        """Leave the device. The host's copy is made once, because the weights never change."""
+        for tensor in self._tensors():
+            if tensor not in self._on_host:
+                copy = tensor.data.cpu()
+                # Pinned memory is copied to a GPU several times as fast.
+                self._on_host[tensor] = copy.pin_memory() if torch.accelerator.is_available() else copy
+            tensor.data = self._on_host[tensor]
+
+    def to_device(self) -> None:
+        """Return to the device."""
+        for tensor in self._tensors():
+            tensor.data = tensor.data.to(self._device, non_blocking=True)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
 
     @contextlib.contextmanager
     def activated(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:

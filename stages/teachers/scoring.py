@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from base.errors import UserError, nearest
 from base.store.checkpoint import Artifact, Store
@@ -29,7 +29,7 @@ from stages.model.policy import HiddenStates, Policy, head_weight, tokenizer_dif
 from stages.model.remote_code import options
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.remote_teachers import RemoteTeachers
-from stages.teachers.residency import PoolConfig, Residents
+from stages.teachers.residency import PoolConfig, Residents, base_key
 
 # The pseudo-domain of the policy that extrapolation moves away from and that a KL penalty stays close to.
 REFERENCE = "(reference)"
@@ -56,6 +56,9 @@ class Scores(Protocol):
 
     def logits(self, rows: Sequence[int]) -> Callable[[slice], Tensor]:
         """A function of a slice of the rows' concatenated tokens that returns their target logits [C, V]."""
+
+    def likeliest(self, rows: Sequence[int], k: int) -> Callable[[slice], tuple[Tensor, Tensor, Tensor]] | None:
+        """The teachers' k likeliest tokens, see `RemoteScores`; None where the whole distribution is available."""
 
     def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         """Each teacher's own logits, by name, if some row has several teachers; else empty."""
@@ -109,6 +112,10 @@ class TeacherScores:
             return logits_CV
 
         return read
+
+    def likeliest(self, rows: Sequence[int], k: int) -> None:
+        """None: the whole distribution is available."""
+        del rows, k
 
     def per_teacher_logits(self, rows: Sequence[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         """Each teacher's own logits, by name, if some row has several teachers; else empty.
@@ -244,9 +251,9 @@ class TeacherPool:
         names = {key: teacher.name for key, teacher in needed.items()}
         return TeacherScores(weights, hidden, heads, names, seconds, self.student.device)
 
-    def release(self) -> None:
-        """Drop the teachers in memory; a teacher that is needed again is read again."""
-        self.residents.drop_all()
+    def on_servers(self, domain: str) -> bool:
+        """Whether servers score a domain's rows; their teachers are never loaded in this process."""
+        return self.remote is not None and domain != REFERENCE
 
     @contextlib.contextmanager
     def teaching(self, domain: str) -> Iterator[Policy]:
@@ -307,13 +314,16 @@ class TeacherPool:
                         f"merge.teachers.{domain}: the tokenizer of teacher {teacher.name} differs from the student's: "
                         f"{difference}; a teacher scores the student's own tokens, so both must share one tokenizer"
                     )
-                rows, ours = self._output_tokens(teacher), self.student.head_VH.shape[0]
+                rows, ours = self._output_tokens(teacher, self.on_servers(domain)), self.student.head_VH.shape[0]
                 if rows != ours:
                     raise UserError(
                         f"merge.teachers.{domain}: teacher {teacher.name} has {rows} output tokens, the student "
                         f"{ours}; both must be padded to one vocabulary"
                     )
 
-    def _output_tokens(self, teacher: Artifact) -> int:
+    def _output_tokens(self, teacher: Artifact, elsewhere: bool) -> int:
+        if elsewhere:
+            config = AutoConfig.from_pretrained(self.residents.store.get(base_key(teacher)).uri, **options())
+            return int(config.get_text_config().vocab_size)
         with self.residents.activated(teacher) as model:
             return head_weight(model).shape[0]

@@ -34,6 +34,7 @@ from stages.vllm.settings import (
     logprobs_mode,
     lora_rank,
     model_overrides,
+    needed_context,
     rows_at_a_time,
 )
 from stages.vllm.worker import EXTENSION
@@ -49,13 +50,15 @@ class VllmEngine:
         policy: The student; only its shape is used, its weights are handed over later.
         config: Lengths, temperature, number type and `sampler`.
         folder: Folder for the model's config and for adapters.
+        longest_prompt: Tokens of the longest prompt; with `max_new_tokens` it sets the engine's context, and so the
+            least size of its cache. The model's own context if absent.
 
     Raises:
         UserError: vLLM is not installed, cannot run on this device, or cannot report the log-probabilities that these
             settings need.
     """
 
-    def __init__(self, policy: Policy, config: OnPolicyConfig, folder: Path) -> None:
+    def __init__(self, policy: Policy, config: OnPolicyConfig, folder: Path, longest_prompt: int | None = None) -> None:
         self.cuda = torch.cuda.is_available()
         require_vllm("sampler.backend", gpus=int(self.cuda))
         self.mode = logprobs_mode(config.temperature, config.top_p)
@@ -73,6 +76,7 @@ class VllmEngine:
         self.lora = config.lora
         shutil.rmtree(folder, ignore_errors=True)
         causal_lm(policy.model).config.save_pretrained(folder)
+        context = needed_context(policy.context, longest_prompt, config.max_new_tokens)
         self.engine: Any = LLM(
             model=str(folder),
             load_format="dummy",
@@ -81,12 +85,13 @@ class VllmEngine:
             skip_tokenizer_init=True,
             generation_config="vllm",
             dtype=config.dtype,
+            max_model_len=context,
             logprobs_mode=self.mode,
             max_num_seqs=rows_at_a_time(config),
             enforce_eager=not self.cuda,
             disable_log_stats=True,
             worker_extension_cls=EXTENSION,
-            **self._memory(policy, config),
+            **self._memory(policy, config, context),
             **self._adapters(),
         )
         self._request: Any = None
@@ -97,15 +102,15 @@ class VllmEngine:
         self._damaged = False
         self._sleep()
 
-    def _memory(self, policy: Policy, config: OnPolicyConfig) -> dict[str, Any]:
+    def _memory(self, policy: Policy, config: OnPolicyConfig, context: int | None) -> dict[str, Any]:
         if self.cuda:
             return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
         rows, shape = rows_at_a_time(config), causal_lm(policy.model).config.get_text_config()
-        share = config.sampler.memory_share
+        share, context = config.sampler.memory_share, context or shape.max_position_embeddings
         return {
-            "kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share),
+            "kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share, context),
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": cpu_batch_tokens(shape.max_position_embeddings),
+            "max_num_batched_tokens": cpu_batch_tokens(context),
         }
 
     def _adapters(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ is compared with the engine's model before any byte is sent, and the engine's re
 a short row as the trainer's own forward pass does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from base.errors import UserError
 from stages.config.on_policy import OnPolicyConfig
+from stages.learner.sharding import whole
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy, causal_lm, head_weight
 from stages.model.remote_code import options
@@ -33,19 +34,35 @@ SHOWN = 3
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The weights under their names in the checkpoint; for a LoRA student its base's.
+def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The weights under their names in the checkpoint, one after another; for a LoRA student its base's.
 
-    The head always has its own name, also if it is tied to the embedding.
+    The head always has its own name, also if it is tied to the embedding. Each tensor is gathered and converted when it
+    is its turn, so that only one exists a second time. If the policy is sharded, all processes must iterate.
+
+    Args:
+        policy: The student.
+        dtype: The engine's number type, see `sent_as`; the tensors' own if absent.
     """
-    model = causal_lm(policy.model)
-    yield from ((name, parameter.detach()) for name, parameter in _named(model) if name != HEAD)
-    yield HEAD, policy.head_VH.detach()
+    for name, tensor in _own_weights(policy):
+        yield name, whole(tensor if dtype is None else tensor.to(sent_as(tensor.shape, dtype)))
+
+
+def sent_as(shape: Sequence[int], dtype: torch.dtype) -> torch.dtype:
+    """The number type in which a tensor is handed over: the engine's for matrices, float32 for vectors, which are small
+    and which engines may keep in float32."""
+    return dtype if len(shape) > 1 else torch.float32
+
+
+def adapter_weights(policy: Policy) -> dict[str, Tensor]:
+    """The trained parameters of an adapter by name; if the policy is sharded, they are gathered, and all processes must
+    call it. Not `state_dict()`, for which FSDP shards gathered weights again."""
+    return {name: whole(p.detach()) for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
 def weight_shapes(policy: Policy) -> Shapes:
     """Name and shape of each tensor of `full_weights`."""
-    return {name: tuple(tensor.shape) for name, tensor in full_weights(policy)}
+    return {name: tuple(tensor.shape) for name, tensor in _own_weights(policy)}
 
 
 def shapes_of_config(folder: Path) -> Shapes:
@@ -149,6 +166,12 @@ class Probe:
                 f"own forward ({shown}); the tolerance is {self.tolerance:g}. Sample with sampler.backend: "
                 f"transformers; a gap of rounding alone can be allowed by preflight_tolerance"
             )
+
+
+def _own_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    model = causal_lm(policy.model)
+    yield from ((name, parameter.detach()) for name, parameter in _named(model) if name != HEAD)
+    yield HEAD, policy.head_VH.detach()
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

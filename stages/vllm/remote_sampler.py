@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from base.errors import UserError
 from base.hashing import stable_hash
 from stages.config.on_policy import OnPolicyConfig
+from stages.learner.ranks import while_others_wait
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.losses.log_probabilities import token_logprobs
@@ -33,6 +34,7 @@ from stages.vllm.handover import Probe
 from stages.vllm.remote_handover import RemoteHandOver
 from stages.vllm.server import Completion, Ends, ServerLostError, VllmServer, wait_for_any
 from stages.vllm.settings import logprobs_mode, rows_at_a_time
+from stages.vllm.weight_transfer import takes_transfers
 
 # Completions that each server scores when its gap to the trainer is measured.
 MEASURED_ROWS = 4
@@ -68,35 +70,43 @@ class RemoteSampler:
         self._log: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._locks = contextlib.ExitStack()
         self.servers = [VllmServer(url, config.sampler.timeout_seconds) for url in urls]
-        if learner.accelerator.is_main_process:
+
+        def occupy() -> None:
             for url in sorted(urls):
                 self._hold(workspace.store.lock(_lock_name(url)), url)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-        learner.accelerator.wait_for_everyone()
+
+        while_others_wait(occupy)
         self._student = RemoteHandOver(learner.policy, config, workspace.key, self.folder, self.mode)
         first = wait_for_any(self.servers, config.sampler.timeout_seconds)[0]
         self._student.check(first)
         self.model, self.context = first.base_model(), first.context()
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Write the policy's weights, and hand them over to the servers that answer; others get them when they answer.
+        """Hand the policy's weights over to the servers that answer; others get them when they answer.
 
         Raises:
             UserError: a server cannot load them, or scores differently from the trainer.
         """
         # In every process: a forward pass of sharded weights needs all of them.
-        probe = Probe.of(policy, self.config)
+        with self.learner.layers_gathered_in_turn():
+            probe = Probe.of(policy, self.config)
         if self.learner.accelerator.is_main_process:
-            self._student.publish(policy, version, probe)
+            self._student.publish(policy, version, probe, self._is_direct())
+        else:
+            self._student.take_part(policy)
+        self.version = version
+
+        def hand_over() -> None:
             for server in self.servers:
                 try:
-                    self._student.bring_up_to_date(server, policy)
+                    self._student.bring_up_to_date(server, policy, True)
                 except ServerLostError as error:
-                    # It loads the files when it answers again.
+                    # It loads files when it answers again.
                     self._lost(error)
-        self.version = version
-        self.learner.accelerator.wait_for_everyone()
+
+        while_others_wait(hand_over)
 
     def sample(
         self, prompts: Sequence[list[int]], group_size: int, sampling: Sampling, seed: int
@@ -217,7 +227,7 @@ class RemoteSampler:
             ready, reasons = [], []
             for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds, self._lost):
                 try:
-                    self._student.bring_up_to_date(server)
+                    self._student.bring_up_to_date(server, self.learner.policy)
                     ready.append(server)
                 except ServerLostError as error:
                     self._lost(error)
@@ -227,6 +237,16 @@ class RemoteSampler:
             if time.monotonic() > deadline:
                 raise ServerLostError(f"no server takes the student's weights: {'; '.join(reasons)}")
             time.sleep(0.5)
+
+    def _is_direct(self) -> bool:
+        """Whether full weights need no files: all servers take them over NCCL, and this process has them until the next
+        hand-over, in case a restarted server needs them again."""
+        if self.config.sampler.ahead or self.learner.sharded:
+            return False
+        try:
+            return all(takes_transfers(server) for server in self.servers)
+        except ServerLostError:
+            return False
 
     def _lost(self, error: ServerLostError) -> None:
         self._log.put(f"lost: {error}")

@@ -21,6 +21,8 @@ CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 MAX_ROWS = 256
 # Room for a prompt in the cache on a CPU; longer prompts leave room for fewer rows at a time.
 PROMPT_TOKENS = 512
+# Least context of an engine, with room for the preflight's and a hand-over's short rows.
+LEAST_CONTEXT = 512
 # On a CPU the cache is allocated in blocks of 128 tokens, and one of them is never used.
 SPARE_TOKENS = 2 * 128
 LEAST_BATCH_TOKENS = 2048
@@ -81,7 +83,24 @@ def cpu_batch_tokens(context: int) -> int:
     return max(LEAST_BATCH_TOKENS, context)
 
 
-def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_share: float) -> int:
+def needed_context(limit: int | None, longest_prompt: int | None, new_tokens: int) -> int | None:
+    """The context that an engine is started with: the engine demands room in its cache for a row of this length.
+
+    Args:
+        limit: The model's own context; None if its config sets none.
+        longest_prompt: Tokens of the longest prompt; None if unknown, which takes the whole context.
+        new_tokens: Longest completion.
+    """
+    if longest_prompt is None:
+        return limit
+    # Scoring a row takes one more token.
+    wanted = max(LEAST_CONTEXT, longest_prompt + new_tokens + 1)
+    return wanted if limit is None else min(limit, wanted)
+
+
+def cpu_cache_bytes(
+    shape: Any, dtype: str, rows: int, new_tokens: int, memory_share: float, context: int | None = None
+) -> int:
     """Bytes of the cache for `rows` sequences; by default vLLM would take nine tenths of the memory, used or not.
 
     Args:
@@ -90,12 +109,13 @@ def cpu_cache_bytes(shape: Any, dtype: str, rows: int, new_tokens: int, memory_s
         rows: Sequences at a time.
         new_tokens: Longest completion.
         memory_share: Largest share of the free memory that the cache takes.
+        context: The engine's; the model's own if absent.
     """
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     token = 2 * shape.num_hidden_layers * heads * width * (2 if dtype == "bfloat16" else 4)
     most = int(memory_share * psutil.virtual_memory().available)
-    wanted = max(shape.max_position_embeddings, rows * (PROMPT_TOKENS + new_tokens)) + SPARE_TOKENS
+    wanted = max(context or shape.max_position_embeddings, rows * (PROMPT_TOKENS + new_tokens)) + SPARE_TOKENS
     return int(min(most, token * wanted))
 
 

@@ -1,21 +1,22 @@
 """Sends full weights from the trainer's device to a server's by vLLM's own weight-transfer interface, over NCCL.
 
-The hosts must reach each other. The weights are also written to files, which a restarted server reads. A server that
-dies during a transfer blocks NCCL until its own time-out. Used if the trainer is on a GPU and the server was started
-with `--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline and `mopd serve` do.
+The hosts must reach each other. A server that dies during a transfer blocks NCCL until its own time-out. Used if the
+trainer is on a GPU and the server was started with `--weight-transfer-config '{"backend": "nccl"}'`, as the pipeline
+and `mopd serve` do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.model.policy import Policy
-from stages.vllm.handover import full_weights
+from stages.vllm.handover import Shapes, sent_as
 from stages.vllm.server import ServerFailedError, ServerLostError, VllmServer
 
 BACKEND = "nccl"
+
+Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 def takes_transfers(server: VllmServer) -> bool:
@@ -28,13 +29,15 @@ class NcclTransfer:
 
     Args:
         server: Its workers and this process form a process group.
-        policy: The student; each `send` sends its current weights.
+        shapes: Name and shape of each tensor.
+        dtype: The server's number type.
+        tensors: Returns the current weights, in the order of the shapes; called by each `send`.
 
     Raises:
         ServerLostError: the server does not join.
     """
 
-    def __init__(self, server: VllmServer, policy: Policy) -> None:
+    def __init__(self, server: VllmServer, shapes: Shapes, dtype: torch.dtype, tensors: Tensors) -> None:
         import requests
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -48,7 +51,7 @@ class NcclTransfer:
         client = HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout)
         try:
             self._engine: Any = WeightTransferTrainerFactory.trainer_init(
-                meeting, client=client, source=weight_source(policy)
+                meeting, client=client, source=weight_source(shapes, dtype, tensors)
             )
         except requests.RequestException as error:
             raise ServerLostError(f"{server.url}: no transfer of weights: {error}") from error
@@ -75,15 +78,16 @@ class NcclTransfer:
         self._engine.shutdown()
 
 
-def weight_source(policy: Policy) -> Any:
-    """The policy's weights as a source of vLLM's transfer: the metadata, then each tensor in the same order."""
+def weight_source(shapes: Shapes, dtype: torch.dtype, tensors: Tensors) -> Any:
+    """Weights as a source of vLLM's transfer: the metadata, then each tensor in the same order; arguments as for
+    `NcclTransfer`."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Student(WeightSource):
         def metadata(self) -> list[Any]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+            return [ParamMeta(name, sent_as(shape, dtype), shape) for name, shape in shapes.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return full_weights(policy)
+            return tensors()
 
     return Student()

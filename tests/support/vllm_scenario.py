@@ -192,6 +192,23 @@ def follows(folder: Path, lora: LoraConfig | None) -> Iterator[dict]:
     engine.close()
 
 
+def contexts(folder: Path) -> dict:
+    """The context of an engine that was given the longest prompt, of a model that takes more."""
+    policy = make_policy(None)
+    policy.model.config.max_position_embeddings = 8192
+    found = {}
+    for longest in (600, None):
+        engine = VllmEngine(policy, RLConfig(sampler=VLLM, max_new_tokens=64), folder, longest)
+        settings = engine.engine.llm_engine.vllm_config
+        found[str(longest)] = [
+            engine.engine.model_config.max_model_len,
+            settings.cache_config.kv_cache_memory_bytes,
+            settings.scheduler_config.max_num_batched_tokens,
+        ]
+        engine.close()
+    return found
+
+
 def distils(store: Store, config: DistillConfig, key: str, deaf: bool = False) -> dict:
     """A short merge: its metrics and notes; `deaf` lets the engine follow only once and say that it always did."""
     parents = {role: random_checkpoint(store, role, seed) for seed, role in enumerate(("start", "teacher/sort"))}
@@ -279,6 +296,7 @@ def main() -> None:
             make_moe(Glm4MoeConfig, n_routed_experts=4, moe_intermediate_size=64, first_k_dense_replace=1),
         ),
     }
+    facts["contexts"] = contexts(folder / "contexts")
     facts["refuses"] = refuses(folder / "refuses")
     facts["merge"] = distils(store, config, "merge")
     facts["exported"] = exported(store, folder / "exported", lora)

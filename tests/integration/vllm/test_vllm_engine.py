@@ -17,7 +17,7 @@ from tests.support import vllm_scenario
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
-# Eight engines start one after the other.
+# Ten engines start one after the other.
 pytestmark = pytest.mark.timeout(1500)
 
 
@@ -127,3 +127,11 @@ def test_log_probabilities_vllm_cannot_tell_are_refused():
     assert logprobs_mode(0.7, 1.0) == "processed_logprobs"
     with pytest.raises(UserError, match=r"temperature 0\.7 before top_p 0\.9"):
         logprobs_mode(0.7, 0.9)
+
+
+@pytest.mark.vllm
+def test_an_engine_s_context_is_what_the_longest_prompt_needs(facts):
+    short, whole = facts["contexts"]["600"], facts["contexts"]["None"]
+    assert (short[0], whole[0]) == (665, 8192)
+    assert short[1] <= whole[1]
+    assert (short[2], whole[2]) == (2048, 8192)

@@ -57,6 +57,9 @@ class Logits:
 
     exact = True
 
+    def likeliest(self, rows: list[int], k: int) -> None:
+        return None
+
     def per_teacher_logits(self, rows: list[int]) -> dict[str, Callable[[slice], tuple[Tensor, Tensor]]]:
         return {}
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 
 import pytest
@@ -15,9 +16,14 @@ from base.store.journal import read
 from flows.engines.worker import USER_ERROR, exit_code_of
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import RFTConfig, RLConfig, SamplerConfig
+from stages.losses.log_probabilities import token_logprobs
 from stages.on_policy.preflight import SamplerCheck, preflight
+from stages.rows.trained_on import TrainedOn
+from stages.sampling.agreement import plain_logits
 from stages.sampling.sampler import TransformersSampler
 from stages.sampling.samples import Sample
+from stages.teachers.remote_teachers import RemoteScores, TopLogprobs
+from stages.teachers.residency import Residents
 from stages.teachers.scoring import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 
@@ -208,3 +214,60 @@ def test_weights_that_were_not_changed_yet_are_not_what_the_second_check_is_abou
     monkeypatch.setattr(module, "make_sampler", lambda config, learner, *rest: Stale(learner.policy, 99))
     module.train(config, workspace("skipping", {"start": checkpoint("start", 1)}, {"sort": domains["sort"]}))
     assert seen == [3]
+
+
+class Servers:
+    """Stands for servers of the teachers; may score rows of a longer batch differently."""
+
+    def __init__(self, policies, off=0.0):
+        self.policies, self.off, self.batches = policies, off, []
+
+    def score(self, rows, keys, device):
+        self.batches.append(len(rows))
+        reported = []
+        for row, key in zip(rows, keys, strict=True):
+            drawn = Sample(list(row.tokens[: row.start]), list(row.targets), torch.zeros(row.scored), False)
+            logits_NV = plain_logits(self.policies[key].model, drawn, "float32")
+            values_N = token_logprobs(logits_NV, torch.tensor(row.targets)) - self.off * (len(rows) > 1)
+            by_id = [{token: float(value)} for token, value in zip(row.targets, values_N, strict=True)]
+            reported.append(TopLogprobs.of(by_id, row.targets, 1, logits_NV.shape[1]))
+        return RemoteScores(reported, logits_NV.shape[1], {}, device)
+
+
+def served_merge(store, checkpoint, domains, off=0.0):
+    """As `merge`, with its teachers on servers."""
+    config = DistillConfig(max_new_tokens=8, objective="sampled_reverse_kl", teacher_backend="vllm_server")
+    routes = {"sort": (Routed(checkpoint("one", 1)),), "reverse": (Routed(checkpoint("three", 3)),)}
+    policies = {"one": tiny_policy(1), "three": tiny_policy(3)}
+    student, servers = tiny_policy(9), Servers(policies, off)
+    examples = {name: domains[name].draw("train", 5, 0) for name in routes}
+    check = SamplerCheck("student", student, TransformersSampler(student), examples, config)
+    return check, TeacherPool(routes, store, student, config, remote=servers), config
+
+
+def test_teachers_on_servers_are_never_loaded_here(store, checkpoint, domains, monkeypatch):
+    monkeypatch.setattr(Residents, "activated", lambda *arguments: pytest.fail("a teacher was loaded"))
+    check, pool, config = served_merge(store, checkpoint, domains)
+    notes: list[str] = []
+    preflight(check, pool, config, notes.append)
+    assert pool.remote.batches == [2, 1, 1] * 2
+    assert "teachers' servers, asked for rows together and alone, agree within" in notes[0]
+
+
+def test_servers_that_score_a_batch_differently_from_its_rows_stop_the_stage(store, checkpoint, domains):
+    check, pool, config = served_merge(store, checkpoint, domains, off=0.01)
+    message = r"'sort': one, scored as a teacher, gives completion token 0 .*, the teacher's server for this row alone"
+    with pytest.raises(UserError, match=message):
+        preflight(check, pool, config, print)
+
+
+def test_a_served_teacher_of_another_vocabulary_is_refused_by_its_config(store, workspace):
+    staged = store.staging("one")
+    tiny_policy(1).save(staged)
+    config = json.loads((staged / "config.json").read_text())
+    (staged / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    teacher = workspace("one", {}, {}).commit(staged, trained_on=TrainedOn(), metrics={})
+    settings = DistillConfig(objective="sampled_reverse_kl", teacher_backend="vllm_server")
+    ours = config["vocab_size"]
+    with pytest.raises(UserError, match=rf"merge.teachers.sort: teacher one has {ours + 8} output tokens, .* {ours}"):
+        TeacherPool({"sort": (Routed(teacher),)}, store, tiny_policy(9), settings, remote=Servers({}))

@@ -56,6 +56,33 @@ def test_an_objective_is_the_same_whoever_scores(variant, step):
     assert here[1].abs().max() > 1e-3
 
 
+def test_a_top_k_objective_makes_no_distribution_of_what_was_told(monkeypatch):
+    config = DistillConfig(objective=TOP_K[0], teacher_backend="vllm_server")
+    rollout = make_rollout(random_logits(2), 1)
+    scores = told(random_logits(1), rollout, 4)
+    monkeypatch.setattr(
+        RemoteScores, "logits", lambda self, rows: lambda part: pytest.fail("[C, V] was made of the teacher")
+    )
+    _, gradient, *_ = evaluate(config, Signals(teachers=scores), rollout, random_logits(0))
+    assert gradient.abs().max() > 1e-3
+
+
+def test_the_likeliest_tokens_are_distinct_where_the_sampled_one_is_among_them():
+    teacher_NV = random_logits(1)
+    rollout = make_rollout(random_logits(2))
+    likeliest = int(teacher_NV[0].argmax())
+    rollout.samples[0].completion_ids[0] = likeliest
+    ids_NK, logprobs_NK, valid_NK = told(teacher_NV, rollout, 3).likeliest([0, 1, 2], 3)(slice(None))
+    expected_NK = teacher_NV.log_softmax(-1).topk(3)
+    assert torch.equal(ids_NK, expected_NK.indices)
+    assert valid_NK.all()
+    torch.testing.assert_close(logprobs_NK, expected_NK.values)
+    # All that a server of one token has told: the second place is empty.
+    ids_NK, _, valid_NK = told(teacher_NV, rollout, 1).likeliest([0, 1, 2], 2)(slice(None))
+    assert ids_NK[0, 0] == likeliest
+    assert valid_NK[0].tolist() == [True, False]
+
+
 def test_the_whole_vocabulary_told_is_the_whole_distribution():
     teacher_NV = random_logits(1)
     rollout = make_rollout(random_logits(2))

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from stages.on_policy.off_policy import TeacherWriter
 from stages.on_policy.preflight import SamplerCheck, preflight
 from stages.rows.trained_on import TrainedOn
 from stages.sampling.sampler import TransformersSampler
+from stages.teachers.residency import may_wait
 from stages.teachers.scoring import Routed, TeacherPool
 from tests.numerics.conftest import tiny_policy
 
@@ -254,3 +256,41 @@ def test_a_teacher_with_another_tokenizer_is_refused(store, workspace, checkpoin
     teacher = place.commit(folder, trained_on=TrainedOn(), metrics={})
     with pytest.raises(UserError, match=r"merge\.teachers\.reverse: the tokenizer of teacher odd differs"):
         TeacherPool(routes({"sort": checkpoint("sort", 0), "reverse": teacher}), store, tiny_policy(9), DistillConfig())
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
+def test_teachers_that_wait_in_the_host_s_memory_are_read_once_and_score_the_same(
+    store, checkpoint, workspace, domains, monkeypatch, adapted
+):
+    bases = {name: checkpoint(name, seed) for seed, name in enumerate(("sort", "reverse", "uppercase"))}
+    teachers = dict(bases)
+    if adapted:
+        config = SFTConfig(max_steps=2, examples=20, batch_size=4, lora=LoraConfig(rank=4))
+        place = workspace("lora-sort", {"start": bases["sort"]}, {"sort": domains["sort"]})
+        teachers["sort"] = stages.sft.train(config, place)
+    config = DistillConfig(max_resident=1, dtype="bfloat16")
+    own = TeacherPool(routes(teachers), store, tiny_policy(9), config).score(make_rows(), DOMAINS)
+    read = []
+    inner = stages.teachers.residency._read
+    monkeypatch.setattr(stages.teachers.residency, "_read", lambda base: read.append(base.key) or inner(base))
+    monkeypatch.setattr(stages.teachers.residency, "may_wait", lambda size, device: True)
+    pool = TeacherPool(routes(teachers), store, tiny_policy(9), config)
+    for _ in range(3):
+        scores = pool.score(make_rows(), DOMAINS)
+        assert len(pool.residents.bases) == 1
+        assert len(pool.residents.waiting) == 2
+    assert sorted(read) == sorted(base.key for base in bases.values())
+    every = list(range(len(DOMAINS)))
+    torch.testing.assert_close(scores.logits(every)(slice(None)), own.logits(every)(slice(None)), rtol=0, atol=0)
+    # Narrowed before they wait.
+    (first, _) = pool.residents.waiting.values()
+    assert {p.dtype for name, p in first.model.named_parameters() if "q_proj" in name and "lora" not in name} == {
+        torch.bfloat16
+    }
+
+
+def test_teachers_wait_in_the_host_s_memory_where_a_device_and_room_are():
+    gpu = torch.device("cuda", 0)
+    assert may_wait(2**20, gpu)
+    assert not may_wait(2**20, torch.device("cpu"))
+    assert not may_wait(psutil.virtual_memory().total, gpu)

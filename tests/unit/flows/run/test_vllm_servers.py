@@ -126,6 +126,20 @@ def test_rollout_servers_have_the_students_shape_and_no_weights(tmp_path, store)
     assert first.environment["TORCHDYNAMO_DISABLE"] == "1"
 
 
+def test_a_limit_of_prompts_limits_the_servers_context(tmp_path, store):
+    shape = json.loads((put(store, "long", "long").path / "config.json").read_text())
+    assert shape["max_position_embeddings"] < 512
+    both = {"sampler": {"backend": "vllm_server"}, "teacher_backend": "vllm_server", "objective": SAMPLED}
+    for limit, context in ((None, None), (7, shape["max_position_embeddings"])):
+        graph = planned(tmp_path, max_prompt_tokens=limit, **both)
+        if limit is None:
+            made(graph, store)
+        for command in needs(graph, store).commands:
+            assert ("--max-model-len" in command.arguments) == (context is not None)
+            if context is not None:
+                assert option(command, "--max-model-len") == str(context)
+
+
 def test_the_users_own_settings_of_vllm_win(tmp_path, store, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     graph = planned(tmp_path, sampler={"backend": "vllm_server"})
@@ -216,7 +230,9 @@ def test_without_vllm_the_error_names_the_key(tmp_path, store, monkeypatch):
 
 def test_the_spec_has_the_servers_and_two_runs_with_their_own_have_two_specs(tmp_path):
     graph = planned(tmp_path)
-    job = ProcessSpec.of(graph, [graph.node("student@0")], tmp_path, 1)
+    job = ProcessSpec.of(graph, [graph.node("student@0")], tmp_path, 1, 45.0)
+    # The longest time of the node is that of its processes' collectives.
+    assert job.contents["timeout_minutes"] == 45.0
     first, second = (job.write(tmp_path, {"rollout": [f"http://127.0.0.1:{port}"]}) for port in (1, 2))
     assert first != second
     assert json.loads(first.read_text())["servers"] == {"rollout": ["http://127.0.0.1:1"]}
