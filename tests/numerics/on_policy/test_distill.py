@@ -190,18 +190,26 @@ def test_lengths_and_rewards_are_the_students_own(taught, workspace):
 @pytest.mark.parametrize("stage", ["distill", "rl"])
 def test_a_monitor_draws_the_learning_curve(stage, taught, workspace):
     parents, domains = taught
+    asked: list[int] = []
     seen: list[int] = []
 
-    def monitor(policy: Policy, step: int) -> dict[str, float]:
-        assert not policy.model.training
-        seen.append(step)
-        return {"score/sort": step / 10} if step % 2 == 0 else {}
+    class Watch:
+        def due(self, step: int) -> bool:
+            asked.append(step)
+            return step % 2 == 0
+
+        def __call__(self, policy: Policy, step: int) -> dict[str, float]:
+            assert not policy.model.training
+            seen.append(step)
+            return {"score/sort": step / 10}
+
+    monitor = Watch()
 
     place = workspace("student", parents, domains)
     if stage == "distill":
         stages.distill.train(DistillConfig(**SMALL), place, monitor)
     else:
         stages.rl.train(RLConfig(**SMALL, group_size=4), place, monitor)
-    assert seen == [0, 1, 2]
+    assert (asked, seen) == ([0, 1, 2], [0, 2])
     curve = {r["step"]: r["values"].get(f"{stage}/score/sort") for r in records(place, "metrics")}
     assert curve == {0: 0.0, 1: None, 2: 0.2}
