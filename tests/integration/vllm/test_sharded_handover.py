@@ -94,7 +94,9 @@ class Server:
     def model(self):
         now = self.facts()
         if self.loaded != now:
-            self.loaded, self.policy = now, load_policy(start, store)
+            # A server has no part in the trainer's autocast.
+            with torch.autocast("cpu", enabled=False):
+                self.loaded, self.policy = now, load_policy(start, store)
             model = self.policy.model
             weights = {n: t for f in sorted(Path(now["folder"]).glob("*.safetensors")) for n, t in load_file(f).items()}
             assert {t.dtype for t in weights.values() if t.dim() > 1} == {getattr(torch, dtype)}

@@ -294,3 +294,10 @@ def test_teachers_wait_in_the_host_s_memory_where_a_device_and_room_are():
     assert may_wait(2**20, gpu)
     assert not may_wait(2**20, torch.device("cpu"))
     assert not may_wait(psutil.virtual_memory().total, gpu)
+
+
+def test_a_teacher_is_checked_without_the_autocast_of_a_gathered_student(store, checkpoint):
+    config = DistillConfig(dtype="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        pool = TeacherPool(routes({"sort": checkpoint("sort", 0)}), store, tiny_policy(9), config)
+    assert list(pool.residents.bases) == ["sort"]
