@@ -38,7 +38,7 @@ HOMES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "a lock that is a pipe": (LOCK, os.mkfifo, ("is not a regular file",)),
     "a champion of half a line": (CHAMPION, _damaged("{"), ("not readable as JSON", "`mopd promote")),
     "a champion of another type": (CHAMPION, _damaged('{"history": [{"student": 3}]}'), ("history.0", "`mopd promote")),
-    "a champion without anything": (CHAMPION, _damaged("{}"), ("student", "`mopd promote")),
+    "a champion without anything": (CHAMPION, _damaged("{}"), ("history", "`mopd promote")),
 }
 
 
