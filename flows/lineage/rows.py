@@ -117,9 +117,7 @@ def resolve(store: Store, reference: str) -> list[str]:
     if len(keys) > 1:
         raise UserError(f"{reference}: {len(keys)} content keys begin with this: {', '.join(keys)}")
     if not keys:
-        raise UserError(
-            f"{reference}: there is no run in {store.home} and no content key of this name{nearest(run, runs)}"
-        )
+        raise UserError(f"{reference}: there is no run in {store.home} or content key of this name{nearest(run, runs)}")
     return keys
 
 

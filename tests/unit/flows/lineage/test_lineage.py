@@ -154,7 +154,7 @@ def test_an_unknown_name_says_what_is_nearest(store, reference, message):
 
 def test_the_start_of_several_keys_is_refused(store, graph, monkeypatch):
     monkeypatch.setattr(lineage, "SHORTEST_KEY", 0)
-    with pytest.raises(UserError, match="15 keys begin with it"):
+    with pytest.raises(UserError, match="15 content keys begin with this"):
         lineage.resolve(store, "")
 
 
