@@ -1,7 +1,7 @@
 """A learning curve: greedy held-out scores of the student while it trains.
 
-The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin; the
-weights do not depend on it. With several processes each computes the same scores.
+The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin if stage
+and evaluation have one `dtype`; the weights do not depend on it. With several processes each computes the same scores.
 """
 
 import statistics

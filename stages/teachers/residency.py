@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,8 +26,10 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from base.store.checkpoint import Artifact, Store
+from stages.model.attention import use_attention
 from stages.model.linear import use_onednn
 from stages.model.policy import Policy, check_head
+from stages.model.precision import narrow
 from stages.model.remote_code import options
 
 Weights = dict[str, Tensor]
@@ -82,7 +84,6 @@ class Residents:
         self.store = store
         self.student = student
         self.config = config
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         is_adapter = bool(student.adapter_base) and isinstance(student.model, PeftModel)
         self.shared = SharedBase(student) if share_base and is_adapter else None
         self.bases: OrderedDict[str, _Base] = OrderedDict()
@@ -125,7 +126,7 @@ class Residents:
             self._drop_to(max(0, self.config.max_resident - 1 - len(self._reading)))
             base = self.store.get(key)
             weights = reading.result() if reading else _read(base)
-            self.bases[key] = _Base(base, weights, self.dtype, self.student.device, self.student.tokenizer)
+            self.bases[key] = _Base(base, weights, self.config.dtype, self.student.device, self.student.tokenizer)
         self.bases.move_to_end(key)
         return self.bases[key]
 
@@ -163,7 +164,7 @@ class _Base:
         self,
         base: Artifact,
         weights: Weights,
-        dtype: torch.dtype,
+        dtype: Literal["float32", "bfloat16"],
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
@@ -171,14 +172,16 @@ class _Base:
         config = AutoConfig.from_pretrained(base.uri, **options())
         kind = _model_class(config, base)
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-        check_head(Policy(model, tokenizer), base)
         use_onednn(model)
-        _narrow(model, dtype)
+        use_attention(model)
+        check_head(Policy(model, tokenizer), base)
         # Copied: the weight is mapped from its file, and a head that outlives its model would keep all of it in memory.
         head = model.get_output_embeddings().weight
         head.data = head.data.clone()
         self.model: PreTrainedModel | PeftModel = model.to(device).eval()
         self.model.requires_grad_(False)
+        if dtype == "bfloat16":
+            narrow(self.model)
 
     @contextlib.contextmanager
     def activated(self, teacher: Artifact) -> Iterator[PreTrainedModel | PeftModel]:
@@ -196,15 +199,6 @@ class _Base:
         if self.model.active_adapter != teacher.key:
             self.model.set_adapter(teacher.key, inference_mode=True)
         yield self.model
-
-
-def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert only the weights that autocast would convert anyway, so that a teacher equal to the student has equal
-    scores."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            module.to(dtype)
 
 
 class SharedBase:
