@@ -70,8 +70,11 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
         UserError: a domain cannot supply the examples, a prompt does not fit the model, or CUDA does not show the
             device that was leased.
     """
-    device = accelerator().device
+    # The nodes of one process have one precision: they differ in domain and split alone.
+    config = requests[0].config
+    device = accelerator(float32_matmul=config.float32_matmul).device
     policy = load_policy(checkpoint, store)
+    policy.compute_in(config.dtype)
     policy.model.to(device)
     trained = TrainedOn.read(checkpoint)
     copies = Copies(trained)

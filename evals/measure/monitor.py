@@ -1,7 +1,8 @@
 """A learning curve: greedy held-out scores of the student while it trains.
 
-The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin; the
-weights do not depend on it. With several processes each samples and scores its share of the examples.
+The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin if stage
+and evaluation have one `dtype`; the weights do not depend on it. With several processes each samples and scores its
+share of the examples.
 """
 
 import statistics

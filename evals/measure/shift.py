@@ -24,8 +24,8 @@ from stages.learner.training import step_seed
 from stages.learner.workspace import Workspace
 from stages.losses.chunked import chunk_length, chunked_token_loss
 from stages.losses.divergences import forward_kl
-from stages.model.linear import matmul_t
 from stages.model.policy import HiddenStates, Policy, load_policy
+from stages.model.precision import head_factor, head_logits
 from stages.model.weights import StoredWeights
 from stages.on_policy.health import compression
 from stages.rows.chat import encode_prompt
@@ -47,12 +47,13 @@ def run(config: ShiftRequest, workspace: Workspace) -> Artifact:
         UserError: a domain cannot supply the examples, or a prompt does not fit the model.
     """
     parents, store, journal = workspace.parents, workspace.store, workspace.journal()
-    device = accelerator().device
+    device = accelerator(float32_matmul=config.float32_matmul).device
     total = len(workspace.domains) + 1
     weights = weight_shift(StoredWeights(parents["start"], store), StoredWeights(parents["checkpoint"], store))
     journal.progress(1, total)
     start, policy = load_policy(parents["start"], store), load_policy(parents["checkpoint"], store)
     for loaded in (start, policy):
+        loaded.compute_in(config.dtype)
         loaded.model.to(device)
     shifts = {}
     for step, (name, domain) in enumerate(workspace.domains.items(), 2):
@@ -138,14 +139,15 @@ def _of_batch(start: Policy, policy: Policy, samples: Sequence[Sample], temperat
     """The divergences of concatenated completions; logits of both models exist for one chunk of tokens at a time."""
     starts = [len(drawn.prompt_ids) for drawn in samples]
     packed = pack([drawn.tokens for drawn in samples], starts, policy.pad_id, policy.device)
-    ours_NH, theirs_NH = (packed.scored(HiddenStates(who.model)(*packed.inputs)) for who in (policy, start))
+    ours_NH, theirs_NH = (packed.scored(HiddenStates(who.model, who.dtype)(*packed.inputs)) for who in (policy, start))
+    factor_VH = head_factor(start.head_VH, theirs_NH.dtype)
 
     def token_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
-        theirs_CV = matmul_t(theirs_NH[part], start.head_VH)
+        theirs_CV = head_logits(theirs_NH[part], factor_VH)
         forward_C, metrics = forward_kl(logits_CV / temperature, theirs_CV / temperature)
         return forward_C, {**metrics, "forward_kl": forward_C}
 
     weights_N = torch.ones(len(ours_NH), device=ours_NH.device)
-    chunk = chunk_length(policy.head_VH.shape[0])
+    chunk = chunk_length(policy.head_VH.shape[0], policy.device)
     _, found = chunked_token_loss(ours_NH, policy.head_VH, weights_N, token_loss, chunk)
     return found

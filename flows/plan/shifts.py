@@ -35,6 +35,8 @@ def shift_request(evaluate: EvaluateConfig) -> ShiftRequest | None:
         temperature=asked.temperature,
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
+        dtype=evaluate.dtype,
+        float32_matmul=evaluate.float32_matmul,
     )
 
 

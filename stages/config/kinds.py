@@ -67,23 +67,23 @@ class StageKind:
 
 _ROWS = (
     StageKind("load", 1, Source, "stages.load:run"),
-    StageKind("pretrain", 1, PretrainConfig, "stages.pretrain:train", trains=True, metric="loss"),
+    StageKind("pretrain", 2, PretrainConfig, "stages.pretrain:train", trains=True, metric="loss"),
     StageKind(
-        "sft", 1, SFTConfig, "stages.sft:train",
+        "sft", 2, SFTConfig, "stages.sft:train",
         expert="Supervised fine-tuning on gold answers.", trains=True, renders=True, metric="loss", colour="blue",
     ),
     StageKind(
-        "rl", 1, RLConfig, "stages.rl:train",
+        "rl", 2, RLConfig, "stages.rl:train",
         expert="Reinforcement learning from the domain's verifiable reward.",
         trains=True, samples=True, renders=True, metric="reward", colour="amber",
     ),
     StageKind(
-        "rft", 1, RFTConfig, "stages.rft:train",
+        "rft", 2, RFTConfig, "stages.rft:train",
         expert="Rejection-sampled fine-tuning on its own successes.",
         trains=True, samples=True, renders=True, metric="reward", colour="amber",
     ),
     StageKind(
-        "distill", 1, DistillConfig, "stages.distill:train",
+        "distill", 2, DistillConfig, "stages.distill:train",
         trains=True, samples=True, renders=True, metric="reverse_kl", colour="green",
     ),
     StageKind(

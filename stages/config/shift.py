@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.config.training import NewTokens, Positive, Rows, StrictModel, Temperature
+from stages.config.training import Float32Matmul, NewTokens, Positive, Rows, StrictModel, Temperature
 
 
 class ShiftConfig(StrictModel):
@@ -23,4 +23,6 @@ class ShiftRequest(ShiftConfig):
 
     max_new_tokens: NewTokens = Field(description="Longest completion.")
     batch_size: Rows = Field(description="Sequences sampled together.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number type of products.")
+    float32_matmul: Float32Matmul = Field("highest", description="Products of float32.")
     split: Literal["held_out"] = Field("held_out", description="Whose prompts.")

@@ -24,6 +24,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}
 StopList = tuple[Annotated[str, Field(min_length=1, max_length=100)], ...]
 STOP = "Texts that end a completion, besides the model's end tokens: a few-shot prompt's next question; not scored."
+# Float32 factors rounded to 10 bits are no longer the same result, so the choice is part of the content key.
+Float32Matmul = Literal["highest", "high"]
+FLOAT32_MATMUL = "Products of float32 on a GPU: highest is exact, high rounds their factors to TF32."
 
 
 def each_once(value: Any) -> Any:
@@ -156,7 +159,12 @@ class TrainConfig(StrictModel):
     max_steps: Steps = Field(100, description="Optimizer steps (SFT) or rollout steps (on-policy).")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer and schedule.")
     lora: LoraConfig | None = Field(None, description="Train adapters; full fine-tuning when absent.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Autocast type; weights stay float32.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Number type of products, in updates, rollouts and teachers alike. In bfloat16 sums, logits, "
+        "losses and trained weights stay float32, and frozen weights of linear layers are kept in bfloat16.",
+    )
+    float32_matmul: Float32Matmul = Field("highest", description=FLOAT32_MATMUL)
     micro_batch_tokens: Positive = Field(
         16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
     )
@@ -256,3 +264,9 @@ class EvaluationConfig(StrictModel):
     stop: StopList = Field((), description=STOP)
     max_new_tokens: NewTokens = Field(64, description="Longest completion.")
     batch_size: Rows = Field(256, description="Sequences sampled together; decides which random numbers each gets.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Number type of products, of the shift's too; logits stay float32. Tasks of lm-evaluation-harness "
+        "are scored in float32.",
+    )
+    float32_matmul: Float32Matmul = Field("highest", description=FLOAT32_MATMUL)

@@ -16,6 +16,7 @@ import torch
 from base.errors import UserError
 from base.nvidia import driver
 from base.store.energy import VISIBLE, device_names
+from stages.config.training import Float32Matmul
 from stages.learner.ranks import collectives_limit
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def look() -> Shown:
     return Shown(torch.__version__, build, names)
 
 
-def accelerator(dtype: Literal["float32", "bfloat16"] = "float32") -> "Accelerator":
+def accelerator(
+    dtype: Literal["float32", "bfloat16"] = "float32", float32_matmul: Float32Matmul = "highest"
+) -> "Accelerator":
     """Accelerate on the stage's device; no other code chooses a device.
 
     Process groups get the time-out of `stages.learner.ranks.collectives_limited`. DDP's gradients are views of its
@@ -59,6 +62,7 @@ def accelerator(dtype: Literal["float32", "bfloat16"] = "float32") -> "Accelerat
 
     Args:
         dtype: The autocast type.
+        float32_matmul: How this process's products of float32 are computed on a GPU, from now on.
 
     Raises:
         UserError: CUDA shows fewer devices than the stage leased.
@@ -67,6 +71,8 @@ def accelerator(dtype: Literal["float32", "bfloat16"] = "float32") -> "Accelerat
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
     _require_lease()
+    # The setting is torch's for CPUs too, and a CPU's float32 stays exact.
+    torch.set_float32_matmul_precision(float32_matmul if torch.cuda.is_available() else "highest")
     mixed = "bf16" if dtype == "bfloat16" else "no"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if (limit := collectives_limit()) is not None:

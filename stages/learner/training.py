@@ -62,12 +62,13 @@ class Learner:
         self.seed = seed
         self.tokens = 0
         self.memory: dict[str, Any] = {}
-        self.accelerator = accelerator(config.dtype)
+        self.accelerator = accelerator(config.dtype, config.float32_matmul)
         if self.sharded and self.world_size == 1:
             raise UserError("sharding: fsdp needs 2 devices or more, and this stage has one; see resources.gpus")
         if config.gradient_checkpointing:
             causal_lm(policy.model).gradient_checkpointing_enable({"use_reentrant": False})
-        module = HiddenStates(policy.model)
+        policy.compute_in(config.dtype)
+        module = HiddenStates(policy.model, config.dtype)
         if self.sharded:
             sharding.shard(module, self.device, self.world_size, policy.pad_id, config.dtype)
         trainable = [p for p in policy.model.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.learner.dropout import begin_update
 from stages.learner.training import Learner
 from stages.losses.chunked import TokenLoss, chunk_length, chunked_token_loss
+from stages.model.precision import as_factor
 from stages.rows.packing import micro_batches, pack
 
 
@@ -82,7 +83,7 @@ def accumulate(
     """
     run = list(range(len(rows))) if only is None else list(only)
     batches = micro_batches([len(rows[i].tokens) for i in run], learner.config.micro_batch_tokens)
-    metrics: dict[str, dict[int, Tensor]] = {}
+    found: list[tuple[list[int], dict[str, Tensor]]] = []
     begin_update(learner.policy.model, own_dropout=learner.config.own_dropout)
     count = learner.num_micro_batches(len(batches))
     for number in range(count):
@@ -92,14 +93,21 @@ def accumulate(
                 continue
             batch = [run[position] for position in batches[number]]
             tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
-            hidden_NH = learner.hidden(pack(tokens, starts, learner.policy.pad_id, learner.device))
+            packed = pack(tokens, starts, learner.policy.pad_id, learner.device)
+            # Wrappers of the model return float32.
+            hidden_NH = as_factor(learner.hidden(packed), learner.config.dtype)
             head_VH = learner.policy.head_VH
             weights_N = torch.cat([rows[i].weights_N for i in batch]).to(learner.device)
-            size = chunk_tokens or chunk_length(len(head_VH))
+            size = chunk_tokens or chunk_length(len(head_VH), learner.device)
             loss, values = chunked_token_loss(hidden_NH, head_VH, weights_N, token_loss(batch), size)
             learner.backward(loss)
-        for name, value_N in values.items():
-            parts = value_N.cpu().split([rows[i].scored for i in batch])
-            metrics.setdefault(name, {}).update(zip(batch, parts, strict=True))
+        found.append((batch, values))
     learner.policy.model.eval()
+    # Read at the end: the device would wait for the host at every micro-batch.
+    metrics: dict[str, dict[int, Tensor]] = {}
+    for name in dict.fromkeys(name for _, values in found for name in values):
+        having = [(batch, values[name]) for batch, values in found if name in values]
+        order = [i for batch, _ in having for i in batch]
+        parts = torch.cat([value_N for _, value_N in having]).cpu().split([rows[i].scored for i in order])
+        metrics[name] = dict(zip(order, parts, strict=True))
     return metrics

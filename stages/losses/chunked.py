@@ -9,20 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.model.linear import matmul_t
+from stages.model.precision import add_head_gradient, head_factor, head_logits, hidden_gradient
 
 # Called with the logits [C, V] of the tokens in a slice; returns their losses [C] and metrics [C] by name. The names
 # are the same for every slice.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
 
 
-# Smaller chunks lose time between kernels, larger ones do not fit the cache (`benchmarks/exact_kl.py`).
+# Smaller chunks lose time between kernels, larger ones do not fit a CPU's cache (`benchmarks/exact_kl.py`).
 CHUNK_BYTES = 64 * 2**20
+# On a GPU each chunk reads the head and, in training, its gradient anew.
+MOST_CHUNK_BYTES = 2**30
+# A loss and its gradient hold about eight tensors of the logits' size at once, teachers' included: half of the free
+# memory.
+CHUNK_SHARE = 16
 
 
-def chunk_length(vocabulary: int) -> int:
-    """Tokens of a chunk: as many as have float32 logits of `CHUNK_BYTES`."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def chunk_length(vocabulary: int, device: torch.device) -> int:
+    """Tokens of a chunk: as many as have float32 logits of the device's chunk in bytes."""
+    return max(1, _device_chunk_bytes(device) // (4 * vocabulary))
+
+
+def chunk_bytes(free: int) -> int:
+    """Bytes of a chunk's float32 logits on a GPU: the largest power of two within `MOST_CHUNK_BYTES` and a share of the
+    free memory, at least `CHUNK_BYTES`.
+
+    Powers of two, because the size decides the order of sums: free memory that differs a little between two runs rarely
+    changes it.
+
+    Args:
+        free: Free memory of the device in bytes.
+    """
+    size = MOST_CHUNK_BYTES
+    while size > max(CHUNK_BYTES, free // CHUNK_SHARE):
+        size //= 2
+    return size
+
+
+def _device_chunk_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch holds and no tensor uses is free too.
+    return chunk_bytes(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def chunked_token_loss(
@@ -34,8 +63,8 @@ def chunked_token_loss(
     the head, and the peak memory is O(chunk x V) instead of O(N x V).
 
     Args:
-        hidden_NH: Hidden states that predict each token.
-        head_VH: Output head.
+        hidden_NH: Hidden states that predict each token; their type is that of the products.
+        head_VH: Output head, of any floating type.
         weights_N: Weight of each token's loss in the sum.
         token_loss: Pure function of logits; gradients flow through the losses only, metrics are detached.
         chunk_tokens: C.
@@ -63,14 +92,14 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_NH, wide = hidden_NH.detach(), torch.promote_types(hidden_NH.dtype, torch.float32)
         # The product is computed in the hidden states' precision; the head is cast once, not in every chunk.
-        cast_VH = head_VH.detach().to(hidden_NH.dtype)
+        factor_VH = head_factor(head_VH, hidden_NH.dtype)
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_head_VH = torch.zeros_like(head_VH, dtype=wide) if needs_head else None
         total = hidden_NH.new_zeros((), dtype=wide)
         for start in range(0, hidden_NH.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             hidden_CH = hidden_NH[part]
-            logits_CV = matmul_t(hidden_CH, cast_VH).to(wide).requires_grad_(needs_hidden or needs_head)
+            logits_CV = head_logits(hidden_CH, factor_VH).requires_grad_(needs_hidden or needs_head)
             with torch.enable_grad():
                 losses_C, values = token_loss(logits_CV, part)
                 chunk_loss = (losses_C * weights_N[part]).sum()
@@ -84,9 +113,9 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             grad_CV = torch.autograd.grad(chunk_loss, logits_CV)[0].to(hidden_NH.dtype)
             del logits_CV, losses_C, chunk_loss
             if grad_hidden_NH is not None:
-                grad_hidden_NH[part] = matmul_t(grad_CV, cast_VH.T)
+                grad_hidden_NH[part] = hidden_gradient(grad_CV, factor_VH)
             if grad_head_VH is not None:
-                _add_product(grad_head_VH, grad_CV.T, hidden_CH)
+                add_head_gradient(grad_head_VH, grad_CV, hidden_CH)
         ctx.gradients = [grad_hidden_NH, None if grad_head_VH is None else grad_head_VH.to(head_VH.dtype)]
         return total
 
@@ -100,11 +129,3 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(grad_outputs[0])
         return (*gradients, None, None, None, None)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a second matrix of that size if both have one precision."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

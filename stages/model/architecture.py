@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from stages.model.attention import NAME, block_causal_bias, has_varlen, rows_of
+from stages.model.precision import computes_in_bfloat16
+
 SLIDING = "sliding_attention"
 # These cap the logits by a hyperbolic tangent, so that they are not the output of a linear head.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logits_soft_cap")
@@ -70,10 +73,13 @@ class Masks:
     Attributes:
         window: Tokens in the window of layers that have one, including the token itself; None if no layer has one.
         kinds: Kinds of layers, if the config names them.
+        by_bounds: Whether the layers attend by `stages.model.attention.attend` without a cap on the scores, and so take
+            bounds of rows in place of a mask.
     """
 
     window: int | None
     kinds: tuple[str, ...]
+    by_bounds: bool = False
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Masks":
@@ -81,7 +87,26 @@ class Masks:
         text = config.get_text_config()
         layers = DynamicCache(config=text).layers
         windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
-        return cls(int(windows.pop()) if windows else None, tuple(dict.fromkeys(_layer_types(text))))
+        by_bounds = text._attn_implementation == NAME and getattr(text, "attn_logit_softcapping", None) is None
+        return cls(int(windows.pop()) if windows else None, tuple(dict.fromkeys(_layer_types(text))), by_bounds)
+
+    def of_rows(self, bounds_S: Tensor, lines: int, width: int) -> tuple[Any, Tensor]:
+        """The decoder's attention mask for packed rows, and the positions [B, T] of their tokens in their rows.
+
+        The mask is made on the device of the bounds. It is the bounds themselves where a kernel takes them: in bfloat16
+        on a GPU, unless a window is narrower than the lines.
+
+        Args:
+            bounds_S: Indices (int32) into the flattened lines at which rows and fillings begin, and B * T.
+            lines: B.
+            width: T.
+        """
+        rows_BT, positions_BT = rows_of(bounds_S, lines, width)
+        narrow = computes_in_bfloat16(bounds_S.device)
+        if self.by_bounds and narrow and has_varlen(bounds_S.device) and (self.window is None or width <= self.window):
+            mask = bounds_S[None, None, None]
+            return (dict.fromkeys(self.kinds, mask) if self.window and self.kinds else mask), positions_BT
+        return self(block_causal_bias(rows_BT, torch.bfloat16 if narrow else torch.float32)), positions_BT
 
     def __call__(self, bias_B1TL: Tensor | None) -> Tensor | Mapping[str, Tensor] | None:
         """The decoder's attention mask.

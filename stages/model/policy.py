@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -23,8 +22,11 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from experts.domain import Prompt
 from stages.config.training import LoraConfig
+from stages.model.adapters import peft_config
 from stages.model.architecture import Masks, logit_scale, unsupported
+from stages.model.attention import use_attention
 from stages.model.linear import use_onednn
+from stages.model.precision import Dtype, as_factor, narrow, precision
 from stages.model.remote_code import options
 from stages.model.stop_strings import before_stop
 from stages.rows.chat import decode_completions, encode_demonstration, generation_stops, stop_ids
@@ -64,11 +66,20 @@ class Policy:
         model: A causal language model, wrapped by peft if it has an adapter.
         tokenizer: Its tokenizer; has an EOS and a pad token.
         adapter_base: Key of the full checkpoint under the adapter; None for a full model.
+        dtype: Number type of the model's products; see `compute_in`.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     adapter_base: str | None = None
+    dtype: Dtype = "float32"
+
+    def compute_in(self, dtype: Dtype) -> None:
+        """Multiply in `dtype` from now on, in samplers, losses and measurements alike; in bfloat16 frozen weights of
+        linear layers are kept in it."""
+        self.dtype = dtype
+        if dtype == "bfloat16":
+            narrow(self.model)
 
     @property
     def eos_id(self) -> int:
@@ -153,23 +164,27 @@ class HiddenStates(nn.Module):
     """The policy without its head; data-parallel wrappers wrap this module, because gradients flow through its
     forward pass."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, dtype: Dtype = "float32") -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype
         self._masks = Masks.of(causal_lm(model).config)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, bias_B1TT: Tensor | None = None) -> Tensor:
-        """Return hidden states [B, T, H] of right-padded tokens.
+    def forward(self, tokens_BT: Tensor, bounds_S: Tensor | None = None) -> Tensor:
+        """Return hidden states [B, T, H] of right-padded tokens, in the type in which the head multiplies them.
 
         Args:
             tokens_BT: One row per line, with padding on the right, which causality hides; or packed rows.
-            positions_BT: Position of each token in its own row, if rows are packed.
-            bias_B1TT: Added to the attention scores if rows are packed: masks tokens of other rows.
+            bounds_S: Where rows and fillings begin, if rows are packed; see `stages.rows.packing.Packed`.
         """
-        output = causal_lm(self.model).get_decoder()(
-            input_ids=tokens_BT, position_ids=positions_BT, attention_mask=self._masks(bias_B1TT), use_cache=False
-        )
-        return scaled(self.model, output.last_hidden_state)
+        mask, positions_BT = None, None
+        with precision(tokens_BT.device, self.dtype):
+            if bounds_S is not None:
+                mask, positions_BT = self._masks.of_rows(bounds_S, *tokens_BT.shape)
+            output = causal_lm(self.model).get_decoder()(
+                input_ids=tokens_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False
+            )
+            return as_factor(scaled(self.model, output.last_hidden_state), self.dtype)
 
 
 def scaled(model: PreTrainedModel | PeftModel, hidden_BTH: Tensor) -> Tensor:
@@ -231,6 +246,7 @@ def load_policy(
             f"`remote_code: true`"
         ) from None
     use_onednn(model)
+    use_attention(model)
     if base:
         model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
         if trainable and lora is None:
@@ -330,15 +346,4 @@ def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
     return (
         f"its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, the first {token!r} "
         f"with id {id_}; resize the embedding, or use the tokenizer the model was trained with"
-    )
-
-
-def peft_config(lora: LoraConfig) -> PeftLoraConfig:
-    """The run file's adapter shape in peft's terms."""
-    return PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
     )

@@ -5,6 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from stages.config.training import TinyModelConfig
+from stages.model.attention import use_attention
 from stages.model.characters import ASSISTANT, CHARACTERS, CHAT_TEMPLATE, EOS, KEYWORDS, PAD, PIECE, UNKNOWN, USER
 from stages.model.linear import use_onednn
 
@@ -48,4 +49,5 @@ def tiny_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, seed
         )
     )
     use_onednn(model)
+    use_attention(model)
     return model

@@ -17,8 +17,8 @@ from stages.learner.update import Row
 from stages.losses.advantages import group_advantages
 from stages.losses.chunked import chunk_length
 from stages.losses.log_probabilities import token_logprobs
-from stages.model.linear import matmul_t
 from stages.model.policy import HiddenStates
+from stages.model.precision import head_factor, head_logits
 from stages.on_policy.rollout import Rollout, verifiable_rewards
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.scoring import REFERENCE, Scores, TeacherPool
@@ -164,8 +164,9 @@ class TrainerSignal:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         batches = micro_batches([len(row.tokens) for row in rows], learner.config.micro_batch_tokens)
         with torch.no_grad(), learner.layers_gathered_in_turn():
-            forward, head_VH = HiddenStates(learner.policy.model), learner.policy.head_VH
-            size = chunk_length(len(head_VH))
+            forward = HiddenStates(learner.policy.model, learner.config.dtype)
+            factor_VH = None
+            size = chunk_length(len(learner.policy.head_VH), device)
             for number in range(learner.num_micro_batches(len(batches))):
                 if number >= len(batches):
                     # Another process has more, and layers are gathered in all processes.
@@ -174,13 +175,13 @@ class TrainerSignal:
                 batch = batches[number]
                 tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
                 packed = pack(tokens, starts, learner.policy.pad_id, device)
-                with learner.accelerator.autocast():
-                    hidden_NH = packed.scored(forward(*packed.inputs))
+                hidden_NH = packed.scored(forward(*packed.inputs))
+                if factor_VH is None:
+                    factor_VH = head_factor(learner.policy.head_VH, hidden_NH.dtype)
                 chunks = zip(hidden_NH.split(size), rollout.tokens(batch, device).split(size), strict=True)
-                cast_VH = head_VH.to(hidden_NH.dtype)
                 logprobs_N = torch.cat(
                     [
-                        token_logprobs(matmul_t(hidden_CH, cast_VH).float() / self.temperature, tokens_C)
+                        token_logprobs(head_logits(hidden_CH, factor_VH) / self.temperature, tokens_C)
                         for hidden_CH, tokens_C in chunks
                     ]
                 )

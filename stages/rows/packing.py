@@ -1,6 +1,7 @@
 """Packs rows of tokens into batches with little padding: short rows share a line, and no row attends to another.
 
-Shape suffixes: B lines of a batch, T tokens of a line, N concatenated scored tokens of the rows, H hidden.
+Shape suffixes: B lines of a batch, T tokens of a line, N concatenated scored tokens of the rows, H hidden, S rows and
+fillings and one more.
 
 To run rows through a model and read the hidden states that predict their scored tokens, in the order of the rows:
 
@@ -32,22 +33,20 @@ class Packed:
     Attributes:
         tokens_BT: The rows' tokens, with padding on the right of every line.
         scored_N: Indices into the flattened [B * T] lines at which the scored tokens are predicted, in the rows' order.
-        offsets_B: Index into the flattened lines at which each row begins; here B counts the rows.
-        positions_BT: Position of each token in its own row; None if every line is one row.
-        bias_B1TT: Added to the attention scores: 0 where a token may attend, the lowest number elsewhere. None if every
+        offsets: Index into the flattened lines at which each row begins.
+        bounds_S: Indices (int32) into the flattened lines at which rows and fillings begin, and B * T; None if every
             line is one row, since plain causal attention then hides the padding.
     """
 
     tokens_BT: Tensor
     scored_N: Tensor
-    offsets_B: Tensor
-    positions_BT: Tensor | None = None
-    bias_B1TT: Tensor | None = None
+    offsets: tuple[int, ...]
+    bounds_S: Tensor | None = None
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def inputs(self) -> tuple[Tensor, Tensor | None]:
         """The arguments of `HiddenStates`."""
-        return self.tokens_BT, self.positions_BT, self.bias_B1TT
+        return self.tokens_BT, self.bounds_S
 
     def scored(self, hidden_BTH: Tensor) -> Tensor:
         """The hidden states [N, H] that predict the scored tokens, which are one position before them."""
@@ -67,36 +66,27 @@ def pack(tokens: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int, de
     width = max(lengths)
     lines = first_fit(lengths, width)
     tokens_BT = torch.full((len(lines), width), pad_id)
-    positions_BT = torch.zeros((len(lines), width), dtype=torch.long)
-    # Padding counts as its own row: it attends only to itself, and no row attends to it.
-    owners_BT = torch.full((len(lines), width), -1)
     scored: list[Tensor] = [torch.empty(0)] * len(tokens)
-    offsets_B = torch.zeros(len(tokens), dtype=torch.long)
+    offsets = [0] * len(tokens)
+    bounds = []
     for line, rows in enumerate(lines):
         at = 0
         for row in rows:
             here = slice(at, at + lengths[row])
             tokens_BT[line, here] = torch.tensor(tokens[row])
-            positions_BT[line, here] = torch.arange(lengths[row])
-            owners_BT[line, here] = row
             offset = line * width + at
-            offsets_B[row] = offset
+            bounds.append(offset)
+            offsets[row] = offset
             scored[row] = torch.arange(offset + starts[row] - 1, offset + lengths[row] - 1)
             at += lengths[row]
-    tokens_BT, scored_N, offsets_B = tokens_BT.to(device), torch.cat(scored).to(device), offsets_B.to(device)
+        if at < width:
+            # Padding counts as a row of its own: it attends only to itself, and no row attends to it.
+            bounds.append(line * width + at)
+    tokens_BT, scored_N = tokens_BT.to(device), torch.cat(scored).to(device)
     if len(lines) == len(tokens):
-        return Packed(tokens_BT, scored_N, offsets_B)
-    # The bias is computed on the device, because it is T times as large as the owners.
-    return Packed(tokens_BT, scored_N, offsets_B, positions_BT.to(device), block_causal_bias(owners_BT.to(device)))
-
-
-def block_causal_bias(owners_BT: Tensor) -> Tensor:
-    """Attention bias [B, 1, T, T] with which a token attends to itself and to earlier tokens of its own row."""
-    width, device = owners_BT.shape[1], owners_BT.device
-    earlier_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    allowed_BTT = (owners_BT[:, :, None] == owners_BT[:, None, :]) & earlier_TT
-    bias_BTT = torch.zeros(allowed_BTT.shape, device=device).masked_fill_(~allowed_BTT, torch.finfo(torch.float32).min)
-    return bias_BTT[:, None]
+        return Packed(tokens_BT, scored_N, tuple(offsets))
+    bounds_S = torch.tensor([*bounds, tokens_BT.numel()], dtype=torch.int32)
+    return Packed(tokens_BT, scored_N, tuple(offsets), bounds_S.to(device))
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:

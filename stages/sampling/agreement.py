@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stages.config.on_policy import OnPolicyConfig
 from stages.model.policy import HiddenStates, head_weight
+from stages.model.precision import Dtype, head_factor, head_logits
 from stages.sampling.samples import Sample
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
@@ -21,10 +22,11 @@ def agreement_tolerance(config: OnPolicyConfig) -> float:
 
 
 @torch.no_grad()
-def plain_logits(model: PreTrainedModel | PeftModel, drawn: Sample, dtype: str) -> Tensor:
+def plain_logits(model: PreTrainedModel | PeftModel, drawn: Sample, dtype: Dtype) -> Tensor:
     """Logits [N, V] of a completion by the model's own forward pass of that row alone, in the trainer's precision."""
     head_VH = head_weight(model)
     tokens_BT = torch.tensor([drawn.tokens], device=head_VH.device)
-    with torch.autocast(head_VH.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden_TH = HiddenStates(model)(tokens_BT)[0, len(drawn.prompt_ids) - 1 : -1]
+    hidden_TH = HiddenStates(model, dtype)(tokens_BT)[0, len(drawn.prompt_ids) - 1 : -1]
+    if dtype == "bfloat16":
+        return head_logits(hidden_TH, head_factor(head_VH, hidden_TH.dtype)).cpu()
     return (hidden_TH.float() @ head_VH.float().T).cpu()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from base.errors import UserError
 from stages.model.architecture import Masks, context
-from stages.model.linear import matmul_t
 from stages.model.policy import Policy, causal_lm, scaled
+from stages.model.precision import as_factor, head_factor, head_logits, precision
 from stages.model.stop_strings import StopStrings
 from stages.sampling.cache import prefill
 from stages.sampling.draw import draw
@@ -165,7 +165,8 @@ class _Batch:
         self.generator = generator
         self.decoder = causal_lm(policy.model).get_decoder()
         self.masks = Masks.of(self.decoder.config)
-        self.head_VH = policy.head_VH
+        self.dtype = torch.bfloat16 if policy.dtype == "bfloat16" else policy.head_VH.dtype
+        self.head_VH = head_factor(policy.head_VH, self.dtype)
         self.width = max(len(prompt) for prompt in prompts)
         rows = len(prompts) * group_size
         device = policy.device
@@ -180,7 +181,7 @@ class _Batch:
     def run(self) -> list[Sample]:
         """Sample until every row has ended or is as long as allowed."""
         # The samples are made outside: a tensor created in inference mode cannot be used in a backward pass.
-        with torch.inference_mode():
+        with torch.inference_mode(), precision(self.policy.device, self.policy.dtype):
             self._decode(*self._prefill())
         return self._samples()
 
@@ -188,6 +189,7 @@ class _Batch:
         """Draw and run tokens one after another."""
         alive_B = torch.arange(self.tokens.shape[0], device=self.tokens.device)
         running_B = torch.ones_like(alive_B, dtype=torch.bool)
+        left = len(running_B)
         for step in range(self.sampling.max_new_tokens):
             tokens_B, logprobs_B = draw(logits_BV, self.sampling, self.generator, self.barred)
             # Ended rows that are not dropped yet continue; tokens after their end are never read.
@@ -197,11 +199,13 @@ class _Batch:
             if self.stop is not None:
                 tails = self.tokens[alive_B, max(0, step + 1 - self.stop.window) : step + 1].tolist()
                 ended_B |= running_B & torch.tensor(self.stop.ended(tails), device=tokens_B.device)
+            # The device waits for the host once a token, and again where rows end.
             if bool(ended_B.any()):
-                self.lengths[alive_B[ended_B]] = step + 1
-                self.finished[alive_B[ended_B]] = True
+                rows_E = alive_B[ended_B]
+                self.lengths[rows_E] = step + 1
+                self.finished[rows_E] = True
                 running_B = running_B & ~ended_B
-            left = int(running_B.sum())
+                left = int(running_B.sum())
             if left == 0 or step + 1 == self.sampling.max_new_tokens:
                 break
             if left <= (1 - DROP_SHARE) * len(running_B):
@@ -221,8 +225,8 @@ class _Batch:
         """
         # The last token drawn is never run.
         room = self.width + self.sampling.max_new_tokens - 1
-        device, dtype, repeat = self.policy.device, self.head_VH.dtype, self.group_size
-        self.cache, hidden_BH = prefill(self.decoder, self.prompts, room, self.policy.pad_id, device)
+        device, dtype, repeat = self.policy.device, self.dtype, self.group_size
+        self.cache, hidden_BH = prefill(self.decoder, self.prompts, room, self.policy.pad_id, device, dtype)
         lengths_B = torch.tensor([len(p) for p in self.prompts], device=device)
         padding_BR = torch.arange(room, device=device)[None, :] < (self.width - lengths_B)[:, None]
         bias_BR = torch.zeros(padding_BR.shape, dtype=dtype, device=device)
@@ -247,8 +251,8 @@ class _Batch:
         return self._logits(output.last_hidden_state[:, -1])
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV: Tensor = matmul_t(scaled(self.policy.model, hidden_BH), self.head_VH).float()
-        return logits_BV
+        scaled_BH = as_factor(scaled(self.policy.model, hidden_BH), self.policy.dtype)
+        return head_logits(scaled_BH, self.head_VH).float()
 
     def _samples(self) -> list[Sample]:
         tokens, lengths, finished = self.tokens.tolist(), self.lengths.tolist(), self.finished.tolist()

@@ -17,7 +17,7 @@ import psutil
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -28,8 +28,10 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from base.store.checkpoint import Artifact, Store
+from stages.model.attention import use_attention
 from stages.model.linear import use_onednn
 from stages.model.policy import Policy, check_head
+from stages.model.precision import narrow
 from stages.model.remote_code import options
 
 Weights = dict[str, Tensor]
@@ -84,7 +86,6 @@ class Residents:
         self.store = store
         self.student = student
         self.config = config
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         is_adapter = bool(student.adapter_base) and isinstance(student.model, PeftModel)
         self.shared = SharedBase(student) if share_base and is_adapter else None
         self.bases: OrderedDict[str, _Base] = OrderedDict()
@@ -128,7 +129,7 @@ class Residents:
             else:
                 base = self.store.get(key)
                 weights = reading.result() if reading else _read(base)
-                self.bases[key] = _Base(base, weights, self.dtype, self.student.device, self.student.tokenizer)
+                self.bases[key] = _Base(base, weights, self.config.dtype, self.student.device, self.student.tokenizer)
         self.bases.move_to_end(key)
         return self.bases[key]
 
@@ -177,7 +178,7 @@ class _Base:
         self,
         base: Artifact,
         weights: Weights,
-        dtype: torch.dtype,
+        dtype: Literal["float32", "bfloat16"],
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
@@ -185,16 +186,18 @@ class _Base:
         config = AutoConfig.from_pretrained(base.uri, **options())
         kind = _model_class(config, base)
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+        use_onednn(model)
+        use_attention(model)
         # A sharded student is gathered under autocast, in which the check's tolerances do not hold.
         with torch.autocast("cpu", enabled=False):
             check_head(Policy(model, tokenizer), base)
-        use_onednn(model)
-        _narrow(model, dtype)
         # Copied: the weight is mapped from its file, and a head that outlives its model would keep all of it in memory.
         head = model.get_output_embeddings().weight
         head.data = head.data.clone()
         self.model: PreTrainedModel | PeftModel = model.to(device).eval()
         self.model.requires_grad_(False)
+        if dtype == "bfloat16":
+            narrow(self.model)
         self._device = device
         self._on_host: dict[Tensor, Tensor] = {}
 
@@ -236,15 +239,6 @@ class _Base:
         if self.model.active_adapter != teacher.key:
             self.model.set_adapter(teacher.key, inference_mode=True)
         yield self.model
-
-
-def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert only the weights that autocast would convert anyway, so that a teacher equal to the student has equal
-    scores."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            module.to(dtype)
 
 
 class SharedBase:

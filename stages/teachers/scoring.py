@@ -24,8 +24,8 @@ from base.store.checkpoint import Artifact, Store
 from stages.learner.update import Row
 from stages.losses.chunked import chunk_length
 from stages.losses.log_probabilities import token_logprobs
-from stages.model.linear import matmul_t
 from stages.model.policy import HiddenStates, Policy, head_weight, tokenizer_difference
+from stages.model.precision import head_factor, head_logits
 from stages.model.remote_code import options
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.remote_teachers import RemoteTeachers
@@ -74,7 +74,7 @@ class TeacherScores:
     Attributes:
         weights: Each row's teachers by key, with weights that sum to 1.
         hidden: The teachers' hidden states [N, H] that predict the row's completion tokens, by teacher.
-        heads: Output head [V, H] of each teacher.
+        heads: Output head [V, H] of each teacher, as a factor of its logits.
         names: Name of each teacher.
         seconds: Time each teacher took, including loading, by its name.
         device: Where logits are computed.
@@ -142,7 +142,7 @@ class TeacherScores:
     def logprobs(self, rows: Sequence[int], tokens_N: Tensor, temperature: float) -> Tensor:
         """Log-probability [N] of each of the rows' sampled tokens under its teachers."""
         read = self.logits(rows)
-        size = chunk_length(len(next(iter(self.heads.values()))))
+        size = chunk_length(len(next(iter(self.heads.values()))), self.device)
         parts = [slice(start, start + size) for start in range(0, len(tokens_N), size)]
         return torch.cat([token_logprobs(read(part) / temperature, tokens_N[part]) for part in parts])
 
@@ -168,8 +168,8 @@ class TeacherScores:
         return here_M, self._logits(share.hidden_MH[low:high], key), share.weights_M[low:high].to(self.device)
 
     def _logits(self, hidden_CH: Tensor, key: str) -> Tensor:
-        head_VH = self.heads[key]
-        return matmul_t(hidden_CH.to(head_VH.device, head_VH.dtype, non_blocking=True), head_VH).float()
+        factor_VH = self.heads[key]
+        return head_logits(hidden_CH.to(factor_VH.device, non_blocking=True), factor_VH).float()
 
 
 @dataclass(frozen=True)
@@ -259,33 +259,30 @@ class TeacherPool:
     def teaching(self, domain: str) -> Iterator[Policy]:
         """A context that yields a domain's teacher as a policy to sample from; of several, the one of most weight."""
         routed = max(self._route(domain), key=lambda r: r.weight)
-        with self.residents.activated(routed.teacher) as model, self._precision():
-            yield Policy(model, self.student.tokenizer)
+        with self.residents.activated(routed.teacher) as model:
+            yield Policy(model, self.student.tokenizer, dtype=self.config.dtype)
 
     def _run(self, teacher: Artifact, rows: Sequence[Row], upcoming: Sequence[Artifact]) -> tuple[Tensor, list[Tensor]]:
         """A teacher's head [V, H] and its hidden states of the rows; no other tensor of the teacher is kept alive."""
         with self.residents.activated(teacher) as model:
             self.residents.read_ahead(upcoming)
-            return head_weight(model).detach(), self._forward(model, rows)
+            head_VH = head_weight(model)
+            dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else head_VH.dtype
+            return head_factor(head_VH, dtype), self._forward(model, rows)
 
     def _forward(self, model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """Hidden states [N, H] of each row's completion tokens."""
-        forward = HiddenStates(model)
+        forward = HiddenStates(model, self.config.dtype)
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in micro_batches([len(row.tokens) for row in rows], self.config.micro_batch_tokens):
             tokens, starts = [rows[i].tokens for i in batch], [rows[i].start for i in batch]
             packed = pack(tokens, starts, self.student.pad_id, self.student.device)
-            with self._precision():
-                hidden_NH = packed.scored(forward(*packed.inputs))
+            hidden_NH = packed.scored(forward(*packed.inputs))
             if self.config.teacher_cache == "cpu":
                 hidden_NH = hidden_NH.cpu()
             for i, part_NH in zip(batch, hidden_NH.split([rows[i].scored for i in batch]), strict=True):
                 found[i] = part_NH
         return found
-
-    def _precision(self) -> torch.autocast:
-        """Autocast in the trainer's precision."""
-        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _route(self, domain: str) -> Sequence[Routed]:
         if domain not in self.routes:

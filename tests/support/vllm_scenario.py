@@ -20,7 +20,8 @@ from stages.config.distill import DistillConfig
 from stages.config.on_policy import RLConfig, SamplerConfig
 from stages.config.training import LoraConfig, OptimizerConfig, TinyModelConfig
 from stages.learner.workspace import Workspace
-from stages.model.policy import Policy, load_policy, peft_config
+from stages.model.adapters import peft_config
+from stages.model.policy import Policy, load_policy
 from stages.model.tiny import character_tokenizer, tiny_model
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sample, Sampling

@@ -7,7 +7,6 @@ With `--counts` synchronisations and products by number type are in it too. A pr
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import logging
@@ -41,7 +40,6 @@ from experts.loading import load_domain
 from stages.config.distill import DistillConfig
 from stages.config.kinds import NoConfig
 from stages.config.merge import WeightMergeConfig
-from stages.config.objective import ReverseKL, TopKConfig
 from stages.config.on_policy import MonitorConfig, RFTConfig, RLConfig
 from stages.config.training import (
     EvaluationConfig,
@@ -51,14 +49,12 @@ from stages.config.training import (
     SFTConfig,
     TinyModelConfig,
 )
-from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
-from stages.on_policy.objectives import divergence
-from stages.teachers.remote_teachers import RemoteScores, TopLogprobs
-from tests.vcuda.device import CUDA, marks, pretend, record, watching
+from tests.vcuda.device import pretend, record, watching
 from tests.vcuda.families import FAMILIES, random_model
 from tests.vcuda.faults import FAULTS, HARMLESS
 from tests.vcuda.labels import label
+from tests.vcuda.special import last_bits, remote_scores, resumed
 
 NAMES = ("sort", "reverse", "uppercase")
 BASE: Mapping[str, Any] = {
@@ -78,10 +74,6 @@ ON_THE_HOST = ("load", "merge-", "cosines")
 TWO_STEPS = {"max_steps": 2}
 
 
-class CutOffError(Exception):
-    """A stage was ended after its first saved state."""
-
-
 class Bench:
     """A store with checkpoints for the cases."""
 
@@ -90,6 +82,8 @@ class Bench:
         self.store = Store(home)
         options = {"min_length": 3, "max_length": 3}
         self.domains = {name: load_domain(name, "strings", {"task": name} | options) for name in NAMES}
+        # Rows of several lengths, so that some share a line.
+        self.domains["mixed"] = load_domain("mixed", "strings", {"task": "sort", "min_length": 2, "max_length": 12})
 
     def place(self, key: str, parents: Mapping[str, Artifact], names: Sequence[str] = NAMES) -> Workspace:
         """The workspace of a case or of one of its stages."""
@@ -139,9 +133,10 @@ class Bench:
         request = evals.measure.evaluate.EvaluationRequest(space, config, "sort", "held_out")
         evals.measure.evaluate.evaluate([request], checkpoint, self.store)
 
-    def shift(self, key: str, checkpoint: Artifact) -> None:
+    def shift(self, key: str, checkpoint: Artifact, **over: Any) -> None:
         space = self.place(key, {"start": self.start, "checkpoint": checkpoint}, ["sort"])
-        evals.measure.shift.run(evals.measure.shift.ShiftRequest(examples=4, max_new_tokens=5, batch_size=4), space)
+        config = evals.measure.shift.ShiftRequest(examples=4, max_new_tokens=5, batch_size=4, **over)
+        evals.measure.shift.run(config, space)
 
     def imported(self, key: str, family: str) -> Artifact:
         folder = self.home / f"{key}-source"
@@ -174,41 +169,20 @@ class Bench:
             evaluate_tasks([HarnessRequest(space, config)], self.start, self.store)
 
 
-def remote_scores() -> None:
-    """What a teachers' server tells, read as logits where the student's are."""
-    known = [TopLogprobs.of([{1: -0.1, 2: -2.5, 5: -4.0}], [5], 3, 113) for _ in range(2)]
-    logits = torch.randn(2, 113).to("cuda").requires_grad_(True)
-    config = ReverseKL(type="reverse_kl", top_k=TopKConfig(k=3))
-    losses, _ = divergence(config, logits, RemoteScores(known, 113, {}, CUDA).logits([0, 1])(slice(0, 2)))
-    losses.sum().backward()
-    assert marks.device(logits.grad) == CUDA
-
-
-def resumed(run: Callable[[], Any]) -> None:
-    """Run a stage to its first saved state, then again from there."""
-    save = Learner.save
-
-    def cut(self: Learner, step: int) -> None:
-        save(self, step)
-        raise CutOffError
-
-    Learner.save = cut
-    try:
-        with contextlib.suppress(CutOffError):
-            run()
-            raise AssertionError("nothing was saved")
-    finally:
-        Learner.save = save
-    run()
-
-
 def cases() -> dict[str, Callable[[Bench, str], Any]]:
     """Every case by name; each is called with the bench and a key of its own."""
     found: dict[str, Callable[[Bench, str], Any]] = {
         "pretrain": lambda b, key: stages.pretrain.train(PRETRAIN, b.place(key, {})),
         "sft": lambda b, key: b.sft(key, b.start, **TWO_STEPS),
         "sft-mask": lambda b, key: b.sft(key, b.start, mask_conflicts={}),
+        "sft-packed": lambda b, key: b.sft(key, b.start, "mixed"),
+        "sft-packed-bf16": lambda b, key: b.sft(key, b.start, "mixed", dtype="bfloat16"),
+        "sft-tf32": rounded_products,
         "sft-bf16": lambda b, key: b.sft(key, b.start, dtype="bfloat16"),
+        "sft-bf16-lora": lambda b, key: b.sft(key, b.start, dtype="bfloat16", lora=LORA, gradient_checkpointing=True),
+        "pretrain-bf16": lambda b, key: stages.pretrain.train(
+            PRETRAIN.model_copy(update={"dtype": "bfloat16"}), b.place(key, {})
+        ),
         "sft-checkpointing": lambda b, key: b.sft(key, b.start, gradient_checkpointing=True),
         "sft-lora-dropout-checkpointing": lambda b, key: b.sft(
             key, b.start, lora=LoraConfig(rank=2, dropout=0.1), gradient_checkpointing=True
@@ -218,9 +192,12 @@ def cases() -> dict[str, Callable[[Bench, str], Any]]:
         "rft": lambda b, key: b.rft(key),
         "rft-lora": lambda b, key: b.rft(key, lora=LORA),
         "evaluate": lambda b, key: b.evaluate(key, b.start),
+        "evaluate-bf16": lambda b, key: b.evaluate(key, b.start, dtype="bfloat16"),
+        "evaluate-bf16-adapter": lambda b, key: b.evaluate(key, b.adapters[0], dtype="bfloat16"),
         "evaluate-greedy-adapter": lambda b, key: b.evaluate(key, b.adapters[0], samples=0),
         "evaluate-top_p": lambda b, key: b.evaluate(key, b.start, top_p=0.8, temperature=0.7),
         "shift": lambda b, key: b.shift(key, b.other),
+        "shift-bf16": lambda b, key: b.shift(key, b.other, dtype="bfloat16"),
         "shift-adapter": lambda b, key: b.shift(key, b.adapters[0]),
         "harness": lambda b, key: b.harness(key),
         "load": lambda b, key: b.imported(key, "llama"),
@@ -246,6 +223,7 @@ def _rl_cases() -> dict[str, Callable[[Bench, str], Any]]:
         "": {},
         "-bf16": {"dtype": "bfloat16"},
         "-kl": {"reference_kl": 0.1},
+        "-bf16-kl-lora": {"dtype": "bfloat16", "reference_kl": 0.1, "lora": LORA},
         "-lora": {"lora": LORA},
         "-lora-kl": {"reference_kl": 0.1, "lora": LORA},
         "-top_p": {"top_p": 0.9, "temperature": 0.7},
@@ -299,6 +277,13 @@ def _distill_cases() -> dict[str, Callable[[Bench, str], Any]]:
     return found
 
 
+def rounded_products(bench: Bench, key: str) -> None:
+    """A stage sets the precision of its process's products, and the next one sets its own."""
+    for setting in ("high", "highest"):
+        bench.sft(f"{key}-{setting}", bench.start, float32_matmul=setting)
+        assert torch.get_float32_matmul_precision() == setting
+
+
 def third(bench: Bench) -> Artifact:
     """A third full checkpoint."""
     return bench.sft("third", bench.start, "uppercase")
@@ -313,14 +298,17 @@ def examine(run: Callable[[], Any]) -> dict[str, Any]:
             run()
     except Exception:  # noqa: BLE001 - reported as the case's result
         error = traceback.format_exc()
-    counts = {"synchronisations": record.synchronisations, "products": record.products} if record.detailed else {}
+    names = ("synchronisations", "products", "moved", "masks") if record.detailed else ()
+    counts = {name: getattr(record, name) for name in names}
     mixed = [f"{count} x {operation}, {what}: {line}" for (operation, what, line), count in record.mixed.items()]
     told = {name: _as_lists(counter) for name, counter in counts.items()}
+    if record.detailed:
+        told["largest"] = [[*key, *value] for key, value in record.largest.items()]
     return {"error": error, "mixed": mixed, "operations": record.operations, **told}
 
 
 def _as_lists(counter: Counter) -> list[list[Any]]:
-    return [[*key, count] for key, count in counter.most_common()]
+    return [[*([key] if isinstance(key, str) else key), count] for key, count in counter.most_common()]
 
 
 def main() -> int:
@@ -339,7 +327,7 @@ def main() -> int:
     if asked.counts:
         label()
     # An untrained policy never answers right, and rewards that are all equal teach nothing.
-    stages.on_policy.signals.score = lambda rollout, domains: [sum(s.completion_ids) % 2.0 for s in rollout.samples]
+    stages.on_policy.signals.verifiable_rewards = last_bits
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         # Made before the first case, so that none counts another stage's work.
@@ -347,8 +335,8 @@ def main() -> int:
             _ = bench.start, bench.other, bench.adapters
         told = {"faults": {name: examine(fault) for name, fault in FAULTS.items()}}
         told["harmless"] = {name: examine(harmless) for name, harmless in HARMLESS.items()}
-        names = asked.names or list(every)
-        told["cases"] = {name: examine(lambda name=name: every[name](bench, f"case-{name}")) for name in names}
+        chosen = asked.names or list(every)
+        told["cases"] = {name: examine(lambda name=name: every[name](bench, f"case-{name}")) for name in chosen}
     json.dump(told, sys.stdout, indent=1)
     return 0
 

@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.varlen import varlen_attn
 from tests.vcuda.record import Record
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -115,10 +117,14 @@ class _Dispatch(TorchDispatchMode):
         if on_device or _is_cuda(asked):
             record.operations += 1
             self._look(name, args, inside, devices)
-        result = func(*args, **kwargs)
+        result = _wide_product(*args) if func is torch.ops.aten.mm.dtype else func(*args, **kwargs)
         device = self._device(name, asked, devices)
+        given = {_storage(tensor)._cdata for tensor in inside} if device is not None or record.detailed else set()
+        if record.detailed:
+            for tensor in _tensors(result):
+                if _storage(tensor)._cdata not in given:
+                    record.make((device or CPU).type, tensor)
         if device is not None:
-            given = {_storage(tensor)._cdata for tensor in inside}
             for tensor in _tensors(result):
                 # What was given, or a view of it, stays where it is: a copy into a tensor does not move it.
                 if _storage(tensor)._cdata not in given:
@@ -160,6 +166,7 @@ class _Dispatch(TorchDispatchMode):
         """Record an operation that takes tensors of the host along, unless it may."""
         if name in ALLOWED:
             record.synchronise(f"{name} between devices")
+            record.move(hosted[0])
         elif name in ALLOWED_NUMBERS and all(tensor.dim() == 0 for tensor in hosted):
             record.synchronise(f"{name} of a number")
         elif name in INDEXING and all(marks.device(tensor) == CUDA for tensor in (args[0], *args[2:3])):
@@ -169,6 +176,11 @@ class _Dispatch(TorchDispatchMode):
 
     def _multiplied(self, name: str, left: torch.Tensor, work: int) -> None:
         record.multiply(str(left.dtype).removeprefix("torch."), name, work)
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A product with sums in another type, which only CUDA has."""
+    return left.to(dtype) @ right.to(dtype)
 
 
 def _is_derived(name: str) -> bool:
@@ -201,6 +213,7 @@ class _Function(TorchFunctionMode):
         if func is torch.tensor and _is_cuda(kwargs.get("device")):
             record.synchronise("torch.tensor on the device")
             found = func(*args, **kwargs | {"device": CPU})
+            record.move(found)
             marks.put(found, CUDA)
             return found
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and marks.device(args[0]) == CUDA:
@@ -239,6 +252,7 @@ class _Function(TorchFunctionMode):
             return torch._C.TensorBase.to(tensor, dtype) if narrows else tensor
         if there.type != here.type:
             record.synchronise(f"copy to {there.type}")
+            record.move(tensor)
         self._dispatch.forced = CUDA if there.type == "cuda" else there
         try:
             found = tensor.clone()
@@ -288,6 +302,8 @@ def pretend() -> None:
         "get_device_properties": lambda device=None: _Properties,
         "max_memory_allocated": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (_Properties.total_memory, _Properties.total_memory),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "get_rng_state_all": lambda: [],
     }
@@ -295,6 +311,8 @@ def pretend() -> None:
     answers |= dict.fromkeys((*nothing, "set_rng_state", "set_rng_state_all"), lambda *args, **kwargs: None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    torch.backends.cuda.is_flash_attention_available = lambda: True
+    torch.nn.attention.varlen.varlen_attn = record.paused()(varlen_attn)
     torch.Generator = _Generator
     torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
     _pretend_autocast()

@@ -5,11 +5,17 @@ CUDA tensors read as arrays of the host. Synchronisations are values read on the
 indices. Every count names the product's line.
 """
 
+import contextlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
+# Modules that make attention masks.
+MASKS = ("stages/model/attention.py", "stages/model/architecture.py", "stages/rows/packing.py")
 PRODUCT = tuple(f"{ROOT / package}/" for package in ("stages", "evals", "experts", "flows"))
 
 
@@ -21,6 +27,11 @@ class Record:
         operations: Operations on the device.
         synchronisations: (phase, kind, product line) -> how often; with `detailed` only.
         products: (phase, number type, operation, product line) -> floating-point operations; with `detailed` only.
+        moved: (phase, product line) -> bytes copied between host and device; with `detailed` only.
+        largest: (phase, device) -> bytes, shape, number type and product line of the largest tensor; with `detailed`
+            only.
+        masks: device -> tensors made that are square in their last two dimensions by lines of `MASKS`; with `detailed`
+            only.
         phase: A label of what runs now.
     """
 
@@ -31,6 +42,9 @@ class Record:
     def clear(self) -> None:
         """Forget everything."""
         self.mixed, self.synchronisations, self.products = Counter(), Counter(), Counter()
+        self.moved, self.masks = Counter(), Counter()
+        self.largest = {}
+        self._paused = False
         self.operations = 0
         self.phase = "-"
 
@@ -40,8 +54,33 @@ class Record:
 
     def synchronise(self, kind: str) -> None:
         """Count a point at which the host waits for the device."""
-        if self.detailed:
+        if self.detailed and not self._paused:
             self.synchronisations[self.phase, kind, where()] += 1
+
+    def move(self, tensor: torch.Tensor) -> None:
+        """Count the bytes of a copy between host and device."""
+        if self.detailed and not self._paused:
+            self.moved[self.phase, where()] += tensor.numel() * tensor.element_size()
+
+    def make(self, device: str, tensor: torch.Tensor) -> None:
+        """Note a tensor that was made on a device or on the host (`cpu`)."""
+        if self._paused:
+            return
+        size = tensor.numel() * tensor.element_size()
+        if size > self.largest.get((self.phase, device), (0,))[0]:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            self.largest[self.phase, device] = (size, list(tensor.shape), kind, where())
+        if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 1 and where().startswith(MASKS):
+            self.masks[device] += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which copies, synchronisations and tensors are those of a stand-in, and are not counted."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def multiply(self, dtype: str, operation: str, work: int) -> None:
         """Count the floating-point operations of a product."""

@@ -26,7 +26,7 @@ from stages.config.training import LoraConfig, OptimizerConfig
 from stages.learner.training import Learner
 from stages.learner.update import Row
 from stages.learner.workspace import Workspace
-from stages.model.policy import peft_config
+from stages.model.adapters import peft_config
 from stages.model.tiny import character_tokenizer, tiny_model
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sample, Sampling

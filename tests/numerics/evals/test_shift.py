@@ -20,7 +20,8 @@ from stages.config.kinds import NoConfig
 from stages.config.shift import ShiftRequest
 from stages.config.training import LoraConfig
 from stages.merge import Expert, Geometry
-from stages.model.policy import Policy, load_policy, peft_config
+from stages.model.adapters import peft_config
+from stages.model.policy import Policy, load_policy
 from stages.model.weights import StoredWeights
 from stages.rows.chat import encode_prompt
 from stages.rows.trained_on import TrainedOn

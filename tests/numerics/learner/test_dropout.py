@@ -12,7 +12,8 @@ from stages.config.distill import DistillConfig
 from stages.config.on_policy import RLConfig
 from stages.config.training import LoraConfig, SFTConfig
 from stages.learner.dropout import begin_update
-from stages.model.policy import Policy, peft_config
+from stages.model.adapters import peft_config
+from stages.model.policy import Policy
 from stages.rows.trained_on import TrainedOn
 from tests.support.chats import make_policy
 

@@ -326,9 +326,10 @@ def test_in_chunks_from_hidden_states_as_from_all_logits(dtype):
         hidden_NH, head_VH, weights_N, lambda logits_CV, part: reverse_kl(logits_CV, teacher_NV[part]), 3
     )
     ours = torch.autograd.grad(2 * loss, (hidden_NH, head_VH), retain_graph=True)
-    losses_N, whole = reverse_kl(hidden_NH @ head_VH.T, teacher_NV)
+    wide = torch.promote_types(dtype, torch.float32)
+    losses_N, whole = reverse_kl(hidden_NH.to(wide) @ head_VH.to(wide).T, teacher_NV)
     theirs = torch.autograd.grad(2 * (losses_N * weights_N).sum(), (hidden_NH, head_VH))
-    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == wide
     assert [gradient.dtype for gradient in ours] == [dtype, dtype]
     torch.testing.assert_close(ours, theirs, **({"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}))
     torch.testing.assert_close(metrics, whole)

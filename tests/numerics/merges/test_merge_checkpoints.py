@@ -17,7 +17,8 @@ from stages.config.merge import WeightMergeConfig
 from stages.config.training import LoraConfig, TinyModelConfig
 from stages.learner.workspace import Workspace
 from stages.merge import choose_experts, merge
-from stages.model.policy import Policy, load_policy, peft_config
+from stages.model.adapters import peft_config
+from stages.model.policy import Policy, load_policy
 from stages.model.tiny import character_tokenizer, tiny_model
 from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy

@@ -48,7 +48,7 @@ def test_a_packed_row_is_as_if_it_were_alone(family: str) -> None:
     model = random_model(family)
     drawn = rows((3 * WINDOW, WINDOW + 3, WINDOW + 5, 4))
     packed = pack(drawn, [1] * len(drawn), 0, torch.device("cpu"))
-    assert packed.bias_B1TT is not None
+    assert packed.bounds_S is not None
     logits_NV = packed.scored(HiddenStates(model)(*packed.inputs)) @ head_weight(model).T
     targets_N = torch.tensor([token for row in drawn for token in row[1:]])
     together_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])[:, 0]

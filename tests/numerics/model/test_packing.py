@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.model.architecture import Masks
 from stages.model.policy import HiddenStates, Policy
 from stages.rows.packing import Packed, first_fit, micro_batches, pack
 from tests.numerics.conftest import tiny_policy
@@ -51,8 +52,9 @@ def test_packed_equals_each_row_alone(policy, rows):
 def test_the_filling_and_what_is_not_scored_last_get_exactly_no_gradient(policy, rows):
     packed = pack(rows, STARTS, policy.pad_id, policy.device)
     inputs_BTH = policy.model.get_input_embeddings()(packed.tokens_BT).detach().requires_grad_()
+    bias_B1TT, positions_BT = Masks.of(policy.model.config).of_rows(packed.bounds_S, *packed.tokens_BT.shape)
     hidden_BTH = policy.model.get_decoder()(
-        inputs_embeds=inputs_BTH, position_ids=packed.positions_BT, attention_mask=packed.bias_B1TT, use_cache=False
+        inputs_embeds=inputs_BTH, position_ids=positions_BT, attention_mask=bias_B1TT, use_cache=False
     ).last_hidden_state
     packed.scored(hidden_BTH).square().sum().backward()
     filling_BT = packed.tokens_BT == policy.pad_id
@@ -65,8 +67,7 @@ def test_the_filling_and_what_is_not_scored_last_get_exactly_no_gradient(policy,
 
 def test_rows_of_one_length_need_no_mask(policy, rows):
     packed = pack([rows[0], rows[4]], [10, 20], policy.pad_id, policy.device)
-    assert packed.bias_B1TT is None
-    assert packed.positions_BT is None
+    assert packed.bounds_S is None
 
 
 def test_lines_hold_every_row_once_and_are_few():

@@ -7,6 +7,8 @@ import pytest
 
 from base.store.checkpoint import Store
 from flows.plan.lock import lock_path, status, write_lock
+from flows.plan.shifts import shift_request
+from flows.run_file.evaluation import EvaluateConfig
 from flows.run_file.schema import ColdStartSFT
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import RFTConfig, RLConfig
@@ -118,3 +120,12 @@ def test_a_lock_of_another_release_is_compared_as_it_stands(tmp_path: Path) -> N
     lock_path(home, "tiny").write_text(json.dumps(lock))
     why = {entry.node.id: entry.why for entry in status(graph, Store(home))}["student@0"]
     assert why == "changed: long_gone 1 → None"
+
+
+def test_the_precision_of_measurements_is_in_the_keys_of_scores_and_shift() -> None:
+    asked = {"dtype": "bfloat16", "float32_matmul": "high"}
+    assert EvaluationConfig.model_validate(asked).key_fields() == asked
+    request, before = (shift_request(EvaluateConfig.model_validate(own)) for own in (asked, {}))
+    assert request is not None
+    assert before is not None
+    assert request.key_fields() == before.key_fields() | asked
