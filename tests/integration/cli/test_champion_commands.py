@@ -73,7 +73,7 @@ def test_the_alias_follows_the_run_and_the_person(finished: dict[str, Any], monk
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
     cut_off = mopd(finished, "promote", "baselines/mix_sft", "--reason", "cheaper")
     assert cut_off.exit_code == 0 and champions(store)[-1] == "baselines/mix_sft@0"
-    assert "warning: MLflow at http://127.0.0.1:" in cut_off.stderr and "was not reached" in cut_off.stderr
+    assert "warning: MLflow at http://127.0.0.1:" in cut_off.stderr and "could not be reached" in cut_off.stderr
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert aliases(home, graph)["champion"] == "baselines/ties@0"
     Tracker.start(graph, home, finished["file"]).finish("FINISHED", None, None)

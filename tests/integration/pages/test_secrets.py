@@ -92,7 +92,7 @@ def test_what_a_person_reads_of_servers_that_answer_and_do_not(clean, tmp_path, 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     champion.update_aliases(Store(tmp_path), "lab", lab_graph().node("student@0"))
     said = capsys.readouterr()
-    assert "MLflow at http://127.0.0.1:9 was not reached" in said.err
+    assert "MLflow at http://127.0.0.1:9 could not be reached" in said.err
     assert SECRET not in screen.getvalue() + said.out + said.err
 
 

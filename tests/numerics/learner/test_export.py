@@ -61,7 +61,7 @@ def test_a_type_is_a_choice(store, adapter, tmp_path: Path) -> None:
 def test_what_is_there_is_not_written_over(store, adapter, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="full: it exists and is not empty"):
+    with pytest.raises(UserError, match="full: this directory exists and is not empty"):
         export(store, "adapter", tmp_path / "full")
     with pytest.raises(UserError, match="--push: 'mine': name a repository of the Hub as OWNER/NAME"):
         export(store, "adapter", tmp_path / "out", push="mine")

@@ -55,7 +55,7 @@ def test_a_folder_of_locks_that_is_somebody_elses_is_not_used(tmp_path, caplog, 
 def test_a_held_lock_of_the_home_is_named_and_bounded(tmp_path, caplog):
     lock = tmp_path / "home" / "locks" / "servers.lock"
     lock.parent.mkdir(parents=True)
-    refused = pytest.raises(UserError, match=r"servers\.lock: another program has held it")
+    refused = pytest.raises(UserError, match=r"servers\.lock: another program has held this")
     with FileLock(lock), caplog.at_level(logging.WARNING), refused, servers.one_start_at_a_time(tmp_path / "home"):
         pass
     assert "another process is starting a server of this home" in caplog.text

@@ -172,7 +172,7 @@ class _MonitorConfig:
 
 
 PLANS = {
-    "load gives nothing": (source(load="None"), "load gives None; it must return a Domain"),
+    "load gives nothing": (source(load="None"), "load returned None; it must return a Domain"),
     "load raises": (source(load="1 / 0"), "load: ZeroDivisionError: division by zero"),
     "load ends": (source(load="exit(0)"), "load: SystemExit: 0"),
     "the file ends": ("exit(0)\n", "line 1: import: SystemExit: 0"),
@@ -188,7 +188,7 @@ PLANS = {
         source().replace("class Options(Base)", "class Options"),
         "Options is not a pydantic model",
     ),
-    "nothing is defined": ("x = 1\n", "here is no Options and no load"),
+    "nothing is defined": ("x = 1\n", "this one has no Options and no load"),
 }
 
 

@@ -100,7 +100,7 @@ def test_bom_line_ends_and_empty_lines_are_no_text(tmp_path):
         ("r.jsonl", '{"question": "q", "answer": ["a", ""]}', r"'answer' is empty"),
         ("r.jsonl", '{"question": "q", "answer": ["a", null]}', r"'answer' is missing or null"),
         ("r.jsonl", '{"question": "q", "answer": [["a"]]}', r"'answer' is neither text nor a number: \['a'\]"),
-        ("r.jsonl", '{"question": "q", "answer": "a", "answer": "b"}', r"row 1 .*field 'answer' stands twice"),
+        ("r.jsonl", '{"question": "q", "answer": "a", "answer": "b"}', r"row 1 .*field 'answer' occurs twice"),
         ("r.jsonl", '{"question": "q", "answer": "\\ud800"}', r"row 1 .*'answer' holds half of a surrogate pair"),
         ("r.jsonl", '["q", "a"]', r"row 1 .*is not a JSON object: \['q', 'a'\]"),
         ("r.jsonl", "[" * 100_000, r"row 1 .*nested too deeply"),
@@ -187,7 +187,7 @@ def test_gsm8k_trains_on_the_reasoning_and_scores_the_answer(tmp_path, scorer):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("#### .+", "has 0 groups in parentheses; one has to"),
+        ("#### .+", "has 0 groups in parentheses; exactly one must"),
         ("(#+) (.+)", "has 2 groups"),
         ("(", "is not a regular expression"),
     ],
@@ -262,10 +262,10 @@ def test_a_template_shows_what_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{q!z}", "plain field names in braces only"),
-        ("{q:>1000000000}", "plain field names in braces only"),
-        ("{q[0]}", "plain field names in braces only"),
-        ("{}", "plain field names in braces only"),
+        ("{q!z}", "only plain field names in braces"),
+        ("{q:>1000000000}", "only plain field names in braces"),
+        ("{q[0]}", "only plain field names in braces"),
+        ("{}", "only plain field names in braces"),
         ("{q", "expected '}'"),
         ("q}", "Single '}'"),
         ("no field", "names no field"),
@@ -273,7 +273,7 @@ def test_a_template_shows_what_is_written(tmp_path):
         ("{gone}", "prompt_template: .* no field 'gone'"),
         ("{nothing}", "row 1 .*'nothing' is missing or null"),
         ("{many}", "row 1 .*'many' is neither text nor a number"),
-        ("{blank}", "row 1 .*'blank': all empty"),
+        ("{blank}", "row 1 .*'blank': all of these fields are empty"),
     ],
 )
 def test_a_template_holds_fields_that_are_text(tmp_path, text, message):

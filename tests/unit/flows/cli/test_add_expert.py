@@ -125,10 +125,10 @@ def test_a_merge_that_lists_its_teachers_and_domains_gets_the_new_one(file: Path
         (NewExpert("a", "reasoning", tasks=["countdwn"]), r"did you mean 'countdown'"),
         (NewExpert("a", "sort", tasks=["sort"]), "--task and --option are for a new domain"),
         (NewExpert("a", "sort", like="revers"), r"--like: no expert 'revers' .* did you mean 'reverse'"),
-        (NewExpert("a", "sort", method="rk"), "--train: 'rk' is none of"),
+        (NewExpert("a", "sort", method="rk"), "--train: 'rk' is not one of"),
         (NewExpert("a", "sort", settings=["max_step=3"]), r"did you mean 'max_steps'"),
         (NewExpert("a", "sort", settings=["max_steps"]), "--set 'max_steps': write KEY=VALUE"),
-        (NewExpert("a", "strings", tasks=["sort", "reverse"]), "a strings domain has one"),
+        (NewExpert("a", "strings", tasks=["sort", "reverse"]), "a strings domain has exactly one task"),
         (NewExpert("a", "endpoint", tasks=["sort"]), "endpoint"),
         (NewExpert("a", module=Path("mine.txt")), "name a Python file"),
         (NewExpert("a", "strings", tasks=["sort"], options=["taskk=3"]), "did you mean 'task'"),
@@ -173,7 +173,7 @@ def test_a_change_of_ones_own_domain_trains_its_expert_again_and_a_broken_one_is
     assert graph_of(file, home).node("experts/digits@0").key != before
     (other := module.with_name("broken.py")).write_text("def load(name, options):\n    return None\n")
     for text, said in (
-        (None, r"here is no Options"),
+        (None, r"this one has no Options"),
         ("1 / 0\n", "ZeroDivisionError"),
     ):
         if text:

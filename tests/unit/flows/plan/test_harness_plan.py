@@ -179,7 +179,7 @@ def test_mistakes_in_the_run_file_are_named(tmp_path: Path, folder: Path) -> Non
     assert "evaluate.harness.task: unknown key — did you mean 'tasks'?" in said(task=TASKS)
     taken = {"harness.text": {"kind": "strings", "options": {"task": "sort"}}}
     config = load(tmp_path, evaluate={"harness": {"tasks": TASKS, "include_path": str(folder)}})
-    with pytest.raises(UserError, match=r"domains\.harness\.text: this is the name of a task"):
+    with pytest.raises(UserError, match=r"domains\.harness\.text: evaluate\.harness has a task of this name"):
         plan.build_graph(config.model_copy(update={"domains": {**config.domains, **load_domains(taken)}}), tmp_path)
 
 
