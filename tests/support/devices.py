@@ -38,6 +38,35 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 """
 
+# Out of memory in a backward pass, after the first saved state, with more than a number of tokens a micro-batch.
+SHORT = """
+import importlib.machinery, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "stages.learner.training":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            backward = module.Learner.backward
+
+            def limited(self, loss):
+                if self.config.micro_batch_tokens > {most} and any(self.progress.glob("step-*")):
+                    raise module.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+                backward(self, loss)
+
+            module.Learner.backward = limited
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+
 
 def stand_in_driver(folder: Path, listed: str = TWO, fails: str = "") -> str:
     """Write an nvidia-smi that lists devices, or fails with a message.
@@ -58,6 +87,19 @@ def claimed_devices(folder: Path, environment: Mapping[str, str] = os.environ) -
     Returns:
         A PYTHONPATH that does it.
     """
+    return _customised(folder, CLAIM, environment)
+
+
+def short_of_memory(folder: Path, most: int, environment: Mapping[str, str] = os.environ) -> str:
+    """Let stages run out of memory with more than `most` tokens a micro-batch, once a state is saved.
+
+    Returns:
+        A PYTHONPATH that does it.
+    """
+    return _customised(folder, SHORT.format(most=most), environment)
+
+
+def _customised(folder: Path, code: str, environment: Mapping[str, str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(CLAIM)
+    (folder / "sitecustomize.py").write_text(code)
     return os.pathsep.join(filter(None, (str(folder), environment.get("PYTHONPATH"))))
