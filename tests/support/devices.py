@@ -1,18 +1,24 @@
 """Stand-ins for devices that a test's machine does not have: nvidia-smi, and a torch that counts what is leased."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 DRIVER = "580.65.06"
 TWO = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa-0000)
 GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-bbbb-1111)"""
-# `-L` lists devices, any other question is for the driver's version.
+# `-L` lists devices, the others ask for their memory and for the driver's version.
 SCRIPT = """#!/bin/sh
-if [ "$1" = -L ]; then answer='{listed}'; else answer='{driver}'; fi
+case "$1" in
+-L) answer='{listed}';;
+--query-gpu=uuid,memory.total) answer='{memory}';;
+*) answer='{driver}';;
+esac
 echo "$answer"
 exit {code}
 """
+_UUID = re.compile(r"GPU \d+:.*\(UUID: ([^)]+)\)")
 # Answers for `torch.cuda` as soon as it is imported. Stages go on on the CPU, for CUDA stays unavailable.
 CLAIM = """
 import importlib.machinery, os, sys
@@ -68,14 +74,20 @@ sys.meta_path.insert(0, Finder)
 """
 
 
-def stand_in_driver(folder: Path, listed: str = TWO, fails: str = "") -> str:
-    """Write an nvidia-smi that lists devices, or fails with a message.
+def stand_in_driver(
+    folder: Path, listed: str = TWO, fails: str = "", count: int | None = None, mebibytes: int = 81559
+) -> str:
+    """Write an nvidia-smi that lists devices, or `count` of one kind; or fails with a message.
 
     Returns:
         A PATH on which it comes first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    script = SCRIPT.format(listed=fails or listed, driver=fails or DRIVER, code=18 if fails else 0)
+    if count is not None:
+        listed = "\n".join(f"GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{n:04}-cccc)" for n in range(count))
+    memory = "\n".join(f"{uuid}, {mebibytes}" for uuid in _UUID.findall(listed))
+    answers = {"listed": listed, "memory": memory, "driver": DRIVER}
+    script = SCRIPT.format(**dict.fromkeys(answers, fails) if fails else answers, code=18 if fails else 0)
     (folder / "nvidia-smi").write_text(script)
     (folder / "nvidia-smi").chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
