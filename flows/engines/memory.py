@@ -144,8 +144,7 @@ def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict
     """The phases of a training stage."""
     stage = trained(graph, node, shape)
     beside = _servers(graph, node, shape)
-    # Those on servers are loaded here too for the preflight, and dropped before the first step.
-    taught = any(stage.teachers) and node.config.get("teacher_backend") != "vllm_server"
+    taught = any(stage.teachers)
     kept = {**_process(graph), "weights": terms.weights(stage), "optimizer": terms.moments(stage)}
     update = {
         **kept,
@@ -263,9 +262,10 @@ def _teachers_here(graph: StageGraph, node: Node) -> tuple[int, int]:
 
     Adapters of one base share it; those of the student's own base share the student's, in a single process.
     """
-    here = _teachers(graph, node)
-    if node.stage == "rl" and node.config.get("reference_kl"):
-        here = [graph.node(node.parents["start"])]
+    objective = node.config.get("objective") or {}
+    here = _teachers(graph, node) if node.config.get("teacher_backend", "local") == "local" else []
+    if node.config.get("reference_kl") or objective.get("reference_kl") or objective.get("extrapolation", 1.0) != 1.0:
+        here.append(graph.node(node.parents["start"]))
     bases = {full_checkpoint(graph, teacher).key for teacher in here}
     if node.config.get("lora") and graph.config.resources.gpus <= 1:
         bases -= {full_checkpoint(graph, node).key}

@@ -87,11 +87,6 @@ class Trained:
         return min(int(self.config.get("micro_batch_tokens", 0)), ceil(step_tokens(self.config) / self.processes))
 
     @property
-    def accumulates(self) -> bool:
-        """Whether an update has several micro-batches."""
-        return ceil(step_tokens(self.config) / self.processes) > self.tokens
-
-    @property
     def rows(self) -> int:
         """Completions that one process samples together."""
         group = int(self.config["group_size"])
@@ -126,9 +121,8 @@ def moments(stage: Trained) -> int:
 
 
 def gradients(stage: Trained) -> int:
-    """Gradients. FSDP splits them, but only after the last micro-batch of an update: before it they are whole."""
-    split = stage.shards if not stage.accumulates else 1
-    return stage.trained * FLOAT // split
+    """Gradients; FSDP reduces and scatters them with every micro-batch."""
+    return stage.trained * FLOAT // stage.shards
 
 
 def buckets(stage: Trained) -> int:
@@ -142,12 +136,12 @@ def gathered_for_update(stage: Trained) -> int:
     if not stage.sharded:
         return 0
     heads = stage.shape.embedding * (1 if stage.shape.tied else 2)
-    return (heads + 2 * stage.shape.linear // max(1, stage.shape.layers)) * FLOAT
+    return (heads + 2 * stage.shape.linear // max(1, stage.shape.layers)) * (NARROW if stage.narrow else FLOAT)
 
 
 def gathered_for_rollout(stage: Trained) -> int:
-    """FSDP's whole weights during a rollout, whichever sampler draws it."""
-    return stage.shape.parameters * FLOAT if stage.sharded else 0
+    """FSDP's whole weights in the stage's number type: in the preflight, and where this process draws the rollouts."""
+    return stage.shape.parameters * (NARROW if stage.narrow else FLOAT) if stage.sharded else 0
 
 
 def head_gradient(stage: Trained) -> int:
@@ -201,8 +195,9 @@ def _adapter_bytes(stage: Trained) -> int:
 
 def narrow_copies(stage: Trained) -> int:
     """Weights that autocast casts to bfloat16 and the backward pass needs; with recomputation one layer's, and of
-    trained weights all of them during the forward pass, when neither logits nor the head's gradient exist yet."""
-    if not stage.narrow:
+    trained weights all of them during the forward pass, when neither logits nor the head's gradient exist yet. FSDP
+    gathers them in bfloat16 already."""
+    if not stage.narrow or stage.sharded:
         return 0
     copies = NARROW * stage.shape.linear
     if not stage.recomputed:

@@ -141,6 +141,8 @@ def test_a_published_model_needs_what_its_sizes_say() -> None:
     # One process's rows, with key-value heads: 9.2 GiB of 8 x 4 rows of 1024 tokens, and as much again of prompts.
     assert terms.cache(found, stage.rows, 1024) == 2 * 36 * 8 * 128 * 4 * 32 * 1024
     assert terms.cache(found, 1, 1) == 294_912
+    # Weights and gradients are split, and whole only where a forward pass of the whole model needs them.
+    assert terms.gradients(stage) * 8 == found.parameters * 4
     assert terms.gathered_for_rollout(stage) == pytest.approx(30.5 * 2**30, rel=0.01)
     assert terms.weights(stage) * 8 == found.parameters * 4
 

@@ -29,7 +29,9 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     snapshot.mkdir(parents=True)
     (cache / "models--Qwen--Qwen3-8B" / "refs").mkdir()
     (cache / "models--Qwen--Qwen3-8B" / "refs" / "main").write_text(COMMIT)
-    character_tokenizer().save_pretrained(snapshot)
+    tokenizer = character_tokenizer()
+    tokenizer.save_pretrained(snapshot)
+    (snapshot / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}thinking{% endif %}"
     (snapshot / "chat_template.jinja").write_text(template)
     (snapshot / "chat_template.json").write_text(json.dumps({"chat_template": template}))
