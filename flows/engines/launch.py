@@ -280,8 +280,8 @@ class Launcher:
 
 
 def own_devices(spec: ProcessSpec, gpus: int) -> int:
-    """The devices of a node's process, of a run's `resources.gpus`: all if it trains or runs a program that does, one if
-    it measures on one."""
+    """The devices of a node's process, of a run's `resources.gpus`: all if it trains or runs a program, one if it
+    measures on one."""
     return gpus if spec.training or spec.launches else min(int(spec.on_device), gpus)
 
 

@@ -80,7 +80,9 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
     peaks = _peaks(store)
     found = []
     for node in missing:
-        shape = shape_of(origin(graph, node), store) if STAGES[node.stage].on_device else Shape()
+        kind = STAGES[node.stage]
+        estimated = kind.trains or (kind.measures and kind.on_device)
+        shape = shape_of(origin(graph, node), store) if estimated else Shape()
         if shape.parameters:
             trains = STAGES[node.stage].trains
             phases = _phases(graph, node, shape, memory) if trains else _measurement(graph, node, shape)
