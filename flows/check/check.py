@@ -16,10 +16,12 @@ from flows.check.architectures import architecture_problems, checkpoint_key
 from flows.check.copies import copy_warnings
 from flows.check.draws import config_key, draw_examples, unit_warnings
 from flows.check.programs import program_problems
+from flows.check.rates import rate_warnings
 from flows.check.tokens import TokenCheck
 from flows.engines.devices import host_devices
 from flows.engines.gpus import gpu_problems, gpu_warnings
-from flows.engines.memory import fit, origin
+from flows.engines.memory import fit
+from flows.engines.shapes import origin
 from flows.engines.vllm_commands import devices_of_each
 from flows.plan.harness import harness_problems
 from flows.plan.nodes import Node, StageGraph
@@ -40,8 +42,13 @@ NARROWEST_HEAD_ON_CPU = 32
 HEALTH_SECONDS = 5.0
 
 
-def deep_check(graph: StageGraph, store: Store) -> list[str]:
+def deep_check(graph: StageGraph, store: Store, *, ignore_memory: bool = False) -> list[str]:
     """Check what planning alone cannot detect.
+
+    Args:
+        graph: The run.
+        store: The store of its artifacts.
+        ignore_memory: Whether a stage that is estimated not to fit is a warning.
 
     Returns:
         Warnings.
@@ -80,8 +87,9 @@ def deep_check(graph: StageGraph, store: Store) -> list[str]:
         needed, free = disk_needed(graph, store, missing), shutil.disk_usage(store.home).free
         text = f"{store.home}: {_gigabytes(free)} free, about {_gigabytes(needed)} needed"
         too_large, tight = fit(graph, store, missing)
-        problems += too_large
+        (warnings if ignore_memory else problems).extend(too_large)
         warnings += tight
+        warnings += rate_warnings(graph, store, missing)
         if free < needed:
             problems.append(f"{text}; free some space or choose another --home")
         elif free < 2 * needed:

@@ -12,7 +12,7 @@ from base.errors import UserError
 from base.store.checkpoint import Store
 from experts.domain import TRAIN, Domain, Example, Prompt
 from experts.loading import load_domain
-from flows.engines.memory import origin
+from flows.engines.shapes import origin
 from flows.plan.nodes import Node, StageGraph
 from stages.model import characters
 from stages.rows.lengths import Limit, fit

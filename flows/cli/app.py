@@ -26,6 +26,7 @@ from flows.cli.options import (
     AsWritten,
     Full,
     Home,
+    IgnoreMemory,
     MaxSteps,
     Overrides,
     RunFile,
@@ -84,6 +85,7 @@ def run(
     overrides: Overrides = None,
     home: Home = DEFAULT_HOME,
     max_steps: MaxSteps = None,
+    ignore_memory: IgnoreMemory = False,
     discard_corrupted: Annotated[
         bool, typer.Option("--discard-corrupted", help="Set corrupted artifacts aside and make them anew.")
     ] = False,
@@ -102,7 +104,7 @@ def run(
     """Make what is missing, merge, compare and report. Run again after a failure or Ctrl-C: it resumes."""
     del help_config
     with errors_as_messages():
-        asked = RunRequest(file, tuple(overrides or ()), max_steps, home)
+        asked = RunRequest(file, tuple(overrides or ()), max_steps, home, ignore_memory)
         code = commands.run(
             asked,
             discard_corrupted=discard_corrupted,
@@ -123,6 +125,7 @@ def plan(
     check: Annotated[
         bool, typer.Option("--check", help="Also draw the data, compare tokenizers and look at the disk.")
     ] = False,
+    ignore_memory: IgnoreMemory = False,
     as_written: AsWritten = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,7 +135,7 @@ def plan(
     """
     with errors_as_messages():
         asked = RunRequest.last(file, tuple(overrides or ()), max_steps, home, as_written)
-        commands.plan(asked, check=check, as_json=as_json)
+        commands.plan(asked, check=check, as_json=as_json, ignore_memory=ignore_memory)
 
 
 @app.command()

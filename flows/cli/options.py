@@ -20,6 +20,9 @@ MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Cap on
 AsWritten = Annotated[
     bool, typer.Option("--as-written", help="Use the file alone, without the overrides of its last run.")
 ]
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Only warn of stages that are estimated not to fit into memory.")
+]
 Full = Annotated[bool, typer.Option("--full", help="All tables, statements and criteria, too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_HOME = Path(".mopd")

@@ -124,7 +124,7 @@ def verify(graph: StageGraph, store: Store, discard_corrupted: bool) -> None:
             sys.stderr.write(f"{node.id}: corrupted; moved to {store.set_aside(error.key)}\n")
 
 
-def plan(asked: RunRequest, *, check: bool, as_json: bool) -> None:
+def plan(asked: RunRequest, *, check: bool, as_json: bool, ignore_memory: bool = False) -> None:
     """Print what is cached, what would run, and why."""
     graph, store = asked.graph(), Store(asked.home)
     entries = node_status(graph, store)
@@ -154,7 +154,7 @@ def plan(asked: RunRequest, *, check: bool, as_json: bool) -> None:
         from flows.check.check import deep_check
         from flows.engines.memory import needs
 
-        warnings = deep_check(graph, store)
+        warnings = deep_check(graph, store, ignore_memory=ignore_memory)
         for need in needs(graph, store, [entry.node for entry in entries if not entry.cached]):
             sys.stderr.write(f"memory: {need}\n")
         for warning in warnings:

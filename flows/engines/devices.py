@@ -3,7 +3,8 @@
 A stage leases its whole allocation at once, so two stages cannot each hold half of what both need. A device becomes
 free when the last process that holds its lock ends, for whatever reason. The locks belong to the host and the user,
 not to a home, and are named by the devices' UUIDs: two runs over two homes, one configured with indices and one with
-UUIDs, never lease the same device.
+UUIDs, never lease the same device. A child is given UUIDs too, because an index means another device to nvidia-smi (by
+bus) than to CUDA (by speed) on a machine whose devices differ.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,11 @@ from base.store.energy import VISIBLE
 POLL_SECONDS = 0.5
 # Overrides the folder of the locks, which by default is the user's own below the host's temporary folder.
 FOLDER_VARIABLE = "MOPD_DEVICE_LOCKS"
-_LISTED = re.compile(r"^\s*(?:GPU (?P<index>\d+):|MIG ).*\(UUID: (?P<uuid>[^)]+)\)")
+# An index that no UUID is known for counts as nvidia-smi counts.
+ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+_LISTED = re.compile(
+    r"^\s*(?:GPU (?P<index>\d+): (?P<name>.+?)|MIG (?P<profile>\S+)\s+Device\s+\d+:)\s*\(UUID: (?P<uuid>[^)]+)\)"
+)
 
 
 class WaitCancelledError(Exception):
@@ -36,7 +41,7 @@ class Lease:
     """Devices and the locks that hold them.
 
     Attributes:
-        devices: Indices or UUIDs, for `CUDA_VISIBLE_DEVICES`.
+        devices: UUIDs, for `CUDA_VISIBLE_DEVICES`; a device that nvidia-smi does not list keeps its given name.
         descriptors: The open locks. A child that inherits them keeps the devices after `close`.
     """
 
@@ -46,7 +51,7 @@ class Lease:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that make exactly these devices visible to a child, or none if the lease is empty."""
-        return {VISIBLE: ",".join(self.devices)}
+        return {VISIBLE: ",".join(self.devices)} | (ORDER if self.devices else {})
 
     def split(self, counts: Sequence[int]) -> list["Lease"]:
         """Divide the devices, in order, into leases of `counts` devices. Close the parts, not the whole."""
@@ -79,7 +84,7 @@ class DeviceLeases:
         """
         if count == 0:
             return Lease()
-        devices = _distinct(host_devices(), _listed().uuids)
+        devices = list(dict.fromkeys(host_devices()))
         if len(devices) < count:
             raise UserError(
                 f"resources: {count} devices are needed, but this machine has {len(devices)}{why_no_more()}; a stage "
@@ -92,17 +97,12 @@ class DeviceLeases:
             time.sleep(POLL_SECONDS)
         return lease
 
-    def _try(self, devices: Mapping[str, str], count: int) -> Lease | None:
-        """Lock the first `count` free devices. None, with nothing locked, if fewer are free.
-
-        Args:
-            devices: identity -> name.
-            count: Number of devices.
-        """
+    def _try(self, devices: Sequence[str], count: int) -> Lease | None:
+        """Lock the first `count` free devices. None, with nothing locked, if fewer are free."""
         with contextlib.ExitStack() as undo:
             held: dict[str, int] = {}
-            for identity, device in devices.items():
-                descriptor = os.open(self._folder / f"gpu-{identity}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            for device in devices:
+                descriptor = os.open(self._folder / f"gpu-{device}.lock", os.O_RDWR | os.O_CREAT, 0o644)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -116,15 +116,39 @@ class DeviceLeases:
         return None
 
 
-def host_devices() -> list[str]:
-    """The devices this process may use: those of `CUDA_VISIBLE_DEVICES`, else all that `nvidia-smi -L` lists.
+@dataclass(frozen=True)
+class Device:
+    """A device that nvidia-smi lists, or a MIG slice of one.
 
-    A divided device (MIG) is replaced by its slices, because a process sees at most one of them through CUDA.
+    Attributes:
+        uuid: Its UUID.
+        name: Its model.
+        profile: The profile of a slice, such as `1g.10gb`; empty for a whole device.
+        parent: UUID of the divided device; empty for a whole device.
     """
-    visible = os.environ.get(VISIBLE)
-    if visible is not None:
-        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
-    return list(_listed().leasable)
+
+    uuid: str
+    name: str
+    profile: str = ""
+    parent: str = ""
+
+
+def host_devices() -> list[str]:
+    """UUIDs of the devices this process may use: those of `CUDA_VISIBLE_DEVICES`, else all that `nvidia-smi -L` lists.
+
+    A divided device (MIG) is replaced by its slices, because a process sees at most one of them through CUDA. A device
+    that is not listed keeps its given name. A repeated device is returned once.
+    """
+    visible, listed = os.environ.get(VISIBLE), _listed()
+    if visible is None:
+        return listed.leasable(listed.uuids)
+    found = [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+    return list(dict.fromkeys(part for name in found for part in listed.named(name)))
+
+
+def known_devices() -> dict[str, Device]:
+    """What nvidia-smi lists of this host, by UUID: whole devices and slices."""
+    return {device.uuid: device for device in _listed().devices}
 
 
 def why_no_more() -> str:
@@ -146,40 +170,39 @@ class _Listing:
     """The devices that `nvidia-smi -L` lists.
 
     Attributes:
-        uuids: Index -> UUID of every device, and UUID -> UUID of devices and of their MIG slices.
-        leasable: Indices of whole devices and UUIDs of the slices of divided ones.
+        devices: Whole devices and slices, in order.
+        uuids: UUIDs of whole devices, by index.
         fault: Why nothing is listed; empty if the driver answers.
     """
 
-    uuids: Mapping[str, str]
-    leasable: Sequence[str]
+    devices: Sequence[Device]
+    uuids: Sequence[str]
     fault: str
+
+    def named(self, name: str) -> list[str]:
+        """The leasable devices that a name in `CUDA_VISIBLE_DEVICES` refers to.
+
+        As in CUDA, the beginning of a UUID is accepted in place of the whole.
+        """
+        if name.isdigit() and int(name) < len(self.uuids):
+            return self.leasable([self.uuids[int(name)]])
+        known = [device.uuid for device in self.devices if device.uuid.startswith(name)]
+        return self.leasable(known[:1]) or [name]
+
+    def leasable(self, uuids: Sequence[str]) -> list[str]:
+        """These devices, with the slices of each in place of a divided one."""
+        slices = {uuid: [device.uuid for device in self.devices if device.parent == uuid] for uuid in uuids}
+        return [part for uuid in uuids for part in (slices[uuid] or [uuid])]
 
 
 def _listed() -> _Listing:
     answer, fault = ask("-L")
-    uuids: dict[str, str] = {}
-    parts: dict[str, list[str]] = {}
-    index = ""
+    devices: list[Device] = []
+    whole: list[Device] = []
     for match in filter(None, map(_LISTED.match, answer.splitlines())):
-        uuids[match["uuid"]] = match["uuid"]
         if match["index"]:
-            index = match["index"]
-            uuids[index] = match["uuid"]
-            parts[index] = []
-        else:
-            parts.setdefault(index, []).append(match["uuid"])
-    leasable = [name for index, slices in parts.items() for name in (slices or [index])]
-    return _Listing(uuids, leasable, fault)
-
-
-def _distinct(names: Sequence[str], listed: Mapping[str, str]) -> dict[str, str]:
-    """Identity -> name, with each device once. The identity is the UUID, or the name of a device that is not listed.
-
-    As in CUDA, the beginning of a UUID is accepted in place of the whole.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        uuid = listed.get(name) or next((uuid for uuid in listed.values() if uuid.startswith(name)), name)
-        found.setdefault(uuid, name)
-    return found
+            whole.append(Device(match["uuid"], match["name"]))
+            devices.append(whole[-1])
+        elif whole:
+            devices.append(Device(match["uuid"], whole[-1].name, match["profile"], whole[-1].uuid))
+    return _Listing(devices, [device.uuid for device in whole], fault)

@@ -51,7 +51,14 @@ def gpu_problems(resources: ResourcesConfig) -> Iterator[str]:
     asked = resources.gpus
     if not asked:
         return
-    shown = len(host_devices())
+    devices = host_devices()
+    shown = len(devices)
+    if asked > 1 and (slices := [device for device in devices[:asked] if is_slice(device)]):
+        yield (
+            f"resources.gpus: {asked} devices asked for, and {slices[0]} is a slice of a divided device (MIG), of "
+            f"which CUDA shows one to a process; take resources.gpus: 1"
+        )
+        return
     if shown < asked:
         yield f"resources.gpus: {asked} devices are needed, but this machine has {shown}{why_no_more()}"
         return
@@ -62,7 +69,12 @@ def gpu_problems(resources: ResourcesConfig) -> Iterator[str]:
 
 def shown_to_one(devices: Sequence[str]) -> int:
     """The number of these devices that one process sees through CUDA: only one if they are MIG slices."""
-    return min(1, len(devices)) if any(device.startswith("MIG-") for device in devices) else len(devices)
+    return min(1, len(devices)) if any(map(is_slice, devices)) else len(devices)
+
+
+def is_slice(device: str) -> bool:
+    """Whether a UUID is that of a MIG slice."""
+    return device.startswith("MIG-")
 
 
 def gpu_warnings(resources: ResourcesConfig) -> Iterator[str]:

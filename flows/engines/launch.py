@@ -2,10 +2,12 @@
 
 A node runs in its own process group, forked from a warm server (`flows.engines.fork_server`), or under torchrun for
 several devices. The calling thread only supervises: it forwards the journal, enforces the timeout, checks the node's
-vLLM servers and turns the exit code into a readable error.
+vLLM servers and turns the exit code into a readable error. A stage that runs out of memory continues once, from its
+last saved state, with half of its `micro_batch_tokens`.
 """
 
 import contextlib
+import os
 import re
 import sys
 import threading
@@ -20,25 +22,35 @@ import psutil
 
 from base.documents import DocumentError, read_object
 from base.store.checkpoint import Store
-from base.store.journal import JOURNAL_FILE, JournalReader
 from flows.engines.devices import DeviceLeases, WaitCancelledError
 from flows.engines.fork_client import Child, ForkServer, ServerDiedError, child_environment
 from flows.engines.fork_server import GRACE_SECONDS
+from flows.engines.journals import Journals, OnRecords
 from flows.engines.process_spec import ProcessSpec
 from flows.engines.threads import threads_beside, threads_of
 from flows.engines.vllm_commands import Needs, node_needs
 from flows.engines.vllm_servers import VllmServerError, VllmServers
-from flows.engines.worker import ERROR_FILE, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR, exit_code_of
+from flows.engines.worker import (
+    ERROR_FILE,
+    FAILED,
+    INFRASTRUCTURE_FAULT,
+    OUT_OF_MEMORY,
+    USER_ERROR,
+    exit_code_of,
+)
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig
 
 POLL_SECONDS = 0.3
 LOG_FILE = "log.txt"
 SERVER_LOG = "forkserver.log"
+# Micro-batches differ in shape, so that fixed segments of memory would be left in pieces too small for the next ones.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# The key that lowers the memory of a measurement, by stage.
+_ROWS_AT_A_TIME = {"evaluate": "evaluate.batch_size", "shift": "evaluate.batch_size"}
 
 _TORCHRUN_EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+)", re.MULTILINE)
-
-OnRecords = Callable[[Node, list[dict[str, Any]]], None]
 
 
 class NodeFailedError(Exception):
@@ -122,16 +134,27 @@ class Launcher:
         threads = threads_of(graph, nodes[0])
         spec = ProcessSpec.of(graph, nodes, self.home, threads, self.resources.timeout_minutes)
         needs = node_needs(graph, spec.nodes[0], self.store, self.resources)
+        journals = Journals(spec, self.store, on_records)
+        try:
+            self._run(spec, needs, journals)
+        except NodeFailedError as error:
+            smaller = spec.with_smaller_batches() if error.exit_code == OUT_OF_MEMORY and not self._stopped else None
+            if smaller is None:
+                raise
+            journals.note(
+                f"out of memory with micro_batch_tokens {spec.micro_batch_tokens}; continues from the last saved state "
+                f"with {smaller.micro_batch_tokens}"
+            )
+            self._run(smaller, needs, journals)
+
+    def _run(self, spec: ProcessSpec, needs: Needs, journals: Journals) -> None:
+        """One attempt; arguments and errors as for `run`."""
         first = spec.nodes[0].id
         log = self.home / "work" / spec.nodes[0].key / LOG_FILE
-
-        def report(line: str) -> None:
-            on_records(spec.nodes[0], [{"time": time.time(), "step": 0, "kind": "note", "text": line}])
-
         with contextlib.ExitStack() as held:
             try:
-                child, servers = self._start(spec, needs, log, report, held)
-                early = self._supervise(spec, child, servers, on_records)
+                child, servers = self._start(spec, needs, log, journals.report, held)
+                early = self._supervise(spec, child, servers, journals)
             except ServerDiedError:
                 message = "stopped" if self._stopped else f"its fork server ended; see {self.home / SERVER_LOG}"
                 raise NodeFailedError(first, FAILED, message, log, retryable=not self._stopped) from None
@@ -160,7 +183,7 @@ class Launcher:
         self, spec: ProcessSpec, needs: Needs, log: Path, report: Callable[[str], None], held: contextlib.ExitStack
     ) -> tuple[Child, VllmServers]:
         """Start the process and the vLLM servers of this node; `held` ends them all."""
-        own = self.resources.gpus if spec.training or spec.launches else min(1, self.resources.gpus)
+        own = own_devices(spec, self.resources.gpus)
         theirs = sum(command.gpus for command in needs.commands)
         # One lease for all devices, so that two stages cannot each hold what the other waits for.
         lease, rest = self._devices.acquire(own + theirs, lambda: self._stopped).split([own, theirs])
@@ -173,10 +196,11 @@ class Launcher:
             held.enter_context(servers)
             path = self._prepare(spec, needs, servers, log)
             servers.start(fork_server)
+            environment = lease.environment | (allocator() if own else {})
             child = fork_server.start(
                 log,
                 **_program(path, own if spec.training else 1),
-                environment=lease.environment,
+                environment=environment,
                 descriptors=lease.descriptors,
             )
         finally:
@@ -208,24 +232,16 @@ class Launcher:
                 self._server = ForkServer(self.home / SERVER_LOG, environment)
             return self._server
 
-    def _supervise(
-        self, spec: ProcessSpec, child: Child, servers: VllmServers, on_records: OnRecords
-    ) -> _EarlyEnd | None:
-        """Forward the journals until the end. Returns the reason if the supervisor ended the process.
-
-        The timeout starts with the process and includes the time it waits for another run's lock.
-        """
-        readers = [(node, JournalReader(self.store.work(node.key) / JOURNAL_FILE)) for node in spec.nodes]
+    def _supervise(self, spec: ProcessSpec, child: Child, servers: VllmServers, journals: Journals) -> _EarlyEnd | None:
+        """Forward the journals until the end. Returns the reason if the supervisor ended the process."""
         deadline: float | None = None
         early: _EarlyEnd | None = None
         while True:
             ended = child.wait(POLL_SECONDS) is not None
-            for node, reader in readers:
-                if records := reader.new_records():
-                    on_records(node, records)
+            moved = journals.forward()
             if ended:
                 return early
-            if child.pid is not None and deadline is None:
+            if child.pid is not None and (deadline is None or moved):
                 deadline = time.monotonic() + self.resources.timeout_minutes * 60
             if early is None and (early := self._check(spec, servers, deadline)) is not None:
                 child.end(GRACE_SECONDS)
@@ -238,8 +254,11 @@ class Launcher:
             return _EarlyEnd(str(error), error.log, retryable=error.passing)
         if deadline is None or time.monotonic() <= deadline:
             return None
-        message = f"took longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was ended"
-        return _EarlyEnd(message, self.home / "work" / spec.nodes[0].key / LOG_FILE, retryable=False)
+        message = (
+            f"reported nothing for longer than resources.timeout_minutes ({self.resources.timeout_minutes:g}) and was "
+            f"ended"
+        )
+        return _EarlyEnd(message, self.home / "work" / spec.nodes[0].key / LOG_FILE, retryable=True)
 
     def _failure(self, spec: ProcessSpec, child: Child, log: Path, early: _EarlyEnd | None) -> NodeFailedError:
         assert child.exit_code is not None
@@ -255,7 +274,31 @@ class Launcher:
         if code < 0:
             return NodeFailedError(first, code, f"its process was killed by signal {-code}", log, retryable=True)
         message = reported["message"] if reported else _last_line(log)
+        if code == OUT_OF_MEMORY:
+            message += f"; {_smaller(spec)}"
         return NodeFailedError(first, code, message, log, retryable=code == INFRASTRUCTURE_FAULT)
+
+
+def own_devices(spec: ProcessSpec, gpus: int) -> int:
+    """The devices of a node's process, of a run's `resources.gpus`: all if it trains or runs a program, one if it
+    measures on one."""
+    return gpus if spec.training or spec.launches else min(int(spec.on_device), gpus)
+
+
+def allocator() -> dict[str, str]:
+    """The setting of torch's allocator on a device, unless the user's environment has one."""
+    return {} if any(name in os.environ for name in ALLOCATOR_VARIABLES) else ALLOCATOR
+
+
+def _smaller(spec: ProcessSpec) -> str:
+    """How to use less memory, for a message."""
+    if spec.training:
+        return (
+            f"lower micro_batch_tokens (now {spec.micro_batch_tokens}), which restarts nothing, or use "
+            f"gradient_checkpointing"
+        )
+    stage = spec.nodes[0].stage
+    return f"lower {_ROWS_AT_A_TIME[stage]}" if stage in _ROWS_AT_A_TIME else "use a machine with more memory"
 
 
 def _program(spec: Path, devices: int) -> dict[str, Any]:

@@ -1,53 +1,39 @@
 """Estimates the memory that a stage needs, before it is launched. Free of torch.
 
-Weights, gradients and both moments of Adam are float32, as trained here; frozen parts have weights only. Activations
-are those of one forward and backward pass of `micro_batch_tokens`, about `34 H` bytes a token and layer without
-attention's squares (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1, at 2 bytes a value, so 17 values here); with
-`gradient_checkpointing` only a layer's input is kept. The sampler's cache has keys and values of every token drawn at
-one time. The measured peak of an earlier stage of the same size is more reliable than the formula and is used where
-it is larger.
+A stage has phases that follow each other, such as rollout and update; it needs what its largest phase does. The terms
+are in `flows.engines.memory_terms`. The peak of an earlier stage with the same settings on the same kind of device is
+shown beside the estimate. It refuses nothing, and a stage that it shows to fit is not refused.
 """
 
-import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
-
-from base.errors import UserError, first_line
-from base.store.checkpoint import Store
-from base.store.foreign import shapes
-from flows.engines.devices import host_devices
+from base.hashing import stable_hash
+from base.store.checkpoint import Artifact, Store
+from flows.engines import memory_terms as terms
+from flows.engines.device_memory import Memory, available
+from flows.engines.memory_terms import Trained, row_tokens
+from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
 from stages.config.kinds import STAGES
+from stages.config.on_policy import OnPolicyConfig
+from stages.vllm.settings import cpu_cache_bytes, rows_at_a_time
 
-BYTES = 4
-# A process that has imported torch and transformers.
-PROCESS_BYTES = 450 * 2**20
+# A process that has imported torch and transformers; on a device, its CUDA context.
+PROCESS_BYTES, CONTEXT_BYTES = 450 * 2**20, 500 * 2**20
 # API server, engine and worker of a vLLM server, without weights.
 SERVER_BYTES = 2 * 2**30
-ACTIVATIONS_PER_HIDDEN = 17
-# The logits of a chunk, their log-probabilities and their gradient.
-LOGIT_COPIES, CHUNK_TOKENS = 3, 1024
-# Assumed tokens of an SFT row and of a prompt, for a stage whose batch is smaller than a micro-batch.
-ROW_TOKENS, PROMPT_TOKENS = 1024, 512
 ROOM = 0.9
 SHOWN_BYTES = 2**24
-NARROW_SHARE = 0.6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that determine its memory; zeros where they are unknown before it is loaded."""
-
-    parameters: int = 0
-    hidden: int = 0
-    layers: int = 0
-    vocabulary: int = 0
+IGNORE = "--ignore-memory runs it all the same"
+# The settings that decide a stage's memory, beside its model, its processes and its device.
+DECIDING = (
+    "lora", "dtype", "sharding", "gradient_checkpointing", "micro_batch_tokens", "batch_tokens", "batch_size",
+    "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "sampler", "samples", "monitor",
+    "reference_kl", "max_resident", "teacher_cache", "teacher_backend", "objective",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,238 +42,291 @@ class Need:
 
     Attributes:
         node: Id of the stage's node.
-        parts: Purpose -> bytes.
-        measured: Peak of an earlier stage of this kind on a model of this size; 0 if there was none.
+        phases: Phase -> purpose -> bytes.
+        measured: Peak of earlier stages with the same settings on the same kind of device; 0 if there was none.
     """
 
     node: str
-    parts: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
     measured: int = 0
 
     @property
+    def phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """The purposes of the largest phase, with their bytes."""
+        return self.phases[self.phase]
+
+    @property
     def total(self) -> int:
-        """The sum of the parts, or the measured peak if that is larger."""
-        return max(sum(self.parts.values()), self.measured)
+        """The sum of the largest phase."""
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items() if size >= SHOWN_BYTES)
-        measured = f"; measured earlier {self.measured / 2**30:.2f}" if self.measured else ""
-        return f"{self.node}: about {self.total / 2**30:.2f} GiB ({parts}{measured})"
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size >= SHOWN_BYTES)
+        measured = f"; measured earlier {_gib(self.measured)}" if self.measured else ""
+        return f"{self.node}: about {_gib(self.total)} GiB in its {self.phase} ({parts}{measured})"
 
 
 def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need]:
-    """The needs of the stages that are to run, largest first.
+    """The needs of the stages and measurements that are to run, largest first.
 
-    Stages whose model is unknown before its download are left out.
+    Nodes whose model is unknown before its download, or that compute on the host tensor by tensor, are left out.
     """
+    memory = available(graph.config.resources.gpus)
     peaks = _peaks(store)
     found = []
     for node in missing:
-        if not STAGES[node.stage].trains:
-            continue
-        shape = shape_of(origin(graph, node), store)
+        kind = STAGES[node.stage]
+        estimated = kind.trains or (kind.measures and kind.on_device)
+        shape = shape_of(origin(graph, node), store) if estimated else Shape()
         if shape.parameters:
-            parts = _parts(graph, node, shape)
-            found.append(Need(node.id, parts, peaks.get((node.stage, shape.parameters), 0)))
+            trains = STAGES[node.stage].trains
+            phases = _phases(graph, node, shape, memory) if trains else _measurement(graph, node, shape)
+            processes = int(node.ingredients.get("world_size", 1))
+            key = _settings(node.stage, shape.parameters, node.config, processes, memory.kind)
+            found.append(Need(node.id, phases, peaks.get(key, 0)))
     return sorted(found, key=lambda need: -need.total)
 
 
 def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[str], list[str]]:
-    """Compare the needs with the memory of this machine or its GPUs.
+    """Compare the needs with the memory of this machine or of one of its devices.
 
     Returns:
-        Problems (a stage that cannot fit) and warnings (parallel stages that may not fit together).
+        Problems (a stage that cannot fit) and warnings (parallel stages that may not fit together, and measured peaks
+        above the memory).
     """
     found = needs(graph, store, missing)
     resources = graph.config.resources
-    have, free, place = _memory(resources.gpus)
-    if not found or not have:
+    memory = available(resources.gpus)
+    if not found or not memory.total:
         return [], []
-    problems = [
-        f"{need}; {place} has {have / 2**30:.1f} GiB: {_advice(graph, need)}" for need in found if need.total > have
+    have = f"{memory.place} has {memory.total / 2**30:.1f} GiB"
+    large = [need for need in found if need.total > memory.total and not 0 < need.measured <= memory.total]
+    problems = [f"{need}; {have}: {_advice(graph, need)}; {IGNORE}" for need in large]
+    warnings = [
+        f"{need.node}: a stage with these settings took {_gib(need.measured)} GiB; {have}: {_advice(graph, need)}"
+        for need in found
+        if need.measured > memory.total
     ]
     at_once = found[: resources.parallel_experts] if not resources.gpus else found[:1]
     together = sum(need.total for need in at_once)
-    warnings = []
-    if not problems and together > ROOM * have and len(at_once) > 1:
+    if not problems and together > ROOM * memory.total and len(at_once) > 1:
         warnings.append(
-            f"{len(at_once)} stages side by side may need {together / 2**30:.1f} GiB of {place}'s {have / 2**30:.1f}; "
-            f"lower resources.parallel_experts"
+            f"{len(at_once)} stages side by side may need {together / 2**30:.1f} GiB of {memory.place}'s "
+            f"{memory.total / 2**30:.1f}; lower resources.parallel_experts"
         )
-    elif not problems and found[0].total > ROOM * have:
-        warnings.append(f"{found[0]}: nearly all of {place}'s {have / 2**30:.1f} GiB")
-    elif not problems and found[0].total > free:
-        warnings.append(f"{found[0]}: more than the {free / 2**30:.1f} GiB free now on {place}")
+    elif not problems and found[0].total > ROOM * memory.total:
+        warnings.append(f"{found[0]}: nearly all of {memory.place}'s {memory.total / 2**30:.1f} GiB")
+    elif not problems and found[0].total > memory.free:
+        warnings.append(f"{found[0]}: more than the {memory.free / 2**30:.1f} GiB free now on {memory.place}")
     return problems, warnings
 
 
-def _parts(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
-    config, resources = node.config, graph.config.resources
-    lora = config.get("lora")
-    shards = max(1, resources.gpus) if config.get("sharding") == "fsdp" else 1
-    trained = _adapter_parameters(shape, int(lora["rank"])) if lora else shape.parameters
-    weights = shape.parameters * BYTES + (trained * BYTES if lora else 0)
-    per_token = ACTIVATIONS_PER_HIDDEN * shape.hidden * shape.layers * BYTES
-    if config.get("gradient_checkpointing"):
-        per_token = (ACTIVATIONS_PER_HIDDEN + shape.layers) * shape.hidden * BYTES
-    if config.get("dtype") == "bfloat16":
-        per_token = int(per_token * NARROW_SHARE)
-    tokens = min(int(config.get("micro_batch_tokens", 0)), _step_tokens(config))
-    parts = {
-        "process": PROCESS_BYTES,
-        "weights": weights // shards,
-        "gradients and optimizer": 3 * trained * BYTES // shards,
-        "activations": tokens * per_token,
-        "logits": LOGIT_COPIES * CHUNK_TOKENS * shape.vocabulary * BYTES,
+def trained(graph: StageGraph, node: Node, shape: Shape) -> Trained:
+    """What the terms of a training node depend on."""
+    monitor = node.config.get("monitor")
+    return Trained(
+        shape,
+        node.config,
+        max(1, graph.config.resources.gpus),
+        _teachers_here(graph, node),
+        int(monitor["examples"]) * len(node.domains) if monitor else 0,
+    )
+
+
+def _process(graph: StageGraph) -> dict[str, int]:
+    return {"CUDA context": CONTEXT_BYTES} if graph.config.resources.gpus else {"process": PROCESS_BYTES}
+
+
+def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
+    """The phases of a training stage."""
+    stage = trained(graph, node, shape)
+    beside = _servers(graph, node, shape)
+    taught = any(stage.teachers)
+    kept = {**_process(graph), "weights": terms.weights(stage), "optimizer": terms.moments(stage)}
+    update = {
+        **kept,
+        "teachers": terms.teachers(stage) if taught else 0,
+        "gradients": terms.gradients(stage) + terms.buckets(stage),
+        "head's gradient": terms.head_gradient(stage),
+        "gathered weights": terms.gathered_for_update(stage),
+        "bfloat16 copies": terms.narrow_copies(stage),
+        "activations": terms.activations(stage),
+        "logits": terms.logits(stage, taught),
+        "teachers' states": terms.teacher_states(stage) if taught else 0,
     }
-    if node.stage == "distill" and config.get("teacher_backend", "local") == "local":
-        teachers = min(len(_teachers(graph, node)), int(config.get("max_resident", 1)))
-        parts["teachers"] = teachers * shape.parameters * BYTES
-    if "prompts_per_step" in config:
-        parts |= _sampling(graph, node, shape)
-    return parts
+    if "prompts_per_step" not in node.config:
+        return {"update": update}
+    engine = _engine(node, shape, memory, bool(graph.config.resources.gpus))
+    rollout = {
+        **kept,
+        "teachers": terms.teachers(stage),
+        "gathered weights": terms.gathered_for_rollout(stage),
+        **engine,
+    }
+    if node.config.get("sampler", {}).get("backend") not in ("vllm", "vllm_server"):
+        rollout |= _sampling(
+            shape, stage.rows, -(-stage.rows // int(node.config["group_size"])), row_tokens(node.config)
+        )
+    if not graph.config.resources.gpus:
+        # Without a device the engine does not sleep during the update.
+        update |= engine
+    return {"rollout": rollout | beside, "update": update | beside}
 
 
-def _sampling(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
-    """Memory of the sampler, and of vLLM servers that share this machine's memory with the stage."""
+def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[str, int]]:
+    """The phases of an evaluation or of a shift. Both hold float32 models and sample with them."""
+    config = node.config
+    models = 2 if node.stage == "shift" else 1
+    whole = {**_process(graph), "weights": models * shape.parameters * terms.FLOAT}
+    rows = min(int(config["batch_size"]), int(config.get("examples", config["batch_size"])))
+    found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config))}
+    if group := int(config.get("samples") or 0):
+        rows = min(max(group, int(config["batch_size"])), int(config["examples"]) * group)
+        found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config))
+    if node.stage == "shift":
+        run = min(terms.SHIFT_TOKENS, rows * row_tokens(config))
+        states = 2 * run * shape.hidden * terms.FLOAT
+        found["comparison"] = whole | {
+            "activations": terms.forward(shape, run) + states,
+            "logits": terms.TAUGHT_COPIES * terms.CHUNK_BYTES,
+        }
+    return found
+
+
+def _sampling(shape: Shape, rows: int, group: int, tokens: int) -> dict[str, int]:
+    """The parts of the sampler in the stage's process, in its decoding or its prefill, whichever needs more."""
+    prompts = -(-rows // group)
+    decoding = {
+        "sampler's cache": terms.cache(shape, rows, tokens),
+        "decoding": terms.decoding(shape, rows, tokens),
+    }
+    # A group's rows share a prefill, after which the cache is repeated for them.
+    prefill = {
+        "sampler's cache": terms.cache(shape, prompts, tokens),
+        "prefill": terms.prefill(shape, prompts, terms.PROMPT_TOKENS),
+    }
+    return max(decoding, prefill, key=lambda parts: sum(parts.values()))
+
+
+def _engine(node: Node, shape: Shape, memory: Memory, on_device: bool) -> dict[str, int]:
+    """vLLM in the trainer's process: its share of the device, or its weights and cache on a host."""
+    sampler = node.config.get("sampler", {})
+    if sampler.get("backend") != "vllm":
+        return {}
+    if on_device and memory.total:
+        return {"vLLM (sampler.memory_share)": int(float(sampler["memory_share"]) * memory.total)}
+    return {"vLLM's weights and cache": _served(node, shape, float(sampler["memory_share"]))}
+
+
+def _served(node: Node, shape: Shape, share: float) -> int:
+    """Weights and paged cache of a vLLM engine on a host, in the stage's number type."""
+    config: OnPolicyConfig = STAGES[node.stage].config(**node.config)
+    sizes = SimpleNamespace(
+        num_hidden_layers=shape.layers, num_key_value_heads=shape.keys, head_dim=1, num_attention_heads=shape.keys,
+        hidden_size=shape.hidden, max_position_embeddings=shape.context,
+    )  # fmt: skip
+    cache = cpu_cache_bytes(sizes, config.dtype, rows_at_a_time(config), config.max_new_tokens, share)
+    return _model(node, shape) + cache
+
+
+def _model(node: Node, shape: Shape) -> int:
+    return shape.parameters * (terms.NARROW if node.config.get("dtype") == "bfloat16" else terms.FLOAT)
+
+
+def _servers(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
+    """vLLM servers that share this machine's memory with the stage; on devices they have some of their own."""
     config, resources = node.config, graph.config.resources
-    rows = int(config["prompts_per_step"]) * int(config["group_size"])
-    cache = 2 * rows * int(config["max_new_tokens"]) * shape.layers * shape.hidden * BYTES
-    backend = config.get("sampler", {}).get("backend")
-    if backend not in ("vllm", "vllm_server"):
-        parts = {"sampler's cache": cache}
-    elif backend == "vllm":
-        # The engine's own copy of the weights. It is counted even though the engine drops them while it sleeps.
-        parts = {"vLLM's weights and cache": shape.parameters * BYTES + cache}
-    else:
-        parts = {}
     if resources.gpus:
-        return parts
-    server = SERVER_BYTES + shape.parameters * BYTES
-    if backend == "vllm_server" and not resources.rollout_servers.urls:
-        parts["rollout servers"] = resources.rollout_servers.count * (server + cache)
-    if config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
-        # An upper bound: one server for each full teacher, but adapters of one base share a server.
-        parts["teacher servers"] = len(_teachers(graph, node)) * server
+        return {}
+    parts = {}
+    rollouts, teachers = resources.rollout_servers, resources.teacher_servers
+    if config.get("sampler", {}).get("backend") == "vllm_server" and not rollouts.urls:
+        parts["rollout servers"] = rollouts.count * (SERVER_BYTES + _served(node, shape, rollouts.memory_share))
+    if config.get("teacher_backend") == "vllm_server" and not teachers.urls:
+        served = len({full_checkpoint(graph, teacher).key for teacher in _teachers(graph, node)})
+        parts["teacher servers"] = served * (SERVER_BYTES + _served(node, shape, teachers.memory_share))
     return parts
 
 
-def _teachers(graph: StageGraph, node: Node) -> set[str]:
-    """Content keys of a merge's teachers."""
-    return {graph.node(parent).key for role, parent in node.parents.items() if role.startswith("teacher/")}
+def _teachers(graph: StageGraph, node: Node) -> list[Node]:
+    """A merge's teachers, each once."""
+    found = [graph.node(parent) for role, parent in node.parents.items() if role.startswith("teacher/")]
+    return list({teacher.key: teacher for teacher in found}.values())
 
 
-def _step_tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of one step, from the settings. Lengths of prompts and rows are not among them and are assumed."""
-    if "batch_tokens" in config:
-        return int(config["batch_tokens"])
-    if "batch_size" in config:
-        return int(config["batch_size"]) * ROW_TOKENS
-    rows = int(config.get("prompts_per_step", 0)) * int(config.get("group_size", 1))
-    return rows * (PROMPT_TOKENS + int(config.get("max_new_tokens", 0)))
+def _teachers_here(graph: StageGraph, node: Node) -> tuple[int, int]:
+    """The full checkpoints that score in the stage's process and are in memory at one time, and further output heads.
+
+    Adapters of one base share it; those of the student's own base share the student's, in a single process.
+    """
+    objective = node.config.get("objective") or {}
+    here = _teachers(graph, node) if node.config.get("teacher_backend", "local") == "local" else []
+    if node.config.get("reference_kl") or objective.get("reference_kl") or objective.get("extrapolation", 1.0) != 1.0:
+        here.append(graph.node(node.parents["start"]))
+    bases = {full_checkpoint(graph, teacher).key for teacher in here}
+    if node.config.get("lora") and graph.config.resources.gpus <= 1:
+        bases -= {full_checkpoint(graph, node).key}
+    resident = min(len(bases), int(node.config.get("max_resident", 1)))
+    return resident, len(bases) - resident
 
 
-def _adapter_parameters(shape: Shape, rank: int) -> int:
-    """Parameters of adapters on all linear layers: seven a layer, two of which are wider than the others."""
-    return shape.layers * rank * 2 * shape.hidden * 10
+def _settings(stage: str, parameters: int, config: Mapping[str, Any], processes: int, kind: str) -> str:
+    """A hash of what decides a stage's memory."""
+    chosen = {name: config[name] for name in DECIDING if name in config}
+    return stable_hash([stage, parameters, chosen, processes, kind])
 
 
-def origin(graph: StageGraph, node: Node) -> Node:
-    """The node from which this one has its model and tokenizer, found by following `start` and `checkpoint`."""
-    while parent := node.parents.get("start") or node.parents.get("checkpoint"):
-        node = graph.node(parent)
-    return node
-
-
-def shape_of(node: Node, store: Store) -> Shape:
-    """The shape of the model of an `origin` node, from the store, the model's folder or its settings."""
-    artifact = store.find(node.key)
-    if artifact is not None:
-        config = _read(artifact.path / "config.json") if store.is_here(artifact) else {}
-        return _shape(config, int(artifact.manifest.get("parameters", 0)))
-    if node.stage == "pretrain":
-        model = node.config["model"]
-        layer = 4 * model["hidden_size"] ** 2 + 3 * model["hidden_size"] * model["intermediate_size"]
-        return Shape(model["layers"] * layer, model["hidden_size"], model["layers"])
-    place = Path(str(node.config.get("location", "")))
-    if node.config.get("kind") == "gguf":
-        return _gguf_shape(place)
-    if node.config.get("kind") == "directory":
-        return _shape(_read(place / "config.json"), _parameters(place))
-    return Shape()
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a `config.json` that describes the language model; models of text and images nest it."""
-    nested: Mapping[str, Any] = config.get("text_config") or config
-    return nested
-
-
-def _shape(config: Mapping[str, Any], parameters: int) -> Shape:
-    names = ("hidden_size", "num_hidden_layers", "vocab_size")
-    text = text_config(config)
-    return Shape(parameters, *(int(text.get(name) or 0) for name in names))
-
-
-def _gguf_shape(file: Path) -> Shape:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-        kind = reader.fields["general.architecture"].contents()
-        sizes = [reader.fields.get(f"{kind}.{name}") for name in ("embedding_length", "block_count", "vocab_size")]
-        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        return Shape(parameters, *(int(size.contents()) if size else 0 for size in sizes))
-    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"base.gguf: {file}: not readable as a GGUF file: {first_line(error)}") from error
-
-
-def _parameters(folder: Path) -> int:
-    return sum(prod(shape) for path in folder.glob("*.safetensors") for shape in shapes(path))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return loaded
-
-
-def _peaks(store: Store) -> dict[tuple[str, int], int]:
-    """(stage, parameters) -> the largest peak measured."""
-    peaks: dict[tuple[str, int], int] = {}
-    for artifact in store.artifacts():
+def _peaks(store: Store) -> dict[str, int]:
+    """Settings -> the largest peak measured with them."""
+    artifacts = {artifact.key: artifact for artifact in store.artifacts()}
+    peaks: dict[str, int] = {}
+    for artifact in artifacts.values():
         manifest = artifact.manifest
-        kind = str(manifest.get("stage")), int(manifest.get("parameters", 0))
-        peaks[kind] = max(peaks.get(kind, 0), int(manifest.get("peak_memory") or 0))
+        if not isinstance(manifest.get("config"), Mapping) or "device" not in manifest:
+            continue
+        processes = int((manifest.get("ingredients") or {}).get("world_size", 1))
+        parameters = _full_size(artifact, artifacts)
+        key = _settings(str(manifest.get("stage")), parameters, manifest["config"], processes, str(manifest["device"]))
+        peaks[key] = max(peaks.get(key, 0), int(manifest.get("peak_memory") or 0))
     return peaks
 
 
-def _memory(gpus: int) -> tuple[int, int, str]:
-    """The memory one stage may use, the part of it that is free now, and its owner for a message; 0 if unknown.
-
-    All of a device counts as free: it is leased to one stage at a time, so its present use does not matter.
-    """
-    if not gpus:
-        memory = psutil.virtual_memory()
-        return memory.total, memory.available, "this machine"
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        printed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return 0, 0, ""
-    sizes = [int(size) * 2**20 for size in printed if size.isdigit()]
-    return (min(sizes), min(sizes), "a GPU") if sizes and host_devices() else (0, 0, "")
+def _full_size(artifact: Artifact, artifacts: Mapping[str, Artifact]) -> int:
+    """Parameters of a checkpoint without its adapter; of a measurement, those of the checkpoint measured."""
+    manifest = artifact.manifest
+    parents = manifest.get("parents") or {}
+    measured = artifacts.get((parents.get("checkpoint") or {}).get("key", ""))
+    manifest = measured.manifest if measured else manifest
+    base = artifacts.get(str(manifest.get("adapter_base") or ""))
+    return int((base.manifest if base else manifest).get("parameters") or 0)
 
 
 def _advice(graph: StageGraph, need: Need) -> str:
-    config = graph.node(need.node).config
+    node = graph.node(need.node)
+    config = node.config
+    if not STAGES[node.stage].trains:
+        shift = ["set evaluate.shift: null"] if node.stage == "shift" else []
+        return ", ".join(["lower evaluate.batch_size", *shift])
     advice = []
-    if need.parts.get("teachers", 0) > sum(need.parts.values()) / 5:
+    if need.parts.get("teachers", 0) > need.total / 5:
         advice.append("lower max_resident")
     if not config.get("gradient_checkpointing"):
         advice.append("set gradient_checkpointing")
-    advice.append("lower micro_batch_tokens")
+    if need.phase == "rollout":
+        advice.append("lower prompts_per_step, group_size or max_new_tokens")
+    else:
+        advice.append("lower micro_batch_tokens")
     if config.get("lora") is None:
         advice.append("train adapters (lora)")
     if graph.config.resources.gpus > 1 and config.get("sharding") != "fsdp":
         advice.append("shard it (sharding: fsdp)")
     return ", ".join(advice)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

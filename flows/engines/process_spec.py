@@ -1,5 +1,6 @@
 """The spec file: what one node process makes, written for `flows.engines.worker`."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -68,6 +69,27 @@ class ProcessSpec:
     def launches(self) -> bool:
         """Whether the process runs a program that uses all devices of a training stage."""
         return STAGES[self.nodes[0].stage].launches
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the process uses a device where the run has some."""
+        return STAGES[self.nodes[0].stage].on_device
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """`micro_batch_tokens` of a process that trains; else None."""
+        return self.contents["nodes"][0]["config"].get("micro_batch_tokens") if self.training else None
+
+    def with_smaller_batches(self) -> "ProcessSpec | None":
+        """The same process with half of `micro_batch_tokens`, which the artifact's manifest records; None if there is
+        nothing to halve."""
+        tokens = self.micro_batch_tokens
+        if tokens is None or tokens < 2:
+            return None
+        (node,) = self.contents["nodes"]
+        config = {**node["config"], "micro_batch_tokens": tokens // 2}
+        halved = {**node, "config": config, "provenance": {**node["provenance"], "config": config}}
+        return dataclasses.replace(self, contents={**self.contents, "nodes": [halved]})
 
     def write(self, folder: Path, servers: Mapping[str, Sequence[str]]) -> Path:
         """Write the spec file and return its path. Equal contents give the same name, so repeated runs leave one file.

@@ -17,7 +17,7 @@ from typing import Any
 from base.errors import UserError
 from base.extras import require_vllm
 from base.store.checkpoint import Artifact, Store
-from flows.engines.memory import text_config
+from flows.engines.shapes import text_config
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig, ServersConfig
 from stages.config.distill import DistillConfig

@@ -33,7 +33,7 @@ from stages.rows.rendering import Rendering, rendering
 if TYPE_CHECKING:
     from evals.measure.monitor import Monitor
 
-DONE, FAILED, USER_ERROR, DISK_FAULT, INFRASTRUCTURE_FAULT = 0, 1, 2, 74, 75
+DONE, FAILED, USER_ERROR, OUT_OF_MEMORY, DISK_FAULT, INFRASTRUCTURE_FAULT = 0, 1, 2, 71, 74, 75
 ERROR_FILE = "error.json"
 
 NodeSpec = Mapping[str, Any]
@@ -46,7 +46,19 @@ _INFRASTRUCTURE_TYPES = {
     "torch.distributed.DistBackendError",
     "torch.distributed.DistNetworkError",
     "torch.distributed.DistStoreError",
+    # CUDA's own errors: a device that fell off the bus, an uncorrectable ECC error, an illegal access.
+    "torch.AcceleratorError",
 }
+# Errors of CUDA that a new attempt meets again: a bug in a kernel's arguments, a build for other devices.
+_REPEATED_TEXTS = ("device-side assert", "no kernel image", "invalid configuration argument", "invalid argument")
+_LOST_DEVICE_TEXTS = ("NCCL error", "uncorrectable ECC error", "illegal memory access", "No CUDA GPUs are available")
+# Of allocators that raise no torch.OutOfMemoryError: CUDA's and cuBLAS's own, and the host's.
+_OUT_OF_MEMORY_TEXTS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 
 
 def _monitor(config: OnPolicyConfig, workspace: Workspace) -> "Monitor | None":
@@ -80,9 +92,9 @@ def run_spec(path: Path, run: Runner = run_stage) -> int:
         run: The function that runs nodes of one stage.
 
     Returns:
-        The exit code: 0 done, 2 a user's mistake, 74 a full or failing disk, 75 an infrastructure fault that is
-        worth a new attempt, 1 anything else. A failure leaves `error.json` in the work folder of each node and, unless
-        it is a user's mistake, a traceback on stderr.
+        The exit code: 0 done, 2 a user's mistake, 71 out of memory, 74 a full or failing disk, 75 an infrastructure
+        fault that is worth a new attempt, 1 anything else. A failure leaves `error.json` in the work folder of each
+        node and, unless it is a user's mistake, a traceback on stderr.
     """
     spec = json.loads(path.read_text())
     store = Store(Path(spec["home"]))
@@ -108,6 +120,8 @@ def exit_code_of(error: BaseException) -> int:
         return DISK_FAULT
     if isinstance(error, UserError):
         return USER_ERROR
+    if any(_is_out_of_memory(cause) for cause in causes):
+        return OUT_OF_MEMORY
     if any(_is_infrastructure_fault(cause) for cause in causes):
         return INFRASTRUCTURE_FAULT
     return FAILED
@@ -200,11 +214,23 @@ def _is_disk_fault(error: BaseException) -> bool:
     return any(text in str(error) for text in _DISK_TEXTS)
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    return "torch.OutOfMemoryError" in _kinds(error) or any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
 def _is_infrastructure_fault(error: BaseException) -> bool:
     if isinstance(error, InfrastructureError):
         return True
-    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
-    return is_unreachable(error) or not kinds.isdisjoint(_INFRASTRUCTURE_TYPES) or "NCCL error" in str(error)
+    text = str(error)
+    if any(each in text for each in _REPEATED_TEXTS):
+        return False
+    lost = any(each in text for each in _LOST_DEVICE_TEXTS)
+    return lost or is_unreachable(error) or not _kinds(error).isdisjoint(_INFRASTRUCTURE_TYPES)
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Full names of an exception's types. By name, because this module imports no torch."""
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -48,7 +48,12 @@ def run_pipeline(request: RunRequest, graph: StageGraph, *, plain: bool, verbose
         try:
             with tags(*run_tags(graph.config.name)):
                 return pipeline(
-                    str(request.file), list(request.overrides), request.max_steps, str(request.home.resolve()), plain
+                    str(request.file),
+                    list(request.overrides),
+                    request.max_steps,
+                    str(request.home.resolve()),
+                    plain,
+                    ignore_memory=request.ignore_memory,
                 )
         except CancelledRun:
             return stopped(request)

@@ -6,7 +6,7 @@ from typing import Any
 
 from base.store.checkpoint import Artifact, Store
 from flows.champion.costs import busy_seconds
-from flows.engines.memory import origin
+from flows.engines.shapes import origin
 from flows.plan.nodes import Node, StageGraph
 from flows.run.progress import duration
 

@@ -91,6 +91,7 @@ def pipeline(
     seeds: str = "",
     merge_max_steps: int | None = None,
     expert_max_steps: dict[str, int] | None = None,
+    ignore_memory: bool = False,
 ) -> Outcome:
     """Make every node of a run that is not yet in the store, then compare and report.
 
@@ -103,6 +104,7 @@ def pipeline(
         seeds: Seeds that replace the run file's, such as `0, 1, 2`; empty keeps those.
         merge_max_steps: Steps of the merge that replace the run file's.
         expert_max_steps: Expert -> steps that replace the run file's.
+        ignore_memory: Start stages that are estimated not to fit.
 
     Returns:
         The comparison.
@@ -123,7 +125,7 @@ def pipeline(
         if entries := form_overrides(config, seeds, merge_max_steps, expert_max_steps):
             wanted = [*wanted, *entries]
             config = load_run_file(Path(run_file), wanted, max_steps)
-        _ending = _run(config, Path(run_file), Path(home), wanted, max_steps, plain)
+        _ending = _run(config, Path(run_file), Path(home), wanted, max_steps, plain, ignore_memory)
         return _ending
     except (UserError, PipelineFailedError) as error:
         _ending = error
@@ -141,7 +143,13 @@ def ending() -> "Outcome | State[Any] | Exception | None":
 
 
 def _run(
-    config: RunConfig, path: Path, root: Path, overrides: list[str], max_steps: int | None, plain: bool
+    config: RunConfig,
+    path: Path,
+    root: Path,
+    overrides: list[str],
+    max_steps: int | None,
+    plain: bool,
+    ignore_memory: bool,
 ) -> Outcome:
     global _start  # noqa: PLW0603 - it is closed when Prefect has recorded the end
     claim_flow_run(config.name)
@@ -159,7 +167,8 @@ def _run(
         store = Store(root)
         for fault in store.send_left_over():
             get_run_logger().warning("%s; new artifacts stay on this machine until an upload succeeds", fault)
-        deep_check(graph, store)
+        for line in deep_check(graph, store, ignore_memory=ignore_memory):
+            get_run_logger().warning("%s", line)
         # Written after the plan has been compared with the old lock: the new lock is the reference of the next run.
         with plan_lock(store):
             write_lock(graph, root)

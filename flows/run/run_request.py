@@ -20,12 +20,14 @@ class RunRequest:
         overrides: Dotted assignments to its keys.
         max_steps: Cap on the steps of every stage.
         home: `$MOPD_HOME`.
+        ignore_memory: Whether a stage that is estimated not to fit is started all the same.
     """
 
     file: Path
     overrides: tuple[str, ...]
     max_steps: int | None
     home: Path
+    ignore_memory: bool = False
 
     def graph(self, faults: list[str] | None = None) -> StageGraph:
         """The run's graph.
@@ -62,4 +64,5 @@ class RunRequest:
     def command(self) -> str:
         """The command line that repeats the run."""
         options = words(self.overrides, self.max_steps)
-        return shlex.join(["mopd", "run", str(self.file), *options, "--home", str(self.home)])
+        ignoring = ["--ignore-memory"] if self.ignore_memory else []
+        return shlex.join(["mopd", "run", str(self.file), *options, *ignoring, "--home", str(self.home)])

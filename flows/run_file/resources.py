@@ -66,5 +66,10 @@ class ResourcesConfig(StrictModel):
         description="CPU threads of each node's process; `auto` gives all cores to a training stage that no other can "
         "run beside, and an equal share to each of the others.",
     )
-    timeout_minutes: float = Field(120, gt=0, le=MOST_SECONDS / 60, description="A node that takes longer is ended.")
+    timeout_minutes: float = Field(
+        120,
+        gt=0,
+        le=MOST_SECONDS / 60,
+        description="A node that reports no step, score or note for longer is ended and tried again.",
+    )
     retries: int = Field(2, ge=0, le=1000, description="New attempts after an infrastructure fault.")

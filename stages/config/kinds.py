@@ -31,6 +31,7 @@ class StageKind:
             called with a list of nodes' settings and a list of workspaces.
         trains: Has an optimizer, saved states, several devices.
         launches: Runs a program in one process, with all devices of a training stage.
+        on_device: Its process uses a device where the run has some; others leave it to stages that do.
         samples: Draws completions from the student while it trains.
         expert: Description of this key of `experts.NAME.train`. Empty if the stage does not train experts.
         renders: Puts examples into the chat template, which is part of the content key.
@@ -48,6 +49,7 @@ class StageKind:
     run: str
     trains: bool = False
     launches: bool = False
+    on_device: bool = True
     samples: bool = False
     expert: str = ""
     renders: bool = False
@@ -66,7 +68,7 @@ class StageKind:
 
 
 _ROWS = (
-    StageKind("load", 1, Source, "stages.load:run"),
+    StageKind("load", 1, Source, "stages.load:run", on_device=False),
     StageKind("pretrain", 2, PretrainConfig, "stages.pretrain:train", trains=True, metric="loss"),
     StageKind(
         "sft", 2, SFTConfig, "stages.sft:train",
@@ -95,7 +97,7 @@ _ROWS = (
         "merge_command", 1, MergeCommandConfig, "stages.command:run",
         launches=True, preload=False, metric="loss", colour="green",
     ),
-    StageKind("merge_weights", 1, WeightMergeConfig, "stages.merge:run", colour="green"),
+    StageKind("merge_weights", 1, WeightMergeConfig, "stages.merge:run", on_device=False, colour="green"),
     StageKind(
         "evaluate", 2, EvaluationConfig, "evals.measure.evaluate:run",
         renders=True, measures=True, scores=True, together=True,
@@ -105,7 +107,9 @@ _ROWS = (
         renders=True, measures=True, scores=True, together=True, preload=False,
     ),
     StageKind("shift", 2, ShiftRequest, "evals.measure.shift:run", renders=True, measures=True, preload=False),
-    StageKind("cosines", 1, NoConfig, "evals.measure.task_vectors:run", measures=True, preload=False),
+    StageKind(
+        "cosines", 1, NoConfig, "evals.measure.task_vectors:run", on_device=False, measures=True, preload=False,
+    ),
 )  # fmt: skip
 STAGES: Mapping[str, StageKind] = {kind.name: kind for kind in _ROWS}
 EXPERT_METHODS = tuple(kind.name for kind in _ROWS if kind.expert)

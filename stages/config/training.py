@@ -166,7 +166,10 @@ class TrainConfig(StrictModel):
     )
     float32_matmul: Float32Matmul = Field("highest", description=FLOAT32_MATMUL)
     micro_batch_tokens: Positive = Field(
-        16384, description="Padded tokens of one forward and backward pass; larger batches accumulate gradients."
+        16384,
+        description="Padded tokens of one forward and backward pass; larger batches accumulate gradients. It changes "
+        "the order of sums, and with dropout what is drawn. A stage that runs out of memory continues with half of it.",
+        json_schema_extra=NOT_IN_KEY,
     )
     examples: Positive = Field(
         3000, description="Distinct training examples of each domain; all if its data have fewer."

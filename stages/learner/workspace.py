@@ -93,6 +93,7 @@ class Workspace:
             "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             **self._meter.used(),
             "peak_memory": peak_memory(),
+            "device": device_kind(),
             "metrics": dict(metrics),
             **({} if trained_on is None else trained_on.facts()),
             **facts,
@@ -117,9 +118,19 @@ class MeteredJournal(Journal):
 
 
 def peak_memory() -> int:
-    """The peak memory of this process in bytes: resident, plus that of its devices if it has used any."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The peak memory of this process in bytes: of its devices if it has used any, else of the host.
+
+    The two are not added: what is read on the host first does not compete for the device's memory.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return resident
-    return resident + sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+def device_kind() -> str:
+    """The name of this process's device; `cpu` if it has used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return "cpu"
+    return str(torch.cuda.get_device_name(torch.cuda.current_device()))

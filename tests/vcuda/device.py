@@ -5,7 +5,9 @@
 sees every ATen operation, those of the backward pass included. Work that is submitted to a thread pool is watched in
 its thread. `tests.vcuda.record` describes what is recorded.
 
-Not covered: limits of CUDA's kernels, NCCL, memory, time, and threads that are started without a pool.
+What lives on the device is counted (`tests.vcuda.live`), and torch.cuda answers with it.
+
+Not covered: limits of CUDA's kernels, NCCL, the allocator, time, and threads that are started without a pool.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.varlen import varlen_attn
+from tests.vcuda.live import Live
 from tests.vcuda.record import Record
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -64,6 +67,7 @@ class Marks:
         if len(self._known) > MOST_MARKS:
             self._known = {key: known for key, known in list(self._known.items()) if not known.expired()}
         self._known[storage._cdata] = StorageWeakRef(storage)
+        live.add(tensor)
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
@@ -71,7 +75,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
         return tensor.untyped_storage()
 
 
-record, marks = Record(), Marks()
+record, marks, live = Record(), Marks(), Live()
 # Depth of calls into the autograd engine: its factories ask for the device that tensors really have.
 _backwards = [0]
 
@@ -300,10 +304,10 @@ def pretend() -> None:
         "get_device_name": lambda device=None: _Properties.name,
         "get_device_capability": lambda device=None: (_Properties.major, _Properties.minor),
         "get_device_properties": lambda device=None: _Properties,
-        "max_memory_allocated": lambda device=None: 0,
-        "memory_allocated": lambda device=None: 0,
-        "memory_reserved": lambda device=None: 0,
-        "mem_get_info": lambda device=None: (_Properties.total_memory, _Properties.total_memory),
+        "max_memory_allocated": lambda device=None: live.peak,
+        "memory_allocated": lambda device=None: live.bytes,
+        "memory_reserved": lambda device=None: live.bytes,
+        "mem_get_info": lambda device=None: (_Properties.total_memory - live.bytes, _Properties.total_memory),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "get_rng_state_all": lambda: [],
     }

@@ -89,7 +89,8 @@ def test_devices_are_leased_whole_and_free_when_their_holder_is_gone(server, tmp
     with pytest.raises(UserError, match="4 devices are needed, but this machine has 3"):
         leases.acquire(4)
     first = leases.acquire(2)
-    assert first.environment == {"CUDA_VISIBLE_DEVICES": "2,5"}
+    # No driver lists these, so they keep their names, and an index means what nvidia-smi means.
+    assert first.environment == {"CUDA_VISIBLE_DEVICES": "2,5", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     asked = {"environment": first.environment, "descriptors": first.descriptors}
     child = server.start(tmp_path / "log", command=["/bin/sleep", "60"], **asked)
     # The kernel's own word on what the job was given.
@@ -129,8 +130,8 @@ def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     leases = DeviceLeases()
     with contextlib.closing(leases.acquire(1)) as lease:
-        # The child is given the name this process was given.
-        assert lease.devices == ("1",)
+        # The child is given the UUID, whatever name this process was given.
+        assert lease.environment["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb-1111"
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", other)
         with pytest.raises(WaitCancelledError):
             leases.acquire(1, cancelled=given_up)
@@ -139,8 +140,11 @@ def test_a_device_is_the_same_by_its_index_and_by_its_uuid(tmp_path, locks, monk
     with pytest.raises(UserError, match="2 devices are needed, but this machine has 1"):
         leases.acquire(2, cancelled=given_up)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    # Of a divided device a process is given a slice.
-    assert host_devices() == ["MIG-cccc-0000", "1"]
+    # Of a divided device a process is given a slice, also where the device is named.
+    assert host_devices() == ["MIG-cccc-0000", "GPU-bbbb-1111"]
+    for name in ("0", "GPU-aaaa", "MIG-cccc-0000"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
+        assert host_devices() == ["MIG-cccc-0000"]
 
 
 def test_why_there_are_too_few_devices_is_in_the_message(tmp_path, locks, monkeypatch):

@@ -176,9 +176,12 @@ def test_a_failing_listener_ends_the_process(launcher, graph, home):
 
 def test_stop_all_and_timeout(graph, home):
     with Launcher(home, ResourcesConfig(timeout_minutes=0.05)) as slow, Store(home).lock("slow"):
-        with pytest.raises(NodeFailedError, match=r"took longer than resources\.timeout_minutes") as caught:
+        with pytest.raises(
+            NodeFailedError, match=r"reported nothing for longer than resources\.timeout_minutes"
+        ) as caught:
             slow.run(graph, [unmade(graph.node("base@0"), "slow")], silent)
-        assert caught.value.retryable is False
+        # It may hang in a collective, and its saved steps are kept.
+        assert caught.value.retryable is True
         assert caught.value.exit_code == -signal.SIGTERM
 
     with Launcher(home, ResourcesConfig()) as launcher, Store(home).lock("stop 1"), Store(home).lock("stop 2"):

@@ -118,7 +118,7 @@ def test_a_stage_that_misses_its_device_names_driver_build_and_variable(
 
 
 @pytest.mark.usefixtures("leased")
-@pytest.mark.parametrize(("gpus", "visible"), [(1, "0"), (2, "0,1")])
+@pytest.mark.parametrize(("gpus", "visible"), [(1, "GPU-aaaa-0000"), (2, "GPU-aaaa-0000,GPU-bbbb-1111")])
 def test_a_launched_stage_does_not_go_on_on_the_cpu(tmp_path: Path, graph: StageGraph, gpus: int, visible: str) -> None:
     home = tmp_path / "home"
     node = unmade(graph.node("base@0"), f"on {gpus}")

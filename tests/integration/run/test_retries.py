@@ -9,7 +9,7 @@ import pytest
 
 from flows.engines import launch
 from flows.engines.launch import Launcher, NodeFailedError
-from flows.engines.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, USER_ERROR
+from flows.engines.worker import DISK_FAULT, FAILED, INFRASTRUCTURE_FAULT, OUT_OF_MEMORY, USER_ERROR
 from flows.plan.graph import build_graph
 from flows.plan.nodes import Node
 from flows.run import tasks
@@ -44,7 +44,8 @@ def making(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Making]:
 
 
 @pytest.mark.parametrize(
-    ("code", "attempts"), [(INFRASTRUCTURE_FAULT, 1 + RETRIES), (USER_ERROR, 1), (FAILED, 1), (DISK_FAULT, 1)]
+    ("code", "attempts"),
+    [(INFRASTRUCTURE_FAULT, 1 + RETRIES), (USER_ERROR, 1), (FAILED, 1), (DISK_FAULT, 1), (OUT_OF_MEMORY, 2)],
 )
 def test_only_a_fault_of_the_infrastructure_is_tried_again(making, tmp_path, monkeypatch, code, attempts):
     count = tmp_path / "attempts"

@@ -80,6 +80,7 @@ def test_a_change_reaches_exactly_what_lies_downstream(tmp_path: Path, override:
     [
         "experts.sort.train.rl.save_every=3",
         "merge.max_resident=2",
+        "merge.micro_batch_tokens=100",
         "merge.objective={type: reverse_kl, chunk_tokens: 7}",
         "resources.parallel_experts=4",
         "resources.threads=2",

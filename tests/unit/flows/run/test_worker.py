@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from base.errors import UserError
 from base.store.checkpoint import CorruptedArtifactError, Store
@@ -83,7 +84,17 @@ def chained(error: Exception, cause: Exception) -> Exception:
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), 75),
         (chained(UserError("the teacher's server is not there"), ConnectionRefusedError("server")), 2),
         (FileNotFoundError(errno.ENOENT, "no such file"), 1),
-        (RuntimeError("CUDA out of memory"), 1),
+        (RuntimeError("CUDA out of memory"), 71),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 71),
+        (torch.AcceleratorError("CUDA error: out of memory"), 71),
+        (chained(ValueError("the update failed"), torch.OutOfMemoryError("CUDA out of memory.")), 71),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), 71),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), 75),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), 75),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 75),
+        (RuntimeError("No CUDA GPUs are available"), 75),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), 1),
+        (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), 1),
         (ValueError("shape"), 1),
     ],
 )

@@ -8,7 +8,14 @@ from flows.plan.graph import build_graph
 from flows.run_file.load import load_run_file
 
 RUNS = Path(__file__).parents[4] / "flows" / "runs"
-FILES = sorted(RUNS.rglob("*.yaml"))
+# Those of a base on the Hub are planned by tests/unit/flows/plan/test_real_models.py, with a pretended Hub cache.
+HUB = {"qwen3_8b.yaml", "qwen3_8b_lora.yaml"}
+FILES = sorted(file for file in RUNS.rglob("*.yaml") if file.name not in HUB)
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_a_run_file_of_a_base_on_the_hub_loads(name: str) -> None:
+    assert load_run_file(RUNS / name).base.checkpoint == "Qwen/Qwen3-8B"
 
 
 def test_there_are_run_files() -> None:

@@ -1,0 +1,245 @@
+"""The terms of a stage's memory on one device, in bytes: one function each, for the code as it is. Free of torch.
+
+Parameters, gradients and AdamW's moments are float32. Activations are the tensors that autograd keeps of a decoder
+with RMS norms and a gated feed-forward layer, with attention that keeps its inputs and outputs but no square of scores
+(FlashAttention, Dao et al. 2022, arXiv:2205.14135); `tests/numerics/test_memory_terms.py` compares the terms with what
+is allocated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from flows.engines.shapes import Shape
+
+FLOAT, NARROW = 4, 2
+# Logits of one chunk of tokens (`stages.losses.chunked`), and how many tensors of that size live at one time: logits,
+# their log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
+CHUNK_BYTES = 64 * 2**20
+LOGIT_COPIES, TAUGHT_COPIES = 5, 8
+# Completions sampled together by the sampler in the trainer's process (`stages.sampling.samples`), and prompt tokens of
+# one of its prefills (`stages.sampling.cache`).
+MOST_ROWS, PREFILL_TOKENS = 512, 16384
+# Tokens of one forward pass of `shift`.
+SHIFT_TOKENS = 16384
+# Logits of the rows that draw a token: logits, probabilities, log-probabilities.
+DRAWN_COPIES = 3
+# Assumed tokens of an SFT row and of a prompt, which no setting limits.
+ROW_TOKENS, PROMPT_TOKENS = 1024, 512
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the terms of a training stage depend on.
+
+    Attributes:
+        shape: The model.
+        config: The stage's settings.
+        processes: Processes that train together.
+        teachers: Full checkpoints that are in memory beside the student's, and output heads beside those.
+        monitored: Completions of the monitor.
+    """
+
+    shape: Shape
+    config: Mapping[str, Any]
+    processes: int = 1
+    teachers: tuple[int, int] = (0, 0)
+    monitored: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Devices over which weights and optimizer state are split."""
+        return self.processes if self.sharded else 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 splits the weights."""
+        return self.config.get("sharding") == "fsdp" and self.processes > 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether autocast computes in bfloat16."""
+        return self.config.get("dtype") == "bfloat16"
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether layers keep their input alone."""
+        return bool(self.config.get("gradient_checkpointing"))
+
+    @property
+    def adapter(self) -> int:
+        """Parameters of adapters on all linear layers; 0 without."""
+        lora, shape = self.config.get("lora"), self.shape
+        if not lora:
+            return 0
+        attention = 2 * (shape.hidden + shape.queries) + 2 * (shape.hidden + shape.keys)
+        return int(shape.layers * int(lora["rank"]) * (attention + 3 * (shape.hidden + shape.inner)))
+
+    @property
+    def trained(self) -> int:
+        """Parameters with gradients."""
+        return self.adapter or self.shape.parameters
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return min(int(self.config.get("micro_batch_tokens", 0)), ceil(step_tokens(self.config) / self.processes))
+
+    @property
+    def rows(self) -> int:
+        """Completions that one process samples together."""
+        group = int(self.config["group_size"])
+        prompts = ceil(int(self.config["prompts_per_step"]) / self.processes)
+        drawn = min(prompts, max(1, MOST_ROWS // group)) * group
+        return max(drawn, min(self.monitored, MOST_ROWS))
+
+
+def step_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens of one step, from the settings. Lengths of prompts and rows are not among them and are assumed."""
+    if "batch_tokens" in config:
+        return int(config["batch_tokens"])
+    if "batch_size" in config:
+        return int(config["batch_size"]) * ROW_TOKENS
+    rows = int(config.get("prompts_per_step", 0)) * int(config.get("group_size", 1))
+    return rows * row_tokens(config)
+
+
+def row_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens of a prompt with its longest completion."""
+    return int(config.get("max_prompt_tokens") or PROMPT_TOKENS) + int(config.get("max_new_tokens", 0))
+
+
+def weights(stage: Trained) -> int:
+    """Parameters, a frozen base included; FSDP splits them."""
+    return (stage.shape.parameters + stage.adapter) * FLOAT // stage.shards
+
+
+def moments(stage: Trained) -> int:
+    """AdamW's two moments of what is trained; FSDP splits them."""
+    return 2 * stage.trained * FLOAT // stage.shards
+
+
+def gradients(stage: Trained) -> int:
+    """Gradients; FSDP reduces and scatters them with every micro-batch."""
+    return stage.trained * FLOAT // stage.shards
+
+
+def buckets(stage: Trained) -> int:
+    """The gradients' copies that DDP exchanges."""
+    return stage.trained * FLOAT if stage.processes > 1 and not stage.sharded else 0
+
+
+def gathered_for_update(stage: Trained) -> int:
+    """FSDP's root group, embedding and output head, which stays whole from its forward to the end of the backward
+    pass; and one layer with the next."""
+    if not stage.sharded:
+        return 0
+    heads = stage.shape.embedding * (1 if stage.shape.tied else 2)
+    return (heads + 2 * stage.shape.linear // max(1, stage.shape.layers)) * (NARROW if stage.narrow else FLOAT)
+
+
+def gathered_for_rollout(stage: Trained) -> int:
+    """FSDP's whole weights in the stage's number type: in the preflight, and where this process draws the rollouts."""
+    return stage.shape.parameters * (NARROW if stage.narrow else FLOAT) if stage.sharded else 0
+
+
+def head_gradient(stage: Trained) -> int:
+    """The output head's gradient of one micro-batch, beside the accumulated one."""
+    return 0 if stage.adapter else stage.shape.embedding * FLOAT
+
+
+def logits(stage: Trained, taught: bool = False) -> int:
+    """Logits of one chunk of tokens, their log-probabilities and gradients; with a teacher's beside them."""
+    chunk = (stage.config.get("objective") or {}).get("chunk_tokens")
+    size = int(chunk) * stage.shape.vocabulary * FLOAT if chunk else CHUNK_BYTES
+    tokens = min(size, stage.tokens * stage.shape.vocabulary * FLOAT)
+    return (TAUGHT_COPIES if taught else LOGIT_COPIES) * tokens
+
+
+def activations(stage: Trained) -> int:
+    """What one micro-batch's backward pass needs: all layers' tensors, or their inputs and one layer's tensors."""
+    shape = stage.shape
+    layer = layer_bytes(shape, stage.narrow) + _adapter_bytes(stage)
+    # The last norm's tensors, and the hidden states with their gradient.
+    ends = 5 * shape.hidden * FLOAT
+    if stage.recomputed:
+        return stage.tokens * (shape.layers * shape.hidden * FLOAT + layer + ends)
+    return stage.tokens * (shape.layers * layer + ends)
+
+
+def layer_bytes(shape: Shape, narrow: bool) -> int:
+    """Bytes a token that autograd keeps of one decoder layer.
+
+    In float32: of each of two norms its input, the normed input and its output; queries, keys and values as attention
+    reads them, repeated for all query heads, and its output; gate, its activation, up and their product. In bfloat16
+    the norms keep their first two in float32, each linear layer casts its own input (five casts of the width), and the
+    rest has 2 bytes.
+    """
+    attention, inner = 4 * shape.queries, 4 * shape.inner
+    if narrow:
+        normed = 6 * (shape.queries + shape.keys) if shape.normed_heads else 0
+        return 26 * shape.hidden + NARROW * (attention + inner) + normed
+    normed = 2 * (shape.queries + shape.keys) if shape.normed_heads else 0
+    return FLOAT * (6 * shape.hidden + attention + inner + normed)
+
+
+def _adapter_bytes(stage: Trained) -> int:
+    """Bytes a token and layer that seven adapters add, their inner states; less the normed inputs, which only the
+    gradients of the norms' weights need."""
+    if not stage.adapter:
+        return 0
+    rank = int(stage.config["lora"]["rank"])
+    return 7 * rank * FLOAT - 2 * stage.shape.hidden * FLOAT
+
+
+def narrow_copies(stage: Trained) -> int:
+    """Weights that autocast casts to bfloat16 and the backward pass needs; with recomputation one layer's, and of
+    trained weights all of them during the forward pass, when neither logits nor the head's gradient exist yet. FSDP
+    gathers them in bfloat16 already."""
+    if not stage.narrow or stage.sharded:
+        return 0
+    copies = NARROW * stage.shape.linear
+    if not stage.recomputed:
+        return copies
+    if stage.adapter:
+        return copies // max(1, stage.shape.layers)
+    return max(0, copies - head_gradient(stage) - logits(stage))
+
+
+def teachers(stage: Trained) -> int:
+    """Full teachers in this process, in the stage's number type but for their output heads, and further heads."""
+    whole, heads = stage.teachers
+    body = (stage.shape.parameters - stage.shape.embedding) * (NARROW if stage.narrow else FLOAT)
+    return whole * (body + stage.shape.embedding * FLOAT) + heads * stage.shape.embedding * FLOAT
+
+
+def teacher_states(stage: Trained) -> int:
+    """The teachers' hidden states of one rollout, until its updates."""
+    if not any(stage.teachers) or stage.config.get("teacher_cache", "device") != "device":
+        return 0
+    rows = ceil(int(stage.config["prompts_per_step"]) / stage.processes) * int(stage.config["group_size"])
+    return rows * int(stage.config["max_new_tokens"]) * stage.shape.hidden * (NARROW if stage.narrow else FLOAT)
+
+
+def cache(shape: Shape, rows: int, tokens: int) -> int:
+    """Keys and values of the sampler in this process: key-value heads x head size, two a layer, in float32, with room
+    for the whole row."""
+    return rows * tokens * shape.layers * 2 * shape.keys * FLOAT
+
+
+def decoding(shape: Shape, rows: int, tokens: int) -> int:
+    """What one token's step adds: a layer's keys and values repeated for the query heads, and the rows' logits."""
+    repeated = rows * tokens * 2 * shape.queries * FLOAT if shape.queries > shape.keys else 0
+    return max(repeated, rows * shape.vocabulary * FLOAT * DRAWN_COPIES)
+
+
+def prefill(shape: Shape, prompts: int, tokens: int) -> int:
+    """What a prefill of distinct prompts adds: its own keys and values, and one layer's tensors."""
+    run = min(PREFILL_TOKENS, prompts * tokens)
+    return cache(shape, 1, run) + forward(shape, run)
+
+
+def forward(shape: Shape, tokens: int) -> int:
+    """One layer's tensors in a forward pass without gradients."""
+    return tokens * FLOAT * (4 * shape.hidden + max(3 * shape.inner, 4 * shape.queries))
