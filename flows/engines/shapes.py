@@ -1,5 +1,6 @@
 """Sizes of a run's models, read from the store, a folder, the Hub's cache or settings. Free of torch."""
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def shape_of(node: Node, store: Store) -> Shape:
     place = Path(str(node.config.get("location", "")))
     kind = node.config.get("kind")
     if kind == "gguf":
-        return _gguf_shape(place)
+        return _gguf_shape(place, place.stat().st_mtime_ns if place.exists() else 0)
     if kind == "directory":
         return shape_of_config(_read(place / CONFIG), _parameters(place))
     return shape_of_config(_of_hub(str(place), node.config.get("revision")), 0) if kind == "hub" else Shape()
@@ -143,7 +144,10 @@ def _counted(
     return vocabulary * hidden * (1 if tied else 2) + layers * layer + hidden
 
 
-def _gguf_shape(file: Path) -> Shape:
+@functools.cache
+def _gguf_shape(file: Path, changed: int) -> Shape:
+    """The shape of a GGUF file's model; every node of a run asks for it, and to read a vocabulary takes seconds."""
+    del changed
     from gguf import GGUFReader
 
     try:

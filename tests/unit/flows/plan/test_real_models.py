@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -19,6 +20,13 @@ from tests.vcuda.sizes import qwen3_8b
 RUNS = Path(__file__).parents[4] / "flows" / "runs"
 COMMIT = "b968826d9c46dd6066d109eabc6255188de91218"
 Check = Callable[..., str]
+
+
+def few_examples(name: str) -> list[str]:
+    """Overrides with which the check draws few examples; the number changes neither shapes nor memory."""
+    raw = yaml.safe_load((RUNS / name).read_text())
+    experts = [f"experts.{e}.train.{method}" for e, given in raw["experts"].items() for method in given["train"]]
+    return [*(f"{stage}.examples=200" for stage in ["cold_start.sft", "merge", *experts]), "evaluate.examples=50"]
 
 
 @pytest.fixture
@@ -47,7 +55,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
         monkeypatch.setenv(
             "PATH", stand_in_driver(tmp_path / f"driver-{mebibytes}", count=devices, mebibytes=mebibytes)
         )
-        asked = ["plan", str(RUNS / name), "--check", "--home", str(tmp_path / "home"), *arguments]
+        asked = ["plan", str(RUNS / name), *few_examples(name), "--check", "--home", str(tmp_path / "home"), *arguments]
         done = CliRunner().invoke(app, asked)
         return f"{done.output}\nexit code {done.exit_code}"
 
@@ -72,14 +80,14 @@ def test_on_a_smaller_card_it_is_refused_with_a_way_around(check: Check) -> None
 
 
 def test_fewer_devices_than_asked_for_are_named(check: Check) -> None:
-    assert "the stage and its vLLM servers take 8 devices or more, this machine shows 6" in check("qwen3_8b.yaml", 6)
+    assert "the stage and its vLLM servers need at least 8 devices, but this machine has 6" in check("qwen3_8b.yaml", 6)
 
 
 def test_the_labs_rates_on_a_real_model_are_a_warning(check: Check) -> None:
     output = check("qwen3_8b_lora.yaml", 1, "merge.optimizer={}", "experts.letters.train.rl.optimizer={}")
     assert output.endswith("exit code 0"), output
-    for key, rate in (("merge", "0.001"), ("experts.letters.train.rl", "0.0005")):
-        assert f"warning: {key}.optimizer.learning_rate: {rate} is the lab's" in output
+    for key in ("merge", "experts.letters.train.rl"):
+        assert f"warning: {key}.optimizer.learning_rate: 0.001 is the lab's" in output
     assert "this one has 8,191 million" in output
     assert "experts.arithmetic.train.rl.optimizer.learning_rate" not in output
 
