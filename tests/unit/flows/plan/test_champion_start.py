@@ -44,7 +44,7 @@ def first(file: Path, home: Path) -> str:
 
 
 def test_a_run_without_a_champion_says_how_to_get_one(file: Path, home: Path) -> None:
-    with pytest.raises(UserError, match=r"merge\.start_from: run 'tiny' has no champion in .* yet; run it once"):
+    with pytest.raises(UserError, match=r"merge\.start_from: run 'tiny' has no champion in .* yet; first run it"):
         graph_of(file, home, FROM_CHAMPION)
     with pytest.raises(UserError, match=r"merge\.teachers\.sort: run 'tiny' has no champion"):
         graph_of(file, home, "merge.teachers={sort: champion, reverse: reverse}")
