@@ -18,8 +18,14 @@ from stages.model.attention import NAME, block_causal_bias, has_varlen, rows_of
 from stages.model.precision import computes_in_bfloat16
 
 SLIDING = "sliding_attention"
-# These cap the logits by a hyperbolic tangent, so that they are not the output of a linear head.
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logits_soft_cap")
+# Caps by a hyperbolic tangent. Those of logits make them no output of a linear head; that of attention scores is ignored
+# by transformers' SDPA without an error.
+_OF_LOGITS = "caps its logits ({}), and losses need the output of a linear head"
+_CAPS = {
+    **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logits_soft_cap"), _OF_LOGITS),
+    "attn_logit_softcapping": "caps its attention scores ({}), which the fused attention of training and sampling "
+    "leaves out",
+}
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
@@ -27,7 +33,7 @@ def unsupported(config: PreTrainedConfig) -> str | None:
 
     Rows share lines and a cache, so each layer must be attention with a mask that separates them.
     """
-    text = config.get_text_config()
+    text = config.get_reasonconfig()
     if getattr(text, "is_encoder_decoder", False):
         return "is an encoder and a decoder, and stages train only decoders"
     if text.model_type == "bloom" or getattr(text, "alibi", False):
@@ -41,15 +47,12 @@ def unsupported(config: PreTrainedConfig) -> str | None:
             )
     if "chunked_attention" in _layer_types(text):
         return "attends in chunks, which packed rows do not preserve; full and sliding-window attention are supported"
-    for name in _CAPS:
-        if getattr(text, name, None) is not None:
-            return f"caps its logits ({name}), and losses need the output of a linear head"
-    return None
+    return next((reason.format(name) for name, reason in _CAPS.items() if getattr(text, name, None) is not None), None)
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
     """The factor of the head's logits: Cohere's `logit_scale`, Granite's `logits_scaling` inverted."""
-    text = config.get_text_config()
+    text = config.get_reasonconfig()
     scale = getattr(text, "logit_scale", None)
     if scale is not None:
         return float(scale)
@@ -59,7 +62,7 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 def context(config: PreTrainedConfig) -> int | None:
     """The most tokens of a row; None if the config sets no limit."""
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit: int | None = getattr(config.get_reasonconfig(), "max_position_embeddings", None)
     return limit
 
 
@@ -73,8 +76,8 @@ class Masks:
     Attributes:
         window: Tokens in the window of layers that have one, including the token itself; None if no layer has one.
         kinds: Kinds of layers, if the config names them.
-        by_bounds: Whether the layers attend by `stages.model.attention.attend` without a cap on the scores, and so take
-            bounds of rows in place of a mask.
+        by_bounds: Whether the layers attend by `stages.model.attention.attend`, and so take bounds of rows instead of a
+            mask.
     """
 
     window: int | None
@@ -84,10 +87,10 @@ class Masks:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Masks":
         """The masks for a decoder's config."""
-        text = config.get_text_config()
+        text = config.get_reasonconfig()
         layers = DynamicCache(config=text).layers
         windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
-        by_bounds = text._attn_implementation == NAME and getattr(text, "attn_logit_softcapping", None) is None
+        by_bounds = text._attn_implementation == NAME
         return cls(int(windows.pop()) if windows else None, tuple(dict.fromkeys(_layer_types(text))), by_bounds)
 
     def of_rows(self, bounds_S: Tensor, lines: int, width: int) -> tuple[Any, Tensor]:

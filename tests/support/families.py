@@ -38,7 +38,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
     "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
-    "gemma2": ("Gemma2Config", GEMMA | {"final_logit_softcapping": None}),
+    "gemma2": ("Gemma2Config", GEMMA | {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
     "gemma3": ("Gemma3TextConfig", GEMMA),
     "gemma3-nested": ("Gemma3Config", GEMMA),
     "phi3": ("Phi3Config", {"sliding_window": WINDOW}),
@@ -55,6 +55,11 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2-capped": ("Gemma2Config", GEMMA, "caps its logits (final_logit_softcapping)"),
+    "gemma2-capped-scores": (
+        "Gemma2Config",
+        GEMMA | {"final_logit_softcapping": None},
+        "caps its attention scores (attn_logit_softcapping)",
+    ),
     "mamba2": ("Mamba2Config", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, "recurrent state"),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "recurrent state"),
     "falcon-h1": ("FalconH1Config", {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64}, "recurrent state"),

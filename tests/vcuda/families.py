@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"sliding_window": 64}),
     "phi3": (Phi3Config, {}),
-    "gemma2": (Gemma2Config, {**GEMMA, "final_logit_softcapping": None}),
+    "gemma2": (Gemma2Config, {**GEMMA, "final_logit_softcapping": None, "attn_logit_softcapping": None}),
     "gemma3": (Gemma3TextConfig, GEMMA),
 }
 
