@@ -18,8 +18,8 @@ from stages.model.attention import NAME, block_causal_bias, has_varlen, rows_of
 from stages.model.precision import computes_in_bfloat16
 
 SLIDING = "sliding_attention"
-# Caps by a hyperbolic tangent. Those of logits make them no output of a linear head; that of attention scores is ignored
-# by transformers' SDPA without an error.
+# Caps by a hyperbolic tangent. With a cap, logits are not the output of a linear head; transformers' SDPA ignores that of
+# attention scores without an error.
 _OF_LOGITS = "caps its logits ({}), and losses need the output of a linear head"
 _CAPS = {
     **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logits_soft_cap"), _OF_LOGITS),
@@ -33,7 +33,7 @@ def unsupported(config: PreTrainedConfig) -> str | None:
 
     Rows share lines and a cache, so each layer must be attention with a mask that separates them.
     """
-    text = config.get_reasonconfig()
+    text = config.get_text_config()
     if getattr(text, "is_encoder_decoder", False):
         return "is an encoder and a decoder, and stages train only decoders"
     if text.model_type == "bloom" or getattr(text, "alibi", False):
@@ -52,7 +52,7 @@ def unsupported(config: PreTrainedConfig) -> str | None:
 
 def logit_scale(config: PreTrainedConfig) -> float:
     """The factor of the head's logits: Cohere's `logit_scale`, Granite's `logits_scaling` inverted."""
-    text = config.get_reasonconfig()
+    text = config.get_text_config()
     scale = getattr(text, "logit_scale", None)
     if scale is not None:
         return float(scale)
@@ -62,7 +62,7 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 def context(config: PreTrainedConfig) -> int | None:
     """The most tokens of a row; None if the config sets no limit."""
-    limit: int | None = getattr(config.get_reasonconfig(), "max_position_embeddings", None)
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit
 
 
@@ -87,7 +87,7 @@ class Masks:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Masks":
         """The masks for a decoder's config."""
-        text = config.get_reasonconfig()
+        text = config.get_text_config()
         layers = DynamicCache(config=text).layers
         windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
         by_bounds = text._attn_implementation == NAME
