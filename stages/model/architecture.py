@@ -18,7 +18,7 @@ from stages.model.attention import NAME, block_causal_bias, has_varlen, rows_of
 from stages.model.precision import computes_in_bfloat16
 
 SLIDING = "sliding_attention"
-# Caps by a hyperbolic tangent. With a cap, logits are not the output of a linear head; transformers' SDPA ignores that of
+# Caps by a hyperbolic tangent. Capped logits are not the output of a linear head; transformers' SDPA ignores the cap of
 # attention scores without an error.
 _OF_LOGITS = "caps its logits ({}), and losses need the output of a linear head"
 _CAPS = {
