@@ -14,7 +14,7 @@ from base.hashing import stable_hash
 from base.store.checkpoint import Artifact, Store
 from flows.engines import memory_terms as terms
 from flows.engines.device_memory import Memory, available
-from flows.engines.memory_terms import Trained, row_tokens
+from flows.engines.memory_terms import CHUNK_BYTES, CHUNK_SHARE, MOST_CHUNK_BYTES, Trained, row_tokens
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
 from stages.config.kinds import STAGES
@@ -135,7 +135,17 @@ def trained(graph: StageGraph, node: Node, shape: Shape) -> Trained:
         max(1, graph.config.resources.gpus),
         _teachers_here(graph, node),
         int(monitor["examples"]) * len(node.domains) if monitor else 0,
+        _chunk_bytes(graph),
+        graph.config.resources.gpus > 0,
     )
+
+
+def _chunk_bytes(graph: StageGraph) -> int:
+    """Float32 logits of one chunk, as `stages.losses.chunked.chunk_bytes` sizes it for a device that is free."""
+    if not graph.config.resources.gpus:
+        return CHUNK_BYTES
+    most = min(MOST_CHUNK_BYTES, int(CHUNK_SHARE * available(graph.config.resources.gpus).total))
+    return max(CHUNK_BYTES, 2 ** (most.bit_length() - 1) if most else 0)
 
 
 def _process(graph: StageGraph) -> dict[str, int]:
@@ -153,6 +163,7 @@ def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict
         "teachers": terms.teachers(stage) if taught else 0,
         "gradients": terms.gradients(stage) + terms.buckets(stage),
         "head's gradient": terms.head_gradient(stage),
+        "head in bfloat16": terms.head_factor(stage),
         "gathered weights": terms.gathered_for_update(stage),
         "bfloat16 copies": terms.narrow_copies(stage),
         "activations": terms.activations(stage),

@@ -17,6 +17,8 @@ FLOAT, NARROW = 4, 2
 # Logits of one chunk of tokens (`stages.losses.chunked`), and how many tensors of that size live at one time: logits,
 # their log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
 CHUNK_BYTES = 64 * 2**20
+# On a GPU a chunk is larger: at most this many bytes, and at most this share of what is free.
+MOST_CHUNK_BYTES, CHUNK_SHARE = 2**30, 1 / 16
 LOGIT_COPIES, TAUGHT_COPIES = 5, 8
 # Completions sampled together by the sampler in the trainer's process (`stages.sampling.samples`), and prompt tokens of
 # one of its prefills (`stages.sampling.cache`).
@@ -39,6 +41,8 @@ class Trained:
         processes: Processes that train together.
         teachers: Full checkpoints that are in memory beside the student's, and output heads beside those.
         monitored: Completions of the monitor.
+        chunk_bytes: Float32 logits of one chunk of tokens.
+        on_device: Whether it runs on a GPU.
     """
 
     shape: Shape
@@ -46,6 +50,8 @@ class Trained:
     processes: int = 1
     teachers: tuple[int, int] = (0, 0)
     monitored: int = 0
+    chunk_bytes: int = CHUNK_BYTES
+    on_device: bool = False
 
     @property
     def shards(self) -> int:
@@ -111,8 +117,11 @@ def row_tokens(config: Mapping[str, Any]) -> int:
 
 
 def weights(stage: Trained) -> int:
-    """Parameters, a frozen base included; FSDP splits them."""
-    return (stage.shape.parameters + stage.adapter) * FLOAT // stage.shards
+    """Parameters, a frozen base included; FSDP splits them. Frozen linear layers and an untied head are kept in the
+    stage's number type."""
+    shape = stage.shape
+    frozen = shape.linear + (0 if shape.tied else shape.embedding) if stage.adapter and stage.narrow else 0
+    return ((shape.parameters + stage.adapter) * FLOAT - frozen * (FLOAT - NARROW)) // stage.shards
 
 
 def moments(stage: Trained) -> int:
@@ -149,10 +158,19 @@ def head_gradient(stage: Trained) -> int:
     return 0 if stage.adapter else stage.shape.embedding * FLOAT
 
 
+def head_factor(stage: Trained) -> int:
+    """The output head rounded to bfloat16 for its products, which a CPU computes with a float32 copy; none on a GPU for
+    a frozen head that is kept in bfloat16."""
+    if not stage.narrow:
+        return 0
+    kept = stage.on_device and stage.adapter and not stage.shape.tied
+    return 0 if kept else stage.shape.embedding * (NARROW if stage.on_device else FLOAT)
+
+
 def logits(stage: Trained, taught: bool = False) -> int:
     """Logits of one chunk of tokens, their log-probabilities and gradients; with a teacher's beside them."""
     chunk = (stage.config.get("objective") or {}).get("chunk_tokens")
-    size = int(chunk) * stage.shape.vocabulary * FLOAT if chunk else CHUNK_BYTES
+    size = int(chunk) * stage.shape.vocabulary * FLOAT if chunk else stage.chunk_bytes
     tokens = min(size, stage.tokens * stage.shape.vocabulary * FLOAT)
     return (TAUGHT_COPIES if taught else LOGIT_COPIES) * tokens
 
@@ -194,16 +212,14 @@ def _adapter_bytes(stage: Trained) -> int:
 
 
 def narrow_copies(stage: Trained) -> int:
-    """Weights that autocast casts to bfloat16 and the backward pass needs; with recomputation one layer's, and of
-    trained weights all of them during the forward pass, when neither logits nor the head's gradient exist yet. FSDP
-    gathers them in bfloat16 already."""
-    if not stage.narrow or stage.sharded:
+    """Weights that autocast casts to bfloat16 and the backward pass needs; with recomputation all of them during the
+    forward pass, when neither logits nor the head's gradient exist yet. FSDP gathers them in bfloat16 already, and
+    frozen weights are kept in it."""
+    if not stage.narrow or stage.sharded or stage.adapter:
         return 0
     copies = NARROW * stage.shape.linear
     if not stage.recomputed:
         return copies
-    if stage.adapter:
-        return copies // max(1, stage.shape.layers)
     return max(0, copies - head_gradient(stage) - logits(stage))
 
 

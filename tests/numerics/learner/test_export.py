@@ -53,7 +53,7 @@ def test_the_card_has_the_lineage_and_loads_as_a_card(store, adapter, tmp_path: 
 def test_a_type_is_a_choice(store, adapter, tmp_path: Path) -> None:
     export(store, "adapter", tmp_path / "small", dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto").dtype == torch.bfloat16
-    with pytest.raises(UserError, match=r"--dtype: 'bfloat' is not one of .*did you mean 'bfloat16'"):
+    with pytest.raises(UserError, match=r"--dtype: 'bfloat' is none of .*did you mean 'bfloat16'"):
         export(store, "adapter", tmp_path / "other", dtype="bfloat")
     assert sorted(path.name for path in tmp_path.iterdir() if "other" in path.name) == []
 

@@ -38,7 +38,9 @@ def test_a_file_is_split_by_prompt_and_drawn_repeatably(tmp_path):
     assert train == domain.draw(TRAIN, 70, seed=0)
     assert train != domain.draw(TRAIN, 70, seed=1)
     assert {example.source for example in train}.isdisjoint(example.source for example in held_out)
-    with pytest.raises(UserError, match=r"domains\.web: 1000 examples .* 'train', .* has (\d+) with distinct") as error:
+    with pytest.raises(
+        UserError, match=r"domains\.web: 1000 examples of split 'train' .* has (\d+) with distinct"
+    ) as error:
         domain.draw(TRAIN, 1000, seed=0)
     available = int(str(error.value).split(" has ")[1].split()[0])
     assert len({example.prompt for example in domain.draw(TRAIN, available, seed=0)}) == available < 100

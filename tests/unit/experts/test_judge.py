@@ -255,7 +255,7 @@ def test_mistakes_name_the_option(judge, make):
         make(url="localhost:8000")
     with pytest.raises(UserError, match=r"options\.model: .* serves no 'tinny' — did you mean 'tiny'"):
         make(model="tinny").preflight()
-    with pytest.raises(UserError, match=r"options\.answer_field: there are no answers"):
+    with pytest.raises(UserError, match=r"options\.answer_field: without this key no answers can be imitated"):
         make().demonstration(example(), None)
     judge.models = ["tiny", "big"]
     with pytest.raises(UserError, match=r"options\.model: name one; .* serves tiny, big"):

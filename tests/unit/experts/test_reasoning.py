@@ -44,7 +44,7 @@ def test_texts_of_a_short_list_are_split_by_the_answer(task):
 def test_too_few_answers_to_split_are_named():
     few = {"sentence_reordering": {"min_words_in_sentence": 20, "max_words_in_sentence": 20}}
     with pytest.raises(
-        UserError, match=r"split 'held_out', but of \d+ of task 'sentence_reordering' .* only 0 are in it"
+        UserError, match=r"split 'held_out' are needed, but of \d+ of task 'sentence_reordering' .* only 0 are in it"
     ):
         reasoning(few).draw(HELD_OUT, 10, seed=0)
 
@@ -119,7 +119,7 @@ def test_seed_and_size_belong_to_the_draw():
 
 
 def test_tasks_that_differ_between_processes_are_refused():
-    with pytest.raises(UserError, match=r"domains\.logic\.options\.tasks: .*'word_ladder' makes other examples"):
+    with pytest.raises(UserError, match=r"domains\.logic\.options\.tasks: .*'word_ladder' draws different examples"):
         reasoning({"word_ladder": {}})
 
 

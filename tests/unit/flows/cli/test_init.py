@@ -116,7 +116,7 @@ def test_it_asks_for_what_is_missing(data, monkeypatch):
         (["--base=none.gguf", "--domain=c=strings:sort"], "--base: no such file 'none.gguf'"),
         (["--domain=a/b=strings:sort"], "domains.'a/b': a name is made of letters"),
         (["--domain=c=long.jsonl"], "the largest tiny model reads 1024"),
-        ([], "name --base and at least one --domain"),
+        ([], "--base and at least one --domain are required"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_written(data, arguments, message):

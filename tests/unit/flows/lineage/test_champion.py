@@ -128,7 +128,7 @@ def test_by_default_the_runs_candidate_is_promoted(graph, store):
     ],
 )
 def test_only_a_merge_of_the_run_can_be_promoted(graph, store, name, said):
-    with pytest.raises(UserError, match="no merge of this run") as caught:
+    with pytest.raises(UserError, match="is not a merge of this run") as caught:
         promote(graph, store, name, "why not")
     assert said in str(caught.value) and read_history(store, "tiny") == []
 

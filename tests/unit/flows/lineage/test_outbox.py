@@ -174,7 +174,7 @@ def test_a_full_disk_keeps_what_is_unsent_in_memory(tmp_path, monkeypatch, caplo
         patch.setattr(Path, "open", full)
         submit(box, 1, 2, 3)
     assert box.unsent == 3
-    assert sum("cannot be kept" in record.message for record in caplog.records) == 1
+    assert sum("cannot be saved" in record.message for record in caplog.records) == 1
     server.away = False
     assert box.close() == 0
     assert server.taken == [1, 2, 3]
