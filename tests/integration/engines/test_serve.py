@@ -136,7 +136,7 @@ def test_nothing_is_left_when_it_is_ended(run_file, number, tmp_path):
         )
     eventually(lambda: "Ctrl-C ends them." in output.read_text() or process.poll() is not None)
     assert process.poll() is None, output.read_text()
-    printed = yaml.safe_load(output.read_text().split("are used by\n")[1].split("Ctrl-C")[0])
+    printed = yaml.safe_load(output.read_text().split(".yaml:\n")[1].split("Ctrl-C")[0])
     assert printed["merge"] == {"sampler": {"backend": "vllm_server"}}
     assert len(set(printed["resources"]["rollout_servers"]["urls"])) == 2
     members = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]

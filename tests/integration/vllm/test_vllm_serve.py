@@ -126,7 +126,7 @@ def test_teachers_are_served_restarted_and_gone_after_ctrl_c(serving):
     serving.answered(1)
     eventually(lambda: serving.said("Ctrl-C ends them."), 10)
     lines = serving.output.read_text()
-    printed = yaml.safe_load(lines.split("are used by\n")[1].split("Ctrl-C")[0])
+    printed = yaml.safe_load(lines.split(".yaml:\n")[1].split("Ctrl-C")[0])
     (url,) = printed["resources"]["teacher_servers"]["urls"]
     assert printed["merge"] == {"teacher_backend": "vllm_server"}
     check_teachers(url, serving.teachers, serving.home)
