@@ -119,7 +119,13 @@ def answers(script: str, folder: Path, processes: int, *arguments: str) -> list[
     command = [sys.executable, *launch, str(file), *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # Two processes that print at once may end on one line.
+    found, rest = [], done.stdout[done.stdout.index("{") :]
+    while rest.startswith("{"):
+        value, end = json.JSONDecoder().raw_decode(rest)
+        found.append(value)
+        rest = rest[end:].lstrip()
+    return found
 
 
 @pytest.fixture(scope="module")
