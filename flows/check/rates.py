@@ -23,8 +23,10 @@ def rate_warnings(graph: StageGraph, store: Store, missing: Sequence[Node]) -> I
         # An `optimizer` without a rate has the one of all optimizers, not the stage's.
         lab = {kind.config().optimizer.learning_rate, OptimizerConfig().learning_rate}
         rate = node.config["optimizer"]["learning_rate"]
+        if rate not in lab:
+            continue
         parameters = shape_of(origin(graph, node), store).parameters
-        if rate in lab and parameters > LARGE:
+        if parameters > LARGE:
             key = f"{config_key(node)}.optimizer.learning_rate"
             found[key] = (
                 f"{key}: {rate:g} is the lab's, for models of a hundred thousand parameters; this one has "

@@ -14,9 +14,10 @@ from base.hashing import stable_hash
 from base.store.checkpoint import Artifact, Store
 from flows.engines import memory_terms as terms
 from flows.engines.device_memory import Memory, available
-from flows.engines.memory_terms import CHUNK_BYTES, CHUNK_SHARE, MOST_CHUNK_BYTES, Trained, row_tokens
+from flows.engines.memory_terms import Trained, row_tokens
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
+from stages.config.chunks import CHUNK_BYTES, chunk_bytes
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig
 from stages.vllm.settings import cpu_cache_bytes, rows_at_a_time
@@ -84,8 +85,7 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
         estimated = kind.trains or (kind.measures and kind.on_device)
         shape = shape_of(origin(graph, node), store) if estimated else Shape()
         if shape.parameters:
-            trains = STAGES[node.stage].trains
-            phases = _phases(graph, node, shape, memory) if trains else _measurement(graph, node, shape)
+            phases = _phases(graph, node, shape, memory) if kind.trains else _measurement(graph, node, shape)
             processes = int(node.ingredients.get("world_size", 1))
             key = _settings(node.stage, shape.parameters, node.config, processes, memory.kind)
             found.append(Need(node.id, phases, peaks.get(key, 0)))
@@ -126,26 +126,18 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     return problems, warnings
 
 
-def trained(graph: StageGraph, node: Node, shape: Shape) -> Trained:
+def trained(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> Trained:
     """What the terms of a training node depend on."""
-    monitor = node.config.get("monitor")
+    monitor, gpus = node.config.get("monitor"), graph.config.resources.gpus
     return Trained(
         shape,
         node.config,
-        max(1, graph.config.resources.gpus),
+        max(1, gpus),
         _teachers_here(graph, node),
         int(monitor["examples"]) * len(node.domains) if monitor else 0,
-        _chunk_bytes(graph),
-        graph.config.resources.gpus > 0,
+        chunk_bytes(memory.total) if gpus else CHUNK_BYTES,
+        gpus > 0,
     )
-
-
-def _chunk_bytes(graph: StageGraph) -> int:
-    """Float32 logits of one chunk, as `stages.losses.chunked.chunk_bytes` sizes it for a device that is free."""
-    if not graph.config.resources.gpus:
-        return CHUNK_BYTES
-    most = min(MOST_CHUNK_BYTES, int(CHUNK_SHARE * available(graph.config.resources.gpus).total))
-    return max(CHUNK_BYTES, 2 ** (most.bit_length() - 1) if most else 0)
 
 
 def _process(graph: StageGraph) -> dict[str, int]:
@@ -154,7 +146,7 @@ def _process(graph: StageGraph) -> dict[str, int]:
 
 def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
     """The phases of a training stage."""
-    stage = trained(graph, node, shape)
+    stage = trained(graph, node, shape, memory)
     beside = _servers(graph, node, shape)
     taught = any(stage.teachers)
     kept = {**_process(graph), "weights": terms.weights(stage), "optimizer": terms.moments(stage)}
@@ -204,7 +196,7 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
         states = 2 * run * shape.hidden * terms.FLOAT
         found["comparison"] = whole | {
             "activations": terms.forward(shape, run) + states,
-            "logits": terms.TAUGHT_COPIES * terms.CHUNK_BYTES,
+            "logits": terms.TAUGHT_COPIES * CHUNK_BYTES,
         }
     return found
 

@@ -12,13 +12,11 @@ from math import ceil
 from typing import Any
 
 from flows.engines.shapes import Shape
+from stages.config.chunks import CHUNK_BYTES
 
 FLOAT, NARROW = 4, 2
-# Logits of one chunk of tokens (`stages.losses.chunked`), and how many tensors of that size live at one time: logits,
-# their log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
-CHUNK_BYTES = 64 * 2**20
-# On a GPU a chunk is larger: at most this many bytes, and at most this share of what is free.
-MOST_CHUNK_BYTES, CHUNK_SHARE = 2**30, 1 / 16
+# Tensors of the size of one chunk's logits that live at one time (`stages.losses.chunked`): logits, their
+# log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
 LOGIT_COPIES, TAUGHT_COPIES = 5, 8
 # Completions sampled together by the sampler in the trainer's process (`stages.sampling.samples`), and prompt tokens of
 # one of its prefills (`stages.sampling.cache`).

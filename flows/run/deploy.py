@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base.errors import UserError, nearest
+from base.processes import end_with_parent
 from base.signals import interrupt_once
 from evals.tables.markdown import code, plain
 from flows.run.run_request import RunRequest
@@ -27,7 +28,7 @@ from flows.run_file.parameters import form_schema
 from flows.run_file.schema import RunConfig
 from flows.servers.access import secret_path
 from flows.servers.standing import prefect_client
-from flows.servers.start import end_with_parent, mlflow_environment, prefect_environment, without_secrets
+from flows.servers.start import mlflow_environment, prefect_environment, without_secrets
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -6,7 +6,6 @@ process that started them.
 
 import base64
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -28,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from base.errors import UserError
 from base.listeners import listens
+from base.processes import end_with_parent
 from flows.servers.access import mlflow_server_access, prefect_server_access
 
 MLFLOW_PORT = 5000
@@ -39,8 +39,6 @@ LAST_LINES = 15
 LOCK_SECONDS = 5.0
 PORTS_TRIED = 50
 LAST_PORT = 65535
-PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 logger = logging.getLogger(__name__)
 
 QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
@@ -268,11 +266,6 @@ def _start(
             preexec_fn=end_with_parent,  # noqa: PLW1509 - only the main thread, alone, starts servers
         )
     return Server(name, process, url, url + health, log)
-
-
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Make the kernel send this process a signal when its parent dies. Called in a child before it starts."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 def _is_free(host: str, port: int, alone: bool) -> bool:

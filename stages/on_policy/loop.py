@@ -15,7 +15,7 @@ from torch import Tensor
 from base.store.checkpoint import Artifact
 from base.store.journal import Journal
 from experts.domain import Example
-from stages.config.on_policy import OnPolicyConfig
+from stages.config.on_policy import OnPolicyConfig, SamplerConfig
 from stages.learner.stage import end_step, finish
 from stages.learner.supervised import cross_entropy
 from stages.learner.training import Learner
@@ -176,9 +176,8 @@ def take_step(
     Returns:
         The rollout, its signals, and the metrics by name.
     """
-    stage, clock = task.stage, Clock()
-    # Servers get sharded weights tensor by tensor; measuring the gap to them takes forward passes here.
-    here = config.sampler.backend != "vllm_server" or config.sampler.ahead or weights_sent is not None
+    clock = Clock()
+    here = _computes_here(config.sampler, weights_sent)
     with learner.gathered_weights() if here else contextlib.nullcontext():
         collected = _collect(task, learner, config, step, weights_sent)
     rollout = collected.drop_stale(config.sampler.max_staleness)
@@ -227,7 +226,12 @@ def take_step(
         ages = [rollout.staleness(row) for row, own in enumerate(rollout.on_policy) if own]
         metrics |= learner.averages({"staleness": (sum(ages), len(ages))})
     metrics |= {**signals.facts, **clock.seconds}
-    return rollout, signals, {f"{stage}/{name}": value for name, value in metrics.items()}
+    return rollout, signals, {f"{task.stage}/{name}": value for name, value in metrics.items()}
+
+
+def _computes_here(sampler: SamplerConfig, weights_sent: Callable[[], None] | None) -> bool:
+    """Whether a rollout, or measuring the gap to servers, takes forward passes of the whole student in this process."""
+    return sampler.backend != "vllm_server" or sampler.ahead or weights_sent is not None
 
 
 def _collect(

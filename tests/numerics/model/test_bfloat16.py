@@ -8,8 +8,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import stages.model.architecture
 import stages.model.attention
+from stages.config.chunks import CHUNK_BYTES, MOST_CHUNK_BYTES, chunk_bytes
 from stages.config.training import LoraConfig
-from stages.losses.chunked import CHUNK_BYTES, MOST_CHUNK_BYTES, chunk_bytes, chunk_length
+from stages.losses.chunked import chunk_length
 from stages.model.adapters import peft_config
 from stages.model.architecture import Masks
 from stages.model.attention import NAME, _repeated, attend, use_attention
