@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from base import processes
@@ -27,7 +26,7 @@ from base.errors import InfrastructureError, UserError, first_line
 from base.store.checkpoint import Artifact
 from experts.domain import Example
 from stages.config.command import CommandConfig, MergeCommandConfig
-from stages.export import export_weights
+from stages.export import cast_parameters, export_weights, with_adapter
 from stages.learner.program_output import Line, parser
 from stages.learner.stage import SHOWN, draw_training, left_out, shown
 from stages.learner.workspace import Workspace
@@ -218,11 +217,8 @@ def _result(workspace: Workspace, root: Path) -> tuple[PreTrainedModel, PreTrain
 def _with_adapter(workspace: Workspace, start: Path, out: Path) -> PreTrainedModel:
     try:
         base = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **options())
-        kept = base.dtype
-        adapted = PeftModel.from_pretrained(base.float(), str(out))
-        model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        kept, model = base.dtype, with_adapter(base, str(out))
     except LIBRARIES_FAULTS as error:
         raise UserError(f"{workspace.name}: {out}: no adapter of the start: {first_line(error)}") from error
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(kept)
+    cast_parameters(model, kept)
     return model

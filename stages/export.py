@@ -46,19 +46,30 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     model = AutoModelForCausalLM.from_pretrained(root.uri, dtype="auto", **options())
     kept = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if base:
-        model = PeftModel.from_pretrained(model.float(), checkpoint.uri).merge_and_unload(safe_merge=True)
+        model = with_adapter(model, checkpoint.uri)
     generation = model.generation_config
     if generation is not None and tokenizer.eos_token_id is not None:
         before = generation.eos_token_id
         generation.eos_token_id = generation_stops(before, stop_ids(tokenizer, before))
-    for parameter in model.eval().parameters():  # the buffers of rotary positions keep their type
-        parameter.data = parameter.data.to(kept)
+    cast_parameters(model.eval(), kept)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     for path in folder.iterdir():
         path.chmod(READABLE)  # safetensors makes files that only their owner can read
     _check(model, tokenizer, folder)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """A base with the adapter in a folder added to its weights, in float32."""
+    merged: PreTrainedModel = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload(safe_merge=True)
+    return merged
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert the parameters, in place; the buffers of rotary positions keep their type."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -72,6 +72,17 @@ class Journal:
         self._file.write(json.dumps({"time": time.time(), "step": step, "kind": kind, **fields}) + "\n")
 
 
+def note_of(step: int, text: str) -> dict[str, Any]:
+    """The record of a line for the log."""
+    return {"time": time.time(), "step": step, "kind": "note", "text": text}
+
+
+def append_note(path: Path, step: int, text: str) -> None:
+    """Append a line for the log to a journal without opening it as its owner, which rewrites it."""
+    with path.open("a") as file:
+        file.write(json.dumps(note_of(step, text)) + "\n")
+
+
 def read(path: Path, kinds: Collection[str] = tuple(_FIELDS), every: int = 1) -> Iterator[dict[str, Any]]:
     """Yield the complete records of a journal, line by line.
 

@@ -1,12 +1,10 @@
 """The journals of one process's nodes, forwarded to a listener. Free of torch."""
 
-import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 from base.store.checkpoint import Store
-from base.store.journal import JOURNAL_FILE, JournalReader
+from base.store.journal import JOURNAL_FILE, JournalReader, append_note, note_of
 from flows.engines.process_spec import ProcessSpec
 from flows.plan.nodes import Node
 
@@ -37,7 +35,7 @@ class Journals:
 
     def report(self, line: str) -> None:
         """Report a line that is in no journal."""
-        self._on_records(self._first, [_note(0, line)])
+        self._on_records(self._first, [note_of(0, line)])
 
     def note(self, line: str) -> None:
         """Append a note to the first node's journal, while no process owns it, and forward it.
@@ -46,10 +44,5 @@ class Journals:
         """
         work = self._store.work(self._first.key)
         steps = [int(path.name.removeprefix("step-")) for path in (work / "progress").glob("step-*")]
-        with (work / JOURNAL_FILE).open("a") as file:
-            file.write(json.dumps(_note(max(steps, default=0), line)) + "\n")
+        append_note(work / JOURNAL_FILE, max(steps, default=0), line)
         self.forward()
-
-
-def _note(step: int, text: str) -> dict[str, Any]:
-    return {"time": time.time(), "step": step, "kind": "note", "text": text}

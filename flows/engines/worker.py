@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -22,7 +21,7 @@ from filelock import Timeout
 from base.errors import InfrastructureError, UserError, is_unreachable
 from base.processes import die_with_parent
 from base.store.checkpoint import Artifact, Store, write_whole
-from base.store.journal import JOURNAL_FILE
+from base.store.journal import JOURNAL_FILE, append_note
 from experts.loading import load_domain
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig
@@ -159,7 +158,7 @@ def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitS
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _note(store.work(key) / JOURNAL_FILE, "waiting for another run that makes this node")
+            append_note(store.work(key) / JOURNAL_FILE, 0, "waiting for another run that makes this node")
             lock.acquire()
         held.callback(lock.release)
     return [node["key"] for node in nodes if store.find(node["key"]) is None]
@@ -178,13 +177,6 @@ def _workspace(
         provenance=node["provenance"],
         servers=servers,
     )
-
-
-def _note(journal: Path, text: str) -> None:
-    """Append a note without opening the journal as its owner, because the other run owns it."""
-    record = {"time": time.time(), "step": 0, "kind": "note", "text": text}
-    with journal.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def _write_errors(store: Store, nodes: Sequence[NodeSpec], error: Exception, code: int) -> None:
