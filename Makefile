@@ -8,8 +8,9 @@ TORCH ?=
 VLLM ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported at its first import; pip would compile every module, which takes a minute.
-PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile
+# Python compiles what is imported at its first import; pip would compile every module, which takes a minute. Where the
+# environment forbids Python to write bytecode, pip does compile: otherwise every start would, for half a minute.
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm$(addprefix -,$(VLLM))
 VLLM_VERSION := 0.32.0
@@ -96,7 +97,7 @@ demo: setup
 
 # Two at a time, for much of them waits for servers; a file's tests stay together, for they share those.
 test: setup setup-vllm setup-harness setup-stores setup-browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile
 
 # Fifty kills at random moments; docs/reliability.md has the figures.
 chaos: setup
