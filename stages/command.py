@@ -32,7 +32,6 @@ from stages.learner.stage import SHOWN, draw_training, left_out, shown
 from stages.learner.workspace import Workspace
 from stages.load import LIBRARIES_FAULTS, make_writable, read_checkpoint
 from stages.model.policy import save_tokenizer, tokenizer_difference
-from stages.model.remote_code import options
 from stages.rows.trained_on import TrainedOn
 
 FOLDER, ADAPTER = "program", "adapter_config.json"
@@ -110,8 +109,8 @@ def _prepare(
         shutil.rmtree(root / name, ignore_errors=True)
         (root / name).mkdir(parents=True)
     (root / "work").mkdir(exist_ok=True)
-    export_weights(workspace.parents["start"], workspace.store, root / "start")
-    tokenizer = AutoTokenizer.from_pretrained(root / "start", **options())
+    export_weights(workspace.parents["start"], workspace.store, root / "start", remote_code=workspace.remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(root / "start", trust_remote_code=workspace.remote_code)
     for domain, examples in drawn.items():
         with (root / "data" / f"{domain}.jsonl").open("w", encoding="utf-8") as file:
             for example in examples:
@@ -146,7 +145,7 @@ def _teachers(config: MergeCommandConfig, workspace: Workspace, root: Path) -> d
             if teacher.key not in paths:
                 folder = root / teacher.key
                 folder.mkdir()
-                export_weights(teacher, workspace.store, folder)
+                export_weights(teacher, workspace.store, folder, remote_code=workspace.remote_code)
                 paths[teacher.key] = str(folder)
             table.setdefault(domain, []).append({"path": paths[teacher.key], "weight": weight})
     return table
@@ -201,14 +200,14 @@ def _result(workspace: Workspace, root: Path) -> tuple[PreTrainedModel, PreTrain
     out, start = root / "out", root / "start"
     if not any(out.iterdir()):
         raise UserError(f"{workspace.name}: the program ended without writing to {{out}}, {out}")
-    tokenizer = AutoTokenizer.from_pretrained(start, **options())
+    tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=workspace.remote_code)
     if not any((out / name).exists() for name in TOKENIZER_FILES):
         save_tokenizer(tokenizer, out)
     if (out / ADAPTER).exists():
         model = _with_adapter(workspace, start, out)
-        theirs = AutoTokenizer.from_pretrained(out, **options())
+        theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=workspace.remote_code)
     else:
-        model, theirs = read_checkpoint(workspace.name, out)
+        model, theirs = read_checkpoint(workspace.name, out, workspace.remote_code)
     if difference := tokenizer_difference(tokenizer, theirs):
         raise UserError(f"{workspace.name}: the program changed the tokenizer: {difference}")
     return model, tokenizer
@@ -216,7 +215,7 @@ def _result(workspace: Workspace, root: Path) -> tuple[PreTrainedModel, PreTrain
 
 def _with_adapter(workspace: Workspace, start: Path, out: Path) -> PreTrainedModel:
     try:
-        base = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **options())
+        base = AutoModelForCausalLM.from_pretrained(start, dtype="auto", trust_remote_code=workspace.remote_code)
         kept, model = base.dtype, with_adapter(base, str(out))
     except LIBRARIES_FAULTS as error:
         raise UserError(f"{workspace.name}: {out}: no adapter of the start: {first_line(error)}") from error

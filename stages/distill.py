@@ -17,10 +17,10 @@ from base.store.checkpoint import Artifact
 from experts.domain import Example
 from stages.config.distill import DistillConfig
 from stages.config.objective import PythonObjective, TargetObjective
-from stages.learner.stage import draw_prompts
+from stages.learner.stage import draw_prompts, load_start
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
-from stages.model.policy import Policy, load_policy
+from stages.model.policy import Policy
 from stages.on_policy.backends import longest_prompt, make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, Writer, train_on_policy
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
@@ -54,7 +54,7 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
     if isinstance(config.objective, PythonObjective):
         require_unchanged(config.objective, workspace.provenance.get("ingredients", {}))
     start = workspace.parents["start"]
-    policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
+    policy = load_start(workspace, config.lora)
     examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
     mixture = PromptMixture(examples, config.prompts_per_step, config.domain_weights, workspace.seed)
     learner = Learner(policy, config, config.max_steps * config.updates_per_batch, workspace.progress, workspace.seed)

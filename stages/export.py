@@ -11,7 +11,6 @@ from transformers.utils.logging import disable_progress_bar
 from base.errors import UserError, nearest
 from base.store.checkpoint import Artifact, Store
 from stages.model.policy import save_tokenizer
-from stages.model.remote_code import options
 from stages.rows.chat import generation_stops, stop_ids
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -20,7 +19,9 @@ PROBE_TOKENS = 16
 READABLE = 0o644
 
 
-def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str = "auto") -> int:
+def export_weights(
+    checkpoint: Artifact, store: Store, folder: Path, dtype: str = "auto", remote_code: bool = False
+) -> int:
     """Write weights, configuration, tokenizer and chat template of a checkpoint, then read them back as a check.
 
     An adapter is added to its base in float32 and then cast.
@@ -30,6 +31,7 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
         store: Holds an adapter's base.
         folder: The target; exists and is empty.
         dtype: Type of the weights; `auto` is that of the checkpoint, for an adapter that of its base.
+        remote_code: Whether the checkpoint's own Python code may run.
 
     Returns:
         The number of parameters.
@@ -42,8 +44,8 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     disable_progress_bar()
     base = checkpoint.manifest.get("adapter_base")
     root = store.get(base) if base else checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, **options())
-    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype="auto", **options())
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, trust_remote_code=remote_code)
+    model = AutoModelForCausalLM.from_pretrained(root.uri, dtype="auto", trust_remote_code=remote_code)
     kept = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if base:
         model = with_adapter(model, checkpoint.uri)
@@ -56,7 +58,7 @@ def export_weights(checkpoint: Artifact, store: Store, folder: Path, dtype: str 
     save_tokenizer(tokenizer, folder)
     for path in folder.iterdir():
         path.chmod(READABLE)  # safetensors makes files that only their owner can read
-    _check(model, tokenizer, folder)
+    _check(model, tokenizer, folder, remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -72,14 +74,16 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, remote_code: bool) -> None:
     """Check that the written files load as the intended model and tokenizer.
 
     Raises:
         UserError: they do not.
     """
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **options()).eval()
-    read = AutoTokenizer.from_pretrained(folder, **options())
+    again = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=remote_code
+    ).eval()
+    read = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     if read.get_vocab() != tokenizer.get_vocab() or read.chat_template != tokenizer.chat_template:
         raise UserError(f"{folder}: the written tokenizer does not load as the checkpoint's own")
     tokens_1T = torch.arange(min(PROBE_TOKENS, model.config.get_text_config().vocab_size))[None]

@@ -21,7 +21,7 @@ from base.store.foreign import check_folder
 from base.store.source import Source, refuse_paths, refused_adapter
 from stages.learner.workspace import Workspace
 from stages.model.policy import save_tokenizer
-from stages.model.remote_code import OWN_CODE, options
+from stages.model.remote_code import OWN_CODE
 from stages.rows.trained_on import TrainedOn
 
 # Raised by transformers, tokenizers and safetensors for files that are damaged or do not belong together.
@@ -40,7 +40,7 @@ def run(source: Source, workspace: Workspace) -> Artifact:
         UserError: the files are no causal language model with a tokenizer, are only a pickle of one, contain code, or
             refer to weights outside of the folder.
     """
-    location, arguments = _arguments(source)
+    location, arguments = _arguments(source, workspace.remote_code)
     if source.kind == "hub":
         # transformers searches the same places for an adapter.
         if find_adapter_config_file(location, revision=source.revision) is not None:
@@ -63,18 +63,19 @@ def run(source: Source, workspace: Workspace) -> Artifact:
     return workspace.commit(folder, trained_on=unknown, metrics={}, parameters=parameters, origin=source.location)
 
 
-def read_checkpoint(name: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_checkpoint(name: str, folder: Path, remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer in a folder that another program has written.
 
     Args:
         name: The node, for messages.
         folder: A Hugging Face folder; untrusted.
+        remote_code: Whether its own Python code may run.
 
     Raises:
         UserError: as for `run`.
     """
     _check_directory(name, folder)
-    return _read(f"{name}: {folder}", str(folder), {"use_safetensors": True} | options())
+    return _read(f"{name}: {folder}", str(folder), {"use_safetensors": True, "trust_remote_code": remote_code})
 
 
 def _check_directory(name: str, folder: Path) -> None:
@@ -150,9 +151,9 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _arguments(source: Source) -> tuple[str, dict[str, Any]]:
+def _arguments(source: Source, remote_code: bool) -> tuple[str, dict[str, Any]]:
     if source.kind == "gguf":
         path = Path(source.location)
         return str(path.parent), {"gguf_file": path.name}
     revision = {"revision": source.revision} if source.revision else {}
-    return source.location, revision | {"use_safetensors": True} | options()
+    return source.location, revision | {"use_safetensors": True, "trust_remote_code": remote_code}

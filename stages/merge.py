@@ -25,9 +25,9 @@ from base.errors import UserError, nearest
 from base.hashing import stable_hash
 from base.store.checkpoint import Artifact
 from stages.config.merge import WeightMergeConfig
+from stages.learner.stage import load_start
 from stages.learner.workspace import Workspace
-from stages.model.policy import Policy, load_policy, tokenizer_difference
-from stages.model.remote_code import options
+from stages.model.policy import Policy, tokenizer_difference
 from stages.model.weights import StoredWeights
 from stages.rows.trained_on import TrainedOn
 
@@ -66,11 +66,11 @@ def run(config: WeightMergeConfig, workspace: Workspace) -> Artifact:
         UserError: there is no expert, `weights` names an unknown one, or an expert's architecture or tokenizer differs
             from the start's.
     """
-    policy = load_policy(workspace.parents["start"], workspace.store, trainable=True)
+    policy = load_start(workspace)
     experts = choose_experts(workspace.name, config.weights, workspace.parents)
     tensors = distinct_tensors(policy)
     journal = workspace.journal()
-    stored = [StoredWeights(expert.checkpoint, workspace.store) for expert in experts]
+    stored = [StoredWeights(expert.checkpoint, workspace.store, workspace.remote_code) for expert in experts]
     for expert, weights in zip(experts, stored, strict=True):
         _check(expert, weights, policy, tensors)
     geometry = Geometry(experts)
@@ -244,7 +244,7 @@ def _check(expert: Expert, weights: StoredWeights, policy: Policy, tensors: Mapp
             raise UserError(f"{who}: its {names[0]} is {shapes[0]}, the start's {tuple(tensor.shape)}")
     if strange := sorted(weights.shapes.keys() - policy.model.state_dict().keys()):
         raise UserError(f"{who}: it has {strange[0]}, which the start does not have")
-    tokenizer = AutoTokenizer.from_pretrained(expert.checkpoint.uri, **options())
+    tokenizer = AutoTokenizer.from_pretrained(expert.checkpoint.uri, trust_remote_code=policy.remote_code)
     if difference := tokenizer_difference(policy.tokenizer, tokenizer):
         raise UserError(f"{who}: its tokenizer differs from the start's: {difference}")
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from base.store.checkpoint import Artifact
 from stages.config.on_policy import RFTConfig
-from stages.learner.stage import draw_prompts
+from stages.learner.stage import draw_prompts, load_start
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.losses.chunked import TokenLoss
 from stages.losses.log_probabilities import entropy, token_logprobs
-from stages.model.policy import load_policy
 from stages.on_policy.backends import make_sampler
 from stages.on_policy.loop import Monitor, OnPolicyTask, train_on_policy
 from stages.on_policy.preflight import SamplerCheck
@@ -42,8 +41,7 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
         UserError: a domain has fewer than `examples` prompts, some are too long, or the sampler's log-probabilities
             differ from those of the model's own forward pass.
     """
-    start = workspace.parents["start"]
-    policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
+    policy = load_start(workspace, config.lora)
     examples, notes = draw_prompts(workspace, config, policy, config.max_new_tokens)
     mixture = PromptMixture(examples, config.prompts_per_step, {}, workspace.seed)
     updates = config.max_steps * config.updates_per_batch

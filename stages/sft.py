@@ -11,12 +11,11 @@ from collections.abc import Iterator
 
 from base.store.checkpoint import Artifact
 from stages.config.training import SFTConfig
-from stages.learner.stage import draw_training
+from stages.learner.stage import draw_training, load_start
 from stages.learner.supervised import demonstrations, imitate
 from stages.learner.training import Learner, epochs
 from stages.learner.update import Row, token_weights
 from stages.learner.workspace import Workspace
-from stages.model.policy import load_policy
 
 
 def train(config: SFTConfig, workspace: Workspace) -> Artifact:
@@ -25,8 +24,7 @@ def train(config: SFTConfig, workspace: Workspace) -> Artifact:
     Raises:
         UserError: a domain has fewer than `examples` training examples, or some do not fit the model.
     """
-    start = workspace.parents["start"]
-    policy = load_policy(start, workspace.store, lora=config.lora, trainable=True, seed=workspace.seed)
+    policy = load_start(workspace, config.lora)
     examples = draw_training(workspace, config)
     imitated, notes = demonstrations(workspace, policy, examples, config, rough=config.demonstrations == "rough")
     learner = Learner(policy, config, config.max_steps, workspace.progress, workspace.seed)

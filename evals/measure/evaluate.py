@@ -73,7 +73,7 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
     # The nodes of one process have one precision: they differ in domain and split alone.
     config = requests[0].config
     device = accelerator(float32_matmul=config.float32_matmul).device
-    policy = load_policy(checkpoint, store)
+    policy = load_policy(checkpoint, store, remote_code=requests[0].workspace.remote_code)
     policy.compute_in(config.dtype)
     policy.model.to(device)
     trained = TrainedOn.read(checkpoint)

@@ -79,7 +79,7 @@ def evaluate_tasks(requests: Sequence[HarnessRequest], checkpoint: Artifact, sto
     # The harness logs every argument that it does not use.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = accelerator().device
-    policy = load_policy(checkpoint, store)
+    policy = load_policy(checkpoint, store, remote_code=requests[0].workspace.remote_code)
     policy.model.to(device)
     return [_evaluate(request, policy) for request in requests]
 

@@ -49,9 +49,10 @@ def run(config: ShiftRequest, workspace: Workspace) -> Artifact:
     parents, store, journal = workspace.parents, workspace.store, workspace.journal()
     device = accelerator(float32_matmul=config.float32_matmul).device
     total = len(workspace.domains) + 1
-    weights = weight_shift(StoredWeights(parents["start"], store), StoredWeights(parents["checkpoint"], store))
+    compared, code = (parents["start"], parents["checkpoint"]), workspace.remote_code
+    weights = weight_shift(*(StoredWeights(each, store, code) for each in compared))
     journal.progress(1, total)
-    start, policy = load_policy(parents["start"], store), load_policy(parents["checkpoint"], store)
+    start, policy = (load_policy(each, store, remote_code=code) for each in compared)
     for loaded in (start, policy):
         loaded.compute_in(config.dtype)
         loaded.model.to(device)

@@ -133,8 +133,9 @@ def run(config: NoConfig, workspace: Workspace) -> Artifact:
     named = {role.removeprefix(EXPERT_ROLE): parent for role, parent in parents.items() if role != "start"}
     journal = workspace.journal()
     geometry = Geometry([Expert(name, parent, 1.0) for name, parent in named.items()])
-    stored = {name: StoredWeights(parent, store) for name, parent in named.items()}
-    sheet = cosines(StoredWeights(parents["start"], store), stored, geometry)
+    code = workspace.remote_code
+    stored = {name: StoredWeights(parent, store, code) for name, parent in named.items()}
+    sheet = cosines(StoredWeights(parents["start"], store, code), stored, geometry)
     metrics = {f"cosine/{one}/{other}": value for (one, other), value in sheet.values().items()}
     journal.metrics(1, metrics)
     journal.progress(1, 1)

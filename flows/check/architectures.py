@@ -11,7 +11,7 @@ from flows.plan.nodes import Node, StageGraph
 from flows.plan.templates import of_hub
 from flows.run_file.rounds import without_round
 from flows.run_file.schema import BASE
-from stages.model.remote_code import OWN_CODE, options
+from stages.model.remote_code import OWN_CODE
 
 
 def architecture_problems(graph: StageGraph, store: Store, missing: Sequence[Node]) -> Iterator[str]:
@@ -25,12 +25,12 @@ def architecture_problems(graph: StageGraph, store: Store, missing: Sequence[Nod
             loads[node.id] = node
     for node in loads.values():
         try:
-            _check(node, store)
+            _check(node, store, graph.config.remote_code)
         except UserError as error:
             yield str(error)
 
 
-def _check(node: Node, store: Store) -> None:
+def _check(node: Node, store: Store, remote_code: bool) -> None:
     """Check the config of an imported checkpoint, if it can be read already.
 
     Raises:
@@ -47,11 +47,11 @@ def _check(node: Node, store: Store) -> None:
     if artifact is None and node.config["kind"] == "hub":
         # A directory was checked when it was found.
         _check_hub(place, node.config["location"], node.config["revision"])
-    config = _config(place, artifact.uri if artifact else node.config["location"], node, artifact is None)
+    config = _config(place, artifact.uri if artifact else node.config["location"], node, artifact is None, remote_code)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if not getattr(config, "auto_map", None):
             raise UserError(f"{place}: {config.model_type} is not a causal language model")
-        if not options()["trust_remote_code"]:
+        if not remote_code:
             raise UserError(f"{place}: {OWN_CODE}")
     try:
         fault = unsupported(config)
@@ -61,11 +61,12 @@ def _check(node: Node, store: Store) -> None:
         raise UserError(f"{place}: {config.model_type} {fault}")
 
 
-def _config(place: str, location: str, node: Node, revised: bool) -> Any:
+def _config(place: str, location: str, node: Node, revised: bool, remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(location, revision=node.config["revision"] if revised else None, **options())
+        revision = node.config["revision"] if revised else None
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=remote_code)
     except Exception as error:  # each config class has its own checks and errors
         code = "trust_remote_code" in str(error)
         fault = OWN_CODE if code else f"its config.json cannot be used: {first_line(error)}"

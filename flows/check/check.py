@@ -5,6 +5,7 @@ Only nodes that have to run are checked, so that a run with few missing nodes st
 
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from flows.plan.harness import harness_problems
 from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import SHIFT
 from stages.config.kinds import STAGES
-from stages.model.remote_code import OWN_CODE, options, remote_code
+from stages.model.remote_code import OWN_CODE
 from stages.on_policy.shares import without_prompts
 from stages.rows.rendering import rendering
 from stages.vllm.settings import is_local
@@ -60,7 +61,7 @@ def deep_check(graph: StageGraph, store: Store, *, ignore_memory: bool = False) 
     """
     missing = [node for node in graph.nodes if store.find(node.key) is None]
     warnings: list[str] = []
-    with remote_code(graph.config.remote_code), rendering(graph.rendering):
+    with rendering(graph.rendering):
         # The checks below read these models' configs and tokenizers.
         if unusable := list(architecture_problems(graph, store, missing)):
             raise UserError("\n".join(unusable))
@@ -68,7 +69,7 @@ def deep_check(graph: StageGraph, store: Store, *, ignore_memory: bool = False) 
         warnings += copy_warnings(graph, draws)
         warnings += unit_warnings(graph, draws)
         problems += _tokenizer_problems(graph, store, missing)
-        tokens = TokenCheck(graph, store, draws, _tokenizer)
+        tokens = TokenCheck(graph, store, draws, partial(_tokenizer, remote_code=graph.config.remote_code))
         for node in missing:
             tokens.look(node, config_key(node))
         problems += tokens.problems
@@ -231,7 +232,7 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
             teacher = origin(graph, graph.node(parent))
             if teacher.key == start.key or role == "start":
                 continue
-            ours, theirs = _tokenizer(start, store), _tokenizer(teacher, store)
+            ours, theirs = (_tokenizer(node, store, graph.config.remote_code) for node in (start, teacher))
             if ours is None or theirs is None:
                 continue
             from stages.model.policy import tokenizer_difference
@@ -245,7 +246,7 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
                 )
 
 
-def _tokenizer(node: Node, store: Store) -> Any:
+def _tokenizer(node: Node, store: Store, remote_code: bool) -> Any:
     """An origin's tokenizer; None if it is in a GGUF file that is not read yet.
 
     Raises:
@@ -263,7 +264,7 @@ def _tokenizer(node: Node, store: Store) -> Any:
     place = artifact.uri if artifact is not None else node.config["location"]
     revision = None if artifact is not None else node.config["revision"]
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision, **options())
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=remote_code)
     except Exception as error:  # each kind of tokenizer has its own errors; those of `tokenizers` are bare Exceptions
         fault = OWN_CODE if "trust_remote_code" in str(error) else f"its tokenizer cannot be read: {first_line(error)}"
         raise UserError(f"{checkpoint_key(node)}: {place}: {fault}") from error

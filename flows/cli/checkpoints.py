@@ -10,7 +10,6 @@ from base.errors import UserError, nearest
 from base.store.checkpoint import Store
 from flows.cli import store as store_commands
 from flows.cli.options import DEFAULT_HOME, Home, errors_as_messages
-from stages.model.remote_code import remote_code
 
 FORMATS = ("text", "mermaid", "json", "html")
 Reference = Annotated[
@@ -69,9 +68,8 @@ def export(
     with errors_as_messages():
         from flows.lineage.export import export as work
 
-        with remote_code(code):
-            for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public):
-                sys.stdout.write(f"{line}\n")
+        for line in work(Store(home), name, folder, dtype=dtype, push=push, public=public, remote_code=code):
+            sys.stdout.write(f"{line}\n")
 
 
 def gc(

@@ -26,7 +26,6 @@ from experts.loading import load_domain
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig
 from stages.learner.workspace import Workspace
-from stages.model.remote_code import remote_code
 from stages.rows.rendering import Rendering, rendering
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def run_spec(path: Path, run: Runner = run_stage) -> int:
     store = Store(Path(spec["home"]))
     nodes: list[NodeSpec] = spec["nodes"]
     try:
-        with remote_code(bool(spec.get("remote_code"))), rendering(Rendering(**spec.get("rendering", {}))):
+        with rendering(Rendering(**spec.get("rendering", {}))):
             _run(nodes, store, spec, run)
     except Exception as error:  # noqa: BLE001 - the border of the process: every failure becomes an exit code
         code = exit_code_of(error)
@@ -145,7 +144,8 @@ def _run(
         parents = {key: store.get(key) for node in missing for key in node["parents"].values()}
         servers = spec.get("servers", {})
         held.enter_context(collectives_limited(None if minutes is None else timedelta(minutes=minutes)))
-        run(missing, [_workspace(node, store, parents, servers) for node in missing])
+        remote_code = bool(spec.get("remote_code"))
+        run(missing, [_workspace(node, store, parents, servers, remote_code) for node in missing])
 
 
 def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitStack) -> list[str]:
@@ -165,7 +165,11 @@ def _lock_unmade(nodes: Sequence[NodeSpec], store: Store, held: contextlib.ExitS
 
 
 def _workspace(
-    node: NodeSpec, store: Store, parents: Mapping[str, Artifact], servers: Mapping[str, Sequence[str]]
+    node: NodeSpec,
+    store: Store,
+    parents: Mapping[str, Artifact],
+    servers: Mapping[str, Sequence[str]],
+    remote_code: bool,
 ) -> Workspace:
     return Workspace(
         store=store,
@@ -176,6 +180,7 @@ def _workspace(
         domains={name: load_domain(name, d["kind"], d["options"]) for name, d in node["domains"].items()},
         provenance=node["provenance"],
         servers=servers,
+        remote_code=remote_code,
     )
 
 

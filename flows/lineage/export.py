@@ -32,7 +32,14 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def export(
-    store: Store, reference: str, folder: Path, *, dtype: str = "auto", push: str | None = None, public: bool = False
+    store: Store,
+    reference: str,
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    push: str | None = None,
+    public: bool = False,
+    remote_code: bool = False,
 ) -> list[str]:
     """Write a checkpoint as a directory that transformers and vLLM load directly.
 
@@ -43,6 +50,7 @@ def export(
         dtype: Type of the weights; see `stages.export`.
         push: A Hub repository, `OWNER/NAME`, to upload the directory to; created if it is missing.
         public: Whether a newly created repository is public.
+        remote_code: Whether the checkpoint's own Python code may run.
 
     Returns:
         The actions done, one line each.
@@ -64,7 +72,7 @@ def export(
     try:
         from stages.export import export_weights
 
-        parameters = export_weights(artifact, store, temporary, dtype)
+        parameters = export_weights(artifact, store, temporary, dtype, remote_code)
         found = rows(store, [artifact.key])
         (temporary / LINEAGE).write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
         card = model_card(artifact, found, _title(artifact, reference), facts_of(store, artifact, found))

@@ -8,17 +8,33 @@ from base.store.checkpoint import Artifact
 from base.store.journal import Journal
 from experts.domain import TRAIN, Example
 from stages.config.command import CommandConfig
-from stages.config.training import TrainConfig
+from stages.config.training import LoraConfig, TrainConfig
 from stages.learner.ranks import while_others_wait
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
-from stages.model.policy import Policy
+from stages.model.policy import Policy, load_policy
 from stages.rows.chat import encode_prompt
 from stages.rows.lengths import Limit, fit
 from stages.rows.trained_on import TrainedOn
 
 # Number of examples of each domain, and characters of each text, that the manifest shows to readers.
 SHOWN, SHOWN_CHARACTERS = 3, 500
+
+
+def load_start(workspace: Workspace, lora: LoraConfig | None = None) -> Policy:
+    """The parent `start` as the policy to train, with an adapter of the stage's seed if `lora` is set.
+
+    Raises:
+        UserError: see `load_policy`.
+    """
+    return load_policy(
+        workspace.parents["start"],
+        workspace.store,
+        lora=lora,
+        trainable=True,
+        seed=workspace.seed,
+        remote_code=workspace.remote_code,
+    )
 
 
 def draw_training(workspace: Workspace, config: TrainConfig | CommandConfig) -> dict[str, list[Example]]:

@@ -33,6 +33,7 @@ class Workspace:
         domains: The domains that the node draws from, by name.
         provenance: Entries of the manifest that come from the plan (stage, config, code fingerprint, …).
         servers: URLs of the vLLM servers that the node uses, by purpose: `rollout`, `teachers`.
+        remote_code: Whether checkpoints may run Python code of their own.
     """
 
     store: Store
@@ -43,6 +44,7 @@ class Workspace:
     domains: Mapping[str, Domain]
     provenance: Mapping[str, Any]
     servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    remote_code: bool = False
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.folder / SPENT_FILE)

@@ -27,7 +27,6 @@ from stages.model.architecture import Masks, logit_scale, unsupported
 from stages.model.attention import use_attention
 from stages.model.linear import use_onednn
 from stages.model.precision import Dtype, as_factor, narrow, precision
-from stages.model.remote_code import options
 from stages.model.stop_strings import before_stop
 from stages.rows.chat import decode_completions, encode_demonstration, generation_stops, stop_ids
 
@@ -67,12 +66,14 @@ class Policy:
         tokenizer: Its tokenizer; has an EOS and a pad token.
         adapter_base: Key of the full checkpoint under the adapter; None for a full model.
         dtype: Number type of the model's products; see `compute_in`.
+        remote_code: Whether the Python code of checkpoints that are used with this one may run.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     adapter_base: str | None = None
     dtype: Dtype = "float32"
+    remote_code: bool = False
 
     def compute_in(self, dtype: Dtype) -> None:
         """Multiply in `dtype` from now on, in samplers, losses and measurements alike; in bfloat16 frozen weights of
@@ -215,7 +216,13 @@ def head_weight(model: PreTrainedModel | PeftModel) -> Tensor:
 
 
 def load_policy(
-    checkpoint: Artifact, store: Store, *, lora: LoraConfig | None = None, trainable: bool = False, seed: int = 0
+    checkpoint: Artifact,
+    store: Store,
+    *,
+    lora: LoraConfig | None = None,
+    trainable: bool = False,
+    seed: int = 0,
+    remote_code: bool = False,
 ) -> Policy:
     """Load a checkpoint in float32, for inference or as the start of a training stage.
 
@@ -228,6 +235,7 @@ def load_policy(
         lora: Shape of the adapter to train.
         trainable: Whether the policy will be trained.
         seed: Seed of a new adapter's weights.
+        remote_code: Whether the checkpoint's own Python code may run.
 
     Raises:
         UserError: see `check_head`; or no module of the model matches `lora.target_modules`; or the checkpoint contains
@@ -236,8 +244,8 @@ def load_policy(
     base = checkpoint.manifest.get("adapter_base")
     root = store.get(base) if base else checkpoint
     try:
-        model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32, **options())
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, **options())
+        model = AutoModelForCausalLM.from_pretrained(root.uri, dtype=torch.float32, trust_remote_code=remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.uri, trust_remote_code=remote_code)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -262,7 +270,7 @@ def load_policy(
     if not trainable:
         model.requires_grad_(False)
     model.eval()
-    policy = Policy(model, tokenizer, base)
+    policy = Policy(model, tokenizer, base, remote_code=remote_code)
     check_head(policy, checkpoint)
     if (generation := causal_lm(model).generation_config) is not None:
         generation.eos_token_id = generation_stops(generation.eos_token_id, policy.stop_ids)

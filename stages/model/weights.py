@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from base.errors import UserError
 from base.store.checkpoint import STAGING, Artifact, Store
 from stages.model.policy import load_policy
-from stages.model.remote_code import options
 
 # Names of a layer's factors in an adapter's file; in a model the adapter's name precedes the suffix.
 _FACTOR = re.compile(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$")
@@ -35,6 +34,7 @@ class StoredWeights:
     Args:
         checkpoint: A stored checkpoint, full or adapter.
         store: Holds an adapter's base.
+        remote_code: Whether the checkpoint's own Python code may run.
 
     Attributes:
         shapes: Shape of every tensor.
@@ -45,10 +45,10 @@ class StoredWeights:
             weight that its base does not have.
     """
 
-    def __init__(self, checkpoint: Artifact, store: Store) -> None:
+    def __init__(self, checkpoint: Artifact, store: Store, remote_code: bool = False) -> None:
         base = checkpoint.manifest.get("adapter_base")
         root = store.get(base) if base else checkpoint
-        config = AutoConfig.from_pretrained(root.uri, **options())
+        config = AutoConfig.from_pretrained(root.uri, trust_remote_code=remote_code)
         self.config: Mapping[str, Any] = config.to_dict()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
@@ -60,14 +60,14 @@ class StoredWeights:
         if not self._files:
             raise UserError(f"{checkpoint.name}: no weights in {root.uri} (*.safetensors)")
         self._adapters: dict[str, LoraLayer] = {}
-        if not self._files.keys() <= _parameter_names(config):
-            self._rename(checkpoint, store)
+        if not self._files.keys() <= _parameter_names(config, remote_code):
+            self._rename(checkpoint, store, remote_code)
             return
-        self._adapters = _adapters(checkpoint, config) if base else {}
+        self._adapters = _adapters(checkpoint, config, remote_code) if base else {}
         if strange := sorted(self._adapters.keys() - self._files.keys()):
             raise UserError(f"{checkpoint.name}: its adapter changes {strange[0]}, which its base does not hold")
 
-    def _rename(self, checkpoint: Artifact, store: Store) -> None:
+    def _rename(self, checkpoint: Artifact, store: Store, remote_code: bool) -> None:
         """Write a temporary file with the model's own names and merged adapters, and read from it."""
         staging = store.root / STAGING
         staging.mkdir(exist_ok=True)
@@ -75,10 +75,8 @@ class StoredWeights:
         self._folder = TemporaryDirectory(dir=staging, prefix=f"{checkpoint.key}-", suffix=f".{os.getpid()}.mirror")
         path = Path(self._folder.name) / "model.safetensors"
         # A tied tensor is written once, under one of its names.
-        whole = {
-            tensor.data_ptr(): (name, tensor)
-            for name, tensor in load_policy(checkpoint, store, trainable=True).model.state_dict().items()
-        }
+        loaded = load_policy(checkpoint, store, trainable=True, remote_code=remote_code)
+        whole = {tensor.data_ptr(): (name, tensor) for name, tensor in loaded.model.state_dict().items()}
         named = {name: tensor.contiguous() for name, tensor in whole.values()}
         save_file(named, path)
         self._files = dict.fromkeys(named, path)
@@ -94,19 +92,19 @@ class StoredWeights:
         return tensor
 
 
-def _parameter_names(config: PreTrainedConfig) -> set[str]:
+def _parameter_names(config: PreTrainedConfig, remote_code: bool) -> set[str]:
     """The names of the tensors of a config's model, which is built without memory."""
     with torch.device("meta"):
-        return set(AutoModelForCausalLM.from_config(config, **options()).state_dict())
+        return set(AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code).state_dict())
 
 
-def _adapters(checkpoint: Artifact, config: PreTrainedConfig) -> dict[str, LoraLayer]:
+def _adapters(checkpoint: Artifact, config: PreTrainedConfig, remote_code: bool) -> dict[str, LoraLayer]:
     """The adapter's layers by the name of the weight that each changes; their base is built without memory."""
     weights = load_peft_weights(checkpoint.uri, device="cpu")
     if strange := [name for name in weights if not _FACTOR.search(name)]:
         raise UserError(f"{checkpoint.name}: its adapter holds {strange[0]}, which is not a low-rank factor")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options())
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
     wrapped = PeftModel(model, PeftConfig.from_pretrained(checkpoint.uri), low_cpu_mem_usage=True)
     # peft's own loading would move them to the base's device, which is `meta`.
     named = {_FACTOR.sub(r"\1.default\2", name): tensor for name, tensor in weights.items()}

@@ -23,7 +23,6 @@ from transformers import (
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -32,7 +31,6 @@ from stages.model.attention import use_attention
 from stages.model.linear import use_onednn
 from stages.model.policy import Policy, check_head
 from stages.model.precision import narrow
-from stages.model.remote_code import options
 
 Weights = dict[str, Tensor]
 
@@ -129,7 +127,7 @@ class Residents:
             else:
                 base = self.store.get(key)
                 weights = reading.result() if reading else _read(base)
-                self.bases[key] = _Base(base, weights, self.config.dtype, self.student.device, self.student.tokenizer)
+                self.bases[key] = _Base(base, weights, self.config.dtype, self.student)
         self.bases.move_to_end(key)
         return self.bases[key]
 
@@ -160,12 +158,12 @@ def _read(base: Artifact) -> Weights:
     }
 
 
-def _model_class(config: PreTrainedConfig, base: Artifact) -> type[PreTrainedModel]:
+def _model_class(config: PreTrainedConfig, base: Artifact, remote_code: bool) -> type[PreTrainedModel]:
     """The class of a base's model: transformers' own, or the base's own code if the run file permits it."""
     own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     found: type[PreTrainedModel] = (
         get_class_from_dynamic_module(own, base.uri)
-        if own and options()["trust_remote_code"]
+        if own and remote_code
         else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     )
     return found
@@ -179,26 +177,25 @@ class _Base:
         base: Artifact,
         weights: Weights,
         dtype: Literal["float32", "bfloat16"],
-        device: torch.device,
-        tokenizer: PreTrainedTokenizerBase,
+        student: Policy,
     ) -> None:
         self.key = base.key
-        config = AutoConfig.from_pretrained(base.uri, **options())
-        kind = _model_class(config, base)
+        config = AutoConfig.from_pretrained(base.uri, trust_remote_code=student.remote_code)
+        kind = _model_class(config, base, student.remote_code)
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
         use_onednn(model)
         use_attention(model)
         # A sharded student is gathered under autocast, in which the check's tolerances do not hold.
         with torch.autocast("cpu", enabled=False):
-            check_head(Policy(model, tokenizer), base)
+            check_head(Policy(model, student.tokenizer), base)
         # Copied: the weight is mapped from its file, and a head that outlives its model would keep all of it in memory.
         head = model.get_output_embeddings().weight
         head.data = head.data.clone()
-        self.model: PreTrainedModel | PeftModel = model.to(device).eval()
+        self.model: PreTrainedModel | PeftModel = model.to(student.device).eval()
         self.model.requires_grad_(False)
         if dtype == "bfloat16":
             narrow(self.model)
-        self._device = device
+        self._device = student.device
         self._on_host: dict[Tensor, Tensor] = {}
 
     @property

@@ -26,7 +26,6 @@ from stages.losses.chunked import chunk_length
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import HiddenStates, Policy, head_weight, tokenizer_difference
 from stages.model.precision import head_factor, head_logits
-from stages.model.remote_code import options
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.remote_teachers import RemoteTeachers
 from stages.teachers.residency import PoolConfig, Residents, base_key
@@ -303,9 +302,8 @@ class TeacherPool:
         for domain, taught in self.routes.items():
             for teacher in (routed.teacher for routed in taught if routed.teacher.key not in checked):
                 checked.add(teacher.key)
-                difference = tokenizer_difference(
-                    self.student.tokenizer, AutoTokenizer.from_pretrained(teacher.uri, **options())
-                )
+                theirs = AutoTokenizer.from_pretrained(teacher.uri, trust_remote_code=self.student.remote_code)
+                difference = tokenizer_difference(self.student.tokenizer, theirs)
                 if difference:
                     raise UserError(
                         f"merge.teachers.{domain}: the tokenizer of teacher {teacher.name} differs from the student's: "
@@ -320,7 +318,8 @@ class TeacherPool:
 
     def _output_tokens(self, teacher: Artifact, elsewhere: bool) -> int:
         if elsewhere:
-            config = AutoConfig.from_pretrained(self.residents.store.get(base_key(teacher)).uri, **options())
+            base = self.residents.store.get(base_key(teacher))
+            config = AutoConfig.from_pretrained(base.uri, trust_remote_code=self.student.remote_code)
             return int(config.get_text_config().vocab_size)
         with self.residents.activated(teacher) as model:
             return head_weight(model).shape[0]

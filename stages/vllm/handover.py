@@ -21,7 +21,6 @@ from stages.config.on_policy import OnPolicyConfig
 from stages.learner.sharding import whole
 from stages.losses.log_probabilities import token_logprobs
 from stages.model.policy import Policy, causal_lm, head_weight
-from stages.model.remote_code import options
 from stages.rows.chat import encode_prompt
 from stages.sampling.agreement import agreement_tolerance, plain_logits
 from stages.sampling.samples import Sample
@@ -65,16 +64,16 @@ def weight_shapes(policy: Policy) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in _own_weights(policy)}
 
 
-def shapes_of_config(folder: Path) -> Shapes:
+def shapes_of_config(folder: Path, remote_code: bool) -> Shapes:
     """Names and shapes of the weights of an engine that was started with a folder's `config.json`.
 
     Raises:
         UserError: the folder has no readable config.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, **options())
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **options())
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot read the config of the server's model: {error}") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in _named(model)}

@@ -70,6 +70,7 @@ class RemoteHandOver:
         self.mode = mode
         self._shapes = weight_shapes(policy)
         self._device = policy.device
+        self._remote_code = policy.remote_code
         self._dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self._source: Policy | Path = policy
         # Whether an adapter's base is written.
@@ -191,7 +192,7 @@ class RemoteHandOver:
                 f"the vLLM server {server.url} has no room for adapters of rank {lora.rank}; it needs --enable-lora "
                 f"--max-lora-rank, as `mopd serve rollout` sets them"
             )
-        served = shapes_of_config(Path(server.setting("model_config", "model")))
+        served = shapes_of_config(Path(server.setting("model_config", "model")), self._remote_code)
         check_shapes(self._shapes, served, f"the vLLM server {server.url}")
         self._checked.add(server.url)
 

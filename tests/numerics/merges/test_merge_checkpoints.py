@@ -172,14 +172,14 @@ def test_an_adapter_that_is_more_than_low_rank_is_refused(store, workspace, chec
 
 def test_integers_are_the_starts_own(checkpoint, place, monkeypatch) -> None:
     start, expert = checkpoint("start", 0), checkpoint("expert", 1)
-    load = stages.merge.load_policy
+    load = stages.merge.load_start
 
     def counting(*arguments: object, **options: object) -> Policy:
         policy = load(*arguments, **options)
         policy.model.register_buffer("steps", torch.tensor([3]))
         return policy
 
-    monkeypatch.setattr(stages.merge, "load_policy", counting)
+    monkeypatch.setattr(stages.merge, "load_start", counting)
     merged = stages.merge.run(method("weight_average"), place("merged", start, {"sort": expert}))
     kept = weights_of(merged)
     assert kept.pop("steps").tolist() == [3]

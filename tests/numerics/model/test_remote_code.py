@@ -1,22 +1,28 @@
 """A model defined by the code it brings: refused, but where the run file trusts it a model like any other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import stages.distill
+import stages.merge
 import stages.sft
 from base.errors import UserError
 from base.store.source import Source
+from evals.measure import shift, task_vectors
 from evals.measure.evaluate import EvaluationRequest, evaluate
 from flows.lineage.export import export
 from stages import load
 from stages.config.distill import DistillConfig
+from stages.config.kinds import NoConfig
+from stages.config.merge import WeightMergeConfig
+from stages.config.shift import ShiftRequest
 from stages.config.training import EvaluationConfig, LoraConfig, SFTConfig
 from stages.model.policy import load_policy
-from stages.model.remote_code import options, remote_code
+from stages.model.weights import StoredWeights
 from tests.numerics.conftest import tiny_policy
 
 OWN = """
@@ -51,26 +57,39 @@ def given(tmp_path: Path) -> Source:
 
 def test_it_goes_through_every_stage_where_the_run_file_says_so(given, workspace, store, domains, tmp_path):
     small = {"max_steps": 2, "examples": 40}
-    with remote_code(True):
-        base = load.run(given, workspace("base", {}, {}))
-        taught = {"sort": domains["sort"]}
-        full = stages.sft.train(SFTConfig(**small, batch_size=8), workspace("full", {"start": base}, taught))
-        lora = LoraConfig(rank=4)
-        adapter = stages.sft.train(
-            SFTConfig(**small, batch_size=8, lora=lora), workspace("adapter", {"start": base}, taught)
-        )
-        parents = {"start": base, "teacher/sort": full, "teacher/reverse": adapter}
-        two = {name: domains[name] for name in ("sort", "reverse")}
-        config = DistillConfig(**small, prompts_per_step=4, max_new_tokens=8)
-        student = stages.distill.train(config, workspace("student", parents, two))
-        assert type(load_policy(student, store).model).__name__ == "OwnModel"
-        place = workspace("score", {"checkpoint": student}, taught)
-        asked = EvaluationConfig(examples=4, samples=0, max_new_tokens=8)
-        evaluate([EvaluationRequest(place, asked, "sort", "held_out")], student, store)
-        export(store, student.key, tmp_path / "out")
-    assert {"full", "adapter", "student", "score"} <= {artifact.key for artifact in store.artifacts()}
+
+    def trusted(key, parents, taught):
+        return replace(workspace(key, parents, taught), remote_code=True)
+
+    base = load.run(given, trusted("base", {}, {}))
+    taught = {"sort": domains["sort"]}
+    full = stages.sft.train(SFTConfig(**small, batch_size=8), trusted("full", {"start": base}, taught))
+    lora = LoraConfig(rank=4)
+    adapter = stages.sft.train(SFTConfig(**small, batch_size=8, lora=lora), trusted("adapter", {"start": base}, taught))
+    parents = {"start": base, "teacher/sort": full, "teacher/reverse": adapter}
+    two = {name: domains[name] for name in ("sort", "reverse")}
+    config = DistillConfig(**small, prompts_per_step=4, max_new_tokens=8)
+    student = stages.distill.train(config, trusted("student", parents, two))
+    assert type(load_policy(student, store, remote_code=True).model).__name__ == "OwnModel"
+    experts = {"start": base, "expert/sort": full, "expert/reverse": adapter}
+    stages.merge.run(WeightMergeConfig(method="task_arithmetic"), trusted("merged", parents, {}))
+    task_vectors.run(NoConfig(), trusted("cosines", experts, {}))
+    measured = {"start": base, "checkpoint": adapter}
+    shift.run(ShiftRequest(examples=4, max_new_tokens=8, batch_size=4), trusted("shift", measured, taught))
+    place = trusted("score", {"checkpoint": student}, taught)
+    asked = EvaluationConfig(examples=4, samples=0, max_new_tokens=8)
+    evaluate([EvaluationRequest(place, asked, "sort", "held_out")], student, store)
+    export(store, student.key, tmp_path / "out", remote_code=True)
+    made = {"full", "adapter", "student", "merged", "cosines", "shift", "score"}
+    assert made <= {artifact.key for artifact in store.artifacts()}
     assert (tmp_path / "out" / "own.py").exists()
-    # Another run, that does not trust it, does not run what stands in the store either.
-    assert options() == {"trust_remote_code": False}
-    with pytest.raises(UserError, match="student: it contains code of its own, which this run file does not permit"):
-        load_policy(student, store)
+
+
+def test_another_run_does_not_run_the_code_of_a_stored_checkpoint(given, workspace, store, tmp_path):
+    base = load.run(given, replace(workspace("base", {}, {}), remote_code=True))
+    with pytest.raises(UserError, match="base: it contains code of its own, which this run file does not permit"):
+        load_policy(base, store)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        StoredWeights(base, store)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        export(store, base.key, tmp_path / "out")

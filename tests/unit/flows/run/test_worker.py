@@ -15,7 +15,6 @@ from flows.engines import worker
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import MonitorConfig, RLConfig
 from stages.learner.workspace import Workspace
-from stages.model.remote_code import options
 from stages.rows.rendering import template_arguments
 from stages.rows.trained_on import TrainedOn
 
@@ -115,7 +114,7 @@ def test_code_of_checkpoints_runs_only_where_the_spec_says_so(tmp_path):
     seen = []
 
     def looking(nodes: Sequence[worker.NodeSpec], workspaces: Sequence[Workspace]) -> None:
-        seen.append(options()["trust_remote_code"])
+        seen.extend(workspace.remote_code for workspace in workspaces)
 
     path = write_spec(tmp_path, "k")
     assert worker.run_spec(path, looking) == 0
