@@ -31,7 +31,8 @@ from stages.learner.program_output import Line, parser
 from stages.learner.stage import SHOWN, draw_training, left_out, shown
 from stages.learner.workspace import Workspace
 from stages.load import LIBRARIES_FAULTS, make_writable, read_checkpoint
-from stages.model.policy import save_tokenizer, tokenizer_difference
+from stages.model.policy import save_tokenizer
+from stages.model.tokenizers import tokenizer_difference
 from stages.rows.trained_on import TrainedOn
 
 FOLDER, ADAPTER = "program", "adapter_config.json"

@@ -27,7 +27,8 @@ from base.store.checkpoint import Artifact
 from stages.config.merge import WeightMergeConfig
 from stages.learner.stage import load_start
 from stages.learner.workspace import Workspace
-from stages.model.policy import Policy, tokenizer_difference
+from stages.model.policy import Policy
+from stages.model.tokenizers import tokenizer_difference
 from stages.model.weights import StoredWeights
 from stages.rows.trained_on import TrainedOn
 

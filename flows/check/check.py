@@ -235,7 +235,7 @@ def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) ->
             ours, theirs = (_tokenizer(node, store, graph.config.remote_code) for node in (start, teacher))
             if ours is None or theirs is None:
                 continue
-            from stages.model.policy import tokenizer_difference
+            from stages.model.tokenizers import tokenizer_difference
 
             if difference := tokenizer_difference(ours, theirs):
                 key = f"merge.teachers.{role.removeprefix('teacher/').replace('/', '.')}"

@@ -77,7 +77,7 @@ class Imported:
     """
 
     def __init__(self, tokenizer: Any, files: Callable[[str], Mapping[str, Any]]) -> None:
-        from stages.model.policy import tokens_beyond
+        from stages.model.tokenizers import tokens_beyond
 
         config = files("config.json")
         shape = {**config, **config.get("text_config", {})}

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
-from experts.domain import Prompt
 from stages.config.training import LoraConfig
 from stages.model.adapters import peft_config
 from stages.model.architecture import Masks, logit_scale, unsupported
@@ -28,7 +27,8 @@ from stages.model.attention import use_attention
 from stages.model.linear import use_onednn
 from stages.model.precision import Dtype, as_factor, narrow, precision
 from stages.model.stop_strings import before_stop
-from stages.rows.chat import decode_completions, encode_demonstration, generation_stops, stop_ids
+from stages.model.tokenizers import tokens_beyond
+from stages.rows.chat import decode_completions, generation_stops, stop_ids
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Tokens of the row on which a loaded model's logits are compared with ours.
@@ -48,13 +48,6 @@ _READ_WITH = {
     "trust_remote_code",
     "use_safetensors",
 }
-_USER = {"role": "user", "content": "What is 2 + 2?"}
-# Chats on which two tokenizers are compared.
-CHATS: tuple[Prompt, ...] = (
-    "What is 2 + 2?",
-    [{"role": "system", "content": "Be brief."}, _USER],
-    [_USER, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3 + 3?"}],
-)
 
 
 @dataclass
@@ -312,46 +305,3 @@ def check_head(policy: Policy, checkpoint: Artifact) -> None:
             f"{name}: {type(model).__name__} does more to its logits than a linear head without bias and a scale; such "
             f"architectures are not supported"
         )
-
-
-def tokenizer_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """The first difference of two tokenizers that must agree on tokens; None if there is none.
-
-    The vocabulary and the tokens of a few chats with their ends are compared. A comment in a template, or another pad
-    token, is no difference.
-    """
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine != other:
-        odd = sorted(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[:3]
-        return f"vocabularies of {len(mine)} and {len(other)} tokens, for example {odd}"
-    for chat in CHATS:
-        if (mine_ids := _read(ours, chat)) != (other_ids := _read(theirs, chat)):
-            kind = "chat_template" if ours.chat_template != theirs.chat_template else "tokens"
-            texts = (repr(ours.decode(ids)) if ids else "a refusal" for ids in (mine_ids, other_ids))
-            return f"{kind}: the same chat becomes {' and '.join(texts)}"
-    return None
-
-
-def _read(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> list[int] | None:
-    """The tokens of a chat with an answer; None if the template refuses it."""
-    try:
-        return [token for part in encode_demonstration(tokenizer, chat, "the answer") for token in part]
-    except UserError:
-        return None
-
-
-def tokens_beyond(vocabulary: Mapping[str, int], rows: int) -> str | None:
-    """A message on tokens without an embedding; None if every token has one.
-
-    Args:
-        vocabulary: Token -> id.
-        rows: Rows of the model's embedding.
-    """
-    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows)
-    if not beyond:
-        return None
-    id_, token = beyond[0]
-    return (
-        f"its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, the first {token!r} "
-        f"with id {id_}; resize the embedding, or use the tokenizer the model was trained with"
-    )

@@ -24,8 +24,9 @@ from base.store.checkpoint import Artifact, Store
 from stages.learner.update import Row
 from stages.losses.chunked import chunk_length
 from stages.losses.log_probabilities import token_logprobs
-from stages.model.policy import HiddenStates, Policy, head_weight, tokenizer_difference
+from stages.model.policy import HiddenStates, Policy, head_weight
 from stages.model.precision import head_factor, head_logits
+from stages.model.tokenizers import tokenizer_difference
 from stages.rows.packing import micro_batches, pack
 from stages.teachers.remote_teachers import RemoteTeachers
 from stages.teachers.residency import PoolConfig, Residents, base_key

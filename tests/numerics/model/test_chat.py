@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from base.errors import UserError
-from stages.model.policy import tokenizer_difference
 from stages.model.tiny import character_tokenizer
+from stages.model.tokenizers import tokenizer_difference
 from stages.rows.chat import controls, decode_completions, encode_demonstration, encode_prompt, stop_ids
 from stages.rows.rendering import Rendering, rendering, template_arguments
 from tests.support.chats import CHATML, CHATS, CORPUS, FAMILIES, make_tokenizer

@@ -12,8 +12,9 @@ import stages.sft
 from base.errors import UserError
 from stages.config.training import LoraConfig, SFTConfig
 from stages.model.characters import KEYWORDS
-from stages.model.policy import check_head, load_policy, tokenizer_difference
+from stages.model.policy import check_head, load_policy
 from stages.model.tiny import character_tokenizer
+from stages.model.tokenizers import tokenizer_difference
 from tests.numerics.conftest import tiny_policy
 
 LORA = LoraConfig(rank=4)
