@@ -4,7 +4,7 @@ Each baseline takes the shared settings from the merge (steps, prompts, completi
 adapter) and its own settings from `merge.baselines.NAME`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,12 +15,28 @@ from flows.run_file.schema import MergeConfig, RunConfig
 from stages.config.distill import DistillConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import RLConfig
-from stages.config.training import SFTConfig, StrictModel, TrainConfig
+from stages.config.training import SFTConfig, StrictModel
 
 WEIGHT_MERGES = ("weight_average", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
-# Settings of the merge that mean something else for a stage that learns from others' completions.
-_NOT_SHARED = {"objective", "sampler", "health", "monitor", "teacher_backend", "updates_per_batch"}
+# What each baseline takes from the merge: the model, its data and its precision; its samples; the loss on them.
+_TRAINING = (
+    *("max_steps", "optimizer", "lora", "dtype", "float32_matmul", "micro_batch_tokens", "gradient_checkpointing"),
+    *("sharding", "save_every", "examples", "max_prompt_tokens", "longer_prompts"),
+)
+_SAMPLES = ("max_new_tokens", "temperature", "top_p", "stop")
+_LOSS = ("loss_normalisation", "max_domain_share", "preflight_tolerance")
+_TEACHING = ("prompts_per_step", "group_size", "domain_weights", "max_resident", "teacher_cache")
+_SHARED = {
+    MIX_SFT: _TRAINING,
+    SEQKD: (*_TRAINING, *_SAMPLES, *_LOSS, *_TEACHING),
+    MIX_RL: (*_TRAINING, *_SAMPLES, *_LOSS),
+}
+# What `mix_rl` takes from the merge if the run has an RL expert, from which it takes all else.
+_SHARED_BESIDE_RL = (
+    *("max_steps", "examples", "lora", "dtype", "float32_matmul", "sharding"),
+    *("max_new_tokens", "temperature", "top_p"),
+)
 GROUP_SIZE = 8
 _SCHEMAS: dict[str, type[StrictModel]] = {SEQKD: DistillConfig, MIX_SFT: SFTConfig, MIX_RL: RLConfig}
 # Settings that define a baseline of this name.
@@ -49,7 +65,7 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
             return DistillConfig.model_validate({**_seqkd(merge), **settings})
         if name == MIX_SFT:
             batch = {"batch_size": merge.prompts_per_step * merge.group_size}
-            return SFTConfig.model_validate({**_shared(merge, SFTConfig), **batch, **settings})
+            return SFTConfig.model_validate({**_of(merge, _SHARED[MIX_SFT]), **batch, **settings})
         return RLConfig.model_validate({**_mix_rl(config, merge), **settings})
     except ValidationError as error:
         raise UserError(mistakes(schema, error, f"merge.baselines.{name}.")[0]) from None
@@ -68,8 +84,7 @@ def _check_weights(config: RunConfig, name: str, own: WeightMergeConfig) -> None
 
 def _seqkd(merge: MergeConfig) -> dict[str, Any]:
     """Sequence-level distillation (Kim & Rush 2016): the teachers answer every prompt, the student imitates them."""
-    own = {name: getattr(merge, name) for name in DistillConfig.model_fields if name not in _NOT_SHARED}
-    own.pop("teacher_weights")
+    own = _of(merge, _SHARED[SEQKD])
     if merge.anchor:
         own["domain_weights"] = dict.fromkeys(merge.anchor.domains, merge.anchor.weight) | merge.domain_weights
     return {**own, "objective": {"type": "imitation"}, "on_policy_fraction": 0.0, "off_policy": "teacher"}
@@ -78,20 +93,16 @@ def _seqkd(merge: MergeConfig) -> dict[str, Any]:
 def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
     """RL on all domains, with the settings of the run's first RL expert and the merge's completions per step."""
     chosen = (expert.train.chosen[1] for expert in config.experts.values() if expert.train)
-    experts = (method for method in chosen if isinstance(method, RLConfig))
-    template = next(experts, None)
-    own: dict[str, Any] = {}
-    if template is not None:
-        own = {name: getattr(template, name) for name in RLConfig.model_fields if name != "monitor"}
-    group = template.group_size if template else GROUP_SIZE
+    template = next((method for method in chosen if isinstance(method, RLConfig)), None)
+    if template is None:
+        group, own = GROUP_SIZE, _of(merge, _SHARED[MIX_RL])
+    else:
+        group = template.group_size
+        own = _of(template, [name for name in RLConfig.model_fields if name != "monitor"])
+        own |= _of(merge, _SHARED_BESIDE_RL)
     prompts = max(len(config.practised()), round(merge.prompts_per_step * merge.group_size / group))
-    same = {"max_steps", "examples", "lora", "dtype", "float32_matmul", "sharding"}
-    same |= {"max_new_tokens", "temperature", "top_p"}
-    shared = {name: value for name, value in _shared(merge, RLConfig).items() if name in same or not own}
-    return {**own, **shared, "group_size": group, "prompts_per_step": prompts}
+    return {**own, "group_size": group, "prompts_per_step": prompts}
 
 
-def _shared(merge: MergeConfig, schema: type[TrainConfig]) -> dict[str, Any]:
-    """The settings that the merge and another stage share."""
-    names = (schema.model_fields.keys() & MergeConfig.model_fields.keys()) - _NOT_SHARED
-    return {name: getattr(merge, name) for name in names if name not in ("group_size", "prompts_per_step")}
+def _of(config: StrictModel, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}

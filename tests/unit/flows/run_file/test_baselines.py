@@ -7,6 +7,8 @@ import pytest
 from base.errors import UserError
 from flows.plan.graph import build_graph
 from flows.plan.nodes import Node, StageGraph
+from flows.run_file.baselines import baseline_config
+from stages.config.training import TrainConfig
 from tests.unit.flows.run_file.test_config import load
 
 ALL = "merge.baselines=[weight_average, task_arithmetic, ties, dare_linear, dare_ties, seqkd, mix_sft, mix_rl]"
@@ -123,3 +125,15 @@ def test_only_experts_the_merge_takes_can_be_weighed(tmp_path: Path) -> None:
     assert baseline(graph_of(tmp_path, weights), "ties").config["weights"] == {"reverse": 2, "sort": 1}
     with pytest.raises(UserError, match=r"ties\.weights: 'reverse' is an expert, but no teacher of the merge"):
         graph_of(tmp_path, weights, "merge.domains=[sort]")
+
+
+@pytest.mark.parametrize("name", ["seqkd", "mix_sft", "mix_rl"])
+def test_all_settings_of_training_are_those_of_the_merge(tmp_path: Path, name: str) -> None:
+    config = load(tmp_path, [f"merge.baselines=[{name}]", "experts={}"])
+    other = {"max_steps": 7, "dtype": "bfloat16", "float32_matmul": "high", "micro_batch_tokens": 77, "examples": 7}
+    other |= {"max_prompt_tokens": 7, "longer_prompts": "drop", "save_every": 7, "sharding": "fsdp"}
+    other |= {"gradient_checkpointing": True, "lora": {"rank": 3}, "optimizer": {"learning_rate": 0.7}}
+    assert other.keys() == TrainConfig.model_fields.keys()
+    merge = type(config.merge).model_validate(other)
+    found = baseline_config(config.model_copy(update={"merge": merge}), name)
+    assert {field: getattr(found, field) for field in other} == {field: getattr(merge, field) for field in other}
