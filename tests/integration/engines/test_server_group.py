@@ -65,7 +65,7 @@ def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_serv
         for restart in range(1, MOST_RESTARTS + 1):
             leader, engine = group(servers)
             os.kill(leader, signal.SIGKILL)
-            eventually(lambda before=restart: (servers.tend(), sum("again" in line for line in said) == before)[1])
+            eventually(lambda before=restart: (servers.tend(), sum("restarted" in line for line in said) == before)[1])
             eventually(lambda left=engine: ended(left), within=5)
             assert f"was killed by signal 9; it is restarted ({restart} of {MOST_RESTARTS} times)" in said[-1]
             eventually(lambda: up(servers))

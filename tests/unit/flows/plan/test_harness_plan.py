@@ -11,7 +11,6 @@ import pytest
 from base.errors import UserError
 from base.store.checkpoint import Store
 from evals.measure.harness_tasks import index_tasks, task_fingerprint
-from experts.domain import HELD_OUT
 from flows.champion.results import collect
 from flows.check.check import deep_check
 from flows.engines.process_spec import ProcessSpec
@@ -225,7 +224,7 @@ def test_a_task_is_a_domain_no_expert_trains(tmp_path: Path, folder: Path) -> No
     results = collect(graph, store)
     assert results.domains[-2:] == ("harness.choice", "harness.text")
     assert set(results.untrained) == {"general", "harness.choice", "harness.text"}
-    lost = results.difference(results.start, "student", "harness.choice", HELD_OUT)
+    lost = results.difference(results.start, "student", "harness.choice")
     assert lost is not None
     assert lost.mean == 0.5
 
