@@ -7,7 +7,7 @@ is allocated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -15,6 +15,8 @@ from flows.engines.shapes import Shape
 from stages.config.chunks import CHUNK_BYTES
 
 FLOAT, NARROW = 4, 2
+# Values of an 8-bit moment with one float32 scale (`stages.learner.optimizer`).
+QUANTISED = 256
 # Tensors of the size of one chunk's logits that live at one time (`stages.losses.chunked`): logits, their
 # log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
 LOGIT_COPIES, TAUGHT_COPIES = 5, 8
@@ -60,6 +62,22 @@ class Trained:
     def sharded(self) -> bool:
         """Whether FSDP2 splits the weights."""
         return self.config.get("sharding") == "fsdp" and self.processes > 1
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the shards of weights, gradients and optimizer state are in the host's memory."""
+        return self.sharded and bool(self.config.get("cpu_offload"))
+
+    @property
+    def optimizer(self) -> Mapping[str, Any]:
+        """The optimizer's settings."""
+        found: Mapping[str, Any] = self.config.get("optimizer") or {}
+        return found
+
+    @property
+    def paged(self) -> bool:
+        """Whether the optimizer's state may move to the host's memory."""
+        return self.on_device and bool(self.optimizer.get("paged"))
 
     @property
     def narrow(self) -> bool:
@@ -115,21 +133,38 @@ def row_tokens(config: Mapping[str, Any]) -> int:
 
 
 def weights(stage: Trained) -> int:
-    """Parameters, a frozen base included; FSDP splits them. Frozen linear layers and an untied head are kept in the
-    stage's number type."""
+    """Parameters, a frozen base included; FSDP splits them, or keeps them in the host's memory. Frozen linear layers
+    and an untied head are kept in the stage's number type."""
+    if stage.offloaded:
+        return 0
     shape = stage.shape
     frozen = shape.linear + (0 if shape.tied else shape.embedding) if stage.adapter and stage.narrow else 0
     return ((shape.parameters + stage.adapter) * FLOAT - frozen * (FLOAT - NARROW)) // stage.shards
 
 
 def moments(stage: Trained) -> int:
-    """AdamW's two moments of what is trained; FSDP splits them."""
-    return 2 * stage.trained * FLOAT // stage.shards
+    """AdamW's two moments of what is trained; FSDP splits them. None where they are paged or in the host's memory."""
+    if stage.paged or stage.offloaded:
+        return 0
+    if stage.optimizer.get("states") != "8bit":
+        return 2 * stage.trained * FLOAT // stage.shards
+    wide = 0 if stage.adapter else stage.shape.embedding
+    quantised = stage.trained - wide
+    return 2 * (wide * FLOAT + quantised + quantised * FLOAT // QUANTISED)
 
 
 def gradients(stage: Trained) -> int:
     """Gradients; FSDP reduces and scatters them with every micro-batch."""
-    return stage.trained * FLOAT // stage.shards
+    return 0 if stage.offloaded else stage.trained * FLOAT // stage.shards
+
+
+def in_host_memory(stage: Trained) -> int:
+    """What a stage on devices keeps in the host's memory, in all its processes together."""
+    if not stage.offloaded and not stage.paged:
+        return 0
+    optimizer = {**stage.optimizer, "paged": False}
+    kept = replace(stage, config={**stage.config, "cpu_offload": False, "optimizer": optimizer})
+    return stage.processes * (moments(kept) + (weights(kept) + gradients(kept) if stage.offloaded else 0))
 
 
 def buckets(stage: Trained) -> int:

@@ -85,7 +85,7 @@ def _mix_rl(config: RunConfig, merge: MergeConfig) -> dict[str, Any]:
         own = {name: getattr(template, name) for name in RLConfig.model_fields if name != "monitor"}
     group = template.group_size if template else GROUP_SIZE
     prompts = max(len(config.practised()), round(merge.prompts_per_step * merge.group_size / group))
-    same = {"max_steps", "examples", "lora", "dtype", "float32_matmul", "sharding"}
+    same = {"max_steps", "examples", "lora", "dtype", "float32_matmul", "sharding", "cpu_offload"}
     same |= {"max_new_tokens", "temperature", "top_p"}
     shared = {name: value for name, value in _shared(merge, RLConfig).items() if name in same or not own}
     return {**own, **shared, "group_size": group, "prompts_per_step": prompts}
