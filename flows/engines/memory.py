@@ -6,7 +6,7 @@ shown beside the estimate. It refuses nothing, and a stage that it shows to fit 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,10 +84,10 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
         if shape.parameters:
             offloaded = 0
             if kind.trains:
-                stage = trained(graph, node, shape, memory)
+                stage = trained(graph, node, shape)
                 phases, offloaded = _phases(graph, node, stage, memory), terms.in_host_memory(stage)
             else:
-                phases = _measurement(graph, node, shape)
+                phases = _measurement(graph, node, shape, memory)
             processes = int(node.ingredients.get("world_size", 1))
             key = settings_of(node.stage, shape.parameters, node.config, processes, memory.kind)
             found.append(Need(node.id, phases, peaks.get(key, 0), offloaded))
@@ -134,8 +134,8 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     return problems, warnings
 
 
-def trained(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> Trained:
-    """What the terms of a training node depend on."""
+def trained(graph: StageGraph, node: Node, shape: Shape) -> Trained:
+    """What the terms of a training node depend on, but for the chunks of its logits."""
     monitor, gpus = node.config.get("monitor"), graph.config.resources.gpus
     return Trained(
         shape,
@@ -143,9 +143,14 @@ def trained(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> Trai
         max(1, gpus),
         _teachers_here(graph, node),
         int(monitor["examples"]) * len(node.domains) if monitor else 0,
-        chunk_bytes(memory.total) if gpus else CHUNK_BYTES,
-        gpus > 0,
+        on_device=gpus > 0,
     )
+
+
+def _chunk(graph: StageGraph, memory: Memory, held: Mapping[str, int]) -> int:
+    """Bytes of a chunk's logits: on a device they depend on what is free beside the tensors held at that time
+    (`stages.losses.chunked.chunk_length`)."""
+    return chunk_bytes(memory.total - sum(held.values())) if graph.config.resources.gpus else CHUNK_BYTES
 
 
 def _process(graph: StageGraph) -> dict[str, int]:
@@ -162,13 +167,17 @@ def _phases(graph: StageGraph, node: Node, stage: Trained, memory: Memory) -> di
         **kept,
         "teachers": terms.teachers(stage) if taught else 0,
         "gradients": terms.gradients(stage) + terms.buckets(stage),
+        "gathered weights": terms.gathered_for_update(stage),
+        "bfloat16 copies": 0 if stage.recomputed else terms.narrow_copies(stage),
+        "activations": terms.activations(stage),
+        "teachers' states": terms.teacher_states(stage) if taught else 0,
+    }
+    stage = replace(stage, chunk_bytes=_chunk(graph, memory, update))
+    update |= {
         "head's gradient": terms.head_gradient(stage),
         "head in bfloat16": terms.head_factor(stage),
-        "gathered weights": terms.gathered_for_update(stage),
         "bfloat16 copies": terms.narrow_copies(stage),
-        "activations": terms.activations(stage),
         "logits": terms.logits(stage, taught),
-        "teachers' states": terms.teacher_states(stage) if taught else 0,
     }
     if "prompts_per_step" not in node.config:
         return {"update": update}
@@ -189,11 +198,11 @@ def _phases(graph: StageGraph, node: Node, stage: Trained, memory: Memory) -> di
     return {"rollout": rollout | beside, "update": update | beside}
 
 
-def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[str, int]]:
-    """The phases of an evaluation or of a shift. Both hold float32 models and sample with them."""
+def _measurement(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
+    """The phases of an evaluation or of a shift, which hold models and sample with them."""
     config = node.config
     models = 2 if node.stage == "shift" else 1
-    whole = {**_process(graph), "weights": models * shape.parameters * terms.FLOAT}
+    whole = {**_process(graph), "weights": models * terms.frozen(shape, config.get("dtype") == "bfloat16")}
     rows = min(int(config["batch_size"]), int(config.get("examples", config["batch_size"])))
     found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config))}
     if group := int(config.get("samples") or 0):
@@ -201,11 +210,10 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
         found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config))
     if node.stage == "shift":
         run = min(terms.SHIFT_TOKENS, rows * row_tokens(config))
-        states = 2 * run * shape.hidden * terms.FLOAT
-        found["comparison"] = whole | {
-            "activations": terms.forward(shape, run) + states,
-            "logits": terms.TAUGHT_COPIES * CHUNK_BYTES,
-        }
+        held = whole | {"hidden states": 2 * run * shape.hidden * terms.FLOAT}
+        logits = min(_chunk(graph, memory, held), run * shape.vocabulary * terms.FLOAT)
+        found["hidden states"] = held | {"activations": terms.forward(shape, run)}
+        found["comparison"] = held | {"logits": terms.SHIFT_COPIES * logits}
     return found
 
 

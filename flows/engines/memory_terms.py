@@ -18,8 +18,9 @@ FLOAT, NARROW = 4, 2
 # Values of an 8-bit moment with one float32 scale (`stages.learner.optimizer`).
 QUANTISED = 256
 # Tensors of the size of one chunk's logits that live at one time (`stages.losses.chunked`): logits, their
-# log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
-LOGIT_COPIES, TAUGHT_COPIES = 5, 8
+# log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities. `shift` has
+# no gradients, but both models' logits before and after their division by the temperature.
+LOGIT_COPIES, TAUGHT_COPIES, SHIFT_COPIES = 5, 8, 9
 # Completions sampled together by the sampler in the trainer's process (`stages.sampling.samples`), and prompt tokens of
 # one of its prefills (`stages.sampling.cache`).
 MOST_ROWS, PREFILL_TOKENS = 512, 16384
@@ -132,14 +133,17 @@ def row_tokens(config: Mapping[str, Any]) -> int:
     return int(config.get("max_prompt_tokens") or PROMPT_TOKENS) + int(config.get("max_new_tokens", 0))
 
 
+def frozen(shape: Shape, narrow: bool) -> int:
+    """A model that is not trained; in bfloat16 its linear layers and an untied head are kept in it."""
+    halved = shape.linear + (0 if shape.tied else shape.embedding) if narrow else 0
+    return shape.parameters * FLOAT - halved * (FLOAT - NARROW)
+
+
 def weights(stage: Trained) -> int:
-    """Parameters, a frozen base included; FSDP splits them, or keeps them in the host's memory. Frozen linear layers
-    and an untied head are kept in the stage's number type."""
+    """Parameters, a frozen base included; FSDP splits them, or keeps them in the host's memory."""
     if stage.offloaded:
         return 0
-    shape = stage.shape
-    frozen = shape.linear + (0 if shape.tied else shape.embedding) if stage.adapter and stage.narrow else 0
-    return ((shape.parameters + stage.adapter) * FLOAT - frozen * (FLOAT - NARROW)) // stage.shards
+    return (frozen(stage.shape, bool(stage.adapter) and stage.narrow) + stage.adapter * FLOAT) // stage.shards
 
 
 def moments(stage: Trained) -> int:

@@ -126,55 +126,6 @@ def test_what_does_not_fit_is_named_with_what_would_help(
     assert problems == [] and "lower resources.parallel_experts" in warnings[0]
 
 
-def test_moments_in_8_bits_and_offloaded_shards_need_less_of_a_device(
-    file: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = Store(home)
-    for gpus in (1, 4):
-        large(graph_of(file, home, f"resources.gpus={gpus}"), 8_000_000_000, store)
-
-    def need(gpus: int, *overrides: str) -> memory.Need:
-        graph = graph_of(file, home, f"resources.gpus={gpus}", *overrides)
-        return next(iter(needs(graph, store, [graph.node("student@0")])))
-
-    def optimizer(gpus: int, *overrides: str) -> int:
-        return need(gpus, *overrides).phases["update"]["optimizer"]
-
-    embedding = 128_000 * 4096
-    narrow = 8 * embedding + (2 + 8 / 256) * (8_000_000_000 - embedding)
-    states, paged = "merge.optimizer.states=8bit", "merge.optimizer={states: 8bit, paged: true}"
-    assert optimizer(1) == 64_000_000_000
-    assert optimizer(1, states) == pytest.approx(narrow, rel=1e-6)
-    assert optimizer(0, paged) == optimizer(0, states) == optimizer(1, states)
-    assert optimizer(1, paged) == 0 and need(1, paged).offloaded == optimizer(1, states)
-    sharded, offloaded = need(4, "merge.sharding=fsdp"), need(4, "merge.sharding=fsdp", "merge.cpu_offload=true")
-    moved = ("weights", "gradients", "optimizer")
-    assert [offloaded.phases["update"][part] for part in moved] == [0, 0, 0]
-    assert offloaded.offloaded == 4 * sum(sharded.phases["update"][part] for part in moved)
-    assert offloaded.phases["update"]["gathered weights"] == sharded.phases["update"]["gathered weights"]
-
-
-def test_what_would_make_full_training_fit_is_named(file: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(home)
-    for gpus in (1, 4):
-        large(graph_of(file, home, f"resources.gpus={gpus}"), 8_000_000_000, store)
-
-    def problem(gpus: int, *overrides: str, host: int = 1000 * GIB) -> str:
-        monkeypatch.setattr(memory, "available", lambda gpus: place(20 * GIB if gpus else host))
-        graph = graph_of(file, home, f"resources.gpus={gpus}", *overrides)
-        return fit(graph, store, [graph.node("student@0")])[0][-1]
-
-    assert "(optimizer: {states: 8bit})" in problem(1)
-    assert "(optimizer: {states: 8bit, paged: true})" in problem(1, "merge.optimizer.states=8bit")
-    assert "optimizer: " not in problem(1, "merge.optimizer={states: 8bit, paged: true}")
-    assert "optimizer: " not in problem(1, "merge.lora={}")
-    assert "(cpu_offload: true)" in problem(4, "merge.sharding=fsdp")
-    offloaded = ("merge.sharding=fsdp", "merge.cpu_offload=true")
-    assert "cpu_offload" not in problem(4, *offloaded)
-    line = problem(4, *offloaded, host=100 * GIB)
-    assert "in the host's memory 119.21); this machine has 100.0 GiB: use more memory" in line
-
-
 def test_a_check_refuses_a_run_that_cannot_fit(file: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda gpus: place(GIB // 8))
     asked = ["plan", str(file), "--home", str(home), "--check"]
