@@ -22,6 +22,7 @@ $(error TORCH=$(TORCH): cpu, or nothing for the CUDA build)
 endif
 HARNESS_STAMP := $(VENV)/.installed-harness
 STORES_STAMP := $(VENV)/.installed-stores
+BITSANDBYTES_STAMP := $(VENV)/.installed-bitsandbytes
 
 # Python 3.11 to 3.14 that can make a virtual environment with pip. Free-threaded builds have too few wheels.
 WORKS := import ensurepip, sys, sysconfig, venv; \
@@ -44,7 +45,7 @@ if ! { $(1); } >/dev/null 2>&1; then \
 	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(2); fi
 endef
 
-.PHONY: setup setup-vllm setup-harness setup-stores setup-browser demo test chaos check docs ui clean
+.PHONY: setup setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser demo test chaos check docs ui clean
 
 setup: $(STAMP)
 
@@ -80,6 +81,13 @@ $(HARNESS_STAMP): $(STAMP) requirements-harness.lock
 	$(PIP_INSTALL) -c requirements.lock -r requirements-harness.lock
 	@touch $(HARNESS_STAMP)
 
+setup-bitsandbytes: $(BITSANDBYTES_STAMP)
+
+# AdamW with moments in 8 bits. One wheel for CPUs and all builds of CUDA; it compiles nothing.
+$(BITSANDBYTES_STAMP): $(STAMP) requirements-bitsandbytes.lock
+	$(PIP_INSTALL) -c requirements.lock -r requirements-bitsandbytes.lock
+	@touch $(BITSANDBYTES_STAMP)
+
 setup-stores: $(STORES_STAMP)
 
 # Stores on S3 and MLflow on PostgreSQL. The tests need a server of each: moto's, and Debian's PostgreSQL.
@@ -96,7 +104,7 @@ demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
 # Two at a time, for much of them waits for servers; a file's tests stay together, for they share those.
-test: setup setup-vllm setup-harness setup-stores setup-browser
+test: setup setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser
 	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile
 
 # Fifty kills at random moments; docs/reliability.md has the figures.

@@ -62,6 +62,22 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
+def require_bitsandbytes(key: str) -> None:
+    """Check that bitsandbytes is installed.
+
+    Args:
+        key: The run file's key that requires it.
+
+    Raises:
+        UserError: it is not installed; the message has the command that installs it.
+    """
+    if not _is_installed("bitsandbytes"):
+        raise UserError(
+            f"{key}: 8bit needs bitsandbytes, which is not installed; `make setup-bitsandbytes` installs it (the extra "
+            f"bitsandbytes); float32 does not need it"
+        )
+
+
 def harness_version(key: str) -> str:
     """The installed version of lm-evaluation-harness.
 

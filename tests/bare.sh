@@ -91,7 +91,7 @@ for suite in "${suites[@]}"; do
 	step "one test of real vLLM" in_project alone \
 		"HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q tests/integration/vllm/test_vllm_engine.py"
 	if [ $tests = yes ]; then
-		step "set-up of make test" in_project host "make setup-vllm setup-harness setup-stores setup-browser"
+		step "set-up of make test" in_project host "make setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser"
 		step "make test" in_project alone "make test"
 	fi
 	du -sh "$root" "$root/root/mopd/.venv" | sed "s/^/$suite: /"

@@ -30,6 +30,7 @@ def has_browser() -> bool:
 EXTRAS = {
     "vllm": lambda: has_package("vllm"),
     "harness": lambda: has_package("lm_eval"),
+    "bitsandbytes": lambda: has_package("bitsandbytes"),
     "stores": lambda: has_package("moto") and has_package("s3fs") and has_package("psycopg") and has_postgresql(),
     "browser": has_browser,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError, first_line
-from base.extras import require_vllm
+from base.extras import require_bitsandbytes, require_vllm
 from base.store.checkpoint import Store
 from experts.loading import load_domain
 from flows.check.architectures import architecture_problems, checkpoint_key
@@ -78,6 +78,7 @@ def deep_check(graph: StageGraph, store: Store, *, ignore_memory: bool = False) 
         *_sampling_problems(graph, missing),
         *_device_problems(graph, missing),
         *_engine_problems(graph, missing),
+        *_optimizer_problems(missing),
         *program_problems(missing),
         *harness_problems(graph.config, missing),
     ]
@@ -220,6 +221,16 @@ def _device_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         return
     for key in dict.fromkeys(config_key(node) for node in missing if node.config.get("sharding") == "fsdp"):
         yield f"{key}.sharding: fsdp shards over 2 devices or more; resources.gpus is {gpus}"
+
+
+def _optimizer_problems(missing: list[Node]) -> Iterator[str]:
+    """bitsandbytes that is not installed."""
+    narrow = [node for node in missing if (node.config.get("optimizer") or {}).get("states") == "8bit"]
+    for key in dict.fromkeys(config_key(node) for node in narrow):
+        try:
+            require_bitsandbytes(f"{key}.optimizer.states")
+        except UserError as error:
+            yield str(error)
 
 
 def _tokenizer_problems(graph: StageGraph, store: Store, missing: list[Node]) -> Iterator[str]:

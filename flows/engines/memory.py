@@ -6,14 +6,14 @@ shown beside the estimate. It refuses nothing, and a stage that it shows to fit 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from base.hashing import stable_hash
-from base.store.checkpoint import Artifact, Store
+from base.store.checkpoint import Store
 from flows.engines import memory_terms as terms
 from flows.engines.device_memory import Memory, available
+from flows.engines.memory_peaks import peaks_of, settings_of
 from flows.engines.memory_terms import Trained, row_tokens
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
@@ -29,12 +29,6 @@ SERVER_BYTES = 2 * 2**30
 ROOM = 0.9
 SHOWN_BYTES = 2**24
 IGNORE = "--ignore-memory runs it all the same"
-# The settings that decide a stage's memory, beside its model, its processes and its device.
-DECIDING = (
-    "lora", "dtype", "sharding", "gradient_checkpointing", "micro_batch_tokens", "batch_tokens", "batch_size",
-    "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "sampler", "samples", "monitor",
-    "reference_kl", "max_resident", "teacher_cache", "teacher_backend", "objective",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,11 +39,13 @@ class Need:
         node: Id of the stage's node.
         phases: Phase -> purpose -> bytes.
         measured: Peak of earlier stages with the same settings on the same kind of device; 0 if there was none.
+        offloaded: What all processes of a stage on devices keep in the host's memory.
     """
 
     node: str
     phases: Mapping[str, Mapping[str, int]]
     measured: int = 0
+    offloaded: int = 0
 
     @property
     def phase(self) -> str:
@@ -69,7 +65,8 @@ class Need:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size >= SHOWN_BYTES)
         measured = f"; measured earlier {_gib(self.measured)}" if self.measured else ""
-        return f"{self.node}: about {_gib(self.total)} GiB in its {self.phase} ({parts}{measured})"
+        host = f"; in the host's memory {_gib(self.offloaded)}" if self.offloaded else ""
+        return f"{self.node}: about {_gib(self.total)} GiB in its {self.phase} ({parts}{measured}{host})"
 
 
 def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need]:
@@ -78,17 +75,22 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
     Nodes whose model is unknown before its download, or that compute on the host tensor by tensor, are left out.
     """
     memory = available(graph.config.resources.gpus)
-    peaks = _peaks(store)
+    peaks = peaks_of(store)
     found = []
     for node in missing:
         kind = STAGES[node.stage]
         estimated = kind.trains or (kind.measures and kind.on_device)
         shape = shape_of(origin(graph, node), store) if estimated else Shape()
         if shape.parameters:
-            phases = _phases(graph, node, shape, memory) if kind.trains else _measurement(graph, node, shape)
+            offloaded = 0
+            if kind.trains:
+                stage = trained(graph, node, shape)
+                phases, offloaded = _phases(graph, node, stage, memory), terms.in_host_memory(stage)
+            else:
+                phases = _measurement(graph, node, shape, memory)
             processes = int(node.ingredients.get("world_size", 1))
-            key = _settings(node.stage, shape.parameters, node.config, processes, memory.kind)
-            found.append(Need(node.id, phases, peaks.get(key, 0)))
+            key = settings_of(node.stage, shape.parameters, node.config, processes, memory.kind)
+            found.append(Need(node.id, phases, peaks.get(key, 0), offloaded))
     return sorted(found, key=lambda need: -need.total)
 
 
@@ -107,6 +109,12 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     have = f"{memory.place} has {memory.total / 2**30:.1f} GiB"
     large = [need for need in found if need.total > memory.total and not 0 < need.measured <= memory.total]
     problems = [f"{need}; {have}: {_advice(graph, need)}; {IGNORE}" for need in large]
+    host = available(0)
+    problems += [
+        f"{need}; {host.place} has {host.total / 2**30:.1f} GiB: use more memory or train adapters (lora); {IGNORE}"
+        for need in found
+        if need.offloaded > host.total
+    ]
     warnings = [
         f"{need.node}: a stage with these settings took {_gib(need.measured)} GiB; {have}: {_advice(graph, need)}"
         for need in found
@@ -126,8 +134,8 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     return problems, warnings
 
 
-def trained(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> Trained:
-    """What the terms of a training node depend on."""
+def trained(graph: StageGraph, node: Node, shape: Shape) -> Trained:
+    """What the terms of a training node depend on, but for the chunks of its logits."""
     monitor, gpus = node.config.get("monitor"), graph.config.resources.gpus
     return Trained(
         shape,
@@ -135,18 +143,23 @@ def trained(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> Trai
         max(1, gpus),
         _teachers_here(graph, node),
         int(monitor["examples"]) * len(node.domains) if monitor else 0,
-        chunk_bytes(memory.total) if gpus else CHUNK_BYTES,
-        gpus > 0,
+        on_device=gpus > 0,
     )
+
+
+def _chunk(graph: StageGraph, memory: Memory, held: Mapping[str, int]) -> int:
+    """Bytes of a chunk's logits: on a device they depend on what is free beside the tensors held at that time
+    (`stages.losses.chunked.chunk_length`)."""
+    return chunk_bytes(memory.total - sum(held.values())) if graph.config.resources.gpus else CHUNK_BYTES
 
 
 def _process(graph: StageGraph) -> dict[str, int]:
     return {"CUDA context": CONTEXT_BYTES} if graph.config.resources.gpus else {"process": PROCESS_BYTES}
 
 
-def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
+def _phases(graph: StageGraph, node: Node, stage: Trained, memory: Memory) -> dict[str, dict[str, int]]:
     """The phases of a training stage."""
-    stage = trained(graph, node, shape, memory)
+    shape = stage.shape
     beside = _servers(graph, node, shape)
     taught = any(stage.teachers)
     kept = {**_process(graph), "weights": terms.weights(stage), "optimizer": terms.moments(stage)}
@@ -154,13 +167,17 @@ def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict
         **kept,
         "teachers": terms.teachers(stage) if taught else 0,
         "gradients": terms.gradients(stage) + terms.buckets(stage),
+        "gathered weights": terms.gathered_for_update(stage),
+        "bfloat16 copies": 0 if stage.recomputed else terms.narrow_copies(stage),
+        "activations": terms.activations(stage),
+        "teachers' states": terms.teacher_states(stage) if taught else 0,
+    }
+    stage = replace(stage, chunk_bytes=_chunk(graph, memory, update))
+    update |= {
         "head's gradient": terms.head_gradient(stage),
         "head in bfloat16": terms.head_factor(stage),
-        "gathered weights": terms.gathered_for_update(stage),
         "bfloat16 copies": terms.narrow_copies(stage),
-        "activations": terms.activations(stage),
         "logits": terms.logits(stage, taught),
-        "teachers' states": terms.teacher_states(stage) if taught else 0,
     }
     if "prompts_per_step" not in node.config:
         return {"update": update}
@@ -181,11 +198,11 @@ def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict
     return {"rollout": rollout | beside, "update": update | beside}
 
 
-def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[str, int]]:
-    """The phases of an evaluation or of a shift. Both hold float32 models and sample with them."""
+def _measurement(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
+    """The phases of an evaluation or of a shift, which hold models and sample with them."""
     config = node.config
     models = 2 if node.stage == "shift" else 1
-    whole = {**_process(graph), "weights": models * shape.parameters * terms.FLOAT}
+    whole = {**_process(graph), "weights": models * terms.frozen(shape, config.get("dtype") == "bfloat16")}
     rows = min(int(config["batch_size"]), int(config.get("examples", config["batch_size"])))
     found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config))}
     if group := int(config.get("samples") or 0):
@@ -193,11 +210,10 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
         found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config))
     if node.stage == "shift":
         run = min(terms.SHIFT_TOKENS, rows * row_tokens(config))
-        states = 2 * run * shape.hidden * terms.FLOAT
-        found["comparison"] = whole | {
-            "activations": terms.forward(shape, run) + states,
-            "logits": terms.TAUGHT_COPIES * CHUNK_BYTES,
-        }
+        held = whole | {"hidden states": 2 * run * shape.hidden * terms.FLOAT}
+        logits = min(_chunk(graph, memory, held), run * shape.vocabulary * terms.FLOAT)
+        found["hidden states"] = held | {"activations": terms.forward(shape, run)}
+        found["comparison"] = held | {"logits": terms.SHIFT_COPIES * logits}
     return found
 
 
@@ -278,37 +294,6 @@ def _teachers_here(graph: StageGraph, node: Node) -> tuple[int, int]:
     return resident, len(bases) - resident
 
 
-def _settings(stage: str, parameters: int, config: Mapping[str, Any], processes: int, kind: str) -> str:
-    """A hash of what decides a stage's memory."""
-    chosen = {name: config[name] for name in DECIDING if name in config}
-    return stable_hash([stage, parameters, chosen, processes, kind])
-
-
-def _peaks(store: Store) -> dict[str, int]:
-    """Settings -> the largest peak measured with them."""
-    artifacts = {artifact.key: artifact for artifact in store.artifacts()}
-    peaks: dict[str, int] = {}
-    for artifact in artifacts.values():
-        manifest = artifact.manifest
-        if not isinstance(manifest.get("config"), Mapping) or "device" not in manifest:
-            continue
-        processes = int((manifest.get("ingredients") or {}).get("world_size", 1))
-        parameters = _full_size(artifact, artifacts)
-        key = _settings(str(manifest.get("stage")), parameters, manifest["config"], processes, str(manifest["device"]))
-        peaks[key] = max(peaks.get(key, 0), int(manifest.get("peak_memory") or 0))
-    return peaks
-
-
-def _full_size(artifact: Artifact, artifacts: Mapping[str, Artifact]) -> int:
-    """Parameters of a checkpoint without its adapter; of a measurement, those of the checkpoint measured."""
-    manifest = artifact.manifest
-    parents = manifest.get("parents") or {}
-    measured = artifacts.get((parents.get("checkpoint") or {}).get("key", ""))
-    manifest = measured.manifest if measured else manifest
-    base = artifacts.get(str(manifest.get("adapter_base") or ""))
-    return int((base.manifest if base else manifest).get("parameters") or 0)
-
-
 def _advice(graph: StageGraph, need: Need) -> str:
     node = graph.node(need.node)
     config = node.config
@@ -326,9 +311,20 @@ def _advice(graph: StageGraph, need: Need) -> str:
         advice.append("lower micro_batch_tokens")
     if config.get("lora") is None:
         advice.append("train adapters (lora)")
-    if graph.config.resources.gpus > 1 and config.get("sharding") != "fsdp":
-        advice.append("shard it (sharding: fsdp)")
-    return ", ".join(advice)
+    return ", ".join([*advice, *_smaller_state(config, graph.config.resources.gpus)])
+
+
+def _smaller_state(config: Mapping[str, Any], gpus: int) -> list[str]:
+    """Settings with which a device holds less of the weights and of the optimizer's state."""
+    optimizer = config.get("optimizer") or {}
+    if config.get("sharding") == "fsdp":
+        return [] if config.get("cpu_offload") else ["keep its shards in the host's memory (cpu_offload: true)"]
+    found = ["shard it (sharding: fsdp)"] if gpus > 1 else []
+    if config.get("lora") is None and optimizer.get("states") != "8bit":
+        found.append("keep AdamW's moments in 8 bits (optimizer: {states: 8bit})")
+    elif config.get("lora") is None and gpus and not optimizer.get("paged"):
+        found.append("let AdamW's moments move to the host (optimizer: {states: 8bit, paged: true})")
+    return found
 
 
 def _gib(size: int) -> str:

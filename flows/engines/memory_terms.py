@@ -7,7 +7,7 @@ is allocated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -15,9 +15,12 @@ from flows.engines.shapes import Shape
 from stages.config.chunks import CHUNK_BYTES
 
 FLOAT, NARROW = 4, 2
+# Values of an 8-bit moment with one float32 scale (`stages.learner.optimizer`).
+QUANTISED = 256
 # Tensors of the size of one chunk's logits that live at one time (`stages.losses.chunked`): logits, their
-# log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities.
-LOGIT_COPIES, TAUGHT_COPIES = 5, 8
+# log-probabilities, both gradients and a temporary; with a teacher also its logits and log-probabilities. `shift` has
+# no gradients, but both models' logits before and after their division by the temperature.
+LOGIT_COPIES, TAUGHT_COPIES, SHIFT_COPIES = 5, 8, 9
 # Completions sampled together by the sampler in the trainer's process (`stages.sampling.samples`), and prompt tokens of
 # one of its prefills (`stages.sampling.cache`).
 MOST_ROWS, PREFILL_TOKENS = 512, 16384
@@ -60,6 +63,22 @@ class Trained:
     def sharded(self) -> bool:
         """Whether FSDP2 splits the weights."""
         return self.config.get("sharding") == "fsdp" and self.processes > 1
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the shards of weights, gradients and optimizer state are in the host's memory."""
+        return self.sharded and bool(self.config.get("cpu_offload"))
+
+    @property
+    def optimizer(self) -> Mapping[str, Any]:
+        """The optimizer's settings."""
+        found: Mapping[str, Any] = self.config.get("optimizer") or {}
+        return found
+
+    @property
+    def paged(self) -> bool:
+        """Whether the optimizer's state may move to the host's memory."""
+        return self.on_device and bool(self.optimizer.get("paged"))
 
     @property
     def narrow(self) -> bool:
@@ -114,22 +133,42 @@ def row_tokens(config: Mapping[str, Any]) -> int:
     return int(config.get("max_prompt_tokens") or PROMPT_TOKENS) + int(config.get("max_new_tokens", 0))
 
 
+def frozen(shape: Shape, narrow: bool) -> int:
+    """A model that is not trained; in bfloat16 its linear layers and an untied head are kept in it."""
+    halved = shape.linear + (0 if shape.tied else shape.embedding) if narrow else 0
+    return shape.parameters * FLOAT - halved * (FLOAT - NARROW)
+
+
 def weights(stage: Trained) -> int:
-    """Parameters, a frozen base included; FSDP splits them. Frozen linear layers and an untied head are kept in the
-    stage's number type."""
-    shape = stage.shape
-    frozen = shape.linear + (0 if shape.tied else shape.embedding) if stage.adapter and stage.narrow else 0
-    return ((shape.parameters + stage.adapter) * FLOAT - frozen * (FLOAT - NARROW)) // stage.shards
+    """Parameters, a frozen base included; FSDP splits them, or keeps them in the host's memory."""
+    if stage.offloaded:
+        return 0
+    return (frozen(stage.shape, bool(stage.adapter) and stage.narrow) + stage.adapter * FLOAT) // stage.shards
 
 
 def moments(stage: Trained) -> int:
-    """AdamW's two moments of what is trained; FSDP splits them."""
-    return 2 * stage.trained * FLOAT // stage.shards
+    """AdamW's two moments of what is trained; FSDP splits them. None where they are paged or in the host's memory."""
+    if stage.paged or stage.offloaded:
+        return 0
+    if stage.optimizer.get("states") != "8bit":
+        return 2 * stage.trained * FLOAT // stage.shards
+    wide = 0 if stage.adapter else stage.shape.embedding
+    quantised = stage.trained - wide
+    return 2 * (wide * FLOAT + quantised + quantised * FLOAT // QUANTISED)
 
 
 def gradients(stage: Trained) -> int:
     """Gradients; FSDP reduces and scatters them with every micro-batch."""
-    return stage.trained * FLOAT // stage.shards
+    return 0 if stage.offloaded else stage.trained * FLOAT // stage.shards
+
+
+def in_host_memory(stage: Trained) -> int:
+    """What a stage on devices keeps in the host's memory, in all its processes together."""
+    if not stage.offloaded and not stage.paged:
+        return 0
+    optimizer = {**stage.optimizer, "paged": False}
+    kept = replace(stage, config={**stage.config, "cpu_offload": False, "optimizer": optimizer})
+    return stage.processes * (moments(kept) + (weights(kept) + gradients(kept) if stage.offloaded else 0))
 
 
 def buckets(stage: Trained) -> int:

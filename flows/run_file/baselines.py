@@ -22,7 +22,7 @@ SEQKD, MIX_SFT, MIX_RL = "seqkd", "mix_sft", "mix_rl"
 # What each baseline takes from the merge: the model, its data and its precision; its samples; the loss on them.
 _TRAINING = (
     *("max_steps", "optimizer", "lora", "dtype", "float32_matmul", "micro_batch_tokens", "gradient_checkpointing"),
-    *("sharding", "save_every", "examples", "max_prompt_tokens", "longer_prompts"),
+    *("sharding", "cpu_offload", "save_every", "examples", "max_prompt_tokens", "longer_prompts"),
 )
 _SAMPLES = ("max_new_tokens", "temperature", "top_p", "stop")
 _LOSS = ("loss_normalisation", "max_domain_share", "preflight_tolerance")
@@ -34,7 +34,7 @@ _SHARED = {
 }
 # What `mix_rl` takes from the merge if the run has an RL expert, from which it takes all else.
 _SHARED_BESIDE_RL = (
-    *("max_steps", "examples", "lora", "dtype", "float32_matmul", "sharding"),
+    *("max_steps", "examples", "lora", "dtype", "float32_matmul", "sharding", "cpu_offload"),
     *("max_new_tokens", "temperature", "top_p"),
 )
 GROUP_SIZE = 8

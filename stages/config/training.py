@@ -115,6 +115,24 @@ class OptimizerConfig(StrictModel):
     max_grad_norm: float = Field(
         1.0, gt=0, allow_inf_nan=True, description="Gradients are clipped to this global norm; .inf does not clip."
     )
+    states: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="AdamW's two moments of a trained weight: float32 takes 8 bytes, 8bit 2 bytes (AdamW8bit of "
+        "bitsandbytes, which `make setup-bitsandbytes` installs). Embeddings, and tensors of fewer than 4096 values, "
+        "keep float32.",
+    )
+    paged: bool = Field(
+        False,
+        description="With states: 8bit on a GPU, pages of the moments move to the host's memory where the GPU's is "
+        "full (PagedAdamW8bit).",
+        json_schema_extra=NOT_IN_KEY,
+    )
+
+    @model_validator(mode="after")
+    def _pages_what_can_be_paged(self) -> Self:
+        if self.paged and self.states != "8bit":
+            raise ValueError(f"paged: true pages moments in 8bit; states is {self.states}")
+        return self
 
     @model_validator(mode="after")
     def _decays_less_than_all(self) -> Self:
@@ -191,11 +209,32 @@ class TrainConfig(StrictModel):
         "over them (FSDP2).",
         json_schema_extra=NOT_IN_KEY,
     )
+    cpu_offload: bool = Field(
+        False,
+        description="With sharding: fsdp, shards of weights, gradients and optimizer state are kept in the host's "
+        "memory, where AdamW runs; a device holds the layers in use.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass: less memory, about a third more time.",
         json_schema_extra=NOT_IN_KEY,
     )
+
+    @model_validator(mode="after")
+    def _can_be_sharded_so(self) -> Self:
+        sharded = self.sharding == "fsdp"
+        if sharded and self.optimizer.states == "8bit":
+            raise ValueError(
+                "optimizer.states: 8bit does not work with sharding: fsdp, since bitsandbytes takes whole tensors; "
+                "cpu_offload: true takes the shards and float32 states off the devices"
+            )
+        if self.cpu_offload and not sharded:
+            raise ValueError(
+                "cpu_offload: true goes with sharding: fsdp; on one device optimizer: {states: 8bit, paged: true} "
+                "moves moments to the host"
+            )
+        return self
 
 
 class TinyModelConfig(StrictModel):

@@ -22,6 +22,8 @@ from stages.learner.ranks import collectives_limit
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+BOTH_BACKENDS = "cuda:nccl,cpu:gloo"
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -53,7 +55,9 @@ def look() -> Shown:
 
 
 def accelerator(
-    dtype: Literal["float32", "bfloat16"] = "float32", float32_matmul: Float32Matmul = "highest"
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    float32_matmul: Float32Matmul = "highest",
+    host_tensors: bool = False,
 ) -> "Accelerator":
     """Accelerate on the stage's device; no other code chooses a device.
 
@@ -63,6 +67,7 @@ def accelerator(
     Args:
         dtype: The autocast type.
         float32_matmul: How this process's products of float32 are computed on a GPU, from now on.
+        host_tensors: Whether processes on GPUs also exchange tensors on the host, by gloo beside NCCL.
 
     Raises:
         UserError: CUDA shows fewer devices than the stage leased.
@@ -75,8 +80,9 @@ def accelerator(
     torch.set_float32_matmul_precision(float32_matmul if torch.cuda.is_available() else "highest")
     mixed = "bf16" if dtype == "bfloat16" else "no"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    if (limit := collectives_limit()) is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=limit))
+    backend = BOTH_BACKENDS if host_tensors and torch.cuda.is_available() else None
+    if (limit := collectives_limit()) is not None or backend:
+        handlers.append(InitProcessGroupKwargs(backend=backend or "nccl", timeout=limit))
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed, kwargs_handlers=handlers)
 
 

@@ -6,7 +6,8 @@ output head belong to the root's group. It stays gathered from its forward to th
 head is read outside of the module, chunk by chunk.
 
 Shards, optimizer state and the reduction of gradients are float32. Under bfloat16 the gathered weights are bfloat16, so
-half as much is sent and held.
+half as much is sent and held. Offloaded shards are on the CPU, gradients and optimizer state too; they are copied to
+the device when they are gathered.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from stages.model.policy import HiddenStates, causal_lm
@@ -33,6 +34,7 @@ def shard(
     processes: int,
     pad_id: int,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    offload: bool = False,
 ) -> None:
     """Replace the module's parameters by shards (`DTensor`) in place.
 
@@ -44,13 +46,15 @@ def shard(
         processes: Number of processes.
         pad_id: A token for one forward pass: the module that runs first becomes FSDP's root.
         dtype: Number type of gathered weights.
+        offload: Whether shards are kept on the CPU, in pinned memory if the device is a GPU.
     """
     mesh = init_device_mesh(device.type, (processes,))
     narrow = torch.bfloat16 if dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     for layer in causal_lm(module.model).get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     with torch.no_grad():
         module(torch.full((1, 2), pad_id, device=device))
     for part in _parts(module):
@@ -115,8 +119,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, gathered in every process; all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor that may be sharded, gathered in every process on its device; all processes must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placed = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(placed, DTensor)
+    return placed.full_tensor()
 
 
 def state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

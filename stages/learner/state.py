@@ -15,7 +15,8 @@ def write_state(tree: Any, folder: Path, name: str) -> None:
     """Write nested mappings and lists of tensors, numbers, text and None.
 
     Args:
-        tree: Keys of mappings are text or whole numbers; a tuple is read back as a list.
+        tree: Keys of mappings are text or whole numbers; a tuple is read back as a list, and a tensor that occurs
+            several times as one tensor.
         folder: Folder of the files `NAME.safetensors` and `NAME.json`.
         name: `NAME`.
 
@@ -23,12 +24,15 @@ def write_state(tree: Any, folder: Path, name: str) -> None:
         TypeError: the tree contains a value of another type.
     """
     tensors: dict[str, Tensor] = {}
+    # id of a tensor -> its key: files of safetensors have no tensors that share memory.
+    written: dict[int, str] = {}
 
     def encoded(value: Any) -> Any:
         if isinstance(value, Tensor):
-            key = str(len(tensors))
-            tensors[key] = value.detach().contiguous()
-            return {"tensor": key}
+            if id(value) not in written:
+                written[id(value)] = str(len(tensors))
+                tensors[written[id(value)]] = value.detach().contiguous()
+            return {"tensor": written[id(value)]}
         if isinstance(value, dict):
             return {"items": [[key, encoded(each)] for key, each in value.items()]}
         if isinstance(value, (list, tuple)):

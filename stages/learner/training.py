@@ -26,6 +26,7 @@ from base.store.checkpoint import sync_to_disk
 from stages.config.training import TrainConfig
 from stages.learner import sharding
 from stages.learner.device import accelerator
+from stages.learner.optimizer import adamw, load_state
 from stages.learner.ranks import while_others_wait
 from stages.learner.state import is_state, read_state, write_state
 from stages.model.policy import HiddenStates, Policy, causal_lm
@@ -52,7 +53,8 @@ class Learner:
         memory: JSON-serialisable values that a stage keeps between steps; saved and restored with the state.
 
     Raises:
-        UserError: `sharding: fsdp` with one process, or CUDA shows fewer devices than the stage leased.
+        UserError: `sharding: fsdp` with one process, CUDA shows fewer devices than the stage leased, or bitsandbytes
+            is not installed.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, updates: int, progress: Path, seed: int) -> None:
@@ -62,7 +64,7 @@ class Learner:
         self.seed = seed
         self.tokens = 0
         self.memory: dict[str, Any] = {}
-        self.accelerator = accelerator(config.dtype, config.float32_matmul)
+        self.accelerator = accelerator(config.dtype, config.float32_matmul, host_tensors=config.cpu_offload)
         if self.sharded and self.world_size == 1:
             raise UserError("sharding: fsdp needs 2 devices or more, and this stage has one; see resources.gpus")
         if config.gradient_checkpointing:
@@ -70,15 +72,8 @@ class Learner:
         policy.compute_in(config.dtype)
         module = HiddenStates(policy.model, config.dtype)
         if self.sharded:
-            sharding.shard(module, self.device, self.world_size, policy.pad_id, config.dtype)
-        trainable = [p for p in policy.model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(
-            trainable,
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=not self.sharded,
-        )
+            sharding.shard(module, self.device, self.world_size, policy.pad_id, config.dtype, config.cpu_offload)
+        adam = adamw(config.optimizer, policy.model, self.device)
         self.schedule = get_scheduler(
             SCHEDULES[config.optimizer.schedule],
             adam,
@@ -270,7 +265,7 @@ class Learner:
         current = _trainable(self.policy.model)
         for name, tensor in kept["weights"].items():
             current[name].copy_(tensor)
-        self.optimizer.load_state_dict(kept["optimizer"])
+        load_state(self.optimizer, kept["optimizer"])
 
     def _saved(self) -> list[tuple[int, Path]]:
         return sorted((int(path.name.removeprefix("step-")), path) for path in self.progress.glob("step-*"))

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from evals.measure.shift import _of_batch
 from flows.engines import memory_terms as terms
 from flows.engines.memory import _sampling
 from flows.engines.memory_terms import Trained
@@ -20,10 +21,11 @@ from flows.engines.shapes import Shape, shape_of_config
 from stages.config.training import LoraConfig
 from stages.losses import chunked
 from stages.losses.chunked import chunk_length, chunked_token_loss
-from stages.model.policy import HiddenStates, causal_lm, head_weight, peft_config
+from stages.model.policy import HiddenStates, Policy, causal_lm, head_weight, peft_config
 from stages.model.precision import narrow
+from stages.model.tiny import character_tokenizer
 from stages.sampling import cache
-from stages.sampling.samples import Sampling
+from stages.sampling.samples import Sample, Sampling
 from tests.vcuda import memory_cases
 from tests.vcuda.live import Counting
 from tests.vcuda.sizes import qwen3_8b, smollm2
@@ -126,6 +128,18 @@ def test_activations_and_the_peak_of_an_update_are_as_planned(make: Any, name: s
         planned = terms.activations(stage) + terms.narrow_copies(stage)
         assert planned == pytest.approx(kept, rel=TOLERANCE)
     assert update_bytes(stage) == pytest.approx(live.peak, rel=TOLERANCE)
+
+
+def test_a_shift_s_chunk_has_the_planned_number_of_logits() -> None:
+    config = smollm2(num_hidden_layers=1, hidden_size=72)
+    with FakeTensorMode(allow_non_fake_inputs=True), Counting() as counting, torch.no_grad():
+        models = [AutoModelForCausalLM.from_config(config).requires_grad_(False) for _ in range(2)]
+        start, policy = (Policy(model, character_tokenizer()) for model in models)
+        row = [6] * 4 * chunk_length(config.vocab_size, torch.device("cpu"))
+        held = counting.live.bytes
+        counting.live.reset()
+        _of_batch(start, policy, [Sample([5], row, torch.zeros(len(row)), False)], 0.7)
+    assert counting.live.peak - held == pytest.approx(terms.SHIFT_COPIES * terms.CHUNK_BYTES, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("make", [smollm2, qwen3_8b])

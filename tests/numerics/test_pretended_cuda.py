@@ -15,8 +15,9 @@ from tests.vcuda.cases import ON_THE_HOST, cases
 from tests.vcuda.faults import FAULTS, HARMLESS
 
 NAMES = list(cases())
-# The one case that needs an extra has its marker.
-PARAMETERS = [pytest.param(name, marks=pytest.mark.harness) if name == "harness" else name for name in NAMES]
+# Cases that need an extra have its marker.
+EXTRAS = {"harness": pytest.mark.harness, "resume-pretrain-8bit": pytest.mark.bitsandbytes}
+PARAMETERS = [pytest.param(name, marks=EXTRAS.get(name, ())) for name in NAMES]
 
 
 @pytest.fixture(scope="module")

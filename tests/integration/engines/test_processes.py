@@ -127,7 +127,9 @@ SHARDED = """
 import json, sys
 from pathlib import Path
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
+import stages.learner.sharding as sharding
 from stages.config.training import LoraConfig, TrainConfig
 from base.store.checkpoint import Store
 from stages.model.policy import load_policy
@@ -139,10 +141,21 @@ from stages.sampling.sampler import sample
 
 home = Path(sys.argv[1])
 store, found = Store(home), {}
-for kind, lora in {"full": None, "lora": LoraConfig(rank=4)}.items():
+fully_shard, offloaded = sharding.fully_shard, []
+
+def noted(module, **settings):
+    offloaded.append(isinstance(settings["offload_policy"], CPUOffloadPolicy))
+    return fully_shard(module, **settings)
+
+sharding.fully_shard = noted
+for kind, lora in {"full": None, "offloaded": None, "lora": LoraConfig(rank=4)}.items():
     policy = load_policy(store.get("base"), store, lora=lora, trainable=True)
-    config = TrainConfig(sharding="fsdp", micro_batch_tokens=40, lora=lora)
+    offload = kind == "offloaded"
+    config = TrainConfig(sharding="fsdp", micro_batch_tokens=40, lora=lora, cpu_offload=offload)
     learner = Learner(policy, config, 10, home / "progress" / kind, 0)
+    # The layers and the root.
+    assert offloaded == [offload] * 3
+    offloaded.clear()
     parameters = list(policy.model.parameters())
     assert parameters and all(isinstance(parameter, DTensor) for parameter in parameters)
     held, whole = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
@@ -173,7 +186,9 @@ def test_shards_are_real_and_resume_where_they_were(home: Path, tmp_path: Path) 
     script.write_text(SHARDED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(home)]
     runs = [json.loads(start(launch).splitlines()[-1]) for _ in range(2)]
-    for kind in ("full", "lora"):
+    # On a CPU the copies of offloading change nothing.
+    assert runs[0]["offloaded"] == runs[0]["full"]
+    for kind in ("full", "offloaded", "lora"):
         first, second = (found[kind] for found in runs)
         assert 0.45 < first["held"] < 0.55
         assert (first["done"], second["done"]) == (0, 2)

@@ -32,6 +32,16 @@ STAGES = {
         stages.pretrain.train,
         PretrainConfig(**SMALL, batch_tokens=200, optimizer=COSINE, model=TinyModelConfig(hidden_size=32, layers=2)),
     ),
+    # Matrices wide enough for moments in 8 bits.
+    "pretrain-8bit": (
+        stages.pretrain.train,
+        PretrainConfig(
+            **SMALL,
+            batch_tokens=200,
+            optimizer=COSINE.model_copy(update={"states": "8bit"}),
+            model=TinyModelConfig(hidden_size=64, layers=2),
+        ),
+    ),
     "sft": (stages.sft.train, SFTConfig(**SMALL, batch_size=16, optimizer=COSINE)),
     "sft-lora": (stages.sft.train, SFTConfig(**SMALL, batch_size=16, lora=LoraConfig(rank=4, dropout=0.2))),
     "rl": (stages.rl.train, RLConfig(**ON_POLICY, group_size=8, updates_per_batch=2)),
@@ -66,7 +76,10 @@ class Scattered(Domain):
         return self.inner.fingerprint()
 
 
-@pytest.mark.parametrize("name", STAGES)
+EXTRAS = {"pretrain-8bit": pytest.mark.bitsandbytes}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=EXTRAS.get(name, ())) for name in STAGES])
 def test_resumed_equals_uninterrupted(
     name: str,
     workspace: Callable[..., Workspace],
@@ -76,7 +89,7 @@ def test_resumed_equals_uninterrupted(
 ) -> None:
     train, config = STAGES[name]
     domains = {key: Scattered(domain) for key, domain in domains.items()}
-    parents = {"start": checkpoint("start", 0)} if name != "pretrain" else {}
+    parents = {} if name.startswith("pretrain") else {"start": checkpoint("start", 0)}
     if name.startswith("distill"):
         parents |= {f"teacher/{domain}": checkpoint(f"teacher-{domain}", i + 1) for i, domain in enumerate(domains)}
     whole = train(config, workspace("whole", parents, domains))

@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
 LOCKS = ("requirements.lock", "requirements-nodeps.lock")
-EXTRAS = ("requirements-vllm.lock", "requirements-harness.lock", "requirements-stores.lock")
+EXTRAS = tuple(f"requirements-{name}.lock" for name in ("vllm", "harness", "stores", "bitsandbytes"))
 CUDA = "requirements-vllm-cuda.lock"
 # The first and the last patch release that may matter, and Debian 12's 3.11.2.
 PYTHONS = ("3.11.0", "3.11.2", "3.11.14", "3.12.0", "3.13.5", "3.14.0")

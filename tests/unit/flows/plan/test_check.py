@@ -70,6 +70,30 @@ def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path
     assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
 
 
+def test_an_optimizer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch) -> None:
+    keys = ["base.pretrain", "experts.sort.train.rl", "merge"]
+    asked = [f"{key}.optimizer.states=8bit" for key in keys]
+    monkeypatch.setattr(extras, "_is_installed", lambda name: False)
+    lines = said(tmp_path, SORT_ALONE, *asked).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"{key}.optimizer.states" for key in keys]
+    assert all("`make setup-bitsandbytes` installs it" in line for line in lines)
+    monkeypatch.setattr(extras, "_is_installed", lambda name: name == "bitsandbytes")
+    assert said(tmp_path, SORT_ALONE, *asked) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("{optimizer: {states: 8bit}, sharding: fsdp}", "optimizer.states: 8bit does not work with sharding: fsdp"),
+        ("{optimizer: {paged: true}}", "paged: true pages moments in 8bit; states is float32"),
+        ("{cpu_offload: true}", "cpu_offload: true goes with sharding: fsdp"),
+    ],
+)
+def test_optimizers_that_no_library_has_are_refused(tmp_path: Path, settings: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, [f"merge={settings}"])
+
+
 @pytest.mark.parametrize(
     ("build", "gpus", "words"),
     [

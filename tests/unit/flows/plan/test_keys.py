@@ -31,6 +31,12 @@ def test_no_default_is_in_a_key(schema: type[StrictModel]) -> None:
     assert schema().key_fields() == {}
 
 
+def test_where_the_optimizer_s_state_is_kept_is_in_no_key() -> None:
+    assert SFTConfig(sharding="fsdp", cpu_offload=True).key_fields() == {}
+    narrow = [SFTConfig(optimizer=OptimizerConfig(states="8bit", paged=paged)) for paged in (False, True)]
+    assert narrow[0].key_fields() == narrow[1].key_fields() != SFTConfig(optimizer=OptimizerConfig()).key_fields()
+
+
 def test_a_nested_option_is_in_the_key_where_it_differs_from_what_is_in_force_without_it() -> None:
     """RL's learning rate is 5e-4 by default, that of a lone optimizer 1e-3."""
     assert RLConfig(optimizer=OptimizerConfig(learning_rate=5e-4)).key_fields() == {}
@@ -58,6 +64,7 @@ def test_an_option_of_an_objective_stays_out_of_the_key_until_it_is_set() -> Non
     [
         "merge.on_policy_fraction=1.0",
         "merge.optimizer.max_grad_norm=1.0",
+        "merge.optimizer.states=float32",
         "merge.sampler.backend=transformers",
         "merge.domain_weights={sort: 1}",
         "merge.max_domain_share=1.0",
@@ -85,6 +92,7 @@ def test_an_option_at_its_default_leaves_every_key_as_it_was(tmp_path: Path, ove
     ("overrides", "why"),
     [
         (["merge.on_policy_fraction=0.5"], "on_policy_fraction 1.0 → 0.5"),
+        (["merge.optimizer={states: 8bit, paged: true}"], "optimizer.states float32 → 8bit"),
         (
             ["merge.objective={type: sampled_reverse_kl, importance: mask}"],
             "objective.advantage_clip None → 5.0; objective.importance drop → mask; "
