@@ -72,12 +72,18 @@ class Need:
         return f"{self.node}: about {_gib(self.total)} GiB in its {self.phase} ({parts}{measured})"
 
 
-def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need]:
+def needs(graph: StageGraph, store: Store, missing: Sequence[Node], memory: Memory | None = None) -> list[Need]:
     """The needs of the stages and measurements that are to run, largest first.
 
     Nodes whose model is unknown before its download, or that compute on the host tensor by tensor, are left out.
+
+    Args:
+        graph: The run.
+        store: Has the models that are made, and the peaks of earlier stages.
+        missing: The nodes that are to run.
+        memory: What one process may use; `available` of the run's devices when absent.
     """
-    memory = available(graph.config.resources.gpus)
+    memory = memory or available(graph.config.resources.gpus)
     peaks = _peaks(store)
     found = []
     for node in missing:
@@ -85,7 +91,7 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
         estimated = kind.trains or (kind.measures and kind.on_device)
         shape = shape_of(origin(graph, node), store) if estimated else Shape()
         if shape.parameters:
-            phases = _phases(graph, node, shape, memory) if kind.trains else _measurement(graph, node, shape)
+            phases = training_phases(graph, node, shape, memory) if kind.trains else _measurement(graph, node, shape)
             processes = int(node.ingredients.get("world_size", 1))
             key = _settings(node.stage, shape.parameters, node.config, processes, memory.kind)
             found.append(Need(node.id, phases, peaks.get(key, 0)))
@@ -144,7 +150,7 @@ def _process(graph: StageGraph) -> dict[str, int]:
     return {"CUDA context": CONTEXT_BYTES} if graph.config.resources.gpus else {"process": PROCESS_BYTES}
 
 
-def _phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
+def training_phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory) -> dict[str, dict[str, int]]:
     """The phases of a training stage."""
     stage = trained(graph, node, shape, memory)
     beside = _servers(graph, node, shape)

@@ -24,9 +24,9 @@ from stages.model.policy import HiddenStates, causal_lm, head_weight, peft_confi
 from stages.model.precision import narrow
 from stages.sampling import cache
 from stages.sampling.samples import Sampling
+from studies.sizes import qwen3_8b, smollm2
 from tests.vcuda import memory_cases
 from tests.vcuda.live import Counting
-from tests.vcuda.sizes import qwen3_8b, smollm2
 
 TOLERANCE = 0.15
 LAYERS, TOKENS, LENGTH = 3, 1024, 256

@@ -23,8 +23,8 @@ from stages.model.policy import Policy
 from stages.model.tiny import character_tokenizer
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sampling
+from studies.sizes import smollm2
 from tests.vcuda.device import live, pretend, watching
-from tests.vcuda.sizes import smollm2
 
 # Rows of one update, two micro-batches of them.
 ROWS, LENGTH, MICRO_BATCH = 4, 128, 256
