@@ -76,7 +76,12 @@ def update(shape: Shape, rows: Rows, *, adapters: bool, recomputed: bool, teache
     """
     attention, head = attention_forward(shape, rows), head_forward(shape, rows)
     linear = layers_forward(shape, rows) - attention
-    forward = (2 if recomputed else 1) * (linear + attention)
+    forward = linear + attention
+    if recomputed:
+        # Recomputation of a layer stops at the last tensor that the backward pass needs: without adapters that is the
+        # input of the layer's last product.
+        last = 2.0 * shape.layers * shape.hidden * shape.inner * rows.tokens
+        forward += linear + attention - (0 if adapters else last)
     backward = (1 if adapters else 2) * linear + 2 * attention
     return forward + backward + head * ((2 if adapters else 3) + teacher_heads)
 
