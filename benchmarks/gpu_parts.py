@@ -306,7 +306,7 @@ def trl(setup: Setup) -> Figures:
     base, _ = base_and_experts(setup)
     (teacher,) = opd_sides.make_teachers(setup.store, base, 1, lora=False)
     case = opd_sides.Case(
-        "trl", setup.prompts * setup.group, setup.new_tokens, fixed=True, dtype="bfloat16",
+        "trl", setup.prompts, setup.new_tokens, fixed=True, dtype="bfloat16",
         micro_batch_tokens=setup.micro_batch_tokens,
     )  # fmt: skip
     domains = plan(setup).config.domains
@@ -331,7 +331,7 @@ PARTS: dict[str, Callable[[Setup], Figures]] = {
 }
 # Seconds after which a part is ended.
 LIMITS = {
-    "prepare": 90, "card": 30, "merge": 120, "trace": 75, "sampler": 120, "trl": 120, "merge_vllm": 150,
+    "prepare": 90, "card": 30, "merge": 120, "trace": 75, "sampler": 180, "trl": 120, "merge_vllm": 180,
     "merge_servers": 210,
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ The nodes are made as `flows.engines.worker` makes them, in this process, so nei
 """
 
 import argparse
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ class Setup:
         tiny = not arguments.model
         sizes = {"steps": 2, "prompts": 4, "group": 2, "new_tokens": 8, "micro_batch_tokens": 256, "rounds": 1}
         sizes |= (
-            {} if tiny else {"steps": 4, "prompts": 64, "new_tokens": 320, "micro_batch_tokens": 16384, "rounds": 3}
+            {} if tiny else {"steps": 4, "prompts": 64, "new_tokens": 320, "micro_batch_tokens": 16384, "rounds": 2}
         )
         given = {name: getattr(arguments, name) or size for name, size in sizes.items()}
         return cls(
@@ -152,7 +153,7 @@ def default_model() -> str:
         resolve_gguf(SMOLLM2)
     except UserError:
         return RANDOM
-    return SMOLLM2
+    return SMOLLM2 if importlib.util.find_spec("gguf") else RANDOM
 
 
 def _random_checkpoint(folder: Path) -> Path:

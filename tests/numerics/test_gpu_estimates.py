@@ -1,4 +1,4 @@
-"""The arithmetic for Qwen3-8B: operations against torch's counts, the earlier code against its figures of 28 November."""
+"""The arithmetic for Qwen3-8B: operations against torch's counts, the earlier code against its figures of that day."""
 
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from studies.gpu_costs import AFTER, BEFORE
 from studies.gpu_work import Rows
 from studies.sizes import qwen3_8b
 
-SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"head_dim": 64}
 ATTENTION = ("scaled_dot_product", "bmm", "baddbmm")
 
 

@@ -59,7 +59,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path, pytestconfig: pytest.Config) -> None:
         assert phase["tokens_a_second"] == pytest.approx(phase["tokens"] / phase["seconds"]), name
     assert 0 < merge["phases"]["rollout"]["tokens"] <= merge["completions"] * settings["new_tokens"]
     assert len(merge["recorded"]) == settings["steps"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_merge.json", "part-merge.log", "part-prepare.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_merge.json", "gpu_merge.log"]
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def arguments(script: Any, tmp_path: Path) -> Any:
 def test_a_part_is_ended_at_its_limit(script: Any, arguments: Any) -> None:
     report = script.run_apart(arguments, "merge", 0)
     assert report["status"] == "ran out of time"
-    assert "part-merge.log" in report["reason"]
+    assert "gpu_merge.log" in report["reason"]
 
 
 def test_the_others_run_after_a_part_that_fails(
@@ -104,7 +104,7 @@ def test_the_others_run_after_a_part_that_fails(
     assert "merge failed, trace done" in capsys.readouterr().out
     arguments.minutes = 0
     assert script.run_all(arguments) == 0
-    assert "no time is left of --minutes 0" in capsys.readouterr().out
+    assert "too little is left of --minutes 0" in capsys.readouterr().out
 
 
 def test_a_part_without_its_library_is_left_out(script: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
