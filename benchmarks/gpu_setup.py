@@ -103,7 +103,7 @@ class Setup:
         trained["optimizer"] = {"learning_rate": LEARNING_RATE}
         if self.lora:
             trained["lora"] = {"rank": self.lora, "alpha": 2 * self.lora}
-        sft = {**trained, "max_steps": 1, "batch_size": 8, "examples": 32}
+        sft = {**trained, "max_steps": 1, "batch_size": 2, "examples": 16}
         lengths = {"min_length": 8, "max_length": 12} if self.model else {"min_length": 3, "max_length": 4}
         # Longer than any prompt, with its template; the memory plan counts with it.
         prompt = MOST_PROMPT_TOKENS if self.model else TINY_PROMPT_TOKENS

@@ -178,9 +178,11 @@ def training_phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory)
         **engine,
     }
     if node.config.get("sampler", {}).get("backend") not in ("vllm", "vllm_server"):
+        prompts = -(-stage.rows // int(node.config["group_size"]))
         rollout |= _sampling(
-            shape, stage.rows, -(-stage.rows // int(node.config["group_size"])), row_tokens(node.config)
+            shape, stage.rows, prompts, row_tokens(node.config), narrow=stage.narrow, on_device=stage.on_device
         )
+        rollout["head in bfloat16"] = terms.head_factor(stage)
     if not graph.config.resources.gpus:
         # Without a device the engine does not sleep during the update.
         update |= engine
@@ -193,10 +195,11 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
     models = 2 if node.stage == "shift" else 1
     whole = {**_process(graph), "weights": models * shape.parameters * terms.FLOAT}
     rows = min(int(config["batch_size"]), int(config.get("examples", config["batch_size"])))
-    found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config))}
+    how = {"narrow": config.get("dtype") == "bfloat16", "on_device": graph.config.resources.gpus > 0}
+    found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config), **how)}
     if group := int(config.get("samples") or 0):
         rows = min(max(group, int(config["batch_size"])), int(config["examples"]) * group)
-        found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config))
+        found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config), **how)
     if node.stage == "shift":
         run = min(terms.SHIFT_TOKENS, rows * row_tokens(config))
         states = 2 * run * shape.hidden * terms.FLOAT
@@ -207,16 +210,18 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
     return found
 
 
-def _sampling(shape: Shape, rows: int, group: int, tokens: int) -> dict[str, int]:
+def _sampling(
+    shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool, on_device: bool
+) -> dict[str, int]:
     """The parts of the sampler in the stage's process, in its decoding or its prefill, whichever needs more."""
     prompts = -(-rows // group)
     decoding = {
-        "sampler's cache": terms.cache(shape, rows, tokens),
-        "decoding": terms.decoding(shape, rows, tokens),
+        "sampler's cache": terms.cache(shape, rows, tokens, narrow),
+        "decoding": terms.decoding(shape, rows, tokens, repeats=not narrow and not on_device),
     }
     # A group's rows share a prefill, after which the cache is repeated for them.
     prefill = {
-        "sampler's cache": terms.cache(shape, prompts, tokens),
+        "sampler's cache": terms.cache(shape, prompts, tokens, narrow),
         "prefill": terms.prefill(shape, prompts, terms.PROMPT_TOKENS),
     }
     return max(decoding, prefill, key=lambda parts: sum(parts.values()))
