@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -45,12 +45,16 @@ class Case:
         batch: Completions of one step, each of a prompt of its own.
         length: Longest completion.
         fixed: Whether every completion is that long: both sides' EOS is then a token that no model can draw.
+        dtype: Number type of both sides' products.
+        micro_batch_tokens: Tokens of one forward and backward pass of ours; TRL's has the whole batch.
     """
 
     name: str
     batch: int
     length: int
     fixed: bool
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch_tokens: int = 16384
 
 
 def distill_config(case: Case) -> DistillConfig:
@@ -59,6 +63,8 @@ def distill_config(case: Case) -> DistillConfig:
         prompts_per_step=case.batch,
         group_size=1,
         max_new_tokens=case.length,
+        dtype=case.dtype,
+        micro_batch_tokens=case.micro_batch_tokens,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
     )
 
@@ -140,6 +146,8 @@ class Ours:
         )
         if case.fixed:
             never_end(policy.tokenizer)
+            # Those that the checkpoint names end no completion either.
+            policy.stop_ids = (policy.eos_id,)
 
     def step(self, number: int) -> dict[str, float]:
         """Take a step; returns its metrics."""
@@ -161,6 +169,13 @@ def never_end(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"eos_token": NEVER})
 
 
+def _now() -> float:
+    """Seconds, when the device has done all that was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Turns(TrainerCallback):
     """Seconds of TRL's steps and of ours, which are taken between them, and what each of the two worked on."""
 
@@ -171,14 +186,14 @@ class Turns(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Stop it, run ours."""
-        theirs = time.perf_counter() - self._started
-        started = time.perf_counter()
+        theirs = _now() - self._started
+        started = _now()
         metrics = self.ours(state.global_step)
-        seconds = time.perf_counter() - started
+        seconds = _now() - started
         parts = {name: metrics[f"distill/seconds/{name}"] for name in ("rollout", "signal", "update")}
         means = {"length": metrics["distill/length"], "kl": metrics["distill/reverse_kl"]}
         self.rounds.append({"ours": seconds, "trl": theirs, **parts, **means})
@@ -206,7 +221,7 @@ def take_turns(ours: Ours, student: Artifact, teacher: Artifact, case: Case, rou
     arguments = DistillationConfig(
         output_dir=str(folder),
         use_cpu=not torch.cuda.is_available(),
-        bf16=False,
+        bf16=case.dtype == "bfloat16",
         gradient_checkpointing=False,
         per_device_train_batch_size=case.batch,
         max_steps=rounds + 1,

@@ -85,8 +85,8 @@ def drawn(groups: list[list[Sample]], seconds: float) -> Work:
     return Work(sum(len(row.completion_ids) for row in rows), len(rows), seconds)
 
 
-def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int) -> Work:
-    """Sample with `generate`."""
+def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, seed: int, *, scored: bool = True) -> Work:
+    """Sample with `generate`; with the log-probability of each token if `scored`."""
     torch.manual_seed(seed)
     started = time.perf_counter()
     width = max(len(prompt) for prompt in prompts)
@@ -105,11 +105,13 @@ def generate(policy: Policy, prompts: Prompts, group_size: int, length: int, see
         pad_token_id=policy.pad_id,
         eos_token_id=policy.eos_id,
         return_dict_in_generate=True,
-        output_scores=True,
+        output_scores=scored,
     )
-    policy.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    if scored:
+        policy.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True).cpu()
+    sequences = output.sequences.cpu()
     seconds = time.perf_counter() - started
-    ended = output.sequences[:, width:] == policy.eos_id
+    ended = sequences[:, width:] == policy.eos_id
     after = ended.cumsum(1) - ended.long()
     return Work(int((after == 0).sum()), len(output.sequences), seconds)
 

@@ -69,12 +69,18 @@ class Need:
         return f"{self.node}: about {_gib(self.total)} GiB in its {self.phase} ({parts}{measured}{host})"
 
 
-def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need]:
+def needs(graph: StageGraph, store: Store, missing: Sequence[Node], memory: Memory | None = None) -> list[Need]:
     """The needs of the stages and measurements that are to run, largest first.
 
     Nodes whose model is unknown before its download, or that compute on the host tensor by tensor, are left out.
+
+    Args:
+        graph: The run.
+        store: Has the models that are made, and the peaks of earlier stages.
+        missing: The nodes that are to run.
+        memory: What one process may use; `available` of the run's devices when absent.
     """
-    memory = available(graph.config.resources.gpus)
+    memory = memory or available(graph.config.resources.gpus)
     peaks = peaks_of(store)
     found = []
     for node in missing:
@@ -85,7 +91,7 @@ def needs(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[Need
             offloaded = 0
             if kind.trains:
                 stage = trained(graph, node, shape)
-                phases, offloaded = _phases(graph, node, stage, memory), terms.in_host_memory(stage)
+                phases, offloaded = training_phases(graph, node, stage, memory), terms.in_host_memory(stage)
             else:
                 phases = _measurement(graph, node, shape, memory)
             processes = int(node.ingredients.get("world_size", 1))
@@ -157,7 +163,7 @@ def _process(graph: StageGraph) -> dict[str, int]:
     return {"CUDA context": CONTEXT_BYTES} if graph.config.resources.gpus else {"process": PROCESS_BYTES}
 
 
-def _phases(graph: StageGraph, node: Node, stage: Trained, memory: Memory) -> dict[str, dict[str, int]]:
+def training_phases(graph: StageGraph, node: Node, stage: Trained, memory: Memory) -> dict[str, dict[str, int]]:
     """The phases of a training stage."""
     shape = stage.shape
     beside = _servers(graph, node, shape)
@@ -189,9 +195,11 @@ def _phases(graph: StageGraph, node: Node, stage: Trained, memory: Memory) -> di
         **engine,
     }
     if node.config.get("sampler", {}).get("backend") not in ("vllm", "vllm_server"):
+        prompts = -(-stage.rows // int(node.config["group_size"]))
         rollout |= _sampling(
-            shape, stage.rows, -(-stage.rows // int(node.config["group_size"])), row_tokens(node.config)
+            shape, stage.rows, prompts, row_tokens(node.config), narrow=stage.narrow, on_device=stage.on_device
         )
+        rollout["head in bfloat16"] = terms.head_factor(stage)
     if not graph.config.resources.gpus:
         # Without a device the engine does not sleep during the update.
         update |= engine
@@ -204,10 +212,11 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape, memory: Memory) ->
     models = 2 if node.stage == "shift" else 1
     whole = {**_process(graph), "weights": models * terms.frozen(shape, config.get("dtype") == "bfloat16")}
     rows = min(int(config["batch_size"]), int(config.get("examples", config["batch_size"])))
-    found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config))}
+    how = {"narrow": config.get("dtype") == "bfloat16", "on_device": graph.config.resources.gpus > 0}
+    found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config), **how)}
     if group := int(config.get("samples") or 0):
         rows = min(max(group, int(config["batch_size"])), int(config["examples"]) * group)
-        found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config))
+        found["sampled pass"] = whole | _sampling(shape, rows, group, row_tokens(config), **how)
     if node.stage == "shift":
         run = min(terms.SHIFT_TOKENS, rows * row_tokens(config))
         held = whole | {"hidden states": 2 * run * shape.hidden * terms.FLOAT}
@@ -217,16 +226,16 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape, memory: Memory) ->
     return found
 
 
-def _sampling(shape: Shape, rows: int, group: int, tokens: int) -> dict[str, int]:
+def _sampling(shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool, on_device: bool) -> dict[str, int]:
     """The parts of the sampler in the stage's process, in its decoding or its prefill, whichever needs more."""
     prompts = -(-rows // group)
     decoding = {
-        "sampler's cache": terms.cache(shape, rows, tokens),
-        "decoding": terms.decoding(shape, rows, tokens),
+        "sampler's cache": terms.cache(shape, rows, tokens, narrow),
+        "decoding": terms.decoding(shape, rows, tokens, repeats=not narrow and not on_device),
     }
     # A group's rows share a prefill, after which the cache is repeated for them.
     prefill = {
-        "sampler's cache": terms.cache(shape, prompts, tokens),
+        "sampler's cache": terms.cache(shape, prompts, tokens, narrow),
         "prefill": terms.prefill(shape, prompts, terms.PROMPT_TOKENS),
     }
     return max(decoding, prefill, key=lambda parts: sum(parts.values()))

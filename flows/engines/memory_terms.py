@@ -275,15 +275,16 @@ def teacher_states(stage: Trained) -> int:
     return rows * int(stage.config["max_new_tokens"]) * stage.shape.hidden * (NARROW if stage.narrow else FLOAT)
 
 
-def cache(shape: Shape, rows: int, tokens: int) -> int:
-    """Keys and values of the sampler in this process: key-value heads x head size, two a layer, in float32, with room
-    for the whole row."""
-    return rows * tokens * shape.layers * 2 * shape.keys * FLOAT
+def cache(shape: Shape, rows: int, tokens: int, narrow: bool = False) -> int:
+    """Keys and values of the sampler in this process: key-value heads x head size, two a layer, in the stage's number
+    type, with room for the whole row."""
+    return rows * tokens * shape.layers * 2 * shape.keys * (NARROW if narrow else FLOAT)
 
 
-def decoding(shape: Shape, rows: int, tokens: int) -> int:
-    """What one token's step adds: a layer's keys and values repeated for the query heads, and the rows' logits."""
-    repeated = rows * tokens * 2 * shape.queries * FLOAT if shape.queries > shape.keys else 0
+def decoding(shape: Shape, rows: int, tokens: int, repeats: bool = True) -> int:
+    """What one token's step adds: the rows' logits; or a layer's keys and values repeated for the query heads, which
+    float32 does on a CPU alone."""
+    repeated = rows * tokens * 2 * shape.queries * FLOAT if repeats and shape.queries > shape.keys else 0
     return max(repeated, rows * shape.vocabulary * FLOAT * DRAWN_COPIES)
 
 

@@ -26,9 +26,9 @@ from stages.model.precision import narrow
 from stages.model.tiny import character_tokenizer
 from stages.sampling import cache
 from stages.sampling.samples import Sample, Sampling
+from studies.sizes import qwen3_8b, smollm2
 from tests.vcuda import memory_cases
 from tests.vcuda.live import Counting
-from tests.vcuda.sizes import qwen3_8b, smollm2
 
 TOLERANCE = 0.15
 LAYERS, TOKENS, LENGTH = 3, 1024, 256
@@ -70,11 +70,15 @@ def test_a_training_step_allocates_what_is_planned(peaks: dict[str, int]) -> Non
     assert beside == pytest.approx(peaks["update"] - 4 * peaks["weights"], rel=TOLERANCE)
 
 
-def test_a_rollout_allocates_what_is_planned(peaks: dict[str, int]) -> None:
-    rows = memory_cases.PROMPTS * memory_cases.GROUP
-    parts = _sampling(shape(smollm2()), rows, memory_cases.GROUP, memory_cases.PROMPT + memory_cases.NEW)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rollout_allocates_what_is_planned(peaks: dict[str, int], dtype: str) -> None:
+    rows, model = memory_cases.PROMPTS * memory_cases.GROUP, shape(smollm2())
+    stage = Trained(model, {"dtype": dtype}, on_device=True)
+    tokens = memory_cases.PROMPT + memory_cases.NEW
+    parts = _sampling(model, rows, memory_cases.PROMPTS, tokens, narrow=stage.narrow, on_device=True)
     assert "decoding" in parts
-    assert sum(parts.values()) == pytest.approx(peaks["rollout"] - peaks["weights"], rel=TOLERANCE)
+    planned = sum(parts.values()) + terms.head_factor(stage)
+    assert planned == pytest.approx(peaks[f"rollout in {dtype}"] - peaks["weights"], rel=TOLERANCE)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

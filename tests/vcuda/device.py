@@ -305,6 +305,7 @@ def pretend() -> None:
         "get_device_capability": lambda device=None: (_Properties.major, _Properties.minor),
         "get_device_properties": lambda device=None: _Properties,
         "max_memory_allocated": lambda device=None: live.peak,
+        "reset_peak_memory_stats": lambda device=None: live.reset(),
         "memory_allocated": lambda device=None: live.bytes,
         "memory_reserved": lambda device=None: live.bytes,
         "mem_get_info": lambda device=None: (_Properties.total_memory - live.bytes, _Properties.total_memory),

@@ -23,8 +23,8 @@ from stages.model.policy import Policy
 from stages.model.tiny import character_tokenizer
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sampling
+from studies.sizes import smollm2
 from tests.vcuda.device import live, pretend, watching
-from tests.vcuda.sizes import smollm2
 
 # Rows of one update, two micro-batches of them.
 ROWS, LENGTH, MICRO_BATCH = 4, 128, 256
@@ -42,9 +42,11 @@ def main() -> int:
         learner = Learner(policy, SFTConfig(micro_batch_tokens=MICRO_BATCH), 2, Path(folder), 0)
         found["weights"] = live.bytes
         policy.model.eval()
-        live.reset()
-        sample(policy, [[5] * PROMPT] * PROMPTS, GROUP, Sampling(NEW, 0.0), 0)
-        found["rollout"] = peak_memory()
+        for dtype in ("bfloat16", "float32"):
+            policy.compute_in(dtype)
+            live.reset()
+            sample(policy, [[5] * PROMPT] * PROMPTS, GROUP, Sampling(NEW, 0.0), 0)
+            found[f"rollout in {dtype}"] = peak_memory()
         weights = token_weights([LENGTH - 1] * ROWS, "token", learner)
         rows = [Row([5] * LENGTH, 1, each) for each in weights]
         for _ in range(2):

@@ -13,9 +13,9 @@ from flows.cli.app import app
 from flows.engines import gpus
 from flows.engines.devices import host_devices
 from stages.model.tiny import character_tokenizer
+from studies.sizes import qwen3_8b
 from tests.support.devices import stand_in_driver
 from tests.support.installed import install_vllm
-from tests.vcuda.sizes import qwen3_8b
 
 RUNS = Path(__file__).parents[4] / "flows" / "runs"
 COMMIT = "b968826d9c46dd6066d109eabc6255188de91218"

@@ -131,8 +131,9 @@ def test_only_experts_the_merge_takes_can_be_weighed(tmp_path: Path) -> None:
 def test_all_settings_of_training_are_those_of_the_merge(tmp_path: Path, name: str) -> None:
     config = load(tmp_path, [f"merge.baselines=[{name}]", "experts={}"])
     other = {"max_steps": 7, "dtype": "bfloat16", "float32_matmul": "high", "micro_batch_tokens": 77, "examples": 7}
-    other |= {"max_prompt_tokens": 7, "longer_prompts": "drop", "save_every": 7, "sharding": "fsdp", "cpu_offload": True}
-    other |= {"gradient_checkpointing": True, "lora": {"rank": 3}, "optimizer": {"learning_rate": 0.7}}
+    other |= {"max_prompt_tokens": 7, "longer_prompts": "drop", "save_every": 7, "sharding": "fsdp"}
+    other |= {"cpu_offload": True, "gradient_checkpointing": True, "lora": {"rank": 3}}
+    other |= {"optimizer": {"learning_rate": 0.7}}
     assert other.keys() == TrainConfig.model_fields.keys()
     merge = type(config.merge).model_validate(other)
     found = baseline_config(config.model_copy(update={"merge": merge}), name)
