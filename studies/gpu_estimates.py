@@ -98,11 +98,13 @@ class Run:
         """Completions of a step."""
         return self.config.prompts_per_step * self.config.group_size
 
+    def phases(self) -> dict[str, dict[str, int]]:
+        """The memory plan's bytes of each phase on one device, by purpose."""
+        return training_phases(self.graph, self.node, trained(self.graph, self.node, self.shape), DEVICE)
+
     def peaks(self) -> dict[str, float]:
         """The memory plan's GiB of each phase on one device."""
-        stage = trained(self.graph, self.node, self.shape)
-        phases = training_phases(self.graph, self.node, stage, DEVICE)
-        return {name: sum(parts.values()) / GIB for name, parts in phases.items()}
+        return {name: sum(parts.values()) / GIB for name, parts in self.phases().items()}
 
 
 def rollout(code: Code, run: Run) -> Range:
@@ -194,7 +196,7 @@ def _gathered(code: Code) -> float:
     run = Run.of(EIGHT)
     if not code.narrow:
         return 2 * terms.FLOAT * run.shape.parameters / GIB
-    update_parts = training_phases(run.graph, run.node, run.shape, DEVICE)["update"]
+    update_parts = run.phases()["update"]
     return (update_parts["gathered weights"] + update_parts["gradients"]) / GIB
 
 
