@@ -36,7 +36,8 @@ from evals.measure.harness_tasks import KEY, own_tasks
 from stages.config.harness import HarnessTaskConfig
 from stages.learner.device import accelerator
 from stages.learner.workspace import Workspace
-from stages.model.policy import Policy, load_policy
+from stages.model.policy import Policy, causal_lm, load_policy
+from stages.model.precision import keep_logits_wide
 from stages.rows.rendering import template_arguments
 
 
@@ -78,8 +79,13 @@ def evaluate_tasks(requests: Sequence[HarnessRequest], checkpoint: Artifact, sto
     """
     # The harness logs every argument that it does not use.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    device = accelerator().device
+    # Tasks of one process are those of one run file, with its number types.
+    config = requests[0].config
+    device = accelerator(float32_matmul=config.float32_matmul).device
     policy = load_policy(checkpoint, store, remote_code=requests[0].workspace.remote_code)
+    policy.compute_in(config.dtype)
+    if config.dtype == "bfloat16":
+        keep_logits_wide(causal_lm(policy.model))
     policy.model.to(device)
     return [_evaluate(request, policy) for request in requests]
 
@@ -93,6 +99,7 @@ def _evaluate(request: HarnessRequest, policy: Policy) -> Artifact:
         tokenizer=policy.tokenizer,
         backend="causal",
         batch_size=config.batch_size,
+        mixed_precision_dtype="bfloat16" if config.dtype == "bfloat16" else None,
         chat_template_args=template_arguments(),
     )
     task = _load_task(config)

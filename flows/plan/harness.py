@@ -40,7 +40,7 @@ def harness_tasks(run: RunConfig) -> list[tuple[HarnessTaskConfig, dict[str, Any
         file = local.tasks.get(name)
         if file is None and (group := local.groups.get(name)):
             raise UserError(f"{KEY}.tasks: {group}: {name} is a group; name its tasks")
-        own = HarnessTaskConfig.of(config, name, str(file) if file else None)
+        own = HarnessTaskConfig.of(config, name, str(file) if file else None, run.evaluate)
         content = task_fingerprint(file) if file else None
         tasks.append((own, {"config": own.key_fields(), "harness": version, "task": content}))
     return tasks

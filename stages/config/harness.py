@@ -1,12 +1,12 @@
 """The run file's settings for lm-evaluation-harness tasks. Imports neither torch nor the harness."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from base.errors import nearest
 from experts.domain import HELD_OUT
-from stages.config.training import NOT_IN_KEY, Positive, StrictModel, each_once
+from stages.config.training import NOT_IN_KEY, EvaluationConfig, Float32Matmul, Positive, StrictModel, each_once
 
 # Tasks appear beside the run's own domains in every table; the prefix distinguishes them.
 PREFIX = "harness."
@@ -58,11 +58,13 @@ class HarnessTaskConfig(StrictModel):
     metric: str | None
     chat_template: bool
     batch_size: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    float32_matmul: Float32Matmul = "highest"
     file: str | None = Field(None, json_schema_extra=NOT_IN_KEY)
 
     @classmethod
-    def of(cls, config: HarnessConfig, task: str, file: str | None) -> Self:
-        """The part of the run file's entry that concerns one task."""
+    def of(cls, config: HarnessConfig, task: str, file: str | None, evaluation: EvaluationConfig) -> Self:
+        """The part of the run file's entry that concerns one task, with the number types of its evaluations."""
         return cls(
             task=task,
             domain=f"{PREFIX}{task}",
@@ -71,5 +73,7 @@ class HarnessTaskConfig(StrictModel):
             metric=config.metrics.get(task),
             chat_template=config.chat_template,
             batch_size=config.batch_size,
+            dtype=evaluation.dtype,
+            float32_matmul=evaluation.float32_matmul,
             file=file,
         )

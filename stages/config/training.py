@@ -180,7 +180,8 @@ class TrainConfig(StrictModel):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Number type of products, in updates, rollouts and teachers alike. In bfloat16 sums, logits, "
-        "losses and trained weights stay float32, and frozen weights of linear layers are kept in bfloat16.",
+        "losses and trained weights stay float32, and frozen weights of linear layers and experts are kept in "
+        "bfloat16.",
     )
     float32_matmul: Float32Matmul = Field("highest", description=FLOAT32_MATMUL)
     micro_batch_tokens: Positive = Field(
@@ -308,7 +309,7 @@ class EvaluationConfig(StrictModel):
     batch_size: Rows = Field(256, description="Sequences sampled together; decides which random numbers each gets.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Number type of products, of the shift's too; logits stay float32. Tasks of lm-evaluation-harness "
-        "are scored in float32.",
+        description="Number type of products, in the shift and in tasks of lm-evaluation-harness too; logits stay "
+        "float32.",
     )
     float32_matmul: Float32Matmul = Field("highest", description=FLOAT32_MATMUL)

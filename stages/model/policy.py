@@ -23,8 +23,7 @@ from base.store.checkpoint import Artifact, Store
 from stages.config.training import LoraConfig
 from stages.model.adapters import peft_config
 from stages.model.architecture import Masks, logit_scale, unsupported
-from stages.model.attention import use_attention
-from stages.model.linear import use_onednn
+from stages.model.kernels import use_kernels
 from stages.model.precision import Dtype, as_factor, narrow, precision
 from stages.model.stop_strings import before_stop
 from stages.model.tokenizers import tokens_beyond
@@ -246,8 +245,7 @@ def load_policy(
             f"{checkpoint.name}: it contains code of its own, which this run file does not permit; to run it set "
             f"`remote_code: true`"
         ) from None
-    use_onednn(model)
-    use_attention(model)
+    use_kernels(model)
     if base:
         model = PeftModel.from_pretrained(model, checkpoint.uri, is_trainable=trainable and lora is not None)
         if trainable and lora is None:

@@ -2,12 +2,12 @@
 
 In bfloat16 the factors of a product are rounded and its sum is accumulated in float32. Logits stay in float32: a logit
 of 20 nats in bfloat16 would be rounded by up to 0.06. The residual stream, norms, embeddings, losses and trained
-weights stay in float32 too; frozen weights of linear layers are kept in bfloat16.
+weights stay in float32 too; frozen weights of linear layers and experts are kept in bfloat16.
 
 Shape suffixes: C tokens of a chunk, H hidden, V vocabulary.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from stages.model.linear import matmul_t
 
 Dtype = Literal["float32", "bfloat16"]
+# An attribute of all modules whose experts transformers multiplies (`transformers.integrations.moe`).
+EXPERTS = "_is_expert_parallel"
 
 
 def precision(device: torch.device, dtype: Dtype) -> torch.autocast:
@@ -58,6 +60,18 @@ def head_logits(hidden_CH: Tensor, factor_VH: Tensor) -> Tensor:
         )
 
 
+def keep_logits_wide(model: PreTrainedModel) -> None:
+    """Let a model's own forward pass under autocast return logits in float32, which autocast would round too."""
+    model.get_output_embeddings().__class__ = _WideHead
+
+
+class _WideHead(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        """The logits of hidden states with any leading dimensions."""
+        logits_NV = head_logits(input.to(torch.bfloat16).flatten(0, -2), head_factor(self.weight, torch.bfloat16))
+        return logits_NV.view(*input.shape[:-1], -1)
+
+
 def hidden_gradient(gradient_CV: Tensor, factor_VH: Tensor) -> Tensor:
     """The gradient [C, H] of the hidden states from that of the logits."""
     return matmul_t(gradient_CV.to(factor_VH.dtype), factor_VH.T)
@@ -82,10 +96,10 @@ def add_head_gradient(total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) 
 
 
 def narrow(model: nn.Module) -> None:
-    """Keep frozen weights of linear layers in bfloat16, in place.
+    """Keep frozen weights of linear layers and of experts in bfloat16, in place.
 
-    Autocast would round the same weights in every product, so results do not change. A head that is also the input
-    embedding stays as it is: the residual stream begins with its rows.
+    They would be rounded in every product, so results do not change. A head that is also the input embedding stays as
+    it is: the residual stream begins with its rows.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -94,11 +108,23 @@ def narrow(model: nn.Module) -> None:
     else:
         raise TypeError(f"{type(model).__name__} has no model of transformers")
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or module.weight is embedding.weight:
+        own = list(module.parameters(recurse=False))
+        if any(parameter.requires_grad for parameter in own):
             continue
-        if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(torch.bfloat16)
+        if hasattr(module, EXPERTS):
+            factors = [parameter for parameter in own if is_experts_weight(parameter)]
+        elif isinstance(module, nn.Linear) and module.weight is not embedding.weight:
+            factors = own
+        else:
+            continue
+        for parameter in factors:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def is_experts_weight(value: Any) -> bool:
+    """Whether an attribute of a layer's experts is their weights [experts, inputs, outputs], not their biases or
+    anything else."""
+    return isinstance(value, Tensor) and value.dim() == 3
 
 
 def _summable(tensor: Tensor) -> Tensor:

@@ -5,9 +5,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from stages.config.training import TinyModelConfig
-from stages.model.attention import use_attention
 from stages.model.characters import ASSISTANT, CHARACTERS, CHAT_TEMPLATE, EOS, KEYWORDS, PAD, PIECE, UNKNOWN, USER
-from stages.model.linear import use_onednn
+from stages.model.kernels import use_kernels
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,6 +47,5 @@ def tiny_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, seed
             dtype=torch.float32,
         )
     )
-    use_onednn(model)
-    use_attention(model)
+    use_kernels(model)
     return model

@@ -27,8 +27,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from base.store.checkpoint import Artifact, Store
-from stages.model.attention import use_attention
-from stages.model.linear import use_onednn
+from stages.model.kernels import use_kernels
 from stages.model.policy import Policy, check_head
 from stages.model.precision import narrow
 
@@ -183,8 +182,7 @@ class _Base:
         config = AutoConfig.from_pretrained(base.uri, trust_remote_code=student.remote_code)
         kind = _model_class(config, base, student.remote_code)
         model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-        use_onednn(model)
-        use_attention(model)
+        use_kernels(model)
         # A sharded student is gathered under autocast, in which the check's tolerances do not hold.
         with torch.autocast("cpu", enabled=False):
             check_head(Policy(model, student.tokenizer), base)

@@ -66,20 +66,15 @@ BASE: Mapping[str, Any] = {
 ON_POLICY: Mapping[str, Any] = BASE | {"prompts_per_step": 6, "max_new_tokens": 5}
 MODEL = TinyModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=32, max_length=64)
 PRETRAIN = PretrainConfig(**BASE, batch_tokens=200, model=MODEL)
-# Wide enough for moments in 8 bits: tensors of fewer than 4096 values keep float32.
-WIDE = PRETRAIN.model_copy(
-    update={
-        "max_steps": 2,
-        "model": TinyModelConfig(hidden_size=64, layers=1, heads=2, intermediate_size=64, max_length=64),
-        "optimizer": OptimizerConfig(learning_rate=1e-3, states="8bit"),
-    }
-)
 LORA = LoraConfig(rank=2)
 # Work that needs no device: it reads weights, computes tensor by tensor and writes.
 ON_THE_HOST = ("load", "merge-", "cosines")
 
-
 TWO_STEPS = {"max_steps": 2}
+# Wide enough for moments in 8 bits: tensors of fewer than 4096 values keep float32.
+WIDE = MODEL.model_copy(update={"hidden_size": 64, "intermediate_size": 64})
+EIGHT_BITS = OptimizerConfig(learning_rate=1e-3, states="8bit")
+NARROW = PRETRAIN.model_copy(update=TWO_STEPS | {"model": WIDE, "optimizer": EIGHT_BITS})
 
 
 class Bench:
@@ -172,9 +167,10 @@ class Bench:
         folder = write_tasks(self.home / "tasks")
         for task in ("choice", "text"):
             whole = HarnessConfig(tasks=[task], include_path=str(folder))
-            config = HarnessTaskConfig.of(whole, task, str(folder / f"{task}.yaml"))
-            space = self.place(f"{key}-{task}", {"checkpoint": self.start}, [])
-            evaluate_tasks([HarnessRequest(space, config)], self.start, self.store)
+            for dtype in ("float32", "bfloat16"):
+                config = HarnessTaskConfig.of(whole, task, str(folder / f"{task}.yaml"), EvaluationConfig(dtype=dtype))
+                space = self.place(f"{key}-{task}-{dtype}", {"checkpoint": self.start}, [])
+                evaluate_tasks([HarnessRequest(space, config)], self.start, self.store)
 
 
 def cases() -> dict[str, Callable[[Bench, str], Any]]:
@@ -216,7 +212,7 @@ def cases() -> dict[str, Callable[[Bench, str], Any]]:
         "resume-pretrain": lambda b, key: resumed(
             lambda: stages.pretrain.train(PRETRAIN.model_copy(update=TWO_STEPS), b.place(key, {}))
         ),
-        "resume-pretrain-8bit": lambda b, key: resumed(lambda: stages.pretrain.train(WIDE, b.place(key, {}))),
+        "resume-pretrain-8bit": lambda b, key: resumed(lambda: stages.pretrain.train(NARROW, b.place(key, {}))),
         "resume-sft-lora": lambda b, key: resumed(lambda: b.sft(key, b.start, lora=LORA, **TWO_STEPS)),
         "resume-rl-kl": lambda b, key: resumed(lambda: b.rl(key, b.start, reference_kl=0.1, **TWO_STEPS)),
         "resume-distill": lambda b, key: resumed(lambda: b.distill(key, **TWO_STEPS)),

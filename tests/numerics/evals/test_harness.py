@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs make setup-harness")
 
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from base.errors import UserError
@@ -19,9 +20,10 @@ from evals.measure.harness import HarnessRequest, evaluate_tasks
 from evals.measure.harness_tasks import index_tasks
 from experts.domain import HELD_OUT
 from stages.config.harness import HarnessConfig, HarnessTaskConfig
-from stages.config.training import LoraConfig
+from stages.config.training import EvaluationConfig, LoraConfig
 from stages.model.policy import Policy, load_policy
 from stages.rows.trained_on import TrainedOn
+from stages.sampling.agreement import TOLERANCES
 from tests.support.harness_home import QUESTIONS, write_tasks
 
 Score = Callable[..., Artifact]
@@ -38,8 +40,9 @@ def score(store, workspace, folder: Path) -> Score:
     """Score a checkpoint on one task: `score(key, checkpoint, task, **settings)`."""
 
     def run(key: str, checkpoint: Artifact, task: str, **settings) -> Artifact:
+        evaluation = EvaluationConfig(dtype=settings.pop("dtype", "float32"))
         whole = HarnessConfig(tasks=[task], include_path=str(folder), **settings)
-        config = HarnessTaskConfig.of(whole, task, str(folder / f"{task}.yaml"))
+        config = HarnessTaskConfig.of(whole, task, str(folder / f"{task}.yaml"), evaluation)
         (artifact,) = evaluate_tasks(
             [HarnessRequest(workspace(key, {"checkpoint": checkpoint}, {}), config)], checkpoint, store
         )
@@ -115,6 +118,28 @@ def test_a_generation_task_is_judged_on_the_greedy_completion(store, checkpoint,
     assert [row["greedy"]["tokens"] for row in found.rows] == [
         len(policy.tokenizer(text)["input_ids"]) for text in said
     ]
+
+
+def test_in_bfloat16_logits_are_float32_and_near_those_of_float32(
+    checkpoint, score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, logits = checkpoint("model", 0), []
+    call = HFLM._model_call
+
+    def noted(self, *args, **settings) -> torch.Tensor:
+        logits.append(call(self, *args, **settings))
+        return logits[-1]
+
+    monkeypatch.setattr(HFLM, "_model_call", noted)
+    score("wide", parent, "choice")
+    wide, logits[:] = list(logits), []
+    score("narrow", parent, "choice", dtype="bfloat16")
+    assert len(logits) == len(wide) > 0
+    for ours, exact in zip(logits, wide, strict=True):
+        assert ours.dtype == torch.float32
+        assert not torch.equal(ours, ours.bfloat16().float()) and not torch.equal(ours, exact)
+        assert float((ours.log_softmax(-1) - exact.log_softmax(-1)).abs().max()) < TOLERANCES["bfloat16"]
+    assert len(sheet(score("text", parent, "text", dtype="bfloat16")).rows) == len(QUESTIONS)
 
 
 def test_two_runs_and_two_checkpoints_agree_on_the_examples(store, checkpoint, score: Score) -> None:

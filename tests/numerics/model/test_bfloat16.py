@@ -4,17 +4,21 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import stages.model.architecture
 import stages.model.attention
+import stages.model.experts
 from stages.config.chunks import CHUNK_BYTES, MOST_CHUNK_BYTES, chunk_bytes
 from stages.config.training import LoraConfig
 from stages.losses.chunked import chunk_length
 from stages.model.adapters import peft_config
 from stages.model.architecture import Masks
-from stages.model.attention import NAME, _repeated, attend, use_attention
+from stages.model.attention import NAME, _repeated, attend
+from stages.model.kernels import use_kernels
 from stages.model.policy import HiddenStates, Policy
+from stages.model.precision import EXPERTS as EXPERTS_MARK
 from stages.model.precision import head_factor, head_logits
 from stages.model.tiny import character_tokenizer
 from stages.rows.packing import Packed, pack
@@ -36,7 +40,7 @@ WITHOUT_WINDOWS = ("llama", "llama-tied", "qwen2", "qwen3", "olmo2", "smollm3", 
 def policy_of(family: str) -> Policy:
     """A random policy of the family that attends as the product's do."""
     model = random_model(family)
-    use_attention(model)
+    use_kernels(model)
     return Policy(model, character_tokenizer())
 
 
@@ -131,6 +135,41 @@ def test_gradients_in_bfloat16_are_near_those_in_float32(family: str) -> None:
     assert distance(narrow_NH, exact_NH) < (0.3 if family in EXPERTS else 0.05)
     whole = [torch.cat([found[name].flatten() for name in exact]) for found in (narrow, exact)]
     assert torch.cosine_similarity(*whole, dim=0) > (0.9 if family in EXPERTS else 0.99)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_multiplied_in_bfloat16_and_frozen_ones_kept_in_it(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, packed, seen = policy_of(family), packed_rows(), set()
+    multiply = functional.grouped_mm
+
+    def grouped_mm(left: Tensor, right: Tensor, **settings: Tensor) -> Tensor:
+        seen.add((left.dtype, right.dtype))
+        return multiply(left, right, **settings)
+
+    monkeypatch.setattr(functional, "grouped_mm", grouped_mm)
+    exact_NH, _ = run(policy, packed, "float32")
+    assert seen == {(torch.float32, torch.float32)}
+    seen.clear()
+    trained_NH, gradients = run(policy, packed)
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    # transformers' own loop over experts, in which autocast rounds.
+    policy.model.set_experts_implementation("eager")
+    looped_NH, looped = run(policy, packed)
+    assert distance(trained_NH, looped_NH) < 0.02 < 10 * distance(trained_NH, exact_NH)
+    for name, gradient in looped.items():
+        assert float((gradients[name] - gradient).norm()) <= 0.05 * float(gradient.norm()) + 1e-3
+    policy.model.set_experts_implementation(stages.model.experts.NAME)
+    policy.model.requires_grad_(False)
+    policy.compute_in("bfloat16")
+    with torch.no_grad():
+        kept_NH = packed.scored(HiddenStates(policy.model, "bfloat16")(*packed.inputs)).float()
+    assert torch.equal(kept_NH, trained_NH)
+    layers = [module for module in policy.model.modules() if hasattr(module, EXPERTS_MARK)]
+    kept = {(p.dim(), p.dtype) for module in layers for p in module.parameters()}
+    assert kept - {(2, torch.float32)} == {(3, torch.bfloat16)}
 
 
 @families
