@@ -183,7 +183,6 @@ def training_phases(graph: StageGraph, node: Node, shape: Shape, memory: Memory)
             shape, stage.rows, prompts, row_tokens(node.config), narrow=stage.narrow, on_device=stage.on_device
         )
         rollout["head in bfloat16"] = terms.head_factor(stage)
-        rollout["bfloat16 copies"] = terms.rollout_copies(stage)
     if not graph.config.resources.gpus:
         # Without a device the engine does not sleep during the update.
         update |= engine
@@ -211,7 +210,9 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
     return found
 
 
-def _sampling(shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool, on_device: bool) -> dict[str, int]:
+def _sampling(
+    shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool, on_device: bool
+) -> dict[str, int]:
     """The parts of the sampler in the stage's process, in its decoding or its prefill, whichever needs more."""
     prompts = -(-rows // group)
     decoding = {

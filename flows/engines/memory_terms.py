@@ -249,12 +249,6 @@ def decoding(shape: Shape, rows: int, tokens: int, repeats: bool = True) -> int:
     return max(repeated, rows * shape.vocabulary * FLOAT * DRAWN_COPIES)
 
 
-def rollout_copies(stage: Trained) -> int:
-    """Trained weights that autocast casts to bfloat16 once for a rollout in this process. FSDP gathers them in
-    bfloat16."""
-    return 0 if not stage.narrow or stage.sharded or stage.adapter else NARROW * stage.shape.linear
-
-
 def prefill(shape: Shape, prompts: int, tokens: int) -> int:
     """What a prefill of distinct prompts adds: its own keys and values, and one layer's tensors."""
     run = min(PREFILL_TOKENS, prompts * tokens)

@@ -180,10 +180,8 @@ class _Batch:
 
     def run(self) -> list[Sample]:
         """Sample until every row has ended or is as long as allowed."""
-        # In inference mode autocast keeps no weight that it has cast: it would cast the trained ones for each token.
-        casts = self.policy.dtype == "bfloat16" and any(p.requires_grad for p in self.policy.model.parameters())
         # The samples are made outside: a tensor created in inference mode cannot be used in a backward pass.
-        with torch.no_grad(), torch.inference_mode(not casts), precision(self.policy.device, self.policy.dtype):
+        with torch.inference_mode(), precision(self.policy.device, self.policy.dtype):
             self._decode(*self._prefill())
         return self._samples()
 

@@ -87,8 +87,7 @@ def operations(layers: int, adapters: bool, monkeypatch: pytest.MonkeyPatch) -> 
     ).float()
     use_attention(model)
     policy = Policy(get_peft_model(model, peft_config(LoraConfig(rank=2))) if adapters else model, tokenizer)
-    # Frozen: weights that are trained are cast once a rollout, which is no operation of a step.
-    policy.model.eval().requires_grad_(False)
+    policy.model.eval()
     policy.compute_in("bfloat16")
     counting, seen, forward = Counting(), [], sampler._Batch._forward
 

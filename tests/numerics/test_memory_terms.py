@@ -75,7 +75,7 @@ def test_a_rollout_allocates_what_is_planned(peaks: dict[str, int], dtype: str) 
     tokens = memory_cases.PROMPT + memory_cases.NEW
     parts = _sampling(model, rows, memory_cases.PROMPTS, tokens, narrow=stage.narrow, on_device=True)
     assert "decoding" in parts
-    planned = sum(parts.values()) + terms.head_factor(stage) + terms.rollout_copies(stage)
+    planned = sum(parts.values()) + terms.head_factor(stage)
     assert planned == pytest.approx(peaks[f"rollout in {dtype}"] - peaks["weights"], rel=TOLERANCE)
 
 

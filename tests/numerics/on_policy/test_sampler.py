@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.errors import UserError
 from stages.losses.log_probabilities import token_logprobs
@@ -109,28 +108,3 @@ def test_samples_can_take_part_in_a_backward_pass(policy, prompts):
     logprobs_N = torch.zeros_like(row.logprobs_N, requires_grad=True)
     ((logprobs_N - row.logprobs_N).exp() * row.logprobs_N).sum().backward()
     torch.testing.assert_close(logprobs_N.grad, (-row.logprobs_N).exp() * row.logprobs_N)
-
-
-class _Casts(TorchDispatchMode):
-    """Counts the casts of given weights."""
-
-    def __init__(self, weights: set[int]) -> None:
-        super().__init__()
-        self.weights, self.number = weights, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        cast = func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
-        self.number += cast and args[0].data_ptr() in self.weights
-        return func(*args, **(kwargs or {}))
-
-
-def test_trained_weights_are_cast_once_a_rollout(prompts):
-    policy = tiny_policy(0)
-    policy.compute_in("bfloat16")
-    linear = {m.weight.data_ptr() for m in policy.model.model.modules() if isinstance(m, torch.nn.Linear)}
-    found = []
-    for length in (2, 6):
-        with _Casts(linear) as casts:
-            sample(policy, prompts, 2, Sampling(length, 0.0), 0)
-        found.append(casts.number)
-    assert found[0] == found[1] > 0
