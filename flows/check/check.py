@@ -127,7 +127,7 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """vLLM that is not installed or cannot run the model, engines in each of several processes, missing servers."""
+    """vLLM that is not installed or cannot run the model, and missing servers."""
     resources = graph.config.resources
     inside = [node for node in missing if _backend(node) == "vllm"]
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
@@ -147,11 +147,6 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         except UserError as error:
             yield str(error)
         yield from _narrow_heads(graph, node, key)
-    for key in dict.fromkeys(config_key(node) for node in inside if resources.gpus > 1):
-        yield (
-            f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is {resources.gpus}, with one "
-            f"process each"
-        )
     asked = {config_key(node): _devices_of(graph, node) for node in [*rollouts, *taught]}
     for key, count in asked.items():
         if count > resources.gpus and count > (shown := len(host_devices())):

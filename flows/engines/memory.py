@@ -103,7 +103,7 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     found = needs(graph, store, missing)
     resources = graph.config.resources
     memory = available(resources.gpus)
-    served = _misfitting_servers(graph, store, missing)
+    served = _misfitting_engines(graph, store, missing)
     if not found or not memory.total:
         return served, []
     have = f"{memory.place} has {memory.total / 2**30:.1f} GiB"
@@ -128,8 +128,8 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     return problems + served, warnings
 
 
-def _misfitting_servers(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[str]:
-    """The servers that do not fit on their devices, which a run on the CPU may have too."""
+def _misfitting_engines(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[str]:
+    """The vLLM servers and engines that do not fit on their devices; a run on the CPU may have such servers too."""
     resources = graph.config.resources
     if not any(devices_of_each(each, resources) for each in (resources.rollout_servers, resources.teacher_servers)):
         return []

@@ -19,7 +19,7 @@ from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig, ServersConfig, TeacherServersConfig
 from stages.config.kinds import STAGES
-from stages.config.on_policy import OnPolicyConfig
+from stages.config.on_policy import OnPolicyConfig, SamplerConfig
 from stages.config.training import LoraConfig
 from stages.vllm.settings import SCORED_TOKENS, lora_rank, needed_context, rows_at_a_time
 
@@ -42,6 +42,7 @@ class Served:
         ranks: The adapters' ranks.
         devices: Devices that share the model (tensor parallelism).
         scores: Whether it scores rows, as teachers do.
+        processes: Engines that draw a step's rows, each its part of them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Served:
     ranks: Sequence[int] = ()
     devices: int = 1
     scores: bool = False
+    processes: int = 1
 
     @property
     def weights(self) -> int:
@@ -74,7 +76,7 @@ class Served:
     @property
     def least(self) -> int:
         """Bytes of the smallest share of a device with which the server starts."""
-        sampled = rows_at_a_time(self.config) * self.shape.vocabulary * terms.FLOAT * terms.DRAWN_COPIES
+        sampled = rows_at_a_time(self.config, self.processes) * self.shape.vocabulary * terms.FLOAT * terms.DRAWN_COPIES
         tokens = SCORED_TOKENS if self.scores else PASS_TOKENS
         passed = terms.forward(self.shape, tokens) * self._bytes // terms.FLOAT
         return self.weights + self.row + GRAPH_BYTES + (sampled + passed) // self.devices
@@ -149,7 +151,7 @@ def memory_shares(servers: Sequence[Served], settings: ServersConfig, total: int
         total: Bytes of the device; 0 if they are unknown, which divides `memory_share` by the servers' least needs.
     """
     least = [max(1, server.least) for server in servers]
-    budget = room(servers, settings, total) if total else 0
+    budget = room(servers, settings.memory_share, total) if total else 0
     if len(servers) == 1:
         return [settings.memory_share if budget >= floor(settings.memory_share * total) else _rounded(budget / total)]
     if (left := budget - sum(least)) < 0:
@@ -158,9 +160,9 @@ def memory_shares(servers: Sequence[Served], settings: ServersConfig, total: int
     return [_rounded((own + left * t / sum(tokens)) / total) for own, t in zip(least, tokens, strict=True)]
 
 
-def room(servers: Sequence[Served], settings: ServersConfig, total: int) -> int:
+def room(servers: Sequence[Served], memory_share: float, total: int) -> int:
     """Bytes of a device that all servers on it may take together."""
-    return min(floor(settings.memory_share * total), total - sum(server.outside for server in servers))
+    return min(floor(memory_share * total), total - sum(server.outside for server in servers))
 
 
 def teachers(graph: StageGraph, node: Node) -> list[Node]:
@@ -170,7 +172,8 @@ def teachers(graph: StageGraph, node: Node) -> list[Node]:
 
 
 def server_problems(graph: StageGraph, store: Store, missing: Sequence[Node], memory: Memory) -> Iterator[str]:
-    """Yield an error for each group of servers that the run starts and that do not fit on their devices.
+    """Yield an error for each group of servers that the run starts and that do not fit on their devices, and for each
+    engine in the trainer's processes that does not fit in its share.
 
     Models whose size is unknown before their download are left out.
 
@@ -185,6 +188,8 @@ def server_problems(graph: StageGraph, store: Store, missing: Sequence[Node], me
         if not kind.samples:
             continue
         config: OnPolicyConfig = kind.config(**node.config)
+        if config.sampler.backend == "vllm" and resources.gpus:
+            yield from _misfits(node, "sampler", [_engine(graph, store, node, config)], config.sampler, memory)
         rollouts = resources.rollout_servers
         gpus = devices_of_each(rollouts, resources)
         if config.sampler.backend == "vllm_server" and not rollouts.urls and gpus:
@@ -203,6 +208,14 @@ def server_problems(graph: StageGraph, store: Store, missing: Sequence[Node], me
                 yield from _misfits(node, "resources.teacher_servers", group, settings, memory)
 
 
+def _engine(graph: StageGraph, store: Store, node: Node, config: OnPolicyConfig) -> Served:
+    """The engine of each process of a stage. Its context is that of the longest prompt, whose length is assumed."""
+    shape, ranks = shape_of(origin(graph, node), store), [config.lora.rank] if config.lora else []
+    limited = config.model_copy(update={"max_prompt_tokens": config.max_prompt_tokens or terms.PROMPT_TOKENS})
+    name = f"rollouts of {node.name} in its processes"
+    return Served(name, shape, limited, ranks, processes=graph.config.resources.gpus)
+
+
 def planned(graph: StageGraph, store: Store, node: Node, config: OnPolicyConfig, gpus: int) -> list[Served]:
     """The servers of a merge's teachers: one for each full checkpoint, with the adapters of it."""
     keyed = sorted(teachers(graph, node), key=lambda teacher: full_checkpoint(graph, teacher).key)
@@ -215,25 +228,30 @@ def planned(graph: StageGraph, store: Store, node: Node, config: OnPolicyConfig,
     return found
 
 
-def _misfits(node: Node, key: str, group: Sequence[Served], settings: ServersConfig, memory: Memory) -> Iterator[str]:
+def _misfits(
+    node: Node, key: str, group: Sequence[Served], settings: ServersConfig | SamplerConfig, memory: Memory
+) -> Iterator[str]:
     if not all(server.shape.parameters for server in group):
         return
-    need, have = sum(server.least for server in group), room(group, settings, memory.total)
+    need, have = sum(server.least for server in group), room(group, settings.memory_share, memory.total)
     if need <= have:
         return
+    inside = isinstance(settings, SamplerConfig)
+    what = "engine" if inside else "server" if len(group) == 1 else "servers"
     parts = "; ".join(
         f"{server.name}: weights {_gib(server.weights)}, a row's cache {_gib(server.row)}, least {_gib(server.least)}"
         for server in group
     )
-    advice = [f"raise {key}.gpus"]
+    advice = [f"raise {key}.memory_share, or take sampler.backend: vllm_server" if inside else f"raise {key}.gpus"]
     if len(group) > 1:
         advice.insert(0, f"lower {key}.per_device or use more devices")
     if any(server.row > server.least / 5 for server in group):
-        advice.append("set max_prompt_tokens, which limits the servers' context")
+        advice.append("set max_prompt_tokens, which limits the context")
     if node.config.get("dtype") != "bfloat16":
         advice.append("dtype: bfloat16")
+    named = f"{key}.memory_share" if inside else key
     yield (
-        f"{key}: {node.id}: {len(group)} vLLM server{'s' if len(group) > 1 else ''} on a device need {_gib(need)} GiB "
+        f"{named}: {node.id}: {len(group)} vLLM {what} on a device need {_gib(need)} GiB "
         f"({parts}); {memory.place} has {_gib(memory.total)}, of which they get {_gib(have)}: {', '.join(advice)}"
     )
 

@@ -1,6 +1,7 @@
 """The settings of vLLM, for an engine in the trainer's process and for servers. Free of torch and vLLM."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -75,9 +76,9 @@ def model_overrides(architecture: str) -> dict[str, Any]:
     return {"tie_word_embeddings": False, "architectures": [architecture]}
 
 
-def rows_at_a_time(config: OnPolicyConfig) -> int:
-    """Completions drawn together."""
-    return min(MAX_ROWS, config.prompts_per_step * config.group_size)
+def rows_at_a_time(config: OnPolicyConfig, processes: int = 1) -> int:
+    """Completions drawn together by an engine; of several processes that each have one, by each."""
+    return min(MAX_ROWS, ceil(config.prompts_per_step / processes) * config.group_size)
 
 
 def cpu_batch_tokens(context: int) -> int:

@@ -86,7 +86,7 @@ def test_without_a_known_memory_the_share_is_divided_by_size() -> None:
     assert memory_shares([served(Shape()), served(Shape())], SETTINGS, 0) == [0.45, 0.45]
     # What does not fit is started all the same where it is wanted, each with a part.
     crowd = memory_shares([served()] * 5, SETTINGS, CARD)
-    assert sum(crowd) == pytest.approx(0.9, abs=1e-3) and room([served()] * 5, SETTINGS, CARD) < 5 * served().least
+    assert sum(crowd) == pytest.approx(0.9, abs=1e-3) and room([served()] * 5, 0.9, CARD) < 5 * served().least
 
 
 def eight_billion(graph: StageGraph, store: Store) -> None:
@@ -133,6 +133,32 @@ def test_servers_that_do_not_fit_are_refused_with_their_key(tmp_path: Path, monk
     monkeypatch.setattr(memory, "available", lambda gpus: Memory(12 * GIB, 12 * GIB, "a GPU", "a card"))
     (line,) = (each for each in refused(*narrow, "resources.sampler=vllm_server") if "rollout" in each)
     assert line.startswith("resources.rollout_servers: student@0: 1 vLLM server on a device need ")
+
+
+def test_an_engine_in_each_process_fits_in_its_share_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, home = run_file(tmp_path), tmp_path / "home"
+    store = Store(home)
+    monkeypatch.setattr(memory, "available", lambda gpus: Memory(CARD, CARD, "a GPU", "a card"))
+
+    def refused(*overrides: str) -> list[str]:
+        sharded = ("resources.gpus=4", "resources.sampler=vllm", "merge.sharding=fsdp", "merge.dtype=bfloat16")
+        graph = graph_of(file, home, *sharded, *overrides)
+        if store.find(graph.node("base@0").key) is None:
+            eight_billion(graph, store)
+        student = graph.node("student@0")
+        (need,) = memory.needs(graph, store, [student])
+        # Every process has its own engine on its own device.
+        share = student.config["sampler"]["memory_share"]
+        assert need.phases["rollout"]["vLLM (sampler.memory_share)"] == int(share * CARD)
+        assert "sampler's cache" not in need.phases["rollout"]
+        return [problem for problem in fit(graph, store, [student])[0] if "vLLM engine" in problem]
+
+    assert refused() == []
+    (line,) = refused("merge.sampler.memory_share=0.2")
+    assert line.startswith("sampler.memory_share: student@0: 1 vLLM engine on a device need ")
+    assert "of which they get 16.00: raise sampler.memory_share, or take sampler.backend: vllm_server" in line
 
 
 def test_a_count_of_servers_is_checked() -> None:

@@ -59,15 +59,14 @@ def test_sharding_over_one_device_names_the_keys(tmp_path: Path, gpus: int) -> N
     assert said(tmp_path, SORT_ALONE, "resources.gpus=2", *asked) == ""
 
 
-def test_an_engine_that_is_not_there_or_cannot_be_shared_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_an_engine_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
     install_vllm(monkeypatch, None)
     message = said(tmp_path, SORT_ALONE, "merge.sampler.backend=vllm")
     assert message.startswith("merge.sampler.backend: vLLM is not installed; `make setup-vllm`")
     install_vllm(monkeypatch, "vllm")
     assert said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=1") == ""
-    message = said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=2")
-    keys = [line.partition(":")[0] for line in message.splitlines()]
-    assert keys == ["experts.sort.train.rl.sampler.backend", "merge.sampler.backend"]
+    # Of several processes each has its own.
+    assert said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=2") == ""
 
 
 @pytest.mark.parametrize(
