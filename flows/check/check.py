@@ -22,8 +22,8 @@ from flows.check.tokens import TokenCheck
 from flows.engines.devices import host_devices
 from flows.engines.gpus import gpu_problems, gpu_warnings
 from flows.engines.memory import fit
-from flows.engines.shapes import origin
-from flows.engines.vllm_commands import devices_of_each
+from flows.engines.server_memory import devices_of_each, places, teachers
+from flows.engines.shapes import full_checkpoint, origin
 from flows.plan.harness import harness_problems
 from flows.plan.nodes import Node, StageGraph
 from flows.plan.shifts import SHIFT
@@ -129,7 +129,7 @@ def _sampling_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
-    """vLLM that is not installed or cannot run the model, engines in each of several processes, missing servers."""
+    """vLLM that is not installed or cannot run the model, and missing servers."""
     resources = graph.config.resources
     inside = [node for node in missing if _backend(node) == "vllm"]
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
@@ -149,11 +149,6 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
         except UserError as error:
             yield str(error)
         yield from _narrow_heads(graph, node, key)
-    for key in dict.fromkeys(config_key(node) for node in inside if resources.gpus > 1):
-        yield (
-            f"{key}.sampler.backend: vllm runs in the trainer's process; resources.gpus is {resources.gpus}, with one "
-            f"process each"
-        )
     asked = {config_key(node): _devices_of(graph, node) for node in [*rollouts, *taught]}
     for key, count in asked.items():
         if count > resources.gpus and count > (shown := len(host_devices())):
@@ -165,13 +160,15 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 
 
 def _devices_of(graph: StageGraph, node: Node) -> int:
-    """Devices of a stage and of the servers it starts; at least one for its teachers' servers."""
+    """Devices of a stage and of the servers it starts."""
     resources = graph.config.resources
     total = resources.gpus
     if _backend(node) == "vllm_server" and not resources.rollout_servers.urls:
         total += resources.rollout_servers.count * devices_of_each(resources.rollout_servers, resources)
     if node.config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
-        total += devices_of_each(resources.teacher_servers, resources)
+        servers = len({full_checkpoint(graph, teacher).key for teacher in teachers(graph, node)})
+        if gpus := devices_of_each(resources.teacher_servers, resources):
+            total += gpus * places(servers, resources.teacher_servers, gpus, total)
     return total
 
 

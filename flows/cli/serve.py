@@ -18,6 +18,7 @@ from flows.engines.threads import threads_beside
 from flows.engines.vllm_commands import (
     TEACHER_ROLE,
     ServerCommand,
+    devices_of,
     parents,
     rollout_servers,
     teacher_servers,
@@ -136,7 +137,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
     ports = place.ports(len(commands))
     with interruptible(background=True), contextlib.ExitStack() as held:
         try:
-            lease = DeviceLeases().acquire(sum(command.gpus for command in commands))
+            lease = DeviceLeases().acquire(devices_of(commands))
             held.callback(lease.close)
             log = home / "servers" / LOG_FILE
             fork_server = ForkServer(log, child_environment(threads_beside(config.resources)), preload=())
@@ -164,9 +165,12 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
 
 
 def _wait_until_ready(servers: VllmServers, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+    """Wait until all servers answer; those on the same devices start one after another, and each has the whole time."""
+    deadline, most = time.monotonic() + seconds, 0
     servers.tend()
     while not servers.ready():
+        if (answered := sum(server.answered for server in servers.servers)) > most:
+            deadline, most = time.monotonic() + seconds, answered
         if time.monotonic() > deadline:
             late = next(server for server in servers.servers if not server.answered)
             message = f"{late.label} did not answer within {seconds:g} s:\n{tail(late.log)}"

@@ -28,7 +28,7 @@ from flows.engines.fork_server import GRACE_SECONDS
 from flows.engines.journals import Journals, OnRecords
 from flows.engines.process_spec import ProcessSpec
 from flows.engines.threads import threads_beside, threads_of
-from flows.engines.vllm_commands import Needs, node_needs
+from flows.engines.vllm_commands import Needs, devices_of, node_needs
 from flows.engines.vllm_servers import VllmServerError, VllmServers
 from flows.engines.worker import (
     ERROR_FILE,
@@ -184,7 +184,7 @@ class Launcher:
     ) -> tuple[Child, VllmServers]:
         """Start the process and the vLLM servers of this node; `held` ends them all."""
         own = own_devices(spec, self.resources.gpus)
-        theirs = sum(command.gpus for command in needs.commands)
+        theirs = devices_of(needs.commands)
         # One lease for all devices, so that two stages cannot each hold what the other waits for.
         lease, rest = self._devices.acquire(own + theirs, lambda: self._stopped).split([own, theirs])
         held.callback(rest.close)

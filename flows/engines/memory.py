@@ -15,6 +15,7 @@ from flows.engines import memory_terms as terms
 from flows.engines.device_memory import Memory, available
 from flows.engines.memory_peaks import peaks_of, settings_of
 from flows.engines.memory_terms import Trained, row_tokens
+from flows.engines.server_memory import devices_of_each, server_problems, teachers
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
 from stages.config.chunks import CHUNK_BYTES, chunk_bytes
@@ -110,8 +111,9 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
     found = needs(graph, store, missing)
     resources = graph.config.resources
     memory = available(resources.gpus)
+    served = _misfitting_engines(graph, store, missing)
     if not found or not memory.total:
-        return [], []
+        return served, []
     have = f"{memory.place} has {memory.total / 2**30:.1f} GiB"
     large = [need for need in found if need.total > memory.total and not 0 < need.measured <= memory.total]
     problems = [f"{need}; {have}: {_advice(graph, need)}; {IGNORE}" for need in large]
@@ -137,7 +139,18 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
         warnings.append(f"{found[0]}: nearly all of {memory.place}'s {memory.total / 2**30:.1f} GiB")
     elif not problems and found[0].total > memory.free:
         warnings.append(f"{found[0]}: more than the {memory.free / 2**30:.1f} GiB free now on {memory.place}")
-    return problems, warnings
+    return problems + served, warnings
+
+
+def _misfitting_engines(graph: StageGraph, store: Store, missing: Sequence[Node]) -> list[str]:
+    """The vLLM servers and engines that do not fit on their devices; a run on the CPU may have such servers too."""
+    resources = graph.config.resources
+    if not any(devices_of_each(each, resources) for each in (resources.rollout_servers, resources.teacher_servers)):
+        return []
+    memory = available(1)
+    if not memory.total:
+        return []
+    return [f"{problem}; {IGNORE}" for problem in server_problems(graph, store, missing, memory)]
 
 
 def trained(graph: StageGraph, node: Node, shape: Shape) -> Trained:
@@ -272,19 +285,14 @@ def _servers(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
     if resources.gpus:
         return {}
     parts = {}
-    rollouts, teachers = resources.rollout_servers, resources.teacher_servers
+    rollouts, taught = resources.rollout_servers, resources.teacher_servers
     if config.get("sampler", {}).get("backend") == "vllm_server" and not rollouts.urls:
         parts["rollout servers"] = rollouts.count * (SERVER_BYTES + _served(node, shape, rollouts.memory_share))
-    if config.get("teacher_backend") == "vllm_server" and not teachers.urls:
-        served = len({full_checkpoint(graph, teacher).key for teacher in _teachers(graph, node)})
-        parts["teacher servers"] = served * (SERVER_BYTES + _served(node, shape, teachers.memory_share))
+    if config.get("teacher_backend") == "vllm_server" and not taught.urls:
+        served = len({full_checkpoint(graph, teacher).key for teacher in teachers(graph, node)})
+        scored = terms.scored_logits(shape, row_tokens(config))
+        parts["teacher servers"] = served * (SERVER_BYTES + _served(node, shape, taught.memory_share) + scored)
     return parts
-
-
-def _teachers(graph: StageGraph, node: Node) -> list[Node]:
-    """A merge's teachers, each once."""
-    found = [graph.node(parent) for role, parent in node.parents.items() if role.startswith("teacher/")]
-    return list({teacher.key: teacher for teacher in found}.values())
 
 
 def _teachers_here(graph: StageGraph, node: Node) -> tuple[int, int]:
@@ -293,7 +301,7 @@ def _teachers_here(graph: StageGraph, node: Node) -> tuple[int, int]:
     Adapters of one base share it; those of the student's own base share the student's, in a single process.
     """
     objective = node.config.get("objective") or {}
-    here = _teachers(graph, node) if node.config.get("teacher_backend", "local") == "local" else []
+    here = teachers(graph, node) if node.config.get("teacher_backend", "local") == "local" else []
     if node.config.get("reference_kl") or objective.get("reference_kl") or objective.get("extrapolation", 1.0) != 1.0:
         here.append(graph.node(node.parents["start"]))
     bases = {full_checkpoint(graph, teacher).key for teacher in here}

@@ -26,6 +26,9 @@ LOGIT_COPIES, TAUGHT_COPIES, SHIFT_COPIES = 5, 8, 9
 MOST_ROWS, PREFILL_TOKENS = 512, 16384
 # Tokens of one forward pass of `shift`.
 SHIFT_TOKENS = 16384
+# Float32 tensors of the size of the logits of a row's tokens that a vLLM server makes to score them: the logits, their
+# log-probabilities, and the comparisons of their ranks.
+SCORED_COPIES = 3
 # Logits of the rows that draw a token: logits, probabilities, log-probabilities.
 DRAWN_COPIES = 3
 # Assumed tokens of an SFT row and of a prompt, which no setting limits.
@@ -93,11 +96,8 @@ class Trained:
     @property
     def adapter(self) -> int:
         """Parameters of adapters on all linear layers; 0 without."""
-        lora, shape = self.config.get("lora"), self.shape
-        if not lora:
-            return 0
-        attention = 2 * (shape.hidden + shape.queries) + 2 * (shape.hidden + shape.keys)
-        return int(shape.layers * int(lora["rank"]) * (attention + 3 * (shape.hidden + shape.inner)))
+        lora = self.config.get("lora")
+        return adapter_parameters(self.shape, int(lora["rank"])) if lora else 0
 
     @property
     def trained(self) -> int:
@@ -116,6 +116,12 @@ class Trained:
         prompts = ceil(int(self.config["prompts_per_step"]) / self.processes)
         drawn = min(prompts, max(1, MOST_ROWS // group)) * group
         return max(drawn, min(self.monitored, MOST_ROWS))
+
+
+def adapter_parameters(shape: Shape, rank: int) -> int:
+    """Parameters of an adapter of this rank on all linear layers."""
+    attention = 2 * (shape.hidden + shape.queries) + 2 * (shape.hidden + shape.keys)
+    return shape.layers * rank * (attention + 3 * (shape.hidden + shape.inner))
 
 
 def step_tokens(config: Mapping[str, Any]) -> int:
@@ -297,3 +303,8 @@ def prefill(shape: Shape, prompts: int, tokens: int) -> int:
 def forward(shape: Shape, tokens: int) -> int:
     """One layer's tensors in a forward pass without gradients."""
     return tokens * FLOAT * (4 * shape.hidden + max(3 * shape.inner, 4 * shape.queries))
+
+
+def scored_logits(shape: Shape, tokens: int) -> int:
+    """What a vLLM server makes of the logits of a row's tokens that it scores together."""
+    return tokens * shape.vocabulary * FLOAT * SCORED_COPIES

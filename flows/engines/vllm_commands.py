@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from base.errors import UserError
 from base.extras import require_vllm
 from base.store.checkpoint import Artifact, Store
-from flows.engines.shapes import text_config
+from flows.engines.device_memory import available
+from flows.engines.server_memory import Served, devices_beside, devices_of_each, memory_shares, pack, places
+from flows.engines.shapes import CONFIG, shape_of_config, text_config
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig, ServersConfig
 from stages.config.distill import DistillConfig
@@ -27,6 +29,7 @@ from stages.config.training import LoraConfig
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
+    SCORED_TOKENS,
     cpu_batch_tokens,
     cpu_cache_bytes,
     logprobs_mode,
@@ -60,6 +63,7 @@ class ServerCommand:
         arguments: The program and its arguments.
         environment: Variables to add to the supervisor's.
         gpus: Devices it needs; 0 runs on the CPU.
+        place: Servers of one place run on the same devices; None has devices of its own.
     """
 
     kind: str
@@ -67,6 +71,7 @@ class ServerCommand:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     gpus: int = 0
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,23 @@ def node_needs(graph: StageGraph, node: Node, store: Store, resources: Resources
         if resources.teacher_servers.urls:
             given[TEACHERS] = list(resources.teacher_servers.urls)
         else:
-            commands += teacher_servers(config, teachers_of(parents(graph, node, store)), store, resources)
+            beside = devices_beside(resources, config)
+            commands += teacher_servers(config, teachers_of(parents(graph, node, store)), store, resources, beside)
     return Needs(given, tuple(commands))
+
+
+def together(commands: Sequence[ServerCommand]) -> list[list[int]]:
+    """The servers that run on the same devices, by their indices."""
+    groups: dict[Any, list[int]] = {}
+    for index, command in enumerate(commands):
+        alone = command.place is None or not command.gpus
+        groups.setdefault(("", index) if alone else (command.kind, command.place), []).append(index)
+    return list(groups.values())
+
+
+def devices_of(commands: Sequence[ServerCommand]) -> int:
+    """The number of devices of all servers."""
+    return sum(commands[group[0]].gpus for group in together(commands))
 
 
 def on_policy_config(node: Node) -> OnPolicyConfig | None:
@@ -147,7 +167,10 @@ def rollout_servers(
     gpus = devices_of_each(settings, resources)
     require_vllm("sampler.backend", gpus)
     folder = _full_checkpoint(start, store).path
-    arguments = [*_common(folder, STUDENT_MODEL, config, settings, gpus), "--load-format", "dummy"]
+    arguments = _common(folder, STUDENT_MODEL, config, settings, gpus)
+    if gpus:
+        arguments += ["--gpu-memory-utilization", str(settings.memory_share)]
+    arguments += ["--load-format", "dummy"]
     arguments += ["--logprobs-mode", logprobs_mode(config.temperature, config.top_p)]
     # The extension loads weights as a whole; the guard serves no number that is not from verified weights.
     arguments += ["--worker-extension-cls", EXTENSION, "--middleware", GUARD]
@@ -163,15 +186,18 @@ def rollout_servers(
 
 
 def teacher_servers(
-    config: DistillConfig, teachers: Sequence[Artifact], store: Store, resources: ResourcesConfig
+    config: DistillConfig, teachers: Sequence[Artifact], store: Store, resources: ResourcesConfig, beside: int = 0
 ) -> list[ServerCommand]:
     """Servers that score with a merge's teachers: one for each full checkpoint, together with its adapters.
+
+    Several of them share devices if `resources.teacher_servers.per_device` is set or the machine has too few devices.
 
     Args:
         config: Config of the merge.
         teachers: Full checkpoints and adapters; each is served under its content key.
         store: The store with the bases of adapters.
         resources: The devices of each server.
+        beside: Devices of this machine that the stage and its rollout servers take.
 
     Raises:
         UserError: see `node_needs`; or the rank of an adapter exceeds vLLM's limit.
@@ -192,12 +218,33 @@ def teacher_servers(
         names = ", ".join(teacher.name for teacher in served)
         command = (sys.executable, *API_SERVER, *arguments)
         commands.append(ServerCommand(TEACHERS, names, command, _environment(gpus), gpus))
-    return commands
+    if not gpus:
+        return commands
+    models = [_served(store.get(key), of_it, config, gpus) for key, of_it in groups.items()]
+    count = places(len(models), settings, gpus, beside)
+    return _placed(commands, models, settings, pack([each.least for each in models], count, settings.per_device))
 
 
-def devices_of_each(settings: ServersConfig, resources: ResourcesConfig) -> int:
-    """The number of devices of each server; 0 is the CPU."""
-    return min(1, resources.gpus) if settings.gpus is None else settings.gpus
+def _served(full: Artifact, teachers: Sequence[Artifact], config: DistillConfig, gpus: int) -> Served:
+    """What the memory of one teacher's server depends on."""
+    ranks = [_adapter_config(teacher)["r"] for teacher in teachers if teacher.key != full.key]
+    shape = shape_of_config(json.loads((full.path / CONFIG).read_text()), int(full.manifest.get("parameters") or 0))
+    return Served(full.name, shape, config, ranks, gpus, True)
+
+
+def _placed(
+    commands: Sequence[ServerCommand], models: Sequence[Served], settings: ServersConfig, of_place: Sequence[int]
+) -> list[ServerCommand]:
+    """The commands of teachers' servers with their places, and with their shares of the devices' memory."""
+    total = available(models[0].devices).total
+    found = list(commands)
+    for place in sorted(set(of_place)):
+        mine = [index for index, at in enumerate(of_place) if at == place]
+        for index, share in zip(mine, memory_shares([models[i] for i in mine], settings, total), strict=True):
+            memory = ("--gpu-memory-utilization", str(share), "--max-num-batched-tokens", str(SCORED_TOKENS))
+            arguments = (*commands[index].arguments, *memory)
+            found[index] = replace(commands[index], arguments=arguments, place=place)
+    return found
 
 
 def _full_checkpoint(checkpoint: Artifact, store: Store) -> Artifact:
@@ -224,8 +271,7 @@ def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersCo
         context = needed_context(limit, config.max_prompt_tokens, config.max_new_tokens)
         arguments += ["--max-model-len", str(context)]
     if gpus:
-        memory = ["--gpu-memory-utilization", str(settings.memory_share), "--tensor-parallel-size", str(gpus)]
-        return arguments + memory
+        return [*arguments, "--tensor-parallel-size", str(gpus)]
     shape = text_config(shape)
     if missing := [name for name in SHAPE if name not in shape]:
         raise UserError(f"{folder / 'config.json'}: no {', '.join(missing)}; the size of vLLM's cache depends on it")
@@ -240,7 +286,7 @@ def _common(folder: Path, name: str, config: OnPolicyConfig, settings: ServersCo
 def _adapters(adapters: Sequence[Artifact]) -> list[str]:
     if not adapters:
         return []
-    configs = [json.loads((adapter.path / "adapter_config.json").read_text()) for adapter in adapters]
+    configs = [_adapter_config(adapter) for adapter in adapters]
     room = lora_rank(LoraConfig(rank=max(config["r"] for config in configs)))
     # The modules are named to exclude the head: with a wrapped head, vLLM 0.32 ends its engine on a batch of prompt
     # log-probabilities.
@@ -251,6 +297,11 @@ def _adapters(adapters: Sequence[Artifact]) -> list[str]:
     # batch with rows of an adapter.
     sizes = ["--max-loras", str(len(adapters) + 1), "--max-lora-rank", str(room)]
     return ["--enable-lora", *sizes, "--lora-target-modules", *targets, "--lora-modules", *modules]
+
+
+def _adapter_config(adapter: Artifact) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((adapter.path / "adapter_config.json").read_text())
+    return config
 
 
 def _environment(gpus: int) -> dict[str, str]:

@@ -7,14 +7,11 @@ moment.
 """
 
 import contextlib
-import json
 import os
 import random
 import re
 import signal
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,20 +23,17 @@ import psutil
 from flows.engines.devices import Lease
 from flows.engines.fork_client import Child, ForkServer, ServerDiedError
 from flows.engines.fork_server import GRACE_SECONDS
-from flows.engines.vllm_commands import ServerCommand
+from flows.engines.server_health import ask_health
+from flows.engines.vllm_commands import ServerCommand, together
 from flows.servers.start import choose_port, local_url
-from stages.vllm.settings import FAULT
 
 HOST = "127.0.0.1"
 # Below the kernel's range for outgoing connections, and away from ports that users commonly choose.
 PORTS = range(20000, 32000)
 # At most so many restarts in so many seconds. A server that fails only rarely is restarted without limit.
 MOST_RESTARTS, RESTARTS_SECONDS = 5, 3600.0
-HEALTH_SECONDS = 2.0
 LOOK_SECONDS, HUNG_SECONDS = 10.0, 120.0
 LAST_LINES = 15
-# Servers on this machine are reached without the environment's proxy.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PORT_TAKEN = "address already in use"
 # As Python prints it, or as vLLM logs it: "(EngineCore pid=7) ERROR 11-23 14:43:43 [core.py:1510] ValueError: …".
 _ERROR = re.compile(r"^(?:\([^)]*\) ERROR [^\]]*\] )?(\w*(?:Error|Exception): .+)$", re.MULTILINE)
@@ -127,13 +121,15 @@ class VllmServers:
         self._stopped = False
         folder = home.resolve() / "servers"
         folder.mkdir(parents=True, exist_ok=True)
-        shares = (lease or Lease()).split([command.gpus for command in commands])
+        groups = together(commands)
+        parts = (lease or Lease()).split([commands[group[0]].gpus for group in groups])
+        part_of = {index: part for group, part in zip(groups, parts, strict=True) for index in group}
         self.servers: list[RunningServer] = []
-        for command, port, share in zip(commands, ports or free_ports(host, len(commands)), shares, strict=True):
+        for index, (command, port) in enumerate(zip(commands, ports or free_ports(host, len(commands)), strict=True)):
             log = folder / f"vllm-{command.kind}-{port}.log"
             log.unlink(missing_ok=True)
             arguments = (*command.arguments, "--host", host, "--port", str(port))
-            self.servers.append(RunningServer(command, local_url(port, host), log, arguments, share))
+            self.servers.append(RunningServer(command, local_url(port, host), log, arguments, part_of[index]))
 
     def __enter__(self) -> Self:
         return self
@@ -152,26 +148,29 @@ class VllmServers:
         return found
 
     def start(self, fork_server: ForkServer) -> None:
-        """Start all servers. Returns at once.
+        """Start the servers, of those on the same devices the first; `tend` starts the others. Returns at once.
 
         Raises:
             ServerDiedError: the fork server is gone.
         """
         self._fork_server = fork_server
         for server in self.servers:
-            self._report(f"{server.label} is started; log {server.log}")
-            self._start(server)
+            self._start_in_turn(server)
 
     def tend(self) -> None:
-        """Check all servers and restart those that ended or hang, on the same port. Call it about once a second.
+        """Check all servers, start those whose turn it is, and restart those that ended or hang, on the same port. Call
+        it about once a second.
 
         Raises:
             VllmServerError: a server ended before its first answer, or after the last allowed restart.
             ServerDiedError: the fork server is gone, and so are the servers.
         """
         for server in self.servers:
-            if self._stopped or server.child is None:
+            if self._stopped or self._fork_server is None:
                 return
+            if server.child is None:
+                self._start_in_turn(server)
+                continue
             code = _wait(server.child, _MOMENT)
             if code is not None and not self._stopped:
                 self._restart(server, code)
@@ -210,6 +209,15 @@ class VllmServers:
                 time.sleep(_MOMENT)
             server.child = None
             child.close()
+
+    def _start_in_turn(self, server: RunningServer) -> None:
+        """Start a server unless another one is starting on its devices: each measures their memory as it starts."""
+        beside = [other for other in self.servers if other.lease is server.lease and other is not server]
+        if any(other.child is not None and not other.answered for other in beside):
+            return
+        if not server.restarts:
+            self._report(f"{server.label} is started; log {server.log}")
+        self._start(server)
 
     def _start(self, server: RunningServer) -> None:
         assert self._fork_server is not None
@@ -262,7 +270,8 @@ class VllmServers:
         server.answered = False
         self._report(f"{server.label} {how}; it is restarted ({len(server.recent)} of {MOST_RESTARTS} times)")
         server.child.close()
-        self._start(server)
+        server.child = None
+        self._start_in_turn(server)
 
 
 def _wait(child: Child, seconds: float) -> int | None:
@@ -283,38 +292,6 @@ def _group_lives(leader: int) -> bool:
             if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
                 return True
     return False
-
-
-@dataclass(frozen=True)
-class Health:
-    """A server's answer to a health check.
-
-    Attributes:
-        well: Whether it serves.
-        fault: The server's own message on why it needs a restart, such as weights it failed to load.
-    """
-
-    well: bool
-    fault: str | None = None
-
-
-def ask_health(url: str) -> Health:
-    """Query a server's health. A server that does not answer is not well and has no fault."""
-    try:
-        with _DIRECT.open(f"{url}/health", timeout=HEALTH_SECONDS) as response:
-            return Health(response.status == 200)
-    except urllib.error.HTTPError as error:
-        with error:
-            return Health(False, _fault(error.read()))
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return Health(False)
-
-
-def _fault(body: bytes) -> str | None:
-    try:
-        return str(json.loads(body)[FAULT])
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def free_ports(host: str, count: int, first: int | None = None, *, exact: bool = False) -> list[int]:

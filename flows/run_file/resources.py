@@ -9,6 +9,8 @@ from stages.config.on_policy import MOST_SECONDS
 from stages.config.training import StrictModel, each_once
 
 MOST_DEVICES = 4096
+# Of one device.
+MOST_SERVERS = 64
 
 
 class ServersConfig(StrictModel):
@@ -23,7 +25,9 @@ class ServersConfig(StrictModel):
         le=MOST_DEVICES,
         description="Devices of each started server, 0 for the CPU; by default one if the stages train on devices.",
     )
-    memory_share: float = Field(0.9, gt=0, lt=1, description="Share of its devices' memory that a server takes.")
+    memory_share: float = Field(
+        0.9, gt=0, lt=1, description="Share of a device's memory that the servers on it take together."
+    )
 
     @field_validator("urls")
     @classmethod
@@ -47,6 +51,16 @@ class RolloutServersConfig(ServersConfig):
     count: int = Field(1, gt=0, le=MOST_DEVICES, description="Number of servers started for a stage.")
 
 
+class TeacherServersConfig(ServersConfig):
+    """Servers that score with a merge's teachers: one for each full checkpoint, together with the adapters of it."""
+
+    per_device: Annotated[int, Field(ge=1, le=MOST_SERVERS)] | None = Field(
+        None,
+        description="Most servers on one device, or on the same `gpus` devices; they are spread by size and start one "
+        "after another. By default one, or more where the machine has too few devices.",
+    )
+
+
 class ResourcesConfig(StrictModel):
     """The resources of the run. Only the number of devices of a stage and its sampler enter content keys."""
 
@@ -58,8 +72,8 @@ class ResourcesConfig(StrictModel):
     rollout_servers: RolloutServersConfig = Field(
         default_factory=RolloutServersConfig, description="vLLM servers of the sampler `vllm_server`."
     )
-    teacher_servers: ServersConfig = Field(
-        default_factory=ServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
+    teacher_servers: TeacherServersConfig = Field(
+        default_factory=TeacherServersConfig, description="vLLM servers of `merge.teacher_backend: vllm_server`."
     )
     threads: Annotated[int, Field(ge=1, le=MOST_DEVICES)] | Literal["auto"] = Field(
         "auto",

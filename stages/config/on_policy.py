@@ -78,12 +78,13 @@ class SamplerConfig(StrictModel):
 
     backend: Literal["transformers", "vllm", "vllm_server"] | None = Field(
         None,
-        description="transformers or vLLM in the trainer's process, or vLLM servers (`resources.rollout_servers`); "
+        description="transformers or vLLM in each of the trainer's processes, or vLLM servers "
+        "(`resources.rollout_servers`); "
         "`resources.sampler` when absent.",
     )
     memory_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4,
-        description="vllm: share of the device's memory for weights and cache while it samples; on a GPU the engine "
+        description="vllm: share of each device's memory for weights and cache while it samples; on a GPU the engine "
         "sleeps during the update.",
         json_schema_extra=NOT_IN_KEY,
     )

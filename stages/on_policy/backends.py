@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from base.errors import UserError
 from experts.domain import Example
 from stages.config.on_policy import OnPolicyConfig
 from stages.learner.training import Learner
@@ -34,8 +33,8 @@ def make_sampler(
         The sampler of `config.sampler.backend`, with prefetching if `config.sampler.ahead` is set.
 
     Raises:
-        UserError: vLLM is not installed, several processes would each start an engine, no server is named, or vLLM
-            cannot report the log-probabilities that the config's temperature and top-p need.
+        UserError: vLLM is not installed, no server is named, or vLLM cannot report the log-probabilities that the
+            config's temperature and top-p need.
         ServerLostError: no server answers.
     """
 
@@ -51,15 +50,12 @@ def make_sampler(
         return PrefetchSampler(servers, upcoming, learner.accelerator.wait_for_everyone, servers.measure)
     if config.sampler.backend != "vllm":
         return TransformersSampler(learner.policy)
-    if learner.world_size > 1:
-        raise UserError(
-            f"{workspace.name}: sampler.backend vllm runs in the trainer's process, and this stage has "
-            f"{learner.world_size} processes; sample with backend: transformers"
-        )
     # vLLM takes seconds to import.
     from stages.vllm.engine import VllmEngine
 
-    return VllmEngine(learner.policy, config, workspace.folder / "engine", longest_prompt(learner.policy, examples))
+    # Of each process: it writes its adapters there.
+    folder = workspace.folder / (f"engine-{learner.rank}" if learner.world_size > 1 else "engine")
+    return VllmEngine(learner.policy, config, folder, longest_prompt(learner.policy, examples), learner)
 
 
 def longest_prompt(policy: Policy, examples: Mapping[str, Sequence[Example]]) -> int:

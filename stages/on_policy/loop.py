@@ -230,8 +230,8 @@ def take_step(
 
 
 def _computes_here(sampler: SamplerConfig, weights_sent: Callable[[], None] | None) -> bool:
-    """Whether a rollout, or measuring the gap to servers, takes forward passes of the whole student in this process."""
-    return sampler.backend != "vllm_server" or sampler.ahead or weights_sent is not None
+    """Whether a rollout, or measuring the gap to vLLM, takes forward passes of the whole student in this process."""
+    return sampler.backend not in ("vllm", "vllm_server") or sampler.ahead or weights_sent is not None
 
 
 def _collect(

@@ -236,8 +236,11 @@ class RemoteTeachers:
         )
 
     def _find(self, keys: Sequence[str]) -> dict[str, list[VllmServer]]:
-        """Wait until every teacher has a server; returns the servers of each."""
-        deadline = time.monotonic() + self.config.sampler.timeout_seconds
+        """Wait until every teacher has a server; returns the servers of each.
+
+        The time-out begins again with each further server that answers: those on one device start in turn.
+        """
+        deadline, most = time.monotonic() + self.config.sampler.timeout_seconds, 0
         while True:
             serving: dict[str, list[VllmServer]] = {key: [] for key in keys}
             served: list[str] = []
@@ -250,6 +253,8 @@ class RemoteTeachers:
                     self.context = min(self.context, server.context())
                     for key in serving.keys() & models.keys():
                         serving[key].append(server)
+            if len(up) > most:
+                deadline, most = time.monotonic() + self.config.sampler.timeout_seconds, len(up)
             lacking = [key for key, servers in serving.items() if not servers]
             if not lacking:
                 return serving

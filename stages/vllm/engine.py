@@ -4,12 +4,17 @@ The engine starts with a model of the student's shape and dummy weights. Full we
 `reload_weights`, tensor by tensor, from the trainer's parameters. For a LoRA student the base is handed over once, then
 the adapter of each version replaces the previous one. On a GPU the engine sleeps during updates, so that its memory is
 free.
+
+Of several processes each has an engine with the whole model on its own device, for its own rows. They are started and
+handed weights at the same time: vLLM makes its process groups beside the trainer's (`external_launcher`), and sharded
+weights are gathered one tensor at a time. Sampling communicates nothing.
 """
 
+import contextlib
 import gc
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,12 @@ from base.errors import UserError
 from base.extras import require_vllm
 from base.hashing import stable_hash
 from stages.config.on_policy import OnPolicyConfig
+from stages.learner.training import Learner
 from stages.model.policy import Policy, causal_lm
 from stages.model.stop_strings import StopStrings
 from stages.sampling.sampler import parse_logprobs
 from stages.sampling.samples import Gap, Sample, Sampling
-from stages.vllm.handover import Probe, check_shapes, full_weights, weight_shapes
+from stages.vllm.handover import Probe, adapter_weights, check_shapes, full_weights, weight_shapes
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
@@ -52,14 +58,24 @@ class VllmEngine:
         folder: Folder for the model's config and for adapters.
         longest_prompt: Tokens of the longest prompt; with `max_new_tokens` it sets the engine's context, and so the
             least size of its cache. The model's own context if absent.
+        learner: The student with the processes that train it; this one alone if absent.
 
     Raises:
         UserError: vLLM is not installed, cannot run on this device, or cannot report the log-probabilities that these
             settings need.
     """
 
-    def __init__(self, policy: Policy, config: OnPolicyConfig, folder: Path, longest_prompt: int | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: OnPolicyConfig,
+        folder: Path,
+        longest_prompt: int | None = None,
+        learner: Learner | None = None,
+    ) -> None:
         self.cuda = torch.cuda.is_available()
+        self.learner = learner
+        self.processes = 1 if learner is None else learner.world_size
         require_vllm("sampler.backend", gpus=int(self.cuda))
         self.mode = logprobs_mode(config.temperature, config.top_p)
         wanted = ENVIRONMENT | ONE_PROCESS | ({} if self.cuda else CPU_ENVIRONMENT)
@@ -87,10 +103,11 @@ class VllmEngine:
             dtype=config.dtype,
             max_model_len=context,
             logprobs_mode=self.mode,
-            max_num_seqs=rows_at_a_time(config),
+            max_num_seqs=rows_at_a_time(config, self.processes),
             enforce_eager=not self.cuda,
             disable_log_stats=True,
             worker_extension_cls=EXTENSION,
+            **({"distributed_executor_backend": "external_launcher"} if self.processes > 1 else {}),
             **self._memory(policy, config, context),
             **self._adapters(),
         )
@@ -105,8 +122,10 @@ class VllmEngine:
     def _memory(self, policy: Policy, config: OnPolicyConfig, context: int | None) -> dict[str, Any]:
         if self.cuda:
             return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
-        rows, shape = rows_at_a_time(config), causal_lm(policy.model).config.get_text_config()
-        share, context = config.sampler.memory_share, context or shape.max_position_embeddings
+        rows, shape = rows_at_a_time(config, self.processes), causal_lm(policy.model).config.get_text_config()
+        # The processes of a host share its memory.
+        share = config.sampler.memory_share / self.processes
+        context = context or shape.max_position_embeddings
         return {
             "kv_cache_memory_bytes": cpu_cache_bytes(shape, config.dtype, rows, config.max_new_tokens, share, context),
             "enable_chunked_prefill": False,
@@ -119,7 +138,7 @@ class VllmEngine:
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(self.lora)}
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Load the policy's weights; cached results of the previous weights are dropped.
+        """Load the policy's weights; cached results of the previous weights are dropped. All processes must call it.
 
         Raises:
             UserError: the weights do not fit the engine's model, cannot be loaded, or give other log-probabilities
@@ -133,9 +152,12 @@ class VllmEngine:
         check_shapes(weight_shapes(policy), self.shapes, NAME)
         # An interrupted hand-over leaves a mixture of two versions.
         self._damaged, self._fault = True, "a hand-over of weights did not end"
-        probe = Probe.of(policy, self.config)
+        # In every process: a forward pass of sharded weights needs all of them.
+        with contextlib.nullcontext() if self.learner is None else self.learner.layers_gathered_in_turn():
+            probe = Probe.of(policy, self.config)
         try:
-            scored = self._take(policy, version, probe)
+            with self._own_precision():
+                scored = self._take(policy, version, probe)
         except Exception as error:
             self._fault = f"{type(error).__name__}: {error}"
             raise UserError(
@@ -149,7 +171,9 @@ class VllmEngine:
         """Load the weights, and return the engine's log-probabilities of the probe's completion."""
         self._wake("weights")
         if self.lora is None or not self._has_base:
-            self.engine.collective_rpc("take_weights", kwargs={"tensors": full_weights(policy)})
+            # Sharded ones are sent in the engine's number type, each as soon as it is gathered.
+            dtype = torch.bfloat16 if self.config.dtype == "bfloat16" and self.processes > 1 else None
+            self.engine.collective_rpc("take_weights", kwargs={"tensors": full_weights(policy, dtype)})
             self._has_base = True
         if self.lora is not None:
             self._request = self._adapter(policy, version)
@@ -176,7 +200,9 @@ class VllmEngine:
             shutil.rmtree(self._request.lora_path)
         folder = self.folder / f"adapter-{version}"
         assert isinstance(policy.model, PeftModel)
-        policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+        policy.model.save_pretrained(
+            folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=adapter_weights(policy)
+        )
         # vLLM's adapter ids begin with 1.
         return LoRARequest(f"student-{version}", version + 1, str(folder))
 
@@ -220,7 +246,8 @@ class VllmEngine:
             for index in range(len(prompts))
         ]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        found = self.engine.generate(requests, parameters, use_tqdm=False, lora_request=self._request)
+        with self._own_precision():
+            found = self.engine.generate(requests, parameters, use_tqdm=False, lora_request=self._request)
         self._sleep()
         # The engine has no tokenizer, so completions are cut at stop strings after they are drawn.
         stop = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
@@ -248,10 +275,24 @@ class VllmEngine:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
-        self.engine.llm_engine.engine_core.shutdown()
-        del self.engine
+        core = self.engine.llm_engine.engine_core
+        if self.processes == 1:
+            core.shutdown()
+        else:
+            # Without vLLM's own clean-up, which would destroy the trainer's process group too, and which the client
+            # would run as soon as it is collected.
+            core._finalizer.detach()
+            core.engine_core.model_executor.shutdown()
+            core.engine_core.scheduler.shutdown()
+        del core, self.engine
         gc.collect()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _own_precision(self) -> Iterator[None]:
+        """A context without the trainer's autocast, which is on where the weights of a sharded student are whole."""
+        with torch.autocast("cuda" if self.cuda else "cpu", enabled=False):
+            yield
 
     def _sleep(self) -> None:
         """Free the device's memory for the trainer: the cache, and weights that will be handed over again."""

@@ -1,6 +1,7 @@
 """The settings of vLLM, for an engine in the trainer's process and for servers. Free of torch and vLLM."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,9 @@ LEAST_CONTEXT = 512
 # On a CPU the cache is allocated in blocks of 128 tokens, and one of them is never used.
 SPARE_TOKENS = 2 * 128
 LEAST_BATCH_TOKENS = 2048
+# Tokens of one forward pass of a teacher's server on devices. vLLM makes the logits of a row's tokens in one pass
+# together (its V2 runner 1024 at a time), in memory that it does not count at its start.
+SCORED_TOKENS = 2048
 # For a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its fault in an answer, and
 # the header of a request that may be answered without verified weights.
 NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"
@@ -72,9 +76,9 @@ def model_overrides(architecture: str) -> dict[str, Any]:
     return {"tie_word_embeddings": False, "architectures": [architecture]}
 
 
-def rows_at_a_time(config: OnPolicyConfig) -> int:
-    """Completions drawn together."""
-    return min(MAX_ROWS, config.prompts_per_step * config.group_size)
+def rows_at_a_time(config: OnPolicyConfig, processes: int = 1) -> int:
+    """Completions drawn together by an engine; of several processes that each have one, by each."""
+    return min(MAX_ROWS, ceil(config.prompts_per_step / processes) * config.group_size)
 
 
 def cpu_batch_tokens(context: int) -> int:

@@ -12,10 +12,12 @@ import httpx
 import psutil
 import pytest
 
-from flows.engines import vllm_servers
+from flows.engines import server_health, vllm_servers
+from flows.engines.devices import Lease
 from flows.engines.fork_client import ForkServer, ServerDiedError, child_environment
+from flows.engines.server_health import Health, ask_health
 from flows.engines.vllm_commands import ServerCommand
-from flows.engines.vllm_servers import MOST_RESTARTS, Health, VllmServerError, VllmServers, ask_health
+from flows.engines.vllm_servers import MOST_RESTARTS, VllmServerError, VllmServers
 from tests.support import health_server
 from tests.support.processes import ended, eventually
 
@@ -65,7 +67,9 @@ def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_serv
         for restart in range(1, MOST_RESTARTS + 1):
             leader, engine = group(servers)
             os.kill(leader, signal.SIGKILL)
-            eventually(lambda before=restart: (servers.tend(), sum("restarted" in line for line in said) == before)[1])
+            eventually(
+                lambda before=restart: (servers.tend(), sum("it is restarted" in line for line in said) == before)[1]
+            )
             eventually(lambda left=engine: ended(left), within=5)
             assert f"was killed by signal 9; it is restarted ({restart} of {MOST_RESTARTS} times)" in said[-1]
             eventually(lambda: up(servers))
@@ -77,7 +81,7 @@ def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_serv
 
 def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_servers, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(vllm_servers, "HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr(server_health, "HEALTH_SECONDS", 0.2)
     monkeypatch.setattr(vllm_servers, "HUNG_SECONDS", 1.0)
     said: list[str] = []
     with VllmServers([ONE], tmp_path, report=said.append) as servers:
@@ -111,6 +115,41 @@ def test_a_server_that_takes_itself_out_of_service_is_started_again_at_once(fork
         assert any(line.endswith("is out of service (weights of another shape); it is stopped") for line in said)
         eventually(lambda: up(servers))
         assert ask_health(server.url) == Health(well=True)
+
+
+def test_servers_on_one_device_start_one_after_another(fork_server, tmp_path):
+    shared = ServerCommand("teachers", "a test", PROGRAM, gpus=1, place=0)
+    commands = [shared, ServerCommand("teachers", "alone", PROGRAM, gpus=1, place=1), shared, shared]
+    locks = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in "ab"]
+    said: list[str] = []
+    with VllmServers(commands, tmp_path, lease=Lease(("GPU-a", "GPU-b"), tuple(locks)), report=said.append) as servers:
+        first, alone, *others = servers.servers
+        assert {server.lease.devices for server in (first, *others)} == {("GPU-a",)}
+        assert alone.lease.devices == ("GPU-b",)
+
+        def in_turn() -> bool:
+            """Whether all are up; at no time are two of one device starting."""
+            servers.tend()
+            starting = [server for server in (first, *others) if server.child is not None and not server.answered]
+            assert len(starting) <= 1
+            return servers.ready()
+
+        servers.start(fork_server)
+        assert [server.child is not None for server in servers.servers] == [True, True, False, False]
+        eventually(in_turn)
+        assert [line.endswith("answers") for line in said if "alone" not in line] == [False, True] * 3
+        # Two that are killed at once come back in turn, and the third is not disturbed.
+        kept = group(servers)
+        for server in (first, others[0]):
+            assert server.child is not None and server.child.pid is not None
+            os.kill(server.child.pid, signal.SIGKILL)
+        eventually(lambda: (in_turn(), first.restarts + others[0].restarts)[1] == 2)
+        eventually(in_turn)
+        assert len(set(kept) & set(group(servers))) == 4
+        assert sum("it is restarted" in line for line in said) == 2
+        assert sum("is started; log" in line for line in said) == 4
+    for lock in locks:
+        os.close(lock)
 
 
 def test_restarts_of_long_ago_are_forgiven(fork_server, tmp_path):

@@ -12,12 +12,13 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from flows.engines.devices import Lease
 from flows.engines.process_spec import ProcessSpec
-from flows.engines.vllm_commands import Needs, ServerCommand, node_needs
+from flows.engines.vllm_commands import Needs, ServerCommand, devices_of, node_needs, together
 from flows.engines.vllm_servers import PORTS, VllmServers, free_ports, tail
 from flows.plan.graph import build_graph
 from flows.plan.nodes import StageGraph
 from flows.run_file.resources import ResourcesConfig
 from flows.run_file.schema import RunConfig
+from stages.vllm.settings import SCORED_TOKENS
 from tests.support.installed import install_vllm
 
 HOST = "127.0.0.1"
@@ -218,6 +219,54 @@ def test_full_teachers_have_servers_of_their_own_and_the_same_checkpoint_has_one
     assert len(commands) == 2
     assert option(commands[0], "--max-logprobs") == "20"
     assert not any("--enable-lora" in command.arguments for command in commands)
+
+
+def full_teachers(tmp_path: Path, store: Store) -> StageGraph:
+    """A merge with three full teachers: two of one size, and the base."""
+    graph = planned(tmp_path, teacher_backend="vllm_server", objective=SAMPLED, max_prompt_tokens=40)
+    for node in graph.checkpoints:
+        if node.id != "student@0":
+            put(store, node.key, node.id)
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("devices", "settings", "places"),
+    [
+        # One for the trainer, and one for each teacher.
+        (4, {}, [0, 1, 2]),
+        # Fewer: those that are left are shared.
+        (3, {}, [0, 1, 0]),
+        (2, {}, [0, 0, 0]),
+        (8, {"per_device": 2}, [0, 1, 0]),
+        (8, {"per_device": 3}, [0, 0, 0]),
+        (8, {"per_device": 1}, [0, 1, 2]),
+        # Two devices each.
+        (5, {"gpus": 2}, [0, 1, 0]),
+    ],
+)
+def test_teachers_share_devices_where_there_are_too_few_or_as_asked(
+    tmp_path, store, monkeypatch, devices, settings, places
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(f"GPU-{n}" for n in range(devices)))
+    graph = full_teachers(tmp_path, store)
+    commands = needs(graph, store, gpus=1, teacher_servers=settings).commands
+    assert [command.place for command in commands] == places
+    assert devices_of(commands) == len(set(places)) * settings.get("gpus", 1)
+    for place in set(places):
+        shares = [
+            float(option(c, "--gpu-memory-utilization")) for c, at in zip(commands, places, strict=True) if at == place
+        ]
+        assert 0.89 < sum(shares) <= 0.9 and max(shares) - min(shares) < 1e-9
+    # The logits of a long row's tokens are bounded by those of one pass.
+    assert {option(command, "--max-num-batched-tokens") for command in commands} == {str(SCORED_TOKENS)}
+
+
+def test_teachers_on_the_cpu_have_no_places(tmp_path, store):
+    commands = needs(full_teachers(tmp_path, store), store, teacher_servers={"per_device": 2}).commands
+    assert [command.place for command in commands] == [None] * 3
+    assert devices_of(commands) == 0
+    assert together(commands) == [[0], [1], [2]]
 
 
 def test_without_vllm_the_error_names_the_key(tmp_path, store, monkeypatch):
