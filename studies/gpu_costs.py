@@ -87,7 +87,7 @@ def head_rate(code: Code) -> float:
     return CARD.bfloat16 if code.narrow else CARD.float32
 
 
-def decode_device(code: Code, shape: Shape, rows: int, tokens: float) -> float:
+def decode_device(code: Code, shape: Shape, rows: int, tokens: float, cast: bool = False) -> float:
     """Seconds in which the device reads weights and cache for one token of each row.
 
     Args:
@@ -95,11 +95,14 @@ def decode_device(code: Code, shape: Shape, rows: int, tokens: float) -> float:
         shape: The model.
         rows: Rows decoded together.
         tokens: Tokens of each so far.
+        cast: Whether float32 weights are cast to bfloat16 for each token, as those of a student trained in full are:
+            read, written and read again.
     """
     cache = rows * tokens * gpu_work.cache_values(shape) * code.width
     # Repeated for the query heads: read, written and read again.
     cache *= 1 if code.narrow else 1 + 2 * shape.queries // shape.keys
-    return (shape.parameters * code.width + cache) / CARD.memory
+    weight = 4 + 2 + 2 if cast and code.narrow else code.width
+    return (shape.parameters * weight + cache) / CARD.memory
 
 
 def decode_host(code: Code, shape: Shape, adapters: bool) -> Range:
@@ -110,7 +113,7 @@ def decode_host(code: Code, shape: Shape, adapters: bool) -> Range:
 
 def decode(code: Code, shape: Shape, rows: int, tokens: float, adapters: bool) -> Range:
     """Seconds of one token of each row: the device's or the host's, whichever takes longer."""
-    device = decode_device(code, shape, rows, tokens)
+    device = decode_device(code, shape, rows, tokens, cast=not adapters)
     low, high = decode_host(code, shape, adapters)
     return max(device, low), max(device, high)
 

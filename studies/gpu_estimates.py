@@ -169,6 +169,10 @@ def parts() -> list[tuple[str, str, str]]:
         found.append((what, show(BEFORE), show(AFTER)))
 
     row("decoding a token, 64 rows at 1024: device", lambda c: f"{1e3 * decode_device(c, shape, 64, 1024):.0f} ms")
+    row(
+        "the same of a student trained in full",
+        lambda c: f"{1e3 * decode_device(c, shape, 64, 1024, cast=True):.0f} ms",
+    )
     row("the same: host, eager", lambda c: _range(decode_host(c, shape, False), 1e3, "ms"))
     row(
         "the same with adapters: host",

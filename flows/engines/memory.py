@@ -210,9 +210,7 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape) -> dict[str, dict[
     return found
 
 
-def _sampling(
-    shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool, on_device: bool
-) -> dict[str, int]:
+def _sampling(shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool, on_device: bool) -> dict[str, int]:
     """The parts of the sampler in the stage's process, in its decoding or its prefill, whichever needs more."""
     prompts = -(-rows // group)
     decoding = {

@@ -115,6 +115,7 @@ def test_the_earlier_code_has_its_figures_of_28_november() -> None:
     assert gpu_costs.decode_device(BEFORE, shape, 64, 1024) == pytest.approx(0.074, abs=0.001)
     assert gpu_costs.decode_host(BEFORE, shape, False) == pytest.approx((0.010, 0.019), abs=0.001)
     assert gpu_costs.decode_device(AFTER, shape, 64, 1024) == pytest.approx(0.009, abs=0.001)
+    assert gpu_costs.decode_device(AFTER, shape, 64, 1024, cast=True) == pytest.approx(0.027, abs=0.001)
     assert gpu_costs.prefill(BEFORE, shape, 16384) == pytest.approx(4.6, abs=0.1)
     assert [1e6 * part for part in gpu_costs.token(BEFORE, shape)] == pytest.approx([92, 100], abs=1)
     assert gpu_costs.chunk(BEFORE, shape)[0] == 110
