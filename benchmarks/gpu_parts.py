@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,8 +32,8 @@ from stages.config.on_policy import SamplerConfig
 from stages.model.policy import Policy, load_policy
 from studies import gpu_work
 
-# Side of the square matrices whose product is the measured peak, and products timed.
-SIDE, TINY_SIDE, PRODUCTS = 8192, 256, 30
+# Side of the square matrices whose product is the measured peak: on a GPU, on a CPU, at the tiny size; products timed.
+SIDE, CPU_SIDE, TINY_SIDE, PRODUCTS = 8192, 1024, 256, 30
 # vLLM's share of the device: of the engine in the trainer's process, and of each teachers' server beside it.
 ENGINE_SHARE, SERVER_SHARE = 0.3, 0.15
 TEACHER_TOP_K = 20
@@ -61,7 +60,7 @@ def card(setup: Setup) -> Figures:
     """The peak of bfloat16 products, measured and of the data sheet, and the bandwidth of memory."""
     device = "cuda" if setup.gpus else "cpu"
     name = torch.cuda.get_device_name(0) if setup.gpus else "cpu"
-    side = SIDE if setup.gpus and setup.model else TINY_SIDE
+    side = (SIDE if setup.gpus else CPU_SIDE) if setup.model else TINY_SIDE
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = _seconds(lambda: left @ right)
     moved = torch.randn(side * side * 4, device=device)
@@ -84,7 +83,7 @@ def card(setup: Setup) -> Figures:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The median of the times of a call, each waited for."""
+    """The shortest of the times of a call, each waited for: what other work on the machine adds is no part of it."""
     times = []
     for _ in range(PRODUCTS):
         if torch.cuda.is_available():
@@ -94,7 +93,7 @@ def _seconds(work: Callable[[], Any]) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return statistics.median(times[PRODUCTS // 3 :])
+    return min(times)
 
 
 def merge(setup: Setup) -> Figures:
