@@ -146,7 +146,7 @@ def _serve(merge: _Merge, commands: Sequence[ServerCommand], place: Place, key: 
                 VllmServers(commands, home, lease=lease, host=place.host, ports=ports, report=_print)
             )
             servers.start(fork_server)
-            _wait_until_ready(servers, merge.config.sampler.timeout_seconds)
+            _wait_until_ready(servers, merge.config.sampler.start_seconds)
             urls = [server.url for server in servers.servers]
             _print(f"ready; a run uses these servers with the following in {merge.asked.file}:\n")
             _print(yaml.safe_dump({"merge": backend, "resources": {key: {"urls": urls}}}, default_flow_style=None))

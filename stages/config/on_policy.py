@@ -104,7 +104,14 @@ class SamplerConfig(StrictModel):
         600,
         gt=0,
         le=MOST_SECONDS,
-        description="vllm_server: longest time for one prompt's completions, or for a server's start.",
+        description="vllm_server: longest time for one answer, such as one prompt's completions.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    start_seconds: float = Field(
+        600,
+        gt=0,
+        le=MOST_SECONDS,
+        description="vllm_server: longest time until a server has started and takes the student's weights.",
         json_schema_extra=NOT_IN_KEY,
     )
     retries: int = Field(

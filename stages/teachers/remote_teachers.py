@@ -240,7 +240,7 @@ class RemoteTeachers:
 
         The time-out begins again with each further server that answers: those on one device start in turn.
         """
-        deadline, most = time.monotonic() + self.config.sampler.timeout_seconds, 0
+        deadline, most = time.monotonic() + self.config.sampler.start_seconds, 0
         while True:
             serving: dict[str, list[VllmServer]] = {key: [] for key in keys}
             served: list[str] = []
@@ -254,7 +254,7 @@ class RemoteTeachers:
                     for key in serving.keys() & models.keys():
                         serving[key].append(server)
             if len(up) > most:
-                deadline, most = time.monotonic() + self.config.sampler.timeout_seconds, len(up)
+                deadline, most = time.monotonic() + self.config.sampler.start_seconds, len(up)
             lacking = [key for key, servers in serving.items() if not servers]
             if not lacking:
                 return serving

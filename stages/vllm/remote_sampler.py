@@ -79,7 +79,7 @@ class RemoteSampler:
 
         while_others_wait(occupy)
         self._student = RemoteHandOver(learner.policy, config, workspace.key, self.folder, self.mode)
-        first = wait_for_any(self.servers, config.sampler.timeout_seconds)[0]
+        first = wait_for_any(self.servers, config.sampler.start_seconds)[0]
         self._student.check(first)
         self.model, self.context = first.base_model(), first.context()
 
@@ -222,10 +222,10 @@ class RemoteSampler:
         Raises:
             ServerLostError: none has them in time.
         """
-        deadline = time.monotonic() + self.config.sampler.timeout_seconds
+        deadline = time.monotonic() + self.config.sampler.start_seconds
         while True:
             ready, reasons = [], []
-            for server in wait_for_any(self.servers, self.config.sampler.timeout_seconds, self._lost):
+            for server in wait_for_any(self.servers, self.config.sampler.start_seconds, self._lost):
                 try:
                     self._student.bring_up_to_date(server, self.learner.policy)
                     ready.append(server)

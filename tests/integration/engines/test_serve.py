@@ -103,7 +103,7 @@ def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(run_file, monke
 def test_a_server_that_takes_too_long_is_given_up(run_file, monkeypatch):
     replaced(monkeypatch, sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)")
     started = time.monotonic()
-    said = mistake(serve("rollout", run_file, "merge.sampler.timeout_seconds=20"))
+    said = mistake(serve("rollout", run_file, "merge.sampler.start_seconds=20"))
     assert "did not answer within 20 s:\nloading" in said
     assert time.monotonic() - started < 120
     assert below(psutil.Process(), "sleep(600)") == []

@@ -1,6 +1,7 @@
 """Waiting for vLLM servers: the first that answers is enough, who does not is told, and none is lost for a pause."""
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,6 +9,9 @@ from typing import ClassVar
 
 import pytest
 
+from stages.config.distill import DistillConfig
+from stages.config.on_policy import MOST_SECONDS, SamplerConfig
+from stages.teachers.remote_teachers import RemoteTeachers
 from stages.vllm import server as vllm_server
 from stages.vllm.server import ServerLostError, VllmServer, wait_for_any
 
@@ -112,3 +116,11 @@ def test_a_request_that_changes_the_server_is_made_once(monkeypatch):
         with pytest.raises(ServerLostError, match="/update_weight_version: RemoteProtocolError"):
             server.set_weight_version("2")
         assert Impatient.asked[1:] == ["/update_weight_version"]
+
+
+def test_the_time_for_a_start_is_not_the_time_for_an_answer(monkeypatch):
+    monkeypatch.setattr(Healthy, "left", sys.maxsize)
+    settings = SamplerConfig(backend="vllm_server", start_seconds=0.2, timeout_seconds=MOST_SECONDS)
+    config = DistillConfig(sampler=settings, teacher_backend="vllm_server", objective={"type": "sampled_reverse_kl"})
+    with listening(Healthy) as url, pytest.raises(ServerLostError):
+        RemoteTeachers([url], {"a key": "experts/sort"}, config, vocabulary=10)
