@@ -22,7 +22,7 @@ from flows.check.tokens import TokenCheck
 from flows.engines.devices import host_devices
 from flows.engines.gpus import gpu_problems, gpu_warnings
 from flows.engines.memory import fit
-from flows.engines.server_memory import devices_of_each, places, teachers
+from flows.engines.server_memory import devices_beside, devices_of_each, places, teachers
 from flows.engines.shapes import full_checkpoint, origin
 from flows.plan.harness import harness_problems
 from flows.plan.nodes import Node, StageGraph
@@ -162,9 +162,7 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
 def _devices_of(graph: StageGraph, node: Node) -> int:
     """Devices of a stage and of the servers it starts."""
     resources = graph.config.resources
-    total = resources.gpus
-    if _backend(node) == "vllm_server" and not resources.rollout_servers.urls:
-        total += resources.rollout_servers.count * devices_of_each(resources.rollout_servers, resources)
+    total = devices_beside(resources, STAGES[node.stage].config(**node.config))
     if node.config.get("teacher_backend") == "vllm_server" and not resources.teacher_servers.urls:
         servers = len({full_checkpoint(graph, teacher).key for teacher in teachers(graph, node)})
         if gpus := devices_of_each(resources.teacher_servers, resources):

@@ -14,9 +14,9 @@ from base.signals import interruptible
 from base.store.checkpoint import Store
 from flows.engines.devices import DeviceLeases
 from flows.engines.fork_client import ForkServer, ServerDiedError, child_environment
+from flows.engines.server_memory import TEACHER_ROLE
 from flows.engines.threads import threads_beside
 from flows.engines.vllm_commands import (
-    TEACHER_ROLE,
     ServerCommand,
     devices_of,
     parents,

@@ -58,3 +58,8 @@ def _size(uuid: str, known: dict[str, Device], sizes: dict[str, int]) -> int:
         gigabytes = _GIGABYTES.search(device.profile)
         return int(int(gigabytes[1]) * 2**30 * SLICE_SHARE) if gigabytes else 0
     return sizes.get(uuid, 0)
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB with two digits, for messages."""
+    return f"{size / 2**30:.2f}"

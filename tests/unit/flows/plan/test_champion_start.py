@@ -15,7 +15,7 @@ from flows.plan.champion_start import pin_note, savings
 from flows.plan.lock import status
 from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
-from tests.support.scored_home import SHARES, finish, graph_of, run_file
+from tests.support.scored_home import SHARES, finish, graph_of
 
 FROM_CHAMPION = "merge.start_from=champion"
 
@@ -24,16 +24,6 @@ def crown(graph: StageGraph, store: Store, name: str) -> str:
     """Make a merge the champion, as the gate does; its key."""
     assert promote_by_gate(graph, store, GateVerdict(name, "best", (Criterion("all", True, ""),)))
     return graph.node(f"{name}@0").key
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return run_file(tmp_path)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 @pytest.fixture

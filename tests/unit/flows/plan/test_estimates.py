@@ -19,19 +19,9 @@ from flows.engines.shapes import shape_of
 from flows.plan.nodes import StageGraph
 from flows.run.estimate import estimate, summary, work
 from tests.support.devices import stand_in_driver
-from tests.support.scored_home import finish, graph_of, run_file
+from tests.support.scored_home import finish, graph_of
 
 GIB = 2**30
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return run_file(tmp_path)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 def large(graph: StageGraph, parameters: int, store: Store) -> None:

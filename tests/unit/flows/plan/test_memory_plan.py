@@ -8,18 +8,8 @@ from base.store.checkpoint import Store
 from flows.engines import memory
 from flows.engines import memory_terms as terms
 from flows.engines.memory import fit, needs
-from tests.support.scored_home import graph_of, run_file
+from tests.support.scored_home import graph_of
 from tests.unit.flows.plan.test_estimates import GIB, large, place
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return run_file(tmp_path)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 def test_moments_in_8_bits_and_offloaded_shards_need_less_of_a_device(
