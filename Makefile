@@ -103,9 +103,10 @@ setup-browser:
 demo: setup
 	$(BIN)/mopd run flows/runs/lab.yaml
 
-# Two at a time, for much of them waits for servers; a file's tests stay together, for they share those.
+# Two at a time, for much of them waits for servers. A file's tests stay together, for they share those, and the files
+# keep their order: the long ones come first.
 test: setup setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser
-	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile --no-loadscope-reorder
 
 # Fifty kills at random moments; docs/reliability.md has the figures.
 chaos: setup

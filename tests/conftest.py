@@ -1,12 +1,17 @@
 """Tests that need an extra are skipped with the command that installs it; `--every-extra` refuses to start without."""
 
 import importlib.util
+import os
 import shutil
 import signal
 import threading
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core; threads for all cores would wait for those of the other workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flows.engines.fork_server import MESSAGE_BYTES, PRELOAD
+from flows.engines.fork_server import MESSAGE_BYTES
+from flows.engines.preload import PRELOAD
 
 
 class ServerDiedError(Exception):

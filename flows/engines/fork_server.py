@@ -9,7 +9,6 @@ keep their server alive, re-import the caller's `__main__` and share its environ
 
 import contextlib
 import gc
-import importlib
 import json
 import logging
 import math
@@ -27,20 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from base.processes import die_with_parent
+from flows.engines.preload import preload
 from flows.engines.worker import DISK_FAULT, run_spec
-from stages.config.kinds import STAGES
 
 GRACE_SECONDS = 10.0
-PRELOAD = (
-    "torch",
-    "transformers",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.qwen3.modeling_qwen3",
-    "peft",
-    "accelerate",
-    "tokenizers",
-    *dict.fromkeys(kind.run.split(":")[0] for kind in STAGES.values() if kind.preload),
-)
 MESSAGE_BYTES = 65536
 _MOST_DESCRIPTORS = 64
 _log = logging.getLogger("flows.engines.fork_server")
@@ -195,17 +184,6 @@ def _ended_with_client(control: socket.socket) -> Iterator[None]:
         os.close(over)
 
 
-def _preload(modules: Sequence[str]) -> None:
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            # A job that needs the module fails with this error; the others can run.
-            _log.warning("cannot preload %s: %s", name, error)
-    # Without this, garbage collection in a child would write to the shared pages and so copy them.
-    gc.freeze()
-
-
 def _become(request: Mapping[str, Any]) -> int:
     """Run the request in a new child; returns its exit code unless a command replaces the process."""
     try:
@@ -224,16 +202,18 @@ def _become(request: Mapping[str, Any]) -> int:
     return run_spec(Path(request["spec"]))
 
 
-def main(preload: Sequence[str]) -> int:
+def main(modules: Sequence[str]) -> int:
     """Serve on standard input, which is a socket. A forked child leaves the loop with its request.
 
     Args:
-        preload: Modules to import first.
+        modules: Modules to import first.
     """
     logging.basicConfig(format="%(asctime)s %(message)s")
     control = socket.socket(fileno=os.dup(0))
     with _ended_with_client(control):
-        _preload(preload)
+        preload(modules)
+    # Without this, garbage collection in a child would write to the shared pages and so copy them.
+    gc.freeze()
     request = _Server(control).serve()
     return 0 if request is None else _become(request)
 

@@ -23,6 +23,7 @@ from base.processes import die_with_parent
 from base.store.checkpoint import Artifact, Store, write_whole
 from base.store.journal import JOURNAL_FILE, append_note
 from experts.loading import load_domain
+from flows.engines.preload import LIBRARIES, preload
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig
 from stages.learner.workspace import Workspace
@@ -237,6 +238,7 @@ def main(arguments: Sequence[str]) -> int:
         return USER_ERROR
     # torchrun gives each worker its own session, which a signal to torchrun's process group does not reach.
     die_with_parent(os.getppid())
+    preload(LIBRARIES)
     return run_spec(Path(arguments[0]))
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sqlite3
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,7 +15,7 @@ from flows.servers.start import choose_port, start_prefect, stop, wait_until_rea
 DATABASES = ("prefect/prefect.db", "mlflow.db")
 
 
-def with_databases(home: Path) -> Path:
+def with_databases(home: Path, names: Sequence[str] = DATABASES) -> Path:
     """Put empty databases of Prefect and MLflow into a home that has none; they are made once for all tests."""
     versions = "-".join(importlib.metadata.version(name) for name in ("prefect", "mlflow"))
     kept = Path(tempfile.gettempdir()) / f"mopd-tests-{os.getuid()}" / versions
@@ -22,7 +23,7 @@ def with_databases(home: Path) -> Path:
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
             _make(kept)
-    for name in DATABASES:
+    for name in names:
         if not (home / name).exists():
             _copy(kept / name, home / name)
     return home

@@ -25,6 +25,7 @@ from flows.run.finish import finish_run
 from flows.run.run_request import RunRequest
 from flows.run_file.notify import NotifyConfig
 from flows.tracking.writer import unsent_folder
+from tests.support.homes import with_databases
 from tests.support.scored_home import finish, graph_of, run_file
 
 PASSED = GateVerdict("student", "because", (Criterion("all", True, ""),))
@@ -67,7 +68,7 @@ def asked(tmp_path: Path) -> RunRequest:
     """A run of which everything is made."""
     file = run_file(tmp_path)
     file.write_text(file.read_text() + "notify: {events: [promotion]}\n")
-    asked = RunRequest(file, (), None, tmp_path / "home")
+    asked = RunRequest(file, (), None, with_databases(tmp_path / "home", ["prefect/prefect.db"]))
     finish(graph_of(file, asked.home), asked.home)
     return asked
 
