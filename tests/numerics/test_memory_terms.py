@@ -75,7 +75,7 @@ def test_a_rollout_allocates_what_is_planned(peaks: dict[str, int], dtype: str) 
     rows, model = memory_cases.PROMPTS * memory_cases.GROUP, shape(smollm2())
     stage = Trained(model, {"dtype": dtype}, on_device=True)
     tokens = memory_cases.PROMPT + memory_cases.NEW
-    parts = _sampling(model, rows, memory_cases.PROMPTS, tokens, narrow=stage.narrow, on_device=True)
+    parts = _sampling(model, rows, memory_cases.GROUP, tokens, narrow=stage.narrow, on_device=True)
     assert "decoding" in parts
     planned = sum(parts.values()) + terms.head_factor(stage)
     assert planned == pytest.approx(peaks[f"rollout in {dtype}"] - peaks["weights"], rel=TOLERANCE)
