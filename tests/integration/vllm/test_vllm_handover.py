@@ -13,8 +13,8 @@ from transformers import Qwen3MoeConfig
 from base.errors import UserError
 from base.store.checkpoint import Store
 from flows.engines.fork_client import ForkServer, child_environment
-from flows.engines.vllm_commands import rollout_servers
 from flows.engines.server_health import Health, ask_health
+from flows.engines.vllm_commands import rollout_servers
 from flows.engines.vllm_servers import RunningServer, VllmServers
 from flows.run_file.resources import ResourcesConfig
 from stages.config.on_policy import RLConfig, SamplerConfig
