@@ -47,7 +47,7 @@ def test_phases_are_measured_on_the_device(parts: dict[str, Any]) -> None:
 
 
 def test_it_runs_on_a_cpu(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    unlimited = ["--patience", "1000", "--minutes", "1000"]
+    unlimited = ["--patience", "100", "--minutes", "1000"]
     command = [str(BENCHMARKS / "gpu_merge.py"), "--tiny", "--parts", "merge", "--out", str(tmp_path), *unlimited]
     done = run(command, pytestconfig.rootpath)
     assert done.returncode == 0, done.stdout + done.stderr
