@@ -27,9 +27,11 @@ from flows.engines.vllm_servers import VllmServers
 from flows.engines.worker import run_stage
 from flows.plan.nodes import StageGraph
 from flows.run_file.schema import STUDENT
+from flows.servers.access import server_key
 from stages.config.distill import DistillConfig
 from stages.config.on_policy import SamplerConfig
 from stages.model.policy import Policy, load_policy
+from stages.vllm.settings import KEY_VARIABLE
 from studies import gpu_work
 
 # Side of the square matrices whose product is the measured peak: on a GPU, on a CPU, at the tiny size; products timed.
@@ -147,6 +149,7 @@ def merge_servers(setup: Setup) -> Figures:
 @contextlib.contextmanager
 def _standing(setup: Setup, commands: Sequence[Any]) -> Iterator[list[str]]:
     """Servers that answer, at their URLs; all are on this process's own device."""
+    os.environ[KEY_VARIABLE] = server_key(setup.home)
     server = ForkServer(setup.home / "servers.log", child_environment(setup.threads), preload=())
     device = os.environ.get(VISIBLE, "0").split(",")[0]
     lease = Lease((device,) * len(commands) if setup.gpus else ())

@@ -40,6 +40,8 @@ from flows.engines.worker import (
 )
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig
+from flows.servers.access import server_key
+from stages.vllm.settings import KEY_VARIABLE
 
 POLL_SECONDS = 0.3
 LOG_FILE = "log.txt"
@@ -197,6 +199,8 @@ class Launcher:
             path = self._prepare(spec, needs, servers, log)
             servers.start(fork_server)
             environment = lease.environment | (allocator() if own else {})
+            if needs.given or needs.commands:
+                environment |= {KEY_VARIABLE: server_key(self.home)}
             child = fork_server.start(
                 log,
                 **_program(path, own if spec.training else 1),

@@ -55,7 +55,9 @@ STUDENT_MODEL = "student"
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 # vLLM's own default for the log-probabilities of each token.
 LEAST_LOGPROBS = 20
-GUARD = "stages.vllm.guard.Guard"
+GUARD, KEY_CHECK = "stages.vllm.guard.Guard", "stages.vllm.key_check.KeyCheck"
+# The last middleware is the outermost.
+PROTECTED = ("--middleware", KEY_CHECK)
 # The settings that determine the size of a cache.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
@@ -187,7 +189,7 @@ def rollout_servers(
         arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(lora_rank(config.lora))]
     # The endpoints that receive weights and return settings exist in the development mode only.
     environment = _environment(gpus) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    program = (sys.executable, *API_SERVER, *arguments)
+    program = (sys.executable, *API_SERVER, *arguments, *PROTECTED)
     command = ServerCommand(ROLLOUT, f"rollouts from {start.name}", program, environment, gpus)
     return [command] * settings.count
 
@@ -223,7 +225,7 @@ def teacher_servers(
         arguments += ["--logprobs-mode", "raw_logprobs", "--max-logprobs", str(logprobs)]
         arguments += _adapters([teacher for teacher in served if teacher.key != key])
         names = ", ".join(teacher.name for teacher in served)
-        command = (sys.executable, *API_SERVER, *arguments)
+        command = (sys.executable, *API_SERVER, *arguments, *PROTECTED)
         commands.append(ServerCommand(TEACHERS, names, command, _environment(gpus), gpus))
     if not gpus:
         return commands

@@ -25,7 +25,9 @@ from flows.engines.fork_client import Child, ForkServer, ServerDiedError
 from flows.engines.fork_server import GRACE_SECONDS
 from flows.engines.server_health import ask_health
 from flows.engines.vllm_commands import ServerCommand, together
+from flows.servers.access import server_key
 from flows.servers.start import choose_port, local_url
+from stages.vllm.settings import KEY_VARIABLE
 
 HOST = "127.0.0.1"
 # Below the kernel's range for outgoing connections, and away from ports that users commonly choose.
@@ -117,6 +119,7 @@ class VllmServers:
             UserError: no free port.
         """
         self._report = report
+        self._key = server_key(home) if commands else ""
         self._fork_server: ForkServer | None = None
         self._stopped = False
         folder = home.resolve() / "servers"
@@ -224,7 +227,7 @@ class VllmServers:
         server.child = self._fork_server.start(
             server.log,
             command=server.arguments,
-            environment={**server.command.environment, **server.lease.environment},
+            environment={**server.command.environment, **server.lease.environment, KEY_VARIABLE: self._key},
             descriptors=server.lease.descriptors,
         )
         # A signal handler may have called `stop` since the check in `tend`.

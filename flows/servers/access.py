@@ -6,6 +6,7 @@ secret, so the host names and origins of its server are restricted. Free of torc
 """
 
 import contextlib
+import hashlib
 import ipaddress
 import os
 import secrets
@@ -18,6 +19,7 @@ import psutil
 
 from base.errors import UserError
 from base.private import is_shared, keep_private
+from stages.vllm.settings import KEY_VARIABLE
 
 USER = "mopd"
 SECRET_FILE = "prefect.secret"
@@ -49,6 +51,15 @@ def home_secret(home: Path) -> str:
             f"{path}: belongs to another user; set PREFECT_API_URL and PREFECT_API_AUTH_STRING for that server, or "
             f"choose another --home"
         ) from None
+
+
+def server_key(home: Path) -> str:
+    """The key of a home's vLLM servers: that of the environment, or one derived from the home's secret.
+
+    Raises:
+        UserError: as for `home_secret`.
+    """
+    return os.environ.get(KEY_VARIABLE) or hashlib.sha256(f"vllm {home_secret(home)}".encode()).hexdigest()
 
 
 def _make(path: Path, mode: int) -> None:

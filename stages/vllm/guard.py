@@ -71,9 +71,9 @@ class Guard:
             return
         path, reads = str(scope["path"]), scope["method"] in ("GET", "HEAD", "OPTIONS")
         if self.fault is not None and (path in HEALTH or path == VERSION or not reads):
-            await _answer(send, 503, {FAULT: self.fault, "error": {"message": self.fault}})
+            await answer(send, 503, {FAULT: self.fault, "error": {"message": self.fault}})
         elif path == VERSION and not self.verified:
-            await _answer(send, 200, {"weight_version": NO_VERSION})
+            await answer(send, 200, {"weight_version": NO_VERSION})
         elif path in CHANGES:
             await self._change(path, scope, receive, send)
         elif path == NAMED:
@@ -82,7 +82,7 @@ class Guard:
             await self.app(scope, receive, send)
         else:
             reason = "the server has no verified weights: none were handed over yet, or a hand-over has not ended"
-            await _answer(send, 503, {"error": {"message": reason}})
+            await answer(send, 503, {"error": {"message": reason}})
 
     async def _change(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
         """Forward a request that changes weights; the previous version is invalid from here on, even if it fails."""
@@ -113,7 +113,7 @@ class Guard:
         """Forward the request of a client that has verified the weights and sets their version."""
         begun = self._begun
         if begun != self._ended:
-            await _answer(send, 409, {"error": {"message": "weights are being changed"}})
+            await answer(send, 409, {"error": {"message": "weights are being changed"}})
             return
 
         async def observe(message: Message) -> None:
@@ -136,7 +136,8 @@ def _message(body: bytes) -> str:
         return body.decode(errors="replace")[:1000]
 
 
-async def _answer(send: Send, status: int, values: Message) -> None:
+async def answer(send: Send, status: int, values: Message) -> None:
+    """Send a JSON answer."""
     body = json.dumps(values).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -4,6 +4,7 @@ Prompts and completions are sent as token ids, so that no tokenizer is involved 
 adapters are folders that the server reads itself, so that trainer and server need a shared file system.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import httpx
 from base.errors import UserError
 from experts.endpoint import NEUTRAL
 from stages.sampling.samples import Sampling
-from stages.vllm.settings import PROBE_HEADER, barring, is_local
+from stages.vllm.settings import KEY_VARIABLE, PROBE_HEADER, barring, is_local
 
 # Time-out of requests that need no forward pass of the model.
 QUICK_SECONDS = 10.0
@@ -80,8 +81,12 @@ class VllmServer:
         limits = httpx.Limits(
             max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_SECONDS
         )
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Proxies of the environment apply to other machines only.
-        self._client = httpx.Client(base_url=url, timeout=timeout, limits=limits, trust_env=not is_local(url))
+        self._client = httpx.Client(
+            base_url=url, timeout=timeout, limits=limits, headers=headers, trust_env=not is_local(url)
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -269,6 +274,10 @@ class VllmServer:
             raise UserError(
                 f"the vLLM server {self.url} has no {path}: it does not run in development mode, which is needed to "
                 f"load a student's weights; `mopd serve rollout` starts such servers"
+            )
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise UserError(
+                f"the vLLM server {self.url} has another key: set {KEY_VARIABLE} to it, for this run as for the server"
             )
         if answer.is_client_error:
             raise UserError(

@@ -33,6 +33,8 @@ SCORED_TOKENS = 2048
 # For a guarded server (`stages.vllm.guard`): the version of unverified weights, the key of its fault in an answer, and
 # the header of a request that may be answered without verified weights.
 NO_VERSION, FAULT, PROBE_HEADER = "none", "fault", "x-mopd-probe"
+# The environment variable with the key of the servers that a process serves or uses.
+KEY_VARIABLE = "MOPD_SERVER_KEY"
 # The lowest logit bias that vLLM accepts.
 LEAST_BIAS = -100.0
 # The adapter ranks that vLLM can allocate.

@@ -30,6 +30,7 @@ from stages.vllm.remote_handover import save_weights
 from stages.vllm.remote_sampler import RemoteSampler
 from stages.vllm.server import Ends, ServerFailedError, ServerLostError, VllmServer
 from stages.vllm.settings import NO_VERSION
+from tests.integration.vllm.conftest import KEY
 from tests.support.processes import eventually
 from tests.support.vllm_scenario import PROMPTS, SHAPE, gap, make_moe, make_policy, move, random_checkpoint
 
@@ -79,7 +80,8 @@ def gives_no_number(server: VllmServer, model: str) -> None:
     with pytest.raises(ServerLostError, match="HTTP 503"):
         server.score(model, [*PROMPTS[0], 7], len(PROMPTS[0]), 0)
     body = {"model": model, "messages": [{"role": "user", "content": "1"}]}
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 503
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=key).status_code == 503
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,20 @@ def test_a_server_that_was_given_nothing_has_no_version_and_gives_no_number(serv
     gives_no_number(server, server.base_model())
     assert server.healthy() and ask_health(served.url) == Health(well=True)
     server.close()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer another"}, {"Authorization": KEY}], ids=str)
+def test_without_its_key_a_server_does_nothing(served, headers):
+    before = VllmServer(served.url, 60)
+    for method, path in [
+        ("POST", "/collective_rpc"), ("POST", "/v1/completions"), ("POST", "/reset_prefix_cache"), ("POST", "/sleep"),
+        ("GET", "/server_info"), ("GET", "/v1/models"), ("GET", "/weight_info"), ("GET", "/metrics"), ("GET", "/docs"),
+    ]:  # fmt: skip
+        refused = httpx.request(method, served.url + path, json={} if method == "POST" else None, headers=headers)
+        assert (path, refused.status_code) == (path, 401)
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert before.models()
+    before.close()
 
 
 def test_weights_of_another_shape_are_refused_by_name_before_a_byte_is_sent(served):

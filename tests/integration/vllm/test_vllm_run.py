@@ -28,7 +28,9 @@ from stages.config.distill import DistillConfig
 from stages.config.training import TinyModelConfig
 from stages.learner.workspace import Workspace
 from stages.model.tiny import character_tokenizer, tiny_model
+from stages.vllm.settings import KEY_VARIABLE
 from tests.integration.run.test_pipeline import RUN
+from tests.integration.vllm.conftest import KEY
 from tests.support.homes import with_databases
 
 TOLERANCE = 1e-4
@@ -122,6 +124,7 @@ def test_a_judge_on_a_real_server_marks_within_its_scale(judge_url, tmp_path, mo
     def judge(home: Path):
         monkeypatch.setenv("MOPD_HOME", str(home))
         options = {"path": str(tmp_path / "rows.jsonl"), "prompt_field": "q", "url": f"{url}/v1", "model": model}
+        options["api_key_env"] = KEY_VARIABLE
         options |= {"rubric": "Politeness.", "scale": 7, "constrained": True, "noise_sample": 1.0}
         return load_domain("manners", "judge", options)
 
@@ -147,6 +150,7 @@ def test_a_judges_marks_do_not_depend_on_the_servers_generation_config(judge_url
     monkeypatch.setenv("MOPD_HOME", str(tmp_path / "home"))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"Say hello to {n}"}) + "\n" for n in range(40)))
     options = {"path": str(tmp_path / "rows.jsonl"), "prompt_field": "q", "url": f"{url}/v1", "model": model}
+    options["api_key_env"] = KEY_VARIABLE
     options |= {"rubric": "Politeness.", "scale": 9, "constrained": True, "parallel": 1}
     domain, bodies, ask = load_domain("manners", "judge", options), [], Endpoint.request
 
@@ -159,8 +163,12 @@ def test_a_judges_marks_do_not_depend_on_the_servers_generation_config(judge_url
     scores = domain.score_all([(Example("Say hello", "", "manners", "Say hello"), text) for text in texts])
     assert len(bodies) == 30 and domain.facts() == {}
 
+    def asked(body):
+        key = {"Authorization": f"Bearer {KEY}"}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, headers=key, timeout=60).json()
+
     def marks(changes):
-        replies = [httpx.post(f"{url}/v1/chat/completions", json=changes(body), timeout=60).json() for body in bodies]
+        replies = [asked(changes(body)) for body in bodies]
         return [int(reply["choices"][0]["message"]["content"]) / 9 for reply in replies]
 
     assert marks(lambda body: body | NEUTRAL) == scores

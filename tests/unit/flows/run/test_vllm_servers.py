@@ -12,7 +12,15 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from flows.engines.devices import Lease
 from flows.engines.process_spec import ProcessSpec
-from flows.engines.vllm_commands import Needs, ServerCommand, devices_of, node_needs, together
+from flows.engines.vllm_commands import (
+    KEY_CHECK,
+    PROTECTED,
+    Needs,
+    ServerCommand,
+    devices_of,
+    node_needs,
+    together,
+)
 from flows.engines.vllm_servers import PORTS, VllmServers, free_ports, tail
 from flows.plan.graph import build_graph
 from flows.plan.nodes import StageGraph
@@ -120,9 +128,11 @@ def test_rollout_servers_have_the_students_shape_and_no_weights(tmp_path, store)
     assert "--enforce-eager" in first.arguments
     assert not {"--skip-tokenizer-init", "--enable-lora", "--gpu-memory-utilization"} & set(first.arguments)
     # vLLM finds both by these names, and what they name is there.
-    for name in ("--worker-extension-cls", "--middleware"):
-        module, _, attribute = option(first, name).rpartition(".")
+    for path in (option(first, "--worker-extension-cls"), option(first, "--middleware"), KEY_CHECK):
+        module, _, attribute = path.rpartition(".")
         assert isinstance(getattr(importlib.import_module(module), attribute), type)
+    # The key is checked before the guard sees a request.
+    assert first.arguments[-2:] == PROTECTED
     assert first.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert first.environment["TORCHDYNAMO_DISABLE"] == "1"
 
@@ -199,7 +209,8 @@ def test_adapters_of_one_base_share_its_server_with_it(tmp_path, store):
     # vLLM matches the last part of a module's name where several are packed into one.
     assert option(command, "--lora-target-modules") == "q_proj"
     assert option(command, "--max-logprobs") == "40"
-    assert not {"--load-format", "--worker-extension-cls", "--middleware"} & set(command.arguments)
+    assert not {"--load-format", "--worker-extension-cls"} & set(command.arguments)
+    assert command.arguments[-2:] == PROTECTED
 
 
 def test_full_teachers_have_servers_of_their_own_and_the_same_checkpoint_has_one(tmp_path, store):
