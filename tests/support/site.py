@@ -77,7 +77,7 @@ class Site:
         """Run a command of `mopd` to its end."""
         command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
         return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=120
+            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=400
         )
 
     @contextlib.contextmanager

@@ -73,7 +73,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield Lab(folder, launcher)
 
 
-@pytest.mark.timeout(600)
 def test_a_second_round_reuses_the_first_and_trains_on_from_its_student(lab: Lab) -> None:
     two = lab.graph(RUN, "merge.rounds=2")
     assert lab.make(two) == {*EXPERTS, "student@0"}
@@ -92,7 +91,6 @@ def test_a_second_round_reuses_the_first_and_trains_on_from_its_student(lab: Lab
     assert taught["teacher/general"] == lab.of(two, "cold_start@0").digest
 
 
-@pytest.mark.timeout(600)
 def test_an_exported_expert_teaches_as_the_one_that_was_trained_here(lab: Lab) -> None:
     trained, folder = lab.of(lab.whole, "experts/sort@0"), lab.folder / "elsewhere"
     lab.mopd("export", trained.key, str(folder))
@@ -112,7 +110,6 @@ def test_an_exported_expert_teaches_as_the_one_that_was_trained_here(lab: Lab) -
     assert student.digest != lab.of(graph, "cold_start@0").digest
 
 
-@pytest.mark.timeout(600)
 def test_a_reasoning_domain_added_by_the_command_is_trained_merged_and_scored(lab: Lab) -> None:
     file = lab.file(RUN)
     lab.mopd(*f"add-expert {file} spell --domain reasoning --task spell_backward --like sort".split())

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from base.store.checkpoint import Store, hash_file
 from tests.integration.run.test_pipeline import PATIENCE_SECONDS, Bench
 from tests.support.homes import with_databases
@@ -33,7 +31,6 @@ def started(log: str) -> set[str]:
     return {line.removesuffix(": started") for line in log.splitlines() if line.endswith(": started")}
 
 
-@pytest.mark.timeout(900)
 def test_an_added_expert_costs_itself_the_merge_and_the_evaluations(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with_databases(bench.home)

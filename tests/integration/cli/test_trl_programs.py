@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, read
 from flows.plan.graph import build_graph
@@ -18,7 +16,6 @@ FILE = Path(__file__).parents[3] / "examples" / "trl" / "run.yaml"
 STEPS = 6
 
 
-@pytest.mark.timeout(900)
 def test_trl_trains_the_experts_and_merges_beside_the_run_and_is_measured_like_any_stage(tmp_path: Path) -> None:
     home = with_databases(tmp_path / "home")
     words = ["run", "--plain", "--home", str(home), "--max-steps", str(STEPS), str(FILE), "evaluate.examples=8"]

@@ -40,8 +40,8 @@ def started_with_grandchild(server: ForkServer, log: Path) -> tuple[Child, int]:
 def test_ending_a_job_ends_its_whole_group(server, tmp_path):
     child, grandchild = started_with_grandchild(server, tmp_path / "log")
     child.end(grace=10)
-    assert child.wait(5) == -signal.SIGTERM
-    eventually(lambda: ended(grandchild), within=2)
+    assert child.wait(240) == -signal.SIGTERM
+    eventually(lambda: ended(grandchild))
 
 
 def test_a_leader_that_ignores_sigterm_is_killed_after_its_grace(server, tmp_path):
@@ -51,23 +51,23 @@ def test_a_leader_that_ignores_sigterm_is_killed_after_its_grace(server, tmp_pat
     eventually(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text())
     child.end(grace=5)
     assert child.wait(0.2) is None
-    assert child.wait(60) == -signal.SIGKILL
+    assert child.wait(240) == -signal.SIGKILL
 
 
 def test_a_job_whose_supervisor_lets_go_is_ended(server, tmp_path):
     child, grandchild = started_with_grandchild(server, tmp_path / "log")
     child.close()
-    assert eventually(lambda: ended(child.pid) and ended(grandchild), within=2)
+    assert eventually(lambda: ended(child.pid) and ended(grandchild))
 
 
 def test_jobs_of_a_killed_server_die_and_are_reported(tmp_path):
     server = ForkServer(tmp_path / "server", child_environment(1), preload=())
-    child = server.start(tmp_path / "log", command=["sleep", "60"])
+    child = server.start(tmp_path / "log", command=["sleep", "900"])
     eventually(lambda: child.wait(0.1) or child.pid)
     os.kill(server.pid, signal.SIGKILL)
     with pytest.raises(ServerDiedError):
-        child.wait(5)
-    eventually(lambda: ended(child.pid), within=2)
+        child.wait(240)
+    eventually(lambda: ended(child.pid))
     server.close()
 
 

@@ -97,7 +97,7 @@ def test_a_nodes_servers_are_restarted_while_it_runs_and_end_with_it(launcher, g
         again = both(os.getpid())
         assert not set(again) & set(members)
         eventually(lambda: answers(url))
-    run.join(60)
+    run.join(240)
     assert run.error is None
     assert all(ended(pid) for pid in again)
     assert Store(home).find("served") is not None
@@ -110,7 +110,7 @@ def test_servers_that_cannot_be_kept_up_fail_the_node_for_another_attempt(launch
         for start in range(1 + MOST_RESTARTS):
             eventually(lambda before=start: len(said(run, "answers")) > before)
             os.kill(both(os.getpid())[0], signal.SIGKILL)
-        run.join(20)
+        run.join(240)
     assert run.error is not None
     assert f"after {MOST_RESTARTS} restarts" in run.error.message
     assert (run.error.retryable, run.error.exit_code) == (True, -signal.SIGTERM)
@@ -126,7 +126,7 @@ def test_stop_all_ends_the_servers_too(graph, home):
         eventually(lambda: run.records)
         launcher.stop_all()
         assert ended(members[0])
-        run.join(15)
+        run.join(240)
         assert run.error is not None
         assert run.error.message == "stopped"
     assert all(ended(pid) for pid in members)
@@ -159,4 +159,4 @@ def test_servers_die_with_a_killed_supervisor(home):
         members = both(supervisor.pid)
         supervisor.kill()
         supervisor.wait()
-        assert eventually(lambda: all(ended(pid) for pid in members), within=15)
+        assert eventually(lambda: all(ended(pid) for pid in members))

@@ -70,7 +70,7 @@ def test_a_killed_server_comes_back_on_its_port_until_it_was_too_often(fork_serv
             eventually(
                 lambda before=restart: (servers.tend(), sum("it is restarted" in line for line in said) == before)[1]
             )
-            eventually(lambda left=engine: ended(left), within=5)
+            eventually(lambda left=engine: ended(left))
             assert f"was killed by signal 9; it is restarted ({restart} of {MOST_RESTARTS} times)" in said[-1]
             eventually(lambda: up(servers))
         assert servers.urls == url
@@ -92,7 +92,7 @@ def test_a_server_that_hangs_is_started_again(fork_server, tmp_path, monkeypatch
         eventually(lambda: (servers.tend(), any("it is restarted" in line for line in said))[1])
         assert any("has not answered for" in line for line in said)
         # The engine is killed with its leader, and ends when it is its turn.
-        eventually(lambda: all(ended(pid) for pid in before), within=15)
+        eventually(lambda: all(ended(pid) for pid in before))
         eventually(lambda: up(servers))
 
 
@@ -180,7 +180,7 @@ def test_stop_from_elsewhere_ends_them_and_none_is_started_again(fork_server, tm
         eventually(lambda: up(servers))
         members = group(servers)
         servers.stop()
-        eventually(lambda: all(ended(pid) for pid in members), within=15)
+        eventually(lambda: all(ended(pid) for pid in members))
         servers.tend()
         assert not servers.ready()
 
@@ -194,7 +194,7 @@ def test_nothing_is_left_when_the_fork_server_is_killed(tmp_path):
         os.kill(mortal.pid, signal.SIGKILL)
         with pytest.raises(ServerDiedError):
             eventually(servers.tend)
-    eventually(lambda: all(ended(pid) for pid in members), within=5)
+    eventually(lambda: all(ended(pid) for pid in members))
     mortal.close()
 
 
@@ -222,7 +222,7 @@ def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path):
     assert len(members) == 2
     process.kill()
     process.wait()
-    eventually(lambda: all(ended(pid) for pid in members), within=15)
+    eventually(lambda: all(ended(pid) for pid in members))
 
 
 def test_a_home_that_is_a_relative_path_keeps_its_logs(fork_server, tmp_path, monkeypatch):

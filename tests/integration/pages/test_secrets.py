@@ -112,7 +112,7 @@ def test_what_commands_say_of_a_server_that_is_away(clean, tmp_path, words, vari
     command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(tmp_path / "home")]
     environment = os.environ | {variable: f"{AWAY}/api" if "API" in variable else AWAY}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 2 and "http://127.0.0.1:9" in done.stderr, done.stderr
     assert SECRET not in done.stdout + done.stderr
 

@@ -106,7 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     finally:
         for process in reversed(started):
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            process.wait(timeout=240)
 
 
 def create(place: Place) -> str:

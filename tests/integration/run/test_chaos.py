@@ -3,12 +3,9 @@
 import random
 from pathlib import Path
 
-import pytest
-
 from tests.chaos import VICTIMS, disturbed, draw_victims, undisturbed
 
 
-@pytest.mark.timeout(1500)
 def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     rng = random.Random(2026)
     (victims,) = draw_victims(len(VICTIMS), rng)

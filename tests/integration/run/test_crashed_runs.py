@@ -166,7 +166,7 @@ def test_a_run_to_be_cancelled_whose_worker_is_gone_is_told_once_and_cancelled_w
     run = begin(client, Cancelling(), tag_of(alive.pid), worker=worker_name())
     detector = CrashDetector()
     assert "was sent SIGTERM" in detector.look()[0]
-    assert alive.wait(20) == -signal.SIGTERM
+    assert alive.wait(240) == -signal.SIGTERM
     assert state(client, run) == "Cancelling"
     assert "cancelled" in detector.look()[0]
     assert state(client, run) == "Cancelled"
@@ -198,7 +198,7 @@ def test_a_run_below_a_living_worker_is_left_to_it_for_a_while(client):
         assert detector.look() == [] and start_of(pid)
         later(detector)
         assert len(detector.look()) == 1
-        worker.wait(20)
+        worker.wait(240)
     assert len(detector.look()) == 1 and state(client, run) == "Cancelled"
 
 

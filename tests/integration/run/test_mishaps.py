@@ -68,7 +68,6 @@ def kill_in(bench: Bench, node_id: str, steps: int) -> float:
     return float(progress(bench, node_id)[0]["time"])
 
 
-@pytest.mark.timeout(1200)
 def test_a_run_killed_in_every_stage_goes_on_from_its_saved_steps(bench: Bench) -> None:
     kept: dict[str, float] = {}
     first_steps: dict[str, float] = {}

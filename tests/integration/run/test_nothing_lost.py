@@ -49,7 +49,6 @@ def may_mount() -> bool:
     return tried.returncode == 0
 
 
-@pytest.mark.timeout(600)
 def test_two_runs_of_the_same_stages_at_once_train_each_once(tmp_path: Path) -> None:
     one, two = Bench(tmp_path), Bench(tmp_path)
     with_databases(one.home)
@@ -76,7 +75,6 @@ def test_two_runs_of_the_same_stages_at_once_train_each_once(tmp_path: Path) -> 
     assert processes_of(one.home) == []
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not may_mount(), reason="mounting a small disk needs user name spaces, which this system forbids")
 def test_a_full_disk_and_a_read_only_one_cost_a_message_and_nothing_finished(tmp_path: Path) -> None:
     bench = Bench(tmp_path)

@@ -180,7 +180,7 @@ def test_a_stopped_run_says_so_and_leaves_nothing_behind(bench: Bench, number: s
     process = bench.start(override)
     bench.wait_for_steps("experts/sort@0")
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=240) == 130
     assert f"{override} --home {bench.home}` resumes the r" in bench.log
     assert "Traceback" not in bench.log
     newest = "select state_name from flow_run order by created desc limit 1"

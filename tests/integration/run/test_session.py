@@ -31,7 +31,7 @@ def test_the_server_of_a_run_is_on_the_loopback_and_warnings_reach_the_terminal_
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert set(json.loads(done.stdout.splitlines()[-1])) == {"127.0.0.1"}

@@ -158,7 +158,7 @@ def test_a_store_that_does_not_answer_is_one_message(first: Path, clean: dict[st
     away = S3 | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
     command = [sys.executable, "-m", "flows.cli.app", "plan", str(first / "run.yaml"), "--home", str(first / "four")]
     done = subprocess.run(
-        command, env=clean | away | {"MOPD_STORE": STORE}, capture_output=True, text=True, check=False, timeout=120
+        command, env=clean | away | {"MOPD_STORE": STORE}, capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"MOPD_STORE: {STORE}: cannot be read" in done.stderr
@@ -205,7 +205,7 @@ def _running(command: list[str], environment: dict[str, str], end: int = signal.
         yield
     finally:
         os.killpg(process.pid, end)
-        process.wait(timeout=60)
+        process.wait(timeout=240)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,6 @@ from tests.support import vllm_scenario
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
-# Ten engines start one after the other.
-pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from tests.support.vllm_scenario import PROMPTS, SHAPE, gap, make_moe, make_poli
 TOLERANCE = 1e-4
 LORA = LoraConfig(rank=12)
 START_SECONDS = 900
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.vllm
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tests.support.vllm_processes import SETTINGS, STEPS
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
 PROMPTS = 5
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

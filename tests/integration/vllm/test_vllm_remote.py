@@ -55,7 +55,7 @@ LORA = LoraConfig(rank=12)
 SORT = {"sort": load_domain("sort", "strings", {"task": "sort"})}
 # Three servers that load side by side are up long before; only a machine that hangs takes so long.
 START_SECONDS = 900
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.vllm
 
 
 @dataclass

@@ -36,7 +36,7 @@ from tests.support.homes import with_databases
 TOLERANCE = 1e-4
 RUN_SECONDS = 1400
 EXPERTS = ["experts/sort", "experts/reverse"]
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.vllm
 
 
 def on_vllm() -> dict:

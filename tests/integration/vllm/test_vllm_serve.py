@@ -26,7 +26,7 @@ from tests.integration.vllm.conftest import KEY
 from tests.support.processes import ended, eventually
 
 ROOT = Path(__file__).parents[3]
-START_SECONDS = 240
+START_SECONDS = 900
 TOLERANCE = 1e-4
 TOKENS, PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13], 3
 RUN = {
@@ -104,13 +104,13 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     yield Serving(process, output, home, teachers)
     if process.poll() is None:
         process.terminate()
-        process.wait(30)
+        process.wait(240)
 
 
 def check_teachers(url: str, teachers: dict[str, str], home: Path) -> None:
     """Each is served under its key and scores as the local forward does."""
     request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         assert {entry["id"] for entry in json.loads(response.read())["data"]} == set(teachers.values())
     store, server = Store(home), VllmServer(url, 60)
     for key in teachers.values():
@@ -124,9 +124,10 @@ def check_teachers(url: str, teachers: dict[str, str], home: Path) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(2400)
 def test_teachers_are_served_restarted_and_gone_after_ctrl_c(serving):
     serving.answered(1)
-    eventually(lambda: serving.said("Ctrl-C ends them."), 10)
+    eventually(lambda: serving.said("Ctrl-C ends them."))
     lines = serving.output.read_text()
     printed = yaml.safe_load(lines.split(".yaml:\n")[1].split("Ctrl-C")[0])
     (url,) = printed["resources"]["teacher_servers"]["urls"]
@@ -136,14 +137,14 @@ def test_teachers_are_served_restarted_and_gone_after_ctrl_c(serving):
     before = serving.members()
     assert len(before) >= 3
     os.kill(serving.leader.pid, signal.SIGKILL)
-    eventually(lambda: serving.said("was killed by signal 9; it is restarted (1 of 5 times)"), 30)
+    eventually(lambda: serving.said("was killed by signal 9; it is restarted (1 of 5 times)"))
     serving.answered(2)
     assert all(ended(pid) for pid in before)
     check_teachers(url, serving.teachers, serving.home)
 
     members = serving.members()
     serving.process.send_signal(signal.SIGINT)
-    assert serving.process.wait(30) == 0
+    assert serving.process.wait(240) == 0
     assert all(ended(pid) for pid in members)
     assert serving.said("ending the servers")
     assert "Traceback" not in serving.output.read_text()

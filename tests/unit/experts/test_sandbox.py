@@ -95,7 +95,7 @@ def test_a_hostile_program_scores_0_and_the_host_is_unharmed(name, host):
     started = time.monotonic()
     outputs = run_calls(host.program(name), "f", [[1], [2]], limits_of(name))
     assert not passes(host.program(name), "f", [[1], [2]], [1, 2], limits_of(name))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     sys.set_int_max_str_digits(10_000)
     told = repr(outputs)
     sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)

@@ -27,7 +27,7 @@ from tests.support.processes import below
 SECRET = "MOPD_TEST_SECRET"
 WORKER = "experts.isolation.untrusted_worker reasoning"
 # A worker may have to be started first, on a busy machine.
-SLACK_SECONDS = 30
+SLACK_SECONDS = 60
 PARTIAL_CREDIT = 0.05
 
 TIME_BOMBS = {
@@ -328,7 +328,7 @@ def test_a_fork_has_workers_of_its_own_and_even_busy_ones_die_with_their_process
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
