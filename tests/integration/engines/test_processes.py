@@ -125,6 +125,8 @@ def test_shards_make_the_update_of_whole_copies_on_the_student_s_own_samples(sta
 # What every process of a sharded learner sees; the second start goes on from the first one's saved state.
 SHARDED = """
 import json, sys
+from flows.engines.preload import LIBRARIES, preload
+preload(LIBRARIES)
 from pathlib import Path
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy

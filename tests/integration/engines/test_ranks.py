@@ -18,6 +18,8 @@ ENVIRONMENT = os.environ | {
 
 LEARNER = """
 import json, sys
+from flows.engines.preload import LIBRARIES, preload
+preload(LIBRARIES)
 from functools import partial
 from pathlib import Path
 import torch
@@ -67,6 +69,8 @@ torch.distributed.destroy_process_group()
 
 STAGE = """
 import json, sys, time
+from flows.engines.preload import LIBRARIES, preload
+preload(LIBRARIES)
 from datetime import timedelta
 import torch
 import stages.learner.training as training
@@ -92,6 +96,8 @@ sys.exit(code)
 
 MONITOR = """
 import json, sys
+from flows.engines.preload import LIBRARIES, preload
+preload(LIBRARIES)
 from experts.loading import load_domain
 from evals.measure.monitor import Monitor
 from stages.config.on_policy import MonitorConfig

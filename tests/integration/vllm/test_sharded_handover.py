@@ -21,6 +21,8 @@ ENVIRONMENT = os.environ | {
 
 STAGE = """
 import json, sys, threading
+from flows.engines.preload import LIBRARIES, preload
+preload(LIBRARIES)
 from pathlib import Path
 import torch
 from peft import PeftModel
