@@ -90,7 +90,7 @@ class Launcher:
     """Starts and supervises node processes. As a context manager it ends all of them on exit."""
 
     def __init__(self, home: Path, resources: ResourcesConfig) -> None:
-        """Nothing is started before the first `run`.
+        """Nothing is started before the first `run` or `warm_up`.
 
         Args:
             home: `$MOPD_HOME`.
@@ -117,6 +117,11 @@ class Launcher:
             if self._server is not None:
                 self._server.close()
                 self._server = None
+
+    def warm_up(self) -> None:
+        """Start the fork server, whose imports take seconds, before the first `run` needs it."""
+        with contextlib.suppress(WaitCancelledError):
+            self._running_server()
 
     def run(self, graph: StageGraph, nodes: Sequence[Node], on_records: OnRecords) -> None:
         """Make the nodes in one process; returns when it has ended. Several threads may call this at once.

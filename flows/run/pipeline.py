@@ -165,24 +165,23 @@ def _run(
         # Planned after the wait for another run of this name, which may have changed the champion to start from.
         graph = build_graph(config, root)
         store = Store(root)
-        for fault in store.send_left_over():
-            get_run_logger().warning("%s; new artifacts stay on this machine until an upload succeeds", fault)
-        for line in deep_check(graph, store, ignore_memory=ignore_memory):
-            get_run_logger().warning("%s", line)
-        # Written after the plan has been compared with the old lock: the new lock is the reference of the next run.
-        with plan_lock(store):
-            write_lock(graph, root)
-            remember(root, config.name, path, overrides, max_steps)
-        tracker = Tracker.start(graph, root, path, flow_run_page(), title)
-        for start in killed:
-            start.close()
-        get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
-        with (
-            ProgressDisplay(Console(stderr=True), plain) as display,
-            Launcher(root, graph.config.resources) as launcher,
-        ):
-            supervisor = Supervisor(graph, store, launcher, tracker, display)
-            return _supervised(supervisor)
+        with Launcher(root, graph.config.resources) as launcher:
+            if not all((store.root / node.key).exists() for node in graph.nodes):
+                launcher.warm_up()
+            for fault in store.send_left_over():
+                get_run_logger().warning("%s; new artifacts stay on this machine until an upload succeeds", fault)
+            for line in deep_check(graph, store, ignore_memory=ignore_memory):
+                get_run_logger().warning("%s", line)
+            # Written after the plan has been compared with the old lock: the new one is the reference of the next run.
+            with plan_lock(store):
+                write_lock(graph, root)
+                remember(root, config.name, path, overrides, max_steps)
+            tracker = Tracker.start(graph, root, path, flow_run_page(), title)
+            for start in killed:
+                start.close()
+            get_run_logger().info("MLflow: %s", tracker.url or "not reached yet")
+            with ProgressDisplay(Console(stderr=True), plain) as display:
+                return _supervised(Supervisor(graph, store, launcher, tracker, display))
 
 
 def _supervised(supervisor: Supervisor) -> Outcome:
