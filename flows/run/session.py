@@ -75,8 +75,8 @@ def _server(home: Path) -> Iterator[str]:
         server = start_prefect(home, HOST, choose_port(HOST, PREFECT_PORT, "Prefect", held=starting))
         with _variables({"PREFECT_API_URL": f"{server.url}/api"} | client_secret(home)):
             try:
-                # The imports take seconds, during which the server starts.
-                import flows.run.pipeline  # noqa: F401
+                # The import takes seconds, during which the server starts.
+                import prefect  # noqa: F401
 
                 wait_until_ready(server)
                 with contextlib.ExitStack() as held:

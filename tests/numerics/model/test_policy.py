@@ -74,7 +74,8 @@ def test_logits_that_are_more_than_a_linear_head_are_refused(store, checkpoint):
 
 def test_an_adapters_files_are_the_same_from_every_process(tmp_path):
     code = (
-        "from flows.engines.preload import LIBRARIES, preload; preload(LIBRARIES); import sys; from pathlib import Path; from peft import get_peft_model; import torch; "
+        "from flows.engines.preload import LIBRARIES, preload; preload(LIBRARIES); "
+        "import sys; from pathlib import Path; from peft import get_peft_model; import torch; "
         "from stages.config.training import LoraConfig; from stages.model.policy import Policy; "
         "from stages.model.adapters import peft_config; "
         "from tests.numerics.conftest import tiny_policy; policy = tiny_policy(0); torch.manual_seed(0); "
