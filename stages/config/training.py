@@ -7,6 +7,7 @@ version in `stages.config.kinds`.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -105,7 +106,7 @@ def _key_value(value: Any) -> Any:
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW with a learning-rate schedule."""
+    """AdamW with a learning-rate schedule. Keys that are left out have the stage's own defaults, if it has any."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
@@ -221,6 +222,15 @@ class TrainConfig(StrictModel):
         description="Recompute activations in the backward pass: less memory, about a third more time.",
         json_schema_extra=NOT_IN_KEY,
     )
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _complete_with_defaults(cls, value: Any) -> Any:
+        """Without this, `optimizer: {states: 8bit}` would train at the rate of `OptimizerConfig`."""
+        if not isinstance(value, Mapping):
+            return value
+        own: OptimizerConfig = cls.model_fields["optimizer"].get_default(call_default_factory=True, validated_data={})
+        return own.model_dump(exclude_unset=True) | dict(value)
 
     @model_validator(mode="after")
     def _can_be_sharded_so(self) -> Self:

@@ -86,8 +86,8 @@ def test_fewer_devices_than_asked_for_are_named(check: Check) -> None:
 def test_the_labs_rates_on_a_real_model_are_a_warning(check: Check) -> None:
     output = check("qwen3_8b_lora.yaml", 1, "merge.optimizer={}", "experts.letters.train.rl.optimizer={}")
     assert output.endswith("exit code 0"), output
-    for key in ("merge", "experts.letters.train.rl"):
-        assert f"warning: {key}.optimizer.learning_rate: 0.001 is the lab's" in output
+    for key, rate in (("merge", 0.001), ("experts.letters.train.rl", 0.0005)):
+        assert f"warning: {key}.optimizer.learning_rate: {rate} is the lab's" in output
     assert "this one has 8,191 million" in output
     assert "experts.arithmetic.train.rl.optimizer.learning_rate" not in output
 
