@@ -26,6 +26,7 @@ from base.errors import InfrastructureError, UserError, first_line
 from base.store.checkpoint import Artifact
 from experts.domain import Example
 from stages.config.command import CommandConfig, MergeCommandConfig
+from stages.config.roles import teacher_role
 from stages.export import cast_parameters, export_weights, with_adapter
 from stages.learner.program_output import Line, parser
 from stages.learner.stage import SHOWN, draw_training, left_out, shown
@@ -140,8 +141,8 @@ def _teachers(config: MergeCommandConfig, workspace: Workspace, root: Path) -> d
     table: dict[str, list[dict[str, Any]]] = {}
     for domain in workspace.domains:
         several = config.teacher_weights.get(domain)
-        roles = {f"teacher/{domain}/{name}": weight for name, weight in (several or {}).items()}
-        for role, weight in (roles or {f"teacher/{domain}": 1.0}).items():
+        roles = {teacher_role(domain, name): weight for name, weight in (several or {}).items()}
+        for role, weight in (roles or {teacher_role(domain): 1.0}).items():
             teacher = workspace.parents[role]
             if teacher.key not in paths:
                 folder = root / teacher.key

@@ -17,6 +17,7 @@ from base.store.checkpoint import Artifact
 from experts.domain import Example
 from stages.config.distill import DistillConfig
 from stages.config.objective import PythonObjective, TargetObjective
+from stages.config.roles import teacher_role
 from stages.learner.stage import draw_prompts, load_start
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
@@ -103,10 +104,10 @@ def _routes(config: DistillConfig, workspace: Workspace) -> Routes:
     routes: Routes = {}
     for domain in workspace.domains:
         if several := config.teacher_weights.get(domain):
-            named = ((workspace.parents[f"teacher/{domain}/{name}"], weight) for name, weight in several.items())
+            named = ((workspace.parents[teacher_role(domain, name)], weight) for name, weight in several.items())
             routes[domain] = tuple(Routed(teacher, weight) for teacher, weight in named)
-        elif f"teacher/{domain}" in workspace.parents:
-            routes[domain] = (Routed(workspace.parents[f"teacher/{domain}"]),)
+        elif (role := teacher_role(domain)) in workspace.parents:
+            routes[domain] = (Routed(workspace.parents[role]),)
     return routes
 
 

@@ -25,6 +25,7 @@ from base.errors import UserError, nearest
 from base.hashing import stable_hash
 from base.store.checkpoint import Artifact
 from stages.config.merge import WeightMergeConfig
+from stages.config.roles import is_teacher, taught_domain
 from stages.learner.stage import load_start
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy
@@ -32,7 +33,6 @@ from stages.model.tokenizers import tokenizer_difference
 from stages.model.weights import StoredWeights
 from stages.rows.trained_on import TrainedOn
 
-ROLE = "teacher/"
 # Entries processed at a time.
 _SLICE = 2**20
 # If one of these differs, tensors of equal shape have different meanings.
@@ -162,7 +162,7 @@ def choose_experts(node: str, weights: Mapping[str, float], parents: Mapping[str
     Raises:
         UserError: there is no expert, or `weights` names an unknown one.
     """
-    named = {role.removeprefix(ROLE): parent for role, parent in sorted(parents.items()) if role.startswith(ROLE)}
+    named = {taught_domain(role): parent for role, parent in sorted(parents.items()) if is_teacher(role)}
     if not named:
         raise UserError(f"{node}: a weight merge needs experts, and there are none")
     for name in weights:

@@ -29,6 +29,7 @@ from flows.run.starts import close_killed
 from flows.run_file.keys import schema_keys
 from flows.run_file.schema import STUDENT, RunConfig
 from stages.config.kinds import DISTANCES, EVALUATIONS
+from stages.config.roles import is_teacher, taught_domain
 
 if TYPE_CHECKING:
     from flows.run.finish import Outcome
@@ -143,7 +144,7 @@ def plan(asked: RunRequest, *, check: bool, as_json: bool, ignore_memory: bool =
         if graph.config.merge:
             gate, examples = graph.config.gate, graph.config.evaluate.examples
             roles = graph.node(f"{STUDENT}@{graph.config.seeds[0]}").parents
-            taught = {role.split("/")[1] for role in roles if role.startswith("teacher/")}
+            taught = {taught_domain(role) for role in roles if is_teacher(role)}
             notes = precision_notes(examples, gate.non_inferiority_margin, gate.confidence, max(1, len(taught)))
             for line in [*notes, *margin_notes(graph.config.hypotheses, gate.confidence)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)

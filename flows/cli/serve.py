@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ from base.signals import interruptible
 from base.store.checkpoint import Store
 from flows.engines.devices import DeviceLeases
 from flows.engines.fork_client import ForkServer, ServerDiedError, child_environment
-from flows.engines.server_memory import TEACHER_ROLE
 from flows.engines.threads import threads_beside
 from flows.engines.vllm_commands import (
     ServerCommand,
@@ -29,6 +28,7 @@ from flows.plan.nodes import Node, StageGraph
 from flows.run.run_request import RunRequest
 from flows.run_file.schema import STUDENT
 from stages.config.distill import DistillConfig
+from stages.config.roles import is_teacher
 
 FIRST_PORT = 8100
 LOG_FILE = "serve.log"
@@ -87,13 +87,13 @@ class _Merge:
     def config(self) -> DistillConfig:
         return DistillConfig.model_validate(self.node.config)
 
-    def need(self, prefix: str) -> Node:
-        """The merge, reduced to the parents whose role begins with a prefix.
+    def need(self, wanted: Callable[[str], bool]) -> Node:
+        """The merge, reduced to the parents of the wanted roles.
 
         Raises:
             UserError: a parent is not in the store; the message names those that are missing.
         """
-        roles = {role: parent for role, parent in self.node.parents.items() if role.startswith(prefix)}
+        roles = {role: parent for role, parent in self.node.parents.items() if wanted(role)}
         missing = [parent for parent in roles.values() if self.store.find(self.graph.node(parent).key) is None]
         if missing:
             names = ", ".join(dict.fromkeys(missing))
@@ -119,7 +119,7 @@ def rollout(asked: RunRequest, place: Place, *, count: int | None = None, seed: 
     if count is not None:
         settings = resources.rollout_servers.model_copy(update={"count": count})
         resources = resources.model_copy(update={"rollout_servers": settings})
-    start = parents(merge.graph, merge.need("start"), merge.store)["start"]
+    start = parents(merge.graph, merge.need(lambda role: role == "start"), merge.store)["start"]
     commands = rollout_servers(merge.config, start, merge.store, resources)
     _serve(merge, commands, place, "rollout_servers", {"sampler": {"backend": "vllm_server"}})
 
@@ -127,7 +127,7 @@ def rollout(asked: RunRequest, place: Place, *, count: int | None = None, seed: 
 def teachers(asked: RunRequest, place: Place, *, seed: int | None = None) -> None:
     """Serve the teachers of a run's merge until Ctrl-C or SIGTERM; arguments and errors as for `rollout`."""
     merge = _Merge.of(asked, seed, "merge.teacher_backend=vllm_server")
-    artifacts = teachers_of(parents(merge.graph, merge.need(TEACHER_ROLE), merge.store))
+    artifacts = teachers_of(parents(merge.graph, merge.need(is_teacher), merge.store))
     commands = teacher_servers(merge.config, artifacts, merge.store, merge.graph.config.resources)
     _serve(merge, commands, place, "teacher_servers", {"teacher_backend": "vllm_server"})
 

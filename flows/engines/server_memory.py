@@ -20,6 +20,7 @@ from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig, ServersConfig, TeacherServersConfig
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig, SamplerConfig
+from stages.config.roles import is_teacher
 from stages.config.training import LoraConfig
 from stages.vllm.settings import SCORED_TOKENS, lora_rank, needed_context, rows_at_a_time
 
@@ -30,7 +31,6 @@ PASS_TOKENS = 8192
 # Digits of a share.
 DIGITS = 4
 # Prefix of the roles of a merge's teachers among its parents.
-TEACHER_ROLE = "teacher/"
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def room(servers: Sequence[Served], memory_share: float, total: int) -> int:
 
 def teachers(graph: StageGraph, node: Node) -> list[Node]:
     """A merge's teachers, each once."""
-    found = [graph.node(parent) for role, parent in node.parents.items() if role.startswith(TEACHER_ROLE)]
+    found = [graph.node(parent) for role, parent in node.parents.items() if is_teacher(role)]
     return list({teacher.key: teacher for teacher in found}.values())
 
 

@@ -19,7 +19,6 @@ from base.extras import require_vllm
 from base.store.checkpoint import Artifact, Store
 from flows.engines.device_memory import available
 from flows.engines.server_memory import (
-    TEACHER_ROLE,
     Served,
     devices_beside,
     devices_of_each,
@@ -33,6 +32,7 @@ from flows.run_file.resources import ResourcesConfig, ServersConfig
 from stages.config.distill import DistillConfig
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig
+from stages.config.roles import is_teacher
 from stages.config.training import LoraConfig
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
@@ -154,7 +154,7 @@ def parents(graph: StageGraph, node: Node, store: Store) -> dict[str, Artifact]:
 
 def teachers_of(parents_of_it: Mapping[str, Artifact]) -> list[Artifact]:
     """The teachers among a merge's parents, each once."""
-    by_key = {parent.key: parent for role, parent in parents_of_it.items() if role.startswith(TEACHER_ROLE)}
+    by_key = {parent.key: parent for role, parent in parents_of_it.items() if is_teacher(role)}
     return list(by_key.values())
 
 

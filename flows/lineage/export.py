@@ -22,6 +22,7 @@ from flows.lineage.mermaid import mermaid
 from flows.lineage.rows import SHORT, Row, resolve_one, rows
 from flows.run_file.schema import BASE, COLD_START
 from stages.config.kinds import EVALUATIONS
+from stages.config.roles import is_teacher
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -114,7 +115,7 @@ def model_card(artifact: Artifact, lineage: Sequence[Row], name: str, facts: Car
         model_name=name,
         eval_results=_results(own) or None,
     )
-    teachers = {parent for role, parent in own.parents.items() if role.startswith("teacher/")}
+    teachers = {parent for role, parent in own.parents.items() if is_teacher(role)}
     shown, answer = example_prompt(artifact) or ("…", "")
     return (
         text(

@@ -19,6 +19,7 @@ from flows.plan.lock import lock_path
 from flows.plan.state_files import read_json
 from flows.run_file.schema import CHAMPION, STUDENT
 from stages.config.kinds import EVALUATIONS, STAGES
+from stages.config.roles import is_teacher, taught_domain, teacher_role
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -172,11 +173,11 @@ def expert_domains(rows: Sequence[Row]) -> tuple[str, ...]:
     own = [domain for row in rows if row.key in experts for domain in row.data]
     # In a merge of weights the parents' roles have the expert's name, in a distillation the domain's.
     taught = [
-        role.split("/")[1]
+        taught_domain(role)
         for row in rows
         if row.stage == "distill"
         for role, parent in row.parents.items()
-        if role.startswith("teacher/") and parent in experts
+        if is_teacher(role) and parent in experts
     ]
     return tuple(dict.fromkeys([*own, *taught]))
 
@@ -296,7 +297,7 @@ def _row(store: Store, key: str, planned: Mapping[str, Any] | None, scores: Mapp
 
 def _weights(config: Mapping[str, Any]) -> dict[str, float]:
     shared = config.get("teacher_weights", {})
-    return {f"teacher/{domain}/{name}": w for domain, weights in shared.items() for name, w in weights.items()}
+    return {teacher_role(domain, name): w for domain, weights in shared.items() for name, w in weights.items()}
 
 
 def _highlights(config: Mapping[str, Any]) -> dict[str, Any]:

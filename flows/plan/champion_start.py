@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from flows.run_file.schema import CHAMPION, STUDENT, RunConfig
+from stages.config.roles import is_teacher
 
 if TYPE_CHECKING:
     from flows.plan.nodes import Node, StageGraph
@@ -153,7 +154,7 @@ def _started_from(artifact: Artifact, store: Store) -> Artifact | None:
 def _teachers(artifact: Artifact) -> int:
     """The number of its teachers."""
     parents = artifact.manifest.get("parents", {})
-    return len({parent["key"] for role, parent in parents.items() if role.startswith("teacher/")})
+    return len({parent["key"] for role, parent in parents.items() if is_teacher(role)})
 
 
 def _new(node: "Node", student: Artifact, store: Store) -> bool:

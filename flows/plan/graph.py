@@ -33,6 +33,7 @@ from stages.config.distill import DistillConfig
 from stages.config.kinds import STAGES
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
+from stages.config.roles import teacher_role
 from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
 
 KEY_LENGTH = 24
@@ -152,7 +153,7 @@ class _Builder:
         parents = {"start": made[config.merge.start_from] if config.merge.start_from else start}
         for domain, weights in config.teachers().items():
             several = len(weights) > 1
-            parents |= {f"teacher/{domain}/{n}" if several else f"teacher/{domain}": made[n] for n in weights}
+            parents |= {teacher_role(domain, name if several else ""): made[name] for name in weights}
         return parents
 
     def _distill(self, name: str, config: RunConfig, seed: int, parents: Mapping[str, str]) -> str:
@@ -178,7 +179,7 @@ class _Builder:
         if isinstance(own, WeightMergeConfig):
             experts = {self.nodes[parent].name.partition("/")[2]: parent for parent in merged.values()}
             parents = {"start": origin if merged["start"] == CHAMPION else merged["start"]} | {
-                f"teacher/{name}": parent for name, parent in experts.items() if name
+                teacher_role(name): parent for name, parent in experts.items() if name
             }
             facts = {"config": own.key_fields()}
             return self._add(

@@ -14,6 +14,7 @@ from evals.comparison.scores import read_scores
 from experts.domain import HELD_OUT
 from flows.plan.nodes import Node, StageGraph
 from stages.config.on_policy import HISTOGRAM
+from stages.config.roles import teachers_of_domain
 
 CURVE = "curve"
 ROLES = ("student", "teacher", "start")
@@ -38,10 +39,9 @@ def tracked(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def teacher_of(node: Node, domain: str) -> str | None:
     """Id of the checkpoint that teaches a student a domain: the one with the largest weight, or the first of equals."""
-    prefix = f"teacher/{domain}"
-    roles = [role for role in node.parents if role == prefix or role.startswith(f"{prefix}/")]
+    names = teachers_of_domain(node.parents, domain)
     weights = node.config.get("teacher_weights", {}).get(domain, {})
-    best = max(roles, key=lambda role: weights.get(role.removeprefix(f"{prefix}/"), 0.0), default=None)
+    best = max(names, key=lambda role: weights.get(names[role], 0.0), default=None)
     return node.parents[best] if best else None
 
 
