@@ -56,7 +56,7 @@ def common_settings(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "output_dir": str(given.work),
         "seed": given.seed,
-        "logging_steps": 5,
+        "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
