@@ -30,6 +30,15 @@ def interrupt_once(*, background: bool = False) -> None:
             signal.signal(number, interrupt)
 
 
+def keep_exit_code() -> None:
+    """Let this process, started by `python -m`, end with its exit code even if it was interrupted.
+
+    CPython ends it by SIGINT instead if the interrupt came while `exec` ran a text, as it does in an import of
+    dataclasses. Running another text lets CPython forget that.
+    """
+    exec("")
+
+
 @contextlib.contextmanager
 def interruptible(*, background: bool = False) -> Iterator[None]:
     """A context with `interrupt_once`; without effect outside the main thread, the only one that receives signals."""

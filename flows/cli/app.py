@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from base.errors import UserError
-from base.signals import interrupt_once
+from base.signals import interrupt_once, keep_exit_code
 from base.store.checkpoint import Store
 from flows.cli import checkpoints as cli_checkpoints
 from flows.cli import experts as cli_experts
@@ -300,7 +300,10 @@ def main() -> None:
     """Entry of `python -m flows.cli.app`."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     interrupt_once()
-    app()
+    try:
+        app()
+    finally:
+        keep_exit_code()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 
 from base.exit_codes import INTERRUPTED
-from base.signals import interrupt_once
+from base.signals import interrupt_once, keep_exit_code
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         sys.exit(INTERRUPTED)
+    finally:
+        keep_exit_code()
 
 
 if __name__ == "__main__":
