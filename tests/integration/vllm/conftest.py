@@ -7,6 +7,7 @@ import pytest
 from stages.vllm.settings import KEY_VARIABLE
 
 KEY = "a key of the tests"
+AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -30,7 +30,7 @@ from stages.vllm.remote_handover import save_weights
 from stages.vllm.remote_sampler import RemoteSampler
 from stages.vllm.server import Ends, ServerFailedError, ServerLostError, VllmServer
 from stages.vllm.settings import NO_VERSION
-from tests.integration.vllm.conftest import KEY
+from tests.integration.vllm.conftest import AUTHORIZED, KEY
 from tests.support.processes import eventually
 from tests.support.vllm_scenario import PROMPTS, SHAPE, gap, make_moe, make_policy, move, random_checkpoint
 
@@ -80,8 +80,7 @@ def gives_no_number(server: VllmServer, model: str) -> None:
     with pytest.raises(ServerLostError, match="HTTP 503"):
         server.score(model, [*PROMPTS[0], 7], len(PROMPTS[0]), 0)
     body = {"model": model, "messages": [{"role": "user", "content": "1"}]}
-    key = {"Authorization": f"Bearer {KEY}"}
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=key).status_code == 503
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=AUTHORIZED).status_code == 503
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from stages.learner.workspace import Workspace
 from stages.model.tiny import character_tokenizer, tiny_model
 from stages.vllm.settings import KEY_VARIABLE
 from tests.integration.run.test_pipeline import RUN
-from tests.integration.vllm.conftest import KEY
+from tests.integration.vllm.conftest import AUTHORIZED
 from tests.support.homes import with_databases
 
 TOLERANCE = 1e-4
@@ -164,8 +164,7 @@ def test_a_judges_marks_do_not_depend_on_the_servers_generation_config(judge_url
     assert len(bodies) == 30 and domain.facts() == {}
 
     def asked(body):
-        key = {"Authorization": f"Bearer {KEY}"}
-        return httpx.post(f"{url}/v1/chat/completions", json=body, headers=key, timeout=60).json()
+        return httpx.post(f"{url}/v1/chat/completions", json=body, headers=AUTHORIZED, timeout=60).json()
 
     def marks(changes):
         replies = [asked(changes(body)) for body in bodies]

@@ -22,7 +22,7 @@ from flows.run_file.load import load_run_file
 from flows.run_file.resources import ResourcesConfig
 from stages.model.policy import load_policy
 from stages.vllm.server import VllmServer
-from tests.integration.vllm.conftest import KEY
+from tests.integration.vllm.conftest import AUTHORIZED
 from tests.support.processes import ended, eventually
 
 ROOT = Path(__file__).parents[3]
@@ -109,7 +109,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 def check_teachers(url: str, teachers: dict[str, str], home: Path) -> None:
     """Each is served under its key and scores as the local forward does."""
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+    request = urllib.request.Request(f"{url}/v1/models", headers=AUTHORIZED)
     with urllib.request.urlopen(request, timeout=60) as response:
         assert {entry["id"] for entry in json.loads(response.read())["data"]} == set(teachers.values())
     store, server = Store(home), VllmServer(url, 60)
