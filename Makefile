@@ -101,7 +101,7 @@ setup-browser:
 	@$(call debian,command -v chromium || command -v chromium-browser || command -v google-chrome,chromium)
 
 demo: setup
-	$(BIN)/mopd run flows/runs/lab.yaml
+	$(BIN)/mopd run flows/runs/demo.yaml
 
 # Two at a time, for much of them waits for servers. A file's tests stay together, for they share those, and the files
 # keep their order: the long ones come first.

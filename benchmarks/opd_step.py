@@ -55,7 +55,7 @@ def newest(home: Path, name: str) -> Artifact:
     """The checkpoint of that name made last."""
     found = [artifact for artifact in Store(home).artifacts() if artifact.name == name]
     if not found:
-        raise SystemExit(f"no {name} in {home}; run `make demo` first, or give --home")
+        raise SystemExit(f"no {name} in {home}; run `mopd run flows/runs/lab.yaml` first, or give --home")
     return max(found, key=lambda artifact: float(artifact.manifest["created"]))
 
 

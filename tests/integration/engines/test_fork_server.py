@@ -71,6 +71,17 @@ def test_jobs_of_a_killed_server_die_and_are_reported(tmp_path):
     server.close()
 
 
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+    for own, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if own:
+            monkeypatch.setenv("OMP_WAIT_POLICY", own)
+        server, log = ForkServer(tmp_path / "server", child_environment(2), preload=()), tmp_path / f"log-{expected}"
+        assert server.start(log, command=["sh", "-c", "echo $OMP_WAIT_POLICY $OMP_NUM_THREADS"]).wait(240) == 0
+        server.close()
+        assert log.read_text().split() == [expected, "2"]
+
+
 @pytest.fixture
 def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host of one's own, whose driver tells nothing."""

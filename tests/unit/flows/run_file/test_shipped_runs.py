@@ -20,7 +20,7 @@ def test_a_run_file_of_a_base_on_the_hub_loads(name: str) -> None:
 
 def test_there_are_run_files() -> None:
     names = {file.relative_to(RUNS).as_posix() for file in FILES}
-    assert names >= {"smoke.yaml", "lab.yaml", "lab_fair.yaml", "lab_gold.yaml", "smollm2.yaml"}
+    assert names >= {"smoke.yaml", "demo.yaml", "lab.yaml", "lab_fair.yaml", "lab_gold.yaml", "smollm2.yaml"}
     assert names >= {f"claims/{name}.yaml" for name in ("code", "ground", "merge", "reward", "spelling")}
 
 
