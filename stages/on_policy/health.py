@@ -22,6 +22,8 @@ COMPRESSIBLE_BYTES = 200
 MIN_ENTROPY = 0.1
 MAX_LENGTH_GROWTH = 2.0
 MAX_COMPRESSION = 5.0
+# An alarm ends when its value is this share away from the limit: one that swings around it is one alarm, not many.
+CLEARANCE = 0.2
 # A domain whose entropy (nats per token) is this low from the start has no diversity to lose.
 DETERMINISTIC_ENTROPY = 0.02
 # Improvements are relative to the best value, and to this constant when the best is near 0: noise around 0 is no
@@ -152,7 +154,8 @@ class Health:
         for domain, mean in self._smoothed("entropy", vitals.entropy):
             first = self._baseline("entropy", domain, mean)
             limit = MIN_ENTROPY * first
-            if self._begins(f"entropy/{domain}", first >= DETERMINISTIC_ENTROPY and mean < limit):
+            holds, ends = first >= DETERMINISTIC_ENTROPY and mean < limit, mean > (1 + CLEARANCE) * limit
+            if self._begins(f"entropy/{domain}", holds, ends):
                 yield (
                     f"{domain}: entropy {mean:.3g} nats a token is below {limit:.3g} "
                     f"({MIN_ENTROPY:g} of the first {first:.3g})"
@@ -161,28 +164,30 @@ class Health:
             # Completions that consist of EOS alone have no length to multiply.
             first = max(self._baseline("length", domain, mean), 1.0)
             limit = MAX_LENGTH_GROWTH * first
-            if self._begins(f"length/{domain}", mean > limit):
+            if self._begins(f"length/{domain}", mean > limit, mean < (1 - CLEARANCE) * limit):
                 yield (
                     f"{domain}: length {mean:.4g} tokens is above {limit:.4g} "
                     f"({MAX_LENGTH_GROWTH:g} times the first {first:.4g})"
                 )
         for domain, mean in self._smoothed("compression", vitals.compression):
-            if self._begins(f"compression/{domain}", mean > MAX_COMPRESSION):
+            ends = mean < (1 - CLEARANCE) * MAX_COMPRESSION
+            if self._begins(f"compression/{domain}", mean > MAX_COMPRESSION, ends):
                 yield (f"{domain}: compression {mean:.3g} is above {MAX_COMPRESSION:g}: completions repeat themselves")
         for domain, gap in vitals.mismatch.items():
             # NaN must raise the alarm too: it is not below the limit.
-            if self._begins(f"mismatch/{domain}", not gap <= config.max_mismatch):
+            ends = gap < (1 - CLEARANCE) * config.max_mismatch
+            if self._begins(f"mismatch/{domain}", not gap <= config.max_mismatch, ends):
                 yield (
                     f"{domain}: sampler and trainer differ by {gap:.3g} nats a token, above {config.max_mismatch:g}: "
                     f"the sampler's weights or precision are not the trainer's"
                 )
 
-    def _begins(self, alarm: str, holds: bool) -> bool:
-        """Whether an alarm holds now and did not hold before."""
+    def _begins(self, alarm: str, holds: bool, ends: bool) -> bool:
+        """Whether an alarm begins now: its condition holds, and it has ended since it last began."""
         begins = holds and alarm not in self._active
         if holds:
             self._active.add(alarm)
-        else:
+        elif ends:
             self._active.discard(alarm)
         return begins
 

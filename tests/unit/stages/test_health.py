@@ -127,6 +127,22 @@ def test_entropy_collapse_is_said_once_and_again_after_it_ended() -> None:
     assert said[3] == "sort: entropy 0.09 nats a token is below 0.1 (0.1 of the first 1)"
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "swings", "clear"),
+    [
+        ("entropy", [1.0], [0.09, 0.11], 0.13),
+        ("length", [10.0], [21.0, 19.0], 15.0),
+        ("compression", [1.0], [5.1, 4.9], 3.9),
+        ("mismatch", [0.0], [0.11, 0.09], 0.07),
+    ],
+)
+def test_a_value_that_swings_around_its_limit_is_one_alarm(
+    name: str, first: list[float], swings: list[float], clear: float
+) -> None:
+    series = [*first, *(5 * swings), clear, swings[0]]
+    assert sorted(alarms(HealthConfig(window=1), name, series)) == [2, len(series)]
+
+
 def test_the_baseline_is_the_first_window() -> None:
     said = alarms(HealthConfig(window=2), "entropy", [1.0, 3.0, 0.2, 0.2, 0.18])
     assert list(said) == [5]  # The means are 2, 1.6, 0.2 and 0.19; the limit is 0.2.
