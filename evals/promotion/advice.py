@@ -167,9 +167,8 @@ RULES = (
         lambda case: case.lags and case.start < NO_REWARD and not case.candidate.startswith(BASELINES),
         lambda case: (
             f"the start has {100 * case.start:.1f} % on {case.domain}, so nearly all of the student's "
-            f"own completions are wrong and teach it little: "
-            f"merge.on_policy_fraction=0.5, merge.domain_weights.{case.domain}=6 "
-            "and three times the merge.optimizer.learning_rate; or demonstrations in the cold start"
+            f"own completions are wrong and teach it little: merge.on_policy_fraction=0.5 "
+            f"merge.objective=forward_kl merge.domain_weights.{case.domain}=4; or demonstrations in the cold start"
         ),
         "teacher",
     ),
