@@ -36,6 +36,7 @@ class Settings:
         max_new_tokens: Longest completion of an evaluation.
         steps: Checkpoint -> the key of its `max_steps` and its value.
         entropy: (checkpoint, domain) -> mean token entropy at the beginning and at the end of its training, in nats.
+        from_champion: Whether the merge starts from the champion.
     """
 
     command: str = "mopd run"
@@ -46,6 +47,7 @@ class Settings:
     max_new_tokens: int = 0
     steps: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     entropy: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    from_champion: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def advice(results: Results, verdict: GateVerdict | None, settings: Settings) ->
     helpful = _by_domain(cases)
     if verdict is not None and "forgetting" in failed:
         helpful.append((_anchor(results, verdict.candidate), "forgetting"))
-    if "champion" in failed:
+    if "champion" in failed and not settings.from_champion:
         helpful.append(("merge.start_from=champion starts from the champion's weights", "champion"))
     # A suggestion that helps to meet a failed criterion comes before any other.
     found = [text for text, kind in sorted(helpful, key=lambda each: each[1] not in failed)]

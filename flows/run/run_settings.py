@@ -11,7 +11,7 @@ from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, read
 from flows.plan.nodes import Node, StageGraph
 from flows.run.last_run import newest_of, words
-from flows.run_file.schema import STUDENT
+from flows.run_file.schema import CHAMPION, STUDENT
 
 if TYPE_CHECKING:
     from evals.promotion.advice import Settings
@@ -46,6 +46,7 @@ def settings_of(graph: StageGraph, store: Store, candidate: Node | None, command
         max_new_tokens=config.evaluate.max_new_tokens,
         steps=steps,
         entropy=_entropies(store, candidate) if candidate else {},
+        from_champion=config.merge is not None and config.merge.start_from == CHAMPION,
     )
 
 

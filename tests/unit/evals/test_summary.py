@@ -191,6 +191,15 @@ def test_what_the_start_never_gets_right_is_taught_by_the_teachers_own_completio
     assert advice(whole, judged(whole), settled)[0].startswith("the start has 0.0 % on a")
 
 
+def test_a_merge_that_starts_from_the_champion_is_not_told_to():
+    whole = results({("student", "a"): 0.6, ("student", "b"): 0.6})
+    verdict = judge(whole, 0.08, 0.05, champion={name: sheet(name, 0.9) for name in ("a", "b")})
+    assert any(one.kind == "champion" and one.passed is False for one in verdict.criteria)
+    suggestion = "merge.start_from=champion starts from the champion's weights"
+    assert suggestion in advice(whole, verdict, SETTINGS)
+    assert suggestion not in advice(whole, verdict, dataclasses.replace(SETTINGS, from_champion=True))
+
+
 def test_answers_that_are_cut_off_ask_for_room():
     assert advised({("student", "a"): 0.6, ("student", "b"): 0.9})[0].startswith(
         "40 % of student's answers on a are cut off at 20 tokens"
