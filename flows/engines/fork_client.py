@@ -144,7 +144,8 @@ def child_environment(threads: int) -> dict[str, str]:
     Threads that wait for each other sleep instead of spinning: beside one other busy process a training step with two
     threads on two cores takes half as long, and alone a sixth longer. A policy that the user has set is kept.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {
+    own = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
+    return own | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
