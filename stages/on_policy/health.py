@@ -154,8 +154,7 @@ class Health:
         for domain, mean in self._smoothed("entropy", vitals.entropy):
             first = self._baseline("entropy", domain, mean)
             limit = MIN_ENTROPY * first
-            holds, ends = first >= DETERMINISTIC_ENTROPY and mean < limit, mean > (1 + CLEARANCE) * limit
-            if self._begins(f"entropy/{domain}", holds, ends):
+            if first >= DETERMINISTIC_ENTROPY and self._begins(f"entropy/{domain}", mean, limit, below=True):
                 yield (
                     f"{domain}: entropy {mean:.3g} nats a token is below {limit:.3g} "
                     f"({MIN_ENTROPY:g} of the first {first:.3g})"
@@ -164,30 +163,32 @@ class Health:
             # Completions that consist of EOS alone have no length to multiply.
             first = max(self._baseline("length", domain, mean), 1.0)
             limit = MAX_LENGTH_GROWTH * first
-            if self._begins(f"length/{domain}", mean > limit, mean < (1 - CLEARANCE) * limit):
+            if self._begins(f"length/{domain}", mean, limit):
                 yield (
                     f"{domain}: length {mean:.4g} tokens is above {limit:.4g} "
                     f"({MAX_LENGTH_GROWTH:g} times the first {first:.4g})"
                 )
         for domain, mean in self._smoothed("compression", vitals.compression):
-            ends = mean < (1 - CLEARANCE) * MAX_COMPRESSION
-            if self._begins(f"compression/{domain}", mean > MAX_COMPRESSION, ends):
+            if self._begins(f"compression/{domain}", mean, MAX_COMPRESSION):
                 yield (f"{domain}: compression {mean:.3g} is above {MAX_COMPRESSION:g}: completions repeat themselves")
         for domain, gap in vitals.mismatch.items():
-            # NaN must raise the alarm too: it is not below the limit.
-            ends = gap < (1 - CLEARANCE) * config.max_mismatch
-            if self._begins(f"mismatch/{domain}", not gap <= config.max_mismatch, ends):
+            if self._begins(f"mismatch/{domain}", gap, config.max_mismatch):
                 yield (
                     f"{domain}: sampler and trainer differ by {gap:.3g} nats a token, above {config.max_mismatch:g}: "
                     f"the sampler's weights or precision are not the trainer's"
                 )
 
-    def _begins(self, alarm: str, holds: bool, ends: bool) -> bool:
-        """Whether an alarm begins now: its condition holds, and it has ended since it last began."""
+    def _begins(self, alarm: str, value: float, limit: float, below: bool = False) -> bool:
+        """Whether an alarm begins now: the value is above its limit, or below it, and the alarm is not active yet.
+
+        NaN begins an alarm. It ends when the value is `CLEARANCE` of the limit away on the right side.
+        """
+        side = -1 if below else 1
+        holds = not side * value <= side * limit
         begins = holds and alarm not in self._active
         if holds:
             self._active.add(alarm)
-        elif ends:
+        elif side * value < side * limit * (1 - side * CLEARANCE):
             self._active.discard(alarm)
         return begins
 
