@@ -170,7 +170,7 @@ RULES = (
         lambda case: (
             f"the start has {100 * case.start:.1f} % on {case.domain}, so nearly all of the student's "
             f"own completions are wrong and teach it little: merge.on_policy_fraction=0.5 "
-            f"merge.objective=forward_kl merge.domain_weights.{case.domain}=4; or demonstrations in the cold start"
+            f"merge.objective=forward_kl merge.domain_weights.{case.domain}=6; or demonstrations in the cold start"
         ),
         "teacher",
     ),

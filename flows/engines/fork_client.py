@@ -142,7 +142,7 @@ def child_environment(threads: int) -> dict[str, str]:
     server unsafe to fork.
 
     Threads that wait for each other sleep instead of spinning: beside one other busy process a training step with two
-    threads on two cores takes half as long, and alone a sixth longer. A policy that the user has set is kept.
+    threads on two cores takes half as long, and alone a quarter longer. A policy that the user has set is kept.
     """
     own = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
     return own | {

@@ -183,7 +183,7 @@ def test_what_the_start_never_gets_right_is_taught_by_the_teachers_own_completio
     whole = cut_nowhere(results({("cold_start", "a"): 0.0, ("student", "a"): 0.02, ("student", "b"): 0.9}))
     assert advice(whole, judged(whole), SETTINGS)[0] == (
         "the start has 0.0 % on a, so nearly all of the student's own completions are wrong and teach it "
-        "little: merge.on_policy_fraction=0.5 merge.objective=forward_kl merge.domain_weights.a=4; or demonstrations "
+        "little: merge.on_policy_fraction=0.5 merge.objective=forward_kl merge.domain_weights.a=6; or demonstrations "
         "in the cold start"
     )
     # What settles on answers from nothing loses entropy by learning.
