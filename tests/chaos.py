@@ -203,7 +203,7 @@ class Site:
         return found
 
     def _mopd(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(self.home)]
         return subprocess.Popen(
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=ROOT, start_new_session=True
         )

@@ -3,7 +3,6 @@
 Imports prefect, mlflow and torch only when a command needs them, so that `mopd plan` and `--help` respond at once.
 """
 
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,6 @@ import typer
 from rich.console import Console
 
 from base.errors import UserError
-from base.signals import interrupt_once, keep_exit_code
 from base.store.checkpoint import Store
 from flows.cli import checkpoints as cli_checkpoints
 from flows.cli import experts as cli_experts
@@ -294,17 +292,3 @@ cli_init.add_to(app)
 cli_experts.add_to(app)
 cli_checkpoints.add_to(app)
 cli_schedule.add_to(app)
-
-
-def main() -> None:
-    """Entry of `python -m flows.cli.app`."""
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    interrupt_once()
-    try:
-        app()
-    finally:
-        keep_exit_code()
-
-
-if __name__ == "__main__":
-    main()

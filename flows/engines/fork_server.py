@@ -210,10 +210,13 @@ def main(modules: Sequence[str]) -> int:
     """
     logging.basicConfig(format="%(asctime)s %(message)s")
     control = socket.socket(fileno=os.dup(0))
+    # What the imports make lives on, so collections would only take time.
+    gc.disable()
     with _ended_with_client(control):
         preload(modules)
     # Without this, garbage collection in a child would write to the shared pages and so copy them.
     gc.freeze()
+    gc.enable()
     request = _Server(control).serve()
     return 0 if request is None else _become(request)
 

@@ -68,14 +68,14 @@ class Site:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command of `mopd` over the home, in a group of its own."""
-        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(self.home)]
         return subprocess.Popen(
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
         )
 
     def mopd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `mopd` to its end."""
-        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(self.home)]
         return subprocess.run(
             command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=400
         )

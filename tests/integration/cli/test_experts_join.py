@@ -56,7 +56,7 @@ class Lab:
 
     def mopd(self, *words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli.app", *words, "--home", str(self.home)],
+            [sys.executable, "-m", "flows.cli.entry", *words, "--home", str(self.home)],
             env={k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))},
             capture_output=True,
             text=True,

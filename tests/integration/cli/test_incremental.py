@@ -15,7 +15,7 @@ FROM_CHAMPION = "merge.start_from=champion"
 def mopd(bench: Bench, *words: str) -> str:
     """Output of a command over the bench's home."""
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli.app", *words, "--home", str(bench.home)],
+        [sys.executable, "-m", "flows.cli.entry", *words, "--home", str(bench.home)],
         env=bench.environment,
         capture_output=True,
         text=True,

@@ -45,7 +45,7 @@ def run(file: str, home: Path, overrides: list[str], *options: str) -> StageGrap
     """Run a shipped file through the command line; all of it must be in the store afterwards."""
     with_databases(home)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
-    command = [sys.executable, "-m", "flows.cli.app", "run", "--plain", "--home", str(home), *options]
+    command = [sys.executable, "-m", "flows.cli.entry", "run", "--plain", "--home", str(home), *options]
     done = subprocess.run(
         [*command, str(RUNS / file), *overrides], capture_output=True, text=True, env=environment, check=False
     )

@@ -21,7 +21,7 @@ def test_trl_trains_the_experts_and_merges_beside_the_run_and_is_measured_like_a
     words = ["run", "--plain", "--home", str(home), "--max-steps", str(STEPS), str(FILE), "evaluate.examples=8"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli.app", *words],
+        [sys.executable, "-m", "flows.cli.entry", *words],
         capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": "1"}, timeout=850, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -65,7 +65,7 @@ def test_a_run_is_refused_before_anything_is_trained(
 ) -> None:
     home = tmp_path / "home"
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli.app", *command, "--home", str(home), str(SMOKE), "resources.gpus=1"],
+        [sys.executable, "-m", "flows.cli.entry", *command, "--home", str(home), str(SMOKE), "resources.gpus=1"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -112,7 +112,7 @@ def test_a_server_that_takes_too_long_is_given_up(run_file, monkeypatch):
 SERVE = """
 import sys
 import flows.cli.serve
-from flows.cli.app import main
+from flows.cli.entry import main
 from flows.engines.vllm_commands import ServerCommand
 from tests.integration.engines.test_serve import PROGRAM
 

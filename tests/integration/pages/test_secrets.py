@@ -109,7 +109,7 @@ def test_what_commands_say_of_a_server_that_is_away(clean, tmp_path, words, vari
     file = str(run_file(tmp_path))
     (tmp_path / "home" / "store").mkdir(parents=True)
     arguments = [file if word == "FILE" else word for word in words]
-    command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(tmp_path / "home")]
+    command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(tmp_path / "home")]
     environment = os.environ | {variable: f"{AWAY}/api" if "API" in variable else AWAY}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)

@@ -42,14 +42,14 @@ class Place:
         self.deployment = ""
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(self.home)]
         log = (self.folder / f"{arguments[0]}.log").open("wb")
         return subprocess.Popen(
             command, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
         )
 
     def mopd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.cli.app", *arguments, "--home", str(self.home)]
+        command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(self.home)]
         return subprocess.run(
             command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False, timeout=240
         )

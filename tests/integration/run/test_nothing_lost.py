@@ -79,7 +79,7 @@ def test_two_runs_of_the_same_stages_at_once_train_each_once(tmp_path: Path) -> 
 def test_a_full_disk_and_a_read_only_one_cost_a_message_and_nothing_finished(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.home.mkdir()
-    mopd = f'"{sys.executable}" -m flows.cli.app'
+    mopd = f'"{sys.executable}" -m flows.cli.entry'
     script = SCRIPT.format(
         size=DISK_MEGABYTES, mopd=mopd, run=f'{mopd} run --plain --home "$HOME_FOLDER" "{bench.file}"'
     )

@@ -66,7 +66,7 @@ class Bench:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
 
     def command(self, *overrides: str) -> list[str]:
-        mopd = [sys.executable, "-m", "flows.cli.app", "run", "--plain", "--home", str(self.home)]
+        mopd = [sys.executable, "-m", "flows.cli.entry", "run", "--plain", "--home", str(self.home)]
         return [*mopd, str(self.file), *overrides]
 
     def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -156,7 +156,7 @@ def test_no_secret_is_kept_anywhere(first: Path) -> None:
 
 def test_a_store_that_does_not_answer_is_one_message(first: Path, clean: dict[str, str]) -> None:
     away = S3 | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
-    command = [sys.executable, "-m", "flows.cli.app", "plan", str(first / "run.yaml"), "--home", str(first / "four")]
+    command = [sys.executable, "-m", "flows.cli.entry", "plan", str(first / "run.yaml"), "--home", str(first / "four")]
     done = subprocess.run(
         command, env=clean | away | {"MOPD_STORE": STORE}, capture_output=True, text=True, check=False, timeout=400
     )
@@ -169,7 +169,7 @@ def _run(folder: Path, home: Path, clean: dict[str, str]) -> subprocess.Complete
 
 
 def _mopd(folder: Path, home: Path, clean: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli.app", *words, str(folder / "run.yaml"), "--home", str(home)]
+    command = [sys.executable, "-m", "flows.cli.entry", *words, str(folder / "run.yaml"), "--home", str(home)]
     environment = clean | S3 | SERVER | {"MOPD_STORE": STORE}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
 

@@ -59,7 +59,7 @@ def test_a_run_with_rl_in_process_and_a_merge_on_servers_of_its_own(tmp_path):
     file.write_text(yaml.safe_dump(on_vllm(), sort_keys=False))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli.app", "run", "--plain", "--home", str(home), str(file)],
+        [sys.executable, "-m", "flows.cli.entry", "run", "--plain", "--home", str(home), str(file)],
         env=clean,
         capture_output=True,
         text=True,

@@ -93,7 +93,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
             launcher.run(graph, [graph.node(node)], lambda node, records: None)
     with output.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli.app", "serve", "teachers", str(file), "--home", str(home)],
+            [sys.executable, "-m", "flows.cli.entry", "serve", "teachers", str(file), "--home", str(home)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=out,
