@@ -7,7 +7,6 @@ import sys
 from base.exit_codes import INTERRUPTED
 from base.signals import interrupt_once, keep_exit_code
 
-
 # Objects that are made between two garbage collections. The imports make millions that live on, and a collection after
 # every 700, Python's default, takes a seventh of their time.
 COLLECT_AFTER = 50_000
