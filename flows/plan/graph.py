@@ -29,7 +29,7 @@ from flows.run_file.rounds import round_prefix, without_round
 from flows.run_file.schema import BASE, BASELINES, CHAMPION, COLD_START, STUDENT, VARIANTS, RunConfig
 from flows.run_file.variants import variant_run
 from stages.config.command import CommandConfig, MergeCommandConfig
-from stages.config.distill import DistillConfig
+from stages.config.distill import DistillConfig, DistillSettings
 from stages.config.kinds import STAGES
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
@@ -164,12 +164,10 @@ class _Builder:
         weights = dict.fromkeys(anchor.domains, anchor.weight) if anchor else {}
         several = {domain: by_name for domain, by_name in teachers.items() if len(by_name) > 1}
         if config.merge.command is not None:
-            own = MergeCommandConfig(**config.merge.command.model_dump(), teacher_weights=several)
-            return self._command(name, "merge_command", own, "merge.command", seed, parents, list(teachers))
-        routed = {"teacher_weights": several, "domain_weights": weights | config.merge.domain_weights}
-        return self._train(
-            name, "distill", DistillConfig, config.merge.model_copy(update=routed), seed, parents, list(teachers)
-        )
+            program = MergeCommandConfig(**config.merge.command.model_dump(), teacher_weights=several)
+            return self._command(name, "merge_command", program, "merge.command", seed, parents, list(teachers))
+        own = config.merge.model_copy(update={"domain_weights": weights | config.merge.domain_weights})
+        return self._train(name, "distill", DistillConfig, own, seed, parents, list(teachers), teacher_weights=several)
 
     def _baseline(self, name: str, seed: int, merged: Mapping[str, str], origin: str) -> str:
         """Add another merge of the same parents. If it starts from a champion, which already contains the
@@ -185,10 +183,9 @@ class _Builder:
             return self._add(
                 f"{node_name}@{seed}", node_name, "merge_weights", seed, own.model_dump(mode="json"), facts, parents, []
             )
-        if isinstance(own, DistillConfig):
+        if isinstance(own, DistillSettings):
             several = {domain: weights for domain, weights in self.teachers.items() if len(weights) > 1}
-            own = own.model_copy(update={"teacher_weights": several})
-            return self._train(node_name, "distill", DistillConfig, own, seed, merged, domains)
+            return self._train(node_name, "distill", DistillConfig, own, seed, merged, domains, teacher_weights=several)
         stage = "rl" if isinstance(own, RLConfig) else "sft"
         assert isinstance(own, TrainConfig)
         return self._train(node_name, stage, type(own), own, seed, {"start": merged["start"]}, domains)
@@ -239,9 +236,11 @@ class _Builder:
         seed: int,
         parents: Mapping[str, str],
         domains: list[str],
+        **derived: Any,
     ) -> str:
-        """Add a training stage; of the run file's entry only the stage's own fields reach it."""
-        fields = {field: getattr(config, field) for field in schema.model_fields}
+        """Add a training stage. Of the run file's entry only the stage's own fields reach it; `derived` has those that
+        the plan sets."""
+        fields = {field: getattr(config, field) for field in schema.model_fields if field not in derived} | derived
         if isinstance(config, OnPolicyConfig):
             fields["sampler"] = self._sampler(name, config.sampler, config.temperature)
         own = schema.model_validate(fields)

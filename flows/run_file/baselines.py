@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from base.errors import UserError, nearest
 from flows.run_file.keys import mistakes
 from flows.run_file.schema import MergeConfig, RunConfig
-from stages.config.distill import DistillConfig
+from stages.config.distill import DistillSettings
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import RLConfig
 from stages.config.training import SFTConfig, StrictModel
@@ -38,9 +38,9 @@ _SHARED_BESIDE_RL = (
     *("max_new_tokens", "temperature", "top_p"),
 )
 GROUP_SIZE = 8
-_SCHEMAS: dict[str, type[StrictModel]] = {SEQKD: DistillConfig, MIX_SFT: SFTConfig, MIX_RL: RLConfig}
+_SCHEMAS: dict[str, type[StrictModel]] = {SEQKD: DistillSettings, MIX_SFT: SFTConfig, MIX_RL: RLConfig}
 # Settings that define a baseline of this name.
-FIXED = {SEQKD: ("objective", "on_policy_fraction", "off_policy", "teacher_weights")}
+FIXED = {SEQKD: ("objective", "on_policy_fraction", "off_policy")}
 
 
 def baseline_config(config: RunConfig, name: str) -> StrictModel:
@@ -62,7 +62,7 @@ def baseline_config(config: RunConfig, name: str) -> StrictModel:
             _check_weights(config, name, weighed)
             return weighed
         if name == SEQKD:
-            return DistillConfig.model_validate({**_seqkd(merge), **settings})
+            return DistillSettings.model_validate({**_seqkd(merge), **settings})
         if name == MIX_SFT:
             batch = {"batch_size": merge.prompts_per_step * merge.group_size}
             return SFTConfig.model_validate({**_of(merge, _SHARED[MIX_SFT]), **batch, **settings})

@@ -25,7 +25,7 @@ from flows.run_file.keys import inner_models, type_of
 from flows.run_file.page_words import in_yaml, listed, plain_type, prose, size_of
 from flows.run_file.schema import BaselinesConfig, DomainConfig, MergeConfig, RunConfig
 from flows.run_file.variants import BESIDE
-from stages.config.distill import DistillConfig
+from stages.config.distill import DistillSettings
 from stages.config.merge import WeightMergeConfig
 from stages.config.objective import Objective, Restrictable, TargetObjective
 from stages.config.on_policy import OnPolicyConfig, RLConfig
@@ -193,7 +193,7 @@ class _Page:
         if model is not BaselinesConfig:
             return ""
         if name == SEQKD:
-            taken = DistillConfig.model_fields.keys() - set(FIXED[SEQKD])
+            taken = DistillSettings.model_fields.keys() - set(FIXED[SEQKD])
             others = [code(key) for key in MergeConfig.model_fields if key not in taken]
             return f"`null` or keys of {merge} without {listed(others, 'and')}"
         schemas: dict[str, Model] = {MIX_SFT: SFTConfig, MIX_RL: RLConfig}

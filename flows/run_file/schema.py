@@ -14,7 +14,7 @@ from flows.run_file.evaluation import EvaluateConfig, GateConfig
 from flows.run_file.notify import NotifyConfig
 from flows.run_file.resources import ResourcesConfig
 from stages.config.command import CommandConfig
-from stages.config.distill import DistillConfig, TeacherWeight
+from stages.config.distill import DistillSettings, TeacherWeight
 from stages.config.kinds import STAGES
 from stages.config.on_policy import Ratio
 from stages.config.training import AllOrNames, Names, PretrainConfig, SFTConfig, StrictModel, TrainConfig
@@ -161,7 +161,7 @@ class BaselinesConfig(StrictModel):
         return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
 
-class MergeConfig(DistillConfig):
+class MergeConfig(DistillSettings):
     """The student: many teachers, one on-policy loop."""
 
     method: Literal["mopd", "command"] = Field(
@@ -181,9 +181,6 @@ class MergeConfig(DistillConfig):
         min_length=1,
         description="domain -> expert, or a mapping of several experts to their weights, of which only the ratio "
         "matters; by default the domain's own expert.",
-    )
-    teacher_weights: dict[str, dict[str, float]] = Field(
-        default_factory=dict, description="Not for the run file: it is derived from merge.teachers."
     )
     fallback_teacher: str | None = Field(
         None, description="Expert, cold_start, base or champion for domains without a teacher."
@@ -209,13 +206,6 @@ class MergeConfig(DistillConfig):
         if (self.method == "command") != (self.command is not None):
             raise ValueError("a merge by a program has both method: command and the program in command")
         return self
-
-    @field_validator("teacher_weights")
-    @classmethod
-    def _follows_from_teachers(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        if value:
-            raise ValueError("write the mapping in merge.teachers instead: {DOMAIN: {ONE: 0.7, OTHER: 0.3}}")
-        return value
 
 
 class RunConfig(StrictModel):

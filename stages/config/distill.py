@@ -17,8 +17,8 @@ from stages.config.training import (
 TeacherWeight = Ratio
 
 
-class DistillConfig(OnPolicyConfig):
-    """Multi-teacher on-policy distillation: the loop with the routed teacher's signal."""
+class DistillSettings(OnPolicyConfig):
+    """A run file's settings of multi-teacher on-policy distillation: the loop with the routed teacher's signal."""
 
     objective: ObjectiveConfig = Field(
         default_factory=lambda: ReverseKL(type="reverse_kl"),
@@ -29,11 +29,6 @@ class DistillConfig(OnPolicyConfig):
     prompts_per_step: Rows = Field(80, description="Distinct prompts of one step, spread over the domains.")
     domain_weights: dict[str, Ratio] = Field(
         default_factory=dict, description="Share of prompts of a domain, relative to 1."
-    )
-    teacher_weights: dict[str, dict[str, TeacherWeight]] = Field(
-        default_factory=dict,
-        description="domain -> teacher -> weight, for domains with several teachers; the target is their geometric "
-        "mean.",
     )
     on_policy_fraction: Share = Field(
         1.0,
@@ -96,8 +91,6 @@ class DistillConfig(OnPolicyConfig):
             raise ValueError("teacher_backend: vllm_server extrapolates with sampled_reverse_kl only, not with top_k")
         if self.temperature != 1.0:
             raise ValueError("teacher_backend: vllm_server reports log-probabilities at temperature 1 only")
-        if self.teacher_weights:
-            raise ValueError("teacher_backend: vllm_server takes one teacher per domain")
         if self.on_policy_fraction < 1 and self.off_policy == "teacher":
             raise ValueError("teacher_backend: vllm_server only scores; off_policy: teacher needs local teachers")
         return self
@@ -108,4 +101,20 @@ class DistillConfig(OnPolicyConfig):
             raise ValueError("objective.outcome_weight compares rewards in a group; it needs a group_size of 2 or more")
         if self.on_policy_fraction < 1 and self.off_policy == "dataset" and self.group_size > 1:
             raise ValueError("off_policy: dataset has one completion per prompt; it needs a group_size of 1")
+        return self
+
+
+class DistillConfig(DistillSettings):
+    """The config of the distillation stage: a run file's settings, and what the plan takes from its routes."""
+
+    teacher_weights: dict[str, dict[str, TeacherWeight]] = Field(
+        default_factory=dict,
+        description="domain -> teacher -> weight, for domains with several teachers; the target is their geometric "
+        "mean.",
+    )
+
+    @model_validator(mode="after")
+    def _servers_score_for_one(self) -> Self:
+        if self.teacher_backend == "vllm_server" and self.teacher_weights:
+            raise ValueError("teacher_backend: vllm_server takes one teacher per domain")
         return self

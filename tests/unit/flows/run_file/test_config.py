@@ -238,7 +238,7 @@ def test_several_teachers_of_a_domain_share_it_by_weight(tmp_path: Path) -> None
         ),
         (
             {"teachers": {"sort": "one"}, "teacher_weights": {"sort": {"one": 1}}},
-            "merge.teacher_weights: write the mapping in merge.teachers instead",
+            "merge.teacher_weights: unknown key",
         ),
         (
             {"teachers": {"sort": "one"}, "domain_weights": {"srot": 2}},
