@@ -1,9 +1,6 @@
 """A stage over two processes makes the same update as one: gradients add up, batches are shared out."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +14,11 @@ from stages.config.training import OptimizerConfig, SFTConfig, StrictModel
 from stages.learner.workspace import Workspace
 from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy
+from tests.support.ranks import run_script
 
-ROOT = Path(__file__).parents[3]
 # Partial: rewards that even a random policy reaches now and then.
 OPTIONS = {"kind": "strings", "options": {"task": "uppercase", "partial": True}}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+WORKER = "import sys\nfrom flows.engines.worker import main\nsys.exit(main(sys.argv[1:]))\n"
 # Plain rates: AdamW's first steps turn rounding of tiny gradients into whole steps.
 COMMON = {"max_steps": 2, "examples": 50, "optimizer": OptimizerConfig(learning_rate=1e-4)}
 ON_POLICY = {**COMMON, "prompts_per_step": 7, "group_size": 8, "max_new_tokens": 16, "micro_batch_tokens": 256}
@@ -44,7 +41,7 @@ STAGES: dict[str, StrictModel] = {
 
 
 def run(home: Path, processes: int, key: str, stage: str, config: StrictModel) -> Artifact:
-    """Run one node as the launcher does."""
+    """Run one node as the launcher does, but for the imports."""
     node = {
         "name": key,
         "key": key,
@@ -57,16 +54,10 @@ def run(home: Path, processes: int, key: str, stage: str, config: StrictModel) -
     }
     spec = home / f"{key}.json"
     spec.write_text(json.dumps({"home": str(home), "threads": 1, "nodes": [node]}))
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
-    start(["-m", *launch, "flows.engines.worker", str(spec)])
+    script = home / f"{key}.py"
+    script.write_text(WORKER)
+    run_script(script, [str(spec)], processes)
     return Store(home).get(key)
-
-
-def start(arguments: list[str]) -> str:
-    """What a Python process prints."""
-    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def same_update(home: Path, one: Artifact, other: Artifact) -> None:
@@ -125,8 +116,6 @@ def test_shards_make_the_update_of_whole_copies_on_the_student_s_own_samples(sta
 # What every process of a sharded learner sees; the second start goes on from the first one's saved state.
 SHARDED = """
 import json, sys
-from flows.engines.preload import LIBRARIES, preload
-preload(LIBRARIES)
 from pathlib import Path
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -186,8 +175,7 @@ if learner.rank == 0:
 def test_shards_are_real_and_resume_where_they_were(home: Path, tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(home)]
-    runs = [json.loads(start(launch).splitlines()[-1]) for _ in range(2)]
+    runs = [json.loads(run_script(script, [str(home)], 2)[0].splitlines()[-1]) for _ in range(2)]
     # On a CPU the copies of offloading change nothing.
     assert runs[0]["offloaded"] == runs[0]["full"]
     for kind in ("full", "offloaded", "lora"):

@@ -1,25 +1,14 @@
 """Several processes of one stage: number types, gradients between micro-batches, waits, measurements."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(ROOT),
-    "HF_HUB_OFFLINE": "1",
-}
+from tests.support.ranks import run_script
 
 LEARNER = """
 import json, sys
-from flows.engines.preload import LIBRARIES, preload
-preload(LIBRARIES)
 from functools import partial
 from pathlib import Path
 import torch
@@ -69,8 +58,6 @@ torch.distributed.destroy_process_group()
 
 STAGE = """
 import json, sys, time
-from flows.engines.preload import LIBRARIES, preload
-preload(LIBRARIES)
 from datetime import timedelta
 import torch
 import stages.learner.training as training
@@ -96,8 +83,6 @@ sys.exit(code)
 
 MONITOR = """
 import json, sys
-from flows.engines.preload import LIBRARIES, preload
-preload(LIBRARIES)
 from experts.loading import load_domain
 from evals.measure.monitor import Monitor
 from stages.config.on_policy import MonitorConfig
@@ -118,20 +103,11 @@ if torch.distributed.is_initialized():
 
 
 def answers(script: str, folder: Path, processes: int, *arguments: str) -> list[dict]:
-    """What a script's processes print, one JSON object each."""
+    """The JSON object that each of a script's processes prints."""
     file = folder / "script.py"
     file.write_text(script)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, str(file), *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    # Two processes that print at once may end on one line.
-    found, rest = [], done.stdout[done.stdout.index("{") :]
-    while rest.startswith("{"):
-        value, end = json.JSONDecoder().raw_decode(rest)
-        found.append(value)
-        rest = rest[end:].lstrip()
-    return found
+    printed = run_script(file, arguments, processes)
+    return [json.loads(text[text.index("{") :]) for text in printed if "{" in text]
 
 
 @pytest.fixture(scope="module")
