@@ -23,7 +23,8 @@ from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy
 from stages.on_policy.backends import longest_prompt, make_sampler
-from stages.on_policy.loop import Monitor, OnPolicyTask, Writer, train_on_policy
+from stages.on_policy.loop import OnPolicyTask, Writer, train_on_policy
+from stages.on_policy.monitoring import Monitor
 from stages.on_policy.objectives import distillation_objective, needs_reference, needs_trainer_logprobs
 from stages.on_policy.off_policy import DatasetWriter, GoldenRows, TeacherWriter
 from stages.on_policy.own_objective import require_unchanged
@@ -73,8 +74,9 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
         if remote is not None:
             opened.callback(remote.close)
             remote.check_room(longest_prompt(policy, examples) + config.max_new_tokens)
+        monitored = monitor.examples if monitor else ()
         sampler = opened.enter_context(
-            contextlib.closing(make_sampler(config, learner, workspace, own_prompts, examples))
+            contextlib.closing(make_sampler(config, learner, workspace, own_prompts, examples, monitored))
         )
         check = SamplerCheck(workspace.name, policy, sampler, examples, config)
         with learner.gathered_weights():

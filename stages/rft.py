@@ -20,7 +20,8 @@ from stages.learner.workspace import Workspace
 from stages.losses.chunked import TokenLoss
 from stages.losses.log_probabilities import entropy, token_logprobs
 from stages.on_policy.backends import make_sampler
-from stages.on_policy.loop import Monitor, OnPolicyTask, train_on_policy
+from stages.on_policy.loop import OnPolicyTask, train_on_policy
+from stages.on_policy.monitoring import Monitor
 from stages.on_policy.preflight import SamplerCheck
 from stages.on_policy.rollout import PromptMixture, Rollout
 from stages.on_policy.signals import Signals, SuccessSignal
@@ -61,7 +62,8 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
 
         return token_loss
 
-    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples)) as sampler:
+    monitored = monitor.examples if monitor else ()
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples, monitored)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
         with learner.gathered_weights():
             notes.append(check.start())

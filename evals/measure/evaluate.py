@@ -1,9 +1,10 @@
 """Score one checkpoint on held-out examples: a greedy and several sampled completions of each, kept one by one.
 
 The examples of a domain and split are the same for every checkpoint and seed of a run, so that all comparisons are
-paired. The completions come from the sampler of the on-policy loop, the scores from the domain's own scorer, which is
-also the reward. An example with a copy in the training data of the checkpoint or its ancestors is flagged as
-contaminated. An example without one is clean only if all of these data are recorded; otherwise its status is unknown.
+paired. The completions come from a sampler of the on-policy loop, one for all checkpoints of a run (`backend`), the
+scores from the domain's own scorer, which is also the reward. An example with a copy in the training data of the
+checkpoint or its ancestors is flagged as contaminated. An example without one is clean only if all of these data are
+recorded; otherwise its status is unknown.
 """
 
 import json
@@ -16,15 +17,16 @@ from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from evals.comparison.copies import NEAR, Copies
 from evals.comparison.scores import EXAMPLES_SEED, FILE
+from evals.measure.samplers import evaluation_sampler
 from experts.domain import Example
-from stages.config.training import EvaluationConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.learner.device import accelerator
 from stages.learner.training import step_seed
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy, load_policy
 from stages.rows.chat import encode_prompt
 from stages.rows.trained_on import TrainedOn
-from stages.sampling.sampler import sample
+from stages.sampling.sampler import Sampler
 from stages.sampling.samples import Sample, Sampling
 
 
@@ -43,6 +45,23 @@ class EvaluationRequest:
     config: EvaluationConfig
     domain: str
     split: str
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A request with its examples and their prompts as token ids."""
+
+    request: EvaluationRequest
+    examples: Sequence[Example]
+    prompts: Sequence[list[int]]
+
+    @classmethod
+    def of(cls, request: EvaluationRequest, policy: Policy) -> "_Task":
+        domain = request.workspace.domains[request.domain]
+        examples = domain.draw_up_to(request.config.examples, request.split, EXAMPLES_SEED)
+        if not examples:
+            raise UserError(f"domains.{request.domain}: no {request.split} examples")
+        return cls(request, examples, [encode_prompt(policy.tokenizer, example.prompt) for example in examples])
 
 
 def run(nodes: Sequence[Mapping[str, Any]], workspaces: Sequence[Workspace]) -> None:
@@ -67,8 +86,8 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
         One artifact per request: `scores.jsonl` with a row per example, and mean scores in its manifest.
 
     Raises:
-        UserError: a domain cannot supply the examples, a prompt does not fit the model, or CUDA does not show the
-            device that was leased.
+        UserError: a domain cannot supply the examples, a prompt does not fit the model, CUDA does not show the device
+            that was leased, or vLLM cannot sample with the checkpoint.
     """
     # The nodes of one process have one precision: they differ in domain and split alone.
     config = requests[0].config
@@ -78,25 +97,25 @@ def evaluate(requests: Sequence[EvaluationRequest], checkpoint: Artifact, store:
     policy.model.to(device)
     trained = TrainedOn.read(checkpoint)
     copies = Copies(trained)
-    return [_evaluate(request, policy, copies, not trained.unknown) for request in requests]
+    tasks = [_Task.of(request, policy) for request in requests]
+    longest = max(len(prompt) for task in tasks for prompt in task.prompts)
+    with evaluation_sampler(config, policy, requests[0].workspace.folder / "engine", longest) as sampler:
+        return [_evaluate(task, policy, sampler, copies, not trained.unknown) for task in tasks]
 
 
-def _evaluate(request: EvaluationRequest, policy: Policy, copies: Copies, known: bool) -> Artifact:
+def _evaluate(task: _Task, policy: Policy, sampler: Sampler, copies: Copies, known: bool) -> Artifact:
+    request, examples, prompts = task.request, task.examples, task.prompts
     config, workspace = request.config, request.workspace
     journal = workspace.journal()
     domain = workspace.domains[request.domain]
-    examples = domain.draw_up_to(config.examples, request.split, EXAMPLES_SEED)
-    if not examples:
-        raise UserError(f"domains.{request.domain}: no {request.split} examples")
-    prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in examples]
     total = 1 + (config.samples > 0)
-    greedy = sample(policy, prompts, 1, Sampling(config.max_new_tokens, 0.0, 1.0, config.batch_size, config.stop), 0)
+    greedy = sampler.sample(prompts, 1, Sampling(config.max_new_tokens, 0.0, 1.0, config.batch_size, config.stop), 0)
     journal.progress(1, total)
     drawn: list[list[Sample]] = [[] for _ in examples]
     if config.samples:
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.stop)
         seed = step_seed(workspace.seed, 0, f"evaluate {request.domain} {request.split}")
-        drawn = sample(policy, prompts, config.samples, sampling, seed)
+        drawn = sampler.sample(prompts, config.samples, sampling, seed)
         journal.progress(2, total)
     texts = [
         policy.texts((one.completion_ids for one in (best, *others)), config.stop)

@@ -1,8 +1,8 @@
 """A learning curve: greedy held-out scores of the student while it trains.
 
-The examples, the sampler and the scorer are those of the evaluation, so the curve ends where the tables begin if stage
-and evaluation have one `dtype`; the weights do not depend on it. With several processes each samples and scores its
-share of the examples.
+The examples and the scorer are those of the evaluation, so the curve ends where the tables begin if stage and
+evaluation have one `dtype` and one sampler; the weights do not depend on it. The completions come from the stage's own
+sampler, be it transformers or vLLM. With several processes each samples and scores its share of the examples.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from experts.domain import HELD_OUT, Domain, Example
 from stages.config.on_policy import MonitorConfig
 from stages.model.policy import Policy
 from stages.rows.chat import encode_prompt
-from stages.sampling.sampler import sample
+from stages.sampling.sampler import Sampler, TransformersSampler
 from stages.sampling.samples import Sampling
 
 # A score with the example's index.
@@ -43,50 +43,61 @@ class Monitor:
         self.domains = domains
         self.every = config.every
         self.sampling = Sampling(max_new_tokens, temperature=0.0, stop=tuple(stop))
-        self._examples: list[Example] = []
+        self.examples: list[Example] = []
         for name in sorted(domains):
             drawn = domains[name].draw_up_to(config.examples, HELD_OUT, EXAMPLES_SEED)
             if not drawn:
                 raise UserError(f"domains.{name}: no {HELD_OUT} examples")
-            self._examples += drawn
+            self.examples += drawn
         self._prompts: list[list[int]] = []
 
     def due(self, step: int) -> bool:
         """Whether a measurement is due: before the first step and after every `every` steps."""
         return step % self.every == 0
 
-    def __call__(self, policy: Policy, step: int) -> dict[str, float]:
+    def fits(self, policy: Policy, context: int | None) -> bool:
+        """Whether a sampler with a context of so many tokens takes all prompts; one without has the model's own."""
+        longest = max(len(prompt) for prompt in self._encoded(policy))
+        return context is None or longest + self.sampling.max_new_tokens <= context
+
+    def __call__(self, policy: Policy, step: int, sampler: Sampler | None = None) -> dict[str, float]:
         """Measure the policy when a measurement is due; all processes must call it.
 
         Args:
             policy: The student, in eval mode.
             step: Steps done.
+            sampler: Draws the completions, with the policy's weights; the policy's own model when absent.
 
         Returns:
             `score/DOMAIN` -> mean greedy score in [0, 1], the same in every process; empty if none is due.
         """
         if not self.due(step):
             return {}
-        if not self._prompts:
-            self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self._examples]
-        scores = dict(_gathered(self._scores(policy, list(range(*_share(len(self._examples)))))))
+        mine = list(range(*_share(len(self.examples))))
+        scores = dict(_gathered(self._scores(policy, sampler or TransformersSampler(policy), mine)))
         by_domain: dict[str, list[float]] = {}
-        for index, example in enumerate(self._examples):
+        for index, example in enumerate(self.examples):
             by_domain.setdefault(example.domain, []).append(scores[index])
         return {f"score/{name}": statistics.fmean(values) for name, values in by_domain.items()}
 
-    def _scores(self, policy: Policy, mine: Sequence[int]) -> list[Score]:
+    def _encoded(self, policy: Policy) -> list[list[int]]:
+        """The prompts as token ids; all processes have all of them."""
+        if not self._prompts:
+            self._prompts = [encode_prompt(policy.tokenizer, example.prompt) for example in self.examples]
+        return self._prompts
+
+    def _scores(self, policy: Policy, sampler: Sampler, mine: Sequence[int]) -> list[Score]:
         """The scores of some examples."""
-        if not mine:
-            return []
-        groups = sample(policy, [self._prompts[index] for index in mine], 1, self.sampling, 0)
+        prompts = self._encoded(policy)
+        # Also without prompts: an engine frees its memory after every request.
+        groups = sampler.sample([prompts[index] for index in mine], 1, self.sampling, 0)
         completions = policy.texts((drawn.completion_ids for (drawn,) in groups), self.sampling.stop)
         pairs: dict[str, list[tuple[int, str]]] = {}
         for index, completion in zip(mine, completions, strict=True):
-            pairs.setdefault(self._examples[index].domain, []).append((index, completion))
+            pairs.setdefault(self.examples[index].domain, []).append((index, completion))
         found: list[Score] = []
         for name, rows in pairs.items():
-            values = self.domains[name].score_all([(self._examples[index], text) for index, text in rows])
+            values = self.domains[name].score_all([(self.examples[index], text) for index, text in rows])
             found += zip((index for index, _ in rows), values, strict=True)
         return found
 

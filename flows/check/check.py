@@ -132,11 +132,13 @@ def _engine_problems(graph: StageGraph, missing: list[Node]) -> Iterator[str]:
     """vLLM that is not installed or cannot run the model, and missing servers."""
     resources = graph.config.resources
     inside = [node for node in missing if _backend(node) == "vllm"]
+    measured = [node for node in missing if node.config.get("backend") == "vllm"]
     rollouts = [node for node in missing if _backend(node) == "vllm_server"]
     taught = [node for node in missing if node.config.get("teacher_backend") == "vllm_server"]
-    if graph.config.remote_code and (asking := [*inside, *rollouts, *taught]):
+    if graph.config.remote_code and (asking := [*inside, *measured, *rollouts, *taught]):
         yield f"remote_code: {config_key(asking[0])} uses vLLM, to which the code of checkpoints is not given here"
     started = {f"{config_key(node)}.sampler.backend": (node, min(1, resources.gpus)) for node in inside}
+    started |= {f"{config_key(node)}.backend": (node, min(1, resources.gpus)) for node in measured}
     if not resources.rollout_servers.urls:
         gpus = devices_of_each(resources.rollout_servers, resources)
         started |= {f"{config_key(node)}.sampler.backend": (node, gpus) for node in rollouts}

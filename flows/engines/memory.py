@@ -15,7 +15,7 @@ from flows.engines import memory_terms as terms
 from flows.engines.device_memory import Memory, available, gib
 from flows.engines.memory_peaks import peaks_of, settings_of
 from flows.engines.memory_terms import Trained, row_tokens
-from flows.engines.server_memory import devices_of_each, server_problems, teachers
+from flows.engines.server_memory import devices_of_each, engine_of, server_problems, teachers
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
 from stages.config.chunks import CHUNK_BYTES, chunk_bytes
@@ -200,7 +200,7 @@ def training_phases(graph: StageGraph, node: Node, stage: Trained, memory: Memor
     }
     if "prompts_per_step" not in node.config:
         return {"update": update}
-    engine = _engine(node, shape, memory, bool(graph.config.resources.gpus))
+    engine = _engine(_on_policy(node), shape, memory, graph.config.resources.gpus > 0)
     rollout = {
         **kept,
         "teachers": terms.teachers(stage),
@@ -224,6 +224,8 @@ def _measurement(graph: StageGraph, node: Node, shape: Shape, memory: Memory) ->
     config = node.config
     models = 2 if node.stage == "shift" else 1
     whole = {**_process(graph), "weights": models * terms.frozen(shape, config.get("dtype") == "bfloat16")}
+    if config.get("backend") == "vllm":
+        return {"sampling": whole | _engine(engine_of(graph, node), shape, memory, graph.config.resources.gpus > 0)}
     rows = min(int(config["batch_size"]), int(config.get("examples", config["batch_size"])))
     how = {"narrow": config.get("dtype") == "bfloat16", "on_device": graph.config.resources.gpus > 0}
     found = {"greedy pass": whole | _sampling(shape, rows, 1, row_tokens(config), **how)}
@@ -254,29 +256,29 @@ def _sampling(shape: Shape, rows: int, group: int, tokens: int, *, narrow: bool,
     return max(decoding, prefill, key=lambda parts: sum(parts.values()))
 
 
-def _engine(node: Node, shape: Shape, memory: Memory, on_device: bool) -> dict[str, int]:
-    """vLLM in the trainer's process: its share of the device, or its weights and cache on a host."""
-    sampler = node.config.get("sampler", {})
-    if sampler.get("backend") != "vllm":
-        return {}
-    if on_device and memory.total:
-        return {"vLLM (sampler.memory_share)": int(float(sampler["memory_share"]) * memory.total)}
-    return {"vLLM's weights and cache": _served(node, shape, float(sampler["memory_share"]))}
-
-
-def _served(node: Node, shape: Shape, share: float) -> int:
-    """Weights and paged cache of a vLLM engine on a host, in the stage's number type."""
+def _on_policy(node: Node) -> OnPolicyConfig:
     config: OnPolicyConfig = STAGES[node.stage].config(**node.config)
+    return config
+
+
+def _engine(config: OnPolicyConfig, shape: Shape, memory: Memory, on_device: bool) -> dict[str, int]:
+    """vLLM in the stage's process: its share of the device, or its weights and cache on a host."""
+    if config.sampler.backend != "vllm":
+        return {}
+    share = config.sampler.memory_share
+    if on_device and memory.total:
+        return {"vLLM's share of the device": int(share * memory.total)}
+    return {"vLLM's weights and cache": _served(config, shape, share)}
+
+
+def _served(config: OnPolicyConfig, shape: Shape, share: float) -> int:
+    """Weights and paged cache of a vLLM engine on a host, in the stage's number type."""
     sizes = SimpleNamespace(
         num_hidden_layers=shape.layers, num_key_value_heads=shape.keys, head_dim=1, num_attention_heads=shape.keys,
         hidden_size=shape.hidden, max_position_embeddings=shape.context,
     )  # fmt: skip
     cache = cpu_cache_bytes(sizes, config.dtype, rows_at_a_time(config), config.max_new_tokens, share)
-    return _model(node, shape) + cache
-
-
-def _model(node: Node, shape: Shape) -> int:
-    return shape.parameters * (terms.NARROW if node.config.get("dtype") == "bfloat16" else terms.FLOAT)
+    return shape.parameters * (terms.NARROW if config.dtype == "bfloat16" else terms.FLOAT) + cache
 
 
 def _servers(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
@@ -287,11 +289,15 @@ def _servers(graph: StageGraph, node: Node, shape: Shape) -> dict[str, int]:
     parts = {}
     rollouts, taught = resources.rollout_servers, resources.teacher_servers
     if config.get("sampler", {}).get("backend") == "vllm_server" and not rollouts.urls:
-        parts["rollout servers"] = rollouts.count * (SERVER_BYTES + _served(node, shape, rollouts.memory_share))
+        parts["rollout servers"] = rollouts.count * (
+            SERVER_BYTES + _served(_on_policy(node), shape, rollouts.memory_share)
+        )
     if config.get("teacher_backend") == "vllm_server" and not taught.urls:
         served = len({full_checkpoint(graph, teacher).key for teacher in teachers(graph, node)})
         scored = terms.scored_logits(shape, row_tokens(config))
-        parts["teacher servers"] = served * (SERVER_BYTES + _served(node, shape, taught.memory_share) + scored)
+        parts["teacher servers"] = served * (
+            SERVER_BYTES + _served(_on_policy(node), shape, taught.memory_share) + scored
+        )
     return parts
 
 

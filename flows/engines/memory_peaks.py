@@ -9,8 +9,8 @@ from base.store.checkpoint import Artifact, Store
 # The settings that decide a stage's memory, beside its model, its processes and its device.
 DECIDING = (
     "lora", "dtype", "sharding", "gradient_checkpointing", "micro_batch_tokens", "batch_tokens", "batch_size",
-    "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "sampler", "samples", "monitor",
-    "reference_kl", "max_resident", "teacher_cache", "teacher_backend", "objective",
+    "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "sampler", "backend", "samples",
+    "monitor", "reference_kl", "max_resident", "teacher_cache", "teacher_backend", "objective",
 )  # fmt: skip
 
 

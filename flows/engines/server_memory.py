@@ -18,6 +18,7 @@ from flows.engines.devices import host_devices
 from flows.engines.shapes import Shape, full_checkpoint, origin, shape_of
 from flows.plan.nodes import Node, StageGraph
 from flows.run_file.resources import ResourcesConfig, ServersConfig, TeacherServersConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.config.kinds import STAGES
 from stages.config.on_policy import OnPolicyConfig, SamplerConfig
 from stages.config.roles import is_teacher
@@ -187,6 +188,9 @@ def server_problems(graph: StageGraph, store: Store, missing: Sequence[Node], me
     """
     for node in missing:
         kind, resources = STAGES[node.stage], graph.config.resources
+        if node.config.get("backend") == "vllm" and resources.gpus:
+            own = engine_of(graph, node)
+            yield from _misfits(node, "evaluate", [_engine(graph, store, node, own)], own.sampler, memory)
         if not kind.samples:
             continue
         config: OnPolicyConfig = kind.config(**node.config)
@@ -210,12 +214,21 @@ def server_problems(graph: StageGraph, store: Store, missing: Sequence[Node], me
                 yield from _misfits(node, "resources.teacher_servers", group, settings, memory)
 
 
+def engine_of(graph: StageGraph, node: Node) -> OnPolicyConfig:
+    """The settings of the vLLM engine of an evaluation."""
+    settings = {name: value for name, value in node.config.items() if name in EvaluationConfig.model_fields}
+    lora = graph.node(node.parents["checkpoint"]).config.get("lora")
+    return EvaluationConfig(**settings).engine(LoraConfig(**lora) if lora else None)
+
+
 def _engine(graph: StageGraph, store: Store, node: Node, config: OnPolicyConfig) -> Served:
-    """The engine of each process of a stage. Its context is that of the longest prompt, whose length is assumed."""
+    """The engine of each process of a stage or evaluation, with the context of the longest prompt, whose length is
+    assumed."""
     shape, ranks = shape_of(origin(graph, node), store), [config.lora.rank] if config.lora else []
     limited = config.model_copy(update={"max_prompt_tokens": config.max_prompt_tokens or terms.PROMPT_TOKENS})
-    name = f"rollouts of {node.name} in its processes"
-    return Served(name, shape, limited, ranks, processes=graph.config.resources.gpus)
+    trains = STAGES[node.stage].trains
+    name = f"rollouts of {node.name} in its processes" if trains else node.name
+    return Served(name, shape, limited, ranks, processes=graph.config.resources.gpus if trains else 1)
 
 
 def planned(graph: StageGraph, store: Store, node: Node, config: OnPolicyConfig, gpus: int) -> list[Served]:
@@ -244,14 +257,18 @@ def _misfits(
         f"{server.name}: weights {gib(server.weights)}, a row's cache {gib(server.row)}, least {gib(server.least)}"
         for server in group
     )
-    advice = [f"raise {key}.memory_share, or take sampler.backend: vllm_server" if inside else f"raise {key}.gpus"]
+    measured = not STAGES[node.stage].trains
+    if measured:
+        advice = [f"lower {key}.batch_size, or take {key}.backend: transformers"]
+    else:
+        advice = [f"raise {key}.memory_share, or take sampler.backend: vllm_server" if inside else f"raise {key}.gpus"]
     if len(group) > 1:
         advice.insert(0, f"lower {key}.per_device or use more devices")
-    if any(server.row > server.least / 5 for server in group):
+    if any(server.row > server.least / 5 for server in group) and not measured:
         advice.append("set max_prompt_tokens, which limits the context")
     if node.config.get("dtype") != "bfloat16":
         advice.append("dtype: bfloat16")
-    named = f"{key}.memory_share" if inside else key
+    named = f"{key}.backend" if measured else f"{key}.memory_share" if inside else key
     yield (
         f"{named}: {node.id}: {len(group)} vLLM {what} on a device need {gib(need)} GiB "
         f"({parts}); {memory.place} has {gib(memory.total)}, of which they get {gib(have)}: {', '.join(advice)}"

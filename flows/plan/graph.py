@@ -30,11 +30,12 @@ from flows.run_file.schema import BASE, BASELINES, CHAMPION, COLD_START, STUDENT
 from flows.run_file.variants import variant_run
 from stages.config.command import CommandConfig, MergeCommandConfig
 from stages.config.distill import DistillConfig, DistillSettings
+from stages.config.evaluation import EvaluationConfig
 from stages.config.kinds import STAGES
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import OnPolicyConfig, RLConfig, SamplerConfig, temperature_fault
 from stages.config.roles import teacher_role
-from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, TrainConfig
+from stages.config.training import PretrainConfig, SFTConfig, TrainConfig
 
 KEY_LENGTH = 24
 

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from stages.config.evaluation import EvaluationConfig
 from stages.config.harness import PREFIX, HarnessConfig
 from stages.config.shift import ShiftConfig
-from stages.config.training import AllOrNames, EvaluationConfig, StrictModel, each_once
+from stages.config.training import AllOrNames, StrictModel, each_once
 
 
 class EvaluateConfig(EvaluationConfig):

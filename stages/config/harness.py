@@ -6,7 +6,8 @@ from pydantic import Field, field_validator, model_validator
 
 from base.errors import nearest
 from experts.domain import HELD_OUT
-from stages.config.training import NOT_IN_KEY, EvaluationConfig, Float32Matmul, Positive, StrictModel, each_once
+from stages.config.evaluation import EvaluationConfig
+from stages.config.training import NOT_IN_KEY, Float32Matmul, Positive, StrictModel, each_once
 
 # Tasks appear beside the run's own domains in every table; the prefix distinguishes them.
 PREFIX = "harness."

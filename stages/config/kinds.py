@@ -8,11 +8,12 @@ from typing import Any
 from base.store.source import Source
 from stages.config.command import CommandConfig, MergeCommandConfig
 from stages.config.distill import DistillConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.config.harness import HarnessTaskConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import RFTConfig, RLConfig
 from stages.config.shift import ShiftRequest
-from stages.config.training import EvaluationConfig, PretrainConfig, SFTConfig, StrictModel
+from stages.config.training import PretrainConfig, SFTConfig, StrictModel
 
 
 class NoConfig(StrictModel):

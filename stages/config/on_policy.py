@@ -29,13 +29,21 @@ HISTOGRAM = "advantage_from_"
 LEAST_VLLM_TEMPERATURE = 0.01
 
 
-def temperature_fault(temperature: float, backend: str | None) -> str | None:
-    """Why a sampler cannot draw at a temperature; None if it can."""
+def temperature_fault(
+    temperature: float, backend: str | None, otherwise: str = "sampler.backend: transformers"
+) -> str | None:
+    """Why a sampler cannot draw at a temperature; None if it can.
+
+    Args:
+        temperature: The temperature.
+        backend: The sampler's backend.
+        otherwise: The setting with another backend, for the message.
+    """
     if backend not in ("vllm", "vllm_server") or temperature >= LEAST_VLLM_TEMPERATURE:
         return None
     return (
         f"temperature: {temperature:g} is below {LEAST_VLLM_TEMPERATURE}, and {backend} would sample at "
-        f"{LEAST_VLLM_TEMPERATURE} in its place; take {LEAST_VLLM_TEMPERATURE}, or sampler.backend: transformers"
+        f"{LEAST_VLLM_TEMPERATURE} in its place; take {LEAST_VLLM_TEMPERATURE}, or {otherwise}"
     )
 
 

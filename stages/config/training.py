@@ -305,21 +305,3 @@ class SFTConfig(TrainConfig):
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
         description="Optimizer and schedule.",
     )
-
-
-class EvaluationConfig(StrictModel):
-    """The settings with which one checkpoint is scored on one domain and split."""
-
-    examples: Positive = Field(400, description="Held-out examples of each domain; all if its data have fewer.")
-    samples: int = Field(4, ge=0, le=10_000, description="Sampled completions per example, besides the greedy one.")
-    temperature: Temperature = Field(1.0, description="Temperature of the sampled completions.")
-    top_p: float = Field(1.0, gt=0, le=1.0, description="Nucleus threshold of the sampled completions.")
-    stop: StopList = Field((), description=STOP)
-    max_new_tokens: NewTokens = Field(64, description="Longest completion.")
-    batch_size: Rows = Field(256, description="Sequences sampled together; decides which random numbers each gets.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Number type of products, in the shift and in tasks of lm-evaluation-harness too; logits stay "
-        "float32.",
-    )
-    float32_matmul: Float32Matmul = Field("highest", description=FLOAT32_MATMUL)

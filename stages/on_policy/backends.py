@@ -19,6 +19,7 @@ def make_sampler(
     workspace: Workspace,
     prompts_of: Callable[[int], Sequence[Example]],
     examples: Mapping[str, Sequence[Example]],
+    monitored: Sequence[Example] = (),
 ) -> Sampler:
     """Start the sampler; the caller closes it.
 
@@ -28,6 +29,7 @@ def make_sampler(
         workspace: Servers, and a folder for an engine's files.
         prompts_of: The prompts the student will answer in a step, for rollouts one batch ahead.
         examples: All training examples by domain; the longest prompt decides the context of an engine.
+        monitored: Examples of a monitor, whose prompts count too.
 
     Returns:
         The sampler of `config.sampler.backend`, with prefetching if `config.sampler.ahead` is set.
@@ -55,7 +57,8 @@ def make_sampler(
 
     # Of each process: it writes its adapters there.
     folder = workspace.folder / (f"engine-{learner.rank}" if learner.world_size > 1 else "engine")
-    return VllmEngine(learner.policy, config, folder, longest_prompt(learner.policy, examples), learner)
+    longest = longest_prompt(learner.policy, {**examples, "": monitored})
+    return VllmEngine(learner.policy, config, folder, longest, learner)
 
 
 def longest_prompt(policy: Policy, examples: Mapping[str, Sequence[Example]]) -> int:

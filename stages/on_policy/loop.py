@@ -22,11 +22,11 @@ from stages.learner.training import Learner
 from stages.learner.update import Row, accumulate
 from stages.learner.workspace import Workspace
 from stages.losses.chunked import TokenLoss
-from stages.model.policy import Policy
 from stages.on_policy.balance import loss_weights
 from stages.on_policy.clock import Clock
 from stages.on_policy.health import Health, Vitals, compression
 from stages.on_policy.mismatch import hands_over, largest, may_differ, with_mismatch
+from stages.on_policy.monitoring import Monitor, monitored
 from stages.on_policy.rollout import PromptMixture, Rollout, roll_out
 from stages.on_policy.signals import Signal, Signals
 from stages.sampling.sampler import Sampler, TransformersSampler
@@ -39,16 +39,6 @@ HEALTH, METRICS = "health", "metrics"
 Objective = Callable[[Rollout, Signals, Sequence[int]], TokenLoss]
 # Sum and count of a quantity, by its name.
 Sums = dict[str, tuple[float, float]]
-
-
-class Monitor(Protocol):
-    """Scores the student during training."""
-
-    def due(self, step: int) -> bool:
-        """Whether it scores the student after this number of steps."""
-
-    def __call__(self, policy: Policy, step: int) -> Mapping[str, float]:
-        """Scores by name; empty if none are due. All processes must call it."""
 
 
 class Writer(Protocol):
@@ -126,7 +116,7 @@ def train_on_policy(task: OnPolicyTask, learner: Learner, config: OnPolicyConfig
     if done == 0:
         for text in task.notes:
             _note(journal, learner, 0, text)
-        _log(journal, learner, 0, _monitored(task, learner, 0))
+        _log(journal, learner, 0, _monitored(task, learner, config, 0))
     recheck = task.recheck if hands_over(config) else None
     changed = done > 0
     for step in range(done + 1, config.max_steps + 1):
@@ -151,7 +141,7 @@ def train_on_policy(task: OnPolicyTask, learner: Learner, config: OnPolicyConfig
             _note(journal, learner, step, f"alarm: {alarm}")
         if verdict.stop:
             _note(journal, learner, step, f"stopped early at step {step} of {config.max_steps}: {verdict.stop}")
-        metrics |= _monitored(task, learner, step)
+        metrics |= _monitored(task, learner, config, step)
         learner.memory |= {HEALTH: health.state, METRICS: metrics}
         end_step(learner, journal, step, config.max_steps, metrics)
     return finish(workspace, learner, task.mixture.examples, metrics, task.facts)
@@ -308,11 +298,8 @@ def _vitals(task: OnPolicyTask, metrics: Mapping[str, float]) -> Vitals:
     )
 
 
-def _monitored(task: OnPolicyTask, learner: Learner, step: int) -> dict[str, float]:
-    if task.monitor is None or not task.monitor.due(step):
-        return {}
-    with learner.gathered_weights():
-        scores = task.monitor(learner.policy, step)
+def _monitored(task: OnPolicyTask, learner: Learner, config: OnPolicyConfig, step: int) -> dict[str, float]:
+    scores = monitored(task.monitor, learner, config, task.sampler, step)
     return {f"{task.stage}/{name}": value for name, value in scores.items()}
 
 

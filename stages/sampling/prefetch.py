@@ -46,6 +46,11 @@ class PrefetchSampler:
         self._gap: Gap | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
+    @property
+    def context(self) -> int | None:
+        """The context of the inner sampler."""
+        return self.inner.context
+
     def update_weights(self, policy: Policy, version: int) -> None:
         """Send the policy's weights to the inner sampler once no draw with the old weights is running."""
         if self._drawing is not None:

@@ -42,6 +42,10 @@ class Request:
 class Sampler(Protocol):
     """Draws the student's completions, in this process or elsewhere, with the weights it received last."""
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest row, prompt and completion; None if only the model limits it."""
+
     def update_weights(self, policy: Policy, version: int) -> None:
         """Use the policy's weights from now on; `version` counts the batches they have been updated on."""
 
@@ -79,6 +83,8 @@ def parse_logprobs(values: Sequence[float], engine: str) -> Tensor:
 
 class TransformersSampler:
     """Samples with the trainer's own model, so that no weights need to be copied."""
+
+    context: int | None = None
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -59,6 +59,7 @@ class VllmEngine:
         longest_prompt: Tokens of the longest prompt; with `max_new_tokens` it sets the engine's context, and so the
             least size of its cache. The model's own context if absent.
         learner: The student with the processes that train it; this one alone if absent.
+        sleeps: Whether a GPU's memory is freed between two rollouts, each of which is preceded by a hand-over.
 
     Raises:
         UserError: vLLM is not installed, cannot run on this device, or cannot report the log-probabilities that these
@@ -72,8 +73,10 @@ class VllmEngine:
         folder: Path,
         longest_prompt: int | None = None,
         learner: Learner | None = None,
+        sleeps: bool = True,
     ) -> None:
         self.cuda = torch.cuda.is_available()
+        self.sleeps = self.cuda and sleeps
         self.learner = learner
         self.processes = 1 if learner is None else learner.world_size
         require_vllm("sampler.backend", gpus=int(self.cuda))
@@ -121,7 +124,7 @@ class VllmEngine:
 
     def _memory(self, policy: Policy, config: OnPolicyConfig, context: int | None) -> dict[str, Any]:
         if self.cuda:
-            return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": True}
+            return {"gpu_memory_utilization": config.sampler.memory_share, "enable_sleep_mode": self.sleeps}
         rows, shape = rows_at_a_time(config, self.processes), causal_lm(policy.model).config.get_text_config()
         # The processes of a host share its memory.
         share = config.sampler.memory_share / self.processes
@@ -225,7 +228,7 @@ class VllmEngine:
         if not prompts:
             self._sleep()
             return []
-        check_context(prompts, sampling.max_new_tokens, int(self.engine.model_config.max_model_len))
+        check_context(prompts, sampling.max_new_tokens, self.context)
         # vLLM refuses several greedy completions of one prompt, which would all be the same.
         drawn, copies = (group_size, 1) if sampling.temperature > 0 else (1, group_size)
         parameters = [
@@ -269,6 +272,11 @@ class VllmEngine:
         """Always empty: there are no servers to report on."""
         return []
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest row, prompt and completion."""
+        return int(self.engine.model_config.max_model_len)
+
     def logprob_gap(self) -> Gap | None:
         """Always None: samples are drawn with the trainer's weights, so the loop measures the gap on them."""
         return None
@@ -296,11 +304,11 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         """Free the device's memory for the trainer: the cache, and weights that will be handed over again."""
-        if self.cuda:
+        if self.sleeps:
             self.engine.sleep(level=1 if self._has_base and self.lora else 2)
 
     def _wake(self, part: str) -> None:
-        if self.cuda:
+        if self.sleeps:
             self.engine.wake_up(tags=[part])
 
 

@@ -26,6 +26,8 @@ from stages.sampling.agreement import agreement_tolerance, plain_logits
 from stages.sampling.samples import Sample
 
 HEAD = "lm_head.weight"
+# Parts of the names that peft gives to an adapter's parameters: those of any LoRA adapter, and of the policy's own.
+ADAPTER, OWN_ADAPTER = "lora_", "default"
 PROBE_PROMPT, PROBE_TOKENS, PROBE_SEED = "1 + 1 =", 8, 0
 # Number of tensors that a message names.
 SHOWN = 3
@@ -54,9 +56,13 @@ def sent_as(shape: Sequence[int], dtype: torch.dtype) -> torch.dtype:
 
 
 def adapter_weights(policy: Policy) -> dict[str, Tensor]:
-    """The trained parameters of an adapter by name; if the policy is sharded, they are gathered, and all processes must
-    call it. Not `state_dict()`, for which FSDP shards gathered weights again."""
-    return {name: whole(p.detach()) for name, p in policy.model.named_parameters() if p.requires_grad}
+    """The parameters of the policy's own adapter by name; if the policy is sharded, they are gathered, and all
+    processes must call it. Not `state_dict()`, for which FSDP shards gathered weights again."""
+    return {
+        name: whole(p.detach())
+        for name, p in policy.model.named_parameters()
+        if ADAPTER in name and OWN_ADAPTER in name.split(".")
+    }
 
 
 def weight_shapes(policy: Policy) -> Shapes:

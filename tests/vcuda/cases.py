@@ -38,17 +38,11 @@ from base.store.checkpoint import Artifact, Store
 from base.store.source import Source
 from experts.loading import load_domain
 from stages.config.distill import DistillConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.config.kinds import NoConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.on_policy import MonitorConfig, RFTConfig, RLConfig
-from stages.config.training import (
-    EvaluationConfig,
-    LoraConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    SFTConfig,
-    TinyModelConfig,
-)
+from stages.config.training import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, TinyModelConfig
 from stages.learner.workspace import Workspace
 from tests.vcuda.device import pretend, record, watching
 from tests.vcuda.families import FAMILIES, random_model

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import base.extras
@@ -78,6 +79,47 @@ def test_a_merge_samples_with_vllm_and_logs_how_far_it_is_from_the_trainer(facts
     assert after.startswith("preflight after the first update: sampler and trainer agree within")
     assert merge["digest"] == facts["merge_again"]["digest"]
     assert "engine" not in merge["left"]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_an_evaluation_by_vllm_has_the_greedy_completions_and_within_intervals_the_scores(facts, kind):
+    by = {name: facts["evaluations"][f"{kind} {name}"] for name in ("transformers", "vllm")}
+    for domain in ("sort", "reverse"):
+        ours, theirs = by["transformers"][domain], by["vllm"][domain]
+        assert len(ours) == 40
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one["id"], one["greedy"], len(other["samples"])) == (other["id"], other["greedy"], 8)
+        assert len({row["greedy"]["completion"] for row in theirs}) > 5
+        means = [
+            np.array([[drawn["score"] for drawn in row["samples"]] for row in rows]).mean(1) for rows in (ours, theirs)
+        ]
+        # Other random numbers draw other completions of the same policy.
+        assert (means[0] != means[1]).any()
+        gap = means[0] - means[1]
+        assert abs(gap.mean()) < 4 * gap.std(ddof=1) / len(gap) ** 0.5
+    assert facts["evaluations"][f"{kind} vllm left"] == [False, False]
+
+
+@pytest.mark.vllm
+def test_an_adapter_is_evaluated_and_not_its_base(facts):
+    greedy = [
+        [row["greedy"]["completion"] for row in facts["evaluations"][f"{kind} vllm"]["sort"]]
+        for kind in ("full", "adapter")
+    ]
+    assert sum(one != other for one, other in zip(*greedy, strict=True)) > 20
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_monitor_scores_with_the_stages_engine_and_the_weights_of_its_step(facts, kind):
+    seen = facts["monitored"][kind]
+    # Before the first step, and after the second and the last.
+    assert seen["asked"] == [30] * 3 and len(seen["curve"]) == 3
+    assert seen["curve"][-1] == pytest.approx(seen["end"])
+    assert len(set(seen["curve"])) > 1
+    # It leaves no trace in the training.
+    assert seen["traceless"]
 
 
 @pytest.mark.vllm

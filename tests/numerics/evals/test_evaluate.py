@@ -11,7 +11,7 @@ from evals.comparison.scores import read_scores
 from evals.measure.evaluate import EvaluationRequest, evaluate
 from experts.domain import HELD_OUT, OUT_OF_DISTRIBUTION
 from experts.loading import load_domain
-from stages.config.training import EvaluationConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.rows.trained_on import TrainedOn
 from tests.numerics.conftest import tiny_policy
 from tests.support.chats import make_policy

@@ -19,8 +19,9 @@ from evals.comparison.scores import Scores, read_scores
 from evals.measure.harness import HarnessRequest, evaluate_tasks
 from evals.measure.harness_tasks import index_tasks
 from experts.domain import HELD_OUT
+from stages.config.evaluation import EvaluationConfig
 from stages.config.harness import HarnessConfig, HarnessTaskConfig
-from stages.config.training import EvaluationConfig, LoraConfig
+from stages.config.training import LoraConfig
 from stages.model.policy import Policy, load_policy
 from stages.rows.trained_on import TrainedOn
 from stages.sampling.agreement import TOLERANCES

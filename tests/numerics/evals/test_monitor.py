@@ -8,8 +8,8 @@ from evals.measure.evaluate import EvaluationRequest, evaluate
 from evals.measure.monitor import Monitor
 from experts.domain import HELD_OUT
 from experts.loading import load_domain
+from stages.config.evaluation import EvaluationConfig
 from stages.config.on_policy import MonitorConfig
-from stages.config.training import EvaluationConfig
 from tests.numerics.conftest import tiny_policy
 
 

@@ -17,10 +17,11 @@ from evals.measure.evaluate import EvaluationRequest, evaluate
 from flows.lineage.export import export
 from stages import load
 from stages.config.distill import DistillConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.config.kinds import NoConfig
 from stages.config.merge import WeightMergeConfig
 from stages.config.shift import ShiftRequest
-from stages.config.training import EvaluationConfig, LoraConfig, SFTConfig
+from stages.config.training import LoraConfig, SFTConfig
 from stages.model.policy import load_policy
 from stages.model.weights import StoredWeights
 from tests.numerics.conftest import tiny_policy

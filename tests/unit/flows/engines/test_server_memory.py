@@ -151,7 +151,7 @@ def test_an_engine_in_each_process_fits_in_its_share_or_is_refused(
         (need,) = memory.needs(graph, store, [student])
         # Every process has its own engine on its own device.
         share = student.config["sampler"]["memory_share"]
-        assert need.phases["rollout"]["vLLM (sampler.memory_share)"] == int(share * CARD)
+        assert need.phases["rollout"]["vLLM's share of the device"] == int(share * CARD)
         assert "sampler's cache" not in need.phases["rollout"]
         return [problem for problem in fit(graph, store, [student])[0] if "vLLM engine" in problem]
 
@@ -159,6 +159,30 @@ def test_an_engine_in_each_process_fits_in_its_share_or_is_refused(
     (line,) = refused("merge.sampler.memory_share=0.2")
     assert line.startswith("sampler.memory_share: student@0: 1 vLLM engine on a device need ")
     assert "of which they get 16.00: raise sampler.memory_share, or take sampler.backend: vllm_server" in line
+
+
+def test_an_evaluations_engine_fits_in_half_of_a_device_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, home = run_file(tmp_path), tmp_path / "home"
+    store = Store(home)
+
+    def refused(card: int, *overrides: str) -> list[str]:
+        monkeypatch.setattr(memory, "available", lambda gpus: Memory(card, card, "a GPU", "a card"))
+        graph = graph_of(file, home, "resources.gpus=1", "evaluate.backend=vllm", *overrides)
+        if store.find(graph.node("base@0").key) is None:
+            eight_billion(graph, store)
+        node = graph.node("eval/student/sort/held_out@0")
+        (need,) = memory.needs(graph, store, [node])
+        assert need.parts["vLLM's share of the device"] == int(0.5 * card)
+        assert need.parts["weights"] > 14 * GIB and "sampler's cache" not in need.parts
+        return fit(graph, store, [node])[0]
+
+    assert refused(CARD, "evaluate.dtype=bfloat16") == []
+    (line,) = [each for each in refused(24 * GIB, "evaluate.dtype=bfloat16") if "vLLM engine" in each]
+    assert line.startswith("evaluate.backend: eval/student/sort/held_out@0: 1 vLLM engine on a device need ")
+    assert "of which they get 12.00: lower evaluate.batch_size, or take evaluate.backend: transformers" in line
+    assert line.endswith("--ignore-memory runs it all the same")
 
 
 def test_a_count_of_servers_is_checked() -> None:

@@ -69,6 +69,29 @@ def test_an_engine_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> No
     assert said(tmp_path, SORT_ALONE, "resources.sampler=vllm", "resources.gpus=2") == ""
 
 
+def test_an_evaluation_names_the_engine_it_lacks_and_the_code_it_may_not_run(tmp_path: Path, monkeypatch) -> None:
+    install_vllm(monkeypatch, None)
+    asked = (SORT_ALONE, "evaluate.backend=vllm")
+    assert said(tmp_path, *asked).startswith("evaluate.backend: vLLM is not installed; `make setup-vllm`")
+    install_vllm(monkeypatch, "vllm")
+    assert said(tmp_path, *asked, "resources.gpus=1") == ""
+    message = said(tmp_path, *asked, "resources.gpus=1", "remote_code=true")
+    assert message.startswith("remote_code: evaluate uses vLLM, to which the code of checkpoints is not given here")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("{backend: vllm, temperature: 0.001}", "temperature: 0.001 is below 0.01, .* or backend: transformers"),
+        ("{backend: vllm, temperature: 0.7, top_p: 0.9}", "top_p: vLLM takes 0.9 at temperature 1 only"),
+        ("{backend: vllm_server}", "evaluate.backend: .*'transformers' or 'vllm'"),
+    ],
+)
+def test_what_vllm_cannot_draw_for_an_evaluation_is_refused(tmp_path: Path, settings: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, [f"evaluate={settings}"])
+
+
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch) -> None:
     keys = ["base.pretrain", "experts.sort.train.rl", "merge"]
     asked = [f"{key}.optimizer.states=8bit" for key in keys]

@@ -11,16 +11,10 @@ from flows.plan.shifts import shift_request
 from flows.run_file.evaluation import EvaluateConfig
 from flows.run_file.schema import ColdStartSFT
 from stages.config.distill import DistillConfig
+from stages.config.evaluation import EvaluationConfig
 from stages.config.on_policy import RFTConfig, RLConfig
 from stages.config.shift import ShiftConfig
-from stages.config.training import (
-    EvaluationConfig,
-    LoraConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    SFTConfig,
-    StrictModel,
-)
+from stages.config.training import LoraConfig, OptimizerConfig, PretrainConfig, SFTConfig, StrictModel
 from tests.unit.flows.plan.test_plan import changed, graph_of, with_evaluations
 
 
@@ -128,6 +122,11 @@ def test_a_lock_of_another_release_is_compared_as_it_stands(tmp_path: Path) -> N
     lock_path(home, "tiny").write_text(json.dumps(lock))
     why = {entry.node.id: entry.why for entry in status(graph, Store(home))}["student@0"]
     assert why == "changed: long_gone 1 → None"
+
+
+def test_the_sampler_of_an_evaluation_is_in_its_key_unless_it_is_transformers() -> None:
+    assert EvaluationConfig(backend="vllm").key_fields() == {"backend": "vllm"}
+    assert EvaluationConfig(backend="transformers").key_fields() == {}
 
 
 def test_the_precision_of_measurements_is_in_the_keys_of_scores_and_shift() -> None:
