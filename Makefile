@@ -45,7 +45,7 @@ if ! { $(1); } >/dev/null 2>&1; then \
 	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(2); fi
 endef
 
-.PHONY: setup setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser demo test chaos check docs ui clean
+.PHONY: setup setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser demo test test-fast chaos check docs ui clean
 
 setup: $(STAMP)
 
@@ -107,6 +107,10 @@ demo: setup
 # keep their order: the long ones come first.
 test: setup setup-vllm setup-harness setup-stores setup-bitsandbytes setup-browser
 	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --every-extra -n 2 --dist loadfile --no-loadscope-reorder
+
+# Without torch's stages, servers and extras, and without the slow files: for a look while one works.
+test-fast: setup
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
 
 # Fifty kills at random moments; docs/reliability.md has the figures.
 chaos: setup

@@ -74,10 +74,9 @@ class Site:
         self.servers: dict[str, Server] = {}
         self.worker: subprocess.Popen[bytes] | None = None
         self.run_id = ""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
         self.api = f"http://127.0.0.1:{self.ports['b']}/api"
         own = {"PREFECT_API_URL": self.api, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.ports['a']}"}
-        self.environment = clean | own | {"HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(self.home / "prefect")}
+        self.environment = _clean() | own | {"PREFECT_HOME": str(self.home / "prefect")}
         self.environment |= client_secret(self.home)
         self.log = (self.home / "chaos.log").open("ab")
 
@@ -193,20 +192,21 @@ class Site:
                 held.append(path.stem)
         return held
 
-    def digests(self) -> dict[str, str]:
-        """node -> digest of its artifact, every file hashed anew."""
-        found = {}
-        for artifact in Store(self.home).artifacts():
-            for name, expected in artifact.manifest["files"].items():
-                assert hash_file(artifact.path / name) == expected, f"{artifact.name}: {name} is half written"
-            found[f"{artifact.name}@{artifact.manifest['seed']}"] = artifact.digest
-        return found
-
     def _mopd(self, *arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "flows.cli.entry", *arguments, "--home", str(self.home)]
         return subprocess.Popen(
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=ROOT, start_new_session=True
         )
+
+
+def digests(home: Path) -> dict[str, str]:
+    """node -> digest of its artifact, every file hashed anew."""
+    found = {}
+    for artifact in Store(home).artifacts():
+        for name, expected in artifact.manifest["files"].items():
+            assert hash_file(artifact.path / name) == expected, f"{artifact.name}: {name} is half written"
+        found[f"{artifact.name}@{artifact.manifest['seed']}"] = artifact.digest
+    return found
 
 
 @contextlib.contextmanager
@@ -262,7 +262,7 @@ def disturbed(home: Path, victims: list[str], rng: random.Random, expected: dict
                 record.kills.append((killed, round(time.monotonic() - started, 1)))
                 next_kill = time.monotonic() + rng.uniform(*PAUSE)
         record.seconds = round(time.monotonic() - started, 1)
-        found = place.digests()
+        found = digests(place.home)
         record.differing = sorted(node for node in {*found, *expected} if found.get(node) != expected.get(node))
     time.sleep(1)
     record.faults += [f"left in staging: {path.name}" for path in (place.home / "store" / ".staging").iterdir()]
@@ -272,14 +272,18 @@ def disturbed(home: Path, victims: list[str], rng: random.Random, expected: dict
 
 
 def undisturbed(home: Path) -> tuple[dict[str, str], float]:
-    """The digests of a run that nobody disturbs, and how long it took."""
-    with site(home) as place:
-        started = time.monotonic()
-        place.begin()
-        while not (over := _is_over(place)):
-            time.sleep(0.2)
-        assert over == "COMPLETED", (home / "chaos.log").read_text()[-3000:]
-        return place.digests(), time.monotonic() - started
+    """The digests of a run from a terminal that nobody disturbs, and how long it took."""
+    started, home = time.monotonic(), with_databases(home.resolve())
+    command = [sys.executable, "-m", "flows.cli.entry", "run", "--plain", str(RUN_FILE), "--home", str(home)]
+    done = subprocess.run(command, env=_clean(), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return digests(home), time.monotonic() - started
+
+
+def _clean() -> dict[str, str]:
+    """The environment without settings of a home, Prefect or MLflow."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+    return kept | {"HF_HUB_OFFLINE": "1"}
 
 
 def _is_over(place: Site) -> str:

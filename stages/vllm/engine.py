@@ -34,6 +34,7 @@ from stages.vllm.handover import Probe, adapter_weights, check_shapes, full_weig
 from stages.vllm.settings import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
+    ONE_PROCESS,
     barring,
     cpu_batch_tokens,
     cpu_cache_bytes,
@@ -45,7 +46,6 @@ from stages.vllm.settings import (
 )
 from stages.vllm.worker import EXTENSION
 
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 NAME = "vLLM in the trainer's process"
 
 

@@ -19,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
+# The model runs in the process of its engine; an API server keeps a process of its own.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MAX_ROWS = 256
 # Room for a prompt in the cache on a CPU; longer prompts leave room for fewer rows at a time.
 PROMPT_TOKENS = 512

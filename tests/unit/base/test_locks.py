@@ -8,6 +8,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 LOCKS = ("requirements.lock", "requirements-nodeps.lock")
 EXTRAS = tuple(f"requirements-{name}.lock" for name in ("vllm", "harness", "stores", "bitsandbytes"))

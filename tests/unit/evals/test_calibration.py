@@ -1,6 +1,10 @@
 """The calibration's fast part: few trials of every case, whose bounds allow for their number."""
 
+import pytest
+
 from studies.calibration import Case, main
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_case_is_inside_its_bounds(capsys):

@@ -6,6 +6,8 @@ from scipy import stats
 
 from evals.statistics.crossed_effects import over_both, over_examples, over_seeds
 
+pytestmark = pytest.mark.slow
+
 SEEDS_S1 = np.array([0.1, 0.25, 0.2, -0.05, 0.15])[:, None]
 EXAMPLES_1N = np.random.default_rng(0).normal(0.1, 0.4, (1, 80))
 

@@ -8,6 +8,8 @@ from scipy import stats
 
 from evals.comparison.metrics import Triple, pass_at_k, recovery
 
+pytestmark = pytest.mark.slow
+
 
 def _share(value: float) -> np.ndarray:
     return (np.arange(100) < value * 100).astype(float)[None]

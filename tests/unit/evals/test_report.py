@@ -3,12 +3,16 @@
 import dataclasses
 import re
 
+import pytest
+
 from evals.comparison.results import Cost
 from evals.promotion.criterion import Criterion
 from evals.promotion.gate import GateVerdict, judge
 from evals.report.page import Background, write_report
 from evals.tables.templates import code_spans
 from tests.support.scored import results, sheet
+
+pytestmark = pytest.mark.slow
 
 CURVES = {"experts/a": [{"step": step, "values": {"rl/reward/a": step / 9}} for step in range(10)]}
 

@@ -15,6 +15,8 @@ from experts.kinds.strings import TASKS
 from experts.loading import load_domain
 from tests.unit.experts.adversarial_answers import ANIMALS, CORRUPTED, IMITATIONS, REPLIES, ROWS, Row
 
+pytestmark = pytest.mark.slow
+
 CASES = [(row, completion) for row in ROWS for completion in row.completions]
 # What is not bounded takes minutes; a busy machine may take some of these.
 SLACK_SECONDS = 60

@@ -26,6 +26,8 @@ from stages.on_policy.signals import RewardSignal
 from tests.support.judge_server import Judge
 from tests.unit.flows.run_file.test_config import load
 
+pytestmark = pytest.mark.slow
+
 RUBRIC = "Politeness."
 
 

@@ -163,8 +163,8 @@ def test_a_demonstration_is_text(tmp_path):
 def test_a_monitor_and_a_shipped_kind_see_the_same_scores(tmp_path):
     domain = scored(tmp_path, "True")
     monitor = Monitor({"mine": domain}, _MonitorConfig(), 4)
-    assert len(monitor._examples) == 2 and json.dumps(domain.facts()) == "{}"
-    assert isinstance(domain.score(monitor._examples[0], "x"), float)
+    assert len(monitor.examples) == 2 and json.dumps(domain.facts()) == "{}"
+    assert isinstance(domain.score(monitor.examples[0], "x"), float)
 
 
 class _MonitorConfig:

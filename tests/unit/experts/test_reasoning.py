@@ -13,6 +13,8 @@ from experts.isolation.gym import PYCOSAT_TASKS
 from experts.kinds.reasoning import SPLIT_BY_ANSWER, extract_answer
 from experts.loading import load_domain
 
+pytestmark = pytest.mark.slow
+
 ARITHMETIC = {"basic_arithmetic": {"min_terms": 2, "max_terms": 2}}
 MIXED = {**ARITHMETIC, "countdown": {}}
 

@@ -17,6 +17,8 @@ from experts.isolation.sandbox import Failure, Limits, passes, run_calls, same_v
 from experts.loading import load_domain
 from tests.support.hostile import ENDS, GROUPS, HOSTILE, SCORED_ONE, VALUES
 
+pytestmark = pytest.mark.slow
+
 # What never ends is ended soon; of the others the time is not what is shown, and they may be slow.
 QUICK, PATIENT = Limits(seconds=0.2), Limits(seconds=5)
 

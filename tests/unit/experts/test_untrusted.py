@@ -24,6 +24,8 @@ from stages.on_policy.rollout import Rollout
 from stages.on_policy.signals import RewardSignal
 from tests.support.processes import below
 
+pytestmark = pytest.mark.slow
+
 SECRET = "MOPD_TEST_SECRET"
 WORKER = "experts.isolation.untrusted_worker reasoning"
 # A worker may have to be started first, on a busy machine.

@@ -13,6 +13,8 @@ from flows.cli import doctor
 from flows.engines import gpus
 from tests.support.devices import DRIVER, stand_in_driver
 
+pytestmark = pytest.mark.slow
+
 ASK_TORCH = gpus.ask_torch
 
 

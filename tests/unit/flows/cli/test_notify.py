@@ -28,6 +28,8 @@ from flows.tracking.writer import unsent_folder
 from tests.support.homes import with_databases
 from tests.support.scored_home import finish, graph_of, run_file
 
+pytestmark = pytest.mark.slow
+
 PASSED = GateVerdict("student", "because", (Criterion("all", True, ""),))
 
 

@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from flows.engines.preload import HIDDEN, PRELOAD
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = f"""
 import importlib.util, sys

@@ -17,6 +17,8 @@ from studies.sizes import qwen3_8b
 from tests.support.devices import stand_in_driver
 from tests.support.installed import install_vllm
 
+pytestmark = pytest.mark.slow
+
 RUNS = Path(__file__).parents[4] / "flows" / "runs"
 COMMIT = "b968826d9c46dd6066d109eabc6255188de91218"
 Check = Callable[..., str]

@@ -16,6 +16,8 @@ from flows.plan.nodes import StageGraph
 from flows.run.last_run import last_run, newest_of, remember
 from tests.support.scored_home import finish, graph_of, run_file
 
+pytestmark = pytest.mark.slow
+
 OVERRIDES = ("merge.max_steps=9", "gate.non_inferiority_margin=0.3")
 
 

@@ -15,6 +15,8 @@ import pytest
 from tests.support.desk import FEW, RL, RUN, Desk, Value
 from tests.unit.flows.run_file.test_config import MINIMAL
 
+pytestmark = pytest.mark.slow
+
 
 def at(key: str, value: object, *said: str) -> Value:
     """A value that its key's schema refuses."""
