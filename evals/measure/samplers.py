@@ -32,9 +32,9 @@ def evaluation_sampler(
         yield TransformersSampler(policy)
         return
     # vLLM takes seconds to import.
-    from stages.vllm.engine import VllmEngine
+    from stages.vllm.engine import EVALUATION, VllmEngine
 
-    engine = VllmEngine(policy, config.engine(_adapter(policy)), folder, longest_prompt, sleeps=False)
+    engine = VllmEngine(policy, config.engine(_adapter(policy)), folder, longest_prompt, use=EVALUATION)
     try:
         engine.update_weights(policy, 0)
         yield engine

@@ -15,6 +15,7 @@ import gc
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,22 @@ from stages.vllm.settings import (
 )
 from stages.vllm.worker import EXTENSION
 
-NAME = "vLLM in the trainer's process"
+
+@dataclass(frozen=True)
+class Use:
+    """What an engine is used for, in messages.
+
+    Attributes:
+        name: The engine.
+        key: The run file's key that asks for vLLM.
+    """
+
+    name: str
+    key: str
+
+
+ROLLOUTS = Use("vLLM in the trainer's process", "sampler.backend")
+EVALUATION = Use("vLLM in the evaluation's process", "evaluate.backend")
 
 
 class VllmEngine:
@@ -59,7 +75,8 @@ class VllmEngine:
         longest_prompt: Tokens of the longest prompt; with `max_new_tokens` it sets the engine's context, and so the
             least size of its cache. The model's own context if absent.
         learner: The student with the processes that train it; this one alone if absent.
-        sleeps: Whether a GPU's memory is freed between two rollouts, each of which is preceded by a hand-over.
+        use: What the engine is used for. For `ROLLOUTS` it frees a GPU's memory after each request, since the next
+            one follows a hand-over of weights; for `EVALUATION` it gets its weights once.
 
     Raises:
         UserError: vLLM is not installed, cannot run on this device, or cannot report the log-probabilities that these
@@ -73,13 +90,14 @@ class VllmEngine:
         folder: Path,
         longest_prompt: int | None = None,
         learner: Learner | None = None,
-        sleeps: bool = True,
+        use: Use = ROLLOUTS,
     ) -> None:
         self.cuda = torch.cuda.is_available()
-        self.sleeps = self.cuda and sleeps
+        self.use = use
+        self.sleeps = self.cuda and use == ROLLOUTS
         self.learner = learner
         self.processes = 1 if learner is None else learner.world_size
-        require_vllm("sampler.backend", gpus=int(self.cuda))
+        require_vllm(use.key, gpus=int(self.cuda))
         self.mode = logprobs_mode(config.temperature, config.top_p)
         wanted = ENVIRONMENT | ONE_PROCESS | ({} if self.cuda else CPU_ENVIRONMENT)
         for name, value in wanted.items():
@@ -149,10 +167,10 @@ class VllmEngine:
                 again.
         """
         if self._damaged:
-            raise UserError(f"{NAME} takes no weights after a load that failed: {self._fault}")
+            raise UserError(f"{self.use.name} takes no weights after a load that failed: {self._fault}")
         # From here on the previous weights must not be sampled from, even if these do not fit.
         self._version, self._fault = version, "the last weights it was given did not fit"
-        check_shapes(weight_shapes(policy), self.shapes, NAME)
+        check_shapes(weight_shapes(policy), self.shapes, self.use.name)
         # An interrupted hand-over leaves a mixture of two versions.
         self._damaged, self._fault = True, "a hand-over of weights did not end"
         # In every process: a forward pass of sharded weights needs all of them.
@@ -164,10 +182,11 @@ class VllmEngine:
         except Exception as error:
             self._fault = f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{NAME} cannot load the student's weights ({self._fault}); sample with sampler.backend: transformers"
+                f"{self.use.name} cannot load the student's weights ({self._fault}); sample with {self.use.key}: "
+                f"transformers"
             ) from error
         self._damaged, self._fault = False, "its log-probabilities were not the trainer's"
-        probe.check(scored, NAME)
+        probe.check(scored, self.use.name, self.use.key)
         self._fault = None
 
     def _take(self, policy: Policy, version: int, probe: Probe) -> list[float]:
@@ -222,7 +241,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         if self._fault is not None:
-            raise UserError(f"{NAME} does not sample without the student's weights: {self._fault}")
+            raise UserError(f"{self.use.name} does not sample without the student's weights: {self._fault}")
         if sampling.temperature > 0 and logprobs_mode(sampling.temperature, sampling.top_p) != self.mode:
             raise UserError(f"the engine reports {self.mode}, which does not fit temperature {sampling.temperature}")
         if not prompts:

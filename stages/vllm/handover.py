@@ -151,12 +151,13 @@ class Probe:
         """The probe as JSON-serialisable values."""
         return asdict(self)
 
-    def check(self, scored: list[float], engine: str) -> None:
+    def check(self, scored: list[float], engine: str, key: str = "sampler.backend") -> None:
         """Compare an engine's log-probabilities of the completion with the trainer's.
 
         Args:
             scored: One for each completion token.
             engine: The engine's name, for the message.
+            key: The run file's key that asks for vLLM, for the message.
 
         Raises:
             UserError: the mean gap is above the tolerance, or a value is not a number.
@@ -168,8 +169,8 @@ class Probe:
             shown = ", ".join(f"{other:.3f} for {own:.3f}" for own, other in zip(self.logprobs, scored, strict=True))
             raise UserError(
                 f"{engine} took the weights, but its log-probabilities are {mean:.3g} nats a token from the trainer's "
-                f"own forward ({shown}); the tolerance is {self.tolerance:g}. Sample with sampler.backend: "
-                f"transformers; a gap of rounding alone can be allowed by preflight_tolerance"
+                f"own forward ({shown}); the tolerance is {self.tolerance:g}. Sample with {key}: transformers; for a "
+                f"stage a gap of rounding alone can be allowed by preflight_tolerance"
             )
 
 

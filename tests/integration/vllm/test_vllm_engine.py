@@ -13,6 +13,8 @@ import pytest
 import base.extras
 from base.errors import UserError
 from base.extras import require_vllm
+from stages.vllm.engine import EVALUATION
+from stages.vllm.handover import Probe
 from stages.vllm.settings import logprobs_mode
 from tests.support import vllm_scenario
 
@@ -160,6 +162,14 @@ def test_without_vllm_the_error_names_the_key_and_the_extra(monkeypatch):
     monkeypatch.setattr(base.extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"merge\.sampler\.backend: vLLM is not installed; `make setup-vllm`"):
         require_vllm("merge.sampler.backend", gpus=0)
+
+
+def test_an_engine_that_computes_something_else_names_what_asked_for_it():
+    probe = Probe([1, 2, 3], 1, [-1.0, -1.0], 1e-3)
+    probe.check([-1.0, -1.0005], EVALUATION.name, EVALUATION.key)
+    message = r"evaluation's process took the weights, but .* 0\.25 nats a token .* Sample with evaluate\.backend: tran"
+    with pytest.raises(UserError, match=message):
+        probe.check([-1.5, -1.0], EVALUATION.name, EVALUATION.key)
 
 
 def test_log_probabilities_vllm_cannot_tell_are_refused():
