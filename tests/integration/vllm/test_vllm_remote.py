@@ -15,18 +15,20 @@ import stages.distill
 from base.errors import UserError
 from base.store.checkpoint import Artifact, Store
 from base.store.journal import read
+from evals.measure.monitor import Monitor
 from experts.loading import load_domain
 from flows.engines.fork_client import ForkServer, child_environment
 from flows.engines.vllm_commands import rollout_servers, teacher_servers
 from flows.engines.vllm_servers import VllmServers
 from flows.run_file.resources import ResourcesConfig
 from stages.config.distill import DistillConfig
-from stages.config.on_policy import SamplerConfig
+from stages.config.on_policy import MonitorConfig, SamplerConfig
 from stages.config.training import LoraConfig, OptimizerConfig
 from stages.learner.training import Learner
 from stages.learner.update import Row
 from stages.learner.workspace import Workspace
 from stages.model.adapters import peft_config
+from stages.model.policy import load_policy
 from stages.model.tiny import character_tokenizer, tiny_model
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sample, Sampling
@@ -223,7 +225,9 @@ def test_a_server_of_another_kind_is_refused(served):
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
-def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
+def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead, monkeypatch):
+    # A score that a random model reaches by chance.
+    monkeypatch.setattr(SORT["sort"], "score", lambda example, text: (len(text) + len(example.prompt)) % 7 / 6)
     config = config_of(
         lora=LORA,
         max_steps=6,
@@ -236,10 +240,16 @@ def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead):
         sampler=SamplerConfig(backend="vllm_server", timeout_seconds=600, ahead=ahead),
     )
     place = served.workspace(f"merge-{ahead}", {"start": served.start, "teacher/sort": served.teachers[1]})
-    stages.distill.train(config, place)
+    watch = Monitor(SORT, MonitorConfig(every=3, examples=20), config.max_new_tokens)
+    student = stages.distill.train(config, place, watch)
     records = list(read(place.folder / "journal.jsonl"))
-    metrics = [record["values"] for record in records if record["kind"] == "metrics"]
+    logged = [record["values"] for record in records if record["kind"] == "metrics"]
+    metrics = [values for values in logged if "distill/reverse_kl" in values]
     assert len(metrics) == 6
+    # The servers score the student after each third step; the trainer's model does while they draw ahead.
+    curve = [values["distill/score/sort"] for values in logged if "distill/score/sort" in values]
+    assert len(curve) == 3
+    assert curve[-1] == pytest.approx(watch(load_policy(student, served.store), 6)["score/sort"])
     assert metrics[-1]["distill/reverse_kl"] < metrics[0]["distill/reverse_kl"]
     assert [values["distill/staleness"] for values in metrics] == [0.0] + [float(ahead)] * 5
     assert {values["distill/stale"] for values in metrics} == {0.0}
