@@ -33,9 +33,9 @@ def by_chance(domain: Domain) -> Domain:
     return domain
 
 
-def adapter_of(store: Store, base: Artifact, name: str, lora: LoraConfig) -> Artifact:
+def adapter_of(store: Store, base: Artifact, name: str, lora: LoraConfig, seed: int = 1) -> Artifact:
     """A committed adapter that changes what its base draws."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = get_peft_model(tiny_model(SHAPE, character_tokenizer(), 0), peft_config(lora))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from peft import get_peft_model
 
 import stages.distill
 from base.errors import UserError
@@ -27,9 +26,7 @@ from stages.config.training import LoraConfig, OptimizerConfig
 from stages.learner.training import Learner
 from stages.learner.update import Row
 from stages.learner.workspace import Workspace
-from stages.model.adapters import peft_config
 from stages.model.policy import load_policy
-from stages.model.tiny import character_tokenizer, tiny_model
 from stages.sampling.sampler import sample
 from stages.sampling.samples import Sample, Sampling
 from stages.teachers.remote_teachers import RemoteTeachers
@@ -37,10 +34,10 @@ from stages.teachers.scoring import Routed, TeacherPool
 from stages.vllm.remote_sampler import RemoteSampler
 from stages.vllm.settings import rows_at_a_time
 from tests.support.processes import eventually
+from tests.support.vllm_measures import adapter_of
 from tests.support.vllm_scenario import (
     LONG,
     PROMPTS,
-    SHAPE,
     cut_by_a_string,
     ends,
     gap,
@@ -81,28 +78,13 @@ class Served:
         return learner, self.samplers[-1]
 
 
-def adapter(store: Store, base: Artifact, name: str, seed: int) -> Artifact:
-    """An adapter of the base that says something else than it."""
-    torch.manual_seed(seed)
-    model = get_peft_model(tiny_model(SHAPE, character_tokenizer(), 0), peft_config(LORA))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0.0, 0.3)
-    folder = store.staging(name)
-    model.save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
-    place = Workspace(store, name, name, 0, {}, {}, {})
-    return place.commit(folder, trained_on=None, metrics={}, adapter_base=base.key)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two rollout servers and one with three teachers; restarted when they end, as a run does."""
     home = tmp_path_factory.mktemp("home")
     store, resources = Store(home), ResourcesConfig(rollout_servers={"count": 2})
     start = random_checkpoint(store, "start", 0)
-    teachers = [start, adapter(store, start, "sorter", 1), adapter(store, start, "other", 2)]
+    teachers = [start, *(adapter_of(store, start, name, LORA, seed) for seed, name in ((1, "sorter"), (2, "other")))]
     rollout = rollout_servers(DistillConfig(lora=LORA), start, store, resources)
     teaching = teacher_servers(
         DistillConfig(objective={"type": "reverse_kl", "top_k": {"k": TOP}}, teacher_backend="vllm_server"),
