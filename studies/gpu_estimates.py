@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flows.engines import memory_terms as terms
 from flows.engines.device_memory import Memory
-from flows.engines.memory import SERVER_BYTES, trained, training_phases
+from flows.engines.memory import trained, training_phases
 from flows.engines.shapes import Shape, shape_of_config
 from flows.plan.graph import build_graph
 from flows.plan.nodes import Node, StageGraph
@@ -50,6 +50,8 @@ ONE, EIGHT = "qwen3_8b_lora.yaml", "qwen3_8b.yaml"
 # The base is not at hand: its shape is put in its place.
 WITHOUT_BASE = ("base={pretrain: {}}", "chat_template_kwargs={}")
 DEVICE = Memory(CARD_BYTES, CARD_BYTES, "a GPU", "NVIDIA H100 80GB HBM3")
+# Assumed for what a vLLM server on a device holds beside weights and cache.
+SERVER_BYTES = 2 * 2**30
 Figure = Callable[[Code], str]
 
 

@@ -194,11 +194,18 @@ def test_a_monitor_draws_the_learning_curve(stage, taught, workspace):
     seen: list[int] = []
 
     class Watch:
+        examples = ()
+
+        def fits(self, policy: Policy, context: int | None) -> bool:
+            return True
+
         def due(self, step: int) -> bool:
             asked.append(step)
             return step % 2 == 0
 
-        def __call__(self, policy: Policy, step: int) -> dict[str, float]:
+        def __call__(self, policy: Policy, step: int, sampler: object = None) -> dict[str, float]:
+            # The sampler is the student's own model.
+            assert sampler is None
             assert not policy.model.training
             seen.append(step)
             return {"score/sort": step / 10}
