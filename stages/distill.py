@@ -74,9 +74,8 @@ def train(config: DistillConfig, workspace: Workspace, monitor: Monitor | None =
         if remote is not None:
             opened.callback(remote.close)
             remote.check_room(longest_prompt(policy, examples) + config.max_new_tokens)
-        monitored = monitor.examples if monitor else ()
         sampler = opened.enter_context(
-            contextlib.closing(make_sampler(config, learner, workspace, own_prompts, examples, monitored))
+            contextlib.closing(make_sampler(config, learner, workspace, own_prompts, examples, monitor))
         )
         check = SamplerCheck(workspace.name, policy, sampler, examples, config)
         with learner.gathered_weights():

@@ -62,8 +62,7 @@ def train(config: RFTConfig, workspace: Workspace, monitor: Monitor | None = Non
 
         return token_loss
 
-    monitored = monitor.examples if monitor else ()
-    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples, monitored)) as sampler:
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples, monitor)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
         with learner.gathered_weights():
             notes.append(check.start())

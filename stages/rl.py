@@ -81,8 +81,7 @@ def train(config: RLConfig, workspace: Workspace, monitor: Monitor | None = None
 
         return token_loss
 
-    monitored = monitor.examples if monitor else ()
-    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples, monitored)) as sampler:
+    with contextlib.closing(make_sampler(config, learner, workspace, mixture.step, examples, monitor)) as sampler:
         check = SamplerCheck(workspace.name, policy, sampler, mixture.examples, config)
         with learner.gathered_weights():
             notes.append(check.start())

@@ -163,7 +163,7 @@ class _Builder:
         teachers = config.teachers()
         anchor = config.merge.anchor
         weights = dict.fromkeys(anchor.domains, anchor.weight) if anchor else {}
-        several = {domain: by_name for domain, by_name in teachers.items() if len(by_name) > 1}
+        several = _several(teachers)
         if config.merge.command is not None:
             program = MergeCommandConfig(**config.merge.command.model_dump(), teacher_weights=several)
             return self._command(name, "merge_command", program, "merge.command", seed, parents, list(teachers))
@@ -185,7 +185,7 @@ class _Builder:
                 f"{node_name}@{seed}", node_name, "merge_weights", seed, own.model_dump(mode="json"), facts, parents, []
             )
         if isinstance(own, DistillSettings):
-            several = {domain: weights for domain, weights in self.teachers.items() if len(weights) > 1}
+            several = _several(self.teachers)
             return self._train(node_name, "distill", DistillConfig, own, seed, merged, domains, teacher_weights=several)
         stage = "rl" if isinstance(own, RLConfig) else "sft"
         assert isinstance(own, TrainConfig)
@@ -342,3 +342,8 @@ class _Builder:
                 f"{name}: its lora {mine} differs from that of the checkpoint it starts from, {start.name}: {theirs}; "
                 f"an adapter keeps its shape in further training"
             )
+
+
+def _several(teachers: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The weights of the domains that several teachers teach."""
+    return {domain: weights for domain, weights in teachers.items() if len(weights) > 1}

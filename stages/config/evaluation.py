@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.config.on_policy import OnPolicyConfig, SamplerConfig, temperature_fault
+from stages.config.on_policy import OnPolicyConfig, SamplerConfig, temperature_fault, vllm_reports
 from stages.config.training import (
     FLOAT32_MATMUL,
     STOP,
@@ -50,7 +50,7 @@ class EvaluationConfig(StrictModel):
             return self
         if fault := temperature_fault(self.temperature, self.backend, "backend: transformers"):
             raise ValueError(fault)
-        if self.top_p < 1 and self.temperature != 1:
+        if not vllm_reports(self.temperature, self.top_p):
             raise ValueError(
                 f"top_p: vLLM takes {self.top_p:g} at temperature 1 only, since it reports log-probabilities before "
                 f"top_p there alone; set temperature or top_p to 1, or backend: transformers"

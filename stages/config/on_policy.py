@@ -47,6 +47,11 @@ def temperature_fault(
     )
 
 
+def vllm_reports(temperature: float, top_p: float) -> bool:
+    """Whether vLLM can report the log-probabilities of a policy at a temperature before top-p."""
+    return temperature in (0.0, 1.0) or top_p == 1.0
+
+
 class HealthConfig(StrictModel):
     """Conditions that end an on-policy stage early, or raise an alarm in its log. Every decision is logged."""
 

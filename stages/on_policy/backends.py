@@ -7,6 +7,7 @@ from stages.config.on_policy import OnPolicyConfig
 from stages.learner.training import Learner
 from stages.learner.workspace import Workspace
 from stages.model.policy import Policy
+from stages.on_policy.monitoring import Monitor
 from stages.on_policy.rollout import request
 from stages.rows.chat import encode_prompt
 from stages.sampling.prefetch import PrefetchSampler
@@ -19,7 +20,7 @@ def make_sampler(
     workspace: Workspace,
     prompts_of: Callable[[int], Sequence[Example]],
     examples: Mapping[str, Sequence[Example]],
-    monitored: Sequence[Example] = (),
+    monitor: Monitor | None = None,
 ) -> Sampler:
     """Start the sampler; the caller closes it.
 
@@ -29,7 +30,7 @@ def make_sampler(
         workspace: Servers, and a folder for an engine's files.
         prompts_of: The prompts the student will answer in a step, for rollouts one batch ahead.
         examples: All training examples by domain; the longest prompt decides the context of an engine.
-        monitored: Examples of a monitor, whose prompts count too.
+        monitor: Samples with the same sampler, so that its prompts count too.
 
     Returns:
         The sampler of `config.sampler.backend`, with prefetching if `config.sampler.ahead` is set.
@@ -57,7 +58,7 @@ def make_sampler(
 
     # Of each process: it writes its adapters there.
     folder = workspace.folder / (f"engine-{learner.rank}" if learner.world_size > 1 else "engine")
-    longest = longest_prompt(learner.policy, {**examples, "": monitored})
+    longest = longest_prompt(learner.policy, {**examples, "": monitor.examples if monitor else ()})
     return VllmEngine(learner.policy, config, folder, longest, learner)
 
 

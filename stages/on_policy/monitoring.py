@@ -41,8 +41,8 @@ def monitored(
     """
     if monitor is None or not monitor.due(step):
         return {}
-    own_weights = sampler is not None and hands_over(config) and not config.sampler.ahead
-    if sampler is not None and own_weights and monitor.fits(learner.policy, sampler.context):
+    apart = hands_over(config) and not config.sampler.ahead
+    if sampler is not None and apart and monitor.fits(learner.policy, sampler.context):
         sampler.update_weights(learner.policy, step)
         return monitor(learner.policy, step, sampler)
     with learner.gathered_weights():

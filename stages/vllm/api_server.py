@@ -4,11 +4,10 @@ Each process that the server spawns imports the module that was started. So this
 is run: with vLLM's own, the engine would import the whole API server, which takes a third of its start.
 """
 
-import gc
+from base.garbage import collect_rarely
 
-# Objects that are made between two garbage collections; the imports make millions that live on.
-COLLECT_AFTER = 50_000
-gc.set_threshold(COLLECT_AFTER)
+# Here, so that it holds for spawned processes too.
+collect_rarely()
 
 
 def main() -> None:

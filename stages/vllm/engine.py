@@ -50,19 +50,21 @@ from stages.vllm.worker import EXTENSION
 
 @dataclass(frozen=True)
 class Use:
-    """What an engine is used for, in messages.
+    """What an engine is used for.
 
     Attributes:
-        name: The engine.
+        name: The engine, in messages.
         key: The run file's key that asks for vLLM.
+        sleeps: Whether it frees a GPU's memory after each request, since the next one follows a hand-over of weights.
     """
 
     name: str
     key: str
+    sleeps: bool
 
 
-ROLLOUTS = Use("vLLM in the trainer's process", "sampler.backend")
-EVALUATION = Use("vLLM in the evaluation's process", "evaluate.backend")
+ROLLOUTS = Use("vLLM in the trainer's process", "sampler.backend", sleeps=True)
+EVALUATION = Use("vLLM in the evaluation's process", "evaluate.backend", sleeps=False)
 
 
 class VllmEngine:
@@ -75,8 +77,7 @@ class VllmEngine:
         longest_prompt: Tokens of the longest prompt; with `max_new_tokens` it sets the engine's context, and so the
             least size of its cache. The model's own context if absent.
         learner: The student with the processes that train it; this one alone if absent.
-        use: What the engine is used for. For `ROLLOUTS` it frees a GPU's memory after each request, since the next
-            one follows a hand-over of weights; for `EVALUATION` it gets its weights once.
+        use: What the engine is used for.
 
     Raises:
         UserError: vLLM is not installed, cannot run on this device, or cannot report the log-probabilities that these
@@ -94,7 +95,7 @@ class VllmEngine:
     ) -> None:
         self.cuda = torch.cuda.is_available()
         self.use = use
-        self.sleeps = self.cuda and use == ROLLOUTS
+        self.sleeps = self.cuda and use.sleeps
         self.learner = learner
         self.processes = 1 if learner is None else learner.world_size
         require_vllm(use.key, gpus=int(self.cuda))

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from base.errors import UserError
-from stages.config.on_policy import OnPolicyConfig
+from stages.config.on_policy import OnPolicyConfig, vllm_reports
 from stages.config.training import LoraConfig
 
 # Defaults of the environment: no telemetry, no binding to cores, and on a CPU no compilation, which would need a C++
@@ -49,14 +49,12 @@ def logprobs_mode(temperature: float, top_p: float) -> str:
     Raises:
         UserError: there is no such mode.
     """
-    if temperature in (0.0, 1.0):
-        return "raw_logprobs"
-    if top_p < 1.0:
+    if not vllm_reports(temperature, top_p):
         raise UserError(
             f"vLLM cannot report log-probabilities at temperature {temperature} before top_p {top_p}; set one of them "
             f"to 1, or sample with backend: transformers"
         )
-    return "processed_logprobs"
+    return "raw_logprobs" if temperature in (0.0, 1.0) else "processed_logprobs"
 
 
 def lora_rank(lora: LoraConfig) -> int:
