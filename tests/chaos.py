@@ -31,12 +31,13 @@ import psutil
 from base.store.checkpoint import Store, hash_file
 from flows.servers.access import client_secret, home_secret
 from flows.servers.start import Server, choose_port, start_mlflow, start_prefect, stop, wait_until_ready
-from tests.support.homes import with_databases
+from tests.support.homes import clean_environment, with_databases
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "flows" / "runs" / "smoke.yaml"
 VICTIMS = ("flow", "stage", "mlflow", "prefect", "worker")
 POINTS_PER_RUN = 10
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Between two kills of one run, in seconds.
 PAUSE = (1.0, 6.0)
 PATIENCE_SECONDS = 900
@@ -76,7 +77,7 @@ class Site:
         self.run_id = ""
         self.api = f"http://127.0.0.1:{self.ports['b']}/api"
         own = {"PREFECT_API_URL": self.api, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.ports['a']}"}
-        self.environment = _clean() | own | {"PREFECT_HOME": str(self.home / "prefect")}
+        self.environment = clean_environment() | OFFLINE | own | {"PREFECT_HOME": str(self.home / "prefect")}
         self.environment |= client_secret(self.home)
         self.log = (self.home / "chaos.log").open("ab")
 
@@ -275,15 +276,10 @@ def undisturbed(home: Path) -> tuple[dict[str, str], float]:
     """The digests of a run from a terminal that nobody disturbs, and how long it took."""
     started, home = time.monotonic(), with_databases(home.resolve())
     command = [sys.executable, "-m", "flows.cli.entry", "run", "--plain", str(RUN_FILE), "--home", str(home)]
-    done = subprocess.run(command, env=_clean(), capture_output=True, text=True, cwd=ROOT, check=False)
+    environment = clean_environment() | OFFLINE
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return digests(home), time.monotonic() - started
-
-
-def _clean() -> dict[str, str]:
-    """The environment without settings of a home, Prefect or MLflow."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
-    return kept | {"HF_HUB_OFFLINE": "1"}
 
 
 def _is_over(place: Site) -> str:

@@ -12,6 +12,8 @@ from filelock import FileLock
 
 from flows.servers.start import choose_port, start_prefect, stop, wait_until_ready
 
+# Of variables that name a home, its servers or their settings.
+PREFIXES = ("PREFECT_", "MLFLOW_", "MOPD_")
 DATABASES = ("prefect/prefect.db", "mlflow.db")
 
 
@@ -27,6 +29,11 @@ def with_databases(home: Path, names: Sequence[str] = DATABASES) -> Path:
         if not (home / name).exists():
             _copy(kept / name, home / name)
     return home
+
+
+def clean_environment(*more: str) -> dict[str, str]:
+    """This process's environment without the variables of a home, and without those with a further prefix."""
+    return {name: value for name, value in os.environ.items() if not name.startswith((*PREFIXES, *more))}
 
 
 def _make(kept: Path) -> None:

@@ -7,9 +7,11 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
@@ -62,24 +64,15 @@ def run_script(script: Path, arguments: Sequence[str], processes: int = 1) -> li
 
 @functools.cache
 def _context() -> ForkServerContext:
-    """The server of this test process; it ends with it."""
+    """The context with the server of this test process, which ends with it."""
     context = multiprocessing.get_context("forkserver")
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTHONPATH")}
-    # The server keeps the environment in which it starts, and imports from its Python path.
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     context.set_forkserver_preload([PRELOADED])
-    try:
-        context.Process(target=_nothing).start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    # The server keeps the environment in which it starts, and imports from its Python path.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("PYTHONPATH", str(ROOT))):
+            patch.setenv(name, value)
+        forkserver.ensure_running()
     return context
-
-
-def _nothing() -> None:
-    """A first job starts the server."""
 
 
 def _run(script: str, arguments: Sequence[str], variables: Mapping[str, str], output: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import yaml
 
 from flows.servers.access import client_secret, home_secret
 from tests.integration.run.test_pipeline import RUN
-from tests.support.homes import with_databases
+from tests.support.homes import clean_environment, with_databases
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -49,7 +48,7 @@ class Site:
         config = RUN | {"merge": merge, "evaluate": evaluate, "notify": {"events": ["failure", "promotion"]}}
         config |= {"gate": {"non_inferiority_margin": 0.99}}
         self.file.write_text(yaml.safe_dump(config, sort_keys=False))
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+        clean = clean_environment()
         self.environment = clean | {"MOPD_WEBHOOK": webhook}
         self.log = (folder / "log").open("wb")
         self.folder = folder

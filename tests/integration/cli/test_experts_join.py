@@ -4,7 +4,6 @@ Tests share a home, in which the first of them to ask trains the run; the later 
 """
 
 import copy
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from flows.run_file.resources import ResourcesConfig
 from stages.rows.trained_on import TrainedOn
 from tests.integration.engines.test_launch import silent
 from tests.integration.run.test_pipeline import RUN
+from tests.support.homes import clean_environment
 from tests.support.scored_home import graph_of
 
 EXPERTS = ("experts/sort@0", "experts/reverse@0")
@@ -57,7 +57,7 @@ class Lab:
     def mopd(self, *words: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli.entry", *words, "--home", str(self.home)],
-            env={k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))},
+            env=clean_environment(),
             capture_output=True,
             text=True,
             check=False,

@@ -1,6 +1,5 @@
 """The shipped run files at work: the smoke run whole, and real SmolLM2 weights for two steps of every stage."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from base.store.journal import read
 from flows.plan.graph import build_graph
 from flows.plan.nodes import StageGraph
 from flows.run_file.load import load_run_file
-from tests.support.homes import with_databases
+from tests.support.homes import clean_environment, with_databases
 
 RUNS = Path(__file__).parents[3] / "flows" / "runs"
 FEW_STEPS = [
@@ -44,7 +43,7 @@ FEW_STEPS = [
 def run(file: str, home: Path, overrides: list[str], *options: str) -> StageGraph:
     """Run a shipped file through the command line; all of it must be in the store afterwards."""
     with_databases(home)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+    environment = clean_environment()
     command = [sys.executable, "-m", "flows.cli.entry", "run", "--plain", "--home", str(home), *options]
     done = subprocess.run(
         [*command, str(RUNS / file), *overrides], capture_output=True, text=True, env=environment, check=False

@@ -1,7 +1,6 @@
 """TRL's trainers as stages: experts by SFTTrainer and GRPOTrainer, a second student by DistillationTrainer."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from base.store.checkpoint import Store
 from base.store.journal import JOURNAL_FILE, read
 from flows.plan.graph import build_graph
 from flows.run_file.load import load_run_file
-from tests.support.homes import with_databases
+from tests.support.homes import clean_environment, with_databases
 
 FILE = Path(__file__).parents[3] / "examples" / "trl" / "run.yaml"
 STEPS = 6
@@ -19,7 +18,7 @@ STEPS = 6
 def test_trl_trains_the_experts_and_merges_beside_the_run_and_is_measured_like_any_stage(tmp_path: Path) -> None:
     home = with_databases(tmp_path / "home")
     words = ["run", "--plain", "--home", str(home), "--max-steps", str(STEPS), str(FILE), "evaluate.examples=8"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+    environment = clean_environment()
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli.entry", *words],
         capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": "1"}, timeout=850, check=False,

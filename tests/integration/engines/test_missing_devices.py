@@ -1,7 +1,6 @@
 """A run that asks for devices which torch cannot use: exit code 2 and one message, before or in the first stage."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from flows.run_file.schema import RunConfig
 from tests.integration.engines.test_launch import RUN, silent, unmade
 from tests.integration.run.test_pipeline import PATIENCE_SECONDS
 from tests.support.devices import DRIVER, stand_in_driver
+from tests.support.homes import clean_environment
 
 ROOT = Path(__file__).parents[3]
 SMOKE = ROOT / "flows" / "runs" / "smoke.yaml"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """A driver that lists two devices, and a torch without CUDA."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_", "CUDA_"))}
+    own = clean_environment("CUDA_")
     path = stand_in_driver(tmp_path / "driver")
     return own | {"PATH": path, FOLDER_VARIABLE: str(tmp_path / "locks"), "HF_HUB_OFFLINE": "1"}
 

@@ -17,6 +17,7 @@ import yaml
 from base.store.checkpoint import Store
 from flows.plan.graph import build_graph
 from flows.run_file.load import load_run_file
+from tests.support.homes import clean_environment
 
 RUN = {
     "name": "tiny",
@@ -63,7 +64,7 @@ class Bench:
         self.home = folder / "home"
         self.file = folder / "run.yaml"
         self.file.write_text(yaml.safe_dump(RUN, sort_keys=False))
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+        self.environment = clean_environment()
 
     def command(self, *overrides: str) -> list[str]:
         mopd = [sys.executable, "-m", "flows.cli.entry", "run", "--plain", "--home", str(self.home)]

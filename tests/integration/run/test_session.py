@@ -1,9 +1,10 @@
 """The Prefect server of a run: who can reach it, and what still reaches the terminal beside it."""
 
 import json
-import os
 import subprocess
 import sys
+
+from tests.support.homes import clean_environment
 
 SCRIPT = """
 import json, logging, sys
@@ -24,7 +25,7 @@ logging.getLogger("flows.tracking.outbox").warning("after it")
 
 
 def test_the_server_of_a_run_is_on_the_loopback_and_warnings_reach_the_terminal_once(tmp_path):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+    clean = clean_environment()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         env=clean,

@@ -27,8 +27,7 @@ def catches_hangup(pid: int) -> bool:
 def test_two_signals_in_the_first_second_leave_no_traceback(tmp_path, number):
     bench = Bench(tmp_path)
     with_databases(bench.home)
-    command = [sys.executable, "-m", "flows.cli.entry", *bench.command()[3:]]
-    with subprocess.Popen(command, env=bench.environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(bench.command(), env=bench.environment, stderr=subprocess.PIPE, text=True) as process:
         eventually(lambda: catches_hangup(process.pid))
         process.send_signal(number)
         process.send_signal(number)

@@ -19,6 +19,7 @@ from base.store.checkpoint import Store
 from base.store.mirror import mirror_of
 from flows.engines.vllm_servers import free_ports
 from tests.integration.run.test_pipeline import RUN
+from tests.support.homes import clean_environment
 from tests.support.processes import eventually
 
 pytestmark = pytest.mark.stores
@@ -43,7 +44,7 @@ SERVER = {
 @pytest.fixture(scope="module")
 def clean() -> dict[str, str]:
     """The environment without settings of anybody's."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_", "AWS_"))}
+    return clean_environment("AWS_")
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from stages.teachers.remote_teachers import RemoteTeachers
 from stages.teachers.scoring import Routed, TeacherPool
 from stages.vllm.remote_sampler import RemoteSampler
 from stages.vllm.settings import rows_at_a_time
+from tests.support.chance import score_by_chance
 from tests.support.processes import eventually
 from tests.support.vllm_measures import adapter_of
 from tests.support.vllm_scenario import (
@@ -208,8 +209,7 @@ def test_a_server_of_another_kind_is_refused(served):
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
 def test_a_merge_with_rollouts_and_teachers_on_servers(served, ahead, monkeypatch):
-    # A score that a random model reaches by chance.
-    monkeypatch.setattr(SORT["sort"], "score", lambda example, text: (len(text) + len(example.prompt)) % 7 / 6)
+    monkeypatch.setattr(SORT["sort"], "score", score_by_chance)
     config = config_of(
         lora=LORA,
         max_steps=6,

@@ -3,7 +3,6 @@ that the pipeline starts for its rollouts and its teachers; and a judge behind a
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -31,7 +30,7 @@ from stages.model.tiny import character_tokenizer, tiny_model
 from stages.vllm.settings import KEY_VARIABLE
 from tests.integration.run.test_pipeline import RUN
 from tests.integration.vllm.conftest import AUTHORIZED
-from tests.support.homes import with_databases
+from tests.support.homes import clean_environment, with_databases
 
 TOLERANCE = 1e-4
 RUN_SECONDS = 1400
@@ -57,7 +56,7 @@ def on_vllm() -> dict:
 def test_a_run_with_rl_in_process_and_a_merge_on_servers_of_its_own(tmp_path):
     file, home = tmp_path / "run.yaml", with_databases(tmp_path / "home")
     file.write_text(yaml.safe_dump(on_vllm(), sort_keys=False))
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MOPD_"))}
+    clean = clean_environment()
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli.entry", "run", "--plain", "--home", str(home), str(file)],
         env=clean,

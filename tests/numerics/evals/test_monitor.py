@@ -11,6 +11,7 @@ from experts.loading import load_domain
 from stages.config.evaluation import EvaluationConfig
 from stages.config.on_policy import MonitorConfig
 from tests.numerics.conftest import tiny_policy
+from tests.support.chance import score_by_chance
 
 
 def test_it_measures_before_the_first_step_and_when_it_is_due(domains):
@@ -24,7 +25,7 @@ def test_it_measures_before_the_first_step_and_when_it_is_due(domains):
 def test_it_gives_the_evaluations_greedy_score(store, workspace, checkpoint, domains):
     """A random model scores 0 everywhere, so the domain here rewards something that it does by chance."""
     sort = domains["sort"]
-    sort.score = lambda example, completion: (len(completion) + len(example.prompt)) % 7 / 6
+    sort.score = score_by_chance
     parent = checkpoint("model", 3)
     place = workspace("eval", {"checkpoint": parent}, {"sort": sort})
     config = EvaluationConfig(examples=9, samples=0, max_new_tokens=6)

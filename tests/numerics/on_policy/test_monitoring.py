@@ -11,6 +11,7 @@ from stages.on_policy.monitoring import monitored
 from stages.sampling.sampler import TransformersSampler
 from stages.sampling.samples import Sample, Sampling
 from tests.numerics.conftest import tiny_policy
+from tests.support.chance import score_by_chance
 
 STEP, EXAMPLES = 50, 6
 
@@ -35,7 +36,7 @@ class Engine(TransformersSampler):
 @pytest.fixture
 def scores(workspace, domains):
     """Scores of one policy, measured beside a sampler."""
-    domains["sort"].score = lambda example, completion: (len(completion) + len(example.prompt)) % 7 / 6
+    domains["sort"].score = score_by_chance
     monitor = Monitor({"sort": domains["sort"]}, MonitorConfig(every=STEP, examples=EXAMPLES), max_new_tokens=4)
 
     def measured(sampler: TransformersSampler | None, step: int = STEP, **settings: object) -> dict[str, float]:
